@@ -1,0 +1,556 @@
+"""The whole run in one file: every key with its default and meaning, resolution, overrides, and errors that help.
+
+A config file defines `get_config(arg="") -> ConfigDict`: it starts from `base()` and assigns. `resolve()` merges every
+entry that has a `name` or a `kind` with the defaults of that kind, refuses what it does not know (naming the nearest
+key or value), checks types and contradictions, and freezes. Nothing here imports JAX or touches a device.
+
+A *kind* (an encoder, an objective, an optimizer, ...) is a function whose keyword-only parameters are its settings:
+their annotations are the types, their defaults the defaults, the docstring the documentation. `KINDS` has one line for
+each; `kind="my_package.my_file:my_function"` uses one of your own without a line here.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import fnmatch
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import types
+import typing
+from typing import Any, Literal, NamedTuple
+
+import ml_collections
+from ml_collections import ConfigDict, FrozenConfigDict
+
+
+class UserError(Exception):
+  """A mistake that the user can mend. Its message is one line: what, where, how to mend. Commands print it and exit 1."""
+
+
+class ConfigError(UserError):
+  """A mistake in a config or on the command line. Commands exit 2."""
+
+
+Duration = typing.NewType("Duration", object)  # 1000, "5%" (of train.steps), "2 epochs", "1e6 examples"
+
+
+class Key(NamedTuple):
+  path: str
+  default: Any
+  type: Any
+  doc: str
+
+
+# Every key of a config, except the settings of a kind: those stand in the kind's own function (see KINDS).
+# `*` stands for the name that a config gives an entry.
+KEYS = (
+  Key("seed", 0, int, "Seed of the initialisation, the data order, augmentation and dropout."),
+  Key("train.steps", 1000, Duration, "Length of the run: steps, '10 epochs' or '1e6 examples'."),
+  Key("train.batch_size", 256, int, "Examples in a global batch, over all hosts and devices."),
+  Key("train.microbatches", 1, int, "Splits a batch to save memory; the update stays the same."),
+  Key("train.deterministic", True, bool, "On GPUs: only deterministic kernels. CPU and TPU always are."),
+  Key("train.ema", 0.0, float, "Decay of an exponential moving average of the parameters, used by evaluation; 0 = none."),
+  Key("train.mixup", 0.0, float, "Beta(a, a) parameter of image mixup (Zhang et al. 2018); 0 = off."),
+  Key("train.max_skipped", 20, int, "Consecutive non-finite steps (skipped and counted) after which the run ends."),
+  Key("data.dir", "", str, "Folder of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax."),
+  Key("data.mix", "examples", Literal["examples"], "How sources mix: 'examples' draws every row by weight."),
+  Key("data.workers", 0, int, "Data processes a host; 0 = threads of the main process."),
+  Key("data.threads", 2, int, "Reading threads a data process."),
+  Key("data.prefetch", 4, int, "Batches prepared ahead."),
+  Key("data.max_unreadable", 100, int, "Unreadable records (kept as rows that do not count) after which the run ends."),
+  Key("data.sources.*.name", "", str, "A data set under data.dir, or 'tars' (WebDataset files read where they are)."),
+  Key("data.sources.*.split", "train", str, "Split, or several: 'train+validation'."),
+  Key("data.sources.*.path", "", str, "For 'tars': a glob or a brace pattern of the tar files."),
+  Key("data.sources.*.languages", ("en",), tuple, "Languages that captions are drawn from; () = all that there are."),
+  Key("data.sources.*.weight", 1.0, float, "Share of the rows of a batch, relative to the other sources."),
+  Key("data.sources.*.cache", False, bool, "Keep decoded examples in memory (small data sets)."),
+  Key("data.image.size", 224, int, "Height and width in pixels that the model sees."),
+  Key("data.image.resize", "shortest", Literal["shortest", "squash", "longest"],
+      "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad."),
+  Key("data.image.interpolation", "bicubic", Literal["bicubic", "bilinear"], "Resize filter, always antialiased."),
+  Key("data.image.mean", (0.5, 0.5, 0.5), tuple, "Subtracted from pixels in [0, 1], per channel, on the device."),
+  Key("data.image.std", (0.5, 0.5, 0.5), tuple, "Divides pixels after the mean, per channel, on the device."),
+  Key("data.image.augment.crop", (1.0, 1.0), tuple, "Random resized crop: range of the area; (1, 1) = off."),
+  Key("data.image.augment.aspect", (0.75, 1.3333333), tuple, "Random resized crop: range of the aspect ratio."),
+  Key("data.image.augment.flip", 0.0, float, "Probability of a horizontal flip."),
+  Key("data.image.augment.rotate", 0.0, float, "Rotation drawn from +- this many degrees."),
+  Key("data.image.augment.scale", (1.0, 1.0), tuple, "Range of the zoom about the centre; below 1 shrinks."),
+  Key("data.image.augment.shift", 0.0, float, "Shift drawn from +- this share of the size, both ways."),
+  Key("data.image.augment.jitter", (0.0, 0.0, 0.0, 0.0), tuple, "Strengths of brightness, contrast, saturation and hue jitter."),
+  Key("data.image.augment.randaugment", 0, int, "RandAugment: number of operations; 0 = off."),
+  Key("data.image.augment.randaugment_magnitude", 9, int, "RandAugment: magnitude, 0 to 10."),
+  Key("data.image.augment.erase", 0.0, float, "Probability of random erasing."),
+  Key("data.image.augment.fill", 255, int, "Grey level of what rotation, scale and shift uncover."),
+  Key("data.text.tokenizer", "", str, "A tokenizer under data.dir/tokenizers, or a path (.model or tokenizer.json)."),
+  Key("data.text.vocab_size", 4096, int, "Rows of the embedding table; at least the tokenizer's pieces."),
+  Key("data.text.length", 16, int, "Tokens a caption: longer ones are cut (the end token kept), shorter ones padded."),
+  Key("data.text.bos", False, bool, "Put <bos> before a caption."),
+  Key("data.text.eos", True, bool, "Put <eos> after a caption."),
+  Key("data.text.lowercase", False, bool, "Lower-case captions before tokenising."),
+  Key("data.text.mask_padding", True, bool, "False: padding is seen by the model (as SigLIP was trained)."),
+  Key("data.text.pad_id", -1, int, "Token of the padding; -1 = the tokenizer's own."),
+  Key("data.text.drop_words", 0.0, float, "Training: probability that a word of a caption is left out (one always stays)."),
+  Key("model.name", "dual_encoder", str, "The whole model."),
+  Key("model.encoders", {}, dict, "One encoder a modality."),
+  Key("objectives.*.weight", 1.0, float, "Factor of this objective in the loss."),
+  Key("optimizer.name", "adamw", str, "The update rule."),
+  Key("optimizer.lr", 1e-3, float, "Peak learning rate."),
+  Key("optimizer.weight_decay", 0.0, float, "Decoupled decay, multiplied by the learning rate."),
+  Key("optimizer.decay", r".*/(kernel|embedding)", str, "Regex of the parameters that decay."),
+  Key("optimizer.clip", 1.0, float, "Clips the global norm of the gradient; 0 = off."),
+  Key("optimizer.rates", (), tuple, "((regex, factor), ...): first match multiplies the learning rate; 0 freezes."),
+  Key("optimizer.state_dtype", "float32", Literal["float32", "bfloat16"], "Dtype of the first moment."),
+  Key("schedule.name", "cosine", str, "Learning rate over time."),
+  Key("schedule.warmup", "5%", Duration, "Linear warm-up from zero."),
+  Key("precision.compute", "bfloat16", Literal["float32", "bfloat16"], "Dtype of activations; parameters and losses are float32."),
+  Key("mesh.replica", 1, int, "Devices across slices (gradients only); -1 = what is left."),
+  Key("mesh.data", -1, int, "Devices that split the batch; -1 = what is left."),
+  Key("mesh.fsdp", 1, int, "Devices that split batch and parameters; -1 = what is left."),
+  Key("mesh.tensor", 1, int, "Devices that split heads and hidden units; -1 = what is left."),
+  Key("mesh.context", 1, int, "Devices that split sequences; -1 = what is left."),
+  Key("sharding", "replicated", Literal["replicated", "fsdp", "fsdp_tensor"], "Where parameters live (parallel/rules.py)."),
+  Key("checkpoint.every", "10%", Duration, "Steps between checkpoints."),
+  Key("checkpoint.minutes", 0.0, float, "Also save after this many minutes without one; 0 = off."),
+  Key("checkpoint.keep", 2, int, "Latest checkpoints to keep."),
+  Key("checkpoint.keep_every", 0, Duration, "Keep every checkpoint at a multiple of this for good; 0 = none."),
+  Key("checkpoint.best", "", str, "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'."),
+  Key("checkpoint.best_mode", "max", Literal["max", "min"], "Whether the best is the largest or the smallest."),
+  Key("evaluation.every", "100%", Duration, "Steps between evaluations in the loop; 0 = none."),
+  Key("evaluation.batch_size", 0, int, "Examples an evaluation batch; 0 = train.batch_size."),
+  Key("evaluation.evaluators", {}, dict, "Named evaluators."),
+  Key("log.every", 10, Duration, "Steps between lines of metrics.jsonl."),
+  Key("log.tensorboard", True, bool, "Also write TensorBoard events."),
+  Key("init.from", "", str, "Checkpoint (run, step or import folder) that the parameters start from."),
+  Key("init.map", ((".*", r"\g<0>"),), tuple,
+      "((regex of a parameter here, its name there or None for new), ...): the first match decides."),
+  Key("on_restart.max", 10, int, "Restarts after exit code 1 that a launcher may make."),
+)
+
+# One line a kind: group -> name -> "module:function". The function's keyword-only parameters are the settings.
+KINDS: dict[str, dict[str, str]] = {
+  "model": {
+    "dual_encoder": "mmjax.models.dual_encoder:dual_encoder",
+  },
+  "encoder": {
+    "vit": "mmjax.models.encoders.image:vit",
+    "transformer": "mmjax.models.encoders.text:transformer",
+  },
+  "objective": {
+    "contrastive": "mmjax.objectives.contrastive:contrastive",
+  },
+  "optimizer": {
+    "adamw": "mmjax.state.optimizer:adamw",
+    "adafactor": "mmjax.state.optimizer:adafactor",
+    "lion": "mmjax.state.optimizer:lion",
+    "muon": "mmjax.state.optimizer:muon",
+  },
+  "schedule": {
+    "cosine": "mmjax.state.schedule:cosine",
+    "rsqrt": "mmjax.state.schedule:rsqrt",
+    "cooldown": "mmjax.state.schedule:cooldown",
+    "constant": "mmjax.state.schedule:constant",
+  },
+  "evaluator": {
+    "retrieval": "mmjax.evaluation.retrieval:retrieval",
+    "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
+    "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
+  },
+}
+
+# Where kinds stand in a config: path pattern -> (group, the key that names the kind).
+ENTRIES = {
+  "model": ("model", "name"),
+  "model.encoders.*": ("encoder", "kind"),
+  "objectives.*": ("objective", "kind"),
+  "optimizer": ("optimizer", "name"),
+  "schedule": ("schedule", "name"),
+  "evaluation.evaluators.*": ("evaluator", "kind"),
+}
+COLLECTIONS = ("data.sources", "objectives", "model.encoders", "evaluation.evaluators")
+
+# Keys that a resumed run may change, because they do not alter the numbers of training.
+FREE_ON_RESUME = ("mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
+                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "on_restart.*")
+
+
+def base() -> ConfigDict:
+  """A config with every default: start from it, assign, return it from `get_config`."""
+  tree: dict[str, Any] = {name.split(".")[-1]: {} for name in COLLECTIONS if "." not in name}
+  for key in KEYS:
+    if "*" not in key.path:
+      _set(tree, key.path.split("."), key.default if not isinstance(key.default, dict) else {})
+  for path in COLLECTIONS:
+    if path.count(".") and _get(tree, path.split(".")) is None:
+      _set(tree, path.split("."), {})
+  return ConfigDict(tree, type_safe=False)
+
+
+def load(file: str, overrides: typing.Sequence[str] = ()) -> FrozenConfigDict:
+  """Runs `get_config` of FILE (or `FILE:ARG`, which passes ARG to it), applies overrides, resolves.
+
+  Raises ConfigError: the file is missing or fails, or the config is wrong.
+  """
+  path, _, arg = file.partition(":")
+  if not os.path.isfile(path):
+    near = _nearest(os.path.basename(path), os.listdir(os.path.dirname(path) or ".")) if os.path.isdir(
+        os.path.dirname(path) or ".") else ""
+    raise ConfigError(f"{path}: no such config file{near}")
+  spec = importlib.util.spec_from_file_location("mmjax_user_config", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(arg) if arg else module.get_config()
+  except ConfigError:
+    raise
+  except AttributeError as error:
+    raise ConfigError(f"{path}: {error}. A config file defines get_config(arg='') and assigns to mmjax.config.base()") from error
+  except Exception as error:
+    raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+  try:
+    return resolve(config, overrides)
+  except ConfigError as error:
+    raise type(error)(f"{path}: {error}") from error.__cause__
+
+
+def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = ()) -> FrozenConfigDict:
+  """Merges defaults, applies overrides (`optimizer.lr=3e-4`), checks keys, types and contradictions, freezes.
+
+  Raises ConfigError naming the key, what is wrong with it, and the nearest valid one.
+  """
+  raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+  for override in overrides:
+    path, sep, text = override.removeprefix("--").removeprefix("config.").partition("=")
+    if not sep or not path:
+      raise ConfigError(f"override {override!r}: write --config.KEY=VALUE")
+    _set_override(raw, path, _parse(text))
+  resolved = _resolve_tree(raw)
+  check(resolved)
+  return FrozenConfigDict(resolved)
+
+
+def from_json(text: str) -> FrozenConfigDict:
+  """The resolved config that `to_json` wrote; keys that newer versions added get their defaults."""
+  return FrozenConfigDict(_resolve_tree(json.loads(text)))
+
+
+def to_json(config: FrozenConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2)
+
+
+def settings(entry: typing.Mapping, *, without: typing.Sequence[str] = ()) -> dict[str, Any]:
+  """The keyword arguments that an entry's kind function takes: the entry less `kind`, `name` and the common keys."""
+  function = kind_function(entry)
+  names = _signature(function)
+  return {k: v for k, v in _plain(entry).items() if k in names and k not in without}
+
+
+def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Callable:
+  """The function of an entry's `kind` (or `name`), e.g. `contrastive` for dict(kind="contrastive", ...)."""
+  name = entry.get("kind") or entry.get("name")
+  groups = [group] if group else list(KINDS)
+  for g in groups:
+    if name in KINDS[g]:
+      return _import(KINDS[g][name])
+  if name and ":" in name:
+    return _import(name)
+  raise ConfigError(f"unknown kind {name!r}{_nearest(name, [k for g in groups for k in KINDS[g]])}")
+
+
+def in_steps(value: int | str, *, steps: int | None, batch_size: int, examples: int | None = None) -> int:
+  """A duration in steps: 1000, '5%' of `steps`, '2 epochs' of `examples`, '1e6 examples'. At least 1 unless zero."""
+  if isinstance(value, (int, float)):
+    return int(value)
+  match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(%|epochs?|examples?|steps?)\s*", value)
+  if not match:
+    raise ConfigError(f"duration {value!r}: write steps (1000), '5%', '2 epochs' or '1e6 examples'")
+  number, unit = float(match[1]), match[2].rstrip("s")
+  if unit == "%" and steps is None or unit == "epoch" and examples is None:
+    raise ConfigError(f"duration {value!r} cannot be used here: its whole is not known")
+  whole = {"%": (steps or 0) / 100, "step": 1, "example": 1 / batch_size, "epoch": (examples or 0) / batch_size}[unit]
+  return max(1, round(number * whole)) if number else 0
+
+
+def changed_on_resume(old: FrozenConfigDict, new: FrozenConfigDict) -> list[str]:
+  """Names of the keys that differ and alter the numbers of a run, as 'optimizer.lr: 0.001 -> 0.002'."""
+  before, after = dict(flatten(old)), dict(flatten(new))
+  lines = []
+  for path in sorted(before.keys() | after.keys()):
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in FREE_ON_RESUME):
+      continue
+    if _jsonable(before.get(path)) != _jsonable(after.get(path)):
+      lines.append(f"{path}: {before.get(path)!r} -> {after.get(path)!r}")
+  return lines
+
+
+def flatten(config: typing.Mapping, prefix: str = "") -> list[tuple[str, Any]]:
+  """[(dotted path, value)] in the order of the config."""
+  rows = []
+  for name, value in _plain(config).items():
+    if isinstance(value, dict) and value:
+      rows += flatten(value, f"{prefix}{name}.")
+    else:
+      rows.append((prefix + name, value))
+  return rows
+
+
+def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> None:
+  """Refuses contradictions that can be seen without a device; with `device_count`, also a mesh that does not fit it."""
+  c = _plain(config)
+  for path in ("train.batch_size", "train.microbatches", "data.image.size", "data.text.length", "data.text.vocab_size"):
+    if _get(c, path.split(".")) < 1:
+      raise ConfigError(f"{path} is {_get(c, path.split('.'))}, but must be at least 1")
+  batch, micro = c["train"]["batch_size"], c["train"]["microbatches"]
+  if batch % micro:
+    raise ConfigError(f"train.batch_size {batch} is not divisible by train.microbatches {micro}; "
+                      f"the nearest that is: {_nearest_multiple(batch, micro)}")
+  mesh = mesh_shape(c["mesh"], device_count)
+  shards = 1
+  for axis in ("replica", "data", "fsdp"):
+    shards *= max(1, mesh[axis])
+  if batch // micro % shards:
+    raise ConfigError(f"train.batch_size {batch}{f' / {micro} microbatches' if micro > 1 else ''} is not divisible by the "
+                      f"{shards} devices of mesh.replica x data x fsdp; the nearest that is: {_nearest_multiple(batch, micro * shards)}")
+  evaluation_batch = c["evaluation"]["batch_size"] or batch
+  if evaluation_batch % shards:
+    raise ConfigError(f"evaluation.batch_size {evaluation_batch} is not divisible by the {shards} devices of the mesh; "
+                      f"the nearest that is: {_nearest_multiple(evaluation_batch, shards)}")
+  encoders = c["model"].get("encoders", {})
+  have = ", ".join(sorted(encoders)) or "none"
+  for group in ("objectives", "evaluation.evaluators"):
+    for name, entry in _get(c, group.split(".")).items():
+      for modality in entry.get("between") or ():
+        if modality not in encoders:
+          raise ConfigError(f'{group}.{name}.between names "{modality}", but model.encoders has {have}. '
+                            f"Add an encoder for it or change `between`")
+  patch = encoders.get("image", {}).get("patch")
+  if patch and c["data"]["image"]["size"] % patch:
+    raise ConfigError(f"data.image.size {c['data']['image']['size']} is not divisible by model.encoders.image.patch {patch}; "
+                      f"the nearest that is: {_nearest_multiple(c['data']['image']['size'], patch)}")
+  if "text" in encoders and c["data"]["sources"] and not c["data"]["text"]["tokenizer"]:
+    raise ConfigError("model.encoders has text, but data.text.tokenizer is empty. Make one with `mmjax data tokenizer` and name it")
+  for path in ("optimizer.decay",):
+    _check_regex(path, _get(c, path.split(".")))
+  for path in ("optimizer.rates", "init.map"):
+    for pair in _get(c, path.split(".")):
+      if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ConfigError(f"{path} must be ((regex, value), ...), not {pair!r}")
+      _check_regex(path, pair[0])
+  for name, entry in c["data"]["sources"].items():
+    if not entry["name"]:
+      raise ConfigError(f"data.sources.{name}.name is empty: name a data set, or 'tars' with a path")
+    if entry["weight"] < 0:
+      raise ConfigError(f"data.sources.{name}.weight is {entry['weight']}, but must not be negative")
+
+
+def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[str, int]:
+  """{axis: size}, with -1 filled in when `device_count` is known. Raises ConfigError when the axes do not fit it."""
+  shape = dict(_plain(mesh))
+  free = [axis for axis, size in shape.items() if size == -1]
+  if len(free) > 1:
+    raise ConfigError(f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take what is left")
+  fixed = 1
+  for axis, size in shape.items():
+    if size != -1 and size < 1:
+      raise ConfigError(f"mesh.{axis} is {size}: give a size of at least 1, or -1 for what is left")
+    fixed *= max(1, size)
+  if device_count is not None:
+    if device_count % fixed or (not free and fixed != device_count):
+      sizes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != 1)
+      raise ConfigError(f"mesh ({sizes}) does not divide the {device_count} devices there are. "
+                        f"Set one axis to -1, or sizes with a product of {device_count}")
+    if free:
+      shape[free[0]] = device_count // fixed
+  return shape
+
+
+# -- resolution ---------------------------------------------------------------------------------------------------------
+
+
+def _resolve_tree(raw: dict) -> dict:
+  common = {key.path: key for key in KEYS}
+  return _resolve_node(_plain(raw), "", "", common)
+
+
+def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -> dict:
+  """Resolves the dict at `path`; `pattern` is the path with entry names replaced by `*`."""
+  prefix, pattern_prefix = (f"{path}.", f"{pattern}.") if path else ("", "")
+  if path in COLLECTIONS or pattern in COLLECTIONS:
+    for name, entry in node.items():
+      if not isinstance(entry, dict):
+        raise ConfigError(f"{prefix}{name} must be a dict of settings, not {entry!r}")
+    return {name: _resolve_node(entry, f"{prefix}{name}", f"{pattern_prefix}*", common) for name, entry in node.items()}
+  known: dict[str, tuple[Any, Any]] = {}  # name -> (type, default); type None = a nested dict
+  for key in common.values():
+    if key.path.startswith(pattern_prefix) and (rest := key.path[len(pattern_prefix):]):
+      head, _, tail = rest.partition(".")
+      if tail or isinstance(key.default, dict):
+        known[head] = (None, {})
+      elif head != "*":
+        known.setdefault(head, (key.type, key.default))
+  for collection in COLLECTIONS:
+    if collection.startswith(pattern_prefix) and "." not in collection[len(pattern_prefix):]:
+      known[collection[len(pattern_prefix):]] = (None, {})
+  if pattern in ENTRIES:
+    group, selector = ENTRIES[pattern]
+    name = node.get(selector, known.get(selector, (str, ""))[1])
+    if not name:
+      raise ConfigError(f"{path} has no `{selector}`; there are: {', '.join(KINDS[group])}")
+    if not isinstance(name, str) or (name not in KINDS[group] and ":" not in name):
+      raise ConfigError(f"{prefix}{selector} is {name!r}, which is no {group}{_nearest(str(name), KINDS[group])}")
+    known[selector] = (str, name)
+    for setting, parameter in _signature(kind_function({"kind": name}, group)).items():
+      default = None if parameter.default is inspect.Parameter.empty else parameter.default
+      known.setdefault(setting, (parameter.annotation, default))
+  out = {}
+  for name in node:
+    if name not in known:
+      elsewhere = [key.path for key in KEYS if key.path.split(".")[-1] == name]
+      hint = _nearest(name, known) or (f". Did you mean {elsewhere[0]!r}?" if elsewhere else f"; there are: {', '.join(known)}")
+      raise ConfigError(f"unknown key {prefix}{name}{hint}")
+  for name, (kind, default) in known.items():
+    value = node.get(name, default)
+    if kind is None:
+      if not isinstance(value, dict):
+        raise ConfigError(f"{prefix}{name} must be a dict of settings, not {value!r}")
+      out[name] = _resolve_node(value, f"{prefix}{name}", f"{pattern_prefix}{name}", common)
+    else:
+      out[name] = _typed(value, kind, f"{prefix}{name}", default)
+  return out
+
+
+def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
+  """`value` as `kind`, or a ConfigError. Ints pass as floats, lists as tuples."""
+  if kind in (inspect.Parameter.empty, Any):
+    return _jsonable(value)
+  origin = typing.get_origin(kind)
+  if origin is Literal:
+    choices = typing.get_args(kind)
+    if value not in choices:
+      raise ConfigError(f"{path} is {value!r}, but must be one of {', '.join(map(repr, choices))}{_nearest(str(value), [str(c) for c in choices])}")
+    return value
+  if origin in (typing.Union, types.UnionType):
+    errors = []
+    for option in typing.get_args(kind):
+      if option is type(None):
+        if value is None:
+          return None
+        continue
+      try:
+        return _typed(value, option, path, default)
+      except ConfigError as error:
+        errors.append(error)
+    raise errors[0]
+  if kind is Duration:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+      raise ConfigError(f"{path} is {value!r}, but must be a duration: steps (1000), '5%', '2 epochs' or '1e6 examples'")
+    try:
+      in_steps(value, steps=1, batch_size=1, examples=1)
+    except ConfigError as error:
+      raise ConfigError(f"{path}: {error}") from error
+    return value
+  plain = origin or kind
+  if plain is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if plain is tuple and isinstance(value, (list, tuple)):
+    if isinstance(default, tuple) and default and all(isinstance(d, (int, float)) for d in default):
+      if len(value) != len(default) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+        raise ConfigError(f"{path} is {tuple(value)!r}, but must be {len(default)} numbers, such as {default!r}")
+    return _tuples(value)
+  if plain is dict and isinstance(value, dict):
+    return value
+  if isinstance(value, plain) and not (plain in (int, float) and isinstance(value, bool)):
+    return value
+  hint = f", such as {default!r}" if default not in (None, "", ()) else ""
+  raise ConfigError(f"{path} is {value!r} ({type(value).__name__}), but must be a {plain.__name__}{hint}")
+
+
+def _signature(function: typing.Callable) -> dict[str, inspect.Parameter]:
+  """The keyword-only parameters of a kind's function, annotations evaluated."""
+  parameters = inspect.signature(function, eval_str=True).parameters
+  return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _import(target: str) -> typing.Callable:
+  module, _, name = target.partition(":")
+  try:
+    return getattr(importlib.import_module(module), name)
+  except ModuleNotFoundError as error:
+    raise ConfigError(f"kind {target!r}: {error}") from error
+  except AttributeError as error:
+    raise ConfigError(f"kind {target!r}: {error}") from error
+
+
+def _set_override(tree: dict, path: str, value: Any) -> None:
+  """Sets a dotted path; entry names with slashes or dots (`retrieval/val`) match the longest existing key first."""
+  keys, node = path.split("."), tree
+  while keys:
+    for n in range(len(keys), 0, -1):
+      head = ".".join(keys[:n])
+      if n == len(keys) or (isinstance(node.get(head), dict)):
+        break
+    if n == len(keys) and n > 1 and head not in node:
+      head, n = keys[0], 1
+    keys = keys[n:]
+    if not keys:
+      node[head] = value
+      return
+    child = node.setdefault(head, {})
+    if not isinstance(child, dict):
+      raise ConfigError(f"override {path}={value!r}: {head} is a value, not a group of keys")
+    node = child
+
+
+def _parse(text: str) -> Any:
+  if text in ("true", "false"):
+    return text == "true"
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _set(tree: dict, keys: list[str], value: Any) -> None:
+  for key in keys[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[keys[-1]] = value
+
+
+def _get(tree: dict, keys: list[str]) -> Any:
+  for key in keys:
+    tree = tree.get(key) if isinstance(tree, dict) else None
+  return tree
+
+
+def _plain(node: Any) -> Any:
+  if isinstance(node, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict)):
+    node = node.to_dict()
+  return {k: _plain(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _jsonable(value: Any) -> Any:
+  return _tuples(value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_regex(path: str, pattern: Any) -> None:
+  try:
+    re.compile(pattern)
+  except (re.error, TypeError) as error:
+    raise ConfigError(f"{path}: {pattern!r} is no regular expression ({error})") from error
+
+
+def _nearest(name: str, options: typing.Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+  return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def _nearest_multiple(value: int, divisor: int) -> int:
+  return max(divisor, round(value / divisor) * divisor)
