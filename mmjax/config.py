@@ -261,6 +261,28 @@ def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Cal
   raise ConfigError(f"unknown kind {name!r}{_nearest(name, [k for g in groups for k in KINDS[g]])}")
 
 
+def describe(config: FrozenConfigDict, *, docs: bool = False) -> str:
+  """The resolved config as lines `key = value`, with `docs` each followed by the meaning of the key."""
+  meanings = {key.path: key.doc for key in KEYS}
+  lines = []
+  for path, value in flatten(config):
+    doc = meanings.get(path) or next((d for p, d in meanings.items() if "*" in p and fnmatch.fnmatchcase(path, p)), "")
+    if not doc and docs:
+      doc = f"see {_owner(path, config)}"
+    lines.append(f"{path} = {value!r}" + (f"  # {doc}" if docs else ""))
+  return "\n".join(lines)
+
+
+def _owner(path: str, config: typing.Mapping) -> str:
+  """The "module:function" whose docstring explains the setting at `path`."""
+  for pattern, (group, selector) in sorted(ENTRIES.items(), key=lambda item: -len(item[0])):
+    if fnmatch.fnmatchcase(path, pattern + ".*"):
+      keys = path.split(".")[:pattern.count(".") + 1]
+      name = (_get(_plain(config), keys) or {}).get(selector, "")
+      return KINDS[group].get(name, name)
+  return "mmjax/config.py"
+
+
 def in_steps(value: int | str, *, steps: int | None, batch_size: int, examples: int | None = None) -> int:
   """A duration in steps: 1000, '5%' of `steps`, '2 epochs' of `examples`, '1e6 examples'. At least 1 unless zero."""
   if isinstance(value, (int, float)):

@@ -1,0 +1,58 @@
+"""`mmjax eval`: a checkpoint, its evaluators (or those of another config), eval.json and report.html."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Sequence
+
+import jax
+
+from mmjax import config as configs
+from mmjax import evaluation
+from mmjax.config import UserError
+from mmjax.evaluation import report
+from mmjax.parallel import multihost
+from mmjax.parallel.mesh import make_mesh
+from mmjax.state import checkpoint
+from mmjax.training.step import Step
+
+
+def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrides: Sequence[str] = (), suite: str | None = None,
+             out: str | os.PathLike | None = None) -> dict[str, dict[str, float]]:
+  """Evaluates the checkpoint at `path` (run, step or import folder) and writes eval.json and report.html.
+
+  Returns: {evaluator name: {metric: value}}. Raises UserError: no checkpoint there, no such evaluator.
+  """
+  found = checkpoint.find_checkpoint(path)
+  config = checkpoint.load_config(found)
+  if config_file or overrides:
+    theirs = configs.load(config_file, overrides) if config_file else None
+    tree = config.to_dict()
+    if theirs:
+      tree["evaluation"] = theirs.to_dict()["evaluation"]
+    config = configs.resolve(tree, () if theirs else overrides)
+  if not config.evaluation.evaluators:
+    raise UserError(f"{path}: the config of this checkpoint has no evaluation.evaluators. Name a config that has some with --config")
+  multihost.initialize(config)
+  mesh = make_mesh(config)
+  configs.check(config, jax.device_count())
+  step = Step(config, mesh)
+  with jax.set_mesh(mesh):
+    params = checkpoint.load_params(found, step.params_spec)
+    results = evaluation.Evaluation(config, step.embed, mesh, assets=checkpoint.load_assets(found)).run(params, names=suite)
+  folder = Path(out) if out else run_folder(Path(path))
+  if multihost.is_main():
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation.write_eval_json(folder, results)
+    page = report.write_report(folder, config, results, folder / "metrics.jsonl")
+    for name, result in results.items():
+      print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
+    print(f"wrote {folder / 'eval.json'} and {page}")
+  return {name: result.metrics for name, result in results.items()}
+
+
+def run_folder(path: Path) -> Path:
+  """The run folder of a step folder (RUN/checkpoints/STEP), else the path itself."""
+  path = path.absolute()
+  return path.parent.parent if path.parent.name == "checkpoints" else path

@@ -1,0 +1,293 @@
+"""A run from start to end: data, model, checkpoint, steps, metrics, evaluation. One call starts or resumes it.
+
+What makes it exact: the data position is the step, randomness is folded from the step, metrics of a step are on disk
+before a checkpoint of that step exists, and lines past the restored step are cut. So a run that is killed anywhere and
+started again writes what an unbroken run writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import zlib
+from collections import deque
+from pathlib import Path
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from mmjax import config as configs
+from mmjax import evaluation
+from mmjax.config import UserError
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.text import load_tokenizer
+from mmjax.evaluation import report
+from mmjax.parallel import multihost
+from mmjax.parallel.mesh import make_mesh
+from mmjax.state import checkpoint, schedule
+from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, memory_in_use, utilisation
+from mmjax.training.step import Step
+
+DONE, STOPPED = 0, 75
+
+
+def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False) -> int:
+  """Trains `config` in `workdir`, from its newest checkpoint if there is one.
+
+  Returns: 0 when the run is complete, 75 when SIGTERM or Ctrl-C ended it early with a checkpoint saved.
+  Raises UserError: the folder holds another run, a source changed, the mesh does not fit, too many bad steps or records.
+  """
+  begin = time.monotonic()
+  workdir = Path(workdir)
+  multihost.initialize(config)
+  say = print_main
+  stop = StopSignal()
+
+  # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
+  mesh = make_mesh(config)
+  configs.check(config, jax.device_count())
+  batch_size = config.train.batch_size
+  pipeline = Pipeline(config, rows=multihost.local_rows(mesh, batch_size))
+  units = dict(batch_size=batch_size, examples=pipeline.examples)
+  steps = configs.in_steps(config.train.steps, steps=None, **units)
+  every = {name: configs.in_steps(value, steps=steps, **units) for name, value in (
+    ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
+  open_workdir(workdir, config, allow_change)
+
+  # -- State: restored, or initialised on the mesh -----------------------------------------------------------------------
+  step = Step(config, mesh, steps=steps, examples=pipeline.examples)
+  saver = checkpoint.Checkpointer(workdir, config, steps=steps, examples=pipeline.examples)
+  restored = saver.restore(step.state_spec)
+  if restored:
+    state, data, start = restored
+    check_position(config, data, pipeline, steps, start, allow_change)
+    say(f"resume {workdir} at step {start} of {steps}")
+  else:
+    state, data, start = step.init(config.seed), {}, 0
+    if config.init["from"]:
+      params, lines = checkpoint.restore_into(state.params, config.init["from"], config.init.map)
+      state = step.with_params(state, params)
+      for line in lines:
+        say(line)
+  if start >= steps:
+    say(f"{workdir} is complete: {start} of {steps} steps. Raise train.steps to go on, or choose another --workdir.")
+    saver.close()
+    return DONE
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  say(f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} {jax.devices()[0].platform} device(s), "
+      f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
+  if multihost.is_main():
+    write_atomically(workdir / "config.json", configs.to_json(config))
+
+  # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
+  moment = time.monotonic()
+  step.compile()
+  say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")
+
+  # -- The loop ----------------------------------------------------------------------------------------------------------
+  outputs = Outputs(workdir, start, config) if multihost.is_main() else None
+  progress = Progress(start, steps) if multihost.is_main() else None
+  evaluators = evaluation.Evaluation(config, step.embed, mesh) if config.evaluation.evaluators and every["evaluation"] else None
+  assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and "text" in config.model.encoders else {}
+  flops = step.flops_per_step()
+  clock = Clock(data.get("skipped_in_a_row", 0), data.get("skipped", 0))
+  pending: deque = deque()
+
+  def settle(keep: int) -> None:
+    """Reads the metrics of all but the `keep` newest dispatched steps: reading the newest would stall the device."""
+    while len(pending) > keep:
+      at, metrics = pending.popleft()
+      skipped = bool(metrics["skipped"])
+      clock.skipped += skipped
+      clock.skipped_in_a_row = clock.skipped_in_a_row + 1 if skipped else 0
+      if skipped:
+        say(f"step {at}: loss or gradient is not finite; update skipped ({clock.skipped} so far; "
+            f"ids {', '.join(map(str, pipeline.ids(at - 1)[:4]))}, ...)")
+        if clock.skipped_in_a_row >= config.train.max_skipped:
+          raise UserError(f"{workdir}: {clock.skipped_in_a_row} steps in a row were not finite (train.max_skipped), the last is step {at}. "
+                          "Lower optimizer.lr, raise schedule.warmup or set optimizer.clip; then start again from the last checkpoint")
+      if outputs and (at % every["log"] == 0 or at in (1, steps)):
+        row = dict(step=at, time=time.time(), **{k: float(v) for k, v in metrics.items()}, skipped_total=clock.skipped)
+        row["ids_crc32"] = zlib.crc32("\n".join(map(str, pipeline.ids(at - 1))).encode())
+        row.update(clock.lap(at, batch_size, flops), memory=memory_in_use())
+        outputs.write(row)
+        progress.log(row)
+
+  def save(at: int, metrics: dict | None, force: bool) -> None:
+    if saver.should_save(at) or force:
+      settle(0)
+      if outputs:
+        outputs.sync()
+      position = dict(step=at, steps=steps, fingerprint=pipeline.fingerprint(), skipped=clock.skipped,
+                      skipped_in_a_row=clock.skipped_in_a_row)
+      saver.save(at, state, data=position, config=configs.to_json(config), assets=assets, metrics=metrics, force=force)
+
+  try:
+    with stop, jax.set_mesh(mesh):
+      batches = pipeline.iterate(start, steps)
+      for at in range(start + 1, steps + 1):
+        moment = time.monotonic()
+        batch = next(batches)
+        clock.waited(time.monotonic() - moment)
+        state, metrics = step.train(state, multihost.to_device(batch, mesh))
+        pending.append((at, metrics))
+        settle(1)
+        if progress:
+          progress.step(at)
+        results = None
+        if evaluators and (at % every["evaluation"] == 0 or at == steps):
+          settle(0)
+          moment = time.monotonic()
+          results = evaluators.run(step.evaluation_params(state))
+          clock.pause(time.monotonic() - moment)
+          if outputs:
+            outputs.evaluated(at, results)
+            for name, result in results.items():
+              progress.say(f"step {at}: {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4]))
+        stopping = multihost.any_process(stop.received)
+        save(at, evaluation.flat_metrics(results) if results else None, force=stopping or at == steps)
+        if stopping and at < steps:
+          saver.wait()
+          progress and progress.close()
+          say(f"stopped by {stop.name} at step {at} of {steps}; checkpoint saved. The same command goes on from here.")
+          return STOPPED
+      settle(0)
+      saver.wait()
+    if outputs:
+      outputs.finish(config, results)
+      progress.close()
+    say(f"done: {steps} steps in {workdir} ({time.monotonic() - begin:.0f} s)")
+    return DONE
+  finally:
+    progress and progress.close()
+    outputs and outputs.close()
+    saver.close()
+
+
+# -- Parts of the story ---------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+  """Within `with`, SIGTERM and Ctrl-C set `received`; a second Ctrl-C interrupts at once."""
+
+  def __init__(self):
+    self.received, self.name = False, ""
+    self._before: dict[int, object] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number, frame):
+    if self.received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received, self.name = True, "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    os.write(2, f"\n{self.name}: finishing this step and saving ...\n".encode())
+
+
+class Clock:
+  """Times of a run: speed between logged steps, less evaluation; the share of time that waited for data."""
+
+  def __init__(self, skipped_in_a_row: int, skipped: int):
+    self.skipped_in_a_row, self.skipped = skipped_in_a_row, skipped
+    self._start, self._step, self._wait = time.monotonic(), None, 0.0
+
+  def waited(self, seconds: float) -> None:
+    self._wait += seconds
+
+  def pause(self, seconds: float) -> None:
+    self._start += seconds
+
+  def lap(self, step: int, batch_size: int, flops: float) -> dict[str, float | None]:
+    now = time.monotonic()
+    seconds = max(now - self._start, 1e-9)
+    steps = step - self._step if self._step is not None else 0
+    row = dict(examples_per_second=steps * batch_size / seconds if steps else None,
+               mfu=utilisation(flops, seconds / steps) if steps else None,
+               data_wait_fraction=min(1.0, self._wait / seconds) if steps else None)
+    self._start, self._step, self._wait = now, step, 0.0
+    return row
+
+
+class Outputs:
+  """Everything that the main process writes into the run folder while training."""
+
+  def __init__(self, workdir: Path, step: int, config: FrozenConfigDict):
+    self.workdir = workdir
+    self._file = MetricsFile(workdir, step)
+    self._board = TensorBoard(workdir, step) if config.log.tensorboard else None
+
+  def write(self, row: dict) -> None:
+    self._file.write(row)
+    self._board and self._board.write(row)
+
+  def evaluated(self, step: int, results: dict) -> None:
+    self.write(dict(step=step, time=time.time(), **evaluation.flat_metrics(results)))
+
+  def sync(self) -> None:
+    self._file.sync()
+
+  def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
+    self.sync()
+    if results:
+      evaluation.write_eval_json(self.workdir, results)
+    report.write_report(self.workdir, config, results or {}, self._file.path)
+
+  def close(self) -> None:
+    self._file.close()
+    self._board and self._board.close()
+
+
+def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
+  """Makes the run folder, or checks that the run in it is this one. Raises UserError otherwise."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".writable-{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}. Choose another folder or free it") from error
+  written = workdir / "config.json"
+  if not written.exists():
+    return
+  try:
+    old = configs.from_json(written.read_text())
+  except (ValueError, UserError) as error:
+    raise UserError(f"{written} is not a config of this version ({error}). Choose another --workdir") from error
+  changes = configs.changed_on_resume(old, config)
+  if changes and not allow_change:
+    raise UserError(f"{workdir} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, "
+                    "or pass --allow-change to go on with the new ones")
+
+
+def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: int, allow_change: bool) -> None:
+  """Refuses to go on with other data, or with a schedule whose past would change. Raises UserError."""
+  if allow_change:
+    return
+  now = json.loads(json.dumps(pipeline.fingerprint()))
+  differ = [f"{k}: {data['fingerprint'].get(k)!r} -> {now.get(k)!r}" for k in now if data["fingerprint"].get(k) != now.get(k)]
+  if differ:
+    raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore the data set, or pass --allow-change")
+  if data["steps"] != steps and not schedule.same_past(config, data["steps"], steps, start):
+    raise UserError(f"train.steps {data['steps']} -> {steps} would change the learning rate of steps that are done "
+                    f"(schedule.name={config.schedule.name}). Keep train.steps, use schedule.name=constant, or pass --allow-change")
+
+
+def write_atomically(path: Path, text: str) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text)
+  os.replace(temporary, path)
+
+
+def print_main(text: str) -> None:
+  if multihost.is_main():
+    print(text, flush=True)
+
+

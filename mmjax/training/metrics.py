@@ -1,0 +1,139 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events, the progress line; and what they are computed from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Mapping
+
+import jax
+
+# Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors' data sheets).
+PEAK_FLOPS = {
+  "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+class MetricsFile:
+  """metrics.jsonl: one JSON object a line, floats in full precision (equal text means equal bits).
+
+  Opening it at `step` cuts every line past that step, and a last line that a crash left unfinished.
+  """
+
+  def __init__(self, folder: Path, step: int):
+    self.path = folder / "metrics.jsonl"
+    kept = []
+    if self.path.exists():
+      for line in self.path.read_text(errors="replace").splitlines():
+        try:
+          row = json.loads(line)
+        except ValueError:
+          continue
+        if isinstance(row, dict) and row.get("step", step + 1) <= step:
+          kept.append(line)
+    # Written beside and renamed, so that a crash here loses nothing that was logged.
+    temporary = self.path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, self.path)
+    self.last = {k: v for k, v in json.loads(kept[-1]).items()} if kept else {}
+    self._file = open(self.path, "a")
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Appends `row`; non-finite floats become null (JSON has none)."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    self._file.write(json.dumps(clean) + "\n")
+    self._file.flush()
+
+  def sync(self) -> None:
+    """Waits until the disk has every line: called before a checkpoint that stands for them."""
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self.sync()
+    self._file.close()
+
+
+class TensorBoard:
+  """The numbers of metrics.jsonl as TensorBoard events; events past the restored step are purged."""
+
+  def __init__(self, folder: Path, step: int):
+    from tensorboardX import SummaryWriter
+
+    self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+      if isinstance(value, (int, float)) and name not in ("step", "time"):
+        self._writer.add_scalar(name, value, row["step"])
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class Progress:
+  """A progress bar with ETA on a terminal; a plain line at every logged step elsewhere."""
+
+  def __init__(self, start: int, total: int, out=None):
+    self._out = out or sys.stderr
+    self.total, self._bar = total, None
+    self._first, self._begin = start, time.monotonic()
+    if self._out.isatty():
+      from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+      self._bar = Bar(TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                      TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+      self._task = self._bar.add_task("train", total=total, completed=start, text="")
+      self._bar.start()
+
+  def step(self, step: int) -> None:
+    if self._bar:
+      self._bar.update(self._task, completed=step)
+
+  def log(self, row: Mapping[str, Any]) -> None:
+    step, shown = row["step"], [f"loss {row['loss']:.4f}"]
+    shown += [f"{k.split('/')[-1]} {row[k]:.3f}" for k in row if k.endswith("/accuracy")][:2]
+    shown.append(f"lr {row['lr']:.2e}")
+    if row.get("examples_per_second"):
+      shown.append(f"{row['examples_per_second']:.0f} examples/s")
+    text = "  ".join(shown)
+    if self._bar:
+      self._bar.update(self._task, completed=step, text=text)
+      return
+    elapsed = time.monotonic() - self._begin
+    left = elapsed / max(1, step - self._first) * (self.total - step)
+    self.say(f"step {step}/{self.total}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
+
+  def say(self, text: str) -> None:
+    if self._bar:
+      self._bar.console.print(text, markup=False, highlight=False)
+    else:
+      print(text, file=self._out, flush=True)
+
+  def close(self) -> None:
+    if self._bar:
+      self._bar.stop()
+
+
+def memory_in_use() -> float:
+  """Peak bytes of the fullest local device; of this process where devices do not tell (CPU)."""
+  peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
+  if max(peaks, default=0):
+    return float(max(peaks))
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return float(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def utilisation(flops_per_step: float, seconds_per_step: float) -> float | None:
+  """Model FLOPs utilisation in [0, 1] (PaLM, arXiv:2204.02311, appendix B); None where the device's peak is not known."""
+  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  if not peak or not seconds_per_step:
+    return None
+  return flops_per_step / seconds_per_step / (peak * jax.device_count())
