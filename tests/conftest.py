@@ -1,10 +1,13 @@
-"""Eight simulated CPU devices in every test process, and a compilation cache shared by the run."""
+"""Eight simulated CPU devices in every test process, a compilation cache and the embedded data shared by the run."""
 
+import fcntl
 import os
+import pathlib
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mmjax-test-cache-{os.getuid()}"))
+SHARED = pathlib.Path(tempfile.gettempdir()) / f"mmjax-tests-{os.getuid()}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(SHARED / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
@@ -17,3 +20,20 @@ jax.config.update("jax_num_cpu_devices", 8)
 def devices():
   """Eight simulated devices."""
   return jax.devices()
+
+
+@pytest.fixture(scope="session")
+def embedded_data(tmp_path_factory, worker_id):
+  """MMJAX_DATA with openmoji and the quickstart's tokenizer, built once a run; the folder."""
+  base = tmp_path_factory.getbasetemp()
+  folder = (base if worker_id == "master" else base.parent) / "data"
+  folder.mkdir(exist_ok=True)
+  os.environ["MMJAX_DATA"] = str(folder)
+  with open(folder.parent / "data.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # the other test process waits for this one's build
+    from mmjax import cli
+    assert cli.main(["data", "build", "openmoji"]) == 0
+    if not (folder / "tokenizers" / "quickstart.model").exists():
+      assert cli.main(["data", "tokenizer", "--source", "openmoji", "--split", "train+validation", "--languages", "en",
+                       "--vocab-size", "1024", "--name", "quickstart"]) == 0
+  return folder

@@ -1,0 +1,98 @@
+"""Configs: what resolves, and the one clear line for what does not."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mmjax
+from mmjax import config as configs
+
+
+def small():
+  c = mmjax.config.base()
+  c.data.sources.emoji = dict(name="openmoji")
+  c.data.image.size = 48
+  c.data.text.tokenizer = "openmoji"
+  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit", patch=8), text=dict(kind="transformer")))
+  c.objectives.align = dict(kind="contrastive", between=("image", "text"))
+  return c
+
+
+def test_entries_get_the_defaults_of_their_kind():
+  resolved = configs.resolve(small(), ["--config.objectives.align.loss=sigmoid", "config.optimizer.lr=3e-4"])
+  assert resolved.objectives.align.loss == "sigmoid" and resolved.objectives.align.weight == 1.0
+  assert resolved.optimizer.lr == 3e-4 and resolved.optimizer.name == "adamw" and "b2" in resolved.optimizer
+  assert resolved.data.sources.emoji.split == "train"
+
+
+def test_an_override_makes_a_missing_named_entry():
+  resolved = configs.resolve(small(), ["evaluation.evaluators.retrieval/val.kind=retrieval",
+                                       "evaluation.evaluators.retrieval/val.source=openmoji"])
+  assert resolved.evaluation.evaluators["retrieval/val"].source == "openmoji"
+
+
+def test_a_resolved_config_survives_json():
+  resolved = configs.resolve(small())
+  again = configs.from_json(configs.to_json(resolved))
+  assert again.to_dict() == resolved.to_dict() and configs.changed_on_resume(resolved, again) == []
+  assert json.loads(configs.to_json(resolved))["train"]["batch_size"] == 256
+
+
+@pytest.mark.parametrize(("override", "words"), [
+  ("optimizer.lrr=1", ["optimizer.lrr", "'lr'"]),
+  ("lr=1", ["unknown key lr", "optimizer.lr"]),
+  ("optimizer.lr=fast", ["optimizer.lr", "float"]),
+  ("train.batch_size=2.5", ["train.batch_size", "int"]),
+  ("train.batch_size=0", ["train.batch_size", "at least 1"]),
+  ("train.microbatches=3", ["256", "microbatches 3", "255"]),
+  ("mesh.data=3", ["3 devices", "255"]),
+  ("mesh.fsdp=-1", ["mesh.data", "mesh.fsdp", "-1"]),
+  ("train.steps=10 epoks", ["train.steps", "epochs"]),
+  ("objectives.align.between=('image','audio')", ['"audio"', "image, text"]),
+  ("objectives.align.loss=sigmoyd", ["'sigmoyd'", "'sigmoid'"]),
+  ("objectives.align.kind=contrastiv", ["contrastiv", "'contrastive'"]),
+  ("objectives.align=3", ["objectives.align", "dict"]),
+  ("model.encoders.image.kind=vitt", ["vitt", "'vit'"]),
+  ("model.encoders.image.patch=7", ["48", "patch 7", "49"]),
+  ("data.sources.emoji.languagse=('en',)", ["languagse", "'languages'"]),
+  ("data.image.augment.crop=(1,)", ["crop", "2 numbers"]),
+  ("data.image.augment.flip=true", ["flip", "float"]),
+  ("data.text.tokenizer=''", ["tokenizer", "mmjax data tokenizer"]),
+  ("optimizer.decay='('", ["optimizer.decay", "regular expression"]),
+  ("optimizer.rates=(1,)", ["optimizer.rates"]),
+  ("sharding=fsdpp", ["'fsdpp'", "'fsdp'"]),
+])
+def test_mistakes_are_refused_with_one_line_that_names_key_and_remedy(override, words):
+  with pytest.raises(configs.ConfigError) as error:
+    configs.resolve(small(), [override])
+  message = str(error.value)
+  assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_mesh_that_does_not_divide_the_devices_is_refused():
+  with pytest.raises(configs.ConfigError, match="8 devices"):
+    configs.check(configs.resolve(small(), ["mesh.data=1", "mesh.tensor=3"]), device_count=8)
+
+
+def test_keys_that_alter_numbers_are_named_on_resume_and_others_are_free():
+  old = configs.resolve(small())
+  assert configs.changed_on_resume(old, configs.resolve(small(), ["mesh.data=2", "data.workers=2", "log.every=1", "train.steps=9"])) == []
+  lines = configs.changed_on_resume(old, configs.resolve(small(), ["optimizer.lr=0.5"]))
+  assert lines == ["optimizer.lr: 0.001 -> 0.5"]
+
+
+@given(st.integers(1, 10**6), st.integers(1, 4096), st.integers(1, 10**6))
+def test_durations_agree_with_their_definition(steps, batch_size, examples):
+  units = dict(steps=steps, batch_size=batch_size, examples=examples)
+  assert configs.in_steps("100%", **units) == steps
+  assert configs.in_steps("2 epochs", **units) == max(1, round(2 * examples / batch_size))
+  assert configs.in_steps(f"{examples} examples", **units) == max(1, round(examples / batch_size))
+  assert configs.in_steps(steps, **units) == steps and configs.in_steps(0, **units) == 0
+
+
+def test_every_key_is_documented_and_there_are_fewer_than_150():
+  assert len(configs.KEYS) < 150
+  assert all(len(key.doc) > 10 and key.doc.endswith(".") for key in configs.KEYS)
+  assert len({key.path for key in configs.KEYS}) == len(configs.KEYS)
