@@ -1,0 +1,93 @@
+"""Two (or more) encoders into one space: CLIP (Radford et al. 2021, arXiv:2103.00020), SigLIP (Zhai et al. 2023, arXiv:2303.15343)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import UserError
+from mmjax.models.layers import Dense, Encoded, normal, with_axes
+
+Array = jax.Array
+
+
+class DualEncoder(nn.Module):
+  """One encoder a modality, each projected to a shared space of `width`, compared by cosine times `temperature()`.
+
+  `batch` is the nested dict of DESIGN.md, {modality: {...}}. `unprojected` modalities are in the shared space already.
+  """
+
+  encoders: Mapping[str, nn.Module]
+  width: int
+  unprojected: tuple[str, ...] = ()
+  projection_bias: bool = False
+  scale_init: float = 1 / 0.07
+  scale_max: float = 100.0
+  use_bias: bool = False
+  bias_init: float = -10.0
+
+  shared_methods = ("temperature",)  # methods whose result does not depend on examples
+
+  def setup(self) -> None:
+    for modality, encoder in self.encoders.items():
+      setattr(self, modality, encoder.clone(parent=None))  # the parameters of "image" are image/..., not encoders_image/...
+    self.projections = {
+      modality: Dense((self.width,), ("embed", "joint"), jnp.float32, nn.initializers.lecun_normal(), self.projection_bias,
+                      name=f"{modality}_projection")
+      for modality in self.encoders if modality not in self.unprojected}
+    self.log_scale = self.param("log_scale", with_axes(nn.initializers.constant(math.log(self.scale_init)), ()), (), jnp.float32)
+    if self.use_bias:
+      self.bias = self.param("bias", with_axes(nn.initializers.constant(self.bias_init), ()), (), jnp.float32)
+
+  def __call__(self, batch: Mapping[str, Any], *, train: bool = False) -> dict[str, Array]:
+    """{modality: embedding} of every modality in the batch; reads every parameter, so that `init` makes them all."""
+    self.temperature()
+    return {modality: self.embedding(modality, batch, train=train) for modality in self.encoders if modality in batch}
+
+  def encode(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Encoded:
+    """tokens [B, L, D], mask [B, L], pooled [B, D] of one modality, in its encoder's width."""
+    if modality not in self.encoders:
+      raise UserError(f"the model has no encoder for {modality!r}; it has {', '.join(sorted(self.encoders))}")
+    return getattr(self, modality)(batch[modality], train=train)
+
+  def embedding(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Array:
+    """float32 [B, width] of length 1; zeros for a row where the modality is missing."""
+    x = self.encode(modality, batch, train=train).pooled.astype(jnp.float32)
+    if modality in self.projections:
+      x = self.projections[modality](x)
+    if x.shape[-1] != self.width:
+      raise UserError(f"model.unprojected has {modality!r}, but its encoder gives {x.shape[-1]} channels and model.width is "
+                      f"{self.width}. Make them equal, or project it")
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+  def temperature(self) -> tuple[Array, Array]:
+    """(scale, bias), float32 scalars: logits = scale * cosine + bias. scale = exp(log_scale), at most `scale_max`.
+
+    The gradient passes the clip unchanged, so that a scale at its limit can come down again.
+    """
+    limit = math.log(self.scale_max)
+    log_scale = self.log_scale + jax.lax.stop_gradient(jnp.minimum(self.log_scale, limit) - self.log_scale)
+    return jnp.exp(log_scale), self.bias if self.use_bias else jnp.zeros((), jnp.float32)
+
+
+def dual_encoder(encoders: Mapping[str, nn.Module], precision: Mapping[str, Any], *, width: int = 512,
+                 unprojected: tuple = (), projection_bias: bool = False, scale_init: float = 1 / 0.07,
+                 scale_max: float = 100.0, bias: bool = False, bias_init: float = -10.0) -> DualEncoder:
+  """One encoder a modality, compared by a scaled cosine in a shared space.
+
+  width: channels of the shared space, and of encoders that do not say theirs.
+  unprojected: modalities whose encoder's output is used as it is (its width must be `width`).
+  projection_bias: the projections have a bias.
+  scale_init, scale_max: factor of the cosine at the start and at most (10 and no limit in SigLIP, 1 / 0.07 and 100 in CLIP).
+  bias, bias_init: learn a bias of the logits, for the sigmoid loss.
+  """
+  for modality in unprojected:
+    if modality not in encoders:
+      raise UserError(f"model.unprojected names {modality!r}, but model.encoders has {', '.join(sorted(encoders))}")
+  return DualEncoder(dict(encoders), width=width, unprojected=tuple(unprojected), projection_bias=projection_bias,
+                     scale_init=scale_init, scale_max=scale_max, use_bias=bias, bias_init=bias_init)

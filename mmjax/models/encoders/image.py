@@ -1,0 +1,194 @@
+"""Images: a vision transformer on patches (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import UserError
+from mmjax.models import pooling as pool
+from mmjax.models.layers import (
+  Dense,
+  Encoded,
+  LayerNorm,
+  activate,
+  constrain,
+  normal,
+  resize_positions,
+  sincos_positions,
+  with_axes,
+)
+from mmjax.models.platform import materialise
+from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+
+Array = jax.Array
+ImagePooling = Literal["class", "mean", "attention", "last"]
+Positions = Literal["learned", "sincos"]
+Stem = Literal["patch", "convolution"]
+
+
+class VisionTransformer(nn.Module):
+  """Call: {"pixels" uint8 or float [B, H, W, 3] in 0..255, "present" bool [B]?} -> Encoded of width D.
+
+  Learned positions belong to the grid of `size`; pictures of another size get them interpolated. Pixels beyond the last
+  whole patch are not seen. Randomness: stream "dropout", for dropout and patch dropout, only when `train`.
+  """
+
+  config: TransformerConfig
+  patch: int
+  size: int
+  pixel_mean: tuple[float, ...]
+  pixel_std: tuple[float, ...]
+  pooling: ImagePooling = "mean"
+  positions: Positions = "learned"
+  stem: Stem = "patch"
+  patch_dropout: float = 0.0
+  patch_bias: bool = True
+  input_norm: bool = False
+  final_norm: bool = True
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c, pixels = self.config, batch["pixels"]
+    grid = (pixels.shape[1] // self.patch, pixels.shape[2] // self.patch)
+    if not min(grid):
+      raise UserError(f"pictures of {pixels.shape[2]}x{pixels.shape[1]} pixels are smaller than one patch of {self.patch}")
+    pixels = pixels[:, :grid[0] * self.patch, :grid[1] * self.patch]
+    x = self._embed(normalise(pixels, self.pixel_mean, self.pixel_std, c.dtype), grid)
+    head = self.pooling == "class"  # one more token, with a position of its own
+    positions = self._positions(grid, head)
+    x = x + positions[head:].astype(c.dtype)
+    if train and self.patch_dropout:
+      x = drop_tokens(x, self.patch_dropout, self.make_rng("dropout"))
+    if head:
+      token = self.param("class", with_axes(normal(c.width**-0.5), ("embed",)), (c.width,), jnp.float32)
+      token = jnp.broadcast_to((token + positions[0]).astype(c.dtype), (x.shape[0], 1, c.width))
+      x = jnp.concatenate([token, x], axis=1)
+    x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
+    if self.input_norm:
+      x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
+    present = batch.get("present")
+    mask = None if present is None else jnp.broadcast_to(present[:, None], x.shape[:2])
+    stack = Transformer(c)
+    nn.share_scope(self, stack)  # its parameters are ours: image/layers, not image/Transformer_0/layers
+    x = stack(x, mask, train=train)
+    if self.final_norm:
+      x = LayerNorm(c.eps, c.dtype, name="norm")(x)
+    mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+    if self.pooling == "attention":
+      return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask))
+    return Encoded(x, mask, {"class": pool.first, "mean": pool.mean, "last": pool.last}[self.pooling](x, mask))
+
+  def _embed(self, pixels: Array, grid: tuple[int, int]) -> Array:
+    """Normalised pixels [B, H, W, 3] -> [B, grid rows * grid columns, D], row by row."""
+    c = self.config
+    if self.stem == "convolution":
+      x = ConvolutionStem(c.width, self.patch, c.activation, c.eps, c.dtype, name="stem")(pixels)
+      return x.reshape(x.shape[0], -1, c.width)
+    x = materialise(patchify(pixels, self.patch))
+    return Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), self.patch_bias, name="patch")(x)
+
+  def _positions(self, grid: tuple[int, int], head: bool) -> Array:
+    """[head + grid rows * grid columns, D] float32."""
+    width, trained = self.config.width, (self.size // self.patch, self.size // self.patch)
+    if self.positions == "sincos":
+      return jnp.pad(sincos_positions(*grid, width), ((int(head), 0), (0, 0)))
+    table = self.param("position", with_axes(normal(width**-0.5), ("position", "embed")),
+                       (int(head) + trained[0] * trained[1], width), jnp.float32)
+    return jnp.concatenate([table[:head], resize_positions(table[head:], trained, grid)])
+
+
+class ConvolutionStem(nn.Module):
+  """3x3 convolutions of stride 2 with layer norm and activation, then a linear layer (Xiao et al. 2021, arXiv:2106.14881).
+
+  Call: [B, H, W, 3] -> [B, H / patch, W / patch, D]; the channels double up to D at the last convolution. `patch`: a power
+  of two. Each convolution is a gather of nine shifted pictures and a matrix product, which every backend runs quickly.
+  """
+
+  width: int
+  patch: int
+  activation: str
+  eps: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    stages = self.patch.bit_length() - 1
+    if self.patch != 2**stages or not stages:
+      raise UserError(f"the convolution stem halves the picture: patch must be a power of two from 2, not {self.patch}")
+    for i in range(stages):
+      channels = max(8, self.width >> (stages - i))
+      x = Dense((channels,), ("patch", "mlp"), self.dtype, nn.initializers.he_normal(), name=f"convolution_{i}")(
+          materialise(neighbours(x)))
+      x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
+    return Dense((self.width,), ("mlp", "embed"), self.dtype, nn.initializers.lecun_normal(), name="out")(x)
+
+
+def normalise(pixels: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:
+  """Pixels in 0..255 [..., C] -> (pixels / 255 - mean) / std, in `dtype`."""
+  scale = 1 / (255 * jnp.asarray(std, jnp.float32))
+  offset = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
+  return (pixels.astype(jnp.float32) * scale - offset).astype(dtype)
+
+
+def patchify(pixels: Array, patch: int) -> Array:
+  """[B, H, W, C] -> [B, H/p * W/p, p * p * C]: patches row by row, in each rows, columns, channels."""
+  b, h, w, c = pixels.shape
+  x = pixels.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+  return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def neighbours(x: Array) -> Array:
+  """[B, H, W, C] -> [B, H/2, W/2, 9 * C]: the 3x3 surroundings of every second pixel, zeros outside."""
+  h, w = x.shape[1], x.shape[2]
+  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  return jnp.concatenate([x[:, i:i + h:2, j:j + w:2] for i in range(3) for j in range(3)], axis=-1)
+
+
+def drop_tokens(x: Array, rate: float, key: Array) -> Array:
+  """Keeps a random share 1 - rate of the tokens of each row, in order (FLIP, Li et al. 2023, arXiv:2212.00794)."""
+  keep = max(1, round(x.shape[1] * (1 - rate)))
+  order = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=-1)[:, :keep]
+  return jnp.take_along_axis(x, jnp.sort(order, axis=-1)[..., None], axis=1)
+
+
+def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 16, width: int = 0, depth: int = 12,
+        heads: int = 0, mlp: int = 0, pooling: ImagePooling = "mean", positions: Positions = "learned", stem: Stem = "patch",
+        patch_dropout: float = 0.0, patch_bias: bool = True, crop_edge: bool = False, input_norm: bool = False,
+        norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
+        bias: bool = True, eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
+        scan_unroll: int = 0) -> VisionTransformer:
+  """Vision transformer (reads batch["image"]).
+
+  patch: height and width of a patch in pixels.
+  width: channels; 0 = the model's width.
+  depth: blocks.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  pooling: class (a learned token), mean, attention (a learned query and an MLP), last (token).
+  positions: learned (interpolated when a picture has another size than data.image.size) or sincos.
+  stem: patch (one linear layer) or convolution (3x3 convolutions of stride 2).
+  patch_dropout: share of the patches left out in training.
+  patch_bias: the patch embedding has a bias.
+  crop_edge: pixels beyond the last whole patch are not seen, instead of refused.
+  input_norm: layer norm before the first block, as CLIP has.
+  norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
+  activation, bias, eps, dropout: of the blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  image = data["image"]
+  if image["size"] % patch and not crop_edge:
+    raise UserError(f"data.image.size {image['size']} is not divisible by model.encoders.image.patch {patch}. "
+                    "Change one, or set crop_edge to leave the rest unseen")
+  config = TransformerConfig(
+      width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, norm=norm, activation=activation,
+      bias=bias, eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat,
+      scan_unroll=scan_unroll)
+  return VisionTransformer(
+      config, patch=patch, size=image["size"], pixel_mean=tuple(image["mean"]), pixel_std=tuple(image["std"]),
+      pooling=pooling, positions=positions, stem=stem, patch_dropout=patch_dropout, patch_bias=patch_bias,
+      input_norm=input_norm, final_norm=final_norm)

@@ -1,0 +1,93 @@
+"""Text: token embeddings, learned positions, a transformer, a pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import UserError
+from mmjax.models import pooling as pool
+from mmjax.models.layers import Encoded, LayerNorm, constrain, normal, with_axes
+from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+
+Array = jax.Array
+TextPooling = Literal["last", "eos", "highest", "class", "mean", "attention"]
+
+
+class TextTransformer(nn.Module):
+  """Call: {"tokens" int32 [B, L], "mask" bool [B, L], "present" bool [B]?} -> Encoded of width D.
+
+  Position embeddings [length, D] are cut to L. `pooling`: "last" real token, the first token equal to `eos_id` ("eos"; the
+  last real one where there is none), the token of the highest id ("highest", as CLIP did), the first ("class"), the
+  "mean" of the real ones, or learned "attention".
+  """
+
+  config: TransformerConfig
+  vocab_size: int
+  length: int
+  pooling: TextPooling = "last"
+  eos_id: int = 2
+  mask_padding: bool = True
+  final_norm: bool = True
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c = self.config
+    tokens, mask = batch["tokens"], batch.get("mask")
+    if tokens.shape[1] > self.length:
+      raise UserError(f"text of {tokens.shape[1]} tokens for a model of data.text.length {self.length}. Cut it, or change the length")
+    if mask is None or not self.mask_padding:
+      mask = jnp.ones(tokens.shape, bool)
+    if "present" in batch:
+      mask = mask & batch["present"][:, None]
+    table = self.param("embedding", with_axes(normal(0.02), ("vocab", "embed")), (self.vocab_size, c.width), jnp.float32)
+    position = self.param("position", with_axes(normal(0.01), ("position", "embed")), (self.length, c.width), jnp.float32)
+    x = jnp.take(table, tokens, axis=0) + position[:tokens.shape[1]]
+    x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype)))
+    stack = Transformer(c)
+    nn.share_scope(self, stack)  # its parameters are ours: text/layers, not text/Transformer_0/layers
+    x = stack(x, mask, train=train)
+    if self.final_norm:
+      x = LayerNorm(c.eps, c.dtype, name="norm")(x)
+    return Encoded(x, mask, self._pool(x, mask, tokens))
+
+  def _pool(self, x: Array, mask: Array, tokens: Array) -> Array:
+    if self.pooling == "attention":
+      return pool.AttentionPool(self.config, name="pool")(x, mask)
+    if self.pooling == "eos":
+      found = (tokens == self.eos_id) & mask
+      last = tokens.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
+      return pool.at(x, jnp.where(found.any(-1), jnp.argmax(found, axis=-1), last), mask)
+    if self.pooling == "highest":
+      return pool.at(x, jnp.argmax(jnp.where(mask, tokens, -1), axis=-1), mask)
+    return {"last": pool.last, "class": pool.first, "mean": pool.mean}[self.pooling](x, mask)
+
+
+def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 12, heads: int = 0,
+                mlp: int = 0, causal: bool = False, pooling: TextPooling = "last", eos_id: int = 2,
+                norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
+                bias: bool = True, eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto",
+                remat: Remat = "none", scan_unroll: int = 0) -> TextTransformer:
+  """Text transformer (reads batch["text"]).
+
+  width: channels; 0 = the model's width.
+  depth: blocks.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  causal: a token sees itself and those before it.
+  pooling: last (real token), eos (first `eos_id`), highest (token id), class (first token), mean, attention.
+  eos_id: the token that pooling "eos" looks for; tokenizers of this project have 2.
+  norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
+  activation, bias, eps, dropout: of the blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  config = TransformerConfig(
+      width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, norm=norm, activation=activation,
+      causal=causal, bias=bias, eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat,
+      scan_unroll=scan_unroll)
+  return TextTransformer(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], pooling=pooling,
+                         eos_id=eos_id, mask_padding=data["text"]["mask_padding"], final_norm=final_norm)

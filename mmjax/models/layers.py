@@ -1,0 +1,167 @@
+"""The small parts that every module uses: annotated parameters, dense layers, layer norm, activations, the MLP."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.models.platform import materialise
+
+Array = jax.Array
+Init = Callable[..., Array]
+
+
+class Encoded(NamedTuple):
+  """What every encoder returns: tokens [B, L, D], mask bool [B, L] (True = real), pooled [B, D]."""
+
+  tokens: Array
+  mask: Array
+  pooled: Array
+
+
+def with_axes(init: Init, axes: Sequence[str | None]) -> Init:
+  """An initialiser whose parameter carries logical axis names, one a dimension (mapped by parallel/rules.py)."""
+  return nn.with_logical_partitioning(init, tuple(axes))
+
+
+def constrain(x: Array) -> Array:
+  """Activations [B, L, D] (or [B, D]) laid out by the logical axes batch, length, embed."""
+  return nn.with_logical_constraint(x, ("batch", "length", "embed") if x.ndim == 3 else ("batch", "embed"))
+
+
+def normal(stddev: float) -> Init:
+  return nn.initializers.normal(stddev)
+
+
+def xavier(fan_in: int, fan_out: int) -> Init:
+  """Glorot-uniform with fans that do not depend on how the parameter is shaped (Glorot and Bengio 2010)."""
+  limit = math.sqrt(6 / (fan_in + fan_out))
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+class Dense(nn.Module):
+  """y = x @ kernel + bias over the last dimensions of x, computed in `dtype`; parameters are float32.
+
+  Call: x [..., *inputs] -> [..., *features]. kernel [*inputs, *features]. `axes` names the kernel's dimensions; the bias
+  takes the last ones. A kernel of several output dimensions is never reshaped, so tensor sharding of heads passes through.
+  """
+
+  features: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  dtype: jnp.dtype
+  kernel_init: Init | None = None
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    n = len(self.axes) - len(self.features)
+    inputs = x.shape[x.ndim - n:]
+    init = self.kernel_init or xavier(math.prod(inputs), math.prod(self.features))
+    kernel = self.param("kernel", with_axes(init, self.axes), (*inputs, *self.features), jnp.float32)
+    contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+    if self.use_bias:
+      bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32)
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation (Ba et al. 2016) with float32 statistics. Call: x [..., D] -> [..., D] in `dtype`."""
+
+  eps: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param("scale", with_axes(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32)
+    bias = self.param("bias", with_axes(nn.initializers.zeros, ("embed",)), (x.shape[-1],), jnp.float32)
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return materialise((centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+  "relu": jax.nn.relu,
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activate(name: str, x: Array) -> Array:
+  """ACTIVATIONS[name](x); the backward pass keeps x alone and computes the derivative from it."""
+  return materialise(ACTIVATIONS[name](x))
+
+
+def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
+  return activate(name, x), x
+
+
+def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
+  _, derivative = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
+  return (materialise(cotangent * derivative),)
+
+
+activate.defvjp(_activate_forward, _activate_backward)
+
+
+class Mlp(nn.Module):
+  """Two dense layers with an activation between. Call: x [..., D] -> [..., D]."""
+
+  hidden: int
+  activation: str
+  dtype: jnp.dtype
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    width = x.shape[-1]
+    h = Dense((self.hidden,), ("embed", "mlp"), self.dtype, use_bias=self.use_bias, name="up")(x)
+    h = activate(self.activation, h)
+    return Dense((width,), ("mlp", "embed"), self.dtype, use_bias=self.use_bias, name="down")(h)
+
+
+def sincos_positions(height: int, width: int, channels: int, temperature: float = 10_000.0) -> np.ndarray:
+  """Fixed two-dimensional positions [height * width, channels], float32 (MoCo v3, Chen et al. 2021, arXiv:2104.02057)."""
+  if channels % 4:
+    raise ValueError(f"sin-cos positions need a width divisible by 4, not {channels}")
+  y, x = np.mgrid[:height, :width].astype(np.float64)
+  omega = temperature ** -(np.arange(channels // 4) / max(1, channels // 4 - 1))
+  angles_y, angles_x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
+  return np.concatenate([np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)], 1).astype(np.float32)
+
+
+def resize_positions(table: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
+  """Learned positions of a grid `old`, [old[0] * old[1], D], interpolated to the grid `new`: [new[0] * new[1], D].
+
+  Bicubic with a = -0.75 and half-pixel centres, as transformers does with `interpolate_pos_encoding`.
+  """
+  if old == new:
+    return table
+  rows, columns = (jnp.asarray(_cubic_weights(o, n), table.dtype) for o, n in zip(old, new, strict=True))
+  grid = table.reshape(*old, table.shape[-1])
+  return jnp.einsum("ah,bw,hwd->abd", rows, columns, grid, precision="highest").reshape(-1, table.shape[-1])
+
+
+@functools.lru_cache(maxsize=64)
+def _cubic_weights(old: int, new: int) -> np.ndarray:
+  """[new, old] weights of one-dimensional cubic convolution (Keys 1981, a = -0.75), edges repeated."""
+  a, out = -0.75, np.zeros((new, old))
+  for i in range(new):
+    centre = (i + 0.5) * old / new - 0.5
+    first = math.floor(centre) - 1
+    for j in range(first, first + 4):
+      d = abs(centre - j)
+      w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+      out[i, min(max(j, 0), old - 1)] += w
+  return out

@@ -1,0 +1,115 @@
+"""The transformer stack that every modality uses: one block, stacked parameters, scanned or unrolled, rematerialised by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mmjax.config import UserError
+from mmjax.models.attention import Attention
+from mmjax.models.layers import LayerNorm, Mlp, constrain
+from mmjax.models.platform import platform
+
+Array = jax.Array
+Remat = Literal["none", "full", "dots", "dots_no_batch", "attention"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+Kernel = Literal["auto", "xla", "sdpa", "flash", "splash", "cudnn"]
+
+_POLICIES = jax.checkpoint_policies
+# What the forward pass keeps for the backward pass; everything else of a block is computed again.
+REMAT: dict[str, Callable[..., Any] | None] = {
+  "none": None,  # no rematerialisation
+  "full": _POLICIES.nothing_saveable,  # only the inputs of the blocks
+  "dots": _POLICIES.dots_saveable,  # results of every matrix product, attention logits among them
+  "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,  # results of the dense layers, not of attention
+  "attention": _POLICIES.save_only_these_names("attention"),  # the outputs of attention
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Hyper-parameters of a stack; encoders fill it from their settings."""
+
+  width: int
+  depth: int
+  heads: int
+  mlp: int
+  norm: Literal["pre", "post"] = "pre"
+  activation: Activation = "gelu"
+  causal: bool = False
+  bias: bool = True
+  eps: float = 1e-6
+  dropout: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+  kernel: Kernel = "auto"
+  remat: Remat = "none"
+  scan_unroll: int = 0  # blocks a trip of the loop; 0 = all of a short stack on CPUs, 1 elsewhere. Changes speed only
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise UserError(f"width {self.width} is not divisible by {self.heads} heads. Change `heads` or `width` of the encoder")
+    if self.remat not in REMAT:
+      raise UserError(f"remat {self.remat!r} is unknown; there are: {', '.join(REMAT)}")
+
+
+class Block(nn.Module):
+  """Attention and MLP with residuals, normalised before ("pre") or after ("post"). Call: x [B, L, D] -> [B, L, D]."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array | None, *, train: bool = False) -> Array:
+    c = self.config
+    norm = lambda name: LayerNorm(c.eps, c.dtype, name=name)
+    drop = nn.Dropout(c.dropout, deterministic=not train)
+    attention = Attention(c.heads, c.dtype, c.causal, c.kernel, c.bias, name="attention")
+    mlp = Mlp(c.mlp, c.activation, c.dtype, c.bias, name="mlp")
+    x = constrain(x)
+    attended = lambda x: drop(checkpoint_name(attention(x, mask=mask), "attention"))
+    if c.norm == "pre":
+      x = x + attended(norm("attention_norm")(x))
+      x = x + drop(mlp(norm("mlp_norm")(x)))
+    else:
+      x = norm("attention_norm")(x + attended(x))
+      x = norm("mlp_norm")(x + drop(mlp(x)))
+    return constrain(x)
+
+
+class Transformer(nn.Module):
+  """`depth` blocks. Call: x [B, L, D], mask bool [B, S] | [B, L, S] | None -> [B, L, D].
+
+  The blocks' parameters are stored stacked under "layers" with a leading logical axis "layers", however they are run. For
+  the final norm (pre-norm stacks) see the encoders. Randomness: stream "dropout", drawn for each block from one key.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array | None = None, *, train: bool = False) -> Array:
+    c = self.config
+    x = x.astype(c.dtype)
+    block = Block(c, parent=None)
+
+    def init(key: Array) -> Any:
+      stacked = jax.vmap(lambda k: block.init(k, x[:1], None if mask is None else mask[:1])["params"])(
+          jax.random.split(key, c.depth))
+      return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+
+    layers = self.param("layers", init)
+    unroll = c.scan_unroll or (c.depth if platform() == "cpu" and c.depth <= 12 else 1)
+    unroll = min(unroll, c.depth)
+    keys = jax.random.split(self.make_rng("dropout"), c.depth) if train and c.dropout else None
+
+    def run(x: Array, layer: tuple[Any, Array | None]) -> Array:
+      params, key = layer
+      return block.apply({"params": params}, x, mask, train=train, rngs=None if key is None else {"dropout": key})
+
+    if c.remat != "none":
+      run = jax.checkpoint(run, policy=REMAT[c.remat], prevent_cse=unroll > 1)
+    return jax.lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, keys), unroll=unroll)[0]
