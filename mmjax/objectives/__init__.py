@@ -1,0 +1,29 @@
+"""Objectives: pure functions of (forward, batch, rng) that return sums and weights; only training/step.py divides.
+
+An objective is a function `name(forward, batch, rng, *, settings...) -> Losses`. `forward(method, *args)` applies a method
+of the model to the batch; it is memoised, so objectives share work. Its attribute `couples_examples` says whether the
+loss of one example depends on the others: then microbatches go through the exact two-pass embedding cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Protocol
+
+import jax
+
+Losses = dict[str, tuple[jax.Array, jax.Array]]  # "loss" and metrics: (sum, weight), float32 scalars
+
+
+class Forward(Protocol):
+  """forward("embedding", "image") applies that method to the batch; `batch=` gives another view of it."""
+
+  def __call__(self, method: str, *args: Any, batch: dict | None = None, **kwargs: Any) -> Any: ...
+
+
+def objective(*, couples_examples: bool) -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:
+  """Marks a function as an objective."""
+  def mark(function: Callable[..., Losses]) -> Callable[..., Losses]:
+    function.couples_examples = couples_examples
+    return function
+
+  return mark

@@ -1,0 +1,258 @@
+"""Contrastive losses over the global batch: softmax InfoNCE and pairwise sigmoid, in blocks that travel a ring.
+
+Both are written once, for one device and for a pod: `parallel.collectives` brings rows and columns together tile by tile,
+and the backward pass computes each tile again from a few numbers a row, so the matrix of similarities never exists.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mmjax.objectives import Forward, Losses, objective
+from mmjax.parallel.collectives import Ring, make_ring, pad_rows, per_device
+
+_LOW = -1e30  # logit of a pair that does not count; finite, so that differences of two stay finite
+
+
+@objective(couples_examples=True)
+def contrastive(forward: Forward, batch: dict, rng: Array, *, between: tuple = ("image", "text"),
+                loss: Literal["softmax", "sigmoid"] = "softmax", chunk: int = 8) -> Losses:
+  """Pulls the two sides of an example together and pushes different examples apart, over the global batch.
+
+  With embeddings x_i, y_j [B, D] of the two modalities in `between`, s_ij = x_i . y_j and positives P_ij in [0, 1]:
+
+  softmax (InfoNCE both ways; Radford et al. 2021, arXiv:2103.00020; several positives as in Khosla et al. 2020,
+  arXiv:2004.11362, L_out): l_ij = scale s_ij; the loss of example i is the mean of two cross-entropies,
+    1/2 [ log sum_j exp l_ij - sum_j P_ij l_ij / sum_j P_ij ]  (row i)  +  1/2 [ log sum_k exp l_ki - sum_k P_ki l_ki / sum_k P_ki ].
+  sigmoid (Zhai et al. 2023, arXiv:2303.15343): l_ij = scale s_ij + bias; the loss of example i is
+    sum_j P_ij softplus(-l_ij) + (1 - P_ij) softplus(l_ij).
+
+  P_ij = 1 where i = j, where `<modality>.key` uint32 [B, 2] of a modality in `between` is equal (the same caption, the
+  identical picture), else 0. Mixup: where row i of a modality was mixed from w of itself (`<modality>.mix_weight` float32
+  [B]) and 1 - w of row m (`mix_row` int32 [B]), P_ij = w P'_ij + (1 - w) P'_mj with P' as above; likewise for columns.
+  Rows with `valid` or `<modality>.present` False count neither as rows nor as columns.
+
+  chunk: neighbouring devices whose blocks are gathered before the ring moves on (cut to a divisor of the devices); more
+  is fewer hops and more memory, and the same numbers up to rounding.
+  Returns: sums over the examples, weight = how many count; "accuracy" = share of rows of the first modality whose nearest
+  column is a positive.
+  """
+  first, second = between
+  x, y = forward("embedding", first), forward("embedding", second)
+  scale, bias = forward("temperature")
+  valid = _counted(batch, between, x.shape[0])
+  rows, columns = (_labels(batch, between, side, valid) for side in between)
+  loss_sum, hits = _pairwise(loss, make_ring(chunk), x, y, scale, bias, rows, columns)
+  weight = valid.sum(dtype=jnp.float32)
+  return {"loss": (loss_sum, weight), "accuracy": (hits, weight)}
+
+
+class Labels(NamedTuple):
+  """Who a row is: names uint32 [B, V, N] (its index, then two words a key) of each of the V rows it was mixed from, and
+  weights float32 [B, V]; zero weights where the row does not count."""
+
+  names: Array
+  weights: Array
+
+
+def _counted(batch: dict, between: tuple, size: int) -> Array:
+  """bool [B]: rows that are valid and have both modalities."""
+  valid = batch.get("valid", jnp.ones(size, bool))
+  for modality in between:
+    if "present" in batch[modality]:
+      present = batch[modality]["present"]
+      valid &= present.reshape(size, -1).any(-1)
+  return valid
+
+
+def _labels(batch: dict, between: tuple, side: str, valid: Array) -> Labels:
+  size = valid.shape[0]
+  names = [jnp.arange(size, dtype=jnp.uint32)[:, None]]
+  names += [batch[m]["key"].astype(jnp.uint32) for m in dict.fromkeys(between) if "key" in batch[m]]
+  names = jnp.concatenate(names, axis=-1)
+  if "mix_weight" not in batch[side]:
+    return Labels(names[:, None], valid.astype(jnp.float32)[:, None])
+  weight = batch[side]["mix_weight"].astype(jnp.float32)
+  both = jnp.stack([names, names[batch[side]["mix_row"]]], axis=1)
+  return Labels(both, jnp.stack([weight, 1 - weight], axis=1) * valid[:, None])
+
+
+# -- The two losses, with their derivatives -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pairwise(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
+  """(sum of the loss, rows whose nearest column is a positive) of x, y float32 [B, D], scalars, and Labels of both."""
+  return _forward(loss, ring, x, y, scale, bias, rows, columns)[0]
+
+
+def _forward(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
+  if loss == "softmax":
+    function = per_device(ring, functools.partial(_softmax_sums, ring), (False, False, True, False, False), (True, True, False, False))
+    total, hits, row_norms, column_norms = function(x, y, scale, rows, columns)
+    return (total, hits), (x, y, scale, bias, rows, columns, row_norms, column_norms)
+  function = per_device(ring, functools.partial(_sigmoid_sums, ring), (False, False, True, True, False, False), (True, True))
+  return function(x, y, scale, bias, rows, columns), (x, y, scale, bias, rows, columns)
+
+
+def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
+  if loss == "softmax":
+    x, y, scale, bias, rows, columns, row_norms, column_norms = saved
+    function = per_device(ring, functools.partial(_softmax_gradients, ring), (False, False, True, False, False, False, False),
+                          (False, False, True))
+    dx, dy, dscale = function(x, y, scale, rows, columns, row_norms, column_norms)
+    dbias = jnp.zeros_like(bias)  # adding a constant to every logit changes nothing
+  else:
+    function = per_device(ring, functools.partial(_sigmoid_gradients, ring), (False, False, True, True, False, False),
+                          (False, False, True, True))
+    dx, dy, dscale, dbias = function(*saved)
+  dx, dy, dscale, dbias = (cotangents[0] * g for g in (dx, dy, dscale, dbias))
+  return dx, dy, dscale, dbias, None, None
+
+
+_pairwise.defvjp(_forward, _backward)
+
+
+class Norms(NamedTuple):
+  """What softmax keeps of a row: the largest logit, sum of exp(logit - largest), sum of P and of P * logit, [B] each."""
+
+  largest: Array
+  total: Array
+  positive: Array
+  positive_logits: Array
+
+
+def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels) -> tuple:
+  size = x.shape[0]
+
+  def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: Norms) -> tuple:
+    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
+    nearest = jnp.where(positives > 0, logits, _LOW).max(1)
+    return ((_merge(row_sums[0], _norms(logits, positives, 1)), jnp.maximum(row_sums[1], nearest)),
+            _merge(column_sums, _norms(logits, positives, 0)))
+
+  rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
+  zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
+  start = Norms(zeros + _LOW, zeros, zeros, zeros)
+  (row, nearest), column = ring.visit(tile, rows, columns, (start, zeros + _LOW), start)
+  largest = ring.group_max(column.largest)
+  column = column._replace(largest=ring.own(largest), total=ring.scatter_sum(column.total * jnp.exp(column.largest - largest)),
+                           positive=ring.scatter_sum(column.positive), positive_logits=ring.scatter_sum(column.positive_logits))
+  total = 0.5 * (_cross_entropy(row).sum() + _cross_entropy(column).sum())
+  hits = jnp.where(_counts(rows[1]) & (nearest >= row.largest), 1.0, 0.0).sum()
+  total, hits = ring.total((total, hits))
+  row, column = jax.tree.map(lambda s: s[:size], (row, column))
+  return total, hits, row, column
+
+
+def _softmax_gradients(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels, row_norms: Norms,
+                       column_norms: Norms) -> tuple:
+  def tile(rows: tuple, columns: tuple, dx: Array, dy: Array) -> tuple:
+    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
+    (row_largest, row_share, row_pull), (column_largest, column_share, column_pull) = rows[2], columns[2]
+    # d loss / d logits: the two softmaxes less the two target distributions.
+    push = (jnp.exp(logits - row_largest[:, None]) * row_share[:, None] +
+            jnp.exp(logits - column_largest[None]) * column_share[None])
+    gradient = push - positives * (row_pull[:, None] + column_pull[None])
+    return dx + _matmul(gradient, columns[0]), dy + _matmul(gradient.T, rows[0])
+
+  def shares(norms: Norms) -> tuple:
+    counts = norms.positive > 0
+    return (norms.largest, jnp.where(counts, 0.5 / jnp.where(counts, norms.total, 1), 0),
+            jnp.where(counts, 0.5 / jnp.where(counts, norms.positive, 1), 0))
+
+  size = x.shape[0]
+  rows = pad_rows((_where(rows, x), rows, shares(row_norms)))
+  columns = pad_rows((_where(columns, y), columns, shares(column_norms)))
+  dx, dy = ring.visit(tile, rows, columns, jnp.zeros_like(rows[0]), jnp.zeros_like(columns[0]))
+  dscale = ring.total((dx * rows[0]).sum())
+  return scale * dx[:size], scale * ring.scatter_sum(dy)[:size], dscale
+
+
+def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
+  def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: tuple) -> tuple:
+    total, largest, nearest = row_sums
+    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
+    share = jnp.minimum(positives, 1)
+    losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)  # no counting pair: 0 * 1e30 + 1 * 0
+    nearest = jnp.maximum(nearest, jnp.where(positives > 0, logits, _LOW).max(1))
+    return (total + losses.sum(1), jnp.maximum(largest, logits.max(1)), nearest), column_sums
+
+  rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
+  zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
+  (total, largest, nearest), _ = ring.visit(tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ())
+  hits = jnp.where(_counts(rows[1]) & (nearest >= largest), 1.0, 0.0).sum()
+  return ring.total((total.sum(), hits))
+
+
+def _sigmoid_gradients(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
+  def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
+    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
+    gradient = jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)
+    dx, dbias = row_sums
+    return (dx + _matmul(gradient, columns[0]), dbias + gradient.sum(1)), dy + _matmul(gradient.T, rows[0])
+
+  size = x.shape[0]
+  rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
+  start = (jnp.zeros_like(rows[0]), jnp.zeros(rows[0].shape[0], jnp.float32))
+  (dx, dbias), dy = ring.visit(tile, rows, columns, start, jnp.zeros_like(columns[0]))
+  dscale, dbias = ring.total(((dx * rows[0]).sum(), dbias.sum()))
+  return scale * dx[:size], scale * ring.scatter_sum(dy)[:size], dscale, dbias
+
+
+# -- One tile -------------------------------------------------------------------------------------------------------------
+
+
+def _matmul(a: Array, b: Array) -> Array:
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _counts(labels: Labels) -> Array:
+  return labels.weights.sum(1) > 0
+
+
+def _where(labels: Labels, x: Array) -> Array:
+  """x in float32, zero in rows that do not count (whatever was there, also NaN)."""
+  return jnp.where(_counts(labels)[:, None], x.astype(jnp.float32), 0)
+
+
+def _logits(rows: tuple, columns: tuple, scale: Array, bias: Array | float = 0.0) -> Array:
+  counts = _counts(rows[1])[:, None] & _counts(columns[1])[None]
+  return jnp.where(counts, scale * _matmul(rows[0], columns[0].T) + bias, _LOW)
+
+
+def _positives(rows: Labels, columns: Labels) -> Array:
+  """P float32 [b, c]; see `contrastive`."""
+  total: Any = 0.0
+  for u in range(rows.names.shape[1]):
+    for v in range(columns.names.shape[1]):
+      word = lambda n, u=u, v=v: rows.names[:, u, n, None] == columns.names[None, :, v, n]
+      same = word(0)
+      for n in range(1, rows.names.shape[2], 2):
+        same |= word(n) & word(n + 1)
+      total += jnp.where(same, rows.weights[:, u, None] * columns.weights[None, :, v], 0)
+  return total
+
+
+def _norms(logits: Array, positives: Array, axis: int) -> Norms:
+  largest = logits.max(axis)
+  total = jnp.exp(logits - jnp.expand_dims(largest, axis)).sum(axis)
+  return Norms(largest, total, positives.sum(axis), (positives * logits).sum(axis))
+
+
+def _merge(a: Norms, b: Norms) -> Norms:
+  largest = jnp.maximum(a.largest, b.largest)
+  total = a.total * jnp.exp(a.largest - largest) + b.total * jnp.exp(b.largest - largest)
+  return Norms(largest, total, a.positive + b.positive, a.positive_logits + b.positive_logits)
+
+
+def _cross_entropy(norms: Norms) -> Array:
+  """[B]; zero in rows without a positive, which do not count."""
+  counts = norms.positive > 0
+  positive, total = jnp.where(counts, norms.positive, 1), jnp.where(counts, norms.total, 1)
+  return jnp.where(counts, norms.largest + jnp.log(total) - norms.positive_logits / positive, 0)

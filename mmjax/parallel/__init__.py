@@ -1,0 +1,1 @@
+"""Devices: mesh, placement of parameters and batches, collectives, processes. The only package that names mesh axes."""

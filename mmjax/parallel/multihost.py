@@ -1,0 +1,158 @@
+"""Processes: starting them, dealing rows of a batch to their devices, agreeing on flags.
+
+JAX's multi-controller runtime does the work: every process runs the same program. Which rows a process loads follows
+from the sharding of the batch alone, so a global batch is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import FrozenConfigDict
+
+from mmjax.config import UserError
+from mmjax.parallel.mesh import batch_shards
+from mmjax.parallel.rules import batch_sharding
+
+_LOCAL = ("MMJAX_COORDINATOR", "MMJAX_PROCESSES", "MMJAX_PROCESS_ID")
+
+
+def initialize(config: FrozenConfigDict | None = None) -> None:
+  """Joins the other processes of this run, if there are any. Call it before the first use of a device; again is harmless.
+
+  Looked at in turn: MMJAX_COORDINATOR (host:port), MMJAX_PROCESSES, MMJAX_PROCESS_ID, as launch/local_multiprocess.sh sets
+  them; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM, Open MPI and TPU pods, which JAX detects.
+  MMJAX_CPU_DEVICES sets the number of simulated CPU devices a process. Raises UserError: a variable is missing or wrong.
+  """
+  del config  # nothing of a run's numbers depends on it
+  if jax.distributed.is_initialized():
+    return
+  environment = os.environ
+  if devices := environment.get("MMJAX_CPU_DEVICES"):
+    jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
+  # Collectives between CPU processes; without it XLA would refuse them. Other platforms ignore it.
+  if any(environment.get(name) for name in _LOCAL):
+    missing = [name for name in _LOCAL if not environment.get(name)]
+    if missing:
+      raise UserError(f"{', '.join(missing)} not set, though {', '.join(n for n in _LOCAL if n not in missing)} is: "
+                      "set all three or none; launch/local_multiprocess.sh does")
+    count, number = _count("MMJAX_PROCESSES", environment[_LOCAL[1]]), _count("MMJAX_PROCESS_ID", environment[_LOCAL[2]], least=0)
+    if number >= count:
+      raise UserError(f"MMJAX_PROCESS_ID is {number}, but MMJAX_PROCESSES is {count}: ids run from 0 to {count - 1}")
+    if count > 1:
+      _join(coordinator_address=environment[_LOCAL[0]], num_processes=count, process_id=number)
+  elif environment.get("JAX_COORDINATOR_ADDRESS"):
+    numbers = dict(num_processes="JAX_NUM_PROCESSES", process_id="JAX_PROCESS_ID")
+    _join(coordinator_address=environment["JAX_COORDINATOR_ADDRESS"],
+          **{k: _count(name, environment[name], least=0) for k, name in numbers.items() if environment.get(name)})
+  elif _cluster_processes(environment) > 1:
+    _join()
+
+
+def is_main() -> bool:
+  """Whether this process writes what a run writes once."""
+  return jax.process_index() == 0
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Rows of a global batch that this process must load: int64, ascending. Processes that share a data shard get equal rows.
+
+  Raises UserError: the mesh does not divide the batch.
+  """
+  if batch_size % batch_shards(mesh):
+    raise UserError(f"a batch of {batch_size} does not divide over the {batch_shards(mesh)} devices of "
+                    "mesh.replica x data x fsdp. Change train.batch_size or the mesh")
+  slices = {s.indices(batch_size)[:2] for (s, *_) in
+            batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()}
+  return np.concatenate([np.arange(start, stop) for start, stop in sorted(slices)])
+
+
+def to_device(batch: dict, mesh: Mesh) -> dict:
+  """A batch of this process's rows (in the order of `local_rows`) as global arrays, split over the batch axes.
+
+  Dtypes stay (pixels travel as uint8); entries that are not numbers (`id`) and top-level names of the host are dropped.
+  """
+  sharding = batch_sharding(mesh)
+  numbers = {name: value for name, value in batch.items() if name != "id" and _is_numeric(value)}
+  local = len(jax.tree.leaves(numbers)[0])
+  shards = {s.indices(batch_shards(mesh))[0] for (s, *_) in
+            sharding.addressable_devices_indices_map((batch_shards(mesh),)).values()}
+  size = local * batch_shards(mesh) // len(shards)
+  rows = local_rows(mesh, size)
+  place = lambda x: _global_array(np.asarray(x), rows, size, sharding)
+  return jax.tree.map(place, numbers)
+
+
+def gather_rows(tree: Any) -> Any:
+  """Every row of global arrays as NumPy arrays, on every process."""
+  if jax.process_count() == 1:
+    return jax.tree.map(np.asarray, tree)
+  return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set on any process. Every process must call it."""
+  if jax.process_count() == 1:
+    return bool(flag)
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(bool(flag)))))
+
+
+def all_agree(value: int) -> bool:
+  """Whether every process passed the same 31-bit integer (a step, a crc32 shifted right). Every process must call it."""
+  if jax.process_count() == 1:
+    return True
+  values = np.asarray(multihost_utils.process_allgather(np.asarray(value & 0x7FFFFFFF, np.int32)))
+  return bool(np.all(values == values.flat[0]))
+
+
+def barrier(name: str) -> None:
+  """Waits for every process."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _global_array(x: np.ndarray, rows: np.ndarray, size: int, sharding: NamedSharding) -> jax.Array:
+  def shard(index: tuple[slice, ...]) -> np.ndarray:
+    start, stop, _ = index[0].indices(size)
+    first = int(np.searchsorted(rows, start))
+    return x[first:first + stop - start]
+
+  return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard, dtype=x.dtype)
+
+
+def _is_numeric(value: Any) -> bool:
+  if isinstance(value, dict):
+    return True
+  return isinstance(value, (np.ndarray, jax.Array)) and value.dtype.kind in "biuf" or getattr(
+    getattr(value, "dtype", None), "name", "") == "bfloat16"
+
+
+def _join(**settings: Any) -> None:
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    jax.distributed.initialize(**settings)
+  except (RuntimeError, ValueError) as error:
+    where = settings.get("coordinator_address", "the cluster's coordinator")
+    raise UserError(f"cannot join the other processes at {where}: {str(error).splitlines()[0]}. "
+                    "Check that all were started with the same address and count") from error
+
+
+def _cluster_processes(environment: Any) -> int:
+  """How many processes the scheduler started, as far as its variables tell."""
+  for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    if environment.get(name, "").isdigit():
+      return int(environment[name])
+  if environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
+    return 2
+  return len(environment.get("TPU_WORKER_HOSTNAMES", "").split(","))
+
+
+def _count(name: str, text: str, *, least: int = 1) -> int:
+  if not text.isdigit() or int(text) < least:
+    raise UserError(f"{name} is {text!r}, but must be a whole number of at least {least}")
+  return int(text)

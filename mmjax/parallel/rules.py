@@ -1,0 +1,105 @@
+"""Where arrays live: logical axis names -> mesh axes, one table a strategy.
+
+Models name the axes of every parameter (`embed`, `mlp`, `heads`, ...) and of activations (`batch`, `length`, `embed`, ...);
+a strategy is a row of `RULES` and nothing else. Rules apply in order and a mesh axis is used once an array, so that
+`batch` comes first: in an activation it takes `fsdp`, and `embed` then stays whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Iterator
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import FrozenConfigDict
+
+from mmjax.parallel.mesh import BATCH_AXES
+
+Rules = tuple[tuple[str, Any], ...]
+
+_BATCH = (("batch", BATCH_AXES),)
+RULES: dict[str, Rules] = {
+  # Every device holds every parameter; only the batch is split.
+  "replicated": _BATCH,
+  # Parameters and optimizer state split along their model width, gathered layer by layer when they are used.
+  "fsdp": _BATCH + (("embed", "fsdp"),),
+  # The same, and heads, hidden units and vocabulary split over `tensor` (Megatron-LM, arXiv:1909.08053, section 3).
+  "fsdp_tensor": _BATCH + (("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"), ("embed", "fsdp")),
+}
+SMALL = 4096  # elements (of one layer) below which a parameter is held whole: moving it costs more than keeping it
+
+
+def logical_rules(config: FrozenConfigDict) -> Rules:
+  """The table of `config.sharding`."""
+  return RULES[config.sharding]
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
+  """Within it, logical constraints of a model mean `rules` on `mesh`. Tracing and running both belong inside."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    yield
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Leading axis over replica, data and fsdp; everything else whole."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def constrain_batch(tree: Any, *, axis: int = 0) -> Any:
+  """Keeps axis `axis` of every array of `tree` split over the batch axes; without a mesh, changes nothing."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+  spec = P(*(None,) * axis, BATCH_AXES)
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+
+def param_axes(boxed: Any) -> Any:
+  """The logical axis names of each parameter of a boxed (abstract) tree, as tuples; () where a parameter names none."""
+  def names(x: Any) -> tuple:
+    return tuple(x.names) if isinstance(x, nn.LogicallyPartitioned) else (None,) * x.ndim
+
+  return jax.tree.map(names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+  """NamedShardings for the parameters of a boxed (abstract) tree, as `jax.eval_shape(model.init, ...)` gives it.
+
+  A dimension that its mesh axes do not divide is held whole, and so is a parameter with fewer than SMALL elements a layer.
+  """
+  return axes_shardings(param_axes(boxed), nn.unbox(boxed), mesh, rules)
+
+
+def axes_shardings(axes: Any, spec: Any, mesh: Mesh, rules: Rules) -> Any:
+  """NamedShardings of a tree of arrays (or ShapeDtypeStructs), from a tree like it whose leaves are tuples of axis names.
+
+  Optimizer state that is described by the axes of its parameters so comes to lie where they lie.
+  """
+  leaves, tree = jax.tree.flatten(spec)
+  names = jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple)
+  return tree.unflatten([NamedSharding(mesh, spec_for(n, x.shape, mesh, rules)) for n, x in zip(names, leaves, strict=True)])
+
+
+def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
+  """The PartitionSpec of one parameter with these logical axis names."""
+  size = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")
+  if size < SMALL:
+    return P()
+  spec = nn.logical_to_mesh_axes(names, rules)
+  return P(*(_fits(axes, n, mesh) for axes, n in zip(spec, shape, strict=True)))
+
+
+def _fits(axes: Any, size: int, mesh: Mesh) -> Any:
+  if axes is None:
+    return None
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
