@@ -33,8 +33,8 @@ BUILDERS = {
 }
 
 
-def build(name: str, data_dir: str | os.PathLike, log: Callable[[str], None] = print) -> Path:
-  """Builds the embedded data set NAME under `data_dir`; one that is there already is left alone.
+def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None] = print) -> Path:
+  """Builds the embedded data set NAME under `data_dir` ("" = the usual folder); one that is there already is left alone.
 
   Returns its folder, data_dir/NAME/VERSION. Raises UserError: no such data set, or the folder cannot be written.
   """
@@ -43,10 +43,13 @@ def build(name: str, data_dir: str | os.PathLike, log: Callable[[str], None] = p
     hint = f"Did you mean {near[0]!r}?" if near else "`mmjax data convert` makes one from your own files"
     raise UserError(f"no builder for data set {name!r}; there are: {', '.join(BUILDERS)}. {hint}")
   module, _, function = BUILDERS[name].partition(":")
+  from mmjax.data.sources import data_dir as usual_dir
+
+  data_dir = usual_dir(data_dir)
   start = time.perf_counter()
   make = getattr(importlib.import_module(module), function)
   there = find_version(data_dir, name)
-  folder = make(Path(data_dir), log)
+  folder = make(data_dir, log)
   splits = ", ".join(f"{split} {count:,}" for split, count in split_sizes(folder).items())
   if there == folder:
     log(f"{name} is already built: {folder} ({splits})")
@@ -135,6 +138,12 @@ def write_dataset(
       description = card.strip().split("\n\n")[0] or name
       return tfds.core.DatasetInfo(builder=self, features=features(), description=description, homepage=homepage or None,
                                    license=licence or None, metadata=facts, disable_shuffling=True)
+
+    def _log_download_bytes(self):  # these two would print about downloads that there are none of
+      pass
+
+    def _log_download_done(self):
+      pass
 
     def _split_generators(self, dl_manager):
       (Path(self.data_dir) / "README.md").write_text(card or f"# {name}\n", encoding="utf-8")

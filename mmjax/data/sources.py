@@ -1,0 +1,163 @@
+"""Where records come from: data sets under `data.dir` (TFDS ArrayRecord), and tars read where they are. Random access, NumPy only.
+
+`open_source(entry, config)` gives a `Source`: `len(source)`, `source[i]` -> record (see builders/__init__.py) with the captions of
+the entry's languages. Adding a kind of source is one class and one line in `open_source`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmjax.config import UserError
+from mmjax.data.builders import BUILDERS, Record, find_version, parse_record, split_sizes
+
+
+class Source(Protocol):
+  """Records with random access.
+
+  `labels`: class names, sorted. `languages`: those that captions may have. `fingerprint`: changes when the content does.
+  `source[i]` raises UserError for a record that cannot be read, and only that.
+  """
+
+  name: str
+  labels: tuple[str, ...]
+  languages: tuple[str, ...]
+  fingerprint: str
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Record: ...
+
+
+def open_source(entry: Mapping[str, Any], config=None) -> Source:
+  """Opens the source that an entry of `data.sources` (or any mapping with name, split, languages, path) describes.
+
+  Raises UserError: no such data set, split or language, or files are missing.
+  """
+  name, languages = entry["name"], tuple(entry.get("languages") or ())
+  if name == "tars":
+    from mmjax.data.tars import TarSource
+
+    if not entry.get("path"):
+      raise UserError("a source named 'tars' has no path: give a glob or a brace pattern, such as 'shards/{00000..00009}.tar'")
+    source: Source = TarSource(entry["path"], languages)
+  else:
+    source = ArrayRecordSource(data_dir(config), name, entry.get("split") or "train", languages)
+  return CachedSource(source) if entry.get("cache") else source
+
+
+def data_dir(config=None) -> Path:
+  """The folder of the data sets: `data.dir` of the config, else $MMJAX_DATA, else ~/.cache/mmjax.
+
+  `config`: a config, its `data` part, a path, or None.
+  """
+  if config is not None and not isinstance(config, (str, os.PathLike)):
+    config = config.get("data", config).get("dir", "")
+  return Path(config or os.environ.get("MMJAX_DATA") or "~/.cache/mmjax").expanduser()
+
+
+def list_datasets(root: str | os.PathLike) -> list[str]:
+  """Names of the finished data sets under `root`, sorted."""
+  root = Path(root)
+  return sorted(path.name for path in root.iterdir() if find_version(root, path.name)) if root.is_dir() else []
+
+
+def list_tokenizers(root: str | os.PathLike) -> list[str]:
+  """Names of the tokenizers under `root`/tokenizers, sorted."""
+  folder = Path(root) / "tokenizers"
+  return sorted(path.stem for path in folder.iterdir() if path.suffix in (".model", ".json")) if folder.is_dir() else []
+
+
+class ArrayRecordSource:
+  """A data set that `builders.write_dataset` wrote, or several of its splits ("train+validation") one after the other."""
+
+  def __init__(self, root: Path, name: str, split: str, languages: Sequence[str] = ()):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    folder = find_version(root, name)
+    if folder is None:
+      raise UserError(f"no data set {name!r} under {root}{_how_to_get(root, name)}")
+    self.name, self._languages = name, tuple(languages)
+    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    try:
+      facts = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+      self.labels, there, content = tuple(facts["labels"]), facts["languages"], facts["content"]
+    except (OSError, ValueError, KeyError) as error:
+      raise UserError(f"{folder} is a TFDS data set, but not one of mmjax (metadata.json: {error}). Make it with `mmjax data convert`") from error
+    for language in languages:
+      if language not in there:
+        raise UserError(f"data set {name!r} has no captions in {language!r}; its languages: {', '.join(there)}{_nearest(language, there)}")
+    self.languages = self._languages or tuple(there)
+    files = []
+    for part in split.split("+"):
+      files += _shards(folder, info, part.strip())
+    self._records = ArrayRecordDataSource(files)
+    mark = hashlib.blake2b(json.dumps([content, files and [os.path.basename(f) for f in files]]).encode(), digest_size=6).hexdigest()
+    self.fingerprint = f"{name}/{folder.name}/{split}: {len(self)} examples, content {mark}"
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> Record:
+    try:
+      data = self._records[index]
+    except Exception as error:  # array_record raises bare RuntimeErrors
+      raise UserError(f"record {index} of {self.name} cannot be read ({str(error).splitlines()[0]})") from error
+    return parse_record(data, self._languages)
+
+
+class CachedSource:
+  """Keeps every record of `source` in memory once it was read. For small data sets."""
+
+  def __init__(self, source: Source):
+    self._source, self._kept = source, [None] * len(source)
+    self.name, self.labels, self.languages, self.fingerprint = source.name, source.labels, source.languages, source.fingerprint
+
+  def __len__(self) -> int:
+    return len(self._kept)
+
+  def __getitem__(self, index: int) -> Record:
+    record = self._kept[index]
+    if record is None:
+      record = self._kept[index] = self._source[index]
+    return record
+
+
+def _shards(folder: Path, info: Mapping[str, Any], split: str) -> list[str]:
+  """The files of a split as "path[0:count]", which array_record opens only when they are read. Raises UserError."""
+  sizes = split_sizes(folder)
+  if split not in sizes:
+    raise UserError(f"data set {info['name']!r} has no split {split!r}; there are: {', '.join(sizes)}{_nearest(split, sizes)}")
+  lengths = next(s["shardLengths"] for s in info["splits"] if s["name"] == split)
+  files = []
+  for number, length in enumerate(lengths):
+    path = folder / f"{info['name']}-{split}.array_record-{number:05d}-of-{len(lengths):05d}"
+    if not path.is_file():
+      raise UserError(f"{path} is missing from data set {info['name']!r}. Delete {folder} and make the data set again")
+    if int(length):
+      files.append(f"{path}[0:{length}]")
+  if not files:
+    raise UserError(f"split {split!r} of data set {info['name']!r} is empty")
+  return files
+
+
+def _how_to_get(root: Path, name: str) -> str:
+  """The end of an error about a missing data set: the nearest that is there, and the command that makes one."""
+  there = list_datasets(root)
+  make = f"`mmjax data build {name}` makes it" if name in BUILDERS else ""
+  if near := difflib.get_close_matches(name, sorted({*there, *BUILDERS}), n=1, cutoff=0.5):
+    make = make or f"Did you mean {near[0]!r}?" + ("" if near[0] in there else f" `mmjax data build {near[0]}` makes it")
+  elif not make:
+    make = "Make it with `mmjax data convert`, or set $MMJAX_DATA to the folder that has it"
+  return f" (there: {', '.join(there) or 'none'}). {make}"
+
+
+def _nearest(name: str, options: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+  return f". Did you mean {near[0]!r}?" if near else ""
