@@ -1,0 +1,249 @@
+"""Encoded picture -> uint8 [size, size, 3]: decoding, cropping and resizing, augmentation. NumPy, OpenCV, libjpeg-turbo; no JAX.
+
+`ImageTransform(config.data.image, train)` is what the pipeline calls. Decoding honours the EXIF orientation, composites
+transparency on white, takes the first frame, and brings grey, palette, 16-bit and CMYK pictures to 8-bit RGB. Whatever cannot
+be decoded whole is `Unreadable`, and so is a picture whose header announces more than 100 megapixels: nothing of it is decoded.
+
+Training resizes with `resize_fast`, and a large JPEG is decoded at 1/2, 1/4 or 1/8 where the crop stays at least 1.5 times as
+large as the output. Evaluation decodes everything and resizes exactly as Pillow. Order of the augmentation: see augment.py.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from typing import Literal
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from mmjax.config import UserError
+from mmjax.data.augment import Augment
+from mmjax.data.resample import Box, resize_exact, resize_fast
+
+MAX_PIXELS = 100_000_000
+_KEEP = 1.5  # a JPEG is decoded smaller only while the crop stays this many times as large as the output
+_MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"), (b"BM", "BMP"))
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower; MAX_PIXELS is ours
+cv2.setNumThreads(0)  # pictures run in parallel, one a thread or process: OpenCV's own threads would only get in the way
+
+
+class Unreadable(UserError):
+  """A picture that cannot be decoded. The message is one line and does not name the record: the caller knows which it is."""
+
+
+class ImageTransform:
+  """The picture transform of a config: `transform(data, rng) -> uint8 [size, size, 3]`.
+
+  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False nothing is random and `rng` may be None.
+  Raises Unreadable.
+  """
+
+  def __init__(self, config, train: bool):
+    self.size, self.resize, self.interpolation = int(config.size), config.resize, config.interpolation
+    self.augment = Augment(**dict(config.augment.items())) if train else None
+
+  def __call__(self, data: bytes | np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    return decode_and_transform(data, size=self.size, resize=self.resize, interpolation=self.interpolation,
+                                augment=self.augment, rng=rng)
+
+
+def decode_and_transform(data: bytes | np.ndarray, *, size: int, resize: Literal["shortest", "squash", "longest"] = "shortest",
+                         interpolation: Literal["bicubic", "bilinear"] = "bicubic", augment: Augment | None = None,
+                         rng: np.random.Generator | None = None) -> np.ndarray:
+  """One picture as the model sees it: bytes (or uint8 [H, W, 3]) -> uint8 [size, size, 3].
+
+  Without `augment`: `resize`, exactly as Pillow. With it: the operations of augment.py, drawn from `rng` alone. Raises Unreadable.
+  """
+  if augment is None:
+    return _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation)
+  draws = augment.draw(rng)
+  if augment.crops:
+    pixels = _crop(data, size, interpolation, augment, draws)
+  elif resize == "longest":
+    pixels = _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation, augment.fill)
+  else:
+    pixels = data if isinstance(data, np.ndarray) else decode(data)
+    left, top, right, bottom = (round(edge) for edge in _centre(*pixels.shape[:2], resize))
+    pixels = resize_fast(pixels[top:bottom, left:right], (size, size), interpolation)
+  return np.ascontiguousarray(augment.apply(pixels, draws, rng))
+
+
+def decode(data: bytes, reduction: int = 1) -> np.ndarray:
+  """RGB pixels uint8 [H, W, 3], upright. `reduction` 2, 4 or 8 gives ceil(H / reduction) x ceil(W / reduction). Raises Unreadable."""
+  kind, height, width = _header(data)
+  if kind == "JPEG":
+    orientation = _orientation(data)
+    pixels = _decode_jpeg(data, height, width, reduction)
+  else:
+    pixels, orientation = _decode_pillow(data, kind)
+    if reduction > 1:
+      pixels = cv2.resize(pixels, (-(-width // reduction), -(-height // reduction)), interpolation=cv2.INTER_AREA)
+  return _upright(pixels, orientation)
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+  """(height, width) as stored in the header, before the EXIF orientation; decodes nothing. Raises Unreadable."""
+  return _header(data)[1:]
+
+
+# -- geometry -----------------------------------------------------------------------------------------------------------
+
+
+def _centre(height: int, width: int, resize: str) -> Box:
+  """The part of a picture that fills a square: all of it (squash), or the central square (shortest)."""
+  if resize == "squash":
+    return 0, 0, width, height
+  side = min(height, width)
+  return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: int = 255) -> np.ndarray:
+  """Evaluation: resized exactly as Pillow, uint8 [H, W, 3] -> [size, size, 3].
+
+  "shortest" equals resizing the shortest side to `size` and cutting the centre, done in one step.
+  """
+  height, width = pixels.shape[:2]
+  if resize == "longest":
+    h, w = (max(1, round(n * size / max(height, width))) for n in (height, width))
+    square = np.full((size, size, 3), fill, np.uint8)
+    top, left = (size - h) // 2, (size - w) // 2
+    square[top:top + h, left:left + w] = resize_exact(pixels, (h, w), interpolation)
+    return square
+  if resize == "squash":
+    return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation))
+  short = min(height, width)
+  h, w = (size if n == short else int(size * n / short) for n in (height, width))
+  top, left = round((h - size) / 2), round((w - size) / 2)
+  y, x = height / h, width / w
+  return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation,
+                                           (left * x, top * y, (left + size) * x, (top + size) * y)))
+
+
+def _crop(data: bytes | np.ndarray, size: int, interpolation: str, augment: Augment, draws: np.ndarray) -> np.ndarray:
+  """The random resized crop, of a JPEG decoded no larger than the crop needs."""
+  if isinstance(data, np.ndarray) or data[:3] != b"\xff\xd8\xff":
+    pixels = data if isinstance(data, np.ndarray) else decode(data)
+    left, top, right, bottom = augment.box(*pixels.shape[:2], draws)
+  else:
+    _, height, width = _header(data)
+    if _orientation(data) > 4:
+      height, width = width, height
+    (left, top, right, bottom), k = jpeg_crop(augment.box(height, width, draws), size)
+    pixels = decode(data, k)
+    left, top, right, bottom = (edge // k for edge in (left, top, right, bottom))
+  return resize_fast(pixels[top:bottom, left:right], (size, size), interpolation)
+
+
+def jpeg_crop(box: tuple[int, int, int, int], size: int) -> tuple[tuple[int, int, int, int], int]:
+  """(box, k): decode at 1/k, k in 1, 2, 4, 8, so that the box stays at least 1.5 times `size`; its edges go to multiples of k."""
+  side = min(box[2] - box[0], box[3] - box[1])
+  k = max(k for k in (1, 2, 4, 8) if k == 1 or side >= _KEEP * k * size)
+  return tuple(round(edge / k) * k for edge in box), k
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+  """Undoes an EXIF orientation (1 to 8)."""
+  if orientation in (5, 6, 7, 8):
+    pixels = pixels.transpose(1, 0, 2)
+  if orientation in (3, 4, 7, 8):
+    pixels = pixels[::-1]
+  if orientation in (2, 3, 6, 7):
+    pixels = pixels[:, ::-1]
+  return np.ascontiguousarray(pixels)
+
+
+# -- decoding -----------------------------------------------------------------------------------------------------------
+
+
+def _header(data: bytes) -> tuple[str, int, int]:
+  """(format, height, width) without decoding. Raises Unreadable: unknown, cut within the header, too large."""
+  kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
+  if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+    kind = "WEBP"
+  if kind is None:
+    raise Unreadable("empty file" if not data else "not a JPEG, PNG, WebP, GIF or BMP picture")
+  try:
+    if kind == "JPEG":
+      height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
+    elif kind == "PNG":
+      width, height = struct.unpack(">II", data[16:24])
+    elif kind == "WEBP":
+      width, height = _webp_size(data)
+    else:
+      width, height = Image.open(io.BytesIO(data), formats=[kind]).size
+  except Exception as error:  # a decoder may raise anything on bytes from anywhere
+    raise Unreadable(f"broken {kind} header ({_line(error)})") from error
+  if height * width > MAX_PIXELS:
+    raise Unreadable(f"{kind} of {width} x {height} = {height * width / 1e6:.0f} megapixels; the limit is {MAX_PIXELS // 10**6}")
+  if height < 1 or width < 1:
+    raise Unreadable(f"{kind} without pixels ({width} x {height})")
+  return kind, height, width
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+  """(width, height) from the first chunk (RFC 9649). Raises ValueError when the file is shorter than its header says."""
+  if len(data) < 30 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
+    raise ValueError("truncated")
+  if data[12:16] == b"VP8X":
+    return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+  if data[12:16] == b"VP8L":
+    bits = int.from_bytes(data[21:25], "little")
+    return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+  return struct.unpack("<HH", data[26:30])[0] & 0x3FFF, struct.unpack("<HH", data[26:30])[1] & 0x3FFF
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.ndarray:
+  """libjpeg-turbo; Pillow decides about what it finds odd (CMYK, stray bytes, a cut end)."""
+  rows, columns = -(-height // reduction), -(-width // reduction)
+  try:
+    if simplejpeg.decode_jpeg_header(data, strict=True)[2] in ("YCbCr", "RGB", "Gray"):
+      pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns, min_factor=reduction)
+      if pixels.shape[:2] == (rows, columns):
+        return pixels
+  except ValueError:
+    pass
+  pixels, _ = _decode_pillow(data, "JPEG")
+  return cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_AREA) if reduction > 1 else pixels
+
+
+def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
+  """(RGB uint8 [H, W, 3], EXIF orientation) of the first frame."""
+  if kind == "PNG" and b"IEND" not in data[-1024:]:
+    raise Unreadable("truncated PNG (its end is missing)")
+  try:
+    image = Image.open(io.BytesIO(data), formats=[kind])
+    image.load()
+    orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    if image.mode.startswith("I;16"):
+      grey = np.asarray(image).astype(np.uint32)
+      return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2), orientation
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+      image = image.convert("RGBA")
+      white = Image.new("RGB", image.size, "white")
+      white.paste(image, mask=image.getchannel("A"))
+      image = white
+    return np.asarray(image.convert("RGB")), orientation
+  except Exception as error:  # as above
+    what = _line(error)
+    raise Unreadable(f"truncated {kind} ({what})" if "truncated" in what else f"broken {kind} ({what})") from error
+
+
+def _orientation(data: bytes) -> int:
+  """EXIF orientation of a JPEG, 1 to 8."""
+  if data.find(b"Exif\0\0", 0, 1 << 17) < 0:
+    return 1
+  try:
+    value = Image.open(io.BytesIO(data), formats=["JPEG"]).getexif().get(0x0112, 1)
+  except Exception:  # broken metadata does not make the picture unreadable
+    return 1
+  return value if value in range(1, 9) else 1
+
+
+def _line(error: Exception) -> str:
+  """An exception's message in one short line."""
+  return " ".join(str(error).split())[:120] or type(error).__name__
