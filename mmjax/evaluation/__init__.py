@@ -1,0 +1,177 @@
+"""Evaluators: named measurements of a model on held-out data, in the loop and by `mmjax eval`.
+
+An evaluator is a kind (see mmjax.config): `evaluator(context, *, settings...) -> Result`. It asks its `Context` for data and for
+embeddings and never sees parameters, a model or a device mesh's axes, so a new one is one file and one line of `config.KINDS`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import difflib
+import fnmatch
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mmjax import config as config_lib
+from mmjax.config import UserError
+from mmjax.parallel import multihost
+
+Embed = Callable[[Any, str, Any], jax.Array]  # (params, modality, batch on the devices) -> [B, D]
+
+
+class Result(NamedTuple):
+  """What an evaluator found: numbers for eval.json, and figures (plain dicts with a `kind`) for report.html."""
+
+  metrics: dict[str, float]
+  figures: dict[str, dict[str, Any]]
+
+
+class Embedded(NamedTuple):
+  """Embeddings on the host: vectors float32 [N, D]; valid bool [N], False where a record could not be read."""
+
+  vectors: np.ndarray
+  valid: np.ndarray
+
+
+class Context:
+  """What one evaluator may use: `config`, `name`, `mesh`, its data, and embeddings of batches."""
+
+  def __init__(self, evaluation: Evaluation, name: str, params: Any):
+    self.config, self.mesh, self.name = evaluation.config, evaluation.mesh, name
+    self._evaluation, self._params = evaluation, params
+
+  def data(self, source: str, split: str, languages: Sequence[str] = ()):
+    """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a run."""
+    return self._evaluation.data(source, split, tuple(languages))
+
+  def embed(self, modality: str, batches: Iterable[dict]) -> Embedded:
+    """Embeds every row of `batches` (padding included), on the mesh; each process gets all the rows."""
+    waiting: collections.deque = collections.deque()
+    vectors, valid = [], []
+
+    def take():
+      rows, real = waiting.popleft()
+      vectors.append(np.asarray(multihost.gather_rows(rows), np.float32))
+      valid.append(np.asarray(multihost.gather_rows(real), bool))
+
+    for batch in batches:
+      placed = multihost.to_device(batch, self.mesh)
+      waiting.append((self._evaluation.embed(self._params, modality, placed), placed["valid"]))
+      if len(waiting) > 2:
+        take()
+      self._evaluation.poll()
+    while waiting:
+      take()
+    if not vectors:
+      return Embedded(np.zeros((0, 0), np.float32), np.zeros(0, bool))
+    return Embedded(np.concatenate(vectors), np.concatenate(valid))
+
+  def images(self, data) -> Embedded:
+    """The pictures of an `EvaluationData`, one row an example."""
+    embedded = self.embed("image", data.images())
+    return Embedded(embedded.vectors[: len(data)], embedded.valid[: len(data)])
+
+  def texts(self, data, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings float32 [N, D] of any texts, with the tokenizer and length of the config."""
+    return self.embed("text", data.texts(list(texts))).vectors[: len(texts)]
+
+
+class Evaluation:
+  """All evaluators of a config, run as often as wanted; the data is opened once.
+
+  `embed(params, modality, batch)` gives embeddings [B, D] of a batch on the devices. `poll` is called after every batch
+  (the training loop asks there whether the machine is about to be taken away).
+  """
+
+  def __init__(self, config, embed: Embed, mesh: jax.sharding.Mesh, poll: Callable[[], None] | None = None):
+    self.config, self.embed, self.mesh = config, embed, mesh
+    self.poll = poll or (lambda: None)
+    self._data: dict = {}
+
+  def run(self, params: Any, names: str | Sequence[str] | None = None) -> dict[str, Result]:
+    """Runs the evaluators (all, or those that `names` picks, wildcards allowed) in the order of the config.
+
+    Raises UserError for a name that picks none.
+    """
+    evaluators = self.config.evaluation.evaluators
+    results = {}
+    for name in pick(self.config, names):
+      entry = evaluators[name]
+      kind = config_lib.kind_function(entry, "evaluator")
+      results[name] = kind(Context(self, name, params), **config_lib.settings(entry))
+    return results
+
+  def data(self, source: str, split: str, languages: tuple[str, ...]):
+    from mmjax.data.pipeline import EvaluationData
+
+    key = (source, split, languages)
+    if key not in self._data:
+      batch_size = self.config.evaluation.batch_size or self.config.train.batch_size
+      rows = multihost.local_rows(self.mesh, batch_size) if jax.process_count() > 1 else None
+      entry = dict(name=source, split=split, languages=languages, path="", weight=1.0, cache=True)
+      self._data[key] = EvaluationData(self.config, entry, batch_size, rows=rows)
+    return self._data[key]
+
+
+def run(config, embed: Embed, params: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None) -> dict[str, Result]:
+  """Runs the evaluators of `config` once: {evaluator name: Result}."""
+  return Evaluation(config, embed, mesh).run(params, names)
+
+
+def pick(config, names: str | Sequence[str] | None) -> list[str]:
+  """The evaluators that `names` picks ("retrieval/*" is a wildcard), in the order of the config; None picks all.
+
+  Raises UserError, with the nearest name, where one picks none.
+  """
+  known = list(config.evaluation.evaluators)
+  if names is None:
+    return known
+  wanted = [names] if isinstance(names, str) else list(names)
+  for name in wanted:
+    if not any(fnmatch.fnmatchcase(k, name) for k in known):
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+      hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known) or 'none'}"
+      raise UserError(f"evaluation.evaluators has no {name!r}. {hint}")
+  return [k for k in known if any(fnmatch.fnmatchcase(k, name) for name in wanted)]
+
+
+def flat_metrics(results: dict[str, Result]) -> dict[str, float]:
+  """{"<evaluator>/<metric>": value}, as in metrics.jsonl and `checkpoint.best`."""
+  return {f"{name}/{metric}": float(value) for name, result in results.items() for metric, value in result.metrics.items()}
+
+
+def write_eval_json(workdir: str | Path, results: dict[str, Result]) -> Path:
+  """Writes {evaluator: {metric: value}} as eval.json of a run folder; evaluators that were not run now keep their values."""
+  path = Path(workdir) / "eval.json"
+  table = {**read_eval_json(workdir), **{name: {k: float(v) for k, v in r.metrics.items()} for name, r in results.items()}}
+  replace_file(path, json.dumps(table, indent=2) + "\n")
+  return path
+
+
+def read_eval_json(workdir: str | Path) -> dict[str, dict[str, float]]:
+  """What `write_eval_json` wrote; {} without a file or with one that is no such table."""
+  try:
+    table = json.loads((Path(workdir) / "eval.json").read_text())
+  except (OSError, ValueError):
+    return {}
+  return {k: v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}
+
+
+def replace_file(path: Path, text: str) -> None:
+  """Writes a text file beside its place and renames it there: readers see the old one or the new one, whole."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text)
+    os.replace(temporary, path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise UserError(f"{path}: cannot be written ({error.strerror or error}). Free space or give another folder") from error

@@ -1,0 +1,144 @@
+"""The template of report.html (jinja2), with its style and the few lines of script for the read-out of curves."""
+
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }} · mmjax</title>
+<style>
+:root { --ink: #1b2430; --soft: #5d6b7c; --faint: #8a96a5; --page: #f4f6f8; --card: #fff; --edge: #e2e7ec; --track: #e9eef2;
+  --a: #0b7285; --b: #d9480f; --c: #5f3dc4; --d: #2b8a3e; --e: #c2255c; --f: #866118; --right: #2b8a3e; --right-soft: #e6f5e9; --heat: 11, 114, 133; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e9ef; --soft: #a3b0be; --faint: #75828f; --page: #11161c; --card: #1a2129; --edge: #2b3540; --track: #2b3540;
+  --a: #3bc9db; --b: #ff922b; --c: #b197fc; --d: #69db7c; --e: #f783ac; --f: #e0b252; --right: #69db7c; --right-soft: #1d3325; --heat: 59, 201, 219; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 34px 24px 70px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 10px; letter-spacing: -.02em; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 44px 0 14px; letter-spacing: -.01em; }
+h3 { font-size: 13.5px; margin: 0; font-weight: 600; }
+.facts { display: flex; flex-wrap: wrap; gap: 4px 26px; color: var(--soft); font-size: 14px; }
+.facts b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
+.grid-cards { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
+.charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
+.card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 16px 18px; min-width: 0; }
+.tile .name { font-weight: 600; overflow-wrap: anywhere; }
+.tile .counts { color: var(--faint); font-size: 12.5px; margin-bottom: 12px; }
+.heads { display: grid; grid-template-columns: 1fr 1fr; gap: 14px 20px; }
+.head .value { font-size: 27px; line-height: 1.15; font-weight: 650; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
+.head .label { color: var(--soft); font-size: 12.5px; }
+.bar { height: 4px; border-radius: 2px; background: var(--track); margin-top: 6px; overflow: hidden; }
+.bar i { display: block; height: 100%; background: var(--a); border-radius: 2px; }
+.chart-title { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 14px; align-items: baseline; margin-bottom: 4px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 12px; color: var(--soft); font-variant-numeric: tabular-nums; }
+.legend i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
+svg { width: 100%; height: auto; display: block; overflow: visible; cursor: crosshair; }
+.grid { stroke: var(--edge); } .tick { fill: var(--faint); font-size: 11px; font-variant-numeric: tabular-nums; }
+.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; } .area { stroke: none; opacity: .09; }
+{% for letter in "abcdef" %}
+.line.s{{ loop.index0 }} { stroke: var(--{{ letter }}); } .area.s{{ loop.index0 }}, .dot.s{{ loop.index0 }} { fill: var(--{{ letter }}); } i.s{{ loop.index0 }} { background: var(--{{ letter }}); }
+{% endfor %}
+.hover line { stroke: var(--faint); stroke-dasharray: 3 3; } .hover rect { fill: var(--ink); opacity: .92; } .hover text { fill: var(--page); font-size: 11.5px; font-variant-numeric: tabular-nums; }
+.examples { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
+.example { display: flex; gap: 15px; }
+.example img.query { width: 92px; height: 92px; border-radius: 8px; border: 1px solid var(--edge); background: #fff; object-fit: contain; flex: none; }
+.rank { font-size: 12px; color: var(--soft); margin-top: 5px; text-align: center; font-variant-numeric: tabular-nums; } .rank.first { color: var(--right); font-weight: 600; }
+.answers { flex: 1; min-width: 0; }
+.answer { display: flex; justify-content: space-between; gap: 8px; font-size: 13px; padding: 2px 7px; border-radius: 5px; }
+.answer span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } .answer span:last-child { color: var(--faint); font-variant-numeric: tabular-nums; }
+.answer.right { background: var(--right-soft); font-weight: 600; } .answer.right span:first-child::before { content: "✓ "; color: var(--right); }
+.expected { font-size: 12.5px; color: var(--soft); padding: 5px 7px 0; border-top: 1px solid var(--edge); margin-top: 5px; }
+.pictures { display: flex; gap: 8px; margin-top: 10px; }
+.shot { flex: 1; text-align: center; font-size: 11.5px; color: var(--faint); font-variant-numeric: tabular-nums; max-width: 92px; }
+.shot img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 7px; border: 2px solid var(--edge); background: #fff; display: block; margin-bottom: 2px; }
+.shot.right img { border-color: var(--right); } .shot.right { color: var(--right); font-weight: 600; } .shot.missed { opacity: .75; } .shot.missed img { border-style: dashed; }
+.caption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; } .top { display: flex; justify-content: space-between; gap: 12px; } .top .rank { margin: 0; white-space: nowrap; }
+.scroll { overflow-x: auto; }
+table.heat { border-collapse: separate; border-spacing: 2px; font-size: 12px; font-variant-numeric: tabular-nums; }
+table.heat td { width: 50px; min-width: 26px; height: 34px; text-align: center; border-radius: 4px; cursor: default; } table.heat td.none { color: transparent; background: var(--track); opacity: .45; }
+table.heat td.right { box-shadow: inset 0 0 0 1.5px var(--right); }
+table.heat th { font-weight: 500; color: var(--soft); text-align: right; padding: 0 8px 0 0; white-space: nowrap; }
+table.heat thead th { height: 96px; vertical-align: bottom; padding: 0; } table.heat thead div { width: 50px; } table.heat thead span { display: inline-block; transform: rotate(-38deg); transform-origin: 0 100%; white-space: nowrap; margin-left: 22px; }
+.note { color: var(--soft); font-size: 13px; margin: 0 0 12px; }
+details > summary { cursor: pointer; color: var(--soft); } details > summary:hover { color: var(--ink); }
+details.block { margin-top: 14px; } details.block > .charts, details.block > .card { margin-top: 12px; }
+.tree { font: 13px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; } .tree details { padding-left: 16px; } .tree > details { padding-left: 0; }
+.tree .leaf { padding-left: 30px; text-indent: -14px; overflow-wrap: anywhere; } .tree .leaf b { font-weight: 500; color: var(--soft); } .tree summary { color: var(--ink); font-weight: 600; }
+table.plain { border-collapse: collapse; font-size: 13.5px; } table.plain td { padding: 3px 22px 3px 0; vertical-align: top; font-variant-numeric: tabular-nums; } table.plain td:first-child { color: var(--soft); white-space: nowrap; }
+footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
+@media (max-width: 560px) { main { padding: 22px 14px 50px; } .charts, .grid-cards, .examples { grid-template-columns: minmax(0, 1fr); } }
+</style></head><body><main>
+{% macro draw(charts) %}
+<div class="charts">{% for chart in charts %}
+<div class="card"><div class="chart-title"><h3>{{ chart.title }}</h3><div class="legend">
+{% for item in chart.legend %}<span>{% if chart.legend | length > 1 %}<i class="s{{ item.index }}"></i>{{ item.name }} {% endif %}{{ item.last }}</span>{% endfor %}
+</div></div>{{ chart.svg }}</div>{% endfor %}</div>
+{% endmacro %}
+{% macro tree(node) %}
+{% for key, value in node.items() %}{% if value is tree %}<details open><summary>{{ key }}</summary>{{ tree(value) }}</details>
+{% else %}<div class="leaf"><b>{{ key }}</b> = {{ "{}" if value is mapping else value.__repr__() }}</div>
+{% endif %}{% endfor %}
+{% endmacro %}
+{% macro rank(row) %}<div class="rank{{ " first" if row.rank == 1 }}">{{ "found first" if row.rank == 1 else "rank %d of %d" % (row.rank, row.of) }}</div>{% endmacro %}
+<header><h1>{{ title }}</h1><div class="facts">{% for name, value in facts if value %}<span>{{ name }} <b>{{ value }}</b></span>{% endfor %}</div></header>
+
+{% if tiles %}<h2>Scores</h2><div class="grid-cards">{% for tile in tiles %}
+<div class="card tile"><div class="name">{{ tile.name }}</div><div class="counts">{{ tile.counts or " " }}</div>
+<div class="heads">{% for head in tile.heads %}<div class="head"><div class="value">{{ head.text }}</div><div class="label">{{ head.label }}</div>
+<div class="bar"><i style="width: {{ "%.1f" | format(head.share) }}%"></i></div></div>{% endfor %}</div></div>{% endfor %}</div>
+<details class="block"><summary>All metrics</summary><div class="grid-cards card">{% for name, metrics in tables %}
+<div><h3>{{ name }}</h3><table class="plain">{% for metric, value in metrics %}<tr><td>{{ metric }}</td><td>{{ value }}</td></tr>{% endfor %}</table></div>{% endfor %}</div></details>{% endif %}
+
+{% if charts[0] %}<h2>Training</h2>{{ draw(charts[0]) }}
+{% if charts[1] %}<details class="block"><summary>More curves ({{ charts[1] | length }})</summary>{{ draw(charts[1]) }}</details>{% endif %}{% endif %}
+{% if evaluation_charts %}<h2>Evaluation over the run</h2>{{ draw(evaluation_charts) }}{% endif %}
+
+{% for name, figure in retrievals if figure.rows %}
+<h2>{{ name }}: {{ "pictures to captions" if figure.query == "image" else "captions to pictures" }}</h2>
+<p class="note">Queries spread over the split, none chosen by hand, each with the five nearest of {{ figure.rows[0].of | number }} and their cosine similarity. Right answers are marked.</p>
+<div class="examples">{% for row in figure.rows %}
+{% if figure.query == "image" %}
+<div class="card example"><div><img class="query" src="{{ row.picture | picture }}" alt="query picture">{{ rank(row) }}</div><div class="answers">
+{% for hit in row.top %}<div class="answer{{ " right" if hit.right }}"><span dir="auto" title="{{ hit.text }}">{{ hit.text }}</span><span>{{ "%.2f" | format(hit.score) }}</span></div>{% endfor %}
+{% if row.rank > 5 %}<div class="expected" dir="auto">Right: {{ row.expected | map(attribute="text") | join(" · ") }}</div>{% endif %}</div></div>
+{% else %}
+<div class="card"><div class="top"><div class="caption" dir="auto">{{ row.text }}</div>{{ rank(row) }}</div><div class="pictures">
+{% for hit in row.top %}<div class="shot{{ " right" if hit.right }}"><img src="{{ hit.picture | picture }}" alt="">{{ "✓ " if hit.right }}{{ "%.2f" | format(hit.score) }}</div>{% endfor %}
+{% if row.rank > 5 %}<div class="shot missed"><img src="{{ row.expected[0].picture | picture }}" alt="the right picture">right</div>{% endif %}</div></div>
+{% endif %}{% endfor %}</div>{% endfor %}
+
+{% for name, map in confusions %}
+<h2>{{ name }}: confusion</h2><p class="note">Rows are true classes, columns what the model said; colour is the share of the row. {{ map.right | number }} of {{ map.total | number }} on the diagonal.
+{% if map.left_out %} {{ map.left_out }} classes without examples or with the fewest are not drawn.{% endif %}</p>
+<div class="card scroll"><table class="heat"><thead><tr><th></th>{% for label in map.names %}<th><div><span>{{ label }}</span></div></th>{% endfor %}</tr></thead>
+{% for row in map.rows %}<tr><th>{{ row.name }} ({{ row.count }})</th>{% for cell in row.cells %}
+<td title="{{ cell.title }}"{% if not cell.count %} class="none{{ " right" if cell.right }}">0{% else %}{% if cell.right %} class="right"{% endif %} style="background: rgba(var(--heat), {{ "%.3f" | format(0.08 + 0.82 * cell.share) }}){{ "; color: var(--card)" if cell.share > 0.5 }}">{{ cell.count }}{% endif %}</td>{% endfor %}</tr>{% endfor %}
+</table></div>{% endfor %}
+
+<h2>Configuration</h2><details class="card"><summary>Every key of the resolved config</summary><div class="tree">{{ tree(config) }}</div></details>
+<h2>Environment</h2><div class="card"><table class="plain">{% for name, value in environment %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table></div>
+<footer>Written by mmjax. This page is one file and loads nothing from anywhere.</footer>
+</main>
+<script>
+const make = (name, attributes, parent, text) => {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const key in attributes) node.setAttribute(key, attributes[key]);
+  if (text !== undefined) node.textContent = text;
+  return parent.appendChild(node);
+};
+for (const svg of document.querySelectorAll("svg[data-chart]")) {
+  const {box: [left, top, right, bottom], x: [x0, x1], series} = JSON.parse(svg.dataset.chart);
+  const layer = svg.querySelector(".hover"), width = svg.viewBox.baseVal.width;
+  svg.addEventListener("pointerleave", () => layer.replaceChildren());
+  svg.addEventListener("pointermove", event => {
+    const frame = svg.getBoundingClientRect(), at = (event.clientX - frame.left) / frame.width * width;
+    const x = x0 + (at - left) / (right - left) * (x1 - x0);
+    const near = series.map(s => ({name: s.name, point: s.points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a)}));
+    const step = near[0].point[0], px = left + (step - x0) / (x1 - x0) * (right - left);
+    const lines = ["step " + step.toLocaleString(), ...near.map(n => (near.length > 1 ? n.name + " " : "") + Number(n.point[1].toPrecision(5)))];
+    layer.replaceChildren();
+    make("line", {x1: px, x2: px, y1: top, y2: bottom}, layer);
+    const size = Math.max(...lines.map(l => l.length)) * 6.4 + 14, bx = px + size + 12 > right ? px - size - 8 : px + 8;
+    make("rect", {x: bx, y: top, width: size, height: lines.length * 15 + 8, rx: 5}, layer);
+    lines.forEach((line, i) => make("text", {x: bx + 7, y: top + 15 + i * 15}, layer, line));
+  });
+}
+</script></body></html>
+"""
