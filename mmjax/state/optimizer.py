@@ -1,0 +1,356 @@
+"""Optimizers: kinds `(axes, *, settings) -> optax.GradientTransformation`, and `make_optimizer`, which completes them.
+
+A kind scales gradients into directions of about unit size (optax's `scale_by_*`); it knows neither rate nor decay.
+`make_optimizer` adds what all share, in this order: frozen leaves are taken out, the global norm is clipped, the kind's
+rule, decoupled weight decay, the rate of each parameter (rules, schedule, peak).
+
+Layers are stored stacked, and a stack gets the update that its layers would get alone: leaves whose first logical axis is
+"layers" are handled a layer at a time wherever a rule looks at more than single elements (adafactor, muon).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from mmjax.config import UserError, kind_function, settings
+from mmjax.state.paths import by_name, map_named, matches, nearest
+from mmjax.state.schedule import Schedule, make_schedule
+
+Axes = Any  # a tree like the parameters whose leaves are tuples of logical axis names (or None), one a dimension
+StateDtype = Literal["float32", "bfloat16"]
+
+
+class Optimizer(NamedTuple):
+  """tx: `init(params)`, `update(gradients, state, params, *, step=None) -> (updates, state)`; apply with
+  `optax.apply_updates`. Without `step` the schedule follows the number of updates made.
+  schedule: step -> the learning rate (peak times factor) that `update` applies where no rule changes it.
+  trained: tree of bool like the parameters; False where no slice of the leaf is ever changed."""
+  tx: optax.GradientTransformationExtraArgs
+  schedule: Schedule
+  trained: Any
+
+
+class OptimizerState(NamedTuple):
+  """count: int32, updates made. rule: state of the kind, over the leaves (and slices of stacks) that are trained."""
+  count: jax.Array
+  rule: Any
+
+
+# -- kinds --------------------------------------------------------------------------------------------------------------
+
+
+def adamw(axes: Axes, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+          state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
+  """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is `optimizer.weight_decay`."""
+  del axes
+  return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype)
+
+
+def lion(axes: Axes, *, b1: float = 0.9, b2: float = 0.99, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
+  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times below AdamW's."""
+  del axes
+  return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=state_dtype)
+
+
+def adafactor(axes: Axes, *, decay_rate: float = 0.8, max_decay: float = 0.999, min_factored: int = 32,
+              update_clip: float = 1.0, momentum: float = 0.9, parameter_scale: bool = False,
+              state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
+  """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), by default as Zhai et al. 2022 (arXiv:2106.04560) use it for vision.
+
+  The second moment decays by min(1 - t^-decay_rate, max_decay) and is factored over the two largest dimensions if both have
+  `min_factored` or more. `update_clip`: largest RMS of a leaf's update; 0 = off. `momentum`: on the updates, in `state_dtype`;
+  0 = none. `parameter_scale`: multiplies an update by the RMS of its parameter. All of it for each layer by itself.
+  """
+  decay = lambda step, rate: jnp.minimum(1 - (jnp.asarray(step, jnp.float32) + 1) ** -rate, max_decay)
+  parts = [optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_factored, decay_rate_fn=decay)]
+  if update_clip:
+    parts.append(optax.clip_by_block_rms(update_clip))
+  if parameter_scale:
+    parts.append(optax.scale_by_param_block_rms())
+  parts = [per_layer(part, axes) for part in parts]
+  if momentum:
+    parts.append(optax.ema(momentum, debias=False, accumulator_dtype=state_dtype))
+  return optax.chain(*parts)
+
+
+def muon(axes: Axes, *, beta: float = 0.95, nesterov: bool = True, iterations: int = 5,
+         newton_schulz: Literal["float32", "bfloat16"] = "float32", rms: float = 0.2, b1: float = 0.9, b2: float = 0.999,
+         eps: float = 1e-8, adam_rate: float = 1.0, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
+  """Muon (Jordan et al. 2024): momentum of a matrix, orthogonalised; everything else by Adam, at `adam_rate` times the rate.
+
+  `matrix_axes` says which leaves are matrices: kernels, one matrix a layer, and query, key and value each for itself.
+  An update is multiplied by `rms` * sqrt(larger side), which gives it the RMS of an Adam update (Liu et al. 2025,
+  arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over. `newton_schulz`: precision of the iterations.
+  """
+  sides = {name: matrix_axes(name, leaf) for name, leaf in _axes_by_name(axes).items()}
+  labels = lambda tree: map_named(lambda name, _: "matrix" if sides[name] else "other", tree)
+  return optax.partition({
+      "matrix": scale_by_muon(sides, beta=beta, nesterov=nesterov, iterations=iterations, rms=rms,
+                              precision=newton_schulz, momentum_dtype=state_dtype),
+      "other": optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype), optax.scale(adam_rate)),
+  }, labels)
+
+
+class MuonState(NamedTuple):
+  count: jax.Array  # int32, updates made
+  mu: Any  # momentum, like the parameters
+
+
+def scale_by_muon(sides: Mapping[str, tuple], *, beta: float, nesterov: bool, iterations: int, rms: float, precision: str,
+                  momentum_dtype: str) -> optax.GradientTransformation:
+  """Orthogonalised momentum of leaves [..., inputs..., ..., outputs...]; `sides` as `matrix_axes` gives them, by name."""
+  def init(params):
+    return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=momentum_dtype))
+
+  def update(updates, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+    if nesterov:
+      ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+      now = optax.tree.bias_correction(updates, beta, count)
+      momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
+    else:
+      momentum = optax.tree.bias_correction(mu, beta, count)
+
+    def direction(name, x):
+      inputs, outputs = sides[name]
+      batch = tuple(i for i in range(x.ndim) if i not in inputs + outputs)
+      order = batch + inputs + outputs
+      size = lambda dims: math.prod(x.shape[i] for i in dims)
+      matrices = x.transpose(order).reshape(size(batch), size(inputs), size(outputs))
+      matrices = orthogonalize(matrices, iterations, precision) * (rms * math.sqrt(max(size(inputs), size(outputs))))
+      return matrices.reshape([x.shape[i] for i in order]).transpose(np.argsort(order)).astype(x.dtype)
+
+    return map_named(direction, momentum), MuonState(count, optax.tree.cast(mu, momentum_dtype))
+
+  return optax.GradientTransformation(init, update)
+
+
+def orthogonalize(x: jax.Array, iterations: int = 5, precision: str = "float32") -> jax.Array:
+  """Matrices [N, R, C] with their singular values moved near 1 (0.7 to 1.2), by Jordan's quintic Newton-Schulz iteration."""
+  a, b, c = 3.4445, -4.7750, 2.0315
+  wide = x.shape[-2] <= x.shape[-1]
+  x = x if wide else x.mT
+  x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)).astype(precision)
+  with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
+    for _ in range(iterations):
+      gram = x @ x.mT
+      x = a * x + (b * gram + c * (gram @ gram)) @ x
+  return (x if wide else x.mT).astype(jnp.float32)
+
+
+def matrix_axes(name: str, axes: tuple) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+  """(input dimensions, output dimensions) of a leaf that muon takes as matrices, None for one that it leaves to Adam.
+
+  Matrices are leaves called "kernel", except those that read tokens, patches or positions directly. "layers" and "qkv" count
+  matrices; "heads" and "kv" are one side together: qkv [embed, qkv, heads, kv] is 3 matrices embed x (heads kv), out
+  [heads, kv, embed] is (heads kv) x embed. With more than two sides (a convolution) the last is the output.
+  """
+  if name.split("/")[-1] != "kernel" or {"vocab", "patch", "position"} & set(axes):
+    return None
+  groups: list[list[int]] = []
+  for i, axis in enumerate(axes):
+    if axis in ("layers", "qkv"):
+      continue
+    if axis == "kv" and groups and axes[groups[-1][-1]] == "heads":
+      groups[-1].append(i)
+    else:
+      groups.append([i])
+  if len(groups) < 2:
+    return None
+  return tuple(i for group in groups[:-1] for i in group), tuple(groups[-1])
+
+
+def per_layer(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
+  """`tx` on every leaf by itself, and on every layer of a stacked leaf by itself. Its state stays a NamedTuple of trees.
+
+  `tx` must treat leaves independently and have a NamedTuple as its state: trees like the parameters, and scalar `count`.
+  """
+  stacked = {name: bool(leaf) and leaf[0] == "layers" for name, leaf in _axes_by_name(axes).items()}
+
+  def gather(parts: list, like: Any) -> Any:
+    """One state whose fields are trees, from a state for each leaf."""
+    kind, tree = type(parts[0]), jax.tree.structure(like)
+    return kind(*(getattr(parts[0], field) if field == "count" else tree.unflatten([getattr(part, field) for part in parts])
+                  for field in kind._fields))
+
+  def mapped(state: Any) -> Any:
+    return type(state)(*(None if field == "count" else 0 for field in state._fields))
+
+  def init(params):
+    parts = []
+    for name, leaf in by_name(params).items():
+      spec = mapped(jax.eval_shape(tx.init, leaf))
+      parts.append(jax.vmap(tx.init, out_axes=spec)(leaf) if stacked[name] else tx.init(leaf))
+    return gather(parts, params) if parts else tx.init(params)
+
+  def update(updates, state, params):
+    names, leaves, tree = list(by_name(updates)), jax.tree.leaves(updates), jax.tree.structure(updates)
+    if not names:
+      return updates, state
+    states = [type(state)(*column) for column in zip(*(
+        [value] * len(names) if field == "count" else tree.flatten_up_to(value)
+        for field, value in zip(state._fields, state, strict=True)), strict=True)] or [state] * len(names)
+    out = []
+    for name, leaf, part, param in zip(names, leaves, states, tree.flatten_up_to(params), strict=True):
+      spec = mapped(part)
+      one = jax.vmap(tx.update, in_axes=(0, spec, 0), out_axes=(0, spec)) if stacked[name] else tx.update
+      out.append(one(leaf, part, param))
+    return tree.unflatten([o[0] for o in out]), gather([o[1] for o in out], updates)
+
+  return optax.GradientTransformation(init, update)
+
+
+# -- what all kinds share ------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int,
+                   examples: int | None = None) -> Optimizer:
+  """The optimizer of config.optimizer and config.schedule for a run of `steps`.
+
+  axes: logical axes of each parameter. params_spec: tree of ShapeDtypeStruct (or arrays), unboxed. `examples`: of an epoch.
+  A rate of 0 (optimizer.rates) freezes: such leaves, or slices of a stack, have no optimizer state, are not decayed, get an
+  update of exactly zero, and do not count in the clipped norm.
+
+  Raises UserError: a regex matches no parameter (the nearest is named), or everything is frozen.
+  """
+  entry = config.optimizer
+  spec, named_axes = by_name(params_spec), _axes_by_name(axes)
+  layers = {name: leaf.shape[0] if named_axes[name][:1] == ("layers",) else None for name, leaf in spec.items()}
+  rates = _rates(entry.rates, layers)
+  decays = {name: np.zeros(count or (), bool) for name, count in layers.items()}
+  if entry.weight_decay:
+    decays = {name: matches(entry.decay, name, count) for name, count in layers.items()}
+    _check_used("optimizer.decay", entry.decay, decays)
+  trained = {name: np.flatnonzero(rate) for name, rate in rates.items()}
+  if not any(map(len, trained.values())):
+    raise UserError("optimizer.rates freezes every parameter: nothing would be trained. Leave one out")
+
+  def view(tree):
+    """The trained leaves, and of partly frozen stacks the trained slices."""
+    def pick(name, leaf):
+      if not len(trained[name]):
+        return optax.MaskedNode()
+      return leaf if len(trained[name]) == rates[name].size else leaf[_index(trained[name])]
+    return map_named(pick, tree)
+
+  def fill(updates, like):
+    """Updates of the view as a tree like the parameters: zero where frozen."""
+    some = by_name(updates)
+    def put(name, leaf):
+      if name not in some:
+        return jnp.zeros_like(leaf)
+      if len(trained[name]) == rates[name].size:
+        return some[name]
+      return jnp.zeros_like(leaf, some[name].dtype).at[_index(trained[name])].set(some[name])
+    return map_named(put, like)
+
+  kind = kind_function(entry, "optimizer")
+  rule = kind(axes, **settings(entry))
+  rule = optax.chain(optax.clip_by_global_norm(entry.clip), rule) if entry.clip else rule
+  factor = make_schedule(config, steps=steps, examples=examples)
+  schedule = lambda step: entry.lr * factor(step)
+
+  def init(params):
+    return OptimizerState(jnp.zeros((), jnp.int32), rule.init(view(params)))
+
+  def update(gradients, state, params, *, step=None, **unused):
+    del unused
+    kept = view(params)
+    updates, rule_state = rule.update(view(gradients), state.rule, kept)
+    rate = -schedule(state.count if step is None else step)
+
+    def scale(name, update, param):
+      chosen = trained[name]
+      shaped = lambda x: _shaped(np.atleast_1d(x)[chosen], layers[name], update.ndim)
+      if np.any(decays[name]):
+        update = update + entry.weight_decay * shaped(decays[name]) * param
+      return (rate * shaped(rates[name]) * update).astype(param.dtype)
+
+    updates = fill(map_named(scale, updates, kept), gradients)
+    return updates, OptimizerState(optax.safe_increment(state.count), rule_state)
+
+  return Optimizer(optax.GradientTransformationExtraArgs(init, update), schedule,
+                   map_named(lambda name, _: bool(len(trained[name])), params_spec))
+
+
+def state_axes(optimizer: Optimizer, params_spec: Any, axes: Axes) -> Any:
+  """Logical axes of every leaf of the optimizer's state, as a tree like `optimizer.tx.init(params)` with tuples as leaves.
+
+  A leaf shaped like its parameter has the parameter's axes; a factored moment lacks the one that was averaged over; what
+  belongs to no parameter (counts) has (). Use them with the rules that shard the parameters.
+  """
+  named_axes, spec = _axes_by_name(axes), by_name(params_spec)
+  state = jax.eval_shape(optimizer.tx.init, params_spec)
+
+  def of(name, leaf):
+    parts = name.split("/")
+    owner = next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in spec), None)
+    if owner is None:
+      return (None,) * leaf.ndim
+    shape = spec[owner].shape
+    padded = named_axes[owner] + (None,) * (len(shape) - len(named_axes[owner]))
+    return _reduced_axes(shape, padded, leaf.shape, from_right="v_col" in parts)
+
+  return map_named(of, state)
+
+
+def _reduced_axes(shape: tuple, axes: tuple, reduced: tuple, from_right: bool) -> tuple:
+  """Axes of an array that has the dimensions `shape` less some; (None, ...) if it is not that."""
+  stack = axes[:1] == ("layers",) and len(reduced) > 0  # partly frozen stacks have fewer layers in the state
+  body, names, rest = (shape[1:], axes[1:], reduced[1:]) if stack else (shape, axes, reduced)
+  pairs, found = list(zip(body, names, strict=True)), []
+  for size in reversed(rest) if from_right else rest:
+    while pairs and pairs[-1 if from_right else 0][0] != size:
+      pairs.pop(-1 if from_right else 0)
+    if not pairs:
+      return (("layers",) if stack else ()) + (None,) * len(rest)
+    found.append(pairs.pop(-1 if from_right else 0)[1])
+  return (("layers",) if stack else ()) + tuple(reversed(found) if from_right else found)
+
+
+def _rates(rules: tuple, layers: dict[str, int | None]) -> dict[str, np.ndarray]:
+  """Factor of the learning rate, a scalar or one a layer: the first rule that matches, else 1."""
+  rates = {name: np.ones(count or (), np.float32) for name, count in layers.items()}
+  free = {name: np.ones(count or (), bool) for name, count in layers.items()}
+  for pattern, factor in rules:
+    if not isinstance(factor, (int, float)) or factor < 0:
+      raise UserError(f"optimizer.rates: the factor of {pattern!r} is {factor!r}, but must be a number of 0 or more")
+    taken = {name: matches(pattern, name, count) for name, count in layers.items()}
+    _check_used("optimizer.rates", pattern, taken)
+    for name, match in taken.items():
+      rates[name] = np.where(match & free[name], np.float32(factor), rates[name])
+      free[name] = free[name] & ~match
+  return rates
+
+
+def _check_used(key: str, pattern: str, taken: dict[str, np.ndarray]) -> None:
+  if not any(match.any() for match in taken.values()):
+    raise UserError(f"{key}: {pattern!r} matches no parameter; the nearest is {nearest(pattern, taken)!r}")
+
+
+def _axes_by_name(axes: Axes) -> dict[str, tuple]:
+  is_leaf = lambda x: x is None or isinstance(x, (tuple, PartitionSpec))
+  return {name: tuple(leaf or ()) for name, leaf in by_name(axes, is_leaf=is_leaf).items()}
+
+
+def _index(chosen: np.ndarray) -> slice | np.ndarray:
+  """A slice if the indices are neighbours: cheaper than a gather."""
+  start, stop = int(chosen[0]), int(chosen[-1]) + 1
+  return slice(start, stop) if stop - start == len(chosen) else chosen
+
+
+def _shaped(values: np.ndarray, layers: int | None, ndim: int) -> np.ndarray:
+  """One value a layer, to multiply a leaf with; a scalar for a leaf without layers."""
+  values = values.astype(np.float32)
+  return values.reshape((-1,) + (1,) * (ndim - 1)) if layers is not None else values[0]
