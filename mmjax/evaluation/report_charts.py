@@ -30,7 +30,7 @@ def training_charts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict], list[di
       if len(points) > 1 and not (name == "skipped_total" and not points[-1][1]):
         title = dict(FIRST).get(name) or NAMES.get(name) or name.replace("_", " ")
         charts[name] = chart(title, [(name, points)], zero=name in ("lr", "examples_per_second"))
-  objective = [name for name in charts if "/" in name and not name.endswith("/loss")]
+  objective = sorted((n for n in charts if "/" in n and not n.endswith(("/loss", "/scale", "/bias"))), key=lambda n: "accuracy" not in n)
   shown = [name for name in ("loss", *objective[:2], "lr", "examples_per_second") if name in charts]
   if len(shown) % 2 and "grad_norm" in charts:
     shown.append("grad_norm")

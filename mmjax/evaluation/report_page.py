@@ -17,7 +17,7 @@ h3 { font-size: 13.5px; margin: 0; font-weight: 600; }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 26px; color: var(--soft); font-size: 14px; }
 .facts b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 .grid-cards { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
-.charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
+.charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 16px 18px; min-width: 0; }
 .tile .name { font-weight: 600; overflow-wrap: anywhere; }
 .tile .counts { color: var(--faint); font-size: 12.5px; margin-bottom: 12px; }
@@ -36,7 +36,7 @@ svg { width: 100%; height: auto; display: block; overflow: visible; cursor: cros
 .line.s{{ loop.index0 }} { stroke: var(--{{ letter }}); } .area.s{{ loop.index0 }}, .dot.s{{ loop.index0 }} { fill: var(--{{ letter }}); } i.s{{ loop.index0 }} { background: var(--{{ letter }}); }
 {% endfor %}
 .hover line { stroke: var(--faint); stroke-dasharray: 3 3; } .hover rect { fill: var(--ink); opacity: .92; } .hover text { fill: var(--page); font-size: 11.5px; font-variant-numeric: tabular-nums; }
-.examples { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
+.examples { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); }
 .example { display: flex; gap: 15px; }
 .example img.query { width: 92px; height: 92px; border-radius: 8px; border: 1px solid var(--edge); background: #fff; object-fit: contain; flex: none; }
 .rank { font-size: 12px; color: var(--soft); margin-top: 5px; text-align: center; font-variant-numeric: tabular-nums; } .rank.first { color: var(--right); font-weight: 600; }
@@ -46,7 +46,7 @@ svg { width: 100%; height: auto; display: block; overflow: visible; cursor: cros
 .answer.right { background: var(--right-soft); font-weight: 600; } .answer.right span:first-child::before { content: "✓ "; color: var(--right); }
 .expected { font-size: 12.5px; color: var(--soft); padding: 5px 7px 0; border-top: 1px solid var(--edge); margin-top: 5px; }
 .pictures { display: flex; gap: 8px; margin-top: 10px; }
-.shot { flex: 1; text-align: center; font-size: 11.5px; color: var(--faint); font-variant-numeric: tabular-nums; max-width: 92px; }
+.shot { flex: 1; text-align: center; font-size: 11.5px; color: var(--faint); font-variant-numeric: tabular-nums; max-width: 84px; }
 .shot img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 7px; border: 2px solid var(--edge); background: #fff; display: block; margin-bottom: 2px; }
 .shot.right img { border-color: var(--right); } .shot.right { color: var(--right); font-weight: 600; } .shot.missed { opacity: .75; } .shot.missed img { border-style: dashed; }
 .caption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; } .top { display: flex; justify-content: space-between; gap: 12px; } .top .rank { margin: 0; white-space: nowrap; }
@@ -59,8 +59,8 @@ table.heat thead th { height: 96px; vertical-align: bottom; padding: 0; } table.
 .note { color: var(--soft); font-size: 13px; margin: 0 0 12px; }
 details > summary { cursor: pointer; color: var(--soft); } details > summary:hover { color: var(--ink); }
 details.block { margin-top: 14px; } details.block > .charts, details.block > .card { margin-top: 12px; }
-.tree { font: 13px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; } .tree details { padding-left: 16px; } .tree > details { padding-left: 0; }
-.tree .leaf { padding-left: 30px; text-indent: -14px; overflow-wrap: anywhere; } .tree .leaf b { font-weight: 500; color: var(--soft); } .tree summary { color: var(--ink); font-weight: 600; }
+.tree { columns: 320px; column-gap: 30px; margin-top: 10px; font: 13px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; } .tree details { padding-left: 16px; } .tree > details { padding-left: 0; }
+.tree .leaf { break-inside: avoid; padding-left: 30px; text-indent: -14px; overflow-wrap: anywhere; } .tree .leaf b { font-weight: 500; color: var(--soft); } .tree summary { color: var(--ink); font-weight: 600; }
 table.plain { border-collapse: collapse; font-size: 13.5px; } table.plain td { padding: 3px 22px 3px 0; vertical-align: top; font-variant-numeric: tabular-nums; } table.plain td:first-child { color: var(--soft); white-space: nowrap; }
 footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 @media (max-width: 560px) { main { padding: 22px 14px 50px; } .charts, .grid-cards, .examples { grid-template-columns: minmax(0, 1fr); } }
