@@ -1,0 +1,290 @@
+"""Captions to tokens: tokenizers (sentencepiece .model and Hugging Face tokenizer.json), cutting, padding, keys, training one.
+
+Tokenizers that `train_tokenizer` makes reserve <pad> 0, <bos> 1, <eos> 2, <unk> 3, <mask> 4 and 64 spare pieces, which text
+never becomes by itself, and fall back to bytes, so that no caption holds an unknown piece.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.data.sources import data_dir, list_tokenizers, open_source
+
+RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>", "<mask>")
+SPARE = tuple(f"<spare_{number}>" for number in range(64))
+
+
+class Tokenizer:
+  """Text to ids. `encode(text) -> list[int]` adds no special tokens; ids that the tokenizer lacks are -1.
+
+  Attributes: vocab_size, pad_id, bos_id, eos_id, unk_id, mask_id. Made by `load_tokenizer` or `Tokenizer.from_assets`.
+  """
+
+  vocab_size: int
+  pad_id: int
+  bos_id: int
+  eos_id: int
+  unk_id: int
+  mask_id: int
+
+  def __init__(self, assets: Mapping[str, bytes]):
+    self._assets = dict(assets)
+
+  def encode(self, text: str) -> list[int]:
+    raise NotImplementedError
+
+  def decode(self, ids: Sequence[int]) -> str:
+    raise NotImplementedError
+
+  def to_assets(self) -> dict[str, bytes]:
+    """The tokenizer as files, {name: content}, for a checkpoint."""
+    return dict(self._assets)
+
+  @staticmethod
+  def from_assets(assets: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer that `to_assets` gave (other files are ignored). Raises UserError: there is none, or it is damaged."""
+    try:
+      if "tokenizer.model" in assets:
+        return _SentencePiece(assets)
+      if "tokenizer.json" in assets:
+        return _HuggingFace(assets)
+    except UserError:
+      raise
+    except Exception as error:  # both libraries raise bare RuntimeErrors and Exceptions
+      raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+    raise UserError("no tokenizer: neither tokenizer.model nor tokenizer.json is there")
+
+
+def load_tokenizer(data) -> Tokenizer:
+  """The tokenizer of a config's `data` part: a name under data.dir/tokenizers, or a path of a .model, a tokenizer.json or their folder.
+
+  Raises UserError: there is none (naming the nearest and the command that makes one), it cannot be read, or its vocabulary is
+  larger than data.text.vocab_size.
+  """
+  name, root = data.text.tokenizer, data_dir(data)
+  path = _find_tokenizer(name, root)
+  try:
+    tokenizer = Tokenizer.from_assets(_read_assets(path))
+  except (UserError, OSError) as error:
+    raise UserError(f"data.text.tokenizer {path}: {error}. Make it again with `mmjax data tokenizer`") from error
+  if tokenizer.vocab_size > data.text.vocab_size:
+    raise UserError(f"data.text.vocab_size is {data.text.vocab_size}, but tokenizer {path} has {tokenizer.vocab_size} pieces. "
+                    f"Set data.text.vocab_size to {tokenizer.vocab_size} or more")
+  return tokenizer
+
+
+class TextTransform:
+  """Captions as arrays: TextTransform(config.data.text, tokenizer)(captions) -> dict of
+
+  tokens int32 [N, L] (cut with <eos> kept, padded), mask bool [N, L] (True = real), key uint32 [N, 2] (`text_key`).
+  """
+
+  def __init__(self, config, tokenizer: Tokenizer):
+    self.tokenizer, self.length, self.lowercase, self.mask_padding = tokenizer, config.length, config.lowercase, config.mask_padding
+    self.pad_id = config.pad_id if config.pad_id >= 0 else max(tokenizer.pad_id, 0)
+    if not 0 <= self.pad_id < config.vocab_size:
+      raise UserError(f"data.text.pad_id is {self.pad_id}, but must be below data.text.vocab_size {config.vocab_size}")
+    for name in ("bos", "eos"):
+      if config[name] and getattr(tokenizer, f"{name}_id") < 0:
+        raise UserError(f"data.text.{name} is true, but tokenizer {config.tokenizer!r} has no <{name}>. Set data.text.{name}=false")
+    self.start = [tokenizer.bos_id] if config.bos else []
+    self.end = [tokenizer.eos_id] if config.eos else []
+    if len(self.start) + len(self.end) > self.length:
+      raise UserError(f"data.text.length is {self.length}: no room for <bos> and <eos>")
+
+  def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    tokens = np.full((len(captions), self.length), self.pad_id, np.int32)
+    mask = np.full(tokens.shape, not self.mask_padding)
+    for row, caption in enumerate(captions):
+      ids = self.encode(caption)
+      tokens[row, :len(ids)] = ids
+      mask[row, :len(ids)] = True
+    return {"tokens": tokens, "mask": mask, "key": np.array([text_key(c) for c in captions], np.uint32).reshape(-1, 2)}
+
+  def encode(self, caption: str) -> list[int]:
+    """At most `length` ids, with <bos> and <eos> as configured."""
+    ids = self.tokenizer.encode(caption.lower() if self.lowercase else caption)
+    return self.start + ids[:self.length - len(self.start) - len(self.end)] + self.end
+
+
+def normalise_caption(caption: str) -> str:
+  """What makes two captions equal: NFKC, case folded, white space as single spaces."""
+  return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+
+
+def text_key(caption: str) -> tuple[int, int]:
+  """Hash of the normalised caption as two uint32, high half first: equal captions have equal keys."""
+  return split_key(int.from_bytes(hashlib.blake2b(normalise_caption(caption).encode(), digest_size=8).digest(), "big"))
+
+
+def split_key(key: int) -> tuple[int, int]:
+  """A uint64 as two uint32, high half first: JAX has no uint64 by default."""
+  return key >> 32, key & 0xFFFFFFFF
+
+
+def drop_words(caption: str, probability: float, rng: np.random.Generator) -> str:
+  """The caption without some of its words, each left out with `probability`; at least one stays."""
+  words = caption.split()
+  if len(words) < 2:
+    return caption
+  keep = rng.random(len(words)) >= probability
+  keep[rng.integers(len(words))] |= not keep.any()
+  return " ".join(word for word, kept in zip(words, keep, strict=True) if kept)
+
+
+# -- Training a tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size: int) -> Path:
+  """Trains a sentencepiece unigram model (Kudo 2018, arXiv:1804.10959) and writes it to `out`, whole or not at all.
+
+  Deterministic: the same captions give the same bytes. Few captions may give fewer than `vocab_size` pieces.
+  Raises UserError: no captions, or vocab_size is too small for the reserved pieces and the 256 bytes.
+  """
+  import sentencepiece
+
+  texts = [text for caption in captions if (text := " ".join(caption.split()))]
+  if not texts:
+    raise UserError("no captions to train a tokenizer on")
+  fixed = len(RESERVED) + len(SPARE) + 256
+  if vocab_size <= fixed:
+    raise UserError(f"vocab_size is {vocab_size}, but {fixed} pieces are reserved (special, spare and the 256 bytes). Give more, such as 4096")
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=vocab_size, hard_vocab_limit=False,
+        byte_fallback=True, character_coverage=0.995, normalization_rule_name="nmt_nfkc", max_sentence_length=1 << 16,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>", unk_piece="<unk>",
+        control_symbols=[RESERVED[4], *SPARE], num_threads=1, shuffle_input_sentence=False, minloglevel=2)
+  except Exception as error:
+    raise UserError(f"the tokenizer cannot be trained: {' '.join(str(error).split())}") from error
+  out = Path(out)
+  temporary = out.with_name(f".{out.name}.{os.getpid()}")
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(model.getvalue())
+    os.replace(temporary, out)
+  except OSError as error:
+    raise UserError(f"{out}: the tokenizer cannot be written ({error.strerror or error})") from error
+  return out
+
+
+def train_tokenizer_from_source(source: str, *, split: str = "train", languages: Sequence[str] = (), vocab_size: int = 4096,
+                                name: str = "", data_dir: str = "", path: str = "", log=print) -> Path:
+  """Trains on the captions of a data set (`languages`: () = all) and writes DATA_DIR/tokenizers/NAME.model (NAME: that of the source).
+
+  `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
+  """
+  from mmjax.data import sources
+
+  root = sources.data_dir(data_dir)
+  opened = open_source(dict(name=source, split=split, languages=tuple(languages), path=path), root)
+  captions = (caption for i in range(len(opened)) for texts in opened[i]["captions"].values() for caption in texts)
+  out = train_tokenizer(captions, root / "tokenizers" / f"{name or source}.model", vocab_size)
+  log(f"tokenizer {out}: {Tokenizer.from_assets(_read_assets(out)).vocab_size} pieces from {source} {split}, "
+      f"languages {', '.join(opened.languages)}")
+  return out
+
+
+# -- The two kinds -------------------------------------------------------------------------------------------------------------
+
+
+class _SentencePiece(Tokenizer):
+  """A sentencepiece model."""
+
+  def __init__(self, assets: Mapping[str, bytes]):
+    import sentencepiece
+
+    super().__init__({"tokenizer.model": assets["tokenizer.model"]})
+    self._model = sentencepiece.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
+    self.vocab_size = self._model.get_piece_size()
+    self.pad_id, self.bos_id, self.eos_id, self.unk_id = (
+      getattr(self._model, name)() for name in ("pad_id", "bos_id", "eos_id", "unk_id"))
+    mask = self._model.piece_to_id("<mask>")
+    self.mask_id = mask if mask != self.unk_id else -1
+
+  def encode(self, text: str) -> list[int]:
+    return self._model.encode(text)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._model.decode([int(i) for i in ids])
+
+
+class _HuggingFace(Tokenizer):
+  """A Hugging Face tokenizer.json. Which pieces are special stands in tokenizer_config.json; without it, usual names decide."""
+
+  FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+  USUAL = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>"),
+    "bos": ("<bos>", "<s>", "[CLS]", "<|startoftext|>", "<|begin_of_text|>"),
+    "eos": ("<eos>", "</s>", "[SEP]", "<|endoftext|>", "<|end_of_text|>"),
+    "unk": ("<unk>", "[UNK]", "<|endoftext|>"),
+    "mask": ("<mask>", "[MASK]"),
+  }
+  ALSO = {"bos": "cls_token", "eos": "sep_token"}
+
+  def __init__(self, assets: Mapping[str, bytes]):
+    import tokenizers
+
+    super().__init__({name: assets[name] for name in self.FILES if name in assets})
+    self._model = tokenizers.Tokenizer.from_str(assets["tokenizer.json"].decode())
+    self._model.no_truncation()
+    self._model.no_padding()
+    self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+    facts: dict = {}
+    for name in reversed(self.FILES[1:]):
+      facts.update({k: v for k, v in json.loads(assets.get(name, b"{}")).items() if v is not None})
+    self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id = (self._special(role, facts) for role in self.USUAL)
+
+  def _special(self, role: str, facts: Mapping) -> int:
+    stated = facts.get(f"{role}_token") or facts.get(self.ALSO.get(role, ""))
+    stated = stated.get("content") if isinstance(stated, dict) else stated
+    for piece in (stated,) if stated else self.USUAL[role]:
+      if (number := self._model.token_to_id(piece)) is not None:
+        return number
+    return -1
+
+  def encode(self, text: str) -> list[int]:
+    return self._model.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._model.decode([int(i) for i in ids])
+
+
+def _find_tokenizer(name: str, root: Path) -> Path:
+  """The file (or folder) of a tokenizer, by path or by name. Raises UserError."""
+  for path in (root / "tokenizers" / f"{name}.model", root / "tokenizers" / f"{name}.json", Path(name).expanduser()):
+    if name and path.exists():
+      return path
+  if not name:
+    raise UserError("data.text.tokenizer is empty. Make one with `mmjax data tokenizer --source DATASET --name NAME` and name it")
+  there = list_tokenizers(root)
+  near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  make = "" if re.search(r"[/.]", name) else f" `mmjax data tokenizer --source DATASET --name {name}` makes one"
+  raise UserError(f"data.text.tokenizer: no tokenizer {name!r} under {root / 'tokenizers'} (there: {', '.join(there) or 'none'}).{hint}{make}")
+
+
+def _read_assets(path: Path) -> dict[str, bytes]:
+  """The files of a tokenizer under the names of `to_assets`."""
+  if path.is_dir():
+    found = {file.name: file for file in path.iterdir()}
+    spm = next((found[name] for name in ("tokenizer.model", "spiece.model") if name in found), None)
+    if "tokenizer.json" not in found and spm:
+      return {"tokenizer.model": spm.read_bytes()}
+    return {name: found[name].read_bytes() for name in _HuggingFace.FILES if name in found}
+  if path.suffix == ".json":
+    beside = {name: path.with_name(name) for name in _HuggingFace.FILES[1:]} if path.name == "tokenizer.json" else {}
+    return {"tokenizer.json": path.read_bytes(), **{name: file.read_bytes() for name, file in beside.items() if file.exists()}}
+  return {"tokenizer.model": path.read_bytes()}
