@@ -1,0 +1,301 @@
+"""WebDataset tars, as img2dataset writes them, read where they are: `KEY.jpg`, `KEY.txt`, `KEY.json` side by side in plain tar files.
+
+A tar is read through once for the places of its members (`index_tar`); the index is kept in a cache folder and made again when the
+size or time of the tar changes. After that every example is a few reads at known offsets. Nothing is ever unpacked, so
+no name in a tar can reach the disk; names with `..` or a leading `/`, links and devices are left out, and pickles are never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from mmjax.config import UserError
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
+_VERSION = 1  # of the index files
+_PLACES = ("image", "txt", "json", "cls")  # columns of TarIndex.places
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TarIndex:
+  """Where the pairs of one tar are.
+
+  `keys` [N] str; `places` int64 [N, 4, 2]: offset and size of picture, .txt, .json, .cls (size -1 = absent), in the order of the tar.
+  `skipped`: [(name, reason)] of what is no pair.
+  """
+  path: str
+  keys: np.ndarray
+  places: np.ndarray
+  skipped: tuple[tuple[str, str], ...]
+
+  def __len__(self) -> int:
+    return len(self.keys)
+
+  def read(self, row: int, language: str = "en") -> dict[str, Any]:
+    """Record `row`, its captions taken to be in `language` unless its JSON says otherwise. Raises UserError."""
+    parts = {name: self._part(row, number) for number, name in enumerate(_PLACES)}
+    name = f"{Path(self.path).stem}/{self.keys[row]}"
+    try:
+      facts = json.loads(parts["json"]) if parts["json"] else {}
+      text = parts["txt"].decode() if parts["txt"] is not None else None
+      label = parts["cls"].decode().strip() if parts["cls"] else ""
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{self.path}: {self.keys[row]} has a broken .txt, .json or .cls ({error})") from error
+    facts = facts if isinstance(facts, dict) else {}
+    captions = captions_of(facts.get("captions") or (text if text is not None else facts.get("caption")), facts.get("language") or language)
+    if not captions:
+      raise UserError(f"{self.path}: {self.keys[row]} has no caption")
+    return dict(id=name, image=parts["image"], captions=captions, label=label or str(facts.get("label") or ""),
+                image_key=picture_key(parts["image"]))
+
+  def _part(self, row: int, number: int) -> bytes | None:
+    offset, size = self.places[row, number].tolist()
+    if size < 0:
+      return None
+    try:
+      with open(self.path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+      raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+    if len(data) != size:
+      raise UserError(f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. Start again to index it anew")
+    return data
+
+
+class TarSource:
+  """All pairs of the tars that a path names: a glob, a brace pattern `shards/{00000..00010}.tar`, a folder, or one file.
+
+  `source[i]` -> record with the captions in `languages` (() = all); a .txt without a language counts as the first of them, else as English.
+  Tars without any pair are left out with a warning, unless all are. Raises UserError: nothing found, or no pair at all.
+  """
+
+  def __init__(self, path: str | os.PathLike, languages: Sequence[str] = (), data_dir: str | os.PathLike | None = None):
+    self.name, self.languages, self.labels = "tars", tuple(languages) or ("en",), ()
+    self._all_languages = not languages
+    self._indices = []
+    self.skipped: Counter[str] = Counter()
+    problems = []
+    for found in index_tars(expand(path), data_dir):
+      if isinstance(found, UserError):
+        problems.append(str(found))
+        self.skipped["tar without pairs"] += 1
+        continue
+      self.skipped.update(reason for _, reason in found.skipped)
+      self._indices.append(found)
+    if not self._indices:
+      raise UserError(problems[0] + (f" (and {len(problems) - 1} more tars alike)" if len(problems) > 1 else ""))
+    for problem in problems:
+      _log.warning("left out: %s", problem)
+    if self.skipped:
+      _log.warning("%s: left out %s", path, ", ".join(f"{count} ({reason})" for reason, count in self.skipped.most_common()))
+    self._ends = np.cumsum([len(index) for index in self._indices])
+    content = hashlib.blake2b(digest_size=6)
+    for index in self._indices:
+      content.update(os.path.basename(index.path).encode() + index.keys.astype("U").tobytes() + index.places.tobytes())
+    self.fingerprint = f"{len(self._indices)} tars: {len(self)} examples, content {content.hexdigest()}"
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    which = int(np.searchsorted(self._ends, index, side="right"))
+    tar = self._indices[which]
+    record = tar.read(index - int(self._ends[which]) + len(tar), self.languages[0])
+    if not self._all_languages:
+      record["captions"] = {language: texts for language, texts in record["captions"].items() if language in self.languages}
+    return record | {"label": ""}
+
+
+def index_tars(paths: Sequence[str], data_dir: str | os.PathLike | None = None) -> Iterator[TarIndex | UserError]:
+  """The index of each tar in order, or the UserError about it."""
+  def one(path: str) -> TarIndex | UserError:
+    try:
+      return index_tar(path, data_dir)
+    except UserError as error:
+      return error
+  with ThreadPoolExecutor(8) as threads:
+    yield from threads.map(one, paths)
+
+
+def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> TarIndex:
+  """The index of one tar, from the cache under data_dir/tar_index if it is still right. Raises UserError: no tar, or no pair in it."""
+  from mmjax.data.sources import data_dir as default_dir
+
+  path = os.path.abspath(path)
+  try:
+    stat = os.stat(path)
+  except OSError as error:
+    raise UserError(f"{path}: no such tar ({error.strerror})") from error
+  stamp = np.array([_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
+  name = hashlib.blake2b(path.encode(), digest_size=12).hexdigest()
+  cache = default_dir(data_dir or None) / "tar_index" / f"{name}.npz"
+  try:
+    with np.load(cache, allow_pickle=False) as saved:
+      if np.array_equal(saved["stamp"], stamp):
+        skipped = tuple(map(tuple, json.loads(str(saved["skipped"]))))
+        return TarIndex(path, saved["keys"], saved["places"], skipped)
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    pass  # absent, or not one of ours: made again below
+  index = _scan(path, stat.st_size)
+  out = io.BytesIO()
+  np.savez(out, stamp=stamp, keys=index.keys, places=index.places, skipped=np.array(json.dumps(index.skipped)))
+  try:
+    write_atomic(cache, out.getvalue())
+  except OSError as error:
+    _log.warning("cannot keep the index of %s in %s (%s): it is made again next time", path, cache.parent, error.strerror)
+  return index
+
+
+def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
+  """The files that a glob, brace pattern, folder, file or a list of these names, sorted within each. Raises UserError: there is none."""
+  if not isinstance(path, (str, os.PathLike)):
+    return [file for part in path for file in expand(part)]
+  files: list[str] = []
+  for pattern in _braces(os.fspath(path)):
+    pattern = os.path.expanduser(pattern)
+    found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern))
+    if not found:
+      raise UserError(f"{pattern}: no such tar" + (f" (from the pattern {path})" if pattern != os.fspath(path) else ""))
+    files += found
+  return files
+
+
+def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
+  """{language: captions} of a text, a list of texts, or a mapping from languages to either. What is no text, or blank, is left out."""
+  if isinstance(value, dict):
+    groups = [(str(name), texts) for name, texts in value.items()]
+  else:
+    groups = [(str(language), value)]
+  out: dict[str, list[str]] = {}
+  for name, texts in groups:
+    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, (list, tuple)) else []
+    texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if texts:
+      out[name] = texts
+  return out
+
+
+def picture_key(data: bytes) -> int:
+  """Hash of encoded bytes, in [0, 2^64)."""
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+  """Writes a file so that it is there whole or not at all. Raises OSError."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(data)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+def _scan(path: str, size: int) -> TarIndex:
+  """Reads the headers of a tar."""
+  samples: dict[str, np.ndarray] = {}
+  skipped: list[tuple[str, str]] = []
+  try:
+    with tarfile.open(path, "r:") as tar:  # "r:": plain tars only, random access needs them
+      for member in _members(tar, skipped):
+        name = member.name
+        if not member.isfile() or member.issparse():
+          if not member.isdir():
+            skipped.append((name, "link or device"))
+          continue
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+          skipped.append((name, "unsafe name"))
+          continue
+        folder, _, base = name.removeprefix("./").rpartition("/")
+        stem, _, kind = base.partition(".")
+        kind = kind.lower()
+        if kind.rpartition(".")[2] in PICKLES:
+          skipped.append((name, "pickle"))
+        column = 0 if kind in PICTURES else _PLACES.index(kind) if kind in _PLACES[1:] else None
+        if column is None or not stem:
+          continue
+        if member.offset_data + member.size > size:
+          skipped.append((name, "truncated tar"))
+          continue
+        place = samples.setdefault(f"{folder}/{stem}".lstrip("/"), np.full((len(_PLACES), 2), -1, np.int64))
+        if place[column, 1] >= 0:
+          skipped.append((name, "duplicate id"))
+        else:
+          place[column] = member.offset_data, member.size
+  except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+    if isinstance(error, PermissionError):
+      raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with open(path, "rb") as file:
+      zipped = file.read(2) == b"\x1f\x8b"
+    hint = "it is compressed: unpack it to a plain .tar (gunzip)" if zipped else "an empty file" if not size else str(error)
+    raise UserError(f"{path}: not a readable tar ({hint})") from error
+  pairs = []
+  for key, place in samples.items():
+    if place[0, 1] < 0:
+      skipped.append((key, "missing file"))
+    elif place[1, 1] < 0 and place[2, 1] < 0:
+      skipped.append((key, "no caption"))
+    else:
+      pairs.append(key)
+  if not pairs:
+    what = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in skipped).most_common())
+    raise UserError(f"{path}: no pair of a picture and a caption (KEY.jpg with KEY.txt or KEY.json){f'; left out: {what}' if what else ''}")
+  return TarIndex(path, np.array(pairs), np.stack([samples[key] for key in pairs]), tuple(skipped))
+
+
+def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
+  """The members of a tar up to where it breaks off."""
+  count = 0
+  while True:
+    try:
+      member = tar.next()
+    except (tarfile.TarError, OSError, ValueError, EOFError):
+      if not count:
+        raise
+      skipped.append(("", "truncated tar"))
+      return
+    if member is None:
+      return
+    count += 1
+    tar.members.clear()  # or all headers of a large tar stay in memory
+    yield member
+
+
+def _braces(pattern: str) -> list[str]:
+  """Expands {00000..00010} (keeping leading zeros) and {a,b}."""
+  match = re.search(r"\{([^{}]*)\}", pattern)
+  if not match:
+    return [pattern]
+  inner = match[1]
+  if span := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+    first, last = int(span[1]), int(span[2])
+    step = 1 if first <= last else -1
+    options = [str(number).zfill(len(span[1])) for number in range(first, last + step, step)]
+  elif "," in inner:
+    options = inner.split(",")
+  else:
+    raise UserError(f"{pattern}: cannot read {match[0]!r}; write {{00000..00010}} or {{a,b}}")
+  return [rest for option in options for rest in _braces(pattern[:match.start()] + option + pattern[match.end():])]
