@@ -1,0 +1,356 @@
+"""Checkpoints: a thin layer over Orbax that saves in the background and never trusts a file that it has not checked.
+
+A checkpoint is a folder with the items `params`, `rest` (step, optimizer, model state, moving average), `data`, `config`,
+`assets` (tokenizer and the like, base64 in JSON) and a manifest (manifest.py). A run keeps them in WORKDIR/checkpoints/STEP; an
+import folder has the items params, config and assets only. Leaves are stored under their names, "image/layers/mlp/up/kernel",
+so that a checkpoint restores onto any mesh and into any program that knows the names.
+
+A save is written to STEP.orbax-checkpoint-tmp and renamed when everything, the manifest last, is in it: killed at any moment, a
+process leaves the earlier checkpoints as they were. In runs of several processes all of them call `save` and `restore`;
+process 0 alone lists, checks, renames and deletes.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import FrozenConfigDict
+
+from mmjax.config import UserError, from_json, in_steps
+from mmjax.state import manifest, storage
+from mmjax.state.manifest import Corrupt
+from mmjax.state.storage import DELETED, TEMPORARY, disk_errors, from_main
+from mmjax.state.train_state import TrainState
+from mmjax.state.transfer import transfer
+
+log = logging.getLogger("mmjax")
+
+_CLOCK_STEPS = 10  # several processes agree on the clock (checkpoint.minutes) every so many steps
+
+
+class Checkpointer:
+  """Saves and restores the checkpoints of one run, as config.checkpoint says."""
+
+  def __init__(self, workdir: str, config: FrozenConfigDict, *, steps: int, examples: int | None = None):
+    """`steps`: length of the run, for durations in percent; `examples`: of an epoch. Raises UserError: unwritable folder."""
+    self._root = storage.as_path(workdir) / "checkpoints"
+    convert = lambda value: in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
+    self._options = config.checkpoint
+    self._every, self._keep_every = convert(self._options.every), convert(self._options.keep_every)
+    self._writer: storage.Writer | None = None
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
+    self._bad: set[int] = set()  # found unusable; they count for nothing and are overwritten or deleted
+    self._saved_at = time.monotonic()
+    if jax.process_index() == 0:
+      with disk_errors(f"cannot write checkpoints to {self._root}"):
+        self._root.mkdir(parents=True, exist_ok=True)
+        (self._root / ".writable").write_text("")
+        (self._root / ".writable").unlink()
+
+  def save(self, step: int, state: TrainState, *, data: Mapping | None = None,
+           config: FrozenConfigDict | Mapping | str | None = None, assets: Mapping[str, bytes] | None = None,
+           metrics: Mapping[str, float] | None = None, force: bool = False) -> bool:
+    """Saves if it is time to (call it every step), or if `force`; returns whether it did. Writing goes on in the background.
+
+    The state may be donated or changed as soon as this returns. A step that is already saved is not saved again; new
+    `metrics` of it are noted (for checkpoint.best). Waits for the save before it, if that is still being written.
+    Raises UserError: the disk is full or unwritable, now or during the save before.
+    """
+    if self._thread is not None and not self._thread.is_alive():
+      self.wait()
+    better = bool(metrics) and self._best_of(metrics) is not None
+    if not (force or better or self._due(step)):
+      return False
+    self.wait()
+    decision = self._decide(step, metrics or {}, force) if jax.process_index() == 0 else ""
+    decision = ("", "note", "save")[from_main([("", "note", "save").index(decision)])[0]]
+    if decision == "note" and jax.process_index() == 0:
+      with disk_errors(f"cannot note metrics in {self._root / str(step)}"):
+        manifest.update(self._root / str(step), metrics=_plain_metrics(metrics))
+      self._prune()
+    if decision != "save":
+      return False
+    facts = dict(step=int(step), time=time.time(), metrics=_plain_metrics(metrics or {}), average=state.ema is not None)
+    items = dict(params=state.params, rest=_rest(state), data=dict(data or {}), config=storage.config_dict(config),
+                 assets=storage.encode(assets))
+    with self._saving(step):
+      self._writer = self._writer or storage.Writer()
+      self._writer.start(self._root / str(step), items, facts)
+    self._saved_at = time.monotonic()
+    self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
+    self._thread.start()
+    return True
+
+  def restore(self, spec: TrainState) -> tuple[TrainState, dict, int] | None:
+    """(state, data, step) of the newest usable checkpoint, or None if there is none at all.
+
+    spec: TrainState of ShapeDtypeStruct with shardings: any mesh. One that is corrupt or half-written is named in a warning, and
+    the one before it is used. Raises UserError: none is usable though some exist, or the newest is of another model
+    (a leaf is missing, extra, or of another shape or dtype; nothing is ever cast).
+    """
+    self.wait()
+    steps = from_main(sorted(self._steps(), reverse=True) if jax.process_index() == 0 else [])
+    for path in self._listing() if jax.process_index() == 0 else []:
+      if path.name.endswith(TEMPORARY):
+        log.warning("checkpoint %s is half-written (the run ended meanwhile); it is not used", path)
+    for step in steps:
+      folder = self._root / str(step)
+      try:
+        state, data = _checked(folder, None, lambda folder=folder: self._read(folder, spec))
+      except Corrupt as error:
+        log.warning("checkpoint %s is corrupt: %s; trying the one before", folder, error)
+        self._bad.add(step)
+        continue
+      return state, data, step
+    if steps:
+      raise UserError(f"{self._root}: no usable checkpoint, all are corrupt ({', '.join(map(str, steps))}). Restore one from a "
+                      f"copy, or delete the folder to start anew")
+    return None
+
+  def latest_step(self) -> int | None:
+    """The newest step that is completely saved (its files are not checked)."""
+    return max(self._steps(), default=None)
+
+  def wait(self) -> None:
+    """Until everything is written. Raises UserError if it could not be."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def close(self) -> None:
+    """Waits, and frees what Orbax holds."""
+    try:
+      self.wait()
+    finally:
+      if self._writer is not None:
+        self._writer.close()
+        self._writer = None
+
+  def _read(self, folder: epath.Path, spec: TrainState) -> tuple[TrainState, dict]:
+    params = storage.read_arrays(folder / "params", spec.params)
+    rest = storage.read_arrays(folder / "rest", _rest(spec))
+    return TrainState(params=params, **rest), storage.read_json(folder / "data")
+
+  def _due(self, step: int) -> bool:
+    """Whether the step count or the clock asks for a checkpoint; the same in every process."""
+    if self._every and step % self._every == 0:
+      return True
+    if not self._options.minutes:
+      return False
+    late = time.monotonic() - self._saved_at >= 60 * self._options.minutes
+    if jax.process_count() == 1:
+      return late
+    return step % _CLOCK_STEPS == 0 and bool(from_main([int(late)])[0])
+
+  def _decide(self, step: int, metrics: Mapping[str, float], force: bool) -> str:
+    """"save", "note" (the metrics of a step that is saved) or ""; process 0 only."""
+    if step not in self._bad and (self._root / str(step)).exists():
+      return "note" if metrics else ""
+    if force or (self._every and step % self._every == 0) or self._best_of(metrics) is None:
+      return "save"
+    sign = 1 if self._options.best_mode == "max" else -1
+    known = [sign * value for value in self._known_metrics().values()]
+    return "save" if not known or sign * self._best_of(metrics) > max(known) else ""
+
+  @contextlib.contextmanager
+  def _saving(self, step: int) -> Iterator[None]:
+    latest = self.latest_step()
+    safe = f"checkpoint {latest} is intact" if latest is not None else "there is no earlier checkpoint"
+    hint = f"; {safe}. Free space or mend the folder, then start again"
+    with disk_errors(f"cannot save checkpoint {self._root / str(step)}", hint):
+      try:
+        yield
+      except BaseException:
+        if jax.process_index() == 0:
+          storage.delete(self._root / f"{step}{TEMPORARY}")
+        raise
+
+  def _finish(self, step: int) -> None:
+    """In the background: waits for the files, then deletes what config.checkpoint does not keep."""
+    try:
+      with self._saving(step):
+        self._writer.wait_until_finished()
+      self._bad.discard(step)
+      self._prune()
+    except BaseException as error:
+      self._error = error
+
+  def _prune(self) -> None:
+    if jax.process_index() != 0:
+      return
+    keep = kept(self._steps(), self._known_metrics(), keep=self._options.keep, keep_every=self._keep_every,
+                mode=self._options.best_mode)
+    for path in self._listing():
+      if path.name.endswith((TEMPORARY, DELETED)) or (path.name.isdigit() and int(path.name) not in keep):
+        storage.delete(path)
+
+  def _known_metrics(self) -> dict[int, float]:
+    """{step: the metric of checkpoint.best} of what is saved."""
+    values = {step: self._best_of(_metrics_of(self._root / str(step))) for step in self._steps()}
+    return {step: value for step, value in values.items() if value is not None}
+
+  def _best_of(self, metrics: Mapping[str, float]) -> float | None:
+    value = metrics.get(self._options.best) if self._options.best else None
+    return value if value is not None and math.isfinite(value) else None
+
+  def _listing(self) -> list[epath.Path]:
+    return list(self._root.iterdir()) if self._root.exists() else []
+
+  def _steps(self) -> list[int]:
+    return [int(path.name) for path in self._listing() if path.name.isdigit() and int(path.name) not in self._bad]
+
+
+def kept(steps: list[int], metrics: Mapping[int, float], *, keep: int, keep_every: int, mode: str) -> set[int]:
+  """The steps that stay: the latest `keep`, multiples of `keep_every` (0 = none), and the best by `metrics`."""
+  chosen = set(sorted(steps)[-max(1, keep):]) | {step for step in steps if keep_every and step % keep_every == 0}
+  known = [step for step in steps if step in metrics]
+  if known:
+    chosen.add((max if mode == "max" else min)(known, key=lambda step: metrics[step]))
+  return chosen
+
+
+# -- reading without a run ------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: str) -> epath.Path:
+  """The checkpoint at `path`: a run folder (its newest usable step), a step folder, or an import folder; files checked.
+
+  Raises UserError: there is none, or none that is intact. Corrupt ones that are passed over are named in a warning.
+  """
+  root = storage.as_path(path)
+  steps_root = next((r for r in (root / "checkpoints", root) if r.is_dir() and any(p.name.isdigit() for p in r.iterdir())), None)
+  if steps_root is None:
+    if not (root / manifest.NAME).exists() and not (root / "params").exists():
+      raise UserError(f"{path}: no checkpoint here. Give a run folder (with checkpoints/ in it), a step folder or an import folder")
+    candidates = [root]
+  else:
+    candidates = sorted((p for p in steps_root.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name))
+  for folder in candidates:
+    try:
+      return _verified(folder)
+    except Corrupt as error:
+      problem = f"checkpoint {folder} is corrupt: {error}"
+      if folder != candidates[-1]:
+        log.warning("%s; trying the one before", problem)
+  raise UserError(f"{problem}. " + ("No other one is usable. " if len(candidates) > 1 else "") + "Restore it from a copy")
+
+
+def load_params(path: str, spec: Any = None, *, average: bool = True) -> Any:
+  """Parameters of a checkpoint: nested dict of NumPy arrays, or arrays sharded as `spec` (tree of ShapeDtypeStruct) says.
+
+  `average`: the moving average where the run kept one, as evaluation does. Raises UserError: no checkpoint, or one of another
+  model than `spec` (names, shapes and dtypes must agree).
+  """
+  folder = find_checkpoint(path)
+  if average and manifest.read(folder)["average"]:
+    return storage.read_arrays(folder / "rest", None if spec is None else {"ema": spec}, only="ema/")["ema"]
+  return storage.read_arrays(folder / "params", spec)
+
+
+def load_assets(path: str) -> dict[str, bytes]:
+  """{name: content} of what travels with the weights: tokenizer, preprocessing."""
+  return {name: base64.b64decode(text) for name, text in storage.read_json(find_checkpoint(path) / "assets").items()}
+
+
+def load_config(path: str) -> FrozenConfigDict:
+  """The resolved config of the run that wrote the checkpoint, or of the import."""
+  return from_json(json.dumps(storage.read_json(find_checkpoint(path) / "config")))
+
+
+def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | str, assets: Mapping[str, bytes]) -> None:
+  """Writes an import folder: the weights of another program, with the config and assets that make them a model here.
+
+  Raises UserError: the folder exists and is not empty, or cannot be written.
+  """
+  path = storage.as_path(folder)
+  with disk_errors(f"cannot write {folder}"):
+    if path.exists():
+      if not path.is_dir() or any(path.iterdir()):
+        raise UserError(f"{folder}: exists and is not empty. Choose another folder, or storage.delete it")
+      path.rmdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = storage.Writer()
+    try:
+      writer.start(path, dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets)), dict(step=None, metrics={}, average=False))
+    finally:
+      writer.close()
+
+
+def restore_into(params: Any, path: str, rules: tuple = ((".*", r"\g<0>"),)) -> tuple[Any, list[str]]:
+  """Starts `params` from the checkpoint at `path` (config.init.from) by the rules of config.init.map; see transfer.py.
+
+  params: initialised arrays, which keep their shardings. Returns them and the report, a line for each that was loaded, resized,
+  new or left. Raises UserError: a rule or a name that matches nothing, or shapes that do not agree.
+  """
+  return transfer(params, load_params(path), rules, path)
+
+
+def names_and_shapes(path: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """{name: shape and dtype} of the parameters of a checkpoint, without reading them."""
+  return storage.stored_leaves(find_checkpoint(path) / "params")
+
+
+def _checked(folder: epath.Path, items: tuple[str, ...] | None, read: Callable[[], Any]) -> Any:
+  """`read()`, while the files are being checked. Raises Corrupt if they are damaged, whatever reading them said."""
+  if jax.process_count() > 1:
+    problem = None
+    if jax.process_index() == 0:
+      try:
+        manifest.verify(folder, items)
+      except Corrupt as error:
+        problem = error
+    if from_main([int(problem is not None)])[0]:
+      raise problem or Corrupt("process 0 says why")
+    return read()
+  with ThreadPoolExecutor(1) as pool:
+    checks = pool.submit(manifest.verify, folder, items)
+    try:
+      value = read()
+    except Exception:
+      checks.result()
+      raise
+    checks.result()
+    return value
+
+
+_intact: set[tuple[str, str]] = set()  # checkpoints that this process has checked
+
+
+def _verified(folder: epath.Path) -> epath.Path:
+  """Checks what inference reads, once a process. Raises Corrupt."""
+  content = manifest.read(folder)
+  key = (str(folder), json.dumps(content["files"], sort_keys=True))
+  if key not in _intact:
+    manifest.verify(folder, ("params", "config", "assets", *(("rest",) if content["average"] else ())))
+    _intact.add(key)
+  return folder
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  return dict(step=state.step, model_state=state.model_state, opt_states=state.opt_states, ema=state.ema)
+
+
+def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def _metrics_of(folder: epath.Path) -> dict[str, float]:
+  try:
+    return manifest.read(folder)["metrics"]
+  except Corrupt:
+    return {}

@@ -1,0 +1,104 @@
+"""What makes a checkpoint complete: manifest.json, the last file in it, with the size and CRC-32 of every other file.
+
+Orbax notices missing files and broken indices, but stores tensors without checksums; the manifest notices every changed byte.
+A folder without a manifest was never finished. The manifest guards itself by a checksum of its own content.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+
+NAME = "manifest.json"
+_IGNORED = (NAME, "commit_success.txt")  # Orbax writes the second after the manifest, for object stores
+_CHUNK = 1 << 24
+_THREADS = 4
+
+
+class Corrupt(Exception):
+  """A checkpoint that is half-written or damaged. The message says which file and what is wrong with it."""
+
+
+def write(folder: epath.Path, **facts: Any) -> None:
+  """Sums up every file under `folder`; `facts` (JSON values) are kept with it."""
+  names = sorted(name for name in _files(folder) if name not in _IGNORED)
+  with ThreadPoolExecutor(_THREADS) as pool:
+    sums = list(pool.map(lambda name: _sum(folder / name), names))
+  _put(folder, {**facts, "files": dict(zip(names, sums, strict=True))})
+
+
+def update(folder: epath.Path, **facts: Any) -> None:
+  """Changes facts of a finished checkpoint, atomically."""
+  _put(folder, {**read(folder), **facts})
+
+
+def read(folder: epath.Path) -> dict[str, Any]:
+  """The facts and {"files": {name: [size, CRC-32]}}. Raises Corrupt."""
+  path = folder / NAME
+  try:
+    content = json.loads(path.read_text())
+    body = content["content"]
+    if content["crc32"] != zlib.crc32(_canonical(body)):
+      raise Corrupt(f"{NAME} is damaged")
+  except FileNotFoundError as error:
+    raise Corrupt(f"it was never finished ({NAME} is missing)") from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise Corrupt(f"{NAME} is damaged") from error
+  return body
+
+
+def verify(folder: epath.Path, items: Sequence[str] | None = None) -> dict[str, Any]:
+  """Reads every file (of the named items, sub-folders of the checkpoint) and compares. Returns the manifest. Raises Corrupt."""
+  content = read(folder)
+  names = [name for name in content["files"] if items is None or name.split("/")[0] in items]
+
+  def check(name: str) -> None:
+    path, (size, crc) = folder / name, content["files"][name]
+    try:
+      if path.stat().length != size:
+        raise Corrupt(f"{name} has {path.stat().length} bytes instead of {size}")
+      if _sum(path)[1] != crc:
+        raise Corrupt(f"{name} is damaged: its checksum differs")
+    except FileNotFoundError as error:
+      raise Corrupt(f"{name} is missing") from error
+    except OSError as error:
+      raise Corrupt(f"{name} cannot be read ({error.strerror or error})") from error
+
+  with ThreadPoolExecutor(_THREADS) as pool:
+    list(pool.map(check, names))
+  return content
+
+
+def _put(folder: epath.Path, content: dict[str, Any]) -> None:
+  text = json.dumps({"crc32": zlib.crc32(_canonical(content)), "content": content})
+  if "://" in str(folder):  # an object store writes a whole object or none
+    (folder / NAME).write_text(text)
+    return
+  temporary = folder / (NAME + ".tmp")
+  temporary.write_text(text)
+  temporary.replace(folder / NAME)
+
+
+def _files(folder: epath.Path, prefix: str = "") -> list[str]:
+  names = []
+  for path in folder.iterdir():
+    names += _files(path, f"{prefix}{path.name}/") if path.is_dir() else [prefix + path.name]
+  return names
+
+
+def _sum(path: epath.Path) -> list[int]:
+  """[size, CRC-32] of a file."""
+  size = crc = 0
+  with path.open("rb") as file:
+    while chunk := file.read(_CHUNK):
+      size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+  return [size, crc]
+
+
+def _canonical(content: Any) -> bytes:
+  return json.dumps(content, sort_keys=True).encode()

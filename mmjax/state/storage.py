@@ -1,0 +1,168 @@
+"""The one place that talks to Orbax: writing a folder of items in the background, reading arrays strictly, disk errors."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, FrozenConfigDict
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
+
+from mmjax.config import UserError
+from mmjax.state import manifest
+from mmjax.state.paths import by_name, map_named
+
+TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted"
+_DISK_ERROR = re.compile(r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS error")
+
+
+def as_path(path: str) -> epath.Path:
+  """An absolute local path, or a URL (gs://, s3://) as it is."""
+  return epath.Path(path) if "://" in str(path) else epath.Path(path).expanduser().absolute()
+
+
+class Writer(ocp.AsyncCheckpointer):
+  """Writes one folder at a time in the background, with the manifest as its last file before the final rename."""
+
+  def __init__(self):
+    _quiet()
+    arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
+    handlers = dict(params=arrays(), rest=arrays(), data=ocp.JsonCheckpointHandler(), config=ocp.JsonCheckpointHandler(),
+                    assets=ocp.JsonCheckpointHandler())
+    super().__init__(ocp.CompositeCheckpointHandler(**handlers),
+                     async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                     checkpoint_metadata_store=orbax_metadata.metadata_store(enable_write=False))
+
+  def start(self, folder: epath.Path, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    self._facts = facts
+    arguments = {name: (ocp.args.PyTreeSave(nested(item)) if name in ("params", "rest") else ocp.args.JsonSave(item))
+                 for name, item in items.items()}
+    self.save(folder, args=ocp.args.Composite(**arguments), force=True)
+
+  def get_temporary_path(self, directory):
+    self._temporary = super().get_temporary_path(directory)
+    return self._temporary
+
+  def _seal(self) -> None:
+    manifest.write(self._temporary.get(), **self._facts)
+
+
+def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
+  """The arrays of an item, as `spec` says (then strict), or as nested NumPy arrays; `only` the names with that prefix."""
+  stored = {name: leaf for name, leaf in stored_leaves(folder).items() if name.startswith(only)}
+  if spec is not None:
+    _check_same(folder, stored, by_name(spec))
+  wanted = stored if spec is None else by_name(spec)
+  restore_args = {
+      name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+      if getattr(leaf, "sharding", None) is not None else ocp.RestoreArgs(restore_type=np.ndarray)
+      for name, leaf in wanted.items()}
+  item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+  _quiet()
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree = reader.restore(folder, args=ocp.args.PyTreeRestore(
+        item=nest(item), restore_args=nest(restore_args), partial_restore=bool(only)))
+  if spec is None:
+    return tree
+  values = by_name(tree)
+  return map_named(lambda name, _: values[name], spec)
+
+
+def stored_leaves(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+  """{name: shape and dtype} of an item, without reading the values."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree = reader.metadata(folder).item_metadata.tree
+  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()}
+
+
+def _check_same(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  """Raises UserError unless names, shapes and dtypes agree: nothing is dropped, filled in or cast silently."""
+  describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+  problems = [f"{name} is missing" for name in wanted if name not in stored]
+  problems += [f"{name} is not in this model" for name in stored if name not in wanted]
+  problems += [f"{name} is {describe(stored[name])}, here {describe(leaf)}" for name, leaf in wanted.items()
+               if name in stored and describe(stored[name]) != describe(leaf)]
+  if problems:
+    more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    raise UserError(f"{folder}: checkpoint of another model: {'; '.join(problems[:4])}{more}. Use the config that wrote it, or start "
+                    f"from it with init.from and init.map")
+
+
+def from_main(values: list[int]) -> list[int]:
+  """The list that process 0 has, in every process."""
+  if jax.process_count() == 1:
+    return values
+  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
+  padded = np.array(values if jax.process_index() == 0 else [0] * count, np.int32)
+  return [int(v) for v in multihost_utils.broadcast_one_to_all(padded)] if count else []
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, hint: str = "") -> Iterator[None]:
+  """Turns what the disk says (Orbax wraps it in many types) into one line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    match = _DISK_ERROR.search(str(error))
+    if not isinstance(error, OSError) and not match:
+      raise
+    reason = getattr(error, "strerror", None) or (match[0] if match else str(error).split("\n")[0])
+    raise UserError(f"{what}: {reason}{hint or '. Free space, or choose another folder'}") from error
+
+
+def delete(path: epath.Path) -> None:
+  """Renames first where that is atomic: a kill then never leaves half a checkpoint under a step's name."""
+  try:
+    if "://" not in str(path) and path.name.isdigit():
+      path = path.rename(path.parent / (path.name + DELETED))
+    path.rmtree()
+  except OSError:  # gone already, or not ours to delete: the next save tries again
+    pass
+
+
+def nested(tree: Any) -> dict:
+  """Any tree as nested dicts, under the names of its leaves."""
+  return nest(by_name(tree))
+
+
+def nest(flat: Mapping[str, Any]) -> dict:
+  return flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def read_json(folder: epath.Path) -> dict:
+  return json.loads((folder / "metadata").read_text())
+
+
+def config_dict(config: FrozenConfigDict | Mapping | str | None) -> dict:
+  if isinstance(config, str):
+    return json.loads(config)
+  return config.to_dict() if isinstance(config, (ConfigDict, FrozenConfigDict)) else dict(config or {})
+
+
+def encode(assets: Mapping[str, bytes] | None) -> dict[str, str]:
+  return {name: base64.b64encode(content).decode() for name, content in (assets or {}).items()}
+
+
+
+def _quiet() -> None:
+  """Orbax logs a traceback for every failure; users get our one line instead."""
+  logger = logging.getLogger("absl")
+  if _not_orbax not in logger.filters:
+    logger.addFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return "orbax" not in record.pathname
