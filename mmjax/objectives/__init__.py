@@ -7,7 +7,8 @@ loss of one example depends on the others: then microbatches go through the exac
 
 from __future__ import annotations
 
-from typing import Any, Callable, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 

@@ -101,18 +101,16 @@ def _forward(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Arra
 
 
 def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
+  pull = cotangents[0]  # of the loss; the hits of the accuracy have no derivative
   if loss == "softmax":
     x, y, scale, bias, rows, columns, row_norms, column_norms = saved
-    function = per_device(ring, functools.partial(_softmax_gradients, ring), (False, False, True, False, False, False, False),
+    function = per_device(ring, functools.partial(_softmax_gradients, ring), (True, False, False, True, False, False, False, False),
                           (False, False, True))
-    dx, dy, dscale = function(x, y, scale, rows, columns, row_norms, column_norms)
-    dbias = jnp.zeros_like(bias)  # adding a constant to every logit changes nothing
-  else:
-    function = per_device(ring, functools.partial(_sigmoid_gradients, ring), (False, False, True, True, False, False),
-                          (False, False, True, True))
-    dx, dy, dscale, dbias = function(*saved)
-  dx, dy, dscale, dbias = (cotangents[0] * g for g in (dx, dy, dscale, dbias))
-  return dx, dy, dscale, dbias, None, None
+    dx, dy, dscale = function(pull, x, y, scale, rows, columns, row_norms, column_norms)
+    return dx, dy, dscale, jnp.zeros_like(bias), None, None  # adding a constant to every logit changes nothing
+  function = per_device(ring, functools.partial(_sigmoid_gradients, ring), (True, False, False, True, True, False, False),
+                        (False, False, True, True))
+  return *function(pull, *saved), None, None
 
 
 _pairwise.defvjp(_forward, _backward)
@@ -131,7 +129,7 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
   size = x.shape[0]
 
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: Norms) -> tuple:
-    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
+    logits, positives = _logits(rows, columns, _similarities(rows, columns), scale), _positives(rows[1], columns[1])
     nearest = jnp.where(positives > 0, logits, _LOW).max(1)
     return ((_merge(row_sums[0], _norms(logits, positives, 1)), jnp.maximum(row_sums[1], nearest)),
             _merge(column_sums, _norms(logits, positives, 0)))
@@ -150,34 +148,33 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
   return total, hits, row, column
 
 
-def _softmax_gradients(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels, row_norms: Norms,
-                       column_norms: Norms) -> tuple:
-  def tile(rows: tuple, columns: tuple, dx: Array, dy: Array) -> tuple:
-    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
+def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels,
+                       row_norms: Norms, column_norms: Norms) -> tuple:
+  def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
+    similarities, positives = _similarities(rows, columns), _positives(rows[1], columns[1])
+    logits = _logits(rows, columns, similarities, scale)
     (row_largest, row_share, row_pull), (column_largest, column_share, column_pull) = rows[2], columns[2]
     # d loss / d logits: the two softmaxes less the two target distributions.
     push = (jnp.exp(logits - row_largest[:, None]) * row_share[:, None] +
             jnp.exp(logits - column_largest[None]) * column_share[None])
-    gradient = push - positives * (row_pull[:, None] + column_pull[None])
-    return dx + _matmul(gradient, columns[0]), dy + _matmul(gradient.T, rows[0])
+    return _add_gradients(push - positives * (row_pull[:, None] + column_pull[None]), similarities, scale, rows, columns, row_sums, dy)
 
   def shares(norms: Norms) -> tuple:
     counts = norms.positive > 0
-    return (norms.largest, jnp.where(counts, 0.5 / jnp.where(counts, norms.total, 1), 0),
-            jnp.where(counts, 0.5 / jnp.where(counts, norms.positive, 1), 0))
+    return (norms.largest, jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.total, 1), 0),
+            jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.positive, 1), 0))
 
-  size = x.shape[0]
   rows = pad_rows((_where(rows, x), rows, shares(row_norms)))
   columns = pad_rows((_where(columns, y), columns, shares(column_norms)))
-  dx, dy = ring.visit(tile, rows, columns, jnp.zeros_like(rows[0]), jnp.zeros_like(columns[0]))
-  dscale = ring.total((dx * rows[0]).sum())
-  return scale * dx[:size], scale * ring.scatter_sum(dy)[:size], dscale
+  dx, dy, dscale, _ = _gradients(ring, tile, rows, columns, x.shape[0])
+  return dx, dy, dscale
 
 
 def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: tuple) -> tuple:
     total, largest, nearest = row_sums
-    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
+    logits = _logits(rows, columns, _similarities(rows, columns), scale, bias)
+    positives = _positives(rows[1], columns[1])
     share = jnp.minimum(positives, 1)
     losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)  # no counting pair: 0 * 1e30 + 1 * 0
     nearest = jnp.maximum(nearest, jnp.where(positives > 0, logits, _LOW).max(1))
@@ -190,19 +187,32 @@ def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, row
   return ring.total((total.sum(), hits))
 
 
-def _sigmoid_gradients(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
+def _sigmoid_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, bias: Array, rows: Labels,
+                       columns: Labels) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
-    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
-    gradient = jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)
-    dx, dbias = row_sums
-    return (dx + _matmul(gradient, columns[0]), dbias + gradient.sum(1)), dy + _matmul(gradient.T, rows[0])
+    similarities, positives = _similarities(rows, columns), _positives(rows[1], columns[1])
+    logits = _logits(rows, columns, similarities, scale, bias)
+    gradient = pull * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1))
+    return _add_gradients(gradient, similarities, scale, rows, columns, row_sums, dy)
 
-  size = x.shape[0]
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
-  start = (jnp.zeros_like(rows[0]), jnp.zeros(rows[0].shape[0], jnp.float32))
-  (dx, dbias), dy = ring.visit(tile, rows, columns, start, jnp.zeros_like(columns[0]))
-  dscale, dbias = ring.total(((dx * rows[0]).sum(), dbias.sum()))
-  return scale * dx[:size], scale * ring.scatter_sum(dy)[:size], dscale, dbias
+  return _gradients(ring, tile, rows, columns, x.shape[0])
+
+
+def _gradients(ring: Ring, tile: Any, rows: tuple, columns: tuple, size: int) -> tuple:
+  """(dx, dy, dscale, dbias) from a tile that calls `_add_gradients`."""
+  zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
+  (dx, dscale, dbias), dy = ring.visit(tile, rows, columns, (jnp.zeros_like(rows[0]), zeros, zeros), jnp.zeros_like(columns[0]))
+  return dx[:size], ring.scatter_sum(dy)[:size], *ring.total((dscale.sum(), dbias.sum()))
+
+
+def _add_gradients(gradient: Array, similarities: Array, scale: Array, rows: tuple, columns: tuple, row_sums: tuple,
+                   dy: Array) -> tuple:
+  """Adds what d loss / d logits [b, c] of one tile gives to the sums dx, dscale, dbias (by row) and dy."""
+  dx, dscale, dbias = row_sums
+  dscale, dbias = dscale + (gradient * similarities).sum(1), dbias + gradient.sum(1)
+  gradient = scale * gradient
+  return (dx + _matmul(gradient, columns[0]), dscale, dbias), dy + _matmul(gradient.T, rows[0])
 
 
 # -- One tile -------------------------------------------------------------------------------------------------------------
@@ -221,9 +231,13 @@ def _where(labels: Labels, x: Array) -> Array:
   return jnp.where(_counts(labels)[:, None], x.astype(jnp.float32), 0)
 
 
-def _logits(rows: tuple, columns: tuple, scale: Array, bias: Array | float = 0.0) -> Array:
+def _similarities(rows: tuple, columns: tuple) -> Array:
+  return _matmul(rows[0], columns[0].T)
+
+
+def _logits(rows: tuple, columns: tuple, similarities: Array, scale: Array, bias: Array | float = 0.0) -> Array:
   counts = _counts(rows[1])[:, None] & _counts(columns[1])[None]
-  return jnp.where(counts, scale * _matmul(rows[0], columns[0].T) + bias, _LOW)
+  return jnp.where(counts, scale * similarities + bias, _LOW)
 
 
 def _positives(rows: Labels, columns: Labels) -> Array:

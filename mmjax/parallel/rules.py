@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -85,7 +86,7 @@ def axes_shardings(axes: Any, spec: Any, mesh: Mesh, rules: Rules) -> Any:
   Optimizer state that is described by the axes of its parameters so comes to lie where they lie.
   """
   leaves, tree = jax.tree.flatten(spec)
-  names = jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple)
+  names = jax.tree.leaves(axes, is_leaf=_is_names)
   return tree.unflatten([NamedSharding(mesh, spec_for(n, x.shape, mesh, rules)) for n, x in zip(names, leaves, strict=True)])
 
 
@@ -96,6 +97,10 @@ def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> 
     return P()
   spec = nn.logical_to_mesh_axes(names, rules)
   return P(*(_fits(axes, n, mesh) for axes, n in zip(spec, shape, strict=True)))
+
+
+def _is_names(x: Any) -> bool:
+  return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
 def _fits(axes: Any, size: int, mesh: Mesh) -> Any:

@@ -1,0 +1,145 @@
+"""Applying the model for objectives, and the parts of a batch when it is split to save memory.
+
+`Forward` is what an objective calls. `Recorder` and `Replay` are the same to an objective, for the two-pass embedding cache
+of objectives that couple examples (Gao et al. 2021, arXiv:2101.06983): the first pass computes what such an objective asks
+for part by part without gradients, the objective then runs once on the whole batch, and the second pass takes its
+derivatives back through the model part by part, with the same randomness.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.parallel.rules import constrain_batch
+
+Array = jax.Array
+
+
+def stream(rng: Array, name: str) -> Array:
+  """The key of a named stream of randomness."""
+  return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+
+class Forward:
+  """`forward(method, *args)` applies a method of the model to the batch, once for each distinct call.
+
+  Methods in `model.shared_methods` get no batch. `batch=` replaces the batch by another view of it, with randomness of its
+  own. `model_state` is what the model keeps besides parameters, as the calls so far have left it.
+  """
+
+  def __init__(self, model: nn.Module, params: Any, model_state: Any, batch: dict, rng: Array):
+    self.model, self.params, self.model_state, self.batch, self.rng = model, params, model_state, batch, rng
+    self.views: list[dict] = []  # batches given by objectives, in the order of their first use
+    self._outputs: dict[Any, tuple] = {}
+
+  def __call__(self, method: str, *args: Any, batch: dict | None = None, **kwargs: Any) -> Any:
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    key = (method, tree, tuple(leaf if isinstance(leaf, str | int | float) else id(leaf) for leaf in leaves), self.view(batch))
+    if key not in self._outputs:
+      output = self.shared(method, *args, **kwargs) if is_shared(self.model, method) else self.apply(method, args, kwargs, key[-1])
+      self._outputs[key] = (output, leaves)  # holding the leaves keeps their ids theirs
+    return self._outputs[key][0]
+
+  def view(self, batch: dict | None) -> int:
+    """0 for the batch itself, else the number of the view."""
+    if batch is None:
+      return 0
+    for number, known in enumerate(self.views, 1):
+      if known is batch:
+        return number
+    self.views.append(batch)
+    return len(self.views)
+
+  def shared(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    return self.model.apply({"params": self.params, **self.model_state}, *args, method=method, **kwargs)
+
+  def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
+    batch = self.views[view - 1] if view else self.batch
+    rng = stream(self.rng, "dropout")
+    rngs = {"dropout": jax.random.fold_in(rng, view) if view else rng}
+    output, changed = self.model.apply({"params": self.params, **self.model_state}, *args, batch, train=True, method=method,
+                                       rngs=rngs, mutable=list(self.model_state), **kwargs)
+    self.model_state = {**self.model_state, **changed}
+    return output
+
+
+def is_shared(model: nn.Module, method: str) -> bool:
+  """Whether a method's result does not depend on examples."""
+  return method in getattr(model, "shared_methods", ())
+
+
+# -- Parts of a batch -----------------------------------------------------------------------------------------------------
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+  """[B, ...] -> [parts, B / parts, ...]: part m has rows m, m + parts, ..., so that every row stays on its device."""
+  cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+  return constrain_batch(jax.tree.map(cut, tree), axis=1)
+
+
+def join_rows(tree: Any) -> Any:
+  """The rows of `split_rows` in their old order: [parts, B / parts, ...] -> [B, ...]."""
+  return constrain_batch(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree))
+
+
+# -- The embedding cache --------------------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+  """A call of an objective: which method, on which view of the batch (0 = the batch)."""
+
+  method: str
+  args: tuple
+  kwargs: tuple
+  view: int
+
+
+class Recorder(Forward):
+  """First pass: answers with outputs for the whole batch, computed part by part, and remembers what was asked for.
+
+  compute(request, view or None) -> output with leading axis B.
+  """
+
+  def __init__(self, forward: Forward, compute: Callable[[Request, dict | None], Any]):
+    super().__init__(forward.model, forward.params, forward.model_state, forward.batch, forward.rng)
+    self.compute = compute
+    self.requests: list[Request] = []
+    self.outputs: list[Any] = []
+
+  def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
+    request = Request(method, args, tuple(sorted(kwargs.items())), view)
+    if any(not isinstance(leaf, str | int | float) for leaf in jax.tree.leaves((args, kwargs))):
+      raise NotImplementedError(f"{method}: an objective that couples examples passed arrays to the model; "
+                                "with train.microbatches > 1 it may pass them only as batch=")
+    self.requests.append(request)
+    self.outputs.append(self.compute(request, self.views[view - 1] if view else None))
+    return self.outputs[-1]
+
+
+class Replay(Forward):
+  """The objective's own run: answers with the outputs of the first pass, in the same order, so that it can be differentiated."""
+
+  def __init__(self, recorder: Recorder, params: Any, outputs: list[Any]):
+    super().__init__(recorder.model, params, recorder.model_state, recorder.batch, recorder.rng)
+    self._waiting = iter(outputs)
+
+  def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
+    return next(self._waiting)
+
+
+def separate(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+  """The floating-point leaves of a tree, and the function that puts such leaves back."""
+  leaves, structure = jax.tree.flatten(tree)
+  floating = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+  def join(chosen: list[Array]) -> Any:
+    rest = iter(chosen)
+    return structure.unflatten([next(rest) if is_float else leaf for leaf, is_float in zip(leaves, floating, strict=True)])
+
+  return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], join

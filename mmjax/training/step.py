@@ -1,0 +1,330 @@
+"""One training step: a batch in, the next state and the metrics out. Read `Step.update` from top to bottom.
+
+Objectives return (sum, weight) pairs; this file alone divides, after the sums are over the whole global batch. So the loss
+is a mean over what is real in the batch, whatever the mesh and however many microbatches it is cut into.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from mmjax.config import in_steps, kind_function, settings
+from mmjax.models import make_model
+from mmjax.objectives import Losses
+from mmjax.parallel import rules
+from mmjax.state.optimizer import Optimizer, make_optimizer, state_axes
+from mmjax.state.train_state import TrainState
+from mmjax.training.flops import count_flops
+from mmjax.training.microbatches import Forward, Recorder, Replay, is_shared, join_rows, separate, split_rows, stream
+
+Array = jax.Array
+
+
+class Objective(NamedTuple):
+  """One entry of config.objectives, ready to call: `function(forward, batch, rng) -> Losses`."""
+
+  name: str
+  function: Any
+  weight: float
+  couples_examples: bool
+
+  def __call__(self, forward: Forward, batch: dict, rng: Array) -> Losses:
+    return self.function(forward, batch, stream(rng, self.name))
+
+
+class Step:
+  """The train step of `config` on `mesh`, with what belongs to it: shapes, placement, initial state, embeddings.
+
+  steps, examples: length of the run and of an epoch, which schedules need. batch_spec: tree of ShapeDtypeStruct of a global
+  batch; None = what the data pipeline of the config makes. Nothing is computed or placed until a method asks for it, so
+  the step can be lowered for devices that are not there.
+  """
+
+  def __init__(self, config: FrozenConfigDict, mesh: Mesh, *, steps: int | None = None, examples: int | None = None,
+               batch_spec: Any = None):
+    self.config, self.mesh, self.rules = config, mesh, rules.logical_rules(config)
+    self.model = make_model(config)
+    self.objectives = tuple(
+      Objective(name, functools.partial(kind_function(entry, "objective"), **settings(entry, without=("weight",))), entry.weight,
+                kind_function(entry, "objective").couples_examples) for name, entry in config.objectives.items())
+    self._steps, self._examples = steps, examples
+
+    # Shapes first, then logical axes, then places.
+    if batch_spec is None:
+      from mmjax.data.pipeline import batch_spec as spec_of_config
+
+      batch_spec = spec_of_config(config)
+    on_batch = rules.batch_sharding(mesh)
+    self.batch_spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_batch), batch_spec)
+    variables = dict(self._inside(jax.eval_shape)(self._variables, jax.random.key(0)))
+    boxed = variables.pop("params")
+    self.axes = rules.param_axes(boxed)
+    self.params_spec = _placed(nn.unbox(boxed), rules.param_shardings(boxed, mesh, self.rules))
+    self._model_state_spec = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.replicated(mesh)), nn.unbox(variables))
+    self._executables: dict[Any, jax.stages.Compiled] = {}
+    self._embedders: dict[str, Any] = {}
+
+  # -- State --------------------------------------------------------------------------------------------------------------
+
+  @functools.cached_property
+  def optimizer(self) -> Optimizer:
+    """The optimizer of the config. Raises UserError: a regex of it matches no parameter, or the length is in epochs
+    and `examples` is not known."""
+    steps = self._steps or in_steps(self.config.train.steps, steps=None, batch_size=self.config.train.batch_size,
+                                    examples=self._examples)
+    return make_optimizer(self.config, self.axes, self.params_spec, steps=steps, examples=self._examples)
+
+  @functools.cached_property
+  def state_spec(self) -> TrainState:
+    """The state as a tree of ShapeDtypeStruct with shardings: for restoring, lowering and planning."""
+    shapes = jax.eval_shape(self._initial_state, jax.random.key(0))
+    optimizer_axes = {"main": state_axes(self.optimizer, self.params_spec, self.axes)}
+    whole = rules.replicated(self.mesh)
+    params = jax.tree.map(lambda x: x.sharding, self.params_spec)
+    shardings = TrainState(
+      step=whole, params=params, model_state=jax.tree.map(lambda _: whole, self._model_state_spec),
+      opt_states=rules.axes_shardings(optimizer_axes, shapes.opt_states, self.mesh, self.rules),
+      ema=params if self.config.train.ema else None)
+    return _placed(shapes, shardings)
+
+  def init(self, seed: int) -> TrainState:
+    """The state before the first step, made where it lives; the same numbers on any mesh."""
+    return self._inside(jax.jit(lambda: self._initial_state(jax.random.key(seed)), out_shardings=_shardings(self.state_spec)))()
+
+  def with_params(self, state: TrainState, params: Any) -> TrainState:
+    """The state of a run that starts from other parameters."""
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=_shardings(self.params_spec))
+    place = lambda: copy(jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), params, self.params_spec))
+    return state.replace(params=place(), ema=place() if self.config.train.ema else None)
+
+  def evaluation_params(self, state: TrainState) -> Any:
+    """What evaluation and export use: the moving average where there is one."""
+    return state.eval_params
+
+  def _variables(self, rng: Array) -> Mapping[str, Any]:
+    """Boxed parameters and model state. What the model does with the (empty) batch is dropped by the compiler."""
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.batch_spec)
+    return self.model.init({"params": stream(rng, "params"), "dropout": stream(rng, "dropout")}, batch)
+
+  def _initial_state(self, rng: Array) -> TrainState:
+    variables = dict(nn.unbox(self._variables(rng)))
+    params = variables.pop("params")
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, model_state=variables,
+                      opt_states={"main": self.optimizer.tx.init(params)},
+                      ema=jax.tree.map(jnp.copy, params) if self.config.train.ema else None)
+
+  # -- Running and compiling ------------------------------------------------------------------------------------------------
+
+  def train(self, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+    """One step. `batch`: global arrays (`multihost.to_device`); `state` is used up. Metrics are float32 scalars."""
+    return self._executable(jax.tree.map(_spec_of, batch))(state, batch)
+
+  def compile(self) -> jax.stages.Compiled:
+    """The executable for the batches of the config; made once, ahead of the first step."""
+    return self._executable(self.batch_spec)
+
+  def lower(self, batch_spec: Any = None) -> jax.stages.Lowered:
+    """The step as the compiler gets it; needs neither data nor state."""
+    with jax.set_mesh(self.mesh):
+      metrics = rules.replicated(self.mesh)
+      step = jax.jit(self.update, donate_argnums=0, out_shardings=(_shardings(self.state_spec), metrics))
+      return self._inside(step.lower)(self.state_spec, self.batch_spec if batch_spec is None else batch_spec)
+
+  def flops_per_step(self) -> float:
+    """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted."""
+    def forward(params: Any, model_state: Any, batch: dict) -> Array:
+      return self._whole_batch(params, model_state, batch, jax.random.key(0))[0]
+
+    return 3 * self._inside(count_flops)(forward, self.params_spec, self._model_state_spec, self.batch_spec)
+
+  def embed(self, params: Any, modality: str, batch: dict) -> Array:
+    """float32 [B, D], split like the batch: embeddings of one modality for evaluation (nothing dropped)."""
+    if modality not in self._embedders:
+      self._embedders[modality] = jax.jit(
+        lambda params, part: self.model.apply({"params": params}, modality, {modality: part}, method="embedding"),
+        out_shardings=rules.batch_sharding(self.mesh))
+    return self._inside(self._embedders[modality])(params, batch[modality])
+
+  def _executable(self, batch_spec: Any) -> jax.stages.Compiled:
+    leaves, tree = jax.tree.flatten(batch_spec)
+    signature = (tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+    if signature not in self._executables:
+      self._executables[signature] = self.lower(batch_spec).compile()
+    return self._executables[signature]
+
+  def _inside(self, function: Any) -> Any:
+    """`function`, traced and run with the mesh and the rules in use."""
+    def call(*args: Any) -> Any:
+      with rules.use(self.mesh, self.rules):
+        return function(*args)
+
+    return call
+
+  # -- The step -------------------------------------------------------------------------------------------------------------
+
+  def update(self, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+    """The step itself, traced by `lower`."""
+    train = self.config.train
+    rng = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+    if train.mixup and "image" in batch:
+      batch = mixup(batch, train.mixup, stream(rng, "mixup"))
+
+    # Loss and gradients of the mean over the global batch.
+    gradients_of = self._in_microbatches if train.microbatches > 1 else self._at_once
+    loss, gradients, sums, model_state = gradients_of(state.params, state.model_state, batch, rng)
+    gradients = jax.lax.with_sharding_constraint(gradients, _shardings(self.params_spec))
+    gradient_norm = optax.global_norm(gradients)
+
+    # The next parameters.
+    updates, optimizer_state = self.optimizer.tx.update(gradients, state.opt_states["main"], state.params, step=state.step)
+    params = optax.apply_updates(state.params, updates)
+    average = lambda old, new: train.ema * old + (1 - train.ema) * new
+    new = TrainState(step=state.step, params=params, model_state=model_state, opt_states={"main": optimizer_state},
+                     ema=jax.tree.map(average, state.ema, params) if train.ema else None)
+
+    # A step that is not finite leaves everything as it was, and counts.
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    new = jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state).replace(step=state.step + 1)
+
+    metrics = {"loss": loss, **{f"{name}/{key}": _mean(*pair) for name, losses in sums.items() for key, pair in losses.items()}}
+    metrics.update(grad_norm=gradient_norm, param_norm=optax.global_norm(new.params), update_norm=optax.global_norm(updates),
+                   lr=self.optimizer.schedule(state.step), skipped=~finite)
+    if is_shared(self.model, "temperature"):
+      metrics["scale"] = self.model.apply({"params": state.params}, method="temperature")[0]
+    return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+  def _at_once(self, params: Any, model_state: Any, batch: dict, rng: Array) -> tuple:
+    """(loss, gradients, {objective: Losses}, model state) of a batch that fits in memory."""
+    total = lambda params: self._whole_batch(self._trained(params), model_state, batch, rng)
+    (loss, (sums, model_state)), gradients = jax.value_and_grad(total, has_aux=True)(params)
+    return loss, gradients, sums, model_state
+
+  def _whole_batch(self, params: Any, model_state: Any, batch: dict, rng: Array) -> tuple:
+    forward = Forward(self.model, params, model_state, batch, rng)
+    sums = {objective.name: objective(forward, batch, rng) for objective in self.objectives}
+    return self._loss(sums), (sums, forward.model_state)
+
+  def _in_microbatches(self, params: Any, model_state: Any, batch: dict, rng: Array) -> tuple:
+    """The same for a batch cut into parts, one after the other: equal up to rounding (but for dropout, drawn per part)."""
+    count = self.config.train.microbatches
+    parts = (jnp.arange(count), split_rows(batch, count))
+    forward_part = lambda params, model_state, number, part: Forward(
+      self.model, params, model_state, part, jax.random.fold_in(rng, number))
+
+    # Objectives that couple examples, first pass: what they ask for, of the whole batch, without gradients.
+    def compute(request: Any, view: dict | None) -> Any:
+      def of_part(_: None, inputs: tuple) -> tuple[None, Any]:
+        number, part, view = inputs
+        forward = forward_part(params, model_state, number, part)
+        return None, forward(request.method, *request.args, batch=view, **dict(request.kwargs))
+
+      views = None if view is None else split_rows(view, count)
+      return jax.lax.stop_gradient(join_rows(jax.lax.scan(of_part, None, (*parts, views))[1]))
+
+    coupled = [objective for objective in self.objectives if objective.couples_examples]
+    recorder = Recorder(Forward(self.model, params, model_state, batch, rng), compute)
+    for objective in coupled:
+      objective(recorder, batch, rng)
+
+    # Then the objectives themselves on those outputs: their derivatives by the outputs, and by shared parameters.
+    outputs, join = separate(recorder.outputs)
+
+    def coupled_loss(outputs: list[Array], params: Any) -> tuple:
+      replay = Replay(recorder, self._trained(params), join(outputs))
+      sums = {objective.name: objective(replay, batch, rng) for objective in coupled}
+      return self._loss(sums), sums
+
+    (loss, sums), (pulls, gradients) = jax.value_and_grad(coupled_loss, argnums=(0, 1), has_aux=True)(outputs, params)
+
+    # The other objectives need their total weights before their sums can be added up (the compiler drops the rest).
+    plain = [objective for objective in self.objectives if not objective.couples_examples]
+
+    def plain_sums(params: Any, model_state: Any, number: Array, part: dict) -> dict[str, Losses]:
+      forward = forward_part(params, model_state, number, part)
+      return {objective.name: objective(forward, part, forward.rng) for objective in plain}
+
+    def weights_of_part(_: None, inputs: tuple) -> tuple[None, Any]:
+      return None, {name: losses["loss"][1] for name, losses in plain_sums(params, model_state, *inputs).items()}
+
+    weights = jax.tree.map(lambda w: w.sum(0), jax.lax.scan(weights_of_part, None, parts)[1]) if plain else {}
+
+    # Second pass: through the model again, part by part, with the same randomness.
+    def gradients_of_part(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
+      gradients, model_state = carry
+      number, part, views, pulls = inputs
+
+      def pulled(params: Any) -> tuple:
+        forward = forward_part(self._trained(params), model_state, number, part)
+        again = [forward(r.method, *r.args, batch=views[r.view - 1] if r.view else None, **dict(r.kwargs)) for r in recorder.requests]
+        total = sum(jnp.vdot(output, pull) for output, pull in zip(separate(again)[0], pulls, strict=True))
+        sums = {objective.name: objective(forward, part, forward.rng) for objective in plain}
+        for objective in plain:
+          total += objective.weight * _mean(sums[objective.name]["loss"][0], weights[objective.name])
+        return total, (sums, forward.model_state)
+
+      more, (sums, model_state) = jax.grad(pulled, has_aux=True)(params)
+      gradients = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, gradients, more), _shardings(self.params_spec))
+      return (gradients, model_state), sums
+
+    inputs = (*parts, [split_rows(view, count) for view in recorder.views], split_rows(pulls, count))
+    (gradients, model_state), part_sums = jax.lax.scan(gradients_of_part, (gradients, model_state), inputs)
+    plain_totals = jax.tree.map(lambda x: x.sum(0), part_sums)
+    return loss + self._loss(plain_totals), gradients, sums | plain_totals, model_state
+
+  def _loss(self, sums: dict[str, Losses]) -> Array:
+    """The weighted sum of the objectives' means. Weights are not differentiated."""
+    weight = {objective.name: objective.weight for objective in self.objectives}
+    means = [weight[name] * _mean(*losses["loss"]) for name, losses in sums.items()]
+    return sum(means, jnp.zeros((), jnp.float32))
+
+  def _trained(self, params: Any) -> Any:
+    """The parameters, without derivatives by those that the optimizer never changes: their backward pass is not computed."""
+    return jax.tree.map(lambda trained, x: x if trained else jax.lax.stop_gradient(x), self.optimizer.trained, params)
+
+
+def mixup(batch: dict, alpha: float, rng: Array) -> dict:
+  """Mixes the pixels of each row with those of the row before it (Zhang et al. 2018, arXiv:1710.09412), w ~ Beta(alpha, alpha).
+
+  Pixels uint8 stay uint8 (rounded). Adds `image.mix_weight` float32 [B], the share of the row itself, and `image.mix_row`
+  int32 [B], the row of the rest: objectives make soft targets of them. A row that counts is never mixed with one that does not.
+  """
+  image = batch["image"]
+  pixels, size = image["pixels"], image["pixels"].shape[0]
+  real = batch.get("valid", jnp.ones(size, bool))
+  if "present" in image:
+    real &= image["present"].reshape(size, -1).all(-1)
+  before = lambda x: jnp.roll(x, 1, axis=0)
+  weight = jnp.where(before(real), jax.random.beta(rng, alpha, alpha, (size,), jnp.float32), 1)
+  share = weight.reshape(-1, *(1,) * (pixels.ndim - 1))
+  mixed = jnp.round(share * pixels + (1 - share) * before(pixels)).astype(pixels.dtype)
+  mixed = rules.constrain_batch(mixed)
+  row = before(jnp.arange(size, dtype=jnp.int32))
+  return {**batch, "image": {**image, "pixels": mixed, "mix_weight": weight, "mix_row": row}}
+
+
+def _mean(total: Array, weight: Array) -> Array:
+  """total / weight; 0 where nothing counts."""
+  weight = jax.lax.stop_gradient(weight)
+  return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
+
+
+def _shardings(spec: Any) -> Any:
+  return jax.tree.map(lambda x: x.sharding, spec)
+
+
+def _spec_of(x: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
