@@ -10,9 +10,10 @@ import collections
 import contextlib
 import difflib
 import fnmatch
+import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,9 @@ class Embedded(NamedTuple):
 class Context:
   """What one evaluator may use: `config`, `name`, `mesh`, its data, and embeddings of batches."""
 
-  def __init__(self, evaluation: Evaluation, name: str, params: Any):
+  def __init__(self, evaluation: Evaluation, name: str, params: Any, seen: dict):
     self.config, self.mesh, self.name = evaluation.config, evaluation.mesh, name
-    self._evaluation, self._params = evaluation, params
+    self._evaluation, self._params, self._seen = evaluation, params, seen
 
   def data(self, source: str, split: str, languages: Sequence[str] = ()):
     """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a run."""
@@ -74,26 +75,32 @@ class Context:
     return Embedded(np.concatenate(vectors), np.concatenate(valid))
 
   def images(self, data) -> Embedded:
-    """The pictures of an `EvaluationData`, one row an example."""
-    embedded = self.embed("image", data.images())
-    return Embedded(embedded.vectors[: len(data)], embedded.valid[: len(data)])
+    """The pictures of an `EvaluationData`, one row an example; evaluators of one run on the same split share the work."""
+    split = getattr(getattr(data, "source", None), "fingerprint", None)
+    if split is None or split not in self._seen:
+      embedded = self.embed("image", data.images())
+      self._seen[split] = Embedded(embedded.vectors[: len(data)], embedded.valid[: len(data)])
+    return self._seen[split]
 
   def texts(self, data, texts: Sequence[str]) -> np.ndarray:
-    """Embeddings float32 [N, D] of any texts, with the tokenizer and length of the config."""
-    return self.embed("text", data.texts(list(texts))).vectors[: len(texts)]
+    """Embeddings float32 [N, D] of any texts, with the tokenizer of the checkpoint or else of the config."""
+    return self.embed("text", self._evaluation.text_batches(data, list(texts))).vectors[: len(texts)]
 
 
 class Evaluation:
   """All evaluators of a config, run as often as wanted; the data is opened once.
 
-  `embed(params, modality, batch)` gives embeddings [B, D] of a batch on the devices. `poll` is called after every batch
-  (the training loop asks there whether the machine is about to be taken away).
+  `embed(params, modality, batch)` gives embeddings [B, D] of a batch on the devices. `assets`: of a checkpoint; its tokenizer
+  is then used, and none needs to be under data.dir. `poll` is called after every batch (to ask whether the machine is about
+  to be taken away).
   """
 
-  def __init__(self, config, embed: Embed, mesh: jax.sharding.Mesh, poll: Callable[[], None] | None = None):
+  def __init__(self, config, embed: Embed, mesh: jax.sharding.Mesh, *, assets: Mapping[str, bytes] | None = None,
+               poll: Callable[[], None] | None = None):
     self.config, self.embed, self.mesh = config, embed, mesh
     self.poll = poll or (lambda: None)
     self._data: dict = {}
+    self._assets = dict(assets or {})
 
   def run(self, params: Any, names: str | Sequence[str] | None = None) -> dict[str, Result]:
     """Runs the evaluators (all, or those that `names` picks, wildcards allowed) in the order of the config.
@@ -101,11 +108,11 @@ class Evaluation:
     Raises UserError for a name that picks none.
     """
     evaluators = self.config.evaluation.evaluators
-    results = {}
+    results, seen = {}, {}
     for name in pick(self.config, names):
       entry = evaluators[name]
       kind = config_lib.kind_function(entry, "evaluator")
-      results[name] = kind(Context(self, name, params), **config_lib.settings(entry))
+      results[name] = kind(Context(self, name, params, seen), **config_lib.settings(entry))
     return results
 
   def data(self, source: str, split: str, languages: tuple[str, ...]):
@@ -113,11 +120,32 @@ class Evaluation:
 
     key = (source, split, languages)
     if key not in self._data:
-      batch_size = self.config.evaluation.batch_size or self.config.train.batch_size
-      rows = multihost.local_rows(self.mesh, batch_size) if jax.process_count() > 1 else None
-      entry = dict(name=source, split=split, languages=languages, path="", weight=1.0, cache=True)
-      self._data[key] = EvaluationData(self.config, entry, batch_size, rows=rows)
+      rows = multihost.local_rows(self.mesh, self.batch_size) if jax.process_count() > 1 else None
+      cache = any(entry.name == source and entry.cache for entry in self.config.data.sources.values())
+      entry = dict(name=source, split=split, languages=languages, path="", cache=cache)
+      self._data[key] = EvaluationData(self.config, entry, self.batch_size, rows=rows)
     return self._data[key]
+
+  @property
+  def batch_size(self) -> int:
+    return self.config.evaluation.batch_size or self.config.train.batch_size
+
+  @functools.cached_property
+  def _tokens(self):
+    """The text transform with the tokenizer of the checkpoint."""
+    from mmjax.data.text import TextTransform, Tokenizer
+
+    return TextTransform(self.config.data.text, Tokenizer.from_assets(self._assets))
+
+  def text_batches(self, data, texts: list[str]) -> Iterable[dict]:
+    """Batches of `batch_size` texts (this process's rows), filled up with rows that are not valid."""
+    if not self._assets:
+      yield from data.texts(texts)
+      return
+    rows = multihost.local_rows(self.mesh, self.batch_size)
+    for start in range(0, len(texts), self.batch_size):
+      real = start + rows < len(texts)
+      yield {"text": self._tokens([texts[start + row] if ok else "" for row, ok in zip(rows, real, strict=True)]), "valid": real}
 
 
 def run(config, embed: Embed, params: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None) -> dict[str, Result]:

@@ -1,0 +1,1 @@
+"""Using a trained model: embeddings, classification and search from a checkpoint alone, without the training data."""

@@ -1,0 +1,63 @@
+"""A tiny random model with a real tokenizer, saved as an import folder; and pictures to give it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from PIL import Image
+
+from mmjax import config as configs
+from mmjax.data.pipeline import batch_spec
+from mmjax.data.text import train_tokenizer
+from mmjax.models import make_model
+from mmjax.state.checkpoint import save_import
+
+WORDS = ("a red heart", "a black cat", "two blue birds", "the flag of Chad", "a slice of pizza", "rain on the sea")
+
+
+def config(**image):
+  c = configs.base()
+  c.data.image.size = 16
+  c.data.text = dict(tokenizer="tiny", vocab_size=512, length=8)
+  c.model = dict(name="dual_encoder", width=16, bias=True, encoders=dict(
+      image=dict(kind="vit", patch=8, width=16, depth=2, heads=2, **image), text=dict(kind="transformer", width=16, depth=2, heads=2)))
+  c.precision.compute = "float32"
+  c.train.batch_size = 8
+  c.objectives.align = dict(kind="contrastive", between=("image", "text"))
+  return configs.resolve(c)
+
+
+def params(config, seed: int = 0):
+  """Random parameters, large enough that different inputs give clearly different embeddings."""
+  model = make_model(config)
+  batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_spec(config, 2))
+  tree = nn.unbox(jax.jit(model.init)(jax.random.key(seed), batch)["params"])
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(np.float32), tree)
+
+
+def assets(folder: Path) -> dict[str, bytes]:
+  return {"tokenizer.model": train_tokenizer(list(WORDS) * 20, folder / "tiny.model", 420).read_bytes()}
+
+
+def checkpoint(folder: Path, seed: int = 0, **image) -> Path:
+  c = config(**image)
+  save_import(str(folder / "checkpoint"), params(c, seed), c, assets(folder))
+  return folder / "checkpoint"
+
+
+def pixels(count: int, seed: int = 0, size: int = 20) -> list[np.ndarray]:
+  """Smooth random pictures uint8 [size, size, 3]."""
+  rng = np.random.default_rng(seed)
+  small = rng.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+  return [np.asarray(Image.fromarray(x).resize((size, size))) for x in small]
+
+
+def png(array: np.ndarray) -> bytes:
+  data = io.BytesIO()
+  Image.fromarray(array).save(data, "PNG")
+  return data.getvalue()
