@@ -1,0 +1,142 @@
+"""Exports: StableHLO in a process that has only jax, flatbuffers and NumPy; safetensors; folders that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.config import UserError
+from mmjax.interop import export as exports
+from mmjax.interop.export import export
+from mmjax.parallel.mesh import single_device_mesh
+from tests.inference import tiny
+
+# Runs apart: only jax, what jax itself needs, and flatbuffers may be imported.
+CONSUMER = """
+import sys
+from importlib.machinery import PathFinder
+
+class Only(PathFinder):
+  ALLOWED = {"jax", "jaxlib", "numpy", "flatbuffers", "ml_dtypes", "scipy", "opt_einsum"}
+  @classmethod
+  def find_spec(cls, name, path=None, target=None):
+    top = name.partition(".")[0]
+    allowed = top in cls.ALLOWED or top in sys.stdlib_module_names or top.startswith("_")
+    return PathFinder.find_spec(name, path, target) if allowed else None
+
+sys.meta_path = [Only if finder is PathFinder else finder for finder in sys.meta_path]
+for name in ("mmjax", "flax", "ml_collections", "safetensors"):
+  try:
+    __import__(name)
+  except ModuleNotFoundError:
+    continue
+  raise SystemExit(name + " can be imported")
+
+import json, jax, numpy as np
+from jax import export
+folder = sys.argv[1]
+params = dict(np.load(f"{folder}/params.npz"))
+meta = json.load(open(f"{folder}/meta.json"))
+load = lambda name: jax.jit(export.deserialize(open(f"{folder}/{name}.stablehlo", "rb").read()).call)
+encode_image, encode_text = load("encode_image"), load("encode_text")
+
+inputs, out = np.load(sys.argv[2]), {}
+for n in (1, 3, 17):
+  out[f"image{n}"] = encode_image(params, inputs["pixels"][:n])
+  out[f"text{n}"] = encode_text(params, inputs["tokens"][:n], inputs["mask"][:n])
+np.savez(sys.argv[3], **out)
+print(json.dumps(meta))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  return tiny.checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+  return export(checkpoint, "stablehlo", tmp_path_factory.mktemp("out") / "exported")
+
+
+def test_stablehlo_without_mmjax_gives_the_predictors_output(checkpoint, exported, tmp_path):
+  predictor = mmjax.load(checkpoint, mesh=single_device_mesh())
+  pictures, texts = tiny.pixels(17), [f"{w} {i}" for i, w in enumerate(tiny.WORDS * 3)][:17]
+  tokens = predictor.tokens(texts)
+  np.savez(tmp_path / "in.npz", pixels=np.stack([predictor.pixels(p) for p in pictures]), tokens=tokens["tokens"], mask=tokens["mask"])
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
+  run = subprocess.run([sys.executable, "-c", CONSUMER, str(exported), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")],
+                       capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+  assert run.returncode == 0, run.stderr[-2000:]
+  meta, out = json.loads(run.stdout), np.load(tmp_path / "out.npz")
+  for n in (1, 3, 17):
+    np.testing.assert_allclose(out[f"image{n}"], predictor.encode_image(pictures[:n]), atol=2e-6)
+    np.testing.assert_allclose(out[f"text{n}"], predictor.encode_text(texts[:n]), atol=2e-6)
+  assert meta["scale"] == predictor.scale and meta["bias"] == predictor.bias and meta["width"] == 16
+  assert meta["image"]["shape"] == [16, 16, 3] and meta["image"]["resize"] == "shortest" and meta["text"]["end"] == [2]
+
+
+def test_functions_are_for_every_platform_and_any_batch(exported):
+  from jax import export as jax_export
+
+  for name, count in (("encode_image", 1), ("encode_text", 2)):
+    loaded = jax_export.deserialize((exported / f"{name}.stablehlo").read_bytes())
+    assert loaded.platforms == ("cpu", "cuda", "tpu")
+    batches = [aval for aval in loaded.in_avals if not isinstance(aval.shape[0] if aval.shape else 0, int)]
+    assert len(batches) == count and all(str(aval.shape[0]) == "b" for aval in batches)
+    assert loaded.nr_devices == 1
+  assert sorted(os.listdir(exported)) == ["encode_image.stablehlo", "encode_text.stablehlo", "meta.json", "params.npz", "tokenizer.model"]
+
+
+@pytest.mark.parametrize("image", [dict(pooling="class"), dict(pooling="attention", remat="full"), dict(pooling="last", scan_unroll=1)])
+def test_other_models_lower_for_every_platform(image):
+  config = tiny.config(**image)
+  params = exports.flat_params(tiny.params(config))
+  assert set(exports.exported_encoders(config, params)) == {"encode_image", "encode_text"}
+
+
+def test_safetensors_hold_every_parameter_and_what_goes_with_them(checkpoint, tmp_path):
+  from safetensors.numpy import load_file
+
+  out = export(checkpoint, "safetensors", tmp_path / "weights")
+  predictor = mmjax.load(checkpoint)
+  flat = exports.flat_params(predictor.params)
+  stored = load_file(out / "model.safetensors")
+  assert stored.keys() == flat.keys() and "image/layers/attention/qkv/kernel" in stored
+  for name, value in flat.items():
+    np.testing.assert_array_equal(stored[name], value)
+  assert (out / "tokenizer.model").read_bytes() == predictor.assets["tokenizer.model"]
+  assert mmjax.config.from_json((out / "config.json").read_text()) == predictor.config
+  assert json.loads((out / "preprocessing.json").read_text())["image"]["shape"] == [16, 16, 3]
+
+
+def test_unwritable_places_are_one_clear_line_and_leave_nothing(checkpoint, tmp_path, monkeypatch):
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "mine").write_text("x")
+  (tmp_path / "file").write_text("x")
+  for out, words in ((tmp_path / "full", "not empty"), (tmp_path / "file", "not empty"), (tmp_path / "file" / "below", "cannot be written")):
+    with pytest.raises(UserError, match=words) as error:
+      export(checkpoint, "safetensors", out)
+    assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="stablehlo"):
+    export(checkpoint, "onnx", tmp_path / "new")
+
+  def fail(predictor, folder):
+    (folder / "half").write_text("x")
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(exports, "write_safetensors", fail)
+  with pytest.raises(UserError, match="No space left"):
+    export(checkpoint, "safetensors", tmp_path / "new")
+  assert sorted(os.listdir(tmp_path)) == ["file", "full"] and os.listdir(tmp_path / "full") == ["mine"]
+
+
+def test_an_empty_folder_is_used(checkpoint, tmp_path):
+  (tmp_path / "empty").mkdir()
+  assert (export(checkpoint, "safetensors", tmp_path / "empty") / "model.safetensors").exists()
