@@ -1,0 +1,365 @@
+"""`mmjax data convert`: pictures with captions from elsewhere into a data set (TFDS ArrayRecord), in parallel and resumable.
+
+  convert("folder", "photos/", "mine")     folder | jsonl | webdataset | parquet (see readers.py)
+
+The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor the bytes depend on the number
+of workers. A finished shard is kept with its facts in DIR/NAME/converting-SPLIT/; after a kill, the same command goes on with what
+is missing. Only when all shards are there does the data set appear, at once, as DIR/NAME/VERSION. Every picture is decoded
+once to see that it can be; what is left out is counted by reason and listed in skipped-SPLIT.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from mmjax.config import UserError
+from mmjax.data import image
+from mmjax.data.builders import _canonical, _quiet_tfds, features, find_version, to_example
+from mmjax.data.builders.readers import Skip, open_reader
+from mmjax.data.sources import data_dir as default_data_dir
+from mmjax.data.tars import write_atomic
+
+SHARD_ROWS = 2000
+_FORM = 1  # of the shards: another number starts a conversion anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What a conversion made: examples of the split, {reason: count} of what was left out and the first names of each."""
+  name: str
+  split: str
+  folder: str
+  examples: int
+  skipped: dict[str, int]
+  first_skipped: dict[str, list[str]]
+  seconds: float
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  def __str__(self) -> str:
+    lines = [f"{self.folder}: {self.examples:,} examples in split {self.split!r}, {self.seconds:.0f} s"]
+    for reason, count in self.skipped.items():
+      names = ", ".join(self.first_skipped[reason])
+      lines.append(f"  left out {count:,}: {reason} ({names}{', ...' if count > len(self.first_skipped[reason]) else ''})")
+    return "\n".join(lines)
+
+
+def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | os.PathLike | None = None, *, workers: int = 1,
+            split: str = "train", language: str = "en", columns: Mapping[str, str] | None = None, shard_rows: int = SHARD_ROWS,
+            log: Callable[[str], None] = print) -> Summary:
+  """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default folder).
+
+  `language`: of captions that do not say. `columns`: {"image" | "caption" | "id" | "label" | "language": name in the table}.
+  `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version, which holds all of them.
+  Raises UserError: bad arguments, nothing to convert, or everything was left out.
+  """
+  start = time.perf_counter()
+  if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    raise UserError(f"a data set cannot be called {name!r}: use small letters, digits and _, a letter first")
+  if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
+    raise UserError(f"a split cannot be called {split!r}: use small letters, digits and _, a letter first")
+  if workers < 0 or shard_rows < 1:
+    raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
+  root = Path(default_data_dir(data_dir or None)) / name
+  reader = open_reader(format, source, columns, language, cache=root.parent)
+  rows, skipped = reader.rows()
+  rows, duplicates = _unique(rows)
+  skipped = [(row, skip.reason, skip.detail) for row, skip in skipped + duplicates]
+  if not rows:
+    raise UserError(f"{source}: nothing to convert{_reasons(skipped)}")
+  plan = _plan_hash([_FORM, format, split, language, columns, shard_rows], reader, rows)
+  done = _already(root.parent, name, split, plan, source)
+  if done:
+    log(f"{done.folder} holds split {split!r} of this source already")
+    return done
+  staging = root / f"converting-{split}"
+  try:
+    staging.mkdir(parents=True, exist_ok=True)
+    with _locked(staging):
+      facts = _write_shards(reader, rows, split, staging, plan, shard_rows, workers, log)
+      for fact in facts:
+        skipped += map(tuple, fact["skipped"])
+      if not sum(fact["count"] for fact in facts):
+        shutil.rmtree(staging)
+        raise UserError(f"{source}: all {len(rows):,} rows were left out{_reasons(skipped)}")
+      folder = _assemble(root, name, split, staging, facts, skipped, dict(plan=plan, format=format, source=os.fspath(source)))
+      shutil.rmtree(staging)
+  except OSError as error:
+    raise UserError(f"{root}: cannot be written ({error.strerror or error}). Start the same command again to go on, or set $MMJAX_DATA") from error
+  summary = _summary(name, split, folder, sum(fact["count"] for fact in facts), skipped, time.perf_counter() - start)
+  log(str(summary))
+  return summary
+
+
+# -- shards -------------------------------------------------------------------------------------------------------------
+
+
+def _write_shards(reader, rows: list, split: str, staging: Path, plan: str, shard_rows: int, workers: int,
+                  log: Callable[[str], None]) -> list[dict[str, Any]]:
+  """The facts of all shards, in order; writes those that are not there yet."""
+  plan_file = staging / "plan"
+  if not plan_file.is_file() or plan_file.read_text() != plan:
+    for path in staging.glob("shard-*"):
+      path.unlink()
+    write_atomic(plan_file, plan.encode())
+  for path in staging.glob("*.tmp*"):
+    path.unlink()
+  parts = [rows[at:at + shard_rows] for at in range(0, len(rows), shard_rows)]
+  facts: dict[int, dict] = {}
+  for number in range(len(parts)):
+    fact = _finished(staging, number)
+    if fact is not None:
+      facts[number] = fact
+  if facts:
+    log(f"going on: {len(facts)} of {len(parts)} shards are there already")
+  missing = [number for number in range(len(parts)) if number not in facts]
+  start, wrote, said = time.perf_counter(), 0, time.perf_counter()
+  for number, fact in _run(reader, parts, missing, split, staging, min(workers, len(missing))):
+    facts[number] = fact
+    wrote += len(parts[number])
+    if time.perf_counter() - said > 5 or len(facts) == len(parts) > 1:
+      said = time.perf_counter()
+      rate = wrote / (said - start)
+      left = sum(len(parts[n]) for n in missing if n not in facts)
+      log(f"shard {len(facts)} of {len(parts)}, {rate:.0f} rows/s, {left / rate:.0f} s left")
+  return [facts[number] for number in range(len(parts))]
+
+
+def _run(reader, parts: list, missing: list[int], split: str, staging: Path, workers: int) -> Iterator[tuple[int, dict]]:
+  if workers <= 1:
+    for number in missing:
+      yield number, _write_shard(reader, parts[number], split, staging, number)
+    return
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # workers inherit it; they never touch a device
+  pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent)
+  try:
+    futures = {pool.submit(_write_shard, reader, parts[number], split, staging, number): number for number in missing}
+    for future in as_completed(futures):
+      yield futures[future], future.result()
+  except BrokenProcessPool as error:
+    raise UserError("a worker process died (out of memory?). Start the same command again to go on, with fewer workers") from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+  """A worker of a parent that was killed would wait for work forever."""
+  def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> dict[str, Any]:
+  """Writes shard-NUMBER and then its facts: {count, bytes, size, content, labels, languages, skipped}."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+  from tensorflow_datasets.core import example_serializer
+  from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
+
+  schema = features()
+  serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
+  content, labels, languages, skipped, count, size = hashlib.blake2b(digest_size=16), set(), set(), [], 0, 0
+  temporary = staging / f"shard-{number:05d}.tmp"
+  writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+  try:
+    for name, record in reader.read(rows):
+      fault = record if isinstance(record, Skip) else _fault(record["image"])
+      if fault:
+        skipped.append((name, fault.reason, fault.detail))
+        continue
+      data = serializer.serialize_example(schema.encode_example(to_example(record)))
+      data = Example.FromString(data).SerializeToString(deterministic=True)  # else fields come in the order of a map
+      writer.write(data)
+      content.update(_canonical(split, record))
+      labels.add(record["label"])
+      languages.update(record["captions"])
+      count, size = count + 1, size + len(data)
+  finally:
+    writer.close()
+  with open(temporary, "rb") as file:
+    os.fsync(file.fileno())
+    length = os.fstat(file.fileno()).st_size
+  os.replace(temporary, staging / f"shard-{number:05d}")
+  facts = dict(count=count, bytes=size, size=length, content=content.hexdigest(), labels=sorted(labels - {""}),
+               languages=sorted(languages), skipped=skipped)
+  write_atomic(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: it says that the shard is whole
+  return facts
+
+
+def _finished(staging: Path, number: int) -> dict[str, Any] | None:
+  """The facts of a shard if it is whole."""
+  shard = staging / f"shard-{number:05d}"
+  try:
+    facts = json.loads(shard.with_suffix(".json").read_bytes())
+    return facts if shard.stat().st_size == facts["size"] else None
+  except (OSError, ValueError, KeyError):
+    return None
+
+
+def _fault(picture: bytes) -> Skip | None:
+  """Why a picture is no use, by decoding all of it (a JPEG at an eighth of its size)."""
+  try:
+    image.decode(picture, 8)
+  except image.Unreadable as error:
+    return Skip("too large" if "megapixels" in str(error) else "unreadable", str(error))
+  return None
+
+
+# -- the data set -------------------------------------------------------------------------------------------------------
+
+
+def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict], skipped: list, origin: dict) -> Path:
+  """Makes root/VERSION from the shards and from the splits that the version before it has; it appears at once."""
+  import tensorflow_datasets as tfds
+
+  before = find_version(root.parent, name)
+  version = "1.0.0"
+  meta: dict[str, Any] = dict(labels=[], languages=[], content="", converted={})
+  if before:
+    major, minor, _ = before.name.split(".")
+    version = f"{major}.{int(minor) + 1}.0"
+    meta |= json.loads((before / "metadata.json").read_text(encoding="utf-8"))
+  folder, new = root / version, root / f"{version}.incomplete-converting"
+  shutil.rmtree(new, ignore_errors=True)
+  new.mkdir()
+  whole = [(number, fact) for number, fact in enumerate(facts) if fact["count"]]
+  for at, (number, _) in enumerate(whole):
+    _link(staging / f"shard-{number:05d}", new / f"{name}-{split}.array_record-{at:05d}-of-{len(whole):05d}")
+  splits = {}
+  if before:
+    info = json.loads((before / "dataset_info.json").read_text(encoding="utf-8"))
+    for old in info["splits"]:
+      splits[old["name"]] = ([int(length) for length in old["shardLengths"]], int(old.get("numBytes", 0)))
+    for path in before.iterdir():
+      if ".array_record-" in path.name or path.name.startswith("skipped-"):
+        _link(path, new / path.name)
+  splits[split] = ([fact["count"] for _, fact in whole], sum(fact["bytes"] for _, fact in whole))
+  content = hashlib.blake2b("".join([meta["content"], *(fact["content"] for fact in facts)]).encode(), digest_size=16).hexdigest()
+  counts = dict(Counter(reason for _, reason, _ in skipped).most_common())
+  meta["converted"] = {**meta.get("converted", {}), split: {**origin, "examples": sum(splits[split][0]), "skipped": counts}}
+  meta |= dict(labels=sorted({*meta["labels"], *(x for fact in facts for x in fact["labels"])}),
+               languages=sorted({*meta["languages"], *(x for fact in facts for x in fact["languages"])}), content=content)
+  with open(new / f"skipped-{split}.jsonl", "w", encoding="utf-8") as file:
+    for row, reason, detail in skipped:
+      file.write(json.dumps(dict(id=row, reason=reason, detail=detail), ensure_ascii=False) + "\n")
+  (new / "README.md").write_text(_card(name, meta), encoding="utf-8")
+  with _quiet_tfds():
+    identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=os.fspath(new),
+                                                      module_name="mmjax.data.builders.convert")
+    info = tfds.core.DatasetInfo(builder=identity, description=f"{name}, converted by mmjax", features=features(), disable_shuffling=True,
+                                 metadata=tfds.core.MetadataDict(meta))
+    info.set_file_format("array_record")
+    template = {part: tfds.core.ShardedFileTemplate(dataset_name=name, data_dir=new, split=part, filetype_suffix="array_record") for part in splits}
+    info.set_splits(tfds.core.splits.SplitDict([
+      tfds.core.SplitInfo(name=part, shard_lengths=lengths, num_bytes=size, filename_template=template[part])
+      for part, (lengths, size) in splits.items()]))
+    info.write_to_directory(new)
+  os.rename(new, folder)
+  return folder
+
+
+def _card(name: str, meta: dict) -> str:
+  lines = [f"# {name}", "", "Made by `mmjax data convert`. Fields: `id`, `image` (encoded), `captions` (language, text), `label`, `image_key`.",
+           f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}.", ""]
+  for split, facts in meta["converted"].items():
+    lines.append(f"- `{split}`: {facts['examples']:,} examples, from {facts['format']} `{facts['source']}`")
+    lines += [f"  - left out {count:,}: {reason}" for reason, count in facts["skipped"].items()]
+  return "\n".join(lines) + "\n"
+
+
+def _already(data_dir: Path, name: str, split: str, plan: str, source) -> Summary | None:
+  """The summary of this very conversion if it is done. Raises UserError: the split is there from elsewhere."""
+  folder = find_version(data_dir, name)
+  if folder is None:
+    return None
+  try:
+    meta = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    splits = [part["name"] for part in json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["splits"]]
+  except (OSError, ValueError) as error:
+    raise UserError(f"{folder} is no data set of mmjax ({error}). Choose another name") from error
+  if split not in splits:
+    return None
+  facts = meta.get("converted", {}).get(split, {})
+  if facts.get("plan") != plan:
+    raise UserError(f"{folder} has a split {split!r} already, not from {source} as it is now. Choose another name or split, or delete {folder.parent}")
+  with open(folder / f"skipped-{split}.jsonl", encoding="utf-8") as file:
+    skipped = [(row["id"], row["reason"], row["detail"]) for row in map(json.loads, file)]
+  return _summary(name, split, folder, facts["examples"], skipped, 0.0)
+
+
+def _summary(name: str, split: str, folder: Path, examples: int, skipped: list, seconds: float) -> Summary:
+  counts = Counter(reason for _, reason, _ in skipped)
+  first = {reason: [row for row, why, _ in skipped if why == reason][:3] for reason in counts}
+  return Summary(name, split, os.fspath(folder), examples, dict(counts.most_common()), first, seconds)
+
+
+# -- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def _unique(rows: list) -> tuple[list, list]:
+  seen: set[str] = set()
+  kept, duplicates = [], []
+  for row in rows:
+    if row[0] in seen:
+      duplicates.append((row[0], Skip("duplicate id")))
+    else:
+      seen.add(row[0])
+      kept.append(row)
+  return kept, duplicates
+
+
+def _plan_hash(settings: list, reader, rows: list) -> str:
+  """Changes when the settings, the rows or a file of the source do."""
+  digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+  for row in rows:
+    digest.update(repr(row).encode())
+  for path in reader.files(rows):
+    with contextlib.suppress(OSError, ValueError):
+      stat = os.stat(path)
+      digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+  return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(staging: Path):
+  """Only one process converts into a folder at a time. The lock goes with the process, however it ends."""
+  import fcntl
+
+  with open(staging / "lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"another process is converting into {staging.parent}: wait for it") from error
+    yield
+
+
+def _link(source: Path, target: Path) -> None:
+  try:
+    os.link(source, target)
+  except OSError:  # a file system without hard links
+    shutil.copyfile(source, target)
+
+
+def _reasons(skipped: list) -> str:
+  """' (3 missing file, such as a.jpg; ...)', or ''."""
+  parts = []
+  for reason, count in Counter(reason for _, reason, _ in skipped).most_common(4):
+    row, _, detail = next(entry for entry in skipped if entry[1] == reason)
+    parts.append(f"{count} {reason}, such as {row}" + (f": {detail}" if detail and detail != row else ""))
+  return f" ({'; '.join(parts)})" if parts else ""
