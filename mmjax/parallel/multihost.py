@@ -33,6 +33,8 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
   if jax.distributed.is_initialized():
     return
   environment = os.environ
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mmjax/compiled"))
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
   # Collectives between CPU processes; without it XLA would refuse them. Other platforms ignore it.

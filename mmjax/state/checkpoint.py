@@ -71,7 +71,7 @@ class Checkpointer:
     if self._thread is not None and not self._thread.is_alive():
       self.wait()
     better = bool(metrics) and self._best_of(metrics) is not None
-    if not (force or better or self._due(step)):
+    if not (force or better or self.due(step)):
       return False
     self.wait()
     decision = self._decide(step, metrics or {}, force) if jax.process_index() == 0 else ""
@@ -146,7 +146,7 @@ class Checkpointer:
     rest = storage.read_arrays(folder / "rest", _rest(spec))
     return TrainState(params=params, **rest), storage.read_json(folder / "data")
 
-  def _due(self, step: int) -> bool:
+  def due(self, step: int) -> bool:
     """Whether the step count or the clock asks for a checkpoint; the same in every process."""
     if self._every and step % self._every == 0:
       return True

@@ -116,13 +116,14 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
         progress.log(row)
 
   def save(at: int, metrics: dict | None, force: bool) -> None:
-    if saver.should_save(at) or force:
+    due = saver.due(at) or force
+    if due or metrics:
       settle(0)
       if outputs:
         outputs.sync()
       position = dict(step=at, steps=steps, fingerprint=pipeline.fingerprint(), skipped=clock.skipped,
                       skipped_in_a_row=clock.skipped_in_a_row)
-      saver.save(at, state, data=position, config=configs.to_json(config), assets=assets, metrics=metrics, force=force)
+      saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
 
   try:
     with stop, jax.set_mesh(mesh):
@@ -146,7 +147,9 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
             outputs.evaluated(at, results)
             for name, result in results.items():
               progress.say(f"step {at}: {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4]))
-        stopping = multihost.any_process(stop.received)
+        # Processes agree on stopping at logged steps: asking costs a collective.
+        alone = jax.process_count() == 1
+        stopping = stop.received if alone else at % every["log"] == 0 and multihost.any_process(stop.received)
         save(at, evaluation.flat_metrics(results) if results else None, force=stopping or at == steps)
         if stopping and at < steps:
           saver.wait()
@@ -275,7 +278,9 @@ def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: in
   differ = [f"{k}: {data['fingerprint'].get(k)!r} -> {now.get(k)!r}" for k in now if data["fingerprint"].get(k) != now.get(k)]
   if differ:
     raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore the data set, or pass --allow-change")
-  if data["steps"] != steps and not schedule.same_past(config, data["steps"], steps, start):
+  past = schedule.make_schedule(config, steps=data["steps"], examples=pipeline.examples)
+  future = schedule.make_schedule(config, steps=steps, examples=pipeline.examples)
+  if not schedule.same_past(past, future, start):
     raise UserError(f"train.steps {data['steps']} -> {steps} would change the learning rate of steps that are done "
                     f"(schedule.name={config.schedule.name}). Keep train.steps, use schedule.name=constant, or pass --allow-change")
 
