@@ -177,7 +177,7 @@ def _header(data: bytes) -> tuple[str, int, int]:
     else:
       width, height = Image.open(io.BytesIO(data), formats=[kind]).size
   except Exception as error:  # a decoder may raise anything on bytes from anywhere
-    raise Unreadable(f"broken {kind} header ({_line(error)})") from error
+    raise Unreadable(f"broken or cut {kind} header{_detail(error)}") from error
   if height * width > MAX_PIXELS:
     raise Unreadable(f"{kind} of {width} x {height} = {height * width / 1e6:.0f} megapixels; the limit is {MAX_PIXELS // 10**6}")
   if height < 1 or width < 1:
@@ -188,7 +188,7 @@ def _header(data: bytes) -> tuple[str, int, int]:
 def _webp_size(data: bytes) -> tuple[int, int]:
   """(width, height) from the first chunk (RFC 9649). Raises ValueError when the file is shorter than its header says."""
   if len(data) < 30 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
-    raise ValueError("truncated")
+    raise ValueError("the file is shorter than it says")
   if data[12:16] == b"VP8X":
     return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
   if data[12:16] == b"VP8L":
@@ -229,8 +229,7 @@ def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
       image = white
     return np.asarray(image.convert("RGB")), orientation
   except Exception as error:  # as above
-    what = _line(error)
-    raise Unreadable(f"truncated {kind} ({what})" if "truncated" in what else f"broken {kind} ({what})") from error
+    raise Unreadable(f"truncated {kind}" if "truncated" in str(error) else f"broken {kind}{_detail(error)}") from error
 
 
 def _orientation(data: bytes) -> int:
@@ -244,6 +243,7 @@ def _orientation(data: bytes) -> int:
   return value if value in range(1, 9) else 1
 
 
-def _line(error: Exception) -> str:
-  """An exception's message in one short line."""
-  return " ".join(str(error).split())[:120] or type(error).__name__
+def _detail(error: Exception) -> str:
+  """' (what a decoder said)' in one short line, or '' where it said nothing to people."""
+  text = " ".join(str(error).split())
+  return "" if " " not in text or "BytesIO" in text else f" ({text[:120]})"

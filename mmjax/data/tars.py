@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import tarfile
-import tempfile
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -204,13 +204,12 @@ def picture_key(data: bytes) -> int:
 def write_atomic(path: Path, data: bytes) -> None:
   """Writes a file so that it is there whole or not at all. Raises OSError."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+  temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
   try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(data)
+    temporary.write_bytes(data)
     os.replace(temporary, path)
   except BaseException:
-    os.unlink(temporary)
+    temporary.unlink(missing_ok=True)
     raise
 
 

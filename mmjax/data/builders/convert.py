@@ -118,7 +118,7 @@ def _write_shards(reader, rows: list, split: str, staging: Path, plan: str, shar
     for path in staging.glob("shard-*"):
       path.unlink()
     write_atomic(plan_file, plan.encode())
-  for path in staging.glob("*.tmp*"):
+  for path in (*staging.glob("*.tmp"), *staging.glob(".shard-*")):
     path.unlink()
   parts = [rows[at:at + shard_rows] for at in range(0, len(rows), shard_rows)]
   facts: dict[int, dict] = {}

@@ -1,0 +1,153 @@
+"""`mmjax data show`: a sample sheet of a data set, one HTML file with everything in it. For people who look at their data first."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmjax.config import UserError
+from mmjax.data import image
+from mmjax.data.resample import resize_exact
+from mmjax.data.sources import Source, list_datasets, open_source
+from mmjax.data.sources import data_dir as default_data_dir
+from mmjax.data.tars import write_atomic
+
+THUMBNAIL = 320  # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
+_RIGHT_TO_LEFT = {"ar", "fa", "he", "ur"}
+
+
+def show_data_set(name: str, out: str | os.PathLike = "sample.html", *, split: str = "train", count: int = 48, seed: int = 0,
+                  data_dir: str | os.PathLike | None = None, log: Callable[[str], None] = print) -> Path:
+  """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some. Returns the file. Raises UserError."""
+  tars = name.endswith(".tar") and name not in list_datasets(default_data_dir(data_dir or None))
+  entry = dict(name="tars", path=name) if tars else dict(name=name, split=split)
+  source = open_source(entry | dict(languages=()), os.fspath(data_dir) if data_dir else None)
+  path = show(source, out, count=count, seed=seed, title=name if tars else f"{name} / {split}")
+  log(f"wrote {path}: {min(count, len(source))} of {len(source):,} examples")
+  return path
+
+
+def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLike, count: int = 48, seed: int = 0, title: str = "") -> Path:
+  """Draws `count` random examples (all in order, if there are no more) of a source or a list of records.
+
+  The same seed draws the same ones. A record that cannot be read gets a tile that says why. Raises UserError: nothing to
+  show, or `out_html` cannot be written.
+  """
+  total = len(source)
+  if count < 1 or total < 1:
+    raise UserError(f"nothing to show: {total} examples, count {count}")
+  chosen = np.arange(total) if count >= total else np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
+  tiles, sizes, languages, labels, captions, unreadable = [], [], Counter(), Counter(), [], 0
+  for index in chosen.tolist():
+    try:
+      record = source[index]
+    except UserError as error:
+      tiles.append(_tile(f"record {index}", _fault(error), "", {}, ""))
+      unreadable += 1
+      continue
+    size = ""
+    try:
+      picture, (height, width) = _picture(record)
+      size = f"{width} × {height}"
+      sizes.append((height, width))
+    except UserError as error:
+      picture = _fault(error)
+      unreadable += 1
+    languages.update(list(record["captions"]))
+    labels.update([record["label"]] if record.get("label") else [])
+    captions += [text for texts in record["captions"].values() for text in texts]
+    tiles.append(_tile(record["id"], picture, size, record["captions"], record.get("label", "")))
+  facts = [f"<b>{total:,}</b> examples", f"<b>{len(tiles)}</b> shown" + (f", seed {seed}" if len(tiles) < total else "")]
+  if sizes:
+    low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
+    facts.append(f"<b>{low[1]}–{high[1]}</b> × <b>{low[0]}–{high[0]}</b> pixels" if (low != high).any() else f"<b>{low[1]} × {low[0]}</b> pixels")
+  if captions:
+    facts.append(f"captions of <b>{np.median([len(text) for text in captions]):.0f}</b> characters (median), at most <b>{max(map(len, captions))}</b>")
+  if unreadable:
+    facts.append(f'<b class="bad">{unreadable} unreadable</b>')
+  title = title or getattr(source, "name", "") or "sample"
+  page = _PAGE.format(title=html.escape(title), style=_STYLE, facts="".join(f"<li>{fact}</li>" for fact in facts),
+                      languages=_chips("Languages", languages), labels=_chips("Labels", labels), tiles="\n".join(tiles))
+  try:
+    write_atomic(Path(out_html).absolute(), page.encode("utf-8"))
+  except OSError as error:
+    raise UserError(f"{out_html}: cannot be written ({error.strerror})") from error
+  return Path(out_html)
+
+
+def _picture(record: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
+  """(HTML of the picture, (height, width) upright). Raises UserError."""
+  if not record.get("image"):
+    raise UserError("no picture")
+  pixels = image.decode(record["image"])
+  height, width = pixels.shape[:2]
+  scale = THUMBNAIL / max(height, width)
+  if scale < 1:
+    pixels = resize_exact(pixels, (max(1, round(height * scale)), max(1, round(width * scale))), "bicubic")
+  out = io.BytesIO()
+  small = max(height, width) <= 128  # drawn pictures and icons stay exact, photographs become JPEG
+  Image.fromarray(pixels).save(out, "PNG" if small else "JPEG", **({} if small else dict(quality=88)))
+  data = base64.b64encode(out.getvalue()).decode()
+  kind = "png" if small else "jpeg"
+  return f'<img class="{"small" if small else ""}" alt="" src="data:image/{kind};base64,{data}">', (height, width)
+
+
+def _fault(error: Exception) -> str:
+  return f'<div class="fault">{html.escape(str(error))}</div>'
+
+
+def _tile(name: str, picture: str, size: str, captions: Mapping[str, Sequence[str]], label: str) -> str:
+  lines = []
+  for language, texts in sorted(captions.items(), key=lambda item: (item[0] != "en", item[0])):
+    direction = ' dir="rtl"' if language in _RIGHT_TO_LEFT else ""
+    for number, text in enumerate(texts):
+      mark = f"<dt>{html.escape(language)}</dt>" if number == 0 else "<dt></dt>"
+      shown = text if len(text) <= 300 else text[:300] + "…"
+      lines.append(f'{mark}<dd lang="{html.escape(language)}"{direction}>{html.escape(shown)}</dd>')
+  tag = f'<span class="label">{html.escape(label)}</span>' if label else ""
+  return (f'<article><div class="frame">{picture}</div><div class="head">{tag}<span class="size">{size}</span></div>'
+          f'<dl>{"".join(lines)}</dl><div class="id" title="{html.escape(name)}">{html.escape(name)}</div></article>')
+
+
+def _chips(title: str, counts: Counter[str]) -> str:
+  if not counts:
+    return ""
+  chips = "".join(f"<span>{html.escape(name)} <b>{count}</b></span>" for name, count in counts.most_common(40))
+  return f'<div class="chips"><em>{title}</em>{chips}</div>'
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} · mmjax</title><style>{style}</style></head>
+<body><header><h1>{title}</h1><ul>{facts}</ul>{languages}{labels}</header>
+<main>
+{tiles}
+</main></body></html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --ink: #1d2330; --soft: #697386; --line: #e3e6ec; --accent: #3758d6; --frame: #fafbfc }
+@media (prefers-color-scheme: dark) { :root { --back: #14161b; --card: #1d2027; --ink: #e8eaf0; --soft: #98a1b3; --line: #2d323d; --accent: #8fa5ff; --frame: #262a33 } }
+* { box-sizing: border-box } body { margin: 0; background: var(--back); color: var(--ink); font: 14px/1.45 system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif }
+header { padding: 28px 32px 12px; max-width: 1600px; margin: auto } h1 { margin: 0 0 8px; font-size: 24px; letter-spacing: -.01em }
+ul { list-style: none; margin: 0 0 12px; padding: 0; display: flex; flex-wrap: wrap; gap: 4px 22px; color: var(--soft) } ul b { color: var(--ink); font-weight: 600 }
+.bad { color: #d33 !important } .chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 6px 0; align-items: baseline } .chips em { font-style: normal; color: var(--soft); width: 84px }
+.chips span { background: var(--card); border: 1px solid var(--line); border-radius: 999px; padding: 1px 10px; font-size: 12.5px } .chips b { color: var(--soft); font-weight: 500 }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; padding: 12px 32px 40px; max-width: 1600px; margin: auto }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; break-inside: avoid; display: flex; flex-direction: column }
+.frame { height: 200px; display: flex; align-items: center; justify-content: center; background: var(--frame); border-bottom: 1px solid var(--line) }
+img { max-width: 100%; max-height: 100%; display: block } img.small { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; background: #fff; border-radius: 6px }
+.fault { color: #d33; padding: 16px; text-align: center; font-size: 13px; overflow-wrap: anywhere }
+.head { display: flex; gap: 8px; align-items: baseline; padding: 10px 12px 0 } .label { color: var(--accent); font-weight: 600; font-size: 12.5px } .size { color: var(--soft); font-size: 12px; margin-left: auto; white-space: nowrap }
+dl { margin: 6px 0 8px; padding: 0 12px; display: grid; grid-template-columns: auto 1fr; gap: 2px 8px; max-height: 190px; overflow: auto; scrollbar-width: thin; scrollbar-color: var(--line) transparent } dt { color: var(--soft); font-size: 11px; line-height: 20px }
+dd { margin: 0; overflow-wrap: anywhere } .id { margin-top: auto; border-top: 1px solid var(--line); padding: 6px 12px; color: var(--soft); font: 11.5px/1.4 ui-monospace, Menlo, Consolas, monospace; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+"""
