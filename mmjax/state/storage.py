@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -17,7 +19,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, FrozenConfigDict
-from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from mmjax.config import UserError
 from mmjax.state import manifest
@@ -42,7 +43,7 @@ class Writer(ocp.AsyncCheckpointer):
                     assets=ocp.JsonCheckpointHandler())
     super().__init__(ocp.CompositeCheckpointHandler(**handlers),
                      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
-                     checkpoint_metadata_store=orbax_metadata.metadata_store(enable_write=False))
+                     checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False))
 
   def start(self, folder: epath.Path, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     self._facts = facts
@@ -158,11 +159,20 @@ def encode(assets: Mapping[str, bytes] | None) -> dict[str, str]:
 
 
 def _quiet() -> None:
-  """Orbax logs a traceback for every failure; users get our one line instead."""
-  logger = logging.getLogger("absl")
-  if _not_orbax not in logger.filters:
-    logger.addFilter(_not_orbax)
+  """Orbax logs tracebacks for every failed file and leaves tasks of a failed save behind; users get our one line instead."""
+  for name in ("absl", "asyncio"):
+    logger = logging.getLogger(name)
+    if _not_orbax not in logger.filters:
+      logger.addFilter(_not_orbax)
+  if getattr(sys.unraisablehook, "func", None) is not _not_closed_loop:
+    sys.unraisablehook = functools.partial(_not_closed_loop, sys.unraisablehook)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-  return "orbax" not in record.pathname
+  return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+def _not_closed_loop(show: Callable[[Any], None], problem: Any) -> None:
+  """TensorStore reports results of a failed save to an event loop that Orbax has closed."""
+  if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+    show(problem)

@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from mmjax import config as config_lib
-from mmjax.state.optimizer import make_optimizer, matrix_axes
+from mmjax.config import UserError
+from mmjax.state.optimizer import make_optimizer, matrix_axes, orthogonalize, state_axes
 from mmjax.state.paths import by_name
 
 LAYERS = 2
@@ -78,17 +78,6 @@ def unstack(tree):
   return nest(flat)
 
 
-def make_config(name="adamw", schedule="constant", lr=1e-2, warmup=0, **settings):
-  """A resolved config without a model: only the optimizer and the schedule matter here."""
-  c = config_lib.base()
-  c.optimizer = dict(name=name, lr=lr, **settings)
-  c.schedule = dict(name=schedule, warmup=warmup)
-  raw, common = c.to_dict(), {key.path: key for key in config_lib.KEYS}
-  for part in ("optimizer", "schedule"):
-    raw[part] = config_lib._resolve_node(raw[part], part, part, common)
-  return config_lib.FrozenConfigDict(raw)
-
-
 def assert_close(ours, theirs, tolerance, hint):
   """Every leaf within `tolerance` of the other, by the norm of the difference."""
   ours, theirs = by_name(ours), by_name(theirs)
@@ -114,7 +103,7 @@ def spec_of(tree):
 
 
 @pytest.mark.parametrize("name, state_dtype", [*((name, "float32") for name in SETTINGS), ("muon", "bfloat16")])
-def test_a_stack_gets_the_update_of_its_layers(name, state_dtype):
+def test_a_stack_gets_the_update_of_its_layers(make_config, name, state_dtype):
   config = make_config(name, weight_decay=0.1, clip=1.0, state_dtype=state_dtype, **SETTINGS[name])
   params = random_tree(0)
   stacked = make_optimizer(config, axes_tree(True), spec_of(params), steps=10)
@@ -148,7 +137,7 @@ def peers():
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
-def test_without_stacks_it_is_optax(name):
+def test_without_stacks_it_is_optax(make_config, name):
   settings, peer = peers()[name]
   theirs_tx = peer()
   decay = 0.0 if name == "adafactor" else 0.1
@@ -166,3 +155,120 @@ def test_without_stacks_it_is_optax(name):
       axes = by_name(axes_tree(False), is_leaf=lambda x: isinstance(x, tuple))
       updates, history[i] = ({k: v for k, v in by_name(tree).items() if matrix_axes(k, axes[k])} for tree in (updates, history[i]))
     assert_close(history[i], updates, 1e-5, f"step {i}")
+
+
+def optimizer_for(make_config, name="adamw", **settings):
+  return make_optimizer(make_config(name, **settings), axes_tree(True), spec_of(random_tree(0)), steps=10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_frozen_leaves_and_layers(make_config, name):
+  """Frozen: no update, no state, no part in the clipped norm. The rest gets the update that it would get alone."""
+  rates = ((r"image/layers[0:1]/.*", 0.0), (r"text/.*", 0.0), (r".*/projection/.*", 0.5))
+  optimizer = optimizer_for(make_config, name, rates=rates, weight_decay=0.1, clip=0.5, **SETTINGS[name])
+  params = random_tree(0)
+  after, state, _ = run(optimizer, params)
+  before, after = by_name(unstack(params)), by_name(unstack(after))
+  frozen = {key for key in before if key.startswith(("image/layers_0/", "text/"))}
+  for key in before:
+    assert np.array_equal(before[key], after[key]) == (key in frozen), key
+  assert by_name(optimizer.trained)["text/embedding"] is False and by_name(optimizer.trained)["image/layers/norm/scale"] is True
+  sizes = [leaf.shape for key, leaf in by_name(state).items() if key.endswith("mlp/up/kernel") and leaf.ndim]
+  assert all(shape[0] == LAYERS - 1 for shape in sizes) and not [key for key in by_name(state) if "text" in key]
+
+  drop = lambda tree: nest({key: leaf for key, leaf in by_name(unstack(tree)).items() if key not in frozen})
+  axes = nest({key: leaf for key, (_, leaf) in shapes(False).items() if key not in frozen})
+  alone = make_optimizer(make_config(name, rates=rates[2:], weight_decay=0.1, clip=0.5, **SETTINGS[name], decay=r".*/kernel"),
+                         axes, spec_of(drop(params)), steps=10)
+  expected, _, _ = run(alone, drop(params), transform=drop)
+  assert_close({key: after[key] for key in by_name(expected)}, by_name(expected), 1e-5, "the end")
+
+
+def test_rates_first_match_and_layer_addresses(make_config):
+  optimizer = optimizer_for(make_config, "lion", clip=0.0, lr=1.0, rates=(
+      (r"image/layers\[1\]/mlp/.*", 0.25), (r"image/layers[-1:]/.*", 0.5), (r"image/.*", 0.75)))
+  _, _, (updates,) = run(optimizer, random_tree(0), steps=1)
+  sizes = {key: np.unique(np.abs(leaf)).tolist() for key, leaf in by_name(unstack(updates)).items()}
+  assert sizes["image/layers_1/mlp/up/kernel"] == [0.25] and sizes["image/layers_1/norm/scale"] == [0.5]
+  assert sizes["image/layers_0/mlp/up/kernel"] == [0.75] and sizes["image/position"] == [0.75]
+  assert sizes["text/embedding"] == [1.0]
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(rates=((r"image/layer/.*", 0.5),)), "'image/layer/.*' matches no parameter; the nearest is 'image/layers/"),
+    (dict(rates=((r"image/layers[2:4]/.*", 0.5),)), "matches no parameter"),
+    (dict(weight_decay=0.1, decay=r".*/kernels"), "optimizer.decay: '.*/kernels' matches no parameter; the nearest is .*/kernel'"),
+    (dict(rates=((".*", 0.0),)), "freezes every parameter"),
+    (dict(rates=((".*", -1.0),)), "must be a number of 0 or more"),
+])
+def test_refusals(make_config, settings, message):
+  with pytest.raises(UserError, match=message) as error:
+    optimizer_for(make_config, **settings)
+  assert "\n" not in str(error.value)
+
+
+def test_schedule_follows_the_given_step(make_config):
+  optimizer = optimizer_for(make_config, "lion", warmup=10, clip=0.0)
+  params = random_tree(0)
+  state = optimizer.tx.init(params)
+  gradients = random_tree(1)
+  for step, expected in ((None, 1e-3), (5, 6e-3), (None, 3e-3)):
+    updates, state = optimizer.tx.update(gradients, state, params, step=step)
+    np.testing.assert_allclose(abs(updates["log_scale"]), expected, rtol=1e-6)
+  np.testing.assert_allclose(optimizer.schedule(5), 6e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_state_axes_follow_the_parameters(make_config, name):
+  optimizer = optimizer_for(make_config, name, rates=((r"image/layers[:1]/.*", 0.0),), **SETTINGS[name])
+  spec = spec_of(random_tree(0))
+  axes = state_axes(optimizer, spec, axes_tree(True))
+  state = jax.eval_shape(optimizer.tx.init, spec)
+  is_tuple = lambda x: type(x) is tuple and all(a is None or isinstance(a, str) for a in x)
+  pairs = list(zip(by_name(state).items(), jax.tree.leaves(axes, is_leaf=is_tuple), strict=True))
+  assert jax.tree.structure(state) == jax.tree.structure(jax.tree.unflatten(jax.tree.structure(state), [a for _, a in pairs]),
+                                                         is_leaf=is_tuple)
+  assert all(len(names) == leaf.ndim for (_, leaf), names in pairs)
+  found = {key: names for (key, _), names in pairs}
+  qkv = {key.split("/")[-6 if name == "adafactor" else -6]: names for key, names in found.items() if key.endswith("qkv/kernel")}
+  full = ("layers", "embed", "qkv", "heads", "kv")
+  if name != "adafactor":
+    assert set(qkv.values()) == {full}
+  up = {key.split("/image/")[0].split("/")[-1]: names for key, names in found.items() if key.endswith("mlp/up/kernel")}
+  if name == "adafactor":
+    assert up["v_row"] == ("layers", "embed") and up["v_col"] == ("layers", "mlp")
+
+
+def test_matrices_of_muon():
+  expected = {"attention/qkv/kernel": ((1,), (3, 4)), "attention/out/kernel": ((1, 2), (3,)), "mlp/up/kernel": ((1,), (2,)),
+              "attention/qkv/bias": None, "norm/scale": None}
+  for name, sides in expected.items():
+    assert matrix_axes(name, ("layers", *BLOCK[name][1])) == sides
+  assert [key for key, (_, axes) in OUTSIDE.items() if matrix_axes(key, axes)] == ["image/projection/kernel"]
+  assert matrix_axes("conv/kernel", (None, None, "embed", "mlp")) == ((0, 1, 2), (3,))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 8, 24), (2, 24, 8)])
+def test_orthogonalised_matrices_have_singular_values_near_one(precision, shape):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  values = np.linalg.svd(orthogonalize(x, 5, precision), compute_uv=False)
+  assert 0.6 < values.min() and values.max() < 1.3
+  ours, (u, _, v) = orthogonalize(x, 5, precision), np.linalg.svd(x, full_matrices=False)
+  assert np.linalg.norm(ours - u @ v) / np.linalg.norm(u @ v) < 0.35
+
+
+def test_sharded_states_update_like_whole_ones(make_config):
+  """On 8 devices, with every state leaf sharded by its axes, the update is that of one device."""
+  mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+  optimizer = optimizer_for(make_config, "muon", weight_decay=0.1)
+  params, gradients = random_tree(0), random_tree(1, 0.1)
+  place = lambda names: jax.NamedSharding(mesh, jax.P(*("fsdp" if name == "embed" else None for name in names)))
+  is_tuple = lambda x: type(x) is tuple and all(a is None or isinstance(a, str) for a in x)
+  param_shardings = jax.tree.map(place, axes_tree(True), is_leaf=is_tuple)
+  state_shardings = jax.tree.map(place, state_axes(optimizer, spec_of(params), axes_tree(True)), is_leaf=is_tuple)
+  state = jax.jit(optimizer.tx.init, out_shardings=state_shardings)(params)
+  update = jax.jit(optimizer.tx.update, out_shardings=(param_shardings, state_shardings))
+  updates, _ = update(jax.device_put(gradients, param_shardings), state, jax.device_put(params, param_shardings))
+  expected, _ = jax.jit(optimizer.tx.update)(gradients, optimizer.tx.init(params), params)
+  assert_close(updates, expected, 1e-5, "the first step")
