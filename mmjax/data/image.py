@@ -233,14 +233,17 @@ def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
 
 
 def _orientation(data: bytes) -> int:
-  """EXIF orientation of a JPEG, 1 to 8."""
-  if data.find(b"Exif\0\0", 0, 1 << 17) < 0:
-    return 1
-  try:
-    value = Image.open(io.BytesIO(data), formats=["JPEG"]).getexif().get(0x0112, 1)
-  except Exception:  # broken metadata does not make the picture unreadable
-    return 1
-  return value if value in range(1, 9) else 1
+  """EXIF orientation of a JPEG, 1 to 8. Broken metadata does not make a picture unreadable."""
+  at = 2
+  while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] not in (b"", b"\xc0", b"\xc2", b"\xda"):  # segments up to the picture itself
+    if data[at + 1] == 0xE1 and data[at + 4:at + 10] == b"Exif\0\0":
+      try:
+        value = Image.open(io.BytesIO(data), formats=["JPEG"]).getexif().get(0x0112, 1)
+      except Exception:
+        return 1
+      return value if value in range(1, 9) else 1
+    at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
+  return 1
 
 
 def _detail(error: Exception) -> str:
