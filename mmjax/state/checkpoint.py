@@ -68,8 +68,7 @@ class Checkpointer:
     `metrics` of it are noted (for checkpoint.best). Waits for the save before it, if that is still being written.
     Raises UserError: the disk is full or unwritable, now or during the save before.
     """
-    if self._thread is not None and not self._thread.is_alive():
-      self.wait()
+    self._raise_early()
     better = bool(metrics) and self._best_of(metrics) is not None
     if not (force or better or self.due(step)):
       return False
@@ -131,6 +130,11 @@ class Checkpointer:
     if self._error is not None:
       error, self._error = self._error, None
       raise error
+
+  def _raise_early(self) -> None:
+    """Does not wait for a save in progress, but says so if one has failed."""
+    if self._thread is not None and not self._thread.is_alive():
+      self.wait()
 
   def close(self) -> None:
     """Waits, and frees what Orbax holds."""

@@ -3,7 +3,8 @@
 A leaf's name is its path in the tree, joined by slashes: "image/layers/attention/qkv/kernel". A leaf under "layers" is
 stacked: its first axis counts the layers, and slice i also has the name "image/layers[i]/attention/qkv/kernel". A regex
 matches a name as a whole (`re.fullmatch`). One that names the stacked leaf takes all slices; `layers[2:6]`, `layers[3]`
-or `layers[-2:]` in a regex (with or without backslashes) takes the slices that Python's indexing would.
+or `layers[-2:]` in a regex takes the slices that Python's indexing would; backslashes before the
+brackets are needed only if the stop is negative.
 """
 
 from __future__ import annotations
