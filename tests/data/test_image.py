@@ -138,11 +138,12 @@ def test_more_than_100_megapixels_are_refused_from_the_header(monkeypatch):
   png[16:24] = (20000).to_bytes(4, "big") * 2
   frame = jpeg.index(b"\xff\xc0") + 5
   jpeg[frame:frame + 4] = (20000).to_bytes(2, "big") * 2
-  webp, gif, bmp = (encode(Image.new("1", (12000, 9000)).convert(mode), kind) for kind, mode in
-                    (("WEBP", "RGB"), ("GIF", "L"), ("BMP", "1")))
-  for data in (bytes(png), bytes(jpeg), webp, gif, bmp):
+  webp, gif, bmp = bytearray(FORMATS["webp"]), bytearray(FORMATS["gif"]), bytearray(FORMATS["bmp"])
+  webp[26:30] = gif[6:10] = (12000).to_bytes(2, "little") * 2
+  bmp[18:26] = (12000).to_bytes(4, "little") * 2
+  for data in (png, jpeg, webp, gif, bmp):
     with pytest.raises(image.Unreadable, match="megapixels"):
-      image.decode(data)
+      image.decode(bytes(data))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
