@@ -1,12 +1,12 @@
 """Random changes of a picture, each a pure function of the picture, settings and numbers drawn from one generator.
 
-`Augment` holds the settings (data.image.augment.*). `Augment.draw(rng)` draws 64 uniform numbers; every operation reads its own
-of them, so that switching one on or off leaves the draws of the others as they were. Order of the operations:
+`Augment` holds the settings (data.image.augment.*). `Augment.draw(rng)` draws 64 uniform numbers; every operation reads
+its own of them, so that switching one on or off leaves the draws of the others as they were. Order of the operations:
 
   1. random resized crop   `crop_box`     (image.py cuts and resizes, decoding only what it needs)
   2. rotate, scale, shift  `warp`         one affine map about the centre, bilinear, uncovered pixels get `fill`
   3. flip                                 horizontal, with probability `flip`
-  4. colour jitter         `jitter`       brightness, contrast, saturation and hue in random order, as torchvision's ColorJitter
+  4. colour jitter         `jitter`       brightness, contrast, saturation, hue in random order, as torchvision's ColorJitter
   5. RandAugment           `randaugment`  Cubuk et al. 2020 (arXiv:1909.13719), the 14 operations of its table
   6. random erasing        `erase`        Zhong et al. 2020 (arXiv:1708.04896), noise in a random box
 """
@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mmjax.data.resample import antialias
 
-_CROP, _WARP, _FLIP, _JITTER, _ERASE = slice(0, 40), slice(40, 44), 44, slice(45, 53), slice(53, 60)  # of the 64 numbers
+_CROP, _WARP, _FLIP, _JITTER, _ERASE = slice(0, 40), slice(40, 44), 44, slice(45, 53), slice(53, 60)  # of the 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ def crop_box(height: int, width: int, area: tuple[float, float], aspect: tuple[f
              draws: np.ndarray) -> tuple[int, int, int, int]:
   """A box of a random share of the area and a log-uniform aspect ratio width / height, inside the picture.
 
-  `draws` [40]: ten tries of (area, aspect, left, top); if none fits, the largest centred box within the aspect range, as torchvision does.
+  `draws` [40]: ten tries of (area, aspect, left, top); if none fits, the largest centred box within the aspect range,
+  as torchvision does.
   """
   low, high = math.log(aspect[0]), math.log(aspect[1])
   for share, ratio, left, top in draws.reshape(10, 4).tolist():
@@ -100,7 +101,7 @@ def warp(pixels: np.ndarray, degrees: float, zoom: float, shift: tuple[float, fl
 
 
 def jitter(pixels: np.ndarray, strengths: tuple[float, float, float, float], draws: np.ndarray) -> np.ndarray:
-  """torchvision's ColorJitter: factors in [max(0, 1 - s), 1 + s] (hue: shift in +-s turns), in random order. `draws` [8]."""
+  """torchvision's ColorJitter: factors in [max(0, 1 - s), 1 + s] (hue: +-s turns), in random order. `draws` [8]."""
   for operation in np.argsort(draws[4:]).tolist():
     strength, draw = strengths[operation], draws[operation]
     if not strength:
@@ -109,7 +110,8 @@ def jitter(pixels: np.ndarray, strengths: tuple[float, float, float, float], dra
       pixels = adjust_hue(pixels, (2 * draw - 1) * strength)
     else:
       low = max(0.0, 1 - strength)
-      pixels = (adjust_brightness, adjust_contrast, adjust_saturation)[operation](pixels, low + draw * (1 + strength - low))
+      adjust = (adjust_brightness, adjust_contrast, adjust_saturation)[operation]
+      pixels = adjust(pixels, low + draw * (1 + strength - low))
   return pixels
 
 
@@ -142,7 +144,7 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], fill: int) -> Image.I
   a, b, c, d, e, f = matrix
   x, y = (image.width - 1) / 2, (image.height - 1) / 2
   data = (a, b, x - a * x - b * y + c, d, e, y - d * x - e * y + f)
-  return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=(fill, fill, fill))
+  return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3)
 
 
 def _rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
@@ -178,7 +180,7 @@ def randaugment(pixels: np.ndarray, magnitude: int, fill: int, draws: np.ndarray
 
 
 def erase(pixels: np.ndarray, probability: float, draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Noise in a box of 2% to 33% of the area and aspect 0.3 to 3.3. `draws` [7]: whether, then area, aspect, left, top."""
+  """Noise in a box of 2% to 33% of the area, aspect 0.3 to 3.3. `draws` [7]: whether, then area, aspect, top, left."""
   if draws[0] >= probability:
     return pixels
   height, width = pixels.shape[:2]

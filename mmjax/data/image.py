@@ -1,11 +1,13 @@
-"""Encoded picture -> uint8 [size, size, 3]: decoding, cropping and resizing, augmentation. NumPy, OpenCV, libjpeg-turbo; no JAX.
+"""Encoded picture -> uint8 [size, size, 3]: decoding, cropping, resizing, augmentation. NumPy and OpenCV, no JAX.
 
 `ImageTransform(config.data.image, train)` is what the pipeline calls. Decoding honours the EXIF orientation, composites
-transparency on white, takes the first frame, and brings grey, palette, 16-bit and CMYK pictures to 8-bit RGB. Whatever cannot
-be decoded whole is `Unreadable`, and so is a picture whose header announces more than 100 megapixels: nothing of it is decoded.
+transparency on white, takes the first frame, and brings grey, palette, 16-bit and CMYK pictures to 8-bit RGB.
+Whatever cannot be decoded whole is `Unreadable`, and so is a picture whose header announces more than 100 megapixels:
+nothing of it is decoded.
 
-Training resizes with `resize_fast`, and a large JPEG is decoded at 1/2, 1/4 or 1/8 where the crop stays at least 1.5 times as
-large as the output. Evaluation decodes everything and resizes exactly as Pillow. Order of the augmentation: see augment.py.
+Training resizes with `resize_fast`, and a large JPEG is decoded at 1/2, 1/4 or 1/8 where the crop stays at least 1.5
+times as large as the output. Evaluation decodes everything and resizes exactly as Pillow. Order of the augmentation:
+see augment.py.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from mmjax.data.resample import Box, resize_exact, resize_fast
 
 MAX_PIXELS = 100_000_000
 _KEEP = 1.5  # a JPEG is decoded smaller only while the crop stays this many times as large as the output
-_MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"), (b"BM", "BMP"))
+_MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),
+          (b"BM", "BMP"))
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower; MAX_PIXELS is ours
-cv2.setNumThreads(0)  # pictures run in parallel, one a thread or process: OpenCV's own threads would only get in the way
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow warns from 89 megapixels on
+cv2.setNumThreads(0)  # pictures run in parallel, one a thread or process: threads of OpenCV would get in the way
 
 
 class Unreadable(UserError):
-  """A picture that cannot be decoded. The message is one line and does not name the record: the caller knows which it is."""
+  """A picture that cannot be decoded. The message is one line; it does not name the record, which the caller knows."""
 
 
 class ImageTransform:
@@ -52,12 +55,14 @@ class ImageTransform:
                                 augment=self.augment, rng=rng)
 
 
-def decode_and_transform(data: bytes | np.ndarray, *, size: int, resize: Literal["shortest", "squash", "longest"] = "shortest",
-                         interpolation: Literal["bicubic", "bilinear"] = "bicubic", augment: Augment | None = None,
-                         rng: np.random.Generator | None = None) -> np.ndarray:
+def decode_and_transform(data: bytes | np.ndarray, *, size: int,
+                         resize: Literal["shortest", "squash", "longest"] = "shortest",
+                         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+                         augment: Augment | None = None, rng: np.random.Generator | None = None) -> np.ndarray:
   """One picture as the model sees it: bytes (or uint8 [H, W, 3]) -> uint8 [size, size, 3].
 
-  Without `augment`: `resize`, exactly as Pillow. With it: the operations of augment.py, drawn from `rng` alone. Raises Unreadable.
+  Without `augment`: `resize`, exactly as Pillow. With it: the operations of augment.py, drawn from `rng` alone.
+  Raises Unreadable.
   """
   if augment is None:
     return _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation)
@@ -74,7 +79,10 @@ def decode_and_transform(data: bytes | np.ndarray, *, size: int, resize: Literal
 
 
 def decode(data: bytes, reduction: int = 1) -> np.ndarray:
-  """RGB pixels uint8 [H, W, 3], upright. `reduction` 2, 4 or 8 gives ceil(H / reduction) x ceil(W / reduction). Raises Unreadable."""
+  """RGB pixels uint8 [H, W, 3], upright. Raises Unreadable.
+
+  `reduction` 2, 4 or 8 gives ceil(H / reduction) x ceil(W / reduction).
+  """
   kind, height, width = _header(data)
   if kind == "JPEG":
     orientation = _orientation(data)
@@ -91,7 +99,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
   return _header(data)[1:]
 
 
-# -- geometry -----------------------------------------------------------------------------------------------------------
+# -- geometry ----------------------------------------------------------------------------------------------------------
 
 
 def _centre(height: int, width: int, resize: str) -> Box:
@@ -140,7 +148,7 @@ def _crop(data: bytes | np.ndarray, size: int, interpolation: str, augment: Augm
 
 
 def jpeg_crop(box: tuple[int, int, int, int], size: int) -> tuple[tuple[int, int, int, int], int]:
-  """(box, k): decode at 1/k, k in 1, 2, 4, 8, so that the box stays at least 1.5 times `size`; its edges go to multiples of k."""
+  """(box, k): decode at 1/k, k in 1, 2, 4, 8, so that the box stays 1.5 times `size`. Its edges go to multiples of k."""
   side = min(box[2] - box[0], box[3] - box[1])
   k = max(k for k in (1, 2, 4, 8) if k == 1 or side >= _KEEP * k * size)
   return tuple(round(edge / k) * k for edge in box), k
@@ -157,7 +165,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
   return np.ascontiguousarray(pixels)
 
 
-# -- decoding -----------------------------------------------------------------------------------------------------------
+# -- decoding ----------------------------------------------------------------------------------------------------------
 
 
 def _header(data: bytes) -> tuple[str, int, int]:
@@ -179,14 +187,15 @@ def _header(data: bytes) -> tuple[str, int, int]:
   except Exception as error:  # a decoder may raise anything on bytes from anywhere
     raise Unreadable(f"broken or cut {kind} header{_detail(error)}") from error
   if height * width > MAX_PIXELS:
-    raise Unreadable(f"{kind} of {width} x {height} = {height * width / 1e6:.0f} megapixels; the limit is {MAX_PIXELS // 10**6}")
+    raise Unreadable(f"{kind} of {width} x {height} = {height * width / 1e6:.0f} megapixels; "
+                     f"the limit is {MAX_PIXELS // 10**6}")
   if height < 1 or width < 1:
     raise Unreadable(f"{kind} without pixels ({width} x {height})")
   return kind, height, width
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-  """(width, height) from the first chunk (RFC 9649). Raises ValueError when the file is shorter than its header says."""
+  """(width, height) from the first chunk (RFC 9649). Raises ValueError: the file is shorter than its header says."""
   if len(data) < 30 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
     raise ValueError("the file is shorter than it says")
   if data[12:16] == b"VP8X":
@@ -234,8 +243,8 @@ def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
 
 def _orientation(data: bytes) -> int:
   """EXIF orientation of a JPEG, 1 to 8. Broken metadata does not make a picture unreadable."""
-  at = 2
-  while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] not in (b"", b"\xc0", b"\xc2", b"\xda"):  # segments up to the picture itself
+  at = 2  # walks the segments up to the picture itself
+  while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] not in (b"", b"\xc0", b"\xc2", b"\xda"):
     if data[at + 1] == 0xE1 and data[at + 4:at + 10] == b"Exif\0\0":
       try:
         value = Image.open(io.BytesIO(data), formats=["JPEG"]).getexif().get(0x0112, 1)

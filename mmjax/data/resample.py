@@ -1,9 +1,10 @@
 """Antialiased resizing of uint8 pictures: exact (Pillow's own filters) or fast (a short fitted filter, then OpenCV).
 
-Pillow stretches its kernel k over the scale s (source pixels an output pixel): the weights are k(x / s) / s, so a shrunk
-picture does not alias. OpenCV's bicubic does not stretch: alone it differs from Pillow by 2 to 3 of 255 on photographs.
-The fast way filters the source with a short symmetric filter h (7 taps at scale 2), fitted by least squares such that h followed by
-OpenCV's bicubic is nearly Pillow's stretched kernel, then lets OpenCV sample: about 0.4 of 255 from Pillow, three times as fast.
+Pillow stretches its kernel k over the scale s (source pixels an output pixel): the weights are k(x / s) / s, so a
+shrunk picture does not alias. OpenCV's bicubic does not stretch: alone it is 2 to 3 of 255 from Pillow on photographs.
+The fast way filters the source with a short symmetric filter h (7 taps at scale 2), fitted by least squares such that
+h followed by OpenCV's bicubic is nearly Pillow's stretched kernel, then lets OpenCV sample: about 0.4 of 255 from
+Pillow, three times as fast.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from PIL import Image
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the source
 
 _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_REDUCE_TO = 3  # from twice this scale on, whole pixels are averaged first, down to at least this scale (as Pillow's reducing_gap)
+_REDUCE_TO = 3  # from twice this scale on, whole pixels are averaged first, down to at least this scale
 
 
 def resize_exact(pixels: np.ndarray, size: tuple[int, int], interpolation: str, box: Box | None = None) -> np.ndarray:
@@ -45,13 +46,13 @@ def resize_fast(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -
 
 def antialias(pixels: np.ndarray, scale_y: float, scale_x: float, interpolation: str = "bicubic") -> np.ndarray:
   """Removes what sampling every `scale` pixels with OpenCV's bicubic would alias: uint8 [H, W, 3] -> the same shape."""
-  return cv2.sepFilter2D(pixels, -1, _taps(round(scale_x * 64), interpolation), _taps(round(scale_y * 64), interpolation),
-                         borderType=cv2.BORDER_REPLICATE)
+  across, down = (_taps(round(scale * 64), interpolation) for scale in (scale_x, scale_y))
+  return cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REPLICATE)
 
 
 @functools.lru_cache(maxsize=4096)
 def _taps(scale_64: int, interpolation: str) -> np.ndarray:
-  """The symmetric filter h float32 [2 r + 1], sum 1, that minimises |h * cubic(-0.75) - kernel(x / s) / s| (L2 over x)."""
+  """The symmetric filter h float32 [2 r + 1], sum 1, that minimises |h * cubic(-0.75) - kernel(x / s) / s| over x."""
   s = max(1.0, scale_64 / 64)
   radius = round(1.5 * s) if s < 3 else int(np.ceil(1.75 * s))  # as short as the accuracy allows
   kernel = _cubic(-0.5) if interpolation == "bicubic" else _triangle

@@ -1,4 +1,4 @@
-"""`mmjax data show`: a sample sheet of a data set, one HTML file with everything in it. For people who look at their data first."""
+"""`mmjax data show`: a sample sheet of a data set, one HTML file with everything in it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ THUMBNAIL = 320  # pixels of the longer side; larger pictures are shrunk, so tha
 _RIGHT_TO_LEFT = {"ar", "fa", "he", "ur"}
 
 
-def show_data_set(name: str, out: str | os.PathLike = "sample.html", *, split: str = "train", count: int = 48, seed: int = 0,
-                  data_dir: str | os.PathLike | None = None, log: Callable[[str], None] = print) -> Path:
+def show_data_set(name: str, out: str | os.PathLike = "sample.html", *, split: str = "train", count: int = 48,
+                  seed: int = 0, data_dir: str | os.PathLike | None = None, log: Callable[[str], None] = print) -> Path:
   """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some. Returns the file. Raises UserError."""
   tars = name.endswith(".tar") and name not in list_datasets(default_data_dir(data_dir or None))
   entry = dict(name="tars", path=name) if tars else dict(name=name, split=split)
@@ -36,16 +36,19 @@ def show_data_set(name: str, out: str | os.PathLike = "sample.html", *, split: s
   return path
 
 
-def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLike, count: int = 48, seed: int = 0, title: str = "") -> Path:
+def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLike, count: int = 48, seed: int = 0,
+         title: str = "") -> Path:
   """Draws `count` random examples (all in order, if there are no more) of a source or a list of records.
 
-  The same seed draws the same ones. A record that cannot be read gets a tile that says why. Raises UserError: nothing to
-  show, or `out_html` cannot be written.
+  The same seed draws the same ones. A record that cannot be read gets a tile that says why.
+  Raises UserError: nothing to show, or `out_html` cannot be written.
   """
   total = len(source)
   if count < 1 or total < 1:
     raise UserError(f"nothing to show: {total} examples, count {count}")
-  chosen = np.arange(total) if count >= total else np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
+  chosen = np.arange(total)
+  if count < total:
+    chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
   tiles, sizes, languages, labels, captions, unreadable = [], [], Counter(), Counter(), [], 0
   for index in chosen.tolist():
     try:
@@ -66,12 +69,15 @@ def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLi
     labels.update([record["label"]] if record.get("label") else [])
     captions += [text for texts in record["captions"].values() for text in texts]
     tiles.append(_tile(record["id"], picture, size, record["captions"], record.get("label", "")))
-  facts = [f"<b>{total:,}</b> examples", f"<b>{len(tiles)}</b> shown" + (f", seed {seed}" if len(tiles) < total else "")]
+  drawn = f", seed {seed}" if len(tiles) < total else ""
+  facts = [f"<b>{total:,}</b> examples", f"<b>{len(tiles)}</b> shown{drawn}"]
   if sizes:
     low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
-    facts.append(f"<b>{low[1]}–{high[1]}</b> × <b>{low[0]}–{high[0]}</b> pixels" if (low != high).any() else f"<b>{low[1]} × {low[0]}</b> pixels")
+    same = f"<b>{low[1]} × {low[0]}</b> pixels"
+    facts.append(f"<b>{low[1]}–{high[1]}</b> × <b>{low[0]}–{high[0]}</b> pixels" if (low != high).any() else same)
   if captions:
-    facts.append(f"captions of <b>{np.median([len(text) for text in captions]):.0f}</b> characters (median), at most <b>{max(map(len, captions))}</b>")
+    lengths = [len(text) for text in captions]
+    facts.append(f"captions of <b>{np.median(lengths):.0f}</b> characters (median), at most <b>{max(lengths)}</b>")
   if unreadable:
     facts.append(f'<b class="bad">{unreadable} unreadable</b>')
   title = title or getattr(source, "name", "") or "sample"

@@ -1,8 +1,9 @@
-"""WebDataset tars, as img2dataset writes them, read where they are: `KEY.jpg`, `KEY.txt`, `KEY.json` side by side in plain tar files.
+"""WebDataset tars, as img2dataset writes them, read where they are: `KEY.jpg`, `KEY.txt`, `KEY.json` in plain tars.
 
-A tar is read through once for the places of its members (`index_tar`); the index is kept in a cache folder and made again when the
-size or time of the tar changes. After that every example is a few reads at known offsets. Nothing is ever unpacked, so
-no name in a tar can reach the disk; names with `..` or a leading `/`, links and devices are left out, and pickles are never read.
+A tar is read through once for the places of its members (`index_tar`); the index is kept in a cache folder and made
+again when the size or time of the tar changes. After that every example is a few reads at known offsets. Nothing is
+ever unpacked, so no name in a tar can reach the disk; names with `..` or a leading `/`, links and devices are left out,
+and pickles are never read.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ _log = logging.getLogger(__name__)
 class TarIndex:
   """Where the pairs of one tar are.
 
-  `keys` [N] str; `places` int64 [N, 4, 2]: offset and size of picture, .txt, .json, .cls (size -1 = absent), in the order of the tar.
-  `skipped`: [(name, reason)] of what is no pair.
+  `keys` [N] str, in the order of the tar; `places` int64 [N, 4, 2]: offset and size of picture, .txt, .json, .cls
+  (size -1 = absent). `skipped`: [(name, reason)] of what is no pair.
   """
   path: str
   keys: np.ndarray
@@ -61,7 +62,8 @@ class TarIndex:
     except (ValueError, RecursionError) as error:
       raise UserError(f"{self.path}: {self.keys[row]} has a broken .txt, .json or .cls ({error})") from error
     facts = facts if isinstance(facts, dict) else {}
-    captions = captions_of(facts.get("captions") or (text if text is not None else facts.get("caption")), facts.get("language") or language)
+    texts = facts.get("captions") or (text if text is not None else facts.get("caption"))
+    captions = captions_of(texts, facts.get("language") or language)
     if not captions:
       raise UserError(f"{self.path}: {self.keys[row]} has no caption")
     return dict(id=name, image=parts["image"], captions=captions, label=label or str(facts.get("label") or ""),
@@ -77,15 +79,17 @@ class TarIndex:
     except OSError as error:
       raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
     if len(data) != size:
-      raise UserError(f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. Start again to index it anew")
+      raise UserError(f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. "
+                      f"Start again to index it anew")
     return data
 
 
 class TarSource:
-  """All pairs of the tars that a path names: a glob, a brace pattern `shards/{00000..00010}.tar`, a folder, or one file.
+  """All pairs of the tars that a path names: a glob, a brace pattern `{00000..00010}.tar`, a folder, or one file.
 
-  `source[i]` -> record with the captions in `languages` (() = all); a .txt without a language counts as the first of them, else as English.
-  Tars without any pair are left out with a warning, unless all are. Raises UserError: nothing found, or no pair at all.
+  `source[i]` -> record with the captions in `languages` (() = all); captions that do not say their language count as
+  the first of these, else as English. Tars without any pair are left out with a warning, unless all are.
+  Raises UserError: nothing found, or no pair at all.
   """
 
   def __init__(self, path: str | os.PathLike, languages: Sequence[str] = (), data_dir: str | os.PathLike | None = None):
@@ -106,7 +110,8 @@ class TarSource:
     for problem in problems:
       _log.warning("left out: %s", problem)
     if self.skipped:
-      _log.warning("%s: left out %s", path, ", ".join(f"{count} ({reason})" for reason, count in self.skipped.most_common()))
+      reasons = ", ".join(f"{count} ({reason})" for reason, count in self.skipped.most_common())
+      _log.warning("%s: left out %s", path, reasons)
     self._ends = np.cumsum([len(index) for index in self._indices])
     content = hashlib.blake2b(digest_size=6)
     for index in self._indices:
@@ -123,7 +128,7 @@ class TarSource:
     tar = self._indices[which]
     record = tar.read(index - int(self._ends[which]) + len(tar), self.languages[0])
     if not self._all_languages:
-      record["captions"] = {language: texts for language, texts in record["captions"].items() if language in self.languages}
+      record["captions"] = {name: texts for name, texts in record["captions"].items() if name in self.languages}
     return record | {"label": ""}
 
 
@@ -139,7 +144,7 @@ def index_tars(paths: Sequence[str], data_dir: str | os.PathLike | None = None) 
 
 
 def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> TarIndex:
-  """The index of one tar, from the cache under data_dir/tar_index if it is still right. Raises UserError: no tar, or no pair in it."""
+  """The index of one tar, from data_dir/tar_index if it is still right. Raises UserError: no tar, or no pair in it."""
   from mmjax.data.sources import data_dir as default_dir
 
   path = os.path.abspath(path)
@@ -163,12 +168,12 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
   try:
     write_atomic(cache, out.getvalue())
   except OSError as error:
-    _log.warning("cannot keep the index of %s in %s (%s): it is made again next time", path, cache.parent, error.strerror)
+    _log.warning("cannot keep the index of %s in %s (%s)", path, cache.parent, error.strerror)
   return index
 
 
 def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
-  """The files that a glob, brace pattern, folder, file or a list of these names, sorted within each. Raises UserError: there is none."""
+  """The files that a glob, brace pattern, folder, file or a list of these names. Raises UserError: there is none."""
   if not isinstance(path, (str, os.PathLike)):
     return [file for part in path for file in expand(part)]
   files: list[str] = []
@@ -182,7 +187,7 @@ def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
 
 
 def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
-  """{language: captions} of a text, a list of texts, or a mapping from languages to either. What is no text, or blank, is left out."""
+  """{language: captions} of a text, a list of texts, or a mapping from languages to either; without blank ones."""
   if isinstance(value, dict):
     groups = [(str(name), texts) for name, texts in value.items()]
   else:
@@ -249,7 +254,7 @@ def _scan(path: str, size: int) -> TarIndex:
       raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     with open(path, "rb") as file:
       zipped = file.read(2) == b"\x1f\x8b"
-    hint = "it is compressed: unpack it to a plain .tar (gunzip)" if zipped else "an empty file" if not size else str(error)
+    hint = "compressed: make it a plain .tar with gunzip" if zipped else "an empty file" if not size else str(error)
     raise UserError(f"{path}: not a readable tar ({hint})") from error
   pairs = []
   for key, place in samples.items():
@@ -261,7 +266,8 @@ def _scan(path: str, size: int) -> TarIndex:
       pairs.append(key)
   if not pairs:
     what = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in skipped).most_common())
-    raise UserError(f"{path}: no pair of a picture and a caption (KEY.jpg with KEY.txt or KEY.json){f'; left out: {what}' if what else ''}")
+    left_out = f"; left out: {what}" if what else ""
+    raise UserError(f"{path}: no pair of a picture and a caption (KEY.jpg with KEY.txt or KEY.json){left_out}")
   return TarIndex(path, np.array(pairs), np.stack([samples[key] for key in pairs]), tuple(skipped))
 
 

@@ -1,11 +1,12 @@
-"""`mmjax data convert`: pictures with captions from elsewhere into a data set (TFDS ArrayRecord), in parallel and resumable.
+"""`mmjax data convert`: pictures with captions from elsewhere into a data set, in parallel and resumable.
 
   convert("folder", "photos/", "mine")     folder | jsonl | webdataset | parquet (see readers.py)
 
-The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor the bytes depend on the number
-of workers. A finished shard is kept with its facts in DIR/NAME/converting-SPLIT/; after a kill, the same command goes on with what
-is missing. Only when all shards are there does the data set appear, at once, as DIR/NAME/VERSION. Every picture is decoded
-once to see that it can be; what is left out is counted by reason and listed in skipped-SPLIT.jsonl.
+The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor the bytes depend on
+the number of workers. A finished shard is kept with its facts in DIR/NAME/converting-SPLIT/; after a kill, the same
+command goes on with what is missing. Only when all shards are there does the data set appear, at once, as
+DIR/NAME/VERSION. Every picture is decoded once to see that it can be; what is left out is counted by reason and listed
+in skipped-SPLIT.jsonl.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ class Summary:
     lines = [f"{self.folder}: {self.examples:,} examples in split {self.split!r}, {self.seconds:.0f} s"]
     for reason, count in self.skipped.items():
       names = ", ".join(self.first_skipped[reason])
-      lines.append(f"  left out {count:,}: {reason} ({names}{', ...' if count > len(self.first_skipped[reason]) else ''})")
+      more = ", ..." if count > len(self.first_skipped[reason]) else ""
+      lines.append(f"  left out {count:,}: {reason} ({names}{more})")
     return "\n".join(lines)
 
 
-def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | os.PathLike | None = None, *, workers: int = 1,
-            split: str = "train", language: str = "en", columns: Mapping[str, str] | None = None, shard_rows: int = SHARD_ROWS,
-            log: Callable[[str], None] = print) -> Summary:
+def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | os.PathLike | None = None, *,
+            workers: int = 1, split: str = "train", language: str = "en", columns: Mapping[str, str] | None = None,
+            shard_rows: int = SHARD_ROWS, log: Callable[[str], None] = print) -> Summary:
   """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default folder).
 
-  `language`: of captions that do not say. `columns`: {"image" | "caption" | "id" | "label" | "language": name in the table}.
-  `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version, which holds all of them.
+  `language`: of captions that do not say. `columns`: {"image", "caption", "id", "label" or "language": name in the table}.
+  `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version, which holds all.
   Raises UserError: bad arguments, nothing to convert, or everything was left out.
   """
   start = time.perf_counter()
@@ -98,16 +100,18 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
       if not sum(fact["count"] for fact in facts):
         shutil.rmtree(staging)
         raise UserError(f"{source}: all {len(rows):,} rows were left out{_reasons(skipped)}")
-      folder = _assemble(root, name, split, staging, facts, skipped, dict(plan=plan, format=format, source=os.fspath(source)))
+      origin = dict(plan=plan, format=format, source=os.fspath(source))
+      folder = _assemble(root, name, split, staging, facts, skipped, origin)
       shutil.rmtree(staging)
   except OSError as error:
-    raise UserError(f"{root}: cannot be written ({error.strerror or error}). Start the same command again to go on, or set $MMJAX_DATA") from error
+    raise UserError(f"{root}: cannot be written ({error.strerror or error}). "
+                    f"Start the same command again to go on, or set $MMJAX_DATA") from error
   summary = _summary(name, split, folder, sum(fact["count"] for fact in facts), skipped, time.perf_counter() - start)
   log(str(summary))
   return summary
 
 
-# -- shards -------------------------------------------------------------------------------------------------------------
+# -- shards ------------------------------------------------------------------------------------------------------------
 
 
 def _write_shards(reader, rows: list, split: str, staging: Path, plan: str, shard_rows: int, workers: int,
@@ -153,7 +157,8 @@ def _run(reader, parts: list, missing: list[int], split: str, staging: Path, wor
     for future in as_completed(futures):
       yield futures[future], future.result()
   except BrokenProcessPool as error:
-    raise UserError("a worker process died (out of memory?). Start the same command again to go on, with fewer workers") from error
+    raise UserError("a worker process died (out of memory?). Start the same command again, with fewer workers, "
+                    "to go on") from error
   finally:
     pool.shutdown(cancel_futures=True)
 
@@ -198,7 +203,7 @@ def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> 
   os.replace(temporary, staging / f"shard-{number:05d}")
   facts = dict(count=count, bytes=size, size=length, content=content.hexdigest(), labels=sorted(labels - {""}),
                languages=sorted(languages), skipped=skipped)
-  write_atomic(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: it says that the shard is whole
+  write_atomic(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: now the shard counts
   return facts
 
 
@@ -221,7 +226,7 @@ def _fault(picture: bytes) -> Skip | None:
   return None
 
 
-# -- the data set -------------------------------------------------------------------------------------------------------
+# -- the data set ------------------------------------------------------------------------------------------------------
 
 
 def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict], skipped: list, origin: dict) -> Path:
@@ -250,32 +255,34 @@ def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict
       if ".array_record-" in path.name or path.name.startswith("skipped-"):
         _link(path, new / path.name)
   splits[split] = ([fact["count"] for _, fact in whole], sum(fact["bytes"] for _, fact in whole))
-  content = hashlib.blake2b("".join([meta["content"], *(fact["content"] for fact in facts)]).encode(), digest_size=16).hexdigest()
+  contents = "".join([meta["content"], *(fact["content"] for fact in facts)])
   counts = dict(Counter(reason for _, reason, _ in skipped).most_common())
-  meta["converted"] = {**meta.get("converted", {}), split: {**origin, "examples": sum(splits[split][0]), "skipped": counts}}
-  meta |= dict(labels=sorted({*meta["labels"], *(x for fact in facts for x in fact["labels"])}),
-               languages=sorted({*meta["languages"], *(x for fact in facts for x in fact["languages"])}), content=content)
+  converted = meta.get("converted", {}) | {split: origin | {"examples": sum(splits[split][0]), "skipped": counts}}
+  meta |= {what: sorted({*meta[what], *(name for fact in facts for name in fact[what])}) for what in ("labels", "languages")}
+  meta |= dict(content=hashlib.blake2b(contents.encode(), digest_size=16).hexdigest(), converted=converted)
   with open(new / f"skipped-{split}.jsonl", "w", encoding="utf-8") as file:
     for row, reason, detail in skipped:
       file.write(json.dumps(dict(id=row, reason=reason, detail=detail), ensure_ascii=False) + "\n")
   (new / "README.md").write_text(_card(name, meta), encoding="utf-8")
   with _quiet_tfds():
-    identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=os.fspath(new),
-                                                      module_name="mmjax.data.builders.convert")
-    info = tfds.core.DatasetInfo(builder=identity, description=f"{name}, converted by mmjax", features=features(), disable_shuffling=True,
-                                 metadata=tfds.core.MetadataDict(meta))
+    identity = tfds.core.dataset_info.DatasetIdentity(
+      name=name, version=tfds.core.Version(version), data_dir=os.fspath(new), module_name="mmjax.data.builders.convert")
+    info = tfds.core.DatasetInfo(builder=identity, description=f"{name}, converted by mmjax", features=features(),
+                                 disable_shuffling=True, metadata=tfds.core.MetadataDict(meta))
     info.set_file_format("array_record")
-    template = {part: tfds.core.ShardedFileTemplate(dataset_name=name, data_dir=new, split=part, filetype_suffix="array_record") for part in splits}
-    info.set_splits(tfds.core.splits.SplitDict([
-      tfds.core.SplitInfo(name=part, shard_lengths=lengths, num_bytes=size, filename_template=template[part])
-      for part, (lengths, size) in splits.items()]))
+    parts = []
+    for part, (lengths, size) in splits.items():
+      template = tfds.core.ShardedFileTemplate(dataset_name=name, data_dir=new, split=part, filetype_suffix="array_record")
+      parts.append(tfds.core.SplitInfo(name=part, shard_lengths=lengths, num_bytes=size, filename_template=template))
+    info.set_splits(tfds.core.splits.SplitDict(parts))
     info.write_to_directory(new)
   os.rename(new, folder)
   return folder
 
 
 def _card(name: str, meta: dict) -> str:
-  lines = [f"# {name}", "", "Made by `mmjax data convert`. Fields: `id`, `image` (encoded), `captions` (language, text), `label`, `image_key`.",
+  lines = [f"# {name}", "", "Made by `mmjax data convert`.",
+           "Fields: `id`, `image` (encoded), `captions` (language, text), `label`, `image_key`.",
            f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}.", ""]
   for split, facts in meta["converted"].items():
     lines.append(f"- `{split}`: {facts['examples']:,} examples, from {facts['format']} `{facts['source']}`")
@@ -297,7 +304,8 @@ def _already(data_dir: Path, name: str, split: str, plan: str, source) -> Summar
     return None
   facts = meta.get("converted", {}).get(split, {})
   if facts.get("plan") != plan:
-    raise UserError(f"{folder} has a split {split!r} already, not from {source} as it is now. Choose another name or split, or delete {folder.parent}")
+    raise UserError(f"{folder} has a split {split!r} already, not from {source} as it is now. "
+                    f"Choose another name or split, or delete {folder.parent}")
   with open(folder / f"skipped-{split}.jsonl", encoding="utf-8") as file:
     skipped = [(row["id"], row["reason"], row["detail"]) for row in map(json.loads, file)]
   return _summary(name, split, folder, facts["examples"], skipped, 0.0)
@@ -309,7 +317,7 @@ def _summary(name: str, split: str, folder: Path, examples: int, skipped: list, 
   return Summary(name, split, os.fspath(folder), examples, dict(counts.most_common()), first, seconds)
 
 
-# -- helpers ------------------------------------------------------------------------------------------------------------
+# -- helpers -----------------------------------------------------------------------------------------------------------
 
 
 def _unique(rows: list) -> tuple[list, list]:

@@ -1,10 +1,10 @@
 """What `mmjax data convert` reads: folders with captions, JSONL + files, WebDataset tars, parquet.
 
-A reader lists its rows once, in an order that depends on the source alone, and reads any run of them later, in any process:
+A reader lists its rows once, in an order that depends on the source alone, and reads any run of them, in any process:
 
   rows() -> (rows, skipped)     rows: [(id, where)], ids unique; skipped: what is left out without looking at a picture
   read(rows) -> iterator        of (id, record) or (id, Skip), one for each row
-  files(rows) -> iterator       of the paths that the result depends on (their sizes and times tell whether a conversion may go on)
+  files(rows) -> iterator       of the paths that the result depends on (a conversion goes on only while none changes)
 
 A picture file must lie inside the folder of the source, links resolved. Nothing is decoded here.
 """
@@ -25,7 +25,8 @@ from mmjax.data.tars import PICTURES, TarIndex, captions_of, expand, index_tar, 
 Row = tuple[str, Any]
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "metadata.jsonl", "metadata.csv", "metadata.tsv")
 COLUMNS = {  # what a column may be called, most likely first
-  "image": ("image", "file_name", "filename", "image_path", "file", "path", "img", "picture", "jpg", "png", "image_bytes", "bytes"),
+  "image": ("image", "file_name", "filename", "image_path", "file", "path", "img", "picture", "jpg", "png",
+            "image_bytes", "bytes"),
   "caption": ("captions", "caption", "text", "texts", "txt", "title", "description", "alt"),
   "id": ("id", "key", "image_id", "uid", "__key__"),
   "label": ("label", "class", "category"),
@@ -42,7 +43,7 @@ class Skip:
 
 def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, str] | None = None, language: str = "en",
                 cache: str | os.PathLike | None = None):
-  """The reader of a format: "folder", "jsonl", "webdataset" or "parquet". `cache`: where indices of tars go. Raises UserError."""
+  """The reader of a format. `cache`: the folder for indices of tars. Raises UserError."""
   kinds = {"folder": FolderReader, "jsonl": JsonlReader, "webdataset": TarReader, "parquet": ParquetReader}
   if format not in kinds:
     raise UserError(f"no format {format!r}; there are: {', '.join(kinds)}")
@@ -55,7 +56,7 @@ def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, st
 
 
 class FolderReader:
-  """Pictures with a table (captions.csv, captions.tsv, metadata.jsonl: file_name, caption, ...), or with a NAME.txt each.
+  """Pictures with a table (captions.csv, metadata.jsonl, ...: file_name, caption, ...), or with a NAME.txt each.
 
   A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. A table may name a picture in several rows.
   """
@@ -64,7 +65,8 @@ class FolderReader:
     if not os.path.isdir(source):
       raise UserError(f"{source}: no such folder" + (" (it is a file)" if os.path.exists(source) else ""))
     self.root, self.columns, self.language = os.path.abspath(source), columns, language
-    self.tables = [os.path.join(self.root, name) for name in TABLES if os.path.isfile(os.path.join(self.root, name))][:1]
+    tables = (os.path.join(self.root, name) for name in TABLES)
+    self.tables = [path for path in tables if os.path.isfile(path)][:1]
 
   def rows(self) -> tuple[list[Row], list[tuple[str, Skip]]]:
     pictures = list(self._walk())
@@ -140,7 +142,8 @@ class JsonlReader:
     for path in self.paths:
       more, left = _table_rows(_table(path), path, self.columns, self.language)
       folder = os.path.relpath(os.path.dirname(os.path.abspath(path)), self.root)
-      rows += [(name, (os.path.join(folder, file) if folder != "." else file, captions, label)) for name, (file, captions, label) in more]
+      for name, (file, captions, label) in more:
+        rows.append((name, (os.path.join(folder, file) if folder != "." else file, captions, label)))
       skipped += left
     return rows, skipped
 
@@ -186,7 +189,7 @@ class TarReader:
 
 
 class ParquetReader:
-  """Parquet files as Hugging Face writes them: a column of bytes, {bytes, path} or paths, and columns of captions and labels."""
+  """Parquet as Hugging Face writes it: a column of bytes, {bytes, path} or paths, and columns of captions and labels."""
 
   def __init__(self, source: str, columns: dict[str, str], language: str):
     self.paths, self.language = [os.path.abspath(path) for path in _files(source, (".parquet",))], language
@@ -206,7 +209,7 @@ class ParquetReader:
       file = self._open(path)
       missing = sorted(set(self.columns.values()) - set(file.schema_arrow.names))
       if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}, which {self.paths[0]} has; convert files of one kind at a time")
+        raise UserError(f"{path} has no column {missing[0]!r}, which {self.paths[0]} has. Convert one kind at a time")
       number = 0
       for group in range(file.num_row_groups):
         names = None
@@ -245,7 +248,8 @@ class ParquetReader:
         return
 
   def _record(self, name: str, row: dict[str, Any]) -> dict | Skip:
-    picture, caption, label, language = (row.get(self.columns.get(what, "")) for what in ("image", "caption", "label", "language"))
+    picture, caption, label, language = (
+      row.get(self.columns.get(what, "")) for what in ("image", "caption", "label", "language"))
     if isinstance(picture, dict):
       picture = picture.get("bytes") or picture.get("path")
     if isinstance(label, int) and 0 <= label < len(self.label_names):
@@ -300,8 +304,9 @@ def _file_record(root: str, name: str, path: str, captions: dict[str, list[str]]
 def _table(path: str) -> Iterator[tuple[int, dict | Skip]]:
   """(line number, row) of a .csv, .tsv or .jsonl file; a line that cannot be read is a Skip. Raises UserError."""
   try:
-    with open(path, encoding="utf-8-sig", errors="replace", newline=None if "json" in path.rpartition(".")[2] else "") as file:
-      if path.endswith((".csv", ".tsv")):
+    tabular = path.endswith((".csv", ".tsv"))
+    with open(path, encoding="utf-8-sig", errors="replace", newline="" if tabular else None) as file:
+      if tabular:
         for row in (reader := csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")):
           yield reader.line_num, {key: value for key, value in row.items() if key}
         return
@@ -321,7 +326,7 @@ def _table(path: str) -> Iterator[tuple[int, dict | Skip]]:
 
 def _table_rows(table: Iterable[tuple[int, dict | Skip]], path: str, columns: dict[str, str],
                 language: str) -> tuple[list[Row], list[tuple[str, Skip]]]:
-  """Rows [(id, (picture path, captions, label))] of a table. Rows without an id that name one picture become one, with all captions."""
+  """Rows [(id, (picture path, captions, label))] of a table. Lines without an id that name one picture become one row."""
   rows: list[Row] = []
   skipped: list[tuple[str, Skip]] = []
   by_picture: dict[str, dict[str, list[str]]] = {}
@@ -339,7 +344,8 @@ def _table_rows(table: Iterable[tuple[int, dict | Skip]], path: str, columns: di
           raise
         skipped.append((where, Skip("broken row", str(error))))
         continue
-    file, caption, label, tongue, name = (row.get(chosen.get(what, "")) for what in ("image", "caption", "label", "language", "id"))
+    file, caption, label, tongue, name = (
+      row.get(chosen.get(what, "")) for what in ("image", "caption", "label", "language", "id"))
     if not isinstance(file, str) or not file:
       skipped.append((where, Skip("missing file", "names no picture")))
       continue
@@ -365,8 +371,8 @@ def _choose_columns(there: Iterable[str], named: Mapping[str, str], path: str) -
     elif found := [option for option in options if option in there]:
       chosen[what] = found[0]
     elif what in ("image", "caption"):
-      raise UserError(f"{path} has no column that looks like {'a picture' if what == 'image' else 'captions'}; it has: {', '.join(there)}. "
-                      f"Name it: columns {what}=NAME")
+      looks = "a picture" if what == "image" else "captions"
+      raise UserError(f"{path} has no column that looks like {looks}; it has: {', '.join(there)}. Name it: {what}=COLUMN")
   return chosen
 
 
