@@ -22,6 +22,9 @@ import numpy as np
 
 from mmjax import config as config_lib
 from mmjax.config import UserError
+from mmjax.data.pipeline import EvaluationData
+from mmjax.data.sources import open_source
+from mmjax.data.text import TextTransform, Tokenizer
 from mmjax.parallel import multihost
 
 Embed = Callable[[Any, str, Any], jax.Array]  # (params, modality, batch on the devices) -> [B, D]
@@ -105,19 +108,26 @@ class Evaluation:
   def run(self, params: Any, names: str | Sequence[str] | None = None) -> dict[str, Result]:
     """Runs the evaluators (all, or those that `names` picks, wildcards allowed) in the order of the config.
 
-    Raises UserError for a name that picks none.
+    Raises UserError: a name picks none, or an evaluator cannot run (its data set is missing, say), which is named.
     """
     evaluators = self.config.evaluation.evaluators
     results, seen = {}, {}
     for name in pick(self.config, names):
-      entry = evaluators[name]
-      kind = config_lib.kind_function(entry, "evaluator")
-      results[name] = kind(Context(self, name, params, seen), **config_lib.settings(entry))
+      kind = config_lib.kind_function(evaluators[name], "evaluator")
+      with _naming(name):
+        results[name] = kind(Context(self, name, params, seen), **config_lib.settings(evaluators[name]))
     return results
 
-  def data(self, source: str, split: str, languages: tuple[str, ...]):
-    from mmjax.data.pipeline import EvaluationData
+  def check_sources(self, names: str | Sequence[str] | None = None) -> None:
+    """Opens the data of the evaluators, so that a missing set or split shows before any work. Raises UserError."""
+    for name in pick(self.config, names):
+      entry = self.config.evaluation.evaluators[name]
+      with _naming(name):
+        for key in ("split", "train_split"):
+          if entry.get("source") and entry.get(key):
+            open_source(dict(name=entry.source, split=entry[key], languages=entry.get("languages", ()), path=""), self.config)
 
+  def data(self, source: str, split: str, languages: tuple[str, ...]):
     key = (source, split, languages)
     if key not in self._data:
       rows = multihost.local_rows(self.mesh, self.batch_size) if jax.process_count() > 1 else None
@@ -133,8 +143,6 @@ class Evaluation:
   @functools.cached_property
   def _tokens(self):
     """The text transform with the tokenizer of the checkpoint."""
-    from mmjax.data.text import TextTransform, Tokenizer
-
     return TextTransform(self.config.data.text, Tokenizer.from_assets(self._assets))
 
   def text_batches(self, data, texts: list[str]) -> Iterable[dict]:
@@ -146,6 +154,16 @@ class Evaluation:
     for start in range(0, len(texts), self.batch_size):
       real = start + rows < len(texts)
       yield {"text": self._tokens([texts[start + row] if ok else "" for row, ok in zip(rows, real, strict=True)]), "valid": real}
+
+
+@contextlib.contextmanager
+def _naming(name: str):
+  """Puts the evaluator's name before the message of a UserError that lacks it."""
+  try:
+    yield
+  except UserError as error:
+    where = f"evaluation.evaluators.{name}"
+    raise error if str(error).startswith(where) else type(error)(f"{where}: {error}") from error
 
 
 def run(config, embed: Embed, params: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None) -> dict[str, Result]:

@@ -39,6 +39,7 @@ svg { width: 100%; height: auto; display: block; overflow: visible; cursor: cros
 .examples { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); }
 .example { display: flex; gap: 15px; }
 .example img.query { width: 92px; height: 92px; border-radius: 8px; border: 1px solid var(--edge); background: #fff; object-fit: contain; flex: none; }
+.asked { flex: none; width: 104px; text-align: center; }
 .rank { font-size: 12px; color: var(--soft); margin-top: 5px; text-align: center; font-variant-numeric: tabular-nums; } .rank.first { color: var(--right); font-weight: 600; }
 .answers { flex: 1; min-width: 0; }
 .answer { display: flex; justify-content: space-between; gap: 8px; font-size: 13px; padding: 2px 7px; border-radius: 5px; }
@@ -95,7 +96,7 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 <p class="note">Queries spread over the split, none chosen by hand, each with the five nearest of {{ figure.rows[0].of | number }} and their cosine similarity. Right answers are marked.</p>
 <div class="examples">{% for row in figure.rows %}
 {% if figure.query == "image" %}
-<div class="card example"><div><img class="query" src="{{ row.picture | picture }}" alt="query picture">{{ rank(row) }}</div><div class="answers">
+<div class="card example"><div class="asked"><img class="query" src="{{ row.picture | picture }}" alt="query picture">{{ rank(row) }}</div><div class="answers">
 {% for hit in row.top %}<div class="answer{{ " right" if hit.right }}"><span dir="auto" title="{{ hit.text }}">{{ hit.text }}</span><span>{{ "%.2f" | format(hit.score) }}</span></div>{% endfor %}
 {% if row.rank > 5 %}<div class="expected" dir="auto">Right: {{ row.expected | map(attribute="text") | join(" · ") }}</div>{% endif %}</div></div>
 {% else %}

@@ -25,7 +25,7 @@ from mmjax.data.image import ImageTransform, Unreadable
 from mmjax.data.text import TextTransform, Tokenizer
 from mmjax.models import make_model
 from mmjax.parallel import rules
-from mmjax.parallel.mesh import batch_shards, make_mesh
+from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 
 Picture = str | os.PathLike | bytes | np.ndarray | Image.Image
 BUCKETS = (1, 8, 32, 128, 512)  # batches are filled up to one of these, so that a handful of programs serve every size
@@ -188,7 +188,7 @@ def _embed(model, params: Any, modality: str, inputs: dict[str, jax.Array]) -> j
 def _local_mesh(config) -> Mesh:
   """Every device of this process side by side, whatever mesh the checkpoint was trained on."""
   tree = config.to_dict()
-  tree["mesh"] = dict(replica=1, data=-1, fsdp=1, tensor=1, context=1)
+  tree["mesh"] = {axis: -1 if axis == BATCH_AXES[-2] else 1 for axis in tree["mesh"]}
   return make_mesh(type(config)(tree), jax.local_devices())
 
 

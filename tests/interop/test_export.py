@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -38,19 +39,13 @@ for name in ("mmjax", "flax", "ml_collections", "safetensors"):
     continue
   raise SystemExit(name + " can be imported")
 
-import json, jax, numpy as np
-from jax import export
-folder = sys.argv[1]
-params = dict(np.load(f"{folder}/params.npz"))
-meta = json.load(open(f"{folder}/meta.json"))
-load = lambda name: jax.jit(export.deserialize(open(f"{folder}/{name}.stablehlo", "rb").read()).call)
-encode_image, encode_text = load("encode_image"), load("encode_text")
+LOADER
 
-inputs, out = np.load(sys.argv[2]), {}
+inputs, out = np.load(sys.argv[1]), {}
 for n in (1, 3, 17):
   out[f"image{n}"] = encode_image(params, inputs["pixels"][:n])
   out[f"text{n}"] = encode_text(params, inputs["tokens"][:n], inputs["mask"][:n])
-np.savez(sys.argv[3], **out)
+np.savez(sys.argv[2], **out)
 print(json.dumps(meta))
 """
 
@@ -71,8 +66,9 @@ def test_stablehlo_without_mmjax_gives_the_predictors_output(checkpoint, exporte
   tokens = predictor.tokens(texts)
   np.savez(tmp_path / "in.npz", pixels=np.stack([predictor.pixels(p) for p in pictures]), tokens=tokens["tokens"], mask=tokens["mask"])
   environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
-  run = subprocess.run([sys.executable, "-c", CONSUMER, str(exported), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")],
-                       capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+  loader = textwrap.dedent(exports.__doc__.partition("not mmjax:\n\n")[2])  # the ten lines that users copy
+  code = CONSUMER.replace("LOADER", loader.replace("exported/", f"{exported}/"))
+  run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
   assert run.returncode == 0, run.stderr[-2000:]
   meta, out = json.loads(run.stdout), np.load(tmp_path / "out.npz")
   for n in (1, 3, 17):
