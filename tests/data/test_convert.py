@@ -271,3 +271,30 @@ def test_bad_arguments_and_places(tmp_path):
   (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
   with pytest.raises(UserError, match="not a readable parquet"):
     run(tmp_path, "parquet", tmp_path / "bad.parquet")
+
+
+def test_a_full_disk_is_one_clear_line_and_the_next_start_goes_on(tmp_path, monkeypatch):
+  from array_record.python import array_record_module
+  root, original = folder_of(tmp_path / "in", 6), array_record_module.ArrayRecordWriter
+
+  class Full:
+    def __init__(self, path, options):
+      self.writer = original(path, options)
+
+    def write(self, data):
+      self.writer.write(data)
+
+    def close(self):
+      self.writer.close()
+      if Full.left == 0:
+        raise RuntimeError("write() failed: No space left on device; writing /x; at byte 9")
+      Full.left -= 1
+
+  Full.left = 1
+  with monkeypatch.context() as patch:
+    patch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match="cannot be written .*No space left on device") as error:
+      run(tmp_path, "folder", root, shard_rows=2)
+  assert "\n" not in str(error.value)
+  assert len(list((tmp_path / "data" / "mine" / "converting-train").glob("*.json"))) == 1
+  assert run(tmp_path, "folder", root, shard_rows=2).examples == 6

@@ -67,7 +67,7 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
             shard_rows: int = SHARD_ROWS, log: Callable[[str], None] = print) -> Summary:
   """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default folder).
 
-  `language`: of captions that do not say. `columns`: {"image", "caption", "id", "label" or "language": name in the table}.
+  `language`: of captions that do not say. `columns`: {"image", "caption", "id", "label", "language": column}.
   `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version, which holds all.
   Raises UserError: bad arguments, nothing to convert, or everything was left out.
   """
@@ -173,7 +173,6 @@ def _die_with_parent() -> None:
 
 def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> dict[str, Any]:
   """Writes shard-NUMBER and then its facts: {count, bytes, size, content, labels, languages, skipped}."""
-  from array_record.python.array_record_module import ArrayRecordWriter
   from tensorflow_datasets.core import example_serializer
   from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
 
@@ -181,8 +180,7 @@ def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> 
   serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
   content, labels, languages, skipped, count, size = hashlib.blake2b(digest_size=16), set(), set(), [], 0, 0
   temporary = staging / f"shard-{number:05d}.tmp"
-  writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
-  try:
+  with _record_writer(temporary) as writer:
     for name, record in reader.read(rows):
       fault = record if isinstance(record, Skip) else _fault(record["image"])
       if fault:
@@ -195,8 +193,6 @@ def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> 
       labels.add(record["label"])
       languages.update(record["captions"])
       count, size = count + 1, size + len(data)
-  finally:
-    writer.close()
   with open(temporary, "rb") as file:
     os.fsync(file.fileno())
     length = os.fstat(file.fileno()).st_size
@@ -205,6 +201,21 @@ def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> 
                languages=sorted(languages), skipped=skipped)
   write_atomic(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: now the shard counts
   return facts
+
+
+@contextlib.contextmanager
+def _record_writer(path: Path):
+  """An ArrayRecordWriter, whose RuntimeErrors (a full disk) become OSErrors."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  try:
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+    try:
+      yield writer
+    finally:
+      writer.close()
+  except RuntimeError as error:
+    raise OSError(str(error).splitlines()[0].partition("; ")[0]) from error
 
 
 def _finished(staging: Path, number: int) -> dict[str, Any] | None:
