@@ -93,11 +93,12 @@ def _pairwise(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Arr
 
 def _forward(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
   if loss == "softmax":
-    function = per_device(ring, functools.partial(_softmax_sums, ring), (False, False, True, False, False), (True, True, False, False))
-    total, hits, row_norms, column_norms = function(x, y, scale, rows, columns)
+    function = per_device(ring, functools.partial(_softmax_sums, ring), (False, False, True, False, False), (True, True, False, False, False))
+    total, hits, y, row_norms, column_norms = function(x, y, scale, rows, columns)
     return (total, hits), (x, y, scale, bias, rows, columns, row_norms, column_norms)
-  function = per_device(ring, functools.partial(_sigmoid_sums, ring), (False, False, True, True, False, False), (True, True))
-  return function(x, y, scale, bias, rows, columns), (x, y, scale, bias, rows, columns)
+  function = per_device(ring, functools.partial(_sigmoid_sums, ring), (False, False, True, True, False, False), (True, True, False))
+  total, hits, y = function(x, y, scale, bias, rows, columns)
+  return (total, hits), (x, y, scale, bias, rows, columns)
 
 
 def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
@@ -129,7 +130,7 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
   size = x.shape[0]
 
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: Norms) -> tuple:
-    logits, positives = _logits(rows, columns, _similarities(rows, columns), scale), _positives(rows[1], columns[1])
+    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
     nearest = jnp.where(positives > 0, logits, _LOW).max(1)
     return ((_merge(row_sums[0], _norms(logits, positives, 1)), jnp.maximum(row_sums[1], nearest)),
             _merge(column_sums, _norms(logits, positives, 0)))
@@ -137,7 +138,7 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
   start = Norms(zeros + _LOW, zeros, zeros, zeros)
-  (row, nearest), column = ring.visit(tile, rows, columns, (start, zeros + _LOW), start)
+  (row, nearest), column, (home, _) = ring.visit(tile, rows, columns, (start, zeros + _LOW), start)
   largest = ring.group_max(column.largest)
   column = column._replace(largest=ring.own(largest), total=ring.scatter_sum(column.total * jnp.exp(column.largest - largest)),
                            positive=ring.scatter_sum(column.positive), positive_logits=ring.scatter_sum(column.positive_logits))
@@ -145,19 +146,18 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
   hits = jnp.where(_counts(rows[1]) & (nearest >= row.largest), 1.0, 0.0).sum()
   total, hits = ring.total((total, hits))
   row, column = jax.tree.map(lambda s: s[:size], (row, column))
-  return total, hits, row, column
+  return total, hits, home[:size], row, column
 
 
 def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels,
                        row_norms: Norms, column_norms: Norms) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
-    similarities, positives = _similarities(rows, columns), _positives(rows[1], columns[1])
-    logits = _logits(rows, columns, similarities, scale)
+    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
     (row_largest, row_share, row_pull), (column_largest, column_share, column_pull) = rows[2], columns[2]
     # d loss / d logits: the two softmaxes less the two target distributions.
     push = (jnp.exp(logits - row_largest[:, None]) * row_share[:, None] +
             jnp.exp(logits - column_largest[None]) * column_share[None])
-    return _add_gradients(push - positives * (row_pull[:, None] + column_pull[None]), similarities, scale, rows, columns, row_sums, dy)
+    return _add_gradients(push - positives * (row_pull[:, None] + column_pull[None]), scale, rows, columns, row_sums, dy)
 
   def shares(norms: Norms) -> tuple:
     counts = norms.positive > 0
@@ -165,7 +165,7 @@ def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array
             jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.positive, 1), 0))
 
   rows = pad_rows((_where(rows, x), rows, shares(row_norms)))
-  columns = pad_rows((_where(columns, y), columns, shares(column_norms)))
+  columns = pad_rows((y, columns, shares(column_norms)))
   dx, dy, dscale, _ = _gradients(ring, tile, rows, columns, x.shape[0])
   return dx, dy, dscale
 
@@ -173,8 +173,7 @@ def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array
 def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: tuple) -> tuple:
     total, largest, nearest = row_sums
-    logits = _logits(rows, columns, _similarities(rows, columns), scale, bias)
-    positives = _positives(rows[1], columns[1])
+    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
     share = jnp.minimum(positives, 1)
     losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)  # no counting pair: 0 * 1e30 + 1 * 0
     nearest = jnp.maximum(nearest, jnp.where(positives > 0, logits, _LOW).max(1))
@@ -182,37 +181,34 @@ def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, row
 
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
-  (total, largest, nearest), _ = ring.visit(tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ())
+  (total, largest, nearest), _, (home, _) = ring.visit(tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ())
   hits = jnp.where(_counts(rows[1]) & (nearest >= largest), 1.0, 0.0).sum()
-  return ring.total((total.sum(), hits))
+  return *ring.total((total.sum(), hits)), home[:x.shape[0]]
 
 
 def _sigmoid_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, bias: Array, rows: Labels,
                        columns: Labels) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
-    similarities, positives = _similarities(rows, columns), _positives(rows[1], columns[1])
-    logits = _logits(rows, columns, similarities, scale, bias)
-    gradient = pull * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1))
-    return _add_gradients(gradient, similarities, scale, rows, columns, row_sums, dy)
+    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
+    return _add_gradients(pull * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)), scale, rows, columns, row_sums, dy)
 
-  rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
+  rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((y, columns))
   return _gradients(ring, tile, rows, columns, x.shape[0])
 
 
 def _gradients(ring: Ring, tile: Any, rows: tuple, columns: tuple, size: int) -> tuple:
-  """(dx, dy, dscale, dbias) from a tile that calls `_add_gradients`."""
+  """(dx, dy, dscale, dbias) of `size` rows, from a tile that calls `_add_gradients`."""
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
-  (dx, dscale, dbias), dy = ring.visit(tile, rows, columns, (jnp.zeros_like(rows[0]), zeros, zeros), jnp.zeros_like(columns[0]))
+  (dx, dscale, dbias), dy, _ = ring.visit(tile, rows, columns, (jnp.zeros_like(rows[0]), zeros, zeros), jnp.zeros_like(columns[0]))
   return dx[:size], ring.scatter_sum(dy)[:size], *ring.total((dscale.sum(), dbias.sum()))
 
 
-def _add_gradients(gradient: Array, similarities: Array, scale: Array, rows: tuple, columns: tuple, row_sums: tuple,
-                   dy: Array) -> tuple:
-  """Adds what d loss / d logits [b, c] of one tile gives to the sums dx, dscale, dbias (by row) and dy."""
+def _add_gradients(gradient: Array, scale: Array, rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
+  """Adds what d loss / d logits [b, c] of one tile gives to dx, dscale and dbias (by row), and dy."""
   dx, dscale, dbias = row_sums
-  dscale, dbias = dscale + (gradient * similarities).sum(1), dbias + gradient.sum(1)
-  gradient = scale * gradient
-  return (dx + _matmul(gradient, columns[0]), dscale, dbias), dy + _matmul(gradient.T, rows[0])
+  along = _matmul(gradient, columns[0])
+  return ((dx + scale * along, dscale + (along * rows[0]).sum(1), dbias + gradient.sum(1)),
+          dy + scale * _matmul(gradient.T, rows[0]))
 
 
 # -- One tile -------------------------------------------------------------------------------------------------------------
@@ -231,13 +227,10 @@ def _where(labels: Labels, x: Array) -> Array:
   return jnp.where(_counts(labels)[:, None], x.astype(jnp.float32), 0)
 
 
-def _similarities(rows: tuple, columns: tuple) -> Array:
-  return _matmul(rows[0], columns[0].T)
-
-
-def _logits(rows: tuple, columns: tuple, similarities: Array, scale: Array, bias: Array | float = 0.0) -> Array:
+def _logits(rows: tuple, columns: tuple, scale: Array, bias: Array | float = 0.0) -> Array:
+  """[b, c]; _LOW for pairs that do not count."""
   counts = _counts(rows[1])[:, None] & _counts(columns[1])[None]
-  return jnp.where(counts, scale * similarities + bias, _LOW)
+  return jnp.where(counts, scale * _matmul(rows[0], columns[0].T) + bias, _LOW)
 
 
 def _positives(rows: Labels, columns: Labels) -> Array:

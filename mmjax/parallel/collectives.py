@@ -73,17 +73,19 @@ class Ring(NamedTuple):
     """The sum over all devices."""
     return tree if self.devices == 1 else lax.psum(tree, BATCH_AXES)
 
-  def visit(self, tile: Tile, rows: Any, columns: Any, row_sums: Any, column_sums: Any) -> tuple[Any, Any]:
+  def visit(self, tile: Tile, rows: Any, columns: Any, row_sums: Any, column_sums: Any) -> tuple[Any, Any, Any]:
     """Lets this device's rows meet the columns of all devices.
 
-    rows, columns: trees of [b, ...]; row_sums, column_sums: trees of [b, ...] with the values that sums start from. Column
-    sums travel with their columns and return home: [chunk * b, ...], to be added up over the group (`scatter_sum`).
+    rows, columns: trees of [b, ...]; row_sums, column_sums: trees of [b, ...] with the values that sums start from.
+    Returns (row_sums, column_sums, columns). Column sums travel with their columns and return home: [chunk * b, ...], to be
+    added up over the group (`scatter_sum`). The columns are back home too: who keeps these, and not the ones that left,
+    keeps one copy less alive on the way.
     """
     work = functools.partial(_over_tiles, tile, rows, block_rows=jax.tree.leaves(rows)[0].shape[0])
-    columns = self.gather(columns)
+    home, columns = columns, self.gather(columns)
     column_sums = jax.tree.map(lambda x: jnp.concatenate([x] * self.chunk), column_sums)
     if self.groups == 1:
-      return work(columns, row_sums, column_sums)
+      return *work(columns, row_sums, column_sums), home
 
     def meet(_: int, state: tuple) -> tuple:
       columns, row_sums, column_sums = state
@@ -91,7 +93,8 @@ class Ring(NamedTuple):
       row_sums, column_sums = work(columns, row_sums, column_sums)
       return ahead, row_sums, self.hop(column_sums)
 
-    return lax.fori_loop(0, self.groups, meet, (columns, row_sums, column_sums))[1:]
+    columns, row_sums, column_sums = lax.fori_loop(0, self.groups, meet, (columns, row_sums, column_sums))
+    return row_sums, column_sums, jax.tree.map(self.own, columns)
 
 
 def make_ring(chunk: int) -> Ring:

@@ -8,6 +8,7 @@ a strategy is a row of `RULES` and nothing else. Rules apply in order and a mesh
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -97,6 +98,34 @@ def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> 
     return P()
   spec = nn.logical_to_mesh_axes(names, rules)
   return P(*(_fits(axes, n, mesh) for axes, n in zip(spec, shape, strict=True)))
+
+
+def gather_parameters(params: Any, spec: Any, axes: Any) -> Any:
+  """Parameters outside layer stacks, whole along `fsdp`, as every device needs them; their gradients are scattered again.
+
+  Without it XLA may compute a lookup in a table of split columns on whole batches and exchange the results (all-to-all).
+  Stacks are left to be gathered layer by layer. spec: tree of ShapeDtypeStruct with shardings; axes: of logical names.
+  """
+  leaves, tree = jax.tree.flatten(params)
+  names = jax.tree.leaves(axes, is_leaf=_is_names)
+  out = []
+  for x, at, name in zip(leaves, jax.tree.leaves(spec), names, strict=True):
+    whole = P(*(None if entry == "fsdp" else entry for entry in at.sharding.spec))
+    out.append(x if "layers" in name or whole == at.sharding.spec else _gather(x, whole, at.sharding.spec))
+  return tree.unflatten(out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: P, split: P) -> jax.Array:
+  return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _scatter(whole: P, split: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+  # Summed whole first: split at once, the gradient of a lookup would exchange the batch for columns.
+  return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, whole), split),)
+
+
+_gather.defvjp(lambda x, whole, split: (_gather(x, whole, split), None), _scatter)
 
 
 def _is_names(x: Any) -> bool:

@@ -151,7 +151,8 @@ class Step:
     """float32 [B, D], split like the batch: embeddings of one modality for evaluation (nothing dropped)."""
     if modality not in self._embedders:
       self._embedders[modality] = jax.jit(
-        lambda params, part: self.model.apply({"params": params}, modality, {modality: part}, method="embedding"),
+        lambda params, part: self.model.apply(
+          {"params": rules.gather_parameters(params, self.params_spec, self.axes)}, modality, {modality: part}, method="embedding"),
         out_shardings=rules.batch_sharding(self.mesh))
     return self._inside(self._embedders[modality])(params, batch[modality])
 
@@ -217,7 +218,7 @@ class Step:
   def _in_microbatches(self, params: Any, model_state: Any, batch: dict, rng: Array) -> tuple:
     """The same for a batch cut into parts, one after the other: equal up to rounding (but for dropout, drawn per part)."""
     count = self.config.train.microbatches
-    parts = (jnp.arange(count), split_rows(batch, count))
+    parts, fixed = (jnp.arange(count), split_rows(batch, count)), self._trained(params)
     forward_part = lambda params, model_state, number, part: Forward(
       self.model, params, model_state, part, jax.random.fold_in(rng, number))
 
@@ -225,14 +226,14 @@ class Step:
     def compute(request: Any, view: dict | None) -> Any:
       def of_part(_: None, inputs: tuple) -> tuple[None, Any]:
         number, part, view = inputs
-        forward = forward_part(params, model_state, number, part)
+        forward = forward_part(fixed, model_state, number, part)
         return None, forward(request.method, *request.args, batch=view, **dict(request.kwargs))
 
       views = None if view is None else split_rows(view, count)
       return jax.lax.stop_gradient(join_rows(jax.lax.scan(of_part, None, (*parts, views))[1]))
 
     coupled = [objective for objective in self.objectives if objective.couples_examples]
-    recorder = Recorder(Forward(self.model, params, model_state, batch, rng), compute)
+    recorder = Recorder(Forward(self.model, fixed, model_state, batch, rng), compute)
     for objective in coupled:
       objective(recorder, batch, rng)
 
@@ -249,12 +250,10 @@ class Step:
     # The other objectives need their total weights before their sums can be added up (the compiler drops the rest).
     plain = [objective for objective in self.objectives if not objective.couples_examples]
 
-    def plain_sums(params: Any, model_state: Any, number: Array, part: dict) -> dict[str, Losses]:
-      forward = forward_part(params, model_state, number, part)
-      return {objective.name: objective(forward, part, forward.rng) for objective in plain}
-
     def weights_of_part(_: None, inputs: tuple) -> tuple[None, Any]:
-      return None, {name: losses["loss"][1] for name, losses in plain_sums(params, model_state, *inputs).items()}
+      number, part = inputs
+      forward = forward_part(fixed, model_state, number, part)
+      return None, {objective.name: objective(forward, part, forward.rng)["loss"][1] for objective in plain}
 
     weights = jax.tree.map(lambda w: w.sum(0), jax.lax.scan(weights_of_part, None, parts)[1]) if plain else {}
 
@@ -288,8 +287,10 @@ class Step:
     return sum(means, jnp.zeros((), jnp.float32))
 
   def _trained(self, params: Any) -> Any:
-    """The parameters, without derivatives by those that the optimizer never changes: their backward pass is not computed."""
-    return jax.tree.map(lambda trained, x: x if trained else jax.lax.stop_gradient(x), self.optimizer.trained, params)
+    """The parameters as the model gets them in training: gathered where that is better done once, and without derivatives by
+    those that the optimizer never changes, so that their backward pass is not computed."""
+    params = jax.tree.map(lambda trained, x: x if trained else jax.lax.stop_gradient(x), self.optimizer.trained, params)
+    return rules.gather_parameters(params, self.params_spec, self.axes)
 
 
 def mixup(batch: dict, alpha: float, rng: Array) -> dict:
