@@ -87,7 +87,10 @@ def _data_build(options) -> None:
 
 def _data_convert(options) -> None:
   from mmjax.data.builders import convert
-  summary = convert.convert(options.format, options.source, options.name, options.data_dir, workers=options.workers, split=options.split)
+  log = (lambda line: print(line, file=sys.stderr)) if options.json else print
+  columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair) or None
+  summary = convert.convert(options.format, options.source, options.name, options.data_dir, workers=options.workers, split=options.split,
+                            language=options.language, columns=columns, log=log)
   if options.json:
     print(json.dumps(summary.to_dict(), indent=2))
 
@@ -185,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("source", metavar="SRC", help="folder, file, or a pattern of files")
   sub.add_argument("--name", required=True, help="name of the new data set")
   sub.add_argument("--split", default="train")
+  sub.add_argument("--language", default="en", help="language of the captions")
+  sub.add_argument("--columns", default="", help="columns of a table by role, e.g. image=jpg,caption=alt")
   sub.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
   sub.add_argument("--json", action="store_true", help="print the summary as JSON")
   _data_dir(sub)

@@ -162,7 +162,7 @@ def test_bad_records_are_skipped_counted_and_named(mmjax, tmp_path, capsys):
                    "--workers", "1", "--json"])
   printed = capsys.readouterr().out
   assert code == 0, printed
-  summary = json.loads(printed[printed.rindex("\n{") if "\n{" in printed else printed.index("{"):])
+  summary = json.loads(printed)
   assert summary["written"] == 4 and sum(summary["skipped"].values()) == 7
 
 
