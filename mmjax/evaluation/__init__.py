@@ -1,7 +1,8 @@
 """Evaluators: named measurements of a model on held-out data, in the loop and by `mmjax eval`.
 
-An evaluator is a kind (see mmjax.config): `evaluator(context, *, settings...) -> Result`. It asks its `Context` for data and for
-embeddings and never sees parameters, a model or a device mesh's axes, so a new one is one file and one line of `config.KINDS`.
+An evaluator is a kind (see mmjax.config): `evaluator(context, *, settings...) -> Result`. It asks its `Context` for
+data and for embeddings and never sees parameters, a model or a device mesh's axes, so a new one is one file and one
+line of `config.KINDS`.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Context:
     return Embedded(np.concatenate(vectors), np.concatenate(valid))
 
   def images(self, data) -> Embedded:
-    """The pictures of an `EvaluationData`, one row an example; evaluators of one run on the same split share the work."""
+    """The pictures of an `EvaluationData`, one row an example; evaluators of one run on the same split share the work.
+    """
     split = getattr(getattr(data, "source", None), "fingerprint", None)
     if split is None or split not in self._seen:
       embedded = self.embed("image", data.images())
@@ -93,13 +95,20 @@ class Context:
 class Evaluation:
   """All evaluators of a config, run as often as wanted; the data is opened once.
 
-  `embed(params, modality, batch)` gives embeddings [B, D] of a batch on the devices. `assets`: of a checkpoint; its tokenizer
-  is then used, and none needs to be under data.dir. `poll` is called after every batch (to ask whether the machine is about
-  to be taken away).
+  `embed(params, modality, batch)` gives embeddings [B, D] of a batch on the devices. `assets`: of a checkpoint; its
+  tokenizer is then used, and none needs to be under data.dir. `poll` is called after every batch (to ask whether the
+  machine is about to be taken away).
   """
 
-  def __init__(self, config, embed: Embed, mesh: jax.sharding.Mesh, *, assets: Mapping[str, bytes] | None = None,
-               poll: Callable[[], None] | None = None):
+  def __init__(
+    self,
+    config,
+    embed: Embed,
+    mesh: jax.sharding.Mesh,
+    *,
+    assets: Mapping[str, bytes] | None = None,
+    poll: Callable[[], None] | None = None,
+  ):
     self.config, self.embed, self.mesh = config, embed, mesh
     self.poll = poll or (lambda: None)
     self._data: dict = {}
@@ -125,7 +134,9 @@ class Evaluation:
       with _naming(name):
         for key in ("split", "train_split"):
           if entry.get("source") and entry.get(key):
-            open_source(dict(name=entry.source, split=entry[key], languages=entry.get("languages", ()), path=""), self.config)
+            open_source(
+              dict(name=entry.source, split=entry[key], languages=entry.get("languages", ()), path=""), self.config
+            )
 
   def data(self, source: str, split: str, languages: tuple[str, ...]):
     key = (source, split, languages)
@@ -153,7 +164,10 @@ class Evaluation:
     rows = multihost.local_rows(self.mesh, self.batch_size)
     for start in range(0, len(texts), self.batch_size):
       real = start + rows < len(texts)
-      yield {"text": self._tokens([texts[start + row] if ok else "" for row, ok in zip(rows, real, strict=True)]), "valid": real}
+      yield {
+        "text": self._tokens([texts[start + row] if ok else "" for row, ok in zip(rows, real, strict=True)]),
+        "valid": real,
+      }
 
 
 @contextlib.contextmanager
@@ -166,7 +180,9 @@ def _naming(name: str):
     raise error if str(error).startswith(where) else type(error)(f"{where}: {error}") from error
 
 
-def run(config, embed: Embed, params: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None) -> dict[str, Result]:
+def run(
+  config, embed: Embed, params: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None
+) -> dict[str, Result]:
   """Runs the evaluators of `config` once: {evaluator name: Result}."""
   return Evaluation(config, embed, mesh).run(params, names)
 
@@ -190,13 +206,20 @@ def pick(config, names: str | Sequence[str] | None) -> list[str]:
 
 def flat_metrics(results: dict[str, Result]) -> dict[str, float]:
   """{"<evaluator>/<metric>": value}, as in metrics.jsonl and `checkpoint.best`."""
-  return {f"{name}/{metric}": float(value) for name, result in results.items() for metric, value in result.metrics.items()}
+  return {
+    f"{name}/{metric}": float(value) for name, result in results.items() for metric, value in result.metrics.items()
+  }
 
 
 def write_eval_json(workdir: str | Path, results: dict[str, Result]) -> Path:
-  """Writes {evaluator: {metric: value}} as eval.json of a run folder; evaluators that were not run now keep their values."""
+  """Writes {evaluator: {metric: value}} as eval.json of a run folder; evaluators that were not run now keep their
+  values.
+  """
   path = Path(workdir) / "eval.json"
-  table = {**read_eval_json(workdir), **{name: {k: float(v) for k, v in r.metrics.items()} for name, r in results.items()}}
+  table = {
+    **read_eval_json(workdir),
+    **{name: {k: float(v) for k, v in r.metrics.items()} for name, r in results.items()},
+  }
   replace_file(path, json.dumps(table, indent=2) + "\n")
   return path
 
@@ -220,4 +243,6 @@ def replace_file(path: Path, text: str) -> None:
   except OSError as error:
     with contextlib.suppress(OSError):
       temporary.unlink()
-    raise UserError(f"{path}: cannot be written ({error.strerror or error}). Free space or give another folder") from error
+    raise UserError(
+      f"{path}: cannot be written ({error.strerror or error}). Free space or give another folder"
+    ) from error

@@ -25,22 +25,35 @@ from mmjax.evaluation import Result, read_eval_json, replace_file
 from mmjax.evaluation.report_charts import evaluation_charts, training_charts
 from mmjax.evaluation.report_page import PAGE
 
-HEADLINES = ("image_to_text/R@1", "text_to_image/R@1", "image_to_text/R@5", "text_to_image/R@5", "accuracy", "accuracy@5",
-             "mean_class_accuracy")
+HEADLINES = (
+  "image_to_text/R@1",
+  "text_to_image/R@1",
+  "image_to_text/R@5",
+  "text_to_image/R@5",
+  "accuracy",
+  "accuracy@5",
+  "mean_class_accuracy",
+)
 COUNTS = ("images", "texts", "examples", "train_examples", "unreadable")
 PICTURE = 128  # pixels of the longest side of a picture in the page
 
 
-def write_report(workdir: str | Path, config: Any, results: Mapping[str, Result], metrics_file: str | Path | None = None) -> Path:
+def write_report(
+  workdir: str | Path, config: Any, results: Mapping[str, Result], metrics_file: str | Path | None = None
+) -> Path:
   """Writes `workdir`/report.html and returns its path.
 
-  config: the resolved config. results: of the evaluators run now, with their figures; scores of others come from eval.json.
-  metrics_file: a metrics.jsonl; without one the page has no curves. Raises UserError if the folder cannot be written.
+  config: the resolved config. results: of the evaluators run now, with their figures; scores of others come from
+  eval.json. metrics_file: a metrics.jsonl; without one the page has no curves. Raises UserError if the folder cannot
+  be written.
   """
   workdir = Path(workdir)
   rows = read_metrics(metrics_file)
   scores = {**read_eval_json(workdir), **{name: result.metrics for name, result in results.items()}}
-  page = _environment().from_string(PAGE).render(
+  page = (
+    _environment()
+    .from_string(PAGE)
+    .render(
       title=workdir.resolve().name or "run",
       facts=_facts(config, rows),
       tiles=[_tile(name, metrics) for name, metrics in scores.items()],
@@ -51,6 +64,7 @@ def write_report(workdir: str | Path, config: Any, results: Mapping[str, Result]
       confusions=[(name, _heat_map(figure)) for name, figure in _figures(results, "confusion")],
       config=config.to_dict() if hasattr(config, "to_dict") else dict(config),
       environment=environment(),
+    )
   )
   path = workdir / "report.html"
   replace_file(path, page)
@@ -83,9 +97,14 @@ def environment() -> list[tuple[str, str]]:
     except importlib.metadata.PackageNotFoundError:
       continue
   return [
-      ("mmjax", __version__), ("Devices", f"{len(devices)} x {kinds} ({devices[0].platform})"), ("Processes", str(jax.process_count())),
-      ("Python", platform.python_version()), ("Libraries", ", ".join(versions)), ("System", platform.platform()),
-      ("Written", time.strftime("%Y-%m-%d %H:%M:%S %Z"))]
+    ("mmjax", __version__),
+    ("Devices", f"{len(devices)} x {kinds} ({devices[0].platform})"),
+    ("Processes", str(jax.process_count())),
+    ("Python", platform.python_version()),
+    ("Libraries", ", ".join(versions)),
+    ("System", platform.platform()),
+    ("Written", time.strftime("%Y-%m-%d %H:%M:%S %Z")),
+  ]
 
 
 def number(value: Any) -> str:
@@ -118,23 +137,49 @@ def _facts(config: Any, rows: list[dict]) -> list[tuple[str, str]]:
 
 def _duration(seconds: float) -> str:
   hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
-  return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
+  return (
+    f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
+  )
 
 
 def _tile(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-  heads = [(m.replace("image_to_text", "image → text").replace("text_to_image", "text → image").replace("/", " ").replace("_", " "),
-            float(metrics[m])) for m in HEADLINES if isinstance(metrics.get(m), (int, float))]
+  heads = [
+    (
+      m.replace("image_to_text", "image → text")
+      .replace("text_to_image", "text → image")
+      .replace("/", " ")
+      .replace("_", " "),
+      float(metrics[m]),
+    )
+    for m in HEADLINES
+    if isinstance(metrics.get(m), (int, float))
+  ]
   if not heads:
     heads = [(m, float(v)) for m, v in metrics.items() if isinstance(v, (int, float)) and m not in COUNTS][:4]
-  counts = ", ".join(f"{number(metrics[m])} {m.replace('_', ' ')}" for m in COUNTS
-                     if metrics.get(m) and not (m == "unreadable" and not metrics[m]))
-  return dict(name=name, heads=[dict(label=label, text=f"{value:.3f}" if abs(value) < 10 else number(value),
-                                     share=min(max(value, 0.0), 1.0) * 100) for label, value in heads[:4]], counts=counts)
+  counts = ", ".join(
+    f"{number(metrics[m])} {m.replace('_', ' ')}"
+    for m in COUNTS
+    if metrics.get(m) and not (m == "unreadable" and not metrics[m])
+  )
+  return dict(
+    name=name,
+    heads=[
+      dict(
+        label=label, text=f"{value:.3f}" if abs(value) < 10 else number(value), share=min(max(value, 0.0), 1.0) * 100
+      )
+      for label, value in heads[:4]
+    ],
+    counts=counts,
+  )
 
 
 def _figures(results: Mapping[str, Result], kind: str) -> list[tuple[str, dict]]:
-  return [(name, figure) for name, result in results.items() for figure in result.figures.values()
-          if isinstance(figure, dict) and figure.get("kind") == kind]
+  return [
+    (name, figure)
+    for name, result in results.items()
+    for figure in result.figures.values()
+    if isinstance(figure, dict) and figure.get("kind") == kind
+  ]
 
 
 def _heat_map(figure: dict) -> dict[str, Any]:
@@ -144,10 +189,29 @@ def _heat_map(figure: dict) -> dict[str, Any]:
   kept = np.flatnonzero((rows + matrix.sum(axis=0)) > 0)
   if len(kept) > 40:
     kept = np.sort(kept[np.argsort(-rows[kept], kind="stable")[:40]])
-  cells = [dict(name=names[i], count=int(rows[i]), cells=[
-      dict(count=int(matrix[i, j]), share=float(matrix[i, j] / max(rows[i], 1)), right=bool(i == j),
-           title=f"{names[i]} taken for {names[j]}: {matrix[i, j]} of {rows[i]}") for j in kept]) for i in kept]
-  return dict(names=[names[i] for i in kept], rows=cells, total=total, right=int(np.trace(matrix)), left_out=len(names) - len(kept))
+  cells = [
+    dict(
+      name=names[i],
+      count=int(rows[i]),
+      cells=[
+        dict(
+          count=int(matrix[i, j]),
+          share=float(matrix[i, j] / max(rows[i], 1)),
+          right=bool(i == j),
+          title=f"{names[i]} taken for {names[j]}: {matrix[i, j]} of {rows[i]}",
+        )
+        for j in kept
+      ],
+    )
+    for i in kept
+  ]
+  return dict(
+    names=[names[i] for i in kept],
+    rows=cells,
+    total=total,
+    right=int(np.trace(matrix)),
+    left_out=len(names) - len(kept),
+  )
 
 
 def picture_uri(pixels: np.ndarray) -> str:
@@ -161,7 +225,9 @@ def picture_uri(pixels: np.ndarray) -> str:
 
 
 def _environment() -> jinja2.Environment:
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment = jinja2.Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+  )
   environment.filters.update(picture=picture_uri, number=number)
   environment.tests["tree"] = lambda value: isinstance(value, Mapping) and bool(value)
   return environment

@@ -13,10 +13,22 @@ WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 26
 POINTS = 400  # a longer curve is drawn as means of neighbours
 
-FIRST = (("loss", "Loss"), ("lr", "Learning rate"), ("examples_per_second", "Examples a second"), ("grad_norm", "Gradient norm"))
+FIRST = (
+  ("loss", "Loss"),
+  ("lr", "Learning rate"),
+  ("examples_per_second", "Examples a second"),
+  ("grad_norm", "Gradient norm"),
+)
 HIDDEN = ("step", "time", "ids_crc32", "skipped")
-NAMES = dict(update_norm="Update norm", param_norm="Parameter norm", scale="Temperature scale", mfu="Model FLOPs utilisation",
-             data_wait_fraction="Share of time that waited for data", memory="Memory (bytes)", skipped_total="Skipped steps")
+NAMES = dict(
+  update_norm="Update norm",
+  param_norm="Parameter norm",
+  scale="Temperature scale",
+  mfu="Model FLOPs utilisation",
+  data_wait_fraction="Share of time that waited for data",
+  memory="Memory (bytes)",
+  skipped_total="Skipped steps",
+)
 
 
 def training_charts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
@@ -30,7 +42,9 @@ def training_charts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict], list[di
       if len(points) > 1 and not (name == "skipped_total" and not points[-1][1]):
         title = dict(FIRST).get(name) or NAMES.get(name) or name.replace("_", " ")
         charts[name] = chart(title, [(name, points)], zero=name in ("lr", "examples_per_second"))
-  objective = sorted((n for n in charts if "/" in n and not n.endswith(("/loss", "/scale", "/bias"))), key=lambda n: "accuracy" not in n)
+  objective = sorted(
+    (n for n in charts if "/" in n and not n.endswith(("/loss", "/scale", "/bias"))), key=lambda n: "accuracy" not in n
+  )
   shown = [name for name in ("loss", *objective[:2], "lr", "examples_per_second") if name in charts]
   if len(shown) % 2 and "grad_norm" in charts:
     shown.append("grad_norm")
@@ -46,7 +60,9 @@ def evaluation_charts(rows: Sequence[dict[str, Any]], evaluators: Sequence[str])
     for name in names:
       metric = name[len(evaluator) + 1 :]
       if ("R@" in metric or "accuracy" in metric) and len(points := _points(rows, name)) > 1:
-        series.append((metric.replace("image_to_text", "i→t").replace("text_to_image", "t→i").replace("/", " "), points))
+        series.append(
+          (metric.replace("image_to_text", "i→t").replace("text_to_image", "t→i").replace("/", " "), points)
+        )
     if series:
       charts.append(chart(evaluator, series[:6], zero=True))
   return charts
@@ -64,29 +80,42 @@ def chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], z
   parts = []
   for tick in _ticks(low, high, 5):
     y = f"{y_of(tick):.1f}"
-    parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-                 f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="3.5" text-anchor="end">{_short(tick)}</text>')
+    parts.append(
+      f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+      f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="3.5" text-anchor="end">{_short(tick)}</text>'
+    )
   for tick in _ticks(left, right, 6):
     parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_short(tick)}</text>')
   for i, (_, points) in enumerate(series):
     path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
     if len(series) == 1:
       base = HEIGHT - BOTTOM
-      parts.append(f'<polygon class="area s{i}" points="{x_of(points[0][0]):.1f},{base} {path} {x_of(points[-1][0]):.1f},{base}"/>')
+      parts.append(
+        f'<polygon class="area s{i}" points="{x_of(points[0][0]):.1f},{base} {path} {x_of(points[-1][0]):.1f},{base}"/>'
+      )
     parts.append(f'<polyline class="line s{i}" points="{path}"/>')
     if len(points) <= 12:
       parts += [f'<circle class="dot s{i}" r="2.6" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}"/>' for x, y in points]
-  data = dict(box=[LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM], x=[left, right], y=[low, high],
-              series=[dict(name=name, points=[[x, float(f"{y:.6g}")] for x, y in points]) for name, points in series])
-  svg = (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{markupsafe.escape(title)}" '
-         f'data-chart="{markupsafe.escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}<g class="hover"></g></svg>')
+  data = dict(
+    box=[LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM],
+    x=[left, right],
+    y=[low, high],
+    series=[dict(name=name, points=[[x, float(f"{y:.6g}")] for x, y in points]) for name, points in series],
+  )
+  svg = (
+    f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{markupsafe.escape(title)}" '
+    f'data-chart="{markupsafe.escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}<g class="hover"></g></svg>'
+  )
   legend = [dict(name=name, index=i, last=_short(points[-1][1], 4)) for i, (name, points) in enumerate(series)]
   return dict(title=title, svg=markupsafe.Markup(svg), legend=legend)
 
 
 def _points(rows: Sequence[dict], name: str) -> list[tuple[float, float]]:
-  return [(row["step"], float(row[name])) for row in rows
-          if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool) and math.isfinite(row[name])]
+  return [
+    (row["step"], float(row[name]))
+    for row in rows
+    if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool) and math.isfinite(row[name])
+  ]
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,10 +1,11 @@
 """Retrieval: does a picture find its captions, and a caption its pictures?
 
-Identical pictures (equal `image_key`) are one item whose captions are all of theirs, and equal captions (equal text key) are one
-item, so nothing right can count as wrong. The rank of a query is that of its best positive; any positive counts (as in the Karpathy
-protocol for COCO and Flickr30k). Ties are pessimistic: a negative whose similarity is equal to the best positive's within
-`TIE`, or is not a number, stands before it. So the result depends neither on the order of items nor on rounding between
-batch sizes, blocks and devices, and a model that has collapsed to one point scores chance at best.
+Identical pictures (equal `image_key`) are one item whose captions are all of theirs, and equal captions (equal text
+key) are one item, so nothing right can count as wrong. The rank of a query is that of its best positive; any positive
+counts (as in the Karpathy protocol for COCO and Flickr30k). Ties are pessimistic: a negative whose similarity is equal
+to the best positive's within `TIE`, or is not a number, stands before it. So the result depends neither on the order
+of items nor on rounding between batch sizes, blocks and devices, and a model that has collapsed to one point scores
+chance at best.
 """
 
 from __future__ import annotations
@@ -27,30 +28,39 @@ BLOCK = (1024, 4096)  # queries x gallery items of similarity held at once, over
 
 
 def retrieval(
-    context: Context,
-    *,
-    source: str,
-    split: str = "test",
-    languages: tuple = ("en",),
-    between: tuple = ("image", "text"),
-    examples: int = 8,
+  context: Context,
+  *,
+  source: str,
+  split: str = "test",
+  languages: tuple = ("en",),
+  between: tuple = ("image", "text"),
+  examples: int = 8,
 ) -> Result:
   """R@1, R@5, R@10 and the median rank, from pictures to texts and back, over a whole split as the gallery.
 
-  source: a data set. split: which of its splits. languages: captions of these count (() = all). examples: queries that the
-  report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank", the sizes "images" and "texts" of the
-  two galleries, and "unreadable": pictures that could not be read and were left out with captions that are only theirs.
+  source: a data set. split: which of its splits. languages: captions of these count (() = all). examples: queries that
+  the report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank", the sizes "images" and
+  "texts" of the two galleries, and "unreadable": pictures that could not be read and were left out with captions that
+  are only theirs.
   """
   if sorted(between) != ["image", "text"]:
-    raise UserError(f"evaluation.evaluators.{context.name}.between is {tuple(between)!r}: retrieval here is between image and text")
+    raise UserError(
+      f"evaluation.evaluators.{context.name}.between is {tuple(between)!r}: retrieval here is between image and text"
+    )
   data = context.data(source, split, languages)
   pictures = context.images(data)
   captions = data.captions
-  items = merge(np.asarray(data.image_keys), pictures.valid, np.array([c[3] for c in captions], np.int64),
-                text_keys([c[2] for c in captions]))
+  items = merge(
+    np.asarray(data.image_keys),
+    pictures.valid,
+    np.array([c[3] for c in captions], np.int64),
+    text_keys([c[2] for c in captions]),
+  )
   if not len(items.pairs):
-    raise UserError(f"evaluation.evaluators.{context.name}: {source} split {split} has no readable picture with a caption in "
-                    f"{', '.join(languages) or 'any language'}")
+    raise UserError(
+      f"evaluation.evaluators.{context.name}: {source} split {split} has no readable picture with a caption in "
+      f"{', '.join(languages) or 'any language'}"
+    )
   texts = [captions[i][0] for i in items.texts]
   vectors = dict(image=pictures.vectors[items.images], text=context.texts(data, texts))
   metrics, figures = {}, {}
@@ -59,12 +69,16 @@ def retrieval(
     rank = ranks(vectors[query], vectors[target], pairs, context.mesh)
     metrics.update({f"{query}_to_{target}/{name}": value for name, value in recall(rank).items()})
     figures[f"{query}_to_{target}"] = _examples(query, target, vectors, pairs, rank, examples, items, texts, data)
-  metrics.update(images=float(len(items.images)), texts=float(len(items.texts)), unreadable=float((~pictures.valid).sum()))
+  metrics.update(
+    images=float(len(items.images)), texts=float(len(items.texts)), unreadable=float((~pictures.valid).sum())
+  )
   return Result(metrics, figures)
 
 
 class Items(NamedTuple):
-  """Merged galleries: images int [I], texts int [T] (the first example or caption of each item), pairs int [P, 2] (image, text)."""
+  """Merged galleries: images int [I], texts int [T] (the first example or caption of each item), pairs int [P, 2]
+  (image, text).
+  """
 
   images: np.ndarray
   texts: np.ndarray
@@ -73,7 +87,8 @@ class Items(NamedTuple):
 
 def merge(image_keys: np.ndarray, valid: np.ndarray, owners: np.ndarray, keys: np.ndarray) -> Items:
   """Merges equal pictures and equal captions. image_keys uint64 [N], valid bool [N], owners int [C] (example of each
-  caption), keys uint64 [C]. Invalid pictures, pictures without a caption and captions without a picture are left out."""
+  caption), keys uint64 [C]. Invalid pictures, pictures without a caption and captions without a picture are left out.
+  """
   real = np.flatnonzero(valid[owners])
   text_first, text_item = np.unique(keys[real], return_index=True, return_inverse=True)[1:]
   image_first, image_item = np.unique(image_keys[owners[real]], return_index=True, return_inverse=True)[1:]
@@ -94,11 +109,14 @@ def recall(rank: np.ndarray) -> dict[str, float]:
   return {**{f"R@{k}": float(np.mean(rank <= k)) for k in (1, 5, 10)}, "median_rank": float(np.median(rank))}
 
 
-def ranks(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, mesh: Mesh, block: tuple[int, int] = BLOCK) -> np.ndarray:
+def ranks(
+  queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, mesh: Mesh, block: tuple[int, int] = BLOCK
+) -> np.ndarray:
   """Rank int32 [Q] of each query's best positive: one plus the negatives that are at least as similar.
 
-  queries float32 [Q, D], gallery float32 [G, D], pairs int [P, 2] of (query, gallery item) that belong together; every query
-  needs one. Similarities are dot products in full float32, computed in blocks whose queries are split over the mesh.
+  queries float32 [Q, D], gallery float32 [G, D], pairs int [P, 2] of (query, gallery item) that belong together; every
+  query needs one. Similarities are dot products in full float32, computed in blocks whose queries are split over the
+  mesh.
   """
   pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
   threshold = _best(queries, gallery, pairs) - TIE
@@ -118,8 +136,9 @@ def ranks(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, mesh: Mes
       left_out = np.zeros((rows, columns), bool)
       left_out[near[:, 0] - q, near[:, 1] - g] = True
       left_out[:, len(gallery) - g :] = True
-      counts = counts + count(some, _place(_padded(gallery[g : g + columns], columns), everywhere), limit,
-                              _place(left_out, row_sharding))
+      counts = counts + count(
+        some, _place(_padded(gallery[g : g + columns], columns), everywhere), limit, _place(left_out, row_sharding)
+      )
     total[q : q + rows] = np.asarray(multihost.gather_rows(counts))[: len(queries) - q]
   return (total + 1).astype(np.int32)
 
@@ -154,15 +173,25 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _examples(query, target, vectors, pairs, rank, count, items: Items, texts, data) -> dict[str, Any]:
-  """A figure: `count` queries spread over the split, each with its five most similar items, scores and which are right."""
+  """A figure: `count` queries spread over the split, each with its five most similar items, scores and which are
+  right.
+  """
   chosen = np.unique(np.linspace(0, len(vectors[query]) - 1, count).round().astype(int)) if count else np.zeros(0, int)
-  show = lambda modality, i: dict(picture=data.picture(int(items.images[i]))) if modality == "image" else dict(text=texts[i])
+  show = lambda modality, i: (
+    dict(picture=data.picture(int(items.images[i]))) if modality == "image" else dict(text=texts[i])
+  )
   rows = []
   for i in chosen:
     similarity = vectors[target] @ vectors[query][i]
     right = set(pairs[pairs[:, 0] == i, 1].tolist())
     top = np.argsort(-similarity, kind="stable")[:5]
-    rows.append(dict(
-        **show(query, i), rank=int(rank[i]), of=len(vectors[target]), expected=[show(target, j) for j in sorted(right)[:3]],
-        top=[dict(**show(target, j), score=float(similarity[j]), right=int(j) in right) for j in top]))
+    rows.append(
+      dict(
+        **show(query, i),
+        rank=int(rank[i]),
+        of=len(vectors[target]),
+        expected=[show(target, j) for j in sorted(right)[:3]],
+        top=[dict(**show(target, j), score=float(similarity[j]), right=int(j) in right) for j in top],
+      )
+    )
   return dict(kind="retrieval", query=query, target=target, rows=rows)

@@ -1,6 +1,8 @@
-"""Zero-shot classification: a picture gets the class whose prompts are nearest (Radford et al. 2021, arXiv:2103.00020, 3.1.4).
+"""Zero-shot classification: a picture gets the class whose prompts are nearest (Radford et al. 2021, arXiv:2103.00020,
+3.1.4).
 
-The embedding of a class is the normalised mean of the embeddings of its prompts: every name of the class in every template.
+The embedding of a class is the normalised mean of the embeddings of its prompts: every name of the class in every
+template.
 """
 
 from __future__ import annotations
@@ -15,19 +17,19 @@ from mmjax.evaluation.retrieval import ranks
 
 
 def zero_shot(
-    context: Context,
-    *,
-    source: str,
-    split: str = "test",
-    languages: tuple = ("en",),
-    classes: tuple = (),
-    templates: tuple = (),
+  context: Context,
+  *,
+  source: str,
+  split: str = "test",
+  languages: tuple = ("en",),
+  classes: tuple = (),
+  templates: tuple = (),
 ) -> Result:
   """Accuracy of classification by prompts, without any training on the classes.
 
-  source: a data set with labels. split: which of its splits. languages: of the prompts; several are one ensemble, and each is also
-  reported alone. classes: ((label, (name, ...)), ...) instead of the names in evaluation/prompts.py; labels it leaves out keep theirs.
-  templates: prompts with {} for the name, instead of those in evaluation/prompts.py.
+  source: a data set with labels. split: which of its splits. languages: of the prompts; several are one ensemble, and
+  each is also reported alone. classes: ((label, (name, ...)), ...) instead of the names in evaluation/prompts.py;
+  labels it leaves out keep theirs. templates: prompts with {} for the name, instead of those in evaluation/prompts.py.
   Metrics: "accuracy", "accuracy@5", "mean_class_accuracy" (the mean over classes of each one's accuracy), "examples",
   "unreadable" (left out). Ties are pessimistic.
   """
@@ -44,14 +46,22 @@ def zero_shot(
     raise UserError(f"{where}: {source} split {split} has no readable picture with a label of at least two classes")
   by_language = {}
   for language in languages or ("en",):
-    prompt_sets = [[t.format(name) for name in own.get(label) or prompts.names(label, language)
-                    for t in templates or prompts.templates(language)] for label in label_names]
+    prompt_sets = [
+      [
+        t.format(name)
+        for name in own.get(label) or prompts.names(label, language)
+        for t in templates or prompts.templates(language)
+      ]
+      for label in label_names
+    ]
     by_language[language] = class_embeddings(lambda texts: context.texts(data, texts), prompt_sets)
   both = normalise(sum(by_language.values()))
   metrics, predicted = classify(pictures.vectors[rows], both, labels[rows], context.mesh)
   if len(by_language) > 1:
     for language, vectors in by_language.items():
-      metrics[f"{language}/accuracy"] = classify(pictures.vectors[rows], vectors, labels[rows], context.mesh)[0]["accuracy"]
+      metrics[f"{language}/accuracy"] = classify(pictures.vectors[rows], vectors, labels[rows], context.mesh)[0][
+        "accuracy"
+      ]
   metrics.update(examples=float(len(rows)), unreadable=float((~pictures.valid).sum()))
   return Result(metrics, {"confusion": confusion(labels[rows], predicted, label_names)})
 
@@ -68,12 +78,20 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
   return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-def classify(pictures: np.ndarray, classes: np.ndarray, labels: np.ndarray, mesh) -> tuple[dict[str, float], np.ndarray]:
-  """Metrics, and predicted classes int [N], of pictures float32 [N, D] against classes float32 [C, D]; labels int [N]."""
+def classify(
+  pictures: np.ndarray, classes: np.ndarray, labels: np.ndarray, mesh
+) -> tuple[dict[str, float], np.ndarray]:
+  """Metrics, and predicted classes int [N], of pictures float32 [N, D] against classes float32 [C, D]; labels int [N].
+  """
   rank = ranks(pictures, classes, np.stack([np.arange(len(labels)), labels], axis=1), mesh)
-  metrics = {"accuracy": float(np.mean(rank <= 1)), "accuracy@5": float(np.mean(rank <= 5)),
-             "mean_class_accuracy": mean_class_accuracy(labels, rank <= 1)}
-  predicted = np.concatenate([np.argmax(pictures[i : i + 4096] @ classes.T, axis=1) for i in range(0, len(pictures), 4096)])
+  metrics = {
+    "accuracy": float(np.mean(rank <= 1)),
+    "accuracy@5": float(np.mean(rank <= 5)),
+    "mean_class_accuracy": mean_class_accuracy(labels, rank <= 1),
+  }
+  predicted = np.concatenate(
+    [np.argmax(pictures[i : i + 4096] @ classes.T, axis=1) for i in range(0, len(pictures), 4096)]
+  )
   return metrics, predicted
 
 
@@ -97,6 +115,8 @@ def _own_names(where: str, classes: tuple, label_names: list[str]) -> dict[str, 
       raise UserError(f"{where}.classes must be ((label, (name, ...)), ...), not {pair!r}")
     label = known.get(prompts.words(str(pair[0])))
     if label is None:
-      raise UserError(f"{where}.classes names {pair[0]!r}, which is no class of the data; there are: {', '.join(label_names)}")
+      raise UserError(
+        f"{where}.classes names {pair[0]!r}, which is no class of the data; there are: {', '.join(label_names)}"
+      )
     own[label] = (pair[1],) if isinstance(pair[1], str) else tuple(pair[1])
   return own

@@ -1,6 +1,7 @@
 """A checkpoint as an object that encodes pictures and texts: `mmjax.load(DIR)`.
 
-It carries the tokenizer and the preprocessing of the checkpoint, so that no data folder is needed, and runs on any mesh.
+It carries the tokenizer and the preprocessing of the checkpoint, so that no data folder is needed, and runs on any
+mesh.
 """
 
 from __future__ import annotations
@@ -50,17 +51,23 @@ class Predictor:
     self._buckets = sorted({-(-size // shards) * shards for size in sizes})
     encoders = config.model.encoders
     self._image = ImageTransform(config.data.image, train=False) if "image" in encoders else None
-    self.text_transform = TextTransform(config.data.text, Tokenizer.from_assets(self.assets)) if "text" in encoders else None
+    self.text_transform = (
+      TextTransform(config.data.text, Tokenizer.from_assets(self.assets)) if "text" in encoders else None
+    )
     with self._rules():
       self.scale, self.bias = (float(x) for x in self._model.apply({"params": self.params}, method="temperature"))
-      self._embed = jax.jit(functools.partial(_embed, self._model), static_argnums=1, out_shardings=rules.batch_sharding(self.mesh))
+      self._embed = jax.jit(
+        functools.partial(_embed, self._model), static_argnums=1, out_shardings=rules.batch_sharding(self.mesh)
+      )
     self.width = int(config.model.width)
 
   @classmethod
   def load(cls, checkpoint: str | os.PathLike, *, mesh: Mesh | None = None, batch_size: int = 128) -> Predictor:
-    """Opens a run folder, a step folder or an import folder. The parameters are the moving average where the run kept one.
+    """Opens a run folder, a step folder or an import folder. The parameters are the moving average where the run kept
+    one.
 
-    mesh: devices to run on; default all of this process, each with whole parameters. Raises UserError: no checkpoint there, or not a whole one.
+    mesh: devices to run on; default all of this process, each with whole parameters. Raises UserError: no checkpoint
+    there, or not a whole one.
     """
     from mmjax.state import checkpoint as checkpoints
 
@@ -72,12 +79,15 @@ class Predictor:
     return cls(config, checkpoints.load_params(folder, spec), checkpoints.load_assets(folder), mesh, batch_size)
 
   def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
-    """float32 [N, D], rows of length one, of pictures: paths, encoded bytes, PIL images, or arrays uint8 [H, W, 3], mixed as you like.
+    """float32 [N, D], rows of length one, of pictures: paths, encoded bytes, PIL images, or arrays uint8 [H, W, 3],
+    mixed as you like.
 
     Raises UserError naming the picture that cannot be read.
     """
     self._needs("image")
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
+      isinstance(images, np.ndarray) and images.ndim == 3
+    ):
       images = [images]
     return self.encode_pixels(in_threads(self.pixels, images))
 
@@ -92,15 +102,20 @@ class Predictor:
     texts = [texts] if isinstance(texts, str) else texts
     return self._encode("text", (self.tokens(chunk) for chunk in _chunks(texts, self._buckets[-1])))
 
-  def classify(self, images: Picture | Iterable[Picture], labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
-    """Probabilities float32 [N, C] that each picture belongs to each label: softmax over the labels of the trained logits.
+  def classify(
+    self, images: Picture | Iterable[Picture], labels: Sequence[str], templates: Sequence[str] = ("{}",)
+  ) -> np.ndarray:
+    """Probabilities float32 [N, C] that each picture belongs to each label: softmax over the labels of the trained
+    logits.
 
     A label is the normalised mean of its embeddings in `templates`, each with {} for the label.
     """
     from mmjax.evaluation.zero_shot import class_embeddings
 
     if not labels or not templates or any("{}" not in template for template in templates):
-      raise UserError(f"classify needs labels, and templates with {{}} for the label, not {list(labels)!r} and {list(templates)!r}")
+      raise UserError(
+        f"classify needs labels, and templates with {{}} for the label, not {list(labels)!r} and {list(templates)!r}"
+      )
     classes = class_embeddings(self.encode_text, [[t.replace("{}", label) for t in templates] for label in labels])
     logits = self.scale * (self.encode_image(images).astype(np.float64) @ classes.T)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -124,7 +139,9 @@ class Predictor:
   @functools.cached_property
   def fingerprint(self) -> str:
     """A hash of config and parameters: equal for models that give equal embeddings."""
-    mark = hashlib.blake2b(repr([self.config.model.to_dict(), self.config.data.image.to_dict()]).encode(), digest_size=8)
+    mark = hashlib.blake2b(
+      repr([self.config.model.to_dict(), self.config.data.image.to_dict()]).encode(), digest_size=8
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
       mark.update(jax.tree_util.keystr(path).encode())
       mark.update(np.ascontiguousarray(leaf).tobytes())
@@ -152,7 +169,9 @@ class Predictor:
 
   def _needs(self, modality: str) -> None:
     if modality not in self.config.model.encoders:
-      raise UserError(f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(self.config.model.encoders))}")
+      raise UserError(
+        f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(self.config.model.encoders))}"
+      )
 
 
 def in_threads(function: Callable, items: Iterable, ahead: int = 64) -> Iterator:
@@ -204,7 +223,9 @@ def _content(image: Picture) -> bytes | np.ndarray:
   if isinstance(image, Image.Image):
     data = io.BytesIO()
     upright = ImageOps.exif_transpose(image)
-    (upright if upright.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else upright.convert("RGB")).save(data, "PNG", compress_level=0)
+    (upright if upright.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else upright.convert("RGB")).save(
+      data, "PNG", compress_level=0
+    )
     return data.getvalue()
   array = np.asarray(image)
   if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:

@@ -1,10 +1,11 @@
-"""`mmjax embed` and `mmjax search`: embeddings of a folder, a text file or a data set in one .npz, and looking things up in it.
+"""`mmjax embed` and `mmjax search`: embeddings of a folder, a text file or a data set in one .npz, and looking things
+up in it.
 
 The .npz loads with `allow_pickle=False`. Its arrays, each there when it was asked for:
   image_embeddings float32 [N, D], image_ids str [N], image_keys uint64 [N] (equal = identical picture)
-  text_embeddings float32 [T, D], texts str [T], text_keys uint64 [T] (equal = same caption), text_owners int64 [T] (row of the
-  caption's picture, -1 = none)
-  skipped str [M] (what could not be read), scale, bias float32, model str (a hash of the parameters)
+  text_embeddings float32 [T, D], texts str [T], text_keys uint64 [T] (equal = same caption), text_owners int64 [T]
+  (row of the caption's picture, -1 = none) skipped str [M] (what could not be read), scale, bias float32, model str (a
+  hash of the parameters)
 """
 
 from __future__ import annotations
@@ -26,15 +27,27 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 Index = dict[str, np.ndarray]
 
 
-def embed(checkpoint: str | os.PathLike | Predictor, out: str | os.PathLike, *, images: str | None = None, texts: str | None = None,
-          source: str | None = None, split: str = "train", languages: Sequence[str] = (), log: Callable[[str], None] = print) -> Path:
-  """Embeds a folder of pictures (`images`), the lines of a text file (`texts`), or a split of a data set (`source`), and writes `out`.
+def embed(
+  checkpoint: str | os.PathLike | Predictor,
+  out: str | os.PathLike,
+  *,
+  images: str | None = None,
+  texts: str | None = None,
+  source: str | None = None,
+  split: str = "train",
+  languages: Sequence[str] = (),
+  log: Callable[[str], None] = print,
+) -> Path:
+  """Embeds a folder of pictures (`images`), the lines of a text file (`texts`), or a split of a data set (`source`),
+  and writes `out`.
 
   Unreadable pictures are named, skipped and counted. Raises UserError: nothing to embed, or `out` cannot be written.
   """
   out = Path(out)
   if source and (images or texts) or not (source or images or texts):
-    raise UserError("embed takes --images and --texts, or --source alone: give a folder of pictures, a text file or a data set")
+    raise UserError(
+      "embed takes --images and --texts, or --source alone: give a folder of pictures, a text file or a data set"
+    )
   _check_writable(out)
   predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
   index: Index = {"skipped": np.array([], str)}
@@ -45,17 +58,27 @@ def embed(checkpoint: str | os.PathLike | Predictor, out: str | os.PathLike, *, 
   if source:
     index.update(embed_source(predictor, source, split, languages, log))
   save(out, predictor, index)
-  counts = [f"{len(index[name])} {words}" for name, words in (("image_ids", "pictures"), ("texts", "texts")) if name in index]
+  counts = [
+    f"{len(index[name])} {words}" for name, words in (("image_ids", "pictures"), ("texts", "texts")) if name in index
+  ]
   log(f"wrote {out}: {', '.join(counts)}, {predictor.width} channels; {len(index['skipped'])} skipped")
   return out
 
 
-def search(checkpoint: str | os.PathLike | Predictor, query, *, images: str | os.PathLike | None = None,
-           index: str | os.PathLike | Index | None = None, k: int = 5, log: Callable[[str], None] = print) -> list[tuple[str, float]]:
+def search(
+  checkpoint: str | os.PathLike | Predictor,
+  query,
+  *,
+  images: str | os.PathLike | None = None,
+  index: str | os.PathLike | Index | None = None,
+  k: int = 5,
+  log: Callable[[str], None] = print,
+) -> list[tuple[str, float]]:
   """The `k` pictures nearest to `query` as (name, cosine), best first; ties by name.
 
-  query: words, a path of a picture, or a picture (bytes, PIL, uint8 array). images: a folder to search; index: what `embed` wrote.
-  Raises UserError: neither or both are given, the index is of another model, or the query cannot be read.
+  query: words, a path of a picture, or a picture (bytes, PIL, uint8 array). images: a folder to search; index: what
+  `embed` wrote. Raises UserError: neither or both are given, the index is of another model, or the query cannot be
+  read.
   """
   if (images is None) == (index is None):
     raise UserError("search takes --images (a folder) or --index (a file that `mmjax embed` wrote), one of them")
@@ -76,11 +99,15 @@ def search(checkpoint: str | os.PathLike | Predictor, query, *, images: str | os
 
 
 def embed_folder(predictor: Predictor, folder: str | os.PathLike, log: Callable[[str], None] = print) -> Index:
-  """The pictures in a folder and its sub-folders, in the order of their names: image_embeddings, image_ids, image_keys, skipped."""
+  """The pictures in a folder and its sub-folders, in the order of their names: image_embeddings, image_ids,
+  image_keys, skipped.
+  """
   root = Path(folder)
   if not root.is_dir():
     raise UserError(f"{folder} is no folder. Give a folder of pictures")
-  names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+  names = sorted(
+    path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()
+  )
   if not names:
     raise UserError(f"{folder} has no pictures ({' '.join(PICTURES)})")
   return _embed_pictures(predictor, names, lambda name: _from_file(root, name), log)[0]
@@ -88,13 +115,20 @@ def embed_folder(predictor: Predictor, folder: str | os.PathLike, log: Callable[
 
 def embed_texts(predictor: Predictor, texts: Sequence[str]) -> Index:
   """Texts without pictures: text_embeddings, texts, text_keys, text_owners (-1)."""
-  return dict(text_embeddings=predictor.encode_text(texts), texts=np.array(texts, str), text_keys=_text_keys(texts),
-              text_owners=np.full(len(texts), -1, np.int64))
+  return dict(
+    text_embeddings=predictor.encode_text(texts),
+    texts=np.array(texts, str),
+    text_keys=_text_keys(texts),
+    text_owners=np.full(len(texts), -1, np.int64),
+  )
 
 
-def embed_source(predictor: Predictor, source: str, split: str, languages: Sequence[str] = (),
-                 log: Callable[[str], None] = print) -> Index:
-  """Pictures and captions of a data set, every array of the module's docstring. A split may be several: "train+validation"."""
+def embed_source(
+  predictor: Predictor, source: str, split: str, languages: Sequence[str] = (), log: Callable[[str], None] = print
+) -> Index:
+  """Pictures and captions of a data set, every array of the module's docstring. A split may be several:
+  "train+validation".
+  """
   opened = open_source(dict(name=source, split=split, languages=tuple(languages), path=""), predictor.config)
   captions: dict[int, list[str]] = {}
 
@@ -113,15 +147,25 @@ def save(out: Path, predictor: Predictor, index: Index) -> None:
   temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
   try:
     with open(temporary, "wb") as file:
-      np.savez(file, **index, scale=np.float32(predictor.scale), bias=np.float32(predictor.bias), model=np.array(predictor.fingerprint))
+      np.savez(
+        file,
+        **index,
+        scale=np.float32(predictor.scale),
+        bias=np.float32(predictor.bias),
+        model=np.array(predictor.fingerprint),
+      )
     os.replace(temporary, out)
   except OSError as error:
     temporary.unlink(missing_ok=True)
-    raise UserError(f"{out}: cannot be written ({error.strerror or error}). Free space or give another place") from error
+    raise UserError(
+      f"{out}: cannot be written ({error.strerror or error}). Free space or give another place"
+    ) from error
 
 
 def load_index(path: str | os.PathLike, predictor: Predictor | None = None) -> Index:
-  """Reads what `save` wrote; nothing is unpickled. With a predictor, refuses the index of another model. Raises UserError."""
+  """Reads what `save` wrote; nothing is unpickled. With a predictor, refuses the index of another model. Raises
+  UserError.
+  """
   try:
     with np.load(path, allow_pickle=False) as file:
       index = {name: file[name] for name in file.files}
@@ -148,8 +192,12 @@ def read_lines(path: str | os.PathLike) -> list[str]:
   return lines
 
 
-def _embed_pictures(predictor: Predictor, items: Sequence, read: Callable, log: Callable[[str], None]) -> tuple[Index, list]:
-  """`read(item)` -> (name, encoded bytes, key). Returns the picture arrays of an index, and the items that could be read."""
+def _embed_pictures(
+  predictor: Predictor, items: Sequence, read: Callable, log: Callable[[str], None]
+) -> tuple[Index, list]:
+  """`read(item)` -> (name, encoded bytes, key). Returns the picture arrays of an index, and the items that could be
+  read.
+  """
   names, keys, kept, skipped = [], [], [], []
 
   def attempt(item):
@@ -175,9 +223,15 @@ def _embed_pictures(predictor: Predictor, items: Sequence, read: Callable, log: 
 
   vectors = predictor.encode_pixels(pixels())
   if not names:
-    raise UserError(f"none of the {len(skipped)} pictures could be read; the first: {skipped[0] if skipped else 'there is none'}")
-  return dict(image_embeddings=vectors, image_ids=np.array(names, str), image_keys=np.array(keys, np.uint64),
-              skipped=np.array(skipped, str)), kept
+    raise UserError(
+      f"none of the {len(skipped)} pictures could be read; the first: {skipped[0] if skipped else 'there is none'}"
+    )
+  return dict(
+    image_embeddings=vectors,
+    image_ids=np.array(names, str),
+    image_keys=np.array(keys, np.uint64),
+    skipped=np.array(skipped, str),
+  ), kept
 
 
 def _from_file(root: Path, name: str) -> tuple[str, bytes, int]:

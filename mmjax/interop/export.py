@@ -1,8 +1,8 @@
 """`mmjax export`: a checkpoint as files for other programs: Hugging Face, plain safetensors, StableHLO.
 
-StableHLO: encode_image.stablehlo and encode_text.stablehlo are functions of (parameters, batch) with a free batch size, for CPU,
-CUDA and TPU, with normalisation and projection inside. They, params.npz, the tokenizer and meta.json need jax, flatbuffers and
-NumPy, but not mmjax:
+StableHLO: encode_image.stablehlo and encode_text.stablehlo are functions of (parameters, batch) with a free batch
+size, for CPU, CUDA and TPU, with normalisation and projection inside. They, params.npz, the tokenizer and meta.json
+need jax, flatbuffers and NumPy, but not mmjax:
 
   import json, jax, numpy as np
   from jax import export
@@ -42,10 +42,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(checkpoint: str | os.PathLike, to: str, out: str | os.PathLike) -> Path:
-  """Writes the checkpoint (run, step or import folder) as `to` ("hf", "safetensors" or "stablehlo") into the new folder `out`.
+  """Writes the checkpoint (run, step or import folder) as `to` ("hf", "safetensors" or "stablehlo") into the new
+  folder `out`.
 
-  The parameters are the moving average where the run kept one. Raises UserError: unknown format, no checkpoint, `out` is not
-  empty or cannot be written; nothing is left half-written.
+  The parameters are the moving average where the run kept one. Raises UserError: unknown format, no checkpoint, `out`
+  is not empty or cannot be written; nothing is left half-written.
   """
   if to not in FORMATS:
     raise UserError(f"cannot export to {to!r}; there are: {', '.join(FORMATS)}")
@@ -61,18 +62,25 @@ def export(checkpoint: str | os.PathLike, to: str, out: str | os.PathLike) -> Pa
 
 
 def write_safetensors(predictor: Predictor, folder: Path) -> None:
-  """model.safetensors (parameters under their names, "image/layers/..."), config.json, preprocessing.json and the tokenizer's files."""
+  """model.safetensors (parameters under their names, "image/layers/..."), config.json, preprocessing.json and the
+  tokenizer's files.
+  """
   from safetensors.numpy import save_file
 
-  save_file({name: np.ascontiguousarray(x) for name, x in flat_params(predictor.params).items()}, folder / "model.safetensors",
-            metadata={"format": "mmjax", "version": __version__})
+  save_file(
+    {name: np.ascontiguousarray(x) for name, x in flat_params(predictor.params).items()},
+    folder / "model.safetensors",
+    metadata={"format": "mmjax", "version": __version__},
+  )
   (folder / "config.json").write_text(json.dumps(predictor.config.to_dict(), indent=2))
   (folder / "preprocessing.json").write_text(json.dumps(preprocessing(predictor), indent=2))
   _write_assets(predictor, folder)
 
 
 def write_stablehlo(predictor: Predictor, folder: Path) -> None:
-  """encode_image.stablehlo, encode_text.stablehlo (those that the model has), params.npz, meta.json and the tokenizer's files."""
+  """encode_image.stablehlo, encode_text.stablehlo (those that the model has), params.npz, meta.json and the
+  tokenizer's files.
+  """
   params = flat_params(predictor.params)
   for name, exported in exported_encoders(predictor.config, params).items():
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
@@ -81,7 +89,9 @@ def write_stablehlo(predictor: Predictor, folder: Path) -> None:
   _write_assets(predictor, folder)
 
 
-def exported_encoders(config, params: dict[str, Any], platforms: tuple[str, ...] = PLATFORMS) -> dict[str, jax.export.Exported]:
+def exported_encoders(
+  config, params: dict[str, Any], platforms: tuple[str, ...] = PLATFORMS
+) -> dict[str, jax.export.Exported]:
   """{"encode_image": (params, pixels uint8 [b, H, W, 3]) -> float32 [b, D],
   "encode_text": (params, tokens int32 [b, L], mask bool [b, L]) -> float32 [b, D]} with a symbolic b.
 
@@ -106,22 +116,45 @@ def exported_encoders(config, params: dict[str, Any], platforms: tuple[str, ...]
     specs = [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in arguments[modality]]
     return jax_export.export(jax.jit(encode), platforms=platforms)(weights, *specs)
 
-  return {f"encode_{modality}": encoder(modality) for modality in ("image", "text") if modality in config.model.encoders}
+  return {
+    f"encode_{modality}": encoder(modality) for modality in ("image", "text") if modality in config.model.encoders
+  }
 
 
 def preprocessing(predictor: Predictor) -> dict[str, Any]:
   """What a caller must do to pictures and texts, and how to read the embeddings; JSON-able."""
   c = predictor.config
-  facts: dict[str, Any] = dict(mmjax=__version__, jax=jax.__version__, platforms=list(PLATFORMS), width=predictor.width,
-                               scale=predictor.scale, bias=predictor.bias)
+  facts: dict[str, Any] = dict(
+    mmjax=__version__,
+    jax=jax.__version__,
+    platforms=list(PLATFORMS),
+    width=predictor.width,
+    scale=predictor.scale,
+    bias=predictor.bias,
+  )
   if "image" in c.model.encoders:
     image = c.data.image
-    facts["image"] = dict(shape=[image.size, image.size, 3], dtype="uint8", resize=image.resize, interpolation=image.interpolation,
-                          antialias=True, mean=list(image.mean), std=list(image.std), normalised_inside=True)
+    facts["image"] = dict(
+      shape=[image.size, image.size, 3],
+      dtype="uint8",
+      resize=image.resize,
+      interpolation=image.interpolation,
+      antialias=True,
+      mean=list(image.mean),
+      std=list(image.std),
+      normalised_inside=True,
+    )
   if "text" in c.model.encoders:
     text, transform = c.data.text, predictor.text_transform
-    facts["text"] = dict(length=text.length, start=list(transform.start), end=list(transform.end), pad_id=transform.pad_id,
-                         lowercase=text.lowercase, mask_padding=text.mask_padding, tokenizer=sorted(transform.tokenizer.to_assets()))
+    facts["text"] = dict(
+      length=text.length,
+      start=list(transform.start),
+      end=list(transform.end),
+      pad_id=transform.pad_id,
+      lowercase=text.lowercase,
+      mask_padding=text.mask_padding,
+      tokenizer=sorted(transform.tokenizer.to_assets()),
+    )
   return facts
 
 
@@ -152,7 +185,9 @@ def new_folder(out: Path) -> Iterator[Path]:
       out.rmdir()
     temporary.rename(out)
   except OSError as error:
-    raise UserError(f"{out}: cannot be written ({error.strerror or error}). Free space or choose another folder") from error
+    raise UserError(
+      f"{out}: cannot be written ({error.strerror or error}). Free space or choose another folder"
+    ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 

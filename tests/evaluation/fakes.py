@@ -1,4 +1,6 @@
-"""Stand-ins for a data set and a model: pictures and captions are vectors already, so that results can be worked out by hand."""
+"""Stand-ins for a data set and a model: pictures and captions are vectors already, so that results can be worked out
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,29 @@ from mmjax.parallel.mesh import make_mesh
 
 
 class Data:
-  """An `EvaluationData` whose pictures and texts are given vectors: vectors [N, D], captions [(text, lang, key, index)]."""
+  """An `EvaluationData` whose pictures and texts are given vectors: vectors [N, D], captions [(text, lang, key,
+  index)].
+  """
 
-  def __init__(self, vectors, captions=(), text_vectors=None, *, batch_size=4, valid=None, image_keys=None, labels=None, label_names=()):
+  def __init__(
+    self,
+    vectors,
+    captions=(),
+    text_vectors=None,
+    *,
+    batch_size=4,
+    valid=None,
+    image_keys=None,
+    labels=None,
+    label_names=(),
+  ):
     self.vectors, self.captions = np.asarray(vectors, np.float32), list(captions)
     self.text_vectors = {} if text_vectors is None else text_vectors
     self.batch_size = batch_size
     self.valid = np.ones(len(self.vectors), bool) if valid is None else np.asarray(valid)
-    self.image_keys = np.arange(len(self.vectors), dtype=np.uint64) if image_keys is None else np.asarray(image_keys, np.uint64)
+    self.image_keys = (
+      np.arange(len(self.vectors), dtype=np.uint64) if image_keys is None else np.asarray(image_keys, np.uint64)
+    )
     self.labels = np.full(len(self.vectors), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
     self.label_names = tuple(label_names)
 
@@ -40,7 +57,11 @@ class Data:
       rows, real = vectors[start : start + self.batch_size], valid[start : start + self.batch_size]
       extra = self.batch_size - len(rows)
       rows = np.concatenate([rows, np.full((extra, rows.shape[1]), 7.0, np.float32)])
-      yield {name: {"vectors": rows}, "valid": np.concatenate([real, np.zeros(extra, bool)]), "id": ["x"] * self.batch_size}
+      yield {
+        name: {"vectors": rows},
+        "valid": np.concatenate([real, np.zeros(extra, bool)]),
+        "id": ["x"] * self.batch_size,
+      }
 
 
 def evaluation(evaluators: dict, data, devices: int = 8) -> Evaluation:

@@ -1,4 +1,6 @@
-"""The evaluators on real files: the same result for any batch size, number of devices and processes, and from `mmjax embed`."""
+"""The evaluators on real files: the same result for any batch size, number of devices and processes, and from `mmjax
+embed`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def metrics(checkpoint):
 
 
 def test_metrics_are_whole(metrics):
-  assert metrics["retrieval/en/images"] == 21 and metrics["retrieval/en/unreadable"] == 1  # 23, two identical, one broken
+  assert (
+    metrics["retrieval/en/images"] == 21 and metrics["retrieval/en/unreadable"] == 1
+  )  # 23, two identical, one broken
   assert metrics["retrieval/en/texts"] == 44 and metrics["retrieval/both/texts"] == 66
   assert metrics["zero/examples"] == 22 and "zero/de/accuracy" in metrics and metrics["probe/unreadable"] == 2
   assert 0 < metrics["retrieval/en/image_to_text/R@10"] <= 1
@@ -48,10 +52,24 @@ def test_two_processes_give_the_same(checkpoint, metrics):
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
   env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "MMJAX_"))}
-  env.update(JAX_PLATFORMS="cpu", PYTHONPATH=str(Path(__file__).parents[2]), MMJAX_COORDINATOR=f"localhost:{port}", MMJAX_PROCESSES="2",
-             MMJAX_CPU_DEVICES="2")
-  runs = [subprocess.Popen([sys.executable, "-m", "tests.evaluation.world", str(checkpoint)], env=env | {"MMJAX_PROCESS_ID": str(i)},
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=env["PYTHONPATH"]) for i in range(2)]
+  env.update(
+    JAX_PLATFORMS="cpu",
+    PYTHONPATH=str(Path(__file__).parents[2]),
+    MMJAX_COORDINATOR=f"localhost:{port}",
+    MMJAX_PROCESSES="2",
+    MMJAX_CPU_DEVICES="2",
+  )
+  runs = [
+    subprocess.Popen(
+      [sys.executable, "-m", "tests.evaluation.world", str(checkpoint)],
+      env=env | {"MMJAX_PROCESS_ID": str(i)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=env["PYTHONPATH"],
+    )
+    for i in range(2)
+  ]
   for run in runs:
     out, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors[-2000:]
@@ -73,8 +91,11 @@ def test_embed_and_numpy_give_the_same_recall(checkpoint, metrics, tmp_path):
 def test_missing_data_is_named_before_any_work(checkpoint):
   from mmjax.state.checkpoint import load_config
 
-  for change, words in ((dict(source="smal"), "retrieval/en.*'smal'"), (dict(split="tset"), "retrieval/en.*tset"),
-                        (dict(languages=("fr",)), "retrieval/en.*'fr'")):
+  for change, words in (
+    (dict(source="smal"), "retrieval/en.*'smal'"),
+    (dict(split="tset"), "retrieval/en.*tset"),
+    (dict(languages=("fr",)), "retrieval/en.*'fr'"),
+  ):
     tree = load_config(checkpoint).to_dict()
     tree["evaluation"]["evaluators"]["retrieval/en"].update(change)
     run = evaluation.Evaluation(configs.resolve(tree), None, single_device_mesh())

@@ -54,17 +54,43 @@ def figures():
   hits = [dict(text="<b>red & blue</b>", score=0.5, right=True), dict(text="نص", score=0.25, right=False)]
   shots = [dict(picture=picture, score=0.5, right=False)]
   return {
-      "retrieval/a": Result({"image_to_text/R@1": 0.41, "images": 500.0, "unreadable": 0.0}, {
-          "image_to_text": dict(kind="retrieval", query="image", target="text", rows=[
-              dict(picture=picture, rank=1, of=500, expected=[dict(text="x")], top=hits)]),
-          "text_to_image": dict(kind="retrieval", query="text", target="image", rows=[
-              dict(text="a query", rank=9, of=500, expected=[dict(picture=picture)], top=shots)])}),
-      "zero": Result({"accuracy": 0.6}, {"confusion": dict(kind="confusion", names=["a", "b"], matrix=np.array([[3, 1], [0, 2]]))})}
+    "retrieval/a": Result(
+      {"image_to_text/R@1": 0.41, "images": 500.0, "unreadable": 0.0},
+      {
+        "image_to_text": dict(
+          kind="retrieval",
+          query="image",
+          target="text",
+          rows=[dict(picture=picture, rank=1, of=500, expected=[dict(text="x")], top=hits)],
+        ),
+        "text_to_image": dict(
+          kind="retrieval",
+          query="text",
+          target="image",
+          rows=[dict(text="a query", rank=9, of=500, expected=[dict(picture=picture)], top=shots)],
+        ),
+      },
+    ),
+    "zero": Result(
+      {"accuracy": 0.6}, {"confusion": dict(kind="confusion", names=["a", "b"], matrix=np.array([[3, 1], [0, 2]]))}
+    ),
+  }
 
 
 def test_a_whole_report_loads_nothing_and_escapes_captions(tmp_path, config):
-  lines = [json.dumps({"step": s, "time": 100.0 + s, "loss": 3.0 / s, "lr": 1e-3, "examples_per_second": None if s == 1 else 900.0,
-                       "align/accuracy": s / 100}) for s in range(1, 60)]
+  lines = [
+    json.dumps(
+      {
+        "step": s,
+        "time": 100.0 + s,
+        "loss": 3.0 / s,
+        "lr": 1e-3,
+        "examples_per_second": None if s == 1 else 900.0,
+        "align/accuracy": s / 100,
+      }
+    )
+    for s in range(1, 60)
+  ]
   lines += [json.dumps({"step": s, "time": 1.0, "retrieval/a/image_to_text/R@1": s / 100}) for s in (20, 40)]
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 60, "lo')
   text = write_report(tmp_path, config, figures(), tmp_path / "metrics.jsonl").read_text()
@@ -72,7 +98,15 @@ def test_a_whole_report_loads_nothing_and_escapes_captions(tmp_path, config):
   assert page.loads and all(link.startswith("data:image/") for link in page.loads)
   assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
   assert "<b>red" not in text and "<b>red & blue</b>" in page.text
-  for words in ("retrieval/a", "0.410", "Learning rate", "a taken for b: 1 of 4", "batch_size", "rank 9 of 500", "found first"):
+  for words in (
+    "retrieval/a",
+    "0.410",
+    "Learning rate",
+    "a taken for b: 1 of 4",
+    "batch_size",
+    "rank 9 of 500",
+    "found first",
+  ):
     assert words in text
   assert text.count("data-chart=") >= 5
 

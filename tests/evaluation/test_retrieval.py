@@ -43,13 +43,17 @@ def problems(draw):
 @given(problems(), st.sampled_from([1, 2, 8]))
 def test_ranks_equal_brute_force_whatever_the_mesh(problem, devices):
   queries, gallery, pairs = problem
-  np.testing.assert_array_equal(ranks(queries, gallery, pairs, MESH[devices], block=(8, 4)), brute_force(queries, gallery, pairs))
+  np.testing.assert_array_equal(
+    ranks(queries, gallery, pairs, MESH[devices], block=(8, 4)), brute_force(queries, gallery, pairs)
+  )
 
 
 def test_blocks_order_and_devices_do_not_matter():
   rng = np.random.default_rng(0)
   queries, gallery = (rng.normal(size=(n, 16)).astype(np.float32) for n in (37, 53))
-  pairs = np.unique(np.concatenate([np.stack([np.arange(37), rng.integers(0, 53, 37)], 1), rng.integers(0, 37, (40, 2))]), axis=0)
+  pairs = np.unique(
+    np.concatenate([np.stack([np.arange(37), rng.integers(0, 53, 37)], 1), rng.integers(0, 37, (40, 2))]), axis=0
+  )
   expected = brute_force(queries, gallery, pairs.tolist())
   for devices, block in ((1, (1024, 4096)), (8, (8, 7)), (8, (16, 53)), (2, (5, 1))):
     np.testing.assert_array_equal(ranks(queries, gallery, pairs, MESH[devices], block), expected)
@@ -62,9 +66,15 @@ def test_a_block_is_all_that_a_device_holds():
   from mmjax.evaluation import retrieval
 
   count = retrieval._count(retrieval.rules.batch_sharding(MESH[8]))
-  shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((64, 4), np.float32), ((32, 4), np.float32), ((64,), np.float32), ((64, 32), bool))]
+  shapes = [
+    jax.ShapeDtypeStruct(s, d)
+    for s, d in (((64, 4), np.float32), ((32, 4), np.float32), ((64,), np.float32), ((64, 32), bool))
+  ]
   sharded, whole = retrieval.rules.batch_sharding(MESH[8]), retrieval.rules.replicated(MESH[8])
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(shapes, (sharded, whole, sharded, sharded), strict=True)]
+  shapes = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    for x, s in zip(shapes, (sharded, whole, sharded, sharded), strict=True)
+  ]
   memory = count.lower(*shapes).compile().memory_analysis()
   assert memory.temp_size_in_bytes <= 64 * 32 * 4 // 8 + 4096
 
@@ -100,21 +110,31 @@ def small_world(batch_size, shuffle=None):
   order = np.arange(6) if shuffle is None else np.random.default_rng(shuffle).permutation(6)
   place = np.argsort(order)
   captions = [(t, "en", np.uint64(ord(t)), int(place[i])) for t, i in captions]
-  return Data(vectors[order], captions, texts, batch_size=batch_size, valid=np.array([i != 4 for i in order]),
-              image_keys=np.array([1, 2, 3, 1, 5, 6])[order])
+  return Data(
+    vectors[order],
+    captions,
+    texts,
+    batch_size=batch_size,
+    valid=np.array([i != 4 for i in order]),
+    image_keys=np.array([1, 2, 3, 1, 5, 6])[order],
+  )
 
 
 ENTRY = {"retrieval/x": dict(kind="retrieval", source="s", split="test")}
 
 
 def test_metrics_do_not_depend_on_batch_size_padding_order_or_devices():
-  results = [evaluation(ENTRY, small_world(b, s), n).run(1.0)["retrieval/x"] for b, s, n in ((8, None, 8), (8, 3, 1), (16, 4, 2), (6, 5, 1))]
+  results = [
+    evaluation(ENTRY, small_world(b, s), n).run(1.0)["retrieval/x"]
+    for b, s, n in ((8, None, 8), (8, 3, 1), (16, 4, 2), (6, 5, 1))
+  ]
   for result in results[1:]:
     assert result.metrics == results[0].metrics
   metrics = results[0].metrics
   assert metrics["images"] == 4 and metrics["texts"] == 5 and metrics["unreadable"] == 1
-  assert set(metrics) == {f"{way}/{m}" for way in ("image_to_text", "text_to_image") for m in ("R@1", "R@5", "R@10", "median_rank")} | {
-      "images", "texts", "unreadable"}
+  assert set(metrics) == {
+    f"{way}/{m}" for way in ("image_to_text", "text_to_image") for m in ("R@1", "R@5", "R@10", "median_rank")
+  } | {"images", "texts", "unreadable"}
 
 
 def test_examples_mark_what_is_right():
@@ -141,5 +161,6 @@ def test_no_readable_pair_is_an_error():
 
 
 def test_single_device_mesh_works():
-  assert ranks(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.stack([np.arange(3)] * 2, 1),
-               single_device_mesh()).tolist() == [1, 1, 1]
+  assert ranks(
+    np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.stack([np.arange(3)] * 2, 1), single_device_mesh()
+  ).tolist() == [1, 1, 1]

@@ -26,9 +26,17 @@ class Texts(dict):
 
 
 def data(batch_size=8):
-  vectors = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]], np.float32)
-  return Data(vectors, text_vectors=Texts(), batch_size=batch_size, labels=[0, 1, 2, 0, 2, 0], label_names=LABELS,
-              valid=[True] * 5 + [False])
+  vectors = np.array(
+    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]], np.float32
+  )
+  return Data(
+    vectors,
+    text_vectors=Texts(),
+    batch_size=batch_size,
+    labels=[0, 1, 2, 0, 2, 0],
+    label_names=LABELS,
+    valid=[True] * 5 + [False],
+  )
 
 
 def entry(**settings):
@@ -45,7 +53,9 @@ def test_accuracy_confusion_and_left_out_records_by_hand():
 
 
 def test_result_does_not_depend_on_batch_size_or_devices():
-  results = [evaluation(entry(languages=("en", "de")), data(b), n).run(1.0)["z"].metrics for b, n in ((8, 8), (6, 1), (4, 2))]
+  results = [
+    evaluation(entry(languages=("en", "de")), data(b), n).run(1.0)["z"].metrics for b, n in ((8, 8), (6, 1), (4, 2))
+  ]
   assert results[0] == results[1] == results[2] and "de/accuracy" in results[0]
 
 
@@ -68,8 +78,14 @@ def test_prompts_cover_the_languages_and_fall_back():
   assert set(prompts.TEMPLATES) == set(prompts.NAMES) == set(LANGUAGES)
   for language in LANGUAGES:
     assert set(prompts.NAMES[language]) == set(prompts.NAMES["en"])
-    assert all("{}" in t for t in prompts.templates(language)) and all(all(names) for names in prompts.NAMES[language].values())
-  assert prompts.names("animals-nature", "en") == prompts.names("Animals & Nature", "en") == prompts.NAMES["en"]["animals nature"]
+    assert all("{}" in t for t in prompts.templates(language)) and all(
+      all(names) for names in prompts.NAMES[language].values()
+    )
+  assert (
+    prompts.names("animals-nature", "en")
+    == prompts.names("Animals & Nature", "en")
+    == prompts.NAMES["en"]["animals nature"]
+  )
   assert prompts.names("golden_retriever", "ko") == ("golden retriever",)
   assert prompts.templates("xx") == ("{}",)
 

@@ -1,6 +1,7 @@
 """A small data set on disk, a tiny model as an import folder, and an evaluation of it that several processes can share.
 
-Run as a program: `world.py CHECKPOINT DEVICES_A_PROCESS` prints the metrics (every process joins by the MMJAX_ variables).
+Run as a program: `world.py CHECKPOINT DEVICES_A_PROCESS` prints the metrics (every process joins by the MMJAX_
+variables).
 """
 
 from __future__ import annotations
@@ -24,16 +25,25 @@ def build(folder: Path) -> Path:
   data = [tiny.png(x) for x in arrays]
   data[5], data[9] = data[2], b"\x89PNG\r\n\x1a\n broken"
   keys = [1 + (2 if i == 5 else i) for i in range(23)]
-  records = [dict(id=f"{i:02d}", image=data[i], label=("Flags", "Objects", "Symbols")[i % 3], image_key=keys[i], captions={
-      "en": [f"{tiny.WORDS[i % 6]} {i // 2}", f"number {i}"], "de": [f"Bild {i}"]}) for i in range(23)]
+  records = [
+    dict(
+      id=f"{i:02d}",
+      image=data[i],
+      label=("Flags", "Objects", "Symbols")[i % 3],
+      image_key=keys[i],
+      captions={"en": [f"{tiny.WORDS[i % 6]} {i // 2}", f"number {i}"], "de": [f"Bild {i}"]},
+    )
+    for i in range(23)
+  ]
   write_dataset("small", folder / "data", {"test": records, "train": records[::-1]}, metadata={})
   tree = tiny.config().to_dict()
   tree["data"]["dir"] = str(folder / "data")
   tree["evaluation"]["evaluators"] = {
-      "retrieval/en": dict(kind="retrieval", source="small", split="test"),
-      "retrieval/both": dict(kind="retrieval", source="small", split="test", languages=("en", "de"), examples=2),
-      "zero": dict(kind="zero_shot", source="small", split="test", languages=("en", "de")),
-      "probe": dict(kind="linear_probe", source="small", split="test", train_split="train")}
+    "retrieval/en": dict(kind="retrieval", source="small", split="test"),
+    "retrieval/both": dict(kind="retrieval", source="small", split="test", languages=("en", "de"), examples=2),
+    "zero": dict(kind="zero_shot", source="small", split="test", languages=("en", "de")),
+    "probe": dict(kind="linear_probe", source="small", split="test", train_split="train"),
+  }
   config = configs.resolve(tree)
   save_import(str(folder / "checkpoint"), tiny.params(config), config, tiny.assets(folder))
   return folder / "checkpoint"

@@ -1,4 +1,6 @@
-"""The Predictor against the model itself, over kinds of input, batch sizes and meshes; it needs nothing but the checkpoint."""
+"""The Predictor against the model itself, over kinds of input, batch sizes and meshes; it needs nothing but the
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_equals_the_model_applied_by_hand(predictor):
   model, config = make_model(predictor.config), predictor.config
   transform = ImageTransform(config.data.image, train=False)
   params = jax.tree.map(np.asarray, predictor.params)
-  by_hand = model.apply({"params": params}, "image", {"image": {"pixels": np.stack([transform(p) for p in pictures])}}, method="embedding")
+  by_hand = model.apply(
+    {"params": params}, "image", {"image": {"pixels": np.stack([transform(p) for p in pictures])}}, method="embedding"
+  )
   np.testing.assert_allclose(predictor.encode_image(pictures), by_hand, atol=1e-5)
   tokens = predictor.tokens(list(tiny.WORDS))
   by_hand = model.apply({"params": params}, "text", {"text": tokens}, method="embedding")
@@ -45,7 +49,9 @@ def test_equals_the_model_applied_by_hand(predictor):
 def test_paths_bytes_pil_and_arrays_give_the_same(predictor, tmp_path):
   array = tiny.pixels(1)[0]
   (tmp_path / "a.png").write_bytes(tiny.png(array))
-  rows = predictor.encode_image([tmp_path / "a.png", str(tmp_path / "a.png"), tiny.png(array), Image.fromarray(array), array])
+  rows = predictor.encode_image(
+    [tmp_path / "a.png", str(tmp_path / "a.png"), tiny.png(array), Image.fromarray(array), array]
+  )
   assert rows.shape == (5, 16) and rows.dtype == np.float32
   np.testing.assert_array_equal(rows, np.broadcast_to(rows[:1], rows.shape))
   np.testing.assert_allclose(predictor.encode_image(array), rows[:1], atol=1e-6)
@@ -96,8 +102,14 @@ def test_classify_is_the_softmax_of_scaled_cosines(predictor):
 def test_bad_inputs_are_named(predictor, tmp_path):
   cut = tiny.png(tiny.pixels(1, size=64)[0])[:60]
   (tmp_path / "cut.png").write_bytes(cut)
-  for bad, words in ((tmp_path / "none.png", "none.png"), (tmp_path / "cut.png", "cut.png"), (b"", "bytes"), (cut, "bytes"),
-                     (np.zeros((4, 4, 3)), "uint8"), (np.zeros((4, 4), np.uint8), r"\[H, W, 3\]")):
+  for bad, words in (
+    (tmp_path / "none.png", "none.png"),
+    (tmp_path / "cut.png", "cut.png"),
+    (b"", "bytes"),
+    (cut, "bytes"),
+    (np.zeros((4, 4, 3)), "uint8"),
+    (np.zeros((4, 4), np.uint8), r"\[H, W, 3\]"),
+  ):
     with pytest.raises(UserError, match=words) as error:
       predictor.encode_image([bad])
     assert "\n" not in str(error.value)

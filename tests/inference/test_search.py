@@ -39,7 +39,9 @@ def test_a_folder_is_embedded_whole_and_broken_pictures_are_named(predictor, fol
   assert index["skipped"].tolist() == ["broken.jpg"] and any("skipped broken.jpg" in line for line in lines)
   keys = index["image_keys"]
   assert keys.dtype == np.uint64 and keys[0] == keys[1] and len(set(keys.tolist())) == 3
-  np.testing.assert_allclose(index["image_embeddings"], predictor.encode_image([folder / n for n in index["image_ids"]]), atol=1e-6)
+  np.testing.assert_allclose(
+    index["image_embeddings"], predictor.encode_image([folder / n for n in index["image_ids"]]), atol=1e-6
+  )
   assert (float(index["scale"]), str(index["model"])) == (np.float32(predictor.scale), predictor.fingerprint)
 
 
@@ -55,8 +57,12 @@ def test_search_by_picture_and_by_words(predictor, folder, tmp_path):
 
 def test_texts_from_a_file(predictor, tmp_path):
   (tmp_path / "t.txt").write_text("a red heart\n\n  A  red heart \nمرحبا\n", encoding="utf-8")
-  index = np.load(embed(predictor, tmp_path / "t.npz", texts=str(tmp_path / "t.txt"), log=lambda line: None), allow_pickle=False)
-  assert index["texts"].tolist() == ["a red heart", "A  red heart", "مرحبا"] and index["text_owners"].tolist() == [-1] * 3
+  index = np.load(
+    embed(predictor, tmp_path / "t.npz", texts=str(tmp_path / "t.txt"), log=lambda line: None), allow_pickle=False
+  )
+  assert (
+    index["texts"].tolist() == ["a red heart", "A  red heart", "مرحبا"] and index["text_owners"].tolist() == [-1] * 3
+  )
   assert index["text_keys"][0] == index["text_keys"][1] != index["text_keys"][2]
   assert index["text_embeddings"].shape == (3, 16)
 
@@ -68,8 +74,10 @@ class Source:
     arrays = tiny.pixels(3, 7)
     data = [tiny.png(arrays[0]), tiny.png(arrays[1]), b"broken", tiny.png(arrays[0]), tiny.png(arrays[2])]
     words = [["a red heart", "heart"], ["a black cat"], ["lost"], ["a red heart"], ["two blue birds"]]
-    self.records = [dict(id=f"r{i}", image=d, captions={"en": w}, label="", image_key=[11, 12, 13, 11, 2**63 + 5][i])
-                    for i, (d, w) in enumerate(zip(data, words, strict=True))]
+    self.records = [
+      dict(id=f"r{i}", image=d, captions={"en": w}, label="", image_key=[11, 12, 13, 11, 2**63 + 5][i])
+      for i, (d, w) in enumerate(zip(data, words, strict=True))
+    ]
 
   def __len__(self):
     return 6
@@ -104,23 +112,28 @@ def test_mistakes_are_one_clear_line(predictor, folder, tmp_path):
   (tmp_path / "empty").mkdir()
   (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
   (tmp_path / "bad.npz").write_bytes(b"PK no zip")
-  np.savez(tmp_path / "other.npz", image_embeddings=np.zeros((2, 16), np.float32), image_ids=np.array(["a", "b"]), model=np.array("x"))
+  np.savez(
+    tmp_path / "other.npz",
+    image_embeddings=np.zeros((2, 16), np.float32),
+    image_ids=np.array(["a", "b"]),
+    model=np.array("x"),
+  )
   np.save(tmp_path / "pickled.npy", np.array([{}], object), allow_pickle=True)
   out = tmp_path / "o.npz"
   cases = (
-      (lambda: embed(predictor, out), "--images"),
-      (lambda: embed(predictor, out, images=str(folder), source="x"), "alone"),
-      (lambda: embed(predictor, out, images=str(tmp_path / "none")), "is no folder"),
-      (lambda: embed(predictor, out, images=str(tmp_path / "empty")), "no pictures"),
-      (lambda: embed(predictor, tmp_path / "no" / "o.npz", images=str(folder)), "is no folder"),
-      (lambda: embed(predictor, tmp_path, images=str(folder)), "is a folder"),
-      (lambda: embed(predictor, out, texts=str(tmp_path / "latin.txt")), "not UTF-8"),
-      (lambda: search(predictor, "x"), "--images"),
-      (lambda: search(predictor, "x", index=tmp_path / "none.npz"), "no such index"),
-      (lambda: search(predictor, "x", index=tmp_path / "bad.npz"), "damaged"),
-      (lambda: search(predictor, "x", index=tmp_path / "pickled.npy"), "not an index"),
-      (lambda: search(predictor, "x", index=tmp_path / "other.npz"), "another model"),
-      (lambda: search(predictor, "x", images=folder, k=0), "at least 1"),
+    (lambda: embed(predictor, out), "--images"),
+    (lambda: embed(predictor, out, images=str(folder), source="x"), "alone"),
+    (lambda: embed(predictor, out, images=str(tmp_path / "none")), "is no folder"),
+    (lambda: embed(predictor, out, images=str(tmp_path / "empty")), "no pictures"),
+    (lambda: embed(predictor, tmp_path / "no" / "o.npz", images=str(folder)), "is no folder"),
+    (lambda: embed(predictor, tmp_path, images=str(folder)), "is a folder"),
+    (lambda: embed(predictor, out, texts=str(tmp_path / "latin.txt")), "not UTF-8"),
+    (lambda: search(predictor, "x"), "--images"),
+    (lambda: search(predictor, "x", index=tmp_path / "none.npz"), "no such index"),
+    (lambda: search(predictor, "x", index=tmp_path / "bad.npz"), "damaged"),
+    (lambda: search(predictor, "x", index=tmp_path / "pickled.npy"), "not an index"),
+    (lambda: search(predictor, "x", index=tmp_path / "other.npz"), "another model"),
+    (lambda: search(predictor, "x", images=folder, k=0), "at least 1"),
   )
   for run, words in cases:
     with pytest.raises(UserError, match=words) as error:

@@ -23,8 +23,15 @@ def config(**image):
   c = configs.base()
   c.data.image.size = 16
   c.data.text = dict(tokenizer="tiny", vocab_size=512, length=8)
-  c.model = dict(name="dual_encoder", width=16, bias=True, encoders=dict(
-      image=dict(kind="vit", patch=8, width=16, depth=2, heads=2, **image), text=dict(kind="transformer", width=16, depth=2, heads=2)))
+  c.model = dict(
+    name="dual_encoder",
+    width=16,
+    bias=True,
+    encoders=dict(
+      image=dict(kind="vit", patch=8, width=16, depth=2, heads=2, **image),
+      text=dict(kind="transformer", width=16, depth=2, heads=2),
+    ),
+  )
   c.precision.compute = "float32"
   c.train.batch_size = 8
   c.objectives.align = dict(kind="contrastive", between=("image", "text"))

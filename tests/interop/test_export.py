@@ -1,4 +1,6 @@
-"""Exports: StableHLO in a process that has only jax, flatbuffers and NumPy; safetensors; folders that cannot be written."""
+"""Exports: StableHLO in a process that has only jax, flatbuffers and NumPy; safetensors; folders that cannot be
+written.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +66,23 @@ def test_stablehlo_without_mmjax_gives_the_predictors_output(checkpoint, exporte
   predictor = mmjax.load(checkpoint, mesh=single_device_mesh())
   pictures, texts = tiny.pixels(17), [f"{w} {i}" for i, w in enumerate(tiny.WORDS * 3)][:17]
   tokens = predictor.tokens(texts)
-  np.savez(tmp_path / "in.npz", pixels=np.stack([predictor.pixels(p) for p in pictures]), tokens=tokens["tokens"], mask=tokens["mask"])
+  np.savez(
+    tmp_path / "in.npz",
+    pixels=np.stack([predictor.pixels(p) for p in pictures]),
+    tokens=tokens["tokens"],
+    mask=tokens["mask"],
+  )
   environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
   loader = textwrap.dedent(exports.__doc__.partition("not mmjax:\n\n")[2])  # the ten lines that users copy
   code = CONSUMER.replace("LOADER", loader.replace("exported/", f"{exported}/"))
-  run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+  run = subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env=environment,
+    timeout=300,
+  )
   assert run.returncode == 0, run.stderr[-2000:]
   meta, out = json.loads(run.stdout), np.load(tmp_path / "out.npz")
   for n in (1, 3, 17):
@@ -87,10 +101,18 @@ def test_functions_are_for_every_platform_and_any_batch(exported):
     batches = [aval for aval in loaded.in_avals if not isinstance(aval.shape[0] if aval.shape else 0, int)]
     assert len(batches) == count and all(str(aval.shape[0]) == "b" for aval in batches)
     assert loaded.nr_devices == 1
-  assert sorted(os.listdir(exported)) == ["encode_image.stablehlo", "encode_text.stablehlo", "meta.json", "params.npz", "tokenizer.model"]
+  assert sorted(os.listdir(exported)) == [
+    "encode_image.stablehlo",
+    "encode_text.stablehlo",
+    "meta.json",
+    "params.npz",
+    "tokenizer.model",
+  ]
 
 
-@pytest.mark.parametrize("image", [dict(pooling="class"), dict(pooling="attention", remat="full"), dict(pooling="last", scan_unroll=1)])
+@pytest.mark.parametrize(
+  "image", [dict(pooling="class"), dict(pooling="attention", remat="full"), dict(pooling="last", scan_unroll=1)]
+)
 def test_other_models_lower_for_every_platform(image):
   config = tiny.config(**image)
   params = exports.flat_params(tiny.params(config))
@@ -116,7 +138,11 @@ def test_unwritable_places_are_one_clear_line_and_leave_nothing(checkpoint, tmp_
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "mine").write_text("x")
   (tmp_path / "file").write_text("x")
-  for out, words in ((tmp_path / "full", "not empty"), (tmp_path / "file", "not empty"), (tmp_path / "file" / "below", "cannot be written")):
+  for out, words in (
+    (tmp_path / "full", "not empty"),
+    (tmp_path / "file", "not empty"),
+    (tmp_path / "file" / "below", "cannot be written"),
+  ):
     with pytest.raises(UserError, match=words) as error:
       export(checkpoint, "safetensors", out)
     assert "\n" not in str(error.value)
