@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmjax.config import UserError
-from mmjax.data.builders import BUILDERS, Record, find_version, parse_record, split_sizes
+from mmjax.data.builders import BUILDERS, Record, example_class, find_version, parse_record, split_sizes
 
 
 class Source(Protocol):
@@ -80,6 +80,7 @@ class ArrayRecordSource:
   def __init__(self, root: Path, name: str, split: str, languages: Sequence[str] = ()):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+    example_class()
     folder = find_version(root, name)
     if folder is None:
       raise UserError(f"no data set {name!r} under {root}{_how_to_get(root, name)}")
@@ -116,7 +117,7 @@ class CachedSource:
   """Keeps every record of `source` in memory once it was read. For small data sets."""
 
   def __init__(self, source: Source):
-    self._source, self._kept = source, [None] * len(source)
+    self._source, self._kept, self.cached = source, [None] * len(source), True
     self.name, self.labels, self.languages, self.fingerprint = source.name, source.labels, source.languages, source.fingerprint
 
   def __len__(self) -> int:

@@ -11,6 +11,7 @@ A new data set is one file with a `build(data_dir, log)` function and one line i
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -22,6 +23,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from mmjax.config import UserError
 
@@ -87,10 +90,8 @@ def to_example(record: Record) -> dict[str, Any]:
 
 def parse_record(data: bytes, languages: Sequence[str] = ()) -> Record:
   """The record in a serialised tf.train.Example, with the captions in `languages` only (() = all). Raises UserError."""
-  from tensorflow_datasets.proto import tf_example_generated_pb2
-
-  feature = tf_example_generated_pb2.Example.FromString(data).features.feature
   try:
+    feature = example_class().FromString(data).features.feature
     captions: dict[str, list[str]] = {}
     wanted = {language.encode() for language in languages}
     texts = feature["captions/text"].bytes_list.value if "captions/text" in feature else ()
@@ -104,8 +105,16 @@ def parse_record(data: bytes, languages: Sequence[str] = ()) -> Record:
       "label": feature["label"].bytes_list.value[0].decode(),
       "image_key": feature["image_key"].int64_list.value[0] % (1 << 64),
     }
-  except (IndexError, UnicodeDecodeError, ValueError) as error:
+  except (IndexError, UnicodeDecodeError, ValueError, DecodeError) as error:
     raise UserError(f"a record has not the fields of an mmjax data set ({error}); make one with `mmjax data convert`") from error
+
+
+@functools.cache
+def example_class():
+  """tf.train.Example. Call it once before threads read: the lazy imports of TFDS deadlock when two threads start them."""
+  from tensorflow_datasets.proto import tf_example_generated_pb2
+
+  return tf_example_generated_pb2.Example
 
 
 def write_dataset(

@@ -1,0 +1,342 @@
+"""The batches of a run: `Pipeline(config).batch(step)`, and `EvaluationData` in a fixed order. NumPy only, no JAX backend.
+
+A global batch is a function of (seed, step) alone: `order.py` says which record stands in which row, and a random generator
+keyed by (seed, step, row) draws the caption, the words it loses and the augmentation of the picture. So hosts, worker processes
+and threads only decide who does the work, a process can make just its own rows, and any step can be made first.
+
+A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B, L], "mask" bool [B, L],
+"key" uint32 [B, 2]}, "valid" bool [B], "id": list of str}, with the modalities that model.encoders has.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.data.builders import Record
+from mmjax.data.image import ImageTransform, decode
+from mmjax.data.order import Order
+from mmjax.data.sources import Source, open_source
+from mmjax.data.text import TextTransform, drop_words, load_tokenizer, split_key
+
+Batch = dict[str, Any]
+
+
+def batch_spec(config, batch_size: int | None = None) -> dict[str, Any]:
+  """The `jax.ShapeDtypeStruct`s of a batch as the device gets it (no `id`), from the config alone."""
+  import jax
+
+  size, image, text = batch_size or config.train.batch_size, config.data.image.size, config.data.text.length
+  spec = lambda dtype, *shape: jax.ShapeDtypeStruct((size, *shape), dtype)
+  modalities = {
+    "image": dict(pixels=spec(np.uint8, image, image, 3), key=spec(np.uint32, 2)),
+    "text": dict(tokens=spec(np.int32, text), mask=spec(np.bool_, text), key=spec(np.uint32, 2)),
+  }
+  return {**{name: modalities[name] for name in _modalities(config)}, "valid": spec(np.bool_)}
+
+
+class Pipeline:
+  """The training batches of a config, in an order that (seed, step) decide.
+
+  rows: which rows of the global batch this process makes (int array; None = all), as the batch sharding deals them.
+  Attributes: examples (rows of an epoch), unreadable (records that could not be used so far, each counted once).
+  Raises UserError for what is missing (data set, split, language, tokenizer).
+  """
+
+  def __init__(self, config, rows: Sequence[int] | None = None):
+    self.config = config
+    self.rows = None if rows is None else np.asarray(rows, np.int64)
+    self._open()
+    self._bad: dict[str, str] = {}
+    self._ids: collections.OrderedDict[int, list[str]] = collections.OrderedDict()
+
+  def _open(self) -> None:
+    config, entries = self.config, list(self.config.data.sources.items())
+    self.sources = [_named(name, entry, config) for name, entry in entries]
+    self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size)
+    self._examples = _Examples(config, train=True)
+
+  @property
+  def examples(self) -> int:
+    return self.order.examples
+
+  @property
+  def unreadable(self) -> int:
+    return len(self._bad)
+
+  def fingerprint(self) -> dict[str, Any]:
+    """What the batches depend on besides the config, JSON-able: a resumed run must find the same."""
+    return {"sources": [source.fingerprint for source in self.sources], "order": self.order.fingerprint()}
+
+  def batch(self, step: int) -> Batch:
+    """The batch of a step, counted from 0; only this process's rows. Raises UserError: too many unreadable records."""
+    return self._settle(self._make(step))
+
+  def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+    """The batches start, start + 1, ..., stop - 1, prepared ahead by data.threads threads or data.workers processes."""
+    import grain
+
+    data = self.config.data
+    options = grain.ReadOptions(num_threads=max(1, data.threads), prefetch_buffer_size=max(1, data.prefetch))
+    batches = grain.MapDataset.range(start, stop).map(_Make(self)).to_iter_dataset(options)
+    if data.workers > 0:
+      _prepare_workers()
+      each = -(-max(1, data.prefetch) // data.workers)
+      batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=each))
+    iterator = iter(batches)
+    try:
+      for step, batch in zip(range(start, stop), iterator, strict=False):
+        batch = self._settle(batch)
+        if self.rows is None:
+          self._remember(step, batch["id"])
+        yield batch
+    finally:
+      if hasattr(iterator, "close"):
+        iterator.close()
+
+  def ids(self, step: int) -> list[str]:
+    """The ids of all rows of the global batch of a step."""
+    if step not in self._ids:
+      source, index, _ = self.order.rows(step)
+      self._remember(step, [self._id(s, i) for s, i in zip(source.tolist(), index.tolist(), strict=True)])
+    return self._ids[step]
+
+  def _id(self, source: int, index: int) -> str:
+    try:
+      return self.sources[source][index]["id"]
+    except UserError:
+      return _place(self.sources[source], index)
+
+  def _remember(self, step: int, ids: list[str]) -> None:
+    self._ids[step] = ids
+    while len(self._ids) > 64:
+      self._ids.popitem(last=False)
+
+  def _make(self, step: int) -> Batch:
+    """The batch with "unreadable": [(id, reason)], which `_settle` takes out again. Runs in a worker or a thread."""
+    source, index, _ = self.order.rows(step)
+    rows = range(len(index)) if self.rows is None else self.rows.tolist()
+    places = [(self.sources[source[row]], int(index[row])) for row in rows]
+    # One stream a row: Philox counters that differ in (step, row) never meet (Salmon et al. 2011).
+    rngs = [np.random.Generator(np.random.Philox(key=self.config.seed % 2**64, counter=[0, 0, row, step])) for row in rows]
+    return self._examples(places, rngs)
+
+  def _settle(self, batch: Batch) -> Batch:
+    """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""
+    _report(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
+    return batch
+
+  def __getstate__(self):
+    return {"config": self.config, "rows": self.rows}
+
+  def __setstate__(self, state):
+    self.__init__(state["config"], state["rows"])
+
+
+class Caption(NamedTuple):
+  """A caption of an evaluation: `key` is the uint64 of its text key, `example` the index of its picture."""
+
+  text: str
+  language: str
+  key: int
+  example: int
+
+
+class EvaluationData:
+  """A split in its stored order, without augmentation, with every caption.
+
+  entry: name, split, languages (and path). rows: which rows of each batch this process makes (None = all).
+  labels int32 [N] (-1 = none) index label_names; image_keys uint64 [N]; captions: every one in the entry's languages.
+  Raises UserError: no such data set, split or language; while reading: too many unreadable records.
+  """
+
+  def __init__(self, config, entry: Mapping[str, Any], batch_size: int, rows: Sequence[int] | None = None):
+    self.config, self.batch_size = config, batch_size
+    self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    self.source = open_source(entry, config)
+    self.label_names = self.source.labels
+    self.captions: list[Caption] = []
+    self._examples = _Examples(config, train=False)
+    self._bad: dict[str, str] = {}
+    self._read_facts()
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  @property
+  def unreadable(self) -> int:
+    return len(self._bad)
+
+  def images(self) -> Iterator[Batch]:
+    """All pictures: {"image": {"pixels", "key"}, "valid", "id", "label"}; the last batch is filled up with rows that are not valid."""
+    for start in range(0, len(self), self.batch_size):
+      real = [start + row for row in self.rows.tolist() if start + row < len(self)]
+      batch = self._examples([(self.source, i) for i in real], [None] * len(real), ("image",))
+      _report(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
+      batch["label"] = self.labels[real]
+      yield _fill(batch, len(self.rows))
+
+  def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
+    """Any texts, tokenised: {"text": {"tokens", "mask", "key"}, "valid"}, filled up as `images`."""
+    for start in range(0, len(texts), self.batch_size):
+      real = [texts[start + row] for row in self.rows.tolist() if start + row < len(texts)]
+      yield _fill({"text": self._examples.text(real), "valid": np.ones(len(real), bool)}, len(self.rows))
+
+  def picture(self, index: int) -> np.ndarray:
+    """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""
+    try:
+      return self._examples.image(self.source[index]["image"] or b"", None)
+    except UserError:
+      return np.full((self.config.data.image.size,) * 2 + (3,), 255, np.uint8)
+
+  def _read_facts(self) -> None:
+    """One pass over the records for captions, labels and picture keys."""
+    from mmjax.data.text import text_key
+
+    number = {label: i for i, label in enumerate(self.label_names)}
+    self.labels = np.full(len(self), -1, np.int32)
+    self.image_keys = np.zeros(len(self), np.uint64)
+    for i in range(len(self)):
+      try:
+        record = self.source[i]
+      except UserError:
+        self.image_keys[i] = np.uint64(2**63 + i)  # equal to no other; the row is not valid
+        continue
+      self.labels[i] = number.get(record["label"], -1)
+      self.image_keys[i] = record["image_key"]
+      for language, captions in record["captions"].items():
+        for caption in captions:
+          high, low = text_key(caption)
+          self.captions.append(Caption(caption, language, high << 32 | low, i))
+
+
+class _Examples:
+  """Records to a batch: reading, the picture transform, a caption, tokens. An unusable record becomes a row of zeros."""
+
+  def __init__(self, config, train: bool):
+    self.config, self.train, self.modalities = config, train, _modalities(config)
+    self.image = ImageTransform(config.data.image, train=train)
+    self._text: TextTransform | None = None
+    if train and "text" in self.modalities:
+      self.text  # noqa: B018  a missing tokenizer shows at once
+
+  @property
+  def text(self) -> TextTransform:
+    if self._text is None:
+      self._text = TextTransform(self.config.data.text, load_tokenizer(self.config.data))
+    return self._text
+
+  def __call__(self, places: Sequence[tuple[Source, int]], rngs: Sequence[np.random.Generator | None],
+               modalities: Sequence[str] | None = None) -> Batch:
+    modalities, count, size = modalities or self.modalities, len(places), self.config.data.image.size
+    batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": []}
+    pixels = np.zeros((count, size, size, 3), np.uint8)
+    keys, captions = np.zeros((count, 2), np.uint32), [""] * count
+    for row, ((source, index), rng) in enumerate(zip(places, rngs, strict=True)):
+      batch["id"][row] = _place(source, index)
+      try:
+        record = source[index]
+        batch["id"][row] = record["id"]
+        if "text" in modalities:
+          captions[row] = self._caption(record, source, rng)
+        if "image" in modalities:
+          pixels[row] = self.image(_picture(record, source), rng)
+          keys[row] = split_key(record["image_key"])
+        batch["valid"][row] = True
+      except UserError as error:
+        captions[row] = ""
+        batch["unreadable"].append((batch["id"][row], f"{source.name} {batch['id'][row]}: {error}"))
+    if "image" in modalities:
+      batch["image"] = {"pixels": pixels, "key": keys}
+    if "text" in modalities:
+      batch["text"] = self.text(captions)
+    return batch
+
+  def _caption(self, record: Record, source: Source, rng: np.random.Generator) -> str:
+    """One of the captions: first a language, then one of its captions, then the words that stay."""
+    languages = [language for language in source.languages or record["captions"] if record["captions"].get(language)]
+    if not languages:
+      raise UserError(f"no caption in {', '.join(source.languages) or 'any language'}")
+    captions = record["captions"][languages[rng.integers(len(languages))]]
+    caption = captions[rng.integers(len(captions))]
+    dropped = self.config.data.text.drop_words
+    return drop_words(caption, dropped, rng) if self.train and dropped else caption
+
+
+class _Make:
+  """`Pipeline._make` as something that grain can send to a worker."""
+
+  def __init__(self, pipeline: Pipeline):
+    self._pipeline = pipeline
+
+  def __call__(self, step: int) -> Batch:
+    return self._pipeline._make(int(step))
+
+
+def _modalities(config) -> list[str]:
+  """The modalities of the batches: those of model.encoders."""
+  known = ("image", "text")
+  for name in config.model.encoders:
+    if name not in known:
+      raise UserError(f"model.encoders.{name}: the data has no modality {name!r}; there are: {', '.join(known)}")
+  return [name for name in known if name in config.model.encoders]
+
+
+def _named(name: str, entry: Mapping[str, Any], config) -> Source:
+  try:
+    return open_source(entry, config)
+  except UserError as error:
+    raise UserError(f"data.sources.{name}: {error}") from error
+
+
+def _picture(record: Record, source: Source) -> bytes | np.ndarray:
+  """What the picture transform takes: encoded bytes, or pixels where the source keeps records in memory."""
+  if record["image"] is None:
+    raise UserError("it has no picture")
+  if not getattr(source, "cached", False):
+    return record["image"]
+  if "pixels" not in record:
+    record["pixels"] = decode(record["image"])
+  return record["pixels"]
+
+
+def _place(source: Source, index: int) -> str:
+  """The id of a record whose own cannot be read."""
+  return f"{source.name}[{index}]"
+
+
+def _fill(batch: Batch, count: int) -> Batch:
+  """Adds rows that are not valid (zeros, empty ids, label -1) up to `count`."""
+  missing = count - len(batch["valid"])
+  if not missing:
+    return batch
+  pad = lambda name, value: {k: pad(k, v) for k, v in value.items()} if isinstance(value, dict) else (
+    value + [""] * missing if isinstance(value, list) else
+    np.concatenate([value, np.full((missing, *value.shape[1:]), -1 if name == "label" else 0, value.dtype)]))
+  return {name: pad(name, value) for name, value in batch.items()}
+
+
+def _report(unreadable: Sequence[tuple[str, str]], known: dict[str, str], limit: int) -> None:
+  """Names each unusable record once on stderr; raises UserError when there are more than `limit`."""
+  for name, reason in unreadable:
+    if name not in known:
+      known[name] = reason
+      print(f"unreadable record, its row does not count: {reason}", file=sys.stderr, flush=True)
+  if len(known) > limit:
+    raise UserError(f"{len(known)} records could not be read (data.max_unreadable is {limit}); the last: {list(known.values())[-1]}. "
+                    "Repair or convert the data again, or raise data.max_unreadable")
+
+
+def _prepare_workers() -> None:
+  """Worker processes import jax through grain, but must not take a device; absl must not wait for a command line."""
+  from absl import flags
+
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
