@@ -350,7 +350,7 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
           raise ConfigError(f'{group}.{name}.between names "{modality}", but model.encoders has {have}. '
                             f"Add an encoder for it or change `between`")
   patch = encoders.get("image", {}).get("patch")
-  if patch and c["data"]["image"]["size"] % patch:
+  if patch and c["data"]["image"]["size"] % patch and not encoders["image"].get("crop_edge"):
     raise ConfigError(f"data.image.size {c['data']['image']['size']} is not divisible by model.encoders.image.patch {patch}; "
                       f"the nearest that is: {_nearest_multiple(c['data']['image']['size'], patch)}")
   if "text" in encoders and c["data"]["sources"] and not c["data"]["text"]["tokenizer"]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.models.layers import Dense, Encoded, normal, with_axes
+from mmjax.models.layers import Dense, Encoded, with_axes
 
 Array = jax.Array
 

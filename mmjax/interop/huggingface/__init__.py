@@ -1,0 +1,120 @@
+"""Hugging Face folders: `import_hf` makes a checkpoint of one, `export_hf` writes one that transformers loads.
+
+One file a model family. What a model is - activation, pooling, padding, preprocessing - is read from the folder's files,
+never guessed from a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mmjax.config
+from mmjax.config import UserError
+from mmjax.interop import safetensors
+from mmjax.interop.huggingface import mapping, preprocessing
+from mmjax.state import checkpoint as checkpoints
+
+FAMILIES = ("clip", "siglip")
+
+
+def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
+  """Makes the import folder `out` (params, config, tokenizer) of a transformers folder.
+
+  Raises UserError: a file is missing or damaged, the model is of no family that is known here, its weights lack tensors or
+  hold some that its config does not explain, or its preprocessing cannot be expressed.
+  """
+  folder = Path(folder)
+  if not folder.is_dir():
+    raise UserError(f"{folder}: no such folder")
+  facts = safetensors.read_json(folder / "config.json")
+  family = _family(str(facts.get("model_type")), folder)
+  tensors = safetensors.read_folder(folder)
+  try:
+    found = family.settings(facts, tensors)
+  except UserError as error:
+    raise UserError(f"{folder / 'config.json'}: {error}") from error
+  text, assets = preprocessing.text_settings(folder, family)
+  c = mmjax.config.base()
+  c.model = found["model"]
+  c.data.image.update(preprocessing.image_settings(folder, family, found["image_size"]))
+  c.data.text.update({**found["text"], **text, "tokenizer": str(folder.resolve())})
+  c.precision.compute = "float32"
+  config = mmjax.config.resolve(c)
+  params = mapping.to_params(tensors, family.rules(config), str(folder))
+  checkpoints.save_import(str(out), params, config, assets)
+
+
+def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
+  """Writes a checkpoint (run, step or import folder) as a folder for transformers: the family that can express it.
+
+  Raises UserError: transformers has no such architecture (naming the settings), or `out` exists and is not empty.
+  """
+  out = Path(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f"{out}: exists and is not empty. Choose another folder")
+  config = _filled(checkpoints.load_config(str(checkpoint)).to_dict())
+  assets = checkpoints.load_assets(str(checkpoint))
+  family = _expressed_by(config)
+  tokenizer = preprocessing.Tokenizer.from_assets(assets)
+  special = {f"{name}_token_id": number for name in ("pad", "bos", "eos") if (number := getattr(tokenizer, f"{name}_id")) >= 0}
+  facts = {
+    "config.json": json.dumps(family.facts(config, special), indent=2).encode(),
+    "preprocessor_config.json": json.dumps(preprocessing.image_facts(config, family), indent=2).encode(),
+    **preprocessing.tokenizer_files(config, assets, family)}
+  tensors = mapping.to_tensors(checkpoints.load_params(str(checkpoint)), family.rules(config))
+  partial = out.with_name(f".{out.name}.{os.getpid()}")
+  try:
+    partial.mkdir(parents=True)
+    for name, content in facts.items():
+      (partial / name).write_bytes(content)
+    safetensors.write(partial / "model.safetensors", tensors)
+    if out.exists():
+      out.rmdir()
+    partial.rename(out)
+  except OSError as error:
+    raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return out
+
+
+def _family(model_type: str, where: Path) -> ModuleType:
+  if model_type not in FAMILIES:
+    raise UserError(f"{where / 'config.json'}: model_type {model_type!r} is not known here; there are: {', '.join(FAMILIES)}")
+  return importlib.import_module(f"mmjax.interop.huggingface.{model_type}")
+
+
+def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
+  """The family whose architecture the config has. Raises UserError naming what stands in the way of the nearest one."""
+  encoders = config["model"]["encoders"]
+  kinds = {modality: encoder["kind"] for modality, encoder in encoders.items()}
+  if config["model"]["name"] != "dual_encoder" or kinds != {"image": "vit", "text": "transformer"}:
+    raise UserError("transformers has no model for this one: it exports dual encoders with a vit for image and a transformer for text. "
+                    "Export to safetensors or stablehlo")
+  nearest: tuple[str, list[str]] | None = None
+  for name in FAMILIES:
+    family = _family(name, Path())
+    reasons = [f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
+               for key, value, allowed in family.refusals(config) if value not in allowed]
+    if not reasons:
+      return family
+    if nearest is None or len(reasons) < len(nearest[1]):
+      nearest = family.ARCHITECTURE, reasons
+  raise UserError(f"transformers cannot express this model; nearest is {nearest[0]}, but for {', '.join(nearest[1])}. "
+                  "Export to safetensors or stablehlo")
+
+
+def _filled(config: dict[str, Any]) -> dict[str, Any]:
+  """The config with the widths, heads and hidden units that are 0 (for "the usual") written out."""
+  for encoder in config["model"]["encoders"].values():
+    encoder["width"] = encoder.get("width") or config["model"]["width"]
+    encoder["heads"] = encoder.get("heads") or max(1, encoder["width"] // 64)
+    encoder["mlp"] = encoder.get("mlp") or 4 * encoder["width"]
+  return config

@@ -15,15 +15,15 @@ from mmjax.models.layers import Encoded, LayerNorm, constrain, normal, with_axes
 from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
 
 Array = jax.Array
-TextPooling = Literal["last", "eos", "highest", "class", "mean", "attention"]
+TextPooling = Literal["last", "final", "eos", "highest", "class", "mean", "attention"]
 
 
 class TextTransformer(nn.Module):
   """Call: {"tokens" int32 [B, L], "mask" bool [B, L], "present" bool [B]?} -> Encoded of width D.
 
-  Position embeddings [length, D] are cut to L. `pooling`: "last" real token, the first token equal to `eos_id` ("eos"; the
-  last real one where there is none), the token of the highest id ("highest", as CLIP did), the first ("class"), the
-  "mean" of the real ones, or learned "attention".
+  Position embeddings [length, D] are cut to L. `pooling`: "last" real token, the "final" position (padding or not, as SigLIP
+  does), the first token equal to `eos_id` ("eos"; the last real one where there is none), the token of the highest id
+  ("highest", as CLIP did), the first ("class"), the "mean" of the real ones, or learned "attention".
   """
 
   config: TransformerConfig
@@ -64,6 +64,8 @@ class TextTransformer(nn.Module):
       return pool.at(x, jnp.where(found.any(-1), jnp.argmax(found, axis=-1), last), mask)
     if self.pooling == "highest":
       return pool.at(x, jnp.argmax(jnp.where(mask, tokens, -1), axis=-1), mask)
+    if self.pooling == "final":
+      return pool.keep_rows(x[:, -1], mask)
     return {"last": pool.last, "class": pool.first, "mean": pool.mean}[self.pooling](x, mask)
 
 
@@ -79,7 +81,7 @@ def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width:
   heads: attention heads; 0 = width / 64.
   mlp: hidden units of a block; 0 = 4 * width.
   causal: a token sees itself and those before it.
-  pooling: last (real token), eos (first `eos_id`), highest (token id), class (first token), mean, attention.
+  pooling: last (real token), final (position), eos (first `eos_id`), highest (token id), class (first token), mean, attention.
   eos_id: the token that pooling "eos" looks for; tokenizers of this project have 2.
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.

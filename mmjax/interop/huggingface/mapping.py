@@ -1,0 +1,127 @@
+"""Weights by table: which of our parameters is made of which tensors of a Hugging Face file, and how, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import numpy as np
+
+from mmjax.config import UserError
+
+Array = np.ndarray
+IGNORED = ("position_ids",)  # constants that old files carry beside the weights
+
+
+class Rule(NamedTuple):
+  """`ours` ("text/layers/mlp/up/kernel") is made of the tensors `theirs`; names with {i} are stacked over `layers`."""
+
+  ours: str
+  theirs: tuple[str, ...]
+  into: Callable[[Sequence[Array]], Array]
+  back: Callable[[Array], Sequence[Array]]
+  layers: int = 0
+
+
+def same(ours: str, theirs: str, layers: int = 0, shape: tuple[int, ...] | None = None) -> Rule:
+  """The tensor as it is, or with `shape` there for a vector here."""
+  return Rule(ours, (theirs,), lambda t: t[0] if shape is None else t[0].reshape(-1),
+              lambda p: [p if shape is None else p.reshape(shape)], layers)
+
+
+def scalar(ours: str, theirs: str, shape: tuple[int, ...]) -> Rule:
+  return Rule(ours, (theirs,), lambda t: t[0].reshape(()), lambda p: [p.reshape(shape)])
+
+
+def linear(ours: str, theirs: str, layers: int = 0, bias: bool = True) -> list[Rule]:
+  """A dense layer: kernel [in, out] here, weight [out, in] there."""
+  rules = [Rule(f"{ours}/kernel", (f"{theirs}.weight",), lambda t: t[0].T, lambda p: [p.T], layers)]
+  return rules + ([same(f"{ours}/bias", f"{theirs}.bias", layers)] if bias else [])
+
+
+def norm(ours: str, theirs: str, layers: int = 0) -> list[Rule]:
+  return [same(f"{ours}/scale", f"{theirs}.weight", layers), same(f"{ours}/bias", f"{theirs}.bias", layers)]
+
+
+def patches(ours: str, theirs: str, patch: int) -> Rule:
+  """A patch embedding: kernel [p * p * 3, D] here, a convolution [D, 3, p, p] there."""
+  return Rule(ours, (theirs,), lambda t: t[0].transpose(2, 3, 1, 0).reshape(-1, t[0].shape[0]),
+              lambda p: [p.reshape(patch, patch, -1, p.shape[-1]).transpose(3, 2, 0, 1)])
+
+
+def attention_output(ours: str, theirs: str, heads: int, layers: int = 0) -> list[Rule]:
+  """kernel [heads, kv, D] here, weight [D, heads * kv] there."""
+  return [Rule(f"{ours}/kernel", (f"{theirs}.weight",), lambda t: t[0].T.reshape(heads, -1, t[0].shape[0]),
+               lambda p: [p.reshape(-1, p.shape[-1]).T], layers),
+          same(f"{ours}/bias", f"{theirs}.bias", layers)]
+
+
+def blocks(ours: str, theirs: str, heads: int, layers: int) -> list[Rule]:
+  """The blocks of a CLIP or SigLIP tower: `theirs` is up to "encoder.layers"."""
+  at = f"{theirs}.{{i}}"
+  projections = [f"{at}.self_attn.{x}_proj" for x in "qkv"]
+  return [
+    Rule(f"{ours}/attention/qkv/kernel", tuple(f"{p}.weight" for p in projections),
+         lambda t: np.stack([w.T.reshape(w.shape[1], heads, -1) for w in t], axis=1),
+         lambda p: [p[:, i].reshape(p.shape[0], -1).T for i in range(3)], layers),
+    Rule(f"{ours}/attention/qkv/bias", tuple(f"{p}.bias" for p in projections),
+         lambda t: np.stack([b.reshape(heads, -1) for b in t]), lambda p: [p[i].reshape(-1) for i in range(3)], layers),
+    *attention_output(f"{ours}/attention/out", f"{at}.self_attn.out_proj", heads, layers),
+    *norm(f"{ours}/attention_norm", f"{at}.layer_norm1", layers),
+    *norm(f"{ours}/mlp_norm", f"{at}.layer_norm2", layers),
+    *linear(f"{ours}/mlp/up", f"{at}.mlp.fc1", layers),
+    *linear(f"{ours}/mlp/down", f"{at}.mlp.fc2", layers),
+  ]
+
+
+def attention_pool(ours: str, theirs: str, heads: int) -> list[Rule]:
+  """SigLIP's pooling head, whose attention is a torch.nn.MultiheadAttention."""
+  return [
+    same(f"{ours}/query", f"{theirs}.probe", shape=(1, 1, -1)),
+    Rule(f"{ours}/attention/qkv/kernel", (f"{theirs}.attention.in_proj_weight",),
+         lambda t: t[0].reshape(3, heads, -1, t[0].shape[1]).transpose(3, 0, 1, 2),
+         lambda p: [p.transpose(1, 2, 3, 0).reshape(-1, p.shape[0])]),
+    Rule(f"{ours}/attention/qkv/bias", (f"{theirs}.attention.in_proj_bias",), lambda t: t[0].reshape(3, heads, -1),
+         lambda p: [p.reshape(-1)]),
+    *attention_output(f"{ours}/attention/out", f"{theirs}.attention.out_proj", heads),
+    *norm(f"{ours}/norm", f"{theirs}.layernorm"),
+    *linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1"),
+    *linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2"),
+  ]
+
+
+def to_params(tensors: Mapping[str, Array], rules: Sequence[Rule], where: str) -> dict[str, Any]:
+  """Nested float32 parameters from a file's tensors. Raises UserError listing tensors that are missing or that no rule uses."""
+  wanted = {name for rule in rules for name in _names(rule)}
+  have = {name for name in tensors if not name.endswith(IGNORED)}
+  for kind, names in (("lacks", wanted - have), ("holds tensors that its config.json does not explain:", have - wanted)):
+    if names:
+      raise UserError(f"{where} {kind} {', '.join(sorted(names))}. Its config.json belongs to another model")
+  flat = {}
+  for rule in rules:
+    groups = [[np.asarray(tensors[t.format(i=i)], np.float32) for t in rule.theirs] for i in range(rule.layers or 1)]
+    try:
+      values = [rule.into(group) for group in groups]
+      flat[rule.ours] = np.array(np.stack(values) if rule.layers else values[0], order="C")
+    except ValueError as error:
+      raise UserError(f"{where}: {rule.theirs[0]} has shape {groups[0][0].shape}, which its config.json does not allow") from error
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def to_tensors(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Array]:
+  """A file's tensors from nested parameters. Raises UserError listing parameters that no rule takes, or that are missing."""
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  ours = {rule.ours for rule in rules}
+  if ours != set(flat):
+    raise UserError(f"transformers has no place for these parameters, or lacks them: {', '.join(sorted(ours ^ set(flat)))}")
+  tensors = {}
+  for rule in rules:
+    value = np.asarray(flat[rule.ours], np.float32)
+    for i, layer in enumerate(value if rule.layers else [value]):
+      tensors.update(zip((t.format(i=i) for t in rule.theirs), rule.back(layer), strict=True))
+  return tensors
+
+
+def _names(rule: Rule) -> list[str]:
+  return [t.format(i=i) for t in rule.theirs for i in range(rule.layers or 1)]

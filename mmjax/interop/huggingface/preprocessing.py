@@ -1,0 +1,106 @@
+"""Tokenizer and picture preparation of a Hugging Face folder, as settings of `data`, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mmjax.config import UserError
+from mmjax.data.text import Tokenizer
+from mmjax.interop.huggingface.clip import square
+from mmjax.interop.safetensors import read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SENTENCEPIECE = "spiece.model"
+FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def image_settings(folder: Path, family: ModuleType, image_size: int) -> dict[str, Any]:
+  """Settings of data.image from preprocessor_config.json (or processor_config.json). Raises UserError: it does what we cannot."""
+  facts = dict(family.PREPROCESSOR)
+  if (path := folder / "preprocessor_config.json").exists():
+    facts.update(read_json(path))
+  elif (path := folder / "processor_config.json").exists():
+    facts.update(read_json(path).get("image_processor", {}))
+  else:
+    raise UserError(f"{folder}: no preprocessor_config.json, so how pictures were prepared is unknown. Copy it too")
+  resample = facts["resample"]
+  if resample not in FILTERS or not facts["do_resize"]:
+    raise UserError(f"{path}: do_resize {facts['do_resize']} with resample {resample}, but only resizing by 2 (bilinear) or 3 (bicubic) is supported")
+  if not facts["do_rescale"] or abs(facts["rescale_factor"] * 255 - 1) > 1e-4:
+    raise UserError(f"{path}: rescale_factor {facts['rescale_factor']} (do_rescale {facts['do_rescale']}), but pixels are divided by 255 here")
+  size = facts["size"]
+  shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size if facts["do_center_crop"] else None
+  if shortest is None:
+    resize, final = "squash", square(size, f"{path}: size")
+  else:
+    resize, final = "shortest", int(shortest)
+    crop = square(facts["crop_size"], f"{path}: crop_size") if facts["do_center_crop"] else None
+    if crop != final:
+      raise UserError(f"{path}: resizes to {final} but crops {crop}; only equal numbers are supported")
+  if final != image_size:
+    raise UserError(f"{path}: prepares pictures of {final} pixels, but config.json has vision_config.image_size {image_size}")
+  mean, std = (facts["image_mean"], facts["image_std"]) if facts["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
+  return dict(size=final, resize=resize, interpolation=FILTERS[resample], mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+
+
+def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]:
+  """The preprocessor_config.json of a config. Raises UserError: transformers cannot prepare pictures this way."""
+  image = config["data"]["image"]
+  if image["resize"] == "longest":
+    raise UserError("data.image.resize 'longest' cannot be expressed in transformers' preprocessor_config.json")
+  size = image["size"]
+  sides = {"height": size, "width": size}
+  how = (dict(size={"shortest_edge": size}, do_center_crop=True, crop_size=sides) if image["resize"] == "shortest"
+         else dict(size=sides, do_center_crop=False))
+  resample = {name: number for number, name in FILTERS.items()}[image["interpolation"]]
+  return dict(image_processor_type=family.IMAGE_PROCESSOR_CLASS, processor_class=family.PROCESSOR_CLASS, do_resize=True,
+              resample=resample, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(image["mean"]),
+              image_std=list(image["std"]), do_convert_rgb=True, **how)
+
+
+def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dict[str, bytes]]:
+  """(settings of data.text, the tokenizer's files as assets). Raises UserError: there is no tokenizer."""
+  assets = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+  facts = json.loads(assets.get("tokenizer_config.json", b"{}"))
+  settings: dict[str, Any] = {}
+  if "tokenizer.json" in assets:
+    import tokenizers
+
+    tokenizer = Tokenizer.from_assets(assets)
+    whole = tokenizers.Tokenizer.from_str(assets["tokenizer.json"].decode())
+    whole.no_padding()
+    whole.no_truncation()
+    bare, framed = (whole.encode("a", add_special_tokens=special).ids for special in (False, True))
+    start = framed.index(bare[0]) if bare else 0
+    settings.update(bos=start > 0, eos=len(framed) > start + len(bare))
+  elif (folder / SENTENCEPIECE).exists():
+    assets = {"tokenizer.model": (folder / SENTENCEPIECE).read_bytes(), **assets}
+    tokenizer = Tokenizer.from_assets(assets)
+    settings.update(bos=False, eos=True, lowercase=bool(facts.get("do_lower_case", True)))
+  else:
+    raise UserError(f"{folder}: no tokenizer.json and no {SENTENCEPIECE}. Copy the tokenizer's files too")
+  pad = facts.get("pad_token")
+  pad = pad.get("content") if isinstance(pad, dict) else pad
+  settings.update(pad_id=-1 if tokenizer.pad_id >= 0 or pad is None else 0)
+  inputs = facts.get("model_input_names")
+  settings.update(mask_padding=family.MASK_PADDING if inputs is None else "attention_mask" in inputs)
+  return settings, assets
+
+
+def tokenizer_files(config: Mapping[str, Any], assets: Mapping[str, bytes], family: ModuleType) -> dict[str, bytes]:
+  """The tokenizer's files for transformers. Raises UserError: there is no tokenizer that it reads."""
+  files = {name: assets[name] for name in TOKENIZER_FILES if name in assets}
+  if "tokenizer.json" not in files:
+    if "tokenizer.model" not in assets or family.TOKENIZER_CLASS != "SiglipTokenizer":
+      raise UserError("the checkpoint has no tokenizer.json, and transformers' "
+                      f"{family.TOKENIZER_CLASS} reads no sentencepiece model. Export to safetensors or stablehlo")
+    files[SENTENCEPIECE] = assets["tokenizer.model"]
+  facts = json.loads(files.get("tokenizer_config.json", b"{}"))
+  inputs = ["input_ids"] + (["attention_mask"] if config["data"]["text"]["mask_padding"] else [])
+  facts = {"tokenizer_class": family.TOKENIZER_CLASS, **facts, "model_max_length": config["data"]["text"]["length"],
+           "model_input_names": inputs}
+  return {**files, "tokenizer_config.json": json.dumps(facts, indent=2).encode()}

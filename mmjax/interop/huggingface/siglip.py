@@ -1,0 +1,91 @@
+"""SigLIP (model_type "siglip"): what its config.json means here, which tensors are which parameters, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.interop.huggingface import clip, mapping
+from mmjax.interop.huggingface.mapping import Rule
+
+TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS = "SiglipTokenizer", "SiglipProcessor", "SiglipImageProcessor"
+ARCHITECTURE = "SiglipModel"
+MASK_PADDING = False  # SigLIP was trained on padding that the model sees; its tokenizer_config.json lists no attention_mask
+
+# What transformers assumes where config.json is silent.
+TEXT = dict(vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            max_position_embeddings=64, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, attention_dropout=0.0,
+            projection_size=None)
+VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
+              image_size=224, patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, attention_dropout=0.0,
+              vision_use_head=True)
+PREPROCESSOR = dict(do_resize=True, size={"height": 224, "width": 224}, resample=3, do_center_crop=False, do_rescale=True,
+                    rescale_factor=1 / 255, do_normalize=True, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+
+
+def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """{"model": ..., "image_size": int, "text": settings of data.text} of a config.json."""
+  text, vision = clip.towers(facts, TEXT, VISION)
+  width = text["projection_size"] or text["hidden_size"]
+  if not vision["vision_use_head"]:
+    raise UserError("vision_config.vision_use_head is false: such a model has no picture embedding to compare with texts")
+  if width != vision["hidden_size"]:
+    raise UserError(f"text_config.projection_size {width} is not vision_config.hidden_size {vision['hidden_size']}: "
+                    "texts and pictures cannot be compared")
+  model = dict(
+      name="dual_encoder", width=width, unprojected=("image",), projection_bias=True, bias=True, bias_init=-10.0,
+      scale_init=10.0, scale_max=clip.scale_limit(tensors, 1e4),
+      encoders=dict(
+          image=dict(pooling="attention", input_norm=False, patch_bias=True, **clip.vision_settings(vision)),
+          text=dict(kind="transformer", causal=False, norm="pre", final_norm=True, bias=True, pooling="final",
+                    **clip.block_settings(text, "text_config"))))
+  return dict(model=model, image_size=clip.square(vision["image_size"], "vision_config.image_size"),
+              text=dict(vocab_size=text["vocab_size"], length=text["max_position_embeddings"]))
+
+
+def rules(config: Mapping[str, Any]) -> list[Rule]:
+  """The weights of a SiglipModel."""
+  image, text = config["model"]["encoders"]["image"], config["model"]["encoders"]["text"]
+  return [
+    mapping.patches("image/patch/kernel", "vision_model.embeddings.patch_embedding.weight", image["patch"]),
+    mapping.same("image/patch/bias", "vision_model.embeddings.patch_embedding.bias"),
+    mapping.same("image/position", "vision_model.embeddings.position_embedding.weight"),
+    *mapping.blocks("image/layers", "vision_model.encoder.layers", image["heads"], image["depth"]),
+    *mapping.norm("image/norm", "vision_model.post_layernorm"),
+    *mapping.attention_pool("image/pool", "vision_model.head", image["heads"]),
+    mapping.same("text/embedding", "text_model.embeddings.token_embedding.weight"),
+    mapping.same("text/position", "text_model.embeddings.position_embedding.weight"),
+    *mapping.blocks("text/layers", "text_model.encoder.layers", text["heads"], text["depth"]),
+    *mapping.norm("text/norm", "text_model.final_layer_norm"),
+    *mapping.linear("text_projection", "text_model.head"),
+    mapping.scalar("log_scale", "logit_scale", (1,)),
+    mapping.scalar("bias", "logit_bias", (1,)),
+  ]
+
+
+def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
+  """(key, value, values that would do) of what a SiglipModel must have."""
+  model, image, text = config["model"], config["model"]["encoders"]["image"], config["model"]["encoders"]["text"]
+  poolings = ("final",) if config["data"]["text"]["mask_padding"] else ("final", "last")
+  return [("model.encoders.image.pooling", image["pooling"], ("attention",)),
+          ("model.encoders.text.pooling", text["pooling"], poolings),
+          ("model.encoders.text.causal", text["causal"], (False,)),
+          ("model.encoders.image.input_norm", image["input_norm"], (False,)),
+          ("model.encoders.image.patch_bias", image["patch_bias"], (True,)),
+          ("model.unprojected", tuple(model["unprojected"]), (("image",),)),
+          ("model.projection_bias", model["projection_bias"], (True,)), ("model.bias", model["bias"], (True,)),
+          *clip.block_refusals(config)]
+
+
+def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
+  """The config.json of a SiglipModel. special: the tokenizer's pad_token_id, bos_token_id and eos_token_id."""
+  encoders, data = config["model"]["encoders"], config["data"]
+  return dict(
+      model_type="siglip", architectures=[ARCHITECTURE], torch_dtype="float32",
+      text_config=dict(clip.tower_facts(encoders["text"], "siglip_text_model"), vocab_size=data["text"]["vocab_size"],
+                       max_position_embeddings=data["text"]["length"], projection_size=config["model"]["width"], **special),
+      vision_config=dict(clip.tower_facts(encoders["image"], "siglip_vision_model"), image_size=data["image"]["size"],
+                         patch_size=encoders["image"]["patch"], num_channels=3, vision_use_head=True))

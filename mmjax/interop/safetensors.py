@@ -1,0 +1,81 @@
+"""Reads and writes safetensors files: one, or several with an index. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mmjax.config import UserError
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+          "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+
+
+def read_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+  """{name: array} of a folder's model.safetensors, or of the files of its model.safetensors.index.json; memory-mapped.
+
+  Raises UserError: neither is there, or a file is damaged.
+  """
+  folder = Path(folder)
+  if (single := folder / "model.safetensors").exists():
+    return read(single)
+  index = folder / "model.safetensors.index.json"
+  if not index.exists():
+    old = ", only files that hold pickled code, which mmjax does not open: save it as safetensors" if list(folder.glob("*.bin")) else ""
+    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json{old}")
+  places = read_json(index).get("weight_map", {})
+  tensors: dict[str, np.ndarray] = {}
+  for name in sorted(set(places.values())):
+    if Path(name).name != name or not (folder / name).exists():
+      raise UserError(f"{index} names {name!r}, which is not beside it. Copy the whole folder")
+    tensors.update(read(folder / name))
+  if missing := sorted(set(places) - set(tensors)):
+    raise UserError(f"{index} promises tensors that its files lack: {', '.join(missing)}")
+  return tensors
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """{name: read-only array} of one file. Raises UserError: it is cut short, or no safetensors file."""
+  path = Path(path)
+  try:
+    with open(path, "rb") as file:
+      (length,) = struct.unpack("<Q", file.read(8))
+      if length > min(path.stat().st_size, 100_000_000):
+        raise ValueError("its header is longer than the file")
+      header = json.loads(file.read(length))
+    data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if path.stat().st_size > 8 + length else np.empty(0, np.uint8)
+    tensors = {}
+    for name, entry in header.items():
+      if name != "__metadata__":
+        start, end = entry["data_offsets"]
+        if end > len(data):
+          raise ValueError(f"tensor {name} lies beyond its end")
+        tensors[name] = data[start:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+  except (OSError, ValueError, KeyError, struct.error) as error:
+    raise UserError(f"{path}: no whole safetensors file ({error}). Copy it again") from error
+
+
+def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes one file that PyTorch programs read."""
+  from safetensors.numpy import save_file
+
+  save_file({name: np.array(x, order="C") for name, x in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def read_json(path: str | os.PathLike) -> dict:
+  """A JSON object. Raises UserError: there is none."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      value = json.load(file)
+    if not isinstance(value, dict):
+      raise ValueError("it holds no object")
+    return value
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path}: no readable JSON ({error})") from error
