@@ -107,7 +107,7 @@ class Checkpointer:
     for step in steps:
       folder = self._root / str(step)
       try:
-        state, data = _checked(folder, None, lambda folder=folder: self._read(folder, spec))
+        state, data = _checked(folder, lambda folder=folder: self._read(folder, spec))
       except Corrupt as error:
         log.warning("checkpoint %s is corrupt: %s; trying the one before", folder, error)
         self._bad.add(step)
@@ -163,8 +163,10 @@ class Checkpointer:
 
   def _decide(self, step: int, metrics: Mapping[str, float], force: bool) -> str:
     """"save", "note" (the metrics of a step that is saved) or ""; process 0 only."""
-    if step not in self._bad and (self._root / str(step)).exists():
-      return "note" if metrics else ""
+    if step in self._steps():
+      with contextlib.suppress(Corrupt):  # then it is written anew
+        manifest.read(self._root / str(step))
+        return "note" if metrics else ""
     if force or (self._every and step % self._every == 0) or self._best_of(metrics) is None:
       return "save"
     sign = 1 if self._options.best_mode == "max" else -1
@@ -181,7 +183,7 @@ class Checkpointer:
         yield
       except BaseException:
         if jax.process_index() == 0:
-          storage.delete(self._root / f"{step}{TEMPORARY}")
+          storage.delete(self._root / f"{step}{TEMPORARY}", patience=5.0)
         raise
 
   def _finish(self, step: int) -> None:
@@ -309,26 +311,27 @@ def names_and_shapes(path: str) -> dict[str, jax.ShapeDtypeStruct]:
   return storage.stored_leaves(find_checkpoint(path) / "params")
 
 
-def _checked(folder: epath.Path, items: tuple[str, ...] | None, read: Callable[[], Any]) -> Any:
-  """`read()`, while the files are being checked. Raises Corrupt if they are damaged, whatever reading them said."""
+def _checked(folder: epath.Path, read: Callable[[], Any]) -> Any:
+  """`read()` of a checkpoint whose files are as they were written, in every process. Raises Corrupt."""
   if jax.process_count() > 1:
     problem = None
     if jax.process_index() == 0:
       try:
-        manifest.verify(folder, items)
+        manifest.verify(folder)
       except Corrupt as error:
         problem = error
     if from_main([int(problem is not None)])[0]:
       raise problem or Corrupt("process 0 says why")
     return read()
-  with ThreadPoolExecutor(1) as pool:
-    checks = pool.submit(manifest.verify, folder, items)
+  large = manifest.check_structure(folder)
+  with ThreadPoolExecutor(1) as pool:  # large files are checked while they are being read
+    check = pool.submit(manifest.check_content, folder, large)
     try:
       value = read()
     except Exception:
-      checks.result()
+      check.result()
       raise
-    checks.result()
+    check.result()
     return value
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -124,14 +125,22 @@ def disk_errors(what: str, hint: str = "") -> Iterator[None]:
     raise UserError(f"{what}: {reason}{hint or '. Free space, or choose another folder'}") from error
 
 
-def delete(path: epath.Path) -> None:
-  """Renames first where that is atomic: a kill then never leaves half a checkpoint under a step's name."""
-  try:
+def delete(path: epath.Path, *, patience: float = 0.0) -> None:
+  """Deletes a folder; a checkpoint is renamed first, so that a kill never leaves half of one under a step's name.
+
+  patience: seconds to try for, while what is left of a failed save may still add files. What cannot be deleted stays: the next
+  save tries again.
+  """
+  end = time.monotonic() + patience
+  with contextlib.suppress(OSError):
     if "://" not in str(path) and path.name.isdigit():
       path = path.rename(path.parent / (path.name + DELETED))
-    path.rmtree()
-  except OSError:  # gone already, or not ours to delete: the next save tries again
-    pass
+  while path.exists():
+    with contextlib.suppress(OSError):
+      path.rmtree()
+    if time.monotonic() >= end:
+      return
+    time.sleep(0.05)
 
 
 def nested(tree: Any) -> dict:
@@ -169,7 +178,8 @@ def _quiet() -> None:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-  return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+  message = record.getMessage()
+  return not ("orbax" in record.pathname or "orbax" in message or "OCDBT" in message)
 
 
 def _not_closed_loop(show: Callable[[Any], None], problem: Any) -> None:

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmjax.config import UserError
 from mmjax.state import checkpoint as checkpoint_lib
+from mmjax.state import manifest
 from mmjax.state.checkpoint import (
   Checkpointer,
   find_checkpoint,
@@ -167,6 +168,19 @@ def test_damage_to_any_file_is_named_and_the_one_before_used(tmp_path, open_run,
     assert [str(folder) in r.getMessage() and "\n" not in r.getMessage() for r in caplog.records] == [True], name
 
 
+def test_a_flipped_bit_in_a_large_file_is_noticed(tmp_path, open_run, make_state, spec_on, monkeypatch, caplog):
+  monkeypatch.setattr(manifest, "SMALL", 1000)
+  run = open_run(every=1)
+  run.save(1, make_state(1))
+  run.save(2, make_state(2))
+  run.close()
+  largest = max((tmp_path / "checkpoints/2/params").rglob("d/*"), key=os.path.getsize)
+  assert os.path.getsize(largest) > 1000
+  damage(largest, "garble")
+  assert open_run().restore(spec_on(1))[2] == 1
+  assert "its checksum differs" in caplog.text
+
+
 def test_the_run_goes_on_over_a_corrupt_checkpoint(tmp_path, open_run, make_state, spec_on, same):
   run = open_run(every=1)
   run.save(1, make_state(1))
@@ -179,6 +193,19 @@ def test_the_run_goes_on_over_a_corrupt_checkpoint(tmp_path, open_run, make_stat
   restored, _, step = again.restore(spec_on(8))
   assert step == 2
   same(restored, make_state(22))
+
+
+def test_half_written_ones_are_named_and_removed(tmp_path, open_run, make_state, spec_on, caplog):
+  run = open_run(every=1)
+  run.save(1, make_state(1))
+  run.close()
+  shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints/2.orbax-checkpoint-tmp")
+  again = open_run(every=1)
+  assert again.restore(spec_on(8))[2] == 1
+  assert [r.getMessage() for r in caplog.records if "2.orbax-checkpoint-tmp is half-written" in r.getMessage()]
+  again.save(3, make_state(3))
+  again.wait()
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "3"]
 
 
 def test_no_usable_checkpoint_is_an_error_and_not_a_new_start(tmp_path, open_run, make_state, spec_on):
@@ -227,6 +254,20 @@ def test_import_folders(tmp_path, same):
   with pytest.raises(UserError, match="not empty"):
     save_import(str(folder), params, {}, {})
   same(load_params(str(folder)), jax.tree.map(np.asarray, params))
+
+
+LEAVES = st.builds(
+    lambda shape, dtype, seed: np.random.default_rng(seed).integers(-99, 99, shape).astype(dtype),
+    st.lists(st.integers(1, 4), max_size=3).map(tuple), st.sampled_from([np.float32, np.int32, jnp.bfloat16, np.uint8]), st.integers(0, 99))
+
+
+@settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.text("ab_0", min_size=1, max_size=3), st.one_of(LEAVES, st.dictionaries(
+    st.text("xy", min_size=1, max_size=2), LEAVES, min_size=1, max_size=2)), min_size=1, max_size=4))
+def test_any_tree_comes_back_bit_for_bit(tmp_path_factory, same, tree):
+  folder = tmp_path_factory.mktemp("any") / "import"
+  save_import(str(folder), tree, {}, {})
+  same(load_params(str(folder)), tree)
 
 
 def test_the_config_comes_back(tmp_path):
