@@ -184,7 +184,7 @@ class Step:
     gradients_of = self._in_microbatches if train.microbatches > 1 else self._at_once
     loss, gradients, sums, model_state = gradients_of(state.params, state.model_state, batch, rng)
     gradients = jax.lax.with_sharding_constraint(gradients, _shardings(self.params_spec))
-    gradient_norm = optax.global_norm(gradients)
+    gradient_norm = optax.tree.norm(gradients)
 
     # The next parameters.
     updates, optimizer_state = self.optimizer.tx.update(gradients, state.opt_states["main"], state.params, step=state.step)
@@ -198,7 +198,7 @@ class Step:
     new = jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state).replace(step=state.step + 1)
 
     metrics = {"loss": loss, **{f"{name}/{key}": _mean(*pair) for name, losses in sums.items() for key, pair in losses.items()}}
-    metrics.update(grad_norm=gradient_norm, param_norm=optax.global_norm(new.params), update_norm=optax.global_norm(updates),
+    metrics.update(grad_norm=gradient_norm, param_norm=optax.tree.norm(new.params), update_norm=optax.tree.norm(updates),
                    lr=self.optimizer.schedule(state.step), skipped=~finite)
     if is_shared(self.model, "temperature"):
       metrics["scale"] = self.model.apply({"params": state.params}, method="temperature")[0]

@@ -109,7 +109,7 @@ def test_eight_microbatches_on_eight_devices(reference):
 
 def test_dropout_is_the_same_in_both_passes():
   """With dropout, the two passes must meet the same masks: then the embeddings of pass two give back the loss of pass one."""
-  step = make_step("train.microbatches=4", "model.encoders.image.dropout=0.5", "model.encoders.text.dropout=0.5")
+  step = make_step("train.microbatches=4", "model.encoders.image.dropout=0.5", "model.encoders.text.dropout=0.5", devices=1)
   params = step.init(0).params
   batch = make_batch()
   direction = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32) * 1e-3, params)
@@ -219,14 +219,15 @@ def test_mixup_gives_soft_targets_and_keeps_bytes():
   pixels = batch["image"]["pixels"].astype(np.float64)
   want = weight[:, None, None, None] * pixels + (1 - weight[:, None, None, None]) * pixels[row]
   assert np.abs(want - np.asarray(mixed["pixels"], np.float64)).max() <= 0.51
-  assert (weight[~batch["valid"][row]] == 1).all() and 0.02 < weight.min() < 0.98 or weight.min() >= 0
+  assert (weight[~batch["valid"][row]] == 1).all()
+  assert ((weight >= 0) & (weight <= 1)).all() and len(np.unique(weight)) > BATCH // 2
 
 
 def test_mixup_in_training_is_the_same_with_microbatches(reference):
   params, _ = reference
   results = []
   for n in (1, 4):
-    step = make_step("train.mixup=0.3", f"train.microbatches={n}", "mesh.data=4", devices=4)
+    step = make_step("train.mixup=0.3", f"train.microbatches={n}", devices=2)
     state = step.with_params(step.init(0), params)
     results.append(step.train(state, multihost.to_device(make_batch(), step.mesh))[1])
   np.testing.assert_allclose(results[0]["loss"], results[1]["loss"], rtol=1e-5)
