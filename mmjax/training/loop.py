@@ -56,8 +56,12 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
     ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
   open_workdir(workdir, config, allow_change)
 
-  # -- State: restored, or initialised on the mesh -----------------------------------------------------------------------
   step = Step(config, mesh, steps=steps, examples=pipeline.examples)
+  evaluators = evaluation.Evaluation(config, step.embed, mesh) if config.evaluation.evaluators and every["evaluation"] else None
+  if evaluators:
+    evaluators.check_sources()
+
+  # -- State: restored, or initialised on the mesh -----------------------------------------------------------------------
   saver = checkpoint.Checkpointer(workdir, config, steps=steps, examples=pipeline.examples)
   restored = saver.restore(step.state_spec)
   if restored:
@@ -89,7 +93,6 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   # -- The loop ----------------------------------------------------------------------------------------------------------
   outputs = Outputs(workdir, start, config) if multihost.is_main() else None
   progress = Progress(start, steps) if multihost.is_main() else None
-  evaluators = evaluation.Evaluation(config, step.embed, mesh) if config.evaluation.evaluators and every["evaluation"] else None
   assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and "text" in config.model.encoders else {}
   flops = step.flops_per_step()
   clock = Clock(data.get("skipped_in_a_row", 0), data.get("skipped", 0))

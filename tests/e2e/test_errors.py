@@ -72,7 +72,7 @@ def tar(path, members):
   (("train", "--config", QUICKSTART, "--workdir", "w", "--config.optimizer.lr=fast"), ["optimizer.lr", "float"]),
   (("train", "--config", QUICKSTART, "--workdir", "w", "--config.objectives.align.between=('image','audio')"), ["audio", "image, text"]),
   (("train", "--config", QUICKSTART, "--workdir", "w", "--config.mesh.data=3", "--config.train.batch_size=24"), ["mesh", "8 devices"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.train.microbatches=7"), ["microbatches", "252"]),
+  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.train.microbatches=7"), ["microbatches", "259"]),
   (("train", "--config", QUICKSTART, "--workdir", "w", "--config.data.image.size=50"), ["50", "patch"]),
   (("config", "show", QUICKSTART, "--config.seed=x"), ["seed", "int"]),
   (("data", "convert", "zip", "x", "--name", "y"), ["zip", "folder"]),
@@ -163,7 +163,7 @@ def test_bad_records_are_skipped_counted_and_named(mmjax, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert code == 0, printed
   summary = json.loads(printed)
-  assert summary["written"] == 4 and sum(summary["skipped"].values()) == 7
+  assert summary["examples"] == 4 and sum(summary["skipped"].values()) == 7
 
 
 def test_unreadable_folders(mmjax, tmp_path):

@@ -28,7 +28,7 @@ from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, Tra
 Array = jax.Array
 ImagePooling = Literal["class", "mean", "attention", "last"]
 Positions = Literal["learned", "sincos"]
-Stem = Literal["patch", "convolution"]
+Stem = Literal["patch", "half_patch", "convolution"]
 
 
 class VisionTransformer(nn.Module):
@@ -89,6 +89,9 @@ class VisionTransformer(nn.Module):
     if self.stem == "convolution":
       x = ConvolutionStem(c.width, self.patch, c.activation, c.eps, c.dtype, name="stem")(pixels)
       return x.reshape(x.shape[0], -1, c.width)
+    if self.stem == "half_patch":
+      x = HalfPatchStem(c.width, self.patch, c.activation, c.dtype, name="stem")(pixels)
+      return x.reshape(x.shape[0], -1, c.width)
     x = materialise(patchify(pixels, self.patch))
     return Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), self.patch_bias, name="patch")(x)
 
@@ -100,6 +103,29 @@ class VisionTransformer(nn.Module):
     table = self.param("position", with_axes(normal(width**-0.5), ("position", "embed")),
                        (int(head) + trained[0] * trained[1], width), jnp.float32)
     return jnp.concatenate([table[:head], resize_positions(table[head:], trained, grid)])
+
+
+class HalfPatchStem(nn.Module):
+  """Patches of half the size, then one 3x3 convolution of stride 2: tokens overlap, at little more than a linear layer.
+
+  Call: [B, H, W, 3] -> [B, H / patch, W / patch, D]; `patch`: an even number. Small pictures learn far quicker this way.
+  """
+
+  width: int
+  patch: int
+  activation: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    if self.patch % 2:
+      raise UserError(f"the half-patch stem needs an even patch, not {self.patch}")
+    (b, h, w, _), half = x.shape, self.patch // 2
+    channels = self.width // 2
+    x = Dense((channels,), ("patch", "mlp"), self.dtype, nn.initializers.he_normal(), name="patch")(materialise(patchify(x, half)))
+    x = activate(self.activation, x).reshape(b, h // half, w // half, channels)
+    return Dense((self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name="convolution")(
+        materialise(neighbours(x)))
 
 
 class ConvolutionStem(nn.Module):
@@ -171,7 +197,8 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 1
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: class (a learned token), mean, attention (a learned query and an MLP), last (token).
   positions: learned (interpolated when a picture has another size than data.image.size) or sincos.
-  stem: patch (one linear layer) or convolution (3x3 convolutions of stride 2).
+  stem: patch (one linear layer), half_patch (patches of half the size, then a 3x3 convolution of stride 2) or convolution
+    (3x3 convolutions of stride 2 all the way).
   patch_dropout: share of the patches left out in training.
   patch_bias: the patch embedding has a bias.
   crop_edge: pixels beyond the last whole patch are not seen, instead of refused.
