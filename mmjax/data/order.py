@@ -66,7 +66,7 @@ def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
   shares = [fractions.Fraction(weight) / fractions.Fraction(sum(map(fractions.Fraction, weights))) for weight in weights]
   near = [share.limit_denominator(_PERIOD) for share in shares]
   period = np.lcm.reduce([share.denominator for share in near], dtype=object)
-  if sum(near) != 1 or period > _PERIOD or any(abs(a - b) > 1e-9 for a, b in zip(near, shares, strict=True)):
+  if sum(near) != 1 or period > _PERIOD or any(abs(a - b) > 1e-9 or (not a and b) for a, b in zip(near, shares, strict=True)):
     near, period = shares, _PERIOD
   return tuple(max(1, round(share * period)) if share else 0 for share in near)
 

@@ -46,7 +46,7 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
 
     if not entry.get("path"):
       raise UserError("a source named 'tars' has no path: give a glob or a brace pattern, such as 'shards/{00000..00009}.tar'")
-    source: Source = TarSource(entry["path"], languages)
+    source: Source = TarSource(entry["path"], languages, data_dir(config))
   else:
     source = ArrayRecordSource(data_dir(config), name, entry.get("split") or "train", languages)
   return CachedSource(source) if entry.get("cache") else source

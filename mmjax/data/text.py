@@ -207,6 +207,8 @@ class _SentencePiece(Tokenizer):
     import sentencepiece
 
     super().__init__({"tokenizer.model": assets["tokenizer.model"]})
+    if not assets["tokenizer.model"]:
+      raise ValueError("the file is empty")
     self._model = sentencepiece.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
     self.vocab_size = self._model.get_piece_size()
     self.pad_id, self.bos_id, self.eos_id, self.unk_id = (

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -173,9 +174,9 @@ def write_dataset(
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    with _quiet_tfds():
+    with _quiet_tfds(), tempfile.TemporaryDirectory() as nowhere:
       builder = Builder(data_dir=os.fspath(data_dir), file_format="array_record")
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+      builder.download_and_prepare(download_dir=nowhere, download_config=tfds.download.DownloadConfig(try_download_gcs=False))
   except OSError as error:
     if not is_complete(folder):  # else another process has built the same meanwhile
       raise UserError(f"{data_dir}: cannot write data set {name!r} ({error}). Choose another folder with $MMJAX_DATA") from error
@@ -216,8 +217,8 @@ def _canonical(split: str, record: Record) -> bytes:
 
 
 def _remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
-  """Deletes what builds left that were killed: folders named VERSION.incomplete..., untouched for an hour."""
-  for path in folder.parent.glob(f"{folder.name}.incomplete*"):
+  """Deletes what builds left that were killed: folders that TFDS names incomplete.*_VERSION, untouched for an hour."""
+  for path in folder.parent.glob(f"incomplete.*_{folder.name}"):
     if time.time() - path.stat().st_mtime > older_than:
       shutil.rmtree(path, ignore_errors=True)
 
