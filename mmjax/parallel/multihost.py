@@ -37,7 +37,6 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mmjax/compiled"))
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
-  # Collectives between CPU processes; without it XLA would refuse them. Other platforms ignore it.
   if any(environment.get(name) for name in _LOCAL):
     missing = [name for name in _LOCAL if not environment.get(name)]
     if missing:
@@ -135,7 +134,7 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _join(**settings: Any) -> None:
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")  # XLA refuses them else; other platforms ignore it
   try:
     jax.distributed.initialize(**settings)
   except (RuntimeError, ValueError) as error:
