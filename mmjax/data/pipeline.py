@@ -11,8 +11,11 @@ A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {
 from __future__ import annotations
 
 import collections
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,10 +89,10 @@ class Pipeline:
     options = grain.ReadOptions(num_threads=max(1, data.threads), prefetch_buffer_size=max(1, data.prefetch))
     batches = grain.MapDataset.range(start, stop).map(_Make(self)).to_iter_dataset(options)
     if data.workers > 0:
-      _prepare_workers()
+      _parse_flags()
       batches = grain.experimental.WithOptionsIterDataset(batches, grain.experimental.DatasetOptions(min_shm_size=1 << 16))
       each = -(-max(1, data.prefetch) // data.workers)
-      batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=each))
+      batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=each), _start_worker)
     iterator = iter(batches)
     try:
       for step in range(start, stop):
@@ -175,17 +178,20 @@ class EvaluationData:
   def images(self) -> Iterator[Batch]:
     """All pictures: {"image": {"pixels", "key"}, "valid", "id", "label"}; the last batch is filled up with rows that are not valid."""
     for start in range(0, len(self), self.batch_size):
-      real = [start + row for row in self.rows.tolist() if start + row < len(self)]
-      batch = self._examples([(self.source, i) for i in real], [None] * len(real), ("image",))
+      index = start + self.rows
+      real = index < len(self)
+      batch = self._examples([(self.source, i) for i in index[real].tolist()], [None] * int(real.sum()), ("image",))
       _report(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
-      batch["label"] = self.labels[real]
-      yield _fill(batch, len(self.rows))
+      batch["label"] = self.labels[index[real]]
+      yield _spread(batch, real)
 
   def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
     """Any texts, tokenised: {"text": {"tokens", "mask", "key"}, "valid"}, filled up as `images`."""
     for start in range(0, len(texts), self.batch_size):
-      real = [texts[start + row] for row in self.rows.tolist() if start + row < len(texts)]
-      yield _fill({"text": self._examples.text(real), "valid": np.ones(len(real), bool)}, len(self.rows))
+      index = start + self.rows
+      real = index < len(texts)
+      rows = self._examples.text([texts[i] for i in index[real].tolist()])
+      yield _spread({"text": rows, "valid": np.ones(int(real.sum()), bool)}, real)
 
   def picture(self, index: int) -> np.ndarray:
     """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""
@@ -322,15 +328,22 @@ def _place(source: Source, index: int) -> str:
   return f"{source.name}[{index}]"
 
 
-def _fill(batch: Batch, count: int) -> Batch:
-  """Adds rows that are not valid (zeros, empty ids, label -1) up to `count`."""
-  missing = count - len(batch["valid"])
-  if not missing:
+def _spread(batch: Batch, real: np.ndarray) -> Batch:
+  """Puts the rows of a batch where `real` bool [B] is true, and rows that are not valid (zeros, empty ids, label -1) elsewhere."""
+  if real.all():
     return batch
-  pad = lambda name, value: {k: pad(k, v) for k, v in value.items()} if isinstance(value, dict) else (
-    value + [""] * missing if isinstance(value, list) else
-    np.concatenate([value, np.full((missing, *value.shape[1:]), -1 if name == "label" else 0, value.dtype)]))
-  return {name: pad(name, value) for name, value in batch.items()}
+
+  def spread(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+      return {k: spread(k, v) for k, v in value.items()}
+    if isinstance(value, list):
+      rest = iter(value)
+      return [next(rest) if here else "" for here in real]
+    out = np.full((len(real), *value.shape[1:]), -1 if name == "label" else 0, value.dtype)
+    out[real] = value
+    return out
+
+  return spread("", batch)
 
 
 def _report(unreadable: Sequence[tuple[str, str]], known: dict[str, str], limit: int) -> None:
@@ -351,10 +364,28 @@ def _own(tree: Any) -> Any:
   return np.array(tree, subok=False) if isinstance(tree, np.ndarray) else tree
 
 
-def _prepare_workers() -> None:
-  """Worker processes import jax through grain, but must not take a device; absl must not wait for a command line."""
+def _parse_flags() -> None:
+  """Grain asks absl for flags when it starts workers, and absl fails unless a command line was parsed."""
   from absl import flags
 
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Runs first in a worker process. It never takes a device, leaves Ctrl-C to the main process, and does not outlive it.
+
+  On SIGTERM (often sent to the whole process group) it goes on for a while: the main process may still need a batch to stop well.
+  """
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda *unused: threading.Timer(30, os._exit, (1,)).start())
+
+  def follow() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
