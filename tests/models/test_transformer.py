@@ -1,0 +1,134 @@
+"""The stack: how it is stored, that running it in other ways changes nothing, and what it costs to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.config import UserError
+from mmjax.models.layers import ACTIVATIONS, activate, resize_positions, sincos_positions
+from mmjax.models.platform import materialise, platform
+from mmjax.models.transformer import REMAT, Block, Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(width=16, depth=3, heads=2, mlp=32)
+X = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
+MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+
+
+@pytest.fixture(scope="module")
+def params():
+  boxed = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), X, MASK)
+  return nn.unbox(boxed)["params"]
+
+
+def test_layers_are_stored_stacked_with_logical_axes():
+  boxed = jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), X, MASK)
+  spec = nn.get_partition_spec(boxed)["params"]["layers"]
+  assert spec["attention"]["qkv"]["kernel"] == jax.P("layers", "embed", "qkv", "heads", "kv")
+  assert spec["attention"]["out"]["kernel"] == jax.P("layers", "heads", "kv", "embed")
+  assert spec["mlp"]["up"]["kernel"] == jax.P("layers", "embed", "mlp")
+  assert spec["mlp"]["down"]["kernel"] == jax.P("layers", "mlp", "embed")
+  assert spec["attention_norm"]["scale"] == jax.P("layers", "embed")
+  assert jax.tree.leaves(nn.unbox(boxed))[0].shape[0] == CONFIG.depth
+
+
+def test_layers_start_different_and_equal_blocks_run_one_after_another(params):
+  kernel = params["layers"]["mlp"]["up"]["kernel"]
+  assert not np.allclose(kernel[0], kernel[1])
+  x = jnp.asarray(X)
+  for i in range(CONFIG.depth):
+    x = Block(CONFIG).apply({"params": jax.tree.map(lambda p, i=i: p[i], params["layers"])}, x, MASK)
+  np.testing.assert_allclose(Transformer(CONFIG).apply({"params": params}, X, MASK), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [*(dict(remat=name) for name in REMAT if name != "none"), dict(scan_unroll=1),
+                                    dict(scan_unroll=2, remat="full")], ids=str)
+def test_remat_and_unrolling_change_no_number(params, change):
+  def gradient(config):
+    loss = lambda p: jnp.square(Transformer(config).apply({"params": p}, X, MASK)).mean()
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  want, got = gradient(CONFIG), gradient(dataclasses.replace(CONFIG, **change))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, want)
+
+
+def test_remat_keeps_less(params):
+  def kept(config):
+    run = lambda p: Transformer(config).apply({"params": p}, jnp.tile(X, (64, 1, 1)), None).sum()
+    return jax.jit(jax.grad(run)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+  config = dataclasses.replace(CONFIG, depth=3, scan_unroll=1)
+  assert kept(dataclasses.replace(config, remat="full")) < 0.7 * kept(config)
+
+
+def test_causal_blocks_do_not_look_ahead(params):
+  stack = Transformer(dataclasses.replace(CONFIG, causal=True))
+  changed = X.copy()
+  changed[:, 3:] += 1
+  a, b = (stack.apply({"params": params}, x) for x in (X, changed))
+  np.testing.assert_allclose(a[:, :3], b[:, :3], atol=1e-6)
+  assert not np.allclose(a[:, 3:], b[:, 3:])
+
+
+def test_dropout_needs_train_and_is_a_function_of_the_key(params):
+  stack = Transformer(dataclasses.replace(CONFIG, dropout=0.5))
+  run = lambda seed: stack.apply({"params": params}, X, MASK, train=True, rngs={"dropout": jax.random.key(seed)})
+  np.testing.assert_array_equal(run(1), run(1))
+  assert not np.allclose(run(1), run(2))
+  np.testing.assert_allclose(stack.apply({"params": params}, X, MASK), Transformer(CONFIG).apply({"params": params}, X, MASK))
+
+
+def test_post_norm_normalises_its_output():
+  config = dataclasses.replace(CONFIG, norm="post")
+  out, _ = Transformer(config).init_with_output(jax.random.key(0), X)
+  np.testing.assert_allclose(out.mean(-1), 0, atol=1e-5)
+  np.testing.assert_allclose(out.std(-1), 1, atol=1e-3)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+  config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
+  out, variables = Transformer(config).init_with_output(jax.random.key(0), X)
+  assert out.dtype == jnp.bfloat16 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
+
+
+def test_bad_hyper_parameters_are_refused():
+  with pytest.raises(UserError, match="width 10 is not divisible by 3 heads"):
+    TransformerConfig(width=10, depth=1, heads=3, mlp=4)
+  with pytest.raises(UserError, match="remat 'al' is unknown"):
+    dataclasses.replace(CONFIG, remat="al")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_equal_torch_and_their_derivatives_are_right(name):
+  import torch
+
+  x = np.linspace(-6, 6, 101, dtype=np.float32)
+  reference = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+               "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh")}[name]
+  t = torch.from_numpy(x).requires_grad_()
+  reference(t).sum().backward()
+  np.testing.assert_allclose(activate(name, x), reference(t).detach(), atol=1e-6)
+  np.testing.assert_allclose(jax.grad(lambda x: activate(name, x).sum())(x), t.grad, atol=5e-6)
+
+
+def test_the_barrier_is_seen_by_the_cpu_compiler_alone():
+  step = jax.jit(jax.grad(lambda x: (materialise(x * 2) ** 2).sum()))
+  export = lambda platform: jax.export.export(step, platforms=[platform])(jnp.ones(3)).mlir_module()
+  assert export("cpu").count("stablehlo.optimization_barrier") == 2 and "optimization_barrier" not in export("tpu")
+  np.testing.assert_allclose(jax.vmap(jax.grad(lambda x: materialise(x) ** 2))(jnp.arange(3.0)), 2 * np.arange(3.0))
+  assert platform() == "cpu"
+
+
+def test_positions():
+  table = sincos_positions(3, 4, 16)
+  assert table.shape == (12, 16) and len(np.unique(table.round(4), axis=0)) == 12
+  grid = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+  import torch
+
+  want = torch.nn.functional.interpolate(torch.from_numpy(grid.reshape(1, 3, 3, 4)).permute(0, 3, 1, 2), (5, 4), mode="bicubic")
+  np.testing.assert_allclose(resize_positions(grid, (3, 3), (5, 4)), want[0].permute(1, 2, 0).reshape(20, 4), atol=1e-5)
