@@ -57,6 +57,7 @@ KEYS = (
   Key("train.ema", 0.0, float, "Decay of an exponential moving average of the parameters, used by evaluation; 0 = none."),
   Key("train.mixup", 0.0, float, "Beta(a, a) parameter of image mixup (Zhang et al. 2018); 0 = off."),
   Key("train.max_skipped", 20, int, "Consecutive non-finite steps (skipped and counted) after which the run ends."),
+  Key("train.on_restart", 10, int, "Restarts after exit code 1 that a launcher may make."),
   Key("data.dir", "", str, "Folder of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax."),
   Key("data.mix", "examples", Literal["examples"], "How sources mix: 'examples' draws every row by weight."),
   Key("data.workers", 0, int, "Data processes a host; 0 = threads of the main process."),
@@ -128,7 +129,6 @@ KEYS = (
   Key("init.from", "", str, "Checkpoint (run, step or import folder) that the parameters start from."),
   Key("init.map", ((".*", r"\g<0>"),), tuple,
       "((regex of a parameter here, its name there or None for new), ...): the first match decides."),
-  Key("on_restart.max", 10, int, "Restarts after exit code 1 that a launcher may make."),
 )
 
 # One line a kind: group -> name -> "module:function". The function's keyword-only parameters are the settings.
@@ -175,7 +175,7 @@ COLLECTIONS = ("data.sources", "objectives", "model.encoders", "evaluation.evalu
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
 FREE_ON_RESUME = ("mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
-                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "on_restart.*")
+                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart")
 
 
 def base() -> ConfigDict:

@@ -1,6 +1,7 @@
 """Configs: what resolves, and the one clear line for what does not."""
 
 import json
+import pathlib
 
 import pytest
 from hypothesis import given
@@ -96,3 +97,10 @@ def test_every_key_is_documented_and_there_are_fewer_than_150():
   assert len(configs.KEYS) < 150
   assert all(len(key.doc) > 10 and key.doc.endswith(".") for key in configs.KEYS)
   assert len({key.path for key in configs.KEYS}) == len(configs.KEYS)
+
+
+@pytest.mark.parametrize("path", sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.py")), ids=lambda p: p.stem)
+def test_shipped_configs_resolve_to_their_golden_copies(path):
+  """A changed default shows up as a diff in review: `mmjax config show CONFIG > tests/golden/NAME.txt` renews the copy."""
+  golden = pathlib.Path(__file__).parent / "golden" / f"{path.stem}.txt"
+  assert configs.describe(configs.load(str(path))) + "\n" == golden.read_text()

@@ -8,8 +8,9 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import jax
 
@@ -86,7 +87,8 @@ class Progress:
     self.total, self._bar = total, None
     self._first, self._begin = start, time.monotonic()
     if self._out.isatty():
-      from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+      from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+      from rich.progress import Progress as Bar
 
       self._bar = Bar(TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
                       TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
