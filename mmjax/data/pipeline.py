@@ -14,21 +14,17 @@ import collections
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.builders import Record
-from mmjax.data.image import ImageTransform, decode
+from mmjax.data.examples import Batch, Examples, modalities_of, place_of, report_unreadable, spread_rows, streams
 from mmjax.data.order import Order
 from mmjax.data.sources import Source, open_source
-from mmjax.data.text import TextTransform, drop_words, load_tokenizer, split_key
-
-Batch = dict[str, Any]
+from mmjax.data.text import text_key
 
 
 def batch_spec(config, batch_size: int | None = None) -> dict[str, Any]:
@@ -41,11 +37,11 @@ def batch_spec(config, batch_size: int | None = None) -> dict[str, Any]:
     "image": dict(pixels=spec(np.uint8, image, image, 3), key=spec(np.uint32, 2)),
     "text": dict(tokens=spec(np.int32, text), mask=spec(np.bool_, text), key=spec(np.uint32, 2)),
   }
-  return {**{name: modalities[name] for name in _modalities(config)}, "valid": spec(np.bool_)}
+  return {**{name: modalities[name] for name in modalities_of(config)}, "valid": spec(np.bool_)}
 
 
 class Pipeline:
-  """The training batches of a config, in an order that (seed, step) decide.
+  """The training batches of a config.
 
   rows: which rows of the global batch this process makes (int array; None = all), as the batch sharding deals them.
   Attributes: examples (rows of an epoch), unreadable (records that could not be used so far, each counted once).
@@ -55,15 +51,12 @@ class Pipeline:
   def __init__(self, config, rows: Sequence[int] | None = None):
     self.config = config
     self.rows = None if rows is None else np.asarray(rows, np.int64)
-    self._open()
     self._bad: dict[str, str] = {}
     self._ids: collections.OrderedDict[int, list[str]] = collections.OrderedDict()
-
-  def _open(self) -> None:
-    config, entries = self.config, list(self.config.data.sources.items())
+    entries = list(config.data.sources.items())
     self.sources = [_named(name, entry, config) for name, entry in entries]
     self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size)
-    self._examples = _Examples(config, train=True)
+    self._examples = Examples(config, train=True)
 
   @property
   def examples(self) -> int:
@@ -85,6 +78,8 @@ class Pipeline:
     """The batches start, start + 1, ..., stop - 1, prepared ahead by data.threads threads or data.workers processes."""
     import grain
 
+    if start >= stop:
+      return
     data = self.config.data
     options = grain.ReadOptions(num_threads=max(1, data.threads), prefetch_buffer_size=max(1, data.prefetch))
     batches = grain.MapDataset.range(start, stop).map(_Make(self)).to_iter_dataset(options)
@@ -101,8 +96,7 @@ class Pipeline:
           self._remember(step, batch["id"])
         yield batch
     finally:
-      if hasattr(iterator, "close"):
-        iterator.close()
+      iterator.close()
 
   def ids(self, step: int) -> list[str]:
     """The ids of all rows of the global batch of a step."""
@@ -115,7 +109,7 @@ class Pipeline:
     try:
       return self.sources[source][index]["id"]
     except UserError:
-      return _place(self.sources[source], index)
+      return place_of(self.sources[source], index)
 
   def _remember(self, step: int, ids: list[str]) -> None:
     self._ids[step] = ids
@@ -123,15 +117,15 @@ class Pipeline:
       self._ids.popitem(last=False)
 
   def _make(self, step: int) -> Batch:
-    """The batch with "unreadable": [(id, reason)], which `_settle` takes out again. Runs in a worker or a thread."""
+    """The batch with "unreadable": [(name, reason)], which `_settle` takes out again. Runs in a worker or a thread."""
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
     places = [(self.sources[source[row]], int(index[row])) for row in rows]
-    return self._examples(places, _streams(self.config.seed, step, rows))
+    return self._examples(places, streams(self.config.seed, step, rows))
 
   def _settle(self, batch: Batch) -> Batch:
     """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""
-    _report(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
+    report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
     return batch
 
   def __getstate__(self):
@@ -164,7 +158,7 @@ class EvaluationData:
     self.source = open_source(entry, config)
     self.label_names = self.source.labels
     self.captions: list[Caption] = []
-    self._examples = _Examples(config, train=False)
+    self._examples = Examples(config, train=False)
     self._bad: dict[str, str] = {}
     self._read_facts()
 
@@ -181,9 +175,9 @@ class EvaluationData:
       index = start + self.rows
       real = index < len(self)
       batch = self._examples([(self.source, i) for i in index[real].tolist()], [None] * int(real.sum()), ("image",))
-      _report(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
+      report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
       batch["label"] = self.labels[index[real]]
-      yield _spread(batch, real)
+      yield spread_rows(batch, real)
 
   def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
     """Any texts, tokenised: {"text": {"tokens", "mask", "key"}, "valid"}, filled up as `images`."""
@@ -191,7 +185,7 @@ class EvaluationData:
       index = start + self.rows
       real = index < len(texts)
       rows = self._examples.text([texts[i] for i in index[real].tolist()])
-      yield _spread({"text": rows, "valid": np.ones(int(real.sum()), bool)}, real)
+      yield spread_rows({"text": rows, "valid": np.ones(int(real.sum()), bool)}, real)
 
   def picture(self, index: int) -> np.ndarray:
     """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""
@@ -202,8 +196,6 @@ class EvaluationData:
 
   def _read_facts(self) -> None:
     """One pass over the records for captions, labels and picture keys."""
-    from mmjax.data.text import text_key
-
     number = {label: i for i, label in enumerate(self.label_names)}
     self.labels = np.full(len(self), -1, np.int32)
     self.image_keys = np.zeros(len(self), np.uint64)
@@ -221,58 +213,6 @@ class EvaluationData:
           self.captions.append(Caption(caption, language, high << 32 | low, i))
 
 
-class _Examples:
-  """Records to a batch: reading, the picture transform, a caption, tokens. An unusable record becomes a row of zeros."""
-
-  def __init__(self, config, train: bool):
-    self.config, self.modalities = config, _modalities(config)
-    self.image, self.drop_words = ImageTransform(config.data.image, train=train), config.data.text.drop_words if train else 0.0
-    self._text: TextTransform | None = None
-    if train and "text" in self.modalities:
-      self.text  # noqa: B018  a missing tokenizer shows at once
-
-  @property
-  def text(self) -> TextTransform:
-    if self._text is None:
-      self._text = TextTransform(self.config.data.text, load_tokenizer(self.config.data))
-    return self._text
-
-  def __call__(self, places: Sequence[tuple[Source, int]], rngs: Iterable[np.random.Generator | None],
-               modalities: Sequence[str] | None = None) -> Batch:
-    modalities, count, size = modalities or self.modalities, len(places), self.config.data.image.size
-    batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": []}
-    pixels = np.zeros((count, size, size, 3), np.uint8)
-    keys, captions = np.zeros((count, 2), np.uint32), [""] * count
-    for row, ((source, index), rng) in enumerate(zip(places, rngs, strict=True)):
-      batch["id"][row] = _place(source, index)
-      try:
-        record = source[index]
-        batch["id"][row] = record["id"]
-        if "text" in modalities:
-          captions[row] = self._caption(record, source, rng)
-        if "image" in modalities:
-          pixels[row] = self.image(_picture(record, source), rng)
-          keys[row] = split_key(record["image_key"])
-        batch["valid"][row] = True
-      except UserError as error:
-        captions[row] = ""
-        batch["unreadable"].append((batch["id"][row], f"{source.name} {batch['id'][row]}: {error}"))
-    if "image" in modalities:
-      batch["image"] = {"pixels": pixels, "key": keys}
-    if "text" in modalities:
-      batch["text"] = self.text(captions)
-    return batch
-
-  def _caption(self, record: Record, source: Source, rng: np.random.Generator) -> str:
-    """One of the captions: first a language, then one of its captions, then the words that stay."""
-    languages = [language for language in source.languages or record["captions"] if record["captions"].get(language)]
-    if not languages:
-      raise UserError(f"no caption in {', '.join(source.languages) or 'any language'}")
-    captions = record["captions"][languages[rng.integers(len(languages))]]
-    caption = captions[rng.integers(len(captions))]
-    return drop_words(caption, self.drop_words, rng) if self.drop_words else caption
-
-
 class _Make:
   """`Pipeline._make` as something that grain can send to a worker."""
 
@@ -283,78 +223,11 @@ class _Make:
     return self._pipeline._make(int(step))
 
 
-def _streams(seed: int, step: int, rows: Sequence[int]) -> Iterator[np.random.Generator]:
-  """A stream of random numbers for each row: Philox (Salmon et al. 2011), whose counters differ in (step, row) and never meet.
-
-  It is one generator that is set to the next row's counter: use each before taking the next. Making one takes 5 times as long.
-  """
-  bits = np.random.Philox(key=seed % 2**64)
-  generator, state = np.random.Generator(bits), bits.state
-  for row in rows:
-    state["state"]["counter"][:] = (0, 0, row, step)
-    bits.state = state
-    yield generator
-
-
-def _modalities(config) -> list[str]:
-  """The modalities of the batches: those of model.encoders."""
-  known = ("image", "text")
-  for name in config.model.encoders:
-    if name not in known:
-      raise UserError(f"model.encoders.{name}: the data has no modality {name!r}; there are: {', '.join(known)}")
-  return [name for name in known if name in config.model.encoders]
-
-
 def _named(name: str, entry: Mapping[str, Any], config) -> Source:
   try:
     return open_source(entry, config)
   except UserError as error:
     raise UserError(f"data.sources.{name}: {error}") from error
-
-
-def _picture(record: Record, source: Source) -> bytes | np.ndarray:
-  """What the picture transform takes: encoded bytes, or pixels where the source keeps records in memory."""
-  if record["image"] is None:
-    raise UserError("it has no picture")
-  if not getattr(source, "cached", False):
-    return record["image"]
-  if "pixels" not in record:
-    record["pixels"] = decode(record["image"])
-  return record["pixels"]
-
-
-def _place(source: Source, index: int) -> str:
-  """The id of a record whose own cannot be read."""
-  return f"{source.name}[{index}]"
-
-
-def _spread(batch: Batch, real: np.ndarray) -> Batch:
-  """Puts the rows of a batch where `real` bool [B] is true, and rows that are not valid (zeros, empty ids, label -1) elsewhere."""
-  if real.all():
-    return batch
-
-  def spread(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-      return {k: spread(k, v) for k, v in value.items()}
-    if isinstance(value, list):
-      rest = iter(value)
-      return [next(rest) if here else "" for here in real]
-    out = np.full((len(real), *value.shape[1:]), -1 if name == "label" else 0, value.dtype)
-    out[real] = value
-    return out
-
-  return spread("", batch)
-
-
-def _report(unreadable: Sequence[tuple[str, str]], known: dict[str, str], limit: int) -> None:
-  """Names each unusable record once on stderr; raises UserError when there are more than `limit`."""
-  for name, reason in unreadable:
-    if name not in known:
-      known[name] = reason
-      print(f"unreadable record, its row does not count: {reason}", file=sys.stderr, flush=True)
-  if len(known) > limit:
-    raise UserError(f"{len(known)} records could not be read (data.max_unreadable is {limit}); the last: {list(known.values())[-1]}. "
-                    "Repair or convert the data again, or raise data.max_unreadable")
 
 
 def _own(tree: Any) -> Any:

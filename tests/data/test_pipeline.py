@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmjax.config import UserError
-from mmjax.data import pipeline as pipeline_lib
+from mmjax.data.examples import streams
 from mmjax.data.image import ImageTransform
 from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
 from mmjax.data.text import load_tokenizer, text_key
@@ -62,6 +62,7 @@ def test_any_step_any_rows_any_start(config):
     for modality, name in (("image", "pixels"), ("image", "key"), ("text", "tokens"), ("text", "mask"), ("text", "key")):
       np.testing.assert_array_equal(batch[modality][name], whole[step][modality][name][rows])
     assert batch["id"] == [whole[step]["id"][row] for row in rows]
+  assert list(Pipeline(c).iterate(4, 4)) == []
   assert_equal(Pipeline(c).batch(10**12), Pipeline(c).batch(10**12))
 
 
@@ -227,6 +228,6 @@ def test_evaluation_of_unreadable_records(config, capsys):
 
 
 def test_random_streams_are_those_of_philox():
-  for row, rng in zip((0, 7, 3), pipeline_lib._streams(-1, 5, (0, 7, 3)), strict=True):
+  for row, rng in zip((0, 7, 3), streams(-1, 5, (0, 7, 3)), strict=True):
     expected = np.random.Generator(np.random.Philox(key=2**64 - 1, counter=[0, 0, row, 5]))
     assert rng.random() == expected.random() and rng.integers(1000) == expected.integers(1000)
