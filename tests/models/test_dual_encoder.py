@@ -32,6 +32,10 @@ def start(model, batch=BATCH):
   return nn.unbox(jax.jit(model.init)(jax.random.key(0), batch))
 
 
+def encode(model, variables, modality, batch, method="encode", **kwargs):
+  return jax.jit(lambda v, b: model.apply(v, modality, b, method=method, **kwargs))(variables, batch)
+
+
 def test_parameter_names_and_axes_are_the_contract():
   model = build(image=dict(pooling="class"), bias=True)
   spec = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), BATCH))["params"]
@@ -51,7 +55,7 @@ def test_parameter_names_and_axes_are_the_contract():
 def test_embeddings_are_unit_float32_and_the_temperature_is_clipped():
   model = build(compute="bfloat16", scale_init=20.0, scale_max=10.0, bias=True, bias_init=-3.0)
   variables = start(model)
-  for z in model.apply(variables, BATCH).values():
+  for z in jax.jit(model.apply)(variables, BATCH).values():
     assert z.dtype == jnp.float32 and z.shape == (3, 16)
     np.testing.assert_allclose(np.linalg.norm(z, axis=-1), 1, atol=1e-5)
   scale, bias = model.apply(variables, method="temperature")
@@ -77,7 +81,7 @@ def test_text_pooling(pooling):
   tokens = np.array([[9, 7, 8, 7, 0, 0], [9, 50, 9, 9, 9, 9], [3, 7, 0, 0, 0, 0]], np.int32)
   mask = np.array([[1, 1, 1, 1, 0, 0], [1] * 6, [0] * 6], bool)
   variables = start(model)
-  out = model.apply(variables, "text", dict(text=dict(tokens=tokens, mask=mask)), method="encode")
+  out = encode(model, variables, "text", dict(text=dict(tokens=tokens, mask=mask)))
   rows = {"last": (3, 5), "final": (5, 5), "eos": (1, 5), "highest": (0, 1), "class": (0, 0)}
   if pooling in rows:
     for row, at in enumerate(rows[pooling]):
@@ -87,17 +91,17 @@ def test_text_pooling(pooling):
   assert not np.any(out.pooled[2])  # a row without a real token
   hidden = dict(tokens=np.where(mask, tokens, 11), mask=mask)
   if pooling != "final":
-    np.testing.assert_allclose(model.apply(variables, "text", dict(text=hidden), method="encode").pooled, out.pooled, atol=1e-6)
+    np.testing.assert_allclose(encode(model, variables, "text", dict(text=hidden)).pooled, out.pooled, atol=1e-6)
 
 
 def test_missing_modality_gives_zeros_and_no_gradient():
   model = build(image=dict(pooling="attention"))
   batch = dict(image=dict(BATCH["image"], present=np.array([True, False, True])), text=BATCH["text"])
   variables = start(model, batch)
-  z = model.apply(variables, batch)["image"]
+  z = encode(model, variables, "image", batch, "embedding")
   assert not np.any(z[1]) and np.all(np.isfinite(z)) and np.any(z[0])
   only_missing = lambda v: (model.apply(v, batch)["image"][1] * jnp.arange(16.0)).sum()
-  assert not any(np.any(g) for g in jax.tree.leaves(jax.grad(only_missing)(variables)))
+  assert not any(np.any(g) for g in jax.tree.leaves(jax.jit(jax.grad(only_missing))(variables)))
 
 
 def test_padding_is_seen_only_when_the_config_says_so():
@@ -106,20 +110,20 @@ def test_padding_is_seen_only_when_the_config_says_so():
   c.data.text.update(length=6, vocab_size=64, mask_padding=False)
   model = make_model(mmjax.config.resolve(c))
   variables = start(model, BATCH)
-  out = model.apply(variables, "text", BATCH, method="encode")
+  out = encode(model, variables, "text", BATCH)
   assert out.mask.all()
   changed = dict(text=dict(BATCH["text"], tokens=np.where(BATCH["text"]["mask"], BATCH["text"]["tokens"], 1)))
-  assert not np.allclose(out.pooled[0], model.apply(variables, "text", changed, method="encode").pooled[0])
+  assert not np.allclose(out.pooled[0], encode(model, variables, "text", changed).pooled[0])
 
 
 def test_other_picture_sizes_interpolate_positions():
   model = build()
   variables = start(model)
   larger = RNG.integers(0, 256, (2, 32, 24, 3), dtype=np.uint8)
-  out = model.apply(variables, "image", dict(image=dict(pixels=larger)), method="encode")
+  out = encode(model, variables, "image", dict(image=dict(pixels=larger)))
   assert out.tokens.shape == (2, 12, 16)
   with pytest.raises(UserError, match="smaller than one patch"):
-    model.apply(variables, "image", dict(image=dict(pixels=larger[:, :4])), method="encode")
+    encode(model, variables, "image", dict(image=dict(pixels=larger[:, :4])))
 
 
 def test_patch_dropout_keeps_a_share_in_order_and_only_in_training():
@@ -128,7 +132,7 @@ def test_patch_dropout_keeps_a_share_in_order_and_only_in_training():
   assert kept.shape == (2, 10) and np.all(np.diff(kept) > 0) and not np.array_equal(kept[0] + 20, kept[1])
   model = build(image=dict(patch_dropout=0.5, pooling="class"))
   variables = start(model)
-  shape = lambda **k: model.apply(variables, "image", BATCH, method="encode", **k).tokens.shape[1]
+  shape = lambda **k: encode(model, variables, "image", BATCH, **k).tokens.shape[1]
   assert shape() == 5 and shape(train=True, rngs={"dropout": jax.random.key(0)}) == 3
 
 
@@ -147,7 +151,7 @@ def test_equivariant_to_the_order_of_the_batch():
   variables = start(model)
   order = np.array([2, 0, 1])
   shuffled = jax.tree.map(lambda x: x[order], BATCH)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[order], b, atol=1e-5), model.apply(variables, BATCH), model.apply(variables, shuffled))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[order], b, atol=1e-5), jax.jit(model.apply)(variables, BATCH), jax.jit(model.apply)(variables, shuffled))
 
 
 @pytest.mark.parametrize("change, says", [
@@ -164,11 +168,11 @@ def test_mistakes_are_named(change, says):
 def test_text_longer_than_the_model_is_refused():
   model = build()
   with pytest.raises(UserError, match="text of 9 tokens for a model of data.text.length 6"):
-    model.init(jax.random.key(0), dict(BATCH, text=dict(tokens=np.zeros((1, 9), np.int32), mask=np.ones((1, 9), bool))))
+    jax.eval_shape(model.init, jax.random.key(0), dict(BATCH, text=dict(tokens=np.zeros((1, 9), np.int32), mask=np.ones((1, 9), bool))))
 
 
 def test_initial_activations_are_of_order_one():
   """Neither tower starts saturated or dead: standard deviations of pooled outputs and spread of embeddings."""
   model = build(image=dict(depth=4))
-  out = {m: model.apply(start(model), m, BATCH, method="encode").pooled for m in ("image", "text")}
+  out = {m: encode(model, start(model), m, BATCH).pooled for m in ("image", "text")}
   assert all(0.1 < float(x.std()) < 3 for x in out.values())

@@ -85,14 +85,14 @@ def test_dropout_needs_train_and_is_a_function_of_the_key(params):
 
 def test_post_norm_normalises_its_output():
   config = dataclasses.replace(CONFIG, norm="post")
-  out, _ = Transformer(config).init_with_output(jax.random.key(0), X)
+  out, _ = jax.jit(Transformer(config).init_with_output)(jax.random.key(0), X)
   np.testing.assert_allclose(out.mean(-1), 0, atol=1e-5)
   np.testing.assert_allclose(out.std(-1), 1, atol=1e-3)
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
   config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
-  out, variables = Transformer(config).init_with_output(jax.random.key(0), X)
+  out, variables = jax.eval_shape(Transformer(config).init_with_output, jax.random.key(0), X)
   assert out.dtype == jnp.bfloat16 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
 
 
