@@ -10,7 +10,7 @@ import mmjax
 def get_config(arg: str = ""):
   """arg "validation": trains without the validation split and evaluates on it."""
   c = mmjax.config.base()
-  c.train.steps = 500
+  c.train.steps = 400
   c.train.batch_size = 192
 
   split = "train" if arg == "validation" else "train+validation"
