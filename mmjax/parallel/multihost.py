@@ -37,6 +37,10 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mmjax/compiled"))
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
+  if jax.config.jax_num_cpu_devices > 1:
+    # XLA's CPU devices share one pool, in which every waiting collective holds a thread. With as few threads as devices (its
+    # default), two independent collectives can take all of them while a device that both wait for has none: a deadlock.
+    environment.setdefault("NPROC", str(4 * jax.config.jax_num_cpu_devices))
   if any(environment.get(name) for name in _LOCAL):
     missing = [name for name in _LOCAL if not environment.get(name)]
     if missing:
