@@ -119,7 +119,7 @@ def test_the_predictor_example_runs(place):
 
 def test_the_stablehlo_loader_is_ten_lines_and_runs(place):
   folder, _ = place
-  code = next(block for kind, block in BLOCKS if kind == "python" and "jax.export" in block)
+  code = next(block for kind, block in BLOCKS if kind == "python" and "deserialize" in block)
   assert len(code.strip().splitlines()) <= 10
   blocked = "import sys\nfor name in ('mmjax', 'flax', 'optax', 'orbax', 'grain', 'tensorflow', 'sentencepiece'): sys.modules[name] = None\n"
   subprocess.run([sys.executable, "-c", blocked + code], cwd=folder, env=environment(), check=True)
