@@ -223,7 +223,8 @@ class Attention(nn.Module):
     shape = (3, self.heads, width // self.heads)
     if context is None:
       qkv = Dense(shape, ("embed", "qkv", "heads", "kv"), self.dtype, xavier(width, width), self.use_bias, name="qkv")(x)
-      query, key, value = (qkv[..., i, :, :] for i in range(3))
+      qkv = jax.lax.split(materialise(qkv, forward=False), (1, 1, 1), axis=qkv.ndim - 3)
+      query, key, value = (part[..., 0, :, :] for part in qkv)
     else:
       query, key, value = CrossProjection(shape, self.dtype, self.use_bias, name="qkv")(x, context)
     out = attend(query, key, value, mask=mask, causal=self.causal, kernel=self.kernel)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.models.platform import materialise
+from mmjax.models.platform import materialise, on_lone_cpu
 
 Array = jax.Array
 Init = Callable[..., Array]
@@ -65,12 +65,26 @@ class Dense(nn.Module):
     inputs = x.shape[x.ndim - n:]
     init = self.kernel_init or xavier(math.prod(inputs), math.prod(self.features))
     kernel = self.param("kernel", with_axes(init, self.axes), (*inputs, *self.features), jnp.float32)
-    contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+    bias = None
     if self.use_bias:
-      bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32)
-      y = y + bias.astype(self.dtype)
-    return y
+      bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32).astype(self.dtype)
+    return affine(x.astype(self.dtype), kernel.astype(self.dtype), bias, n)
+
+
+def affine(x: Array, kernel: Array, bias: Array | None, n: int) -> Array:
+  """x [..., *inputs] times kernel [*inputs, *features] over the `n` dimensions of inputs, plus bias [*features]: [..., *features].
+
+  On a lone CPU device all are flattened to matrices first: XLA's CPU backend transposes whole activations in memory for the
+  kernel's gradient when it has to contract over several dimensions. Elsewhere nothing is reshaped, so shardings pass through.
+  """
+  rows, columns = x.shape[:x.ndim - n], kernel.shape[n:]
+  flat = on_lone_cpu()
+  if flat:
+    x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns))
+    bias, n = None if bias is None else bias.reshape(-1), 1
+  y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+  y = y if bias is None else y + bias
+  return y.reshape(*rows, *columns) if flat else y
 
 
 class LayerNorm(nn.Module):
@@ -83,14 +97,35 @@ class LayerNorm(nn.Module):
   def __call__(self, x: Array) -> Array:
     scale = self.param("scale", with_axes(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32)
     bias = self.param("bias", with_axes(nn.initializers.zeros, ("embed",)), (x.shape[-1],), jnp.float32)
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return materialise((centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype))
+    return materialise(normalise(x.astype(jnp.float32), scale, bias, self.eps).astype(self.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+  """(x - mean) / sqrt(variance + eps) * scale + bias over the last dimension. The backward pass keeps x and two numbers a row."""
+  return _normalise_forward(x, scale, bias, eps)[0]
+
+
+def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
+  mean = x.mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+  return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
+
+
+def _normalise_backward(eps: float, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
+  x, mean, inverse, scale = kept
+  rows = tuple(range(x.ndim - 1))
+  unit = (x - mean) * inverse
+  inner = cotangent * scale
+  shift, slope = inner.mean(-1, keepdims=True), (inner * unit).mean(-1, keepdims=True)
+  return inverse * (inner - shift - unit * slope), (cotangent * unit).sum(rows), cotangent.sum(rows)
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "relu": jax.nn.relu,
@@ -108,6 +143,7 @@ def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
 
 
 def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
+  x = materialise(x)  # or the CPU compiler would keep the forward pass's intermediates, several times the size of x
   _, derivative = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
   return (materialise(cotangent * derivative),)
 

@@ -22,21 +22,30 @@ def platform() -> str:
   return "cpu" if "cpu" in kind else "gpu"
 
 
-def materialise(x: Array) -> Array:
+def on_lone_cpu() -> bool:
+  """Whether the program being traced is for one CPU device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
+def materialise(x: Array, *, forward: bool = True) -> Array:
   """`x`; on CPUs it is written to memory before anything reads it, and so is its cotangent. Elsewhere: nothing at all.
 
-  XLA's CPU backend fuses an element-wise producer into the operand of a matrix product and then computes it again and
-  again (the transformer of 128 channels in tests/bench/train_step.py loses half its time this way); TPU and GPU
-  compilers fuse such producers well, so they must not see a barrier.
+  XLA's CPU backend fuses an element-wise producer into the operand of a matrix product, or into each of its readers, and then
+  computes it again and again (tests/bench/train_step.py); TPU and GPU compilers fuse such producers well, so they must not
+  see a barrier. forward=False: the cotangent alone.
   """
-  return _materialise_p.bind(x)
+  return _materialise_p.bind(x, now=forward)
+
+
+def _lower(x: Array, *, now: bool) -> Array:
+  return jax.lax.optimization_barrier(x) if now else x
 
 
 _materialise_p = Primitive("cpu_materialise")
-_materialise_p.def_impl(lambda x: x)
-_materialise_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(_materialise_p, lambda cotangent, _: [_materialise_p.bind(ad.instantiate_zeros(cotangent))])
+_materialise_p.def_impl(lambda x, now: x)
+_materialise_p.def_abstract_eval(lambda x, now: x)
+ad.deflinear2(_materialise_p, lambda cotangent, _, now: [_materialise_p.bind(ad.instantiate_zeros(cotangent), now=True)])
 batching.defvectorized(_materialise_p)
-mlir.register_lowering(_materialise_p, mlir.lower_fun(lambda x: x, multiple_results=False))
-mlir.register_lowering(_materialise_p, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False), platform="cpu")
-
+mlir.register_lowering(_materialise_p, mlir.lower_fun(lambda x, now: x, multiple_results=False))
+mlir.register_lowering(_materialise_p, mlir.lower_fun(_lower, multiple_results=False), platform="cpu")

@@ -5,7 +5,8 @@
 Both sides: 48x48 pictures, patch 8, width 128, depth 4 in both towers, 16 text tokens, batch 256, float32, exact GELU,
 softmax contrastive loss, AdamW; forward, backward and update. The PyTorch side is written after open_clip's modules
 (nn.MultiheadAttention blocks, class token, norm before the blocks, causal text pooled at the highest token). Each side
-lives in a process of its own and steps in turn, so that neither's threads disturb the other; minima and medians are printed.
+lives in a process of its own and steps in turn, so that neither's threads disturb the other; minima and medians are printed,
+of seconds and of processor seconds. On a busy machine compare the latter with --threads 1: waiting threads that spin count too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def batch(size: int) -> tuple:
 
 
 def jax_step(args: argparse.Namespace) -> Callable[[], float]:
+  sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+  import flax.linen as nn
   import jax
   import jax.numpy as jnp
   import optax
@@ -52,8 +55,6 @@ def jax_step(args: argparse.Namespace) -> Callable[[], float]:
   model = make_model(mmjax.config.resolve(c))
   pixels, tokens, mask = batch(args.batch)
   data = jax.device_put(dict(image=dict(pixels=pixels), text=dict(tokens=tokens, mask=mask)))
-  import flax.linen as nn
-
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), data))["params"]
   tx = optax.adamw(1e-3)
 
@@ -148,15 +149,16 @@ def torch_step(args: argparse.Namespace) -> Callable[[], float]:
 
 
 def worker(args: argparse.Namespace) -> None:
-  """Takes one step for each line read; prints "seconds loss"."""
+  """Takes one step for each line read; prints "seconds processor-seconds loss"."""
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
   run = {"jax": jax_step, "torch": torch_step}[args.worker](args)
   for _ in range(3):
     run()
   print("ready", flush=True)
   for _ in sys.stdin:
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     value = run()
-    print(time.perf_counter() - start, value, flush=True)
+    print(time.perf_counter() - start, time.process_time() - busy, value, flush=True)
 
 
 def main() -> None:
@@ -178,19 +180,21 @@ def main() -> None:
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     if sides[side].stdout.readline().strip() != "ready":
       raise SystemExit(f"the {side} side failed to start")
-  times: dict[str, list[float]] = {side: [] for side in sides}
+  times: dict[str, list[tuple[float, ...]]] = {side: [] for side in sides}
   for _ in range(args.pairs):
     for side, process in sides.items():
       process.stdin.write("step\n")
       process.stdin.flush()
-      times[side].append(float(process.stdout.readline().split()[0]))
+      times[side].append(tuple(map(float, process.stdout.readline().split()[:2])))
   for process in sides.values():
     process.stdin.close()
     process.wait()
-  for side, values in times.items():
-    print(f"{side:5s}  min {min(values):.3f} s   median {statistics.median(values):.3f} s   ({len(values)} steps)")
-  pairs = [j / t for j, t in zip(times["jax"], times["torch"], strict=True)]
-  print(f"jax / torch: {min(times['jax']) / min(times['torch']):.3f} of minima, {statistics.median(pairs):.3f} median of pairs")
+  for i, what in enumerate(("seconds", "processor seconds")):
+    values = {side: [step[i] for step in steps] for side, steps in times.items()}
+    for side in sides:
+      print(f"{side:5s}  min {min(values[side]):.3f}   median {statistics.median(values[side]):.3f}   {what} of {args.pairs} steps")
+    pairs = [j / t for j, t in zip(values["jax"], values["torch"], strict=True)]
+    print(f"jax / torch: {min(values['jax']) / min(values['torch']):.3f} of minima, {statistics.median(pairs):.3f} median of pairs\n")
 
 
 if __name__ == "__main__":
