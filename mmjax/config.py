@@ -93,6 +93,7 @@ KEYS = (
   Key("data.text.bos", False, bool, "Put <bos> before a caption."),
   Key("data.text.eos", True, bool, "Put <eos> after a caption."),
   Key("data.text.lowercase", False, bool, "Lower-case captions before tokenising."),
+  Key("data.text.punctuation", True, bool, "False: take ASCII punctuation out of captions before tokenising (as SigLIP does)."),
   Key("data.text.mask_padding", True, bool, "False: padding is seen by the model (as SigLIP was trained)."),
   Key("data.text.pad_id", -1, int, "Token of the padding; -1 = the tokenizer's own."),
   Key("data.text.drop_words", 0.0, float, "Training: probability that a word of a caption is left out (one always stays)."),

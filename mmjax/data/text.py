@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,9 @@ def load_tokenizer(data) -> Tokenizer:
   return tokenizer
 
 
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
 class TextTransform:
   """Captions as arrays: TextTransform(config.data.text, tokenizer)(captions) -> dict of
 
@@ -92,6 +96,7 @@ class TextTransform:
 
   def __init__(self, config, tokenizer: Tokenizer):
     self.tokenizer, self.length, self.lowercase, self.mask_padding = tokenizer, config.length, config.lowercase, config.mask_padding
+    self.punctuation = config.punctuation
     self.pad_id = config.pad_id if config.pad_id >= 0 else max(tokenizer.pad_id, 0)
     if not 0 <= self.pad_id < config.vocab_size:
       raise UserError(f"data.text.pad_id is {self.pad_id}, but must be below data.text.vocab_size {config.vocab_size}")
@@ -114,7 +119,11 @@ class TextTransform:
 
   def encode(self, caption: str) -> list[int]:
     """At most `length` ids, with <bos> and <eos> as configured."""
-    ids = self.tokenizer.encode(caption.lower() if self.lowercase else caption)
+    if self.lowercase:
+      caption = caption.lower()
+    if not self.punctuation:
+      caption = " ".join(caption.translate(_NO_PUNCTUATION).split())
+    ids = self.tokenizer.encode(caption)
     return self.start + ids[:self.length - len(self.start) - len(self.end)] + self.end
 
 

@@ -151,7 +151,7 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
       start=list(transform.start),
       end=list(transform.end),
       pad_id=transform.pad_id,
-      lowercase=text.lowercase,
+      lowercase=text.lowercase, punctuation=text.punctuation,
       mask_padding=text.mask_padding,
       tokenizer=sorted(transform.tokenizer.to_assets()),
     )

@@ -23,7 +23,7 @@ Array = jax.Array
 
 KERNELS = ("auto", "xla", "sdpa", "flash", "splash", "cudnn")
 PLATFORMS = {"xla": ("cpu", "tpu", "gpu"), "sdpa": ("cpu", "tpu", "gpu"), "flash": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu",)}
-LONG = 1024  # keys from which the blockwise TPU kernel beats writing the logits out
+LONG = 1024  # keys from which a blockwise kernel is chosen over writing the logits out
 
 
 def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None, causal: bool = False,
@@ -50,14 +50,21 @@ def choose(kernel: str, query: Array, key: Array, mask: Array | None) -> str:
   if kernel != "auto":
     if where not in PLATFORMS[kernel]:
       raise UserError(f"attention kernel {kernel!r} runs on {' and '.join(PLATFORMS[kernel])}, not on {where}. Use 'auto'")
+    if kernel == "cudnn" and not _fits_cudnn(query, key):
+      raise UserError("attention kernel 'cudnn' needs bfloat16, heads of at most 128 channels in multiples of 8, and even lengths. Use 'auto'")
     if kernel == "splash" and mask is not None and mask.ndim == 3:
       raise UserError("attention kernel 'splash' takes masks of keys [B, S], not of pairs [B, L, S]. Use 'flash' or 'auto'")
     return kernel
   if where == "tpu" and key.shape[1] >= LONG and (mask is None or mask.ndim == 2):
     return "flash"
-  if where == "gpu" and query.dtype == jnp.bfloat16 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128:
+  if where == "gpu" and _fits_cudnn(query, key) and key.shape[1] >= LONG:
     return "cudnn"
   return "xla"
+
+
+def _fits_cudnn(query: Array, key: Array) -> bool:
+  return (query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+          and query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
 
 
 def _open(mask: Array | None, causal: bool, length: int, keys: int) -> Array | None:

@@ -77,14 +77,28 @@ def affine(x: Array, kernel: Array, bias: Array | None, n: int) -> Array:
   On a lone CPU device all are flattened to matrices first: XLA's CPU backend transposes whole activations in memory for the
   kernel's gradient when it has to contract over several dimensions. Elsewhere nothing is reshaped, so shardings pass through.
   """
+  if not on_lone_cpu():
+    y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+    return y if bias is None else y + bias
   rows, columns = x.shape[:x.ndim - n], kernel.shape[n:]
-  flat = on_lone_cpu()
-  if flat:
-    x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns))
-    bias, n = None if bias is None else bias.reshape(-1), 1
-  y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
-  y = y if bias is None else y + bias
-  return y.reshape(*rows, *columns) if flat else y
+  y = _matmul(x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns)))
+  y = y if bias is None else y + bias.reshape(-1)
+  return y.reshape(*rows, *columns)
+
+
+@jax.custom_vjp
+def _matmul(x: Array, kernel: Array) -> Array:
+  """x [N, I] @ kernel [I, O]; the kernel's gradient is computed wide rather than tall, which Eigen does in half the time."""
+  return x @ kernel
+
+
+def _matmul_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+  x, kernel = kept
+  tall = kernel.shape[0] > kernel.shape[1]
+  return cotangent @ kernel.T, materialise(cotangent.T @ x).T if tall else x.T @ cotangent
+
+
+_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
 
 
 class LayerNorm(nn.Module):

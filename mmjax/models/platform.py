@@ -16,7 +16,7 @@ Array = jax.Array
 def platform() -> str:
   """"cpu", "tpu" or "gpu": the devices of the mesh that `jax.set_mesh` made current, else JAX's default backend."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = device.device_kind.lower() if device is not None else jax.default_backend()
+  kind = f"{device.platform} {device.device_kind}".lower() if device is not None else jax.default_backend()
   if "tpu" in kind:
     return "tpu"
   return "cpu" if "cpu" in kind else "gpu"

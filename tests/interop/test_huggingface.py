@@ -22,7 +22,7 @@ from mmjax.models import make_model
 from mmjax.state import checkpoint as checkpoints
 
 WORDS = "a cat dog red house with blue hat and the on car".split()
-TEXTS = ["a cat with a hat", "red house and blue car on the house with the dog and a cat", "dog"]
+TEXTS = ["A cat, with a -- hat!", "red house and blue car on the house with the dog and a cat", "dog"]
 TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -43,6 +43,19 @@ def siglip_tokenizer(folder):
   model.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
   tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", pad_token="</s>", unk_token="<unk>",
                                                    model_input_names=["input_ids"], model_max_length=12)
+  tokenizer.save_pretrained(folder)
+  return tokenizer
+
+
+def siglip_sentencepiece(folder):
+  """SigLIP's own kind: a sentencepiece model, lower-casing and stripping of punctuation in Python."""
+  import sentencepiece
+
+  folder.mkdir()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([*TEXTS, " ".join(WORDS)] * 4), model_prefix=str(folder / "spiece"), vocab_size=40, pad_id=-1, bos_id=-1,
+      eos_id=1, unk_id=0, hard_vocab_limit=False, minloglevel=2)
+  tokenizer = transformers.SiglipTokenizer(str(folder / "spiece.model"), model_input_names=["input_ids"])
   tokenizer.save_pretrained(folder)
   return tokenizer
 
@@ -68,10 +81,10 @@ def clip_folder(folder, *, activation="quick_gelu", legacy=False, size=32, patch
   return model, tokenizer
 
 
-def siglip_folder(folder, *, size=32, patch=8):
-  tokenizer = siglip_tokenizer(folder)
+def siglip_folder(folder, *, size=32, patch=8, make_tokenizer=siglip_tokenizer):
+  tokenizer = make_tokenizer(folder)
   vision = dict(TOWER, image_size=size, patch_size=patch)
-  text = dict(TOWER, vocab_size=16, max_position_embeddings=12)
+  text = dict(TOWER, vocab_size=48, max_position_embeddings=12)
   model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
   with torch.no_grad():
     model.logit_scale.fill_(1.3)
@@ -102,6 +115,7 @@ CASES = {
   "clip legacy pooling": lambda folder: clip_folder(folder, legacy=True),
   "clip gelu": lambda folder: clip_folder(folder, activation="gelu"),
   "siglip": lambda folder: siglip_folder(folder),
+  "siglip with sentencepiece": lambda folder: siglip_folder(folder, make_tokenizer=siglip_sentencepiece),
   "siglip with pixels beyond the last patch": lambda folder: siglip_folder(folder, size=30),
 }
 

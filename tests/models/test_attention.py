@@ -128,6 +128,28 @@ def test_kernels_run_on_each_device_alone(devices):
   np.testing.assert_allclose(out, formula(q, k, v, seen, False, 8**-0.5), atol=2e-5)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "splash"])
+@pytest.mark.parametrize("shape, causal", [((2, 196, 3, 64), False), ((1, 1100, 2, 72), True)])
+def test_tpu_kernels_lower_for_tpus(kernel, shape, causal):
+  """Forward and backward pass at real shapes reach the TPU compiler's input language, on a machine without TPUs."""
+  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  mask = jax.ShapeDtypeStruct(shape[:2], jnp.bool_)
+  run = getattr(attention, f"_{kernel}")
+  loss = lambda q, k, v, m: run(q, k, v, m, causal=causal, scale=0.1).astype(jnp.float32).sum()
+  exported = jax.export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["tpu"])(x, x, x, mask)
+  assert exported.mlir_module().count("tpu_custom_call") >= 2 and [o.shape for o in exported.out_avals] == [shape] * 3
+
+
+def test_auto_follows_the_devices_of_the_mesh():
+  q = jax.ShapeDtypeStruct((1, 2048, 2, 64), jnp.bfloat16)
+  assert attention.choose("auto", q, q, None) == "xla"
+  for name, kind, want in (("tpu", "TPU v5 lite", "flash"), ("cuda", "NVIDIA H100 80GB HBM3", "cudnn")):
+    device = jax.sharding.AbstractDevice(platform=name, device_kind=kind, num_cores=None)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)):
+      assert attention.choose("auto", q, q, None) == want
+      assert attention.choose("auto", q, jax.ShapeDtypeStruct((1, 196, 2, 64), jnp.bfloat16), None) == "xla"
+
+
 def test_cross_attention_uses_the_parameters_of_self_attention():
   layer = Attention(heads=2, dtype=jnp.float32)
   x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)

@@ -13,7 +13,7 @@ from mmjax.interop.huggingface import mapping
 from mmjax.interop.huggingface.mapping import Rule
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS = "CLIPTokenizer", "CLIPProcessor", "CLIPImageProcessor"
-ARCHITECTURE = "CLIPModel"
+ARCHITECTURE, PAD = "CLIPModel", "<|endoftext|>"
 MASK_PADDING = True  # what the tokenizer does where tokenizer_config.json does not say
 
 # What transformers assumes where config.json is silent.

@@ -66,41 +66,51 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
   """(settings of data.text, the tokenizer's files as assets). Raises UserError: there is no tokenizer."""
   assets = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
   facts = json.loads(assets.get("tokenizer_config.json", b"{}"))
-  settings: dict[str, Any] = {}
+  stated = facts.get("pad_token") or family.PAD
+  pad = stated.get("content") if isinstance(stated, dict) else stated
   if "tokenizer.json" in assets:
     import tokenizers
 
-    tokenizer = Tokenizer.from_assets(assets)
     whole = tokenizers.Tokenizer.from_str(assets["tokenizer.json"].decode())
     whole.no_padding()
     whole.no_truncation()
     bare, framed = (whole.encode("a", add_special_tokens=special).ids for special in (False, True))
     start = framed.index(bare[0]) if bare else 0
-    settings.update(bos=start > 0, eos=len(framed) > start + len(bare))
+    settings = dict(bos=start > 0, eos=len(framed) > start + len(bare), pad_id=_number(whole.token_to_id(pad)))
   elif (folder / SENTENCEPIECE).exists():
+    import sentencepiece
+
     assets = {"tokenizer.model": (folder / SENTENCEPIECE).read_bytes(), **assets}
-    tokenizer = Tokenizer.from_assets(assets)
-    settings.update(bos=False, eos=True, lowercase=bool(facts.get("do_lower_case", True)))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
+    known = pieces.id_to_piece(pieces.piece_to_id(pad)) == pad
+    settings = dict(bos=False, eos=True, pad_id=pieces.piece_to_id(pad) if known else -1, punctuation=False,
+                    lowercase=bool(facts.get("do_lower_case", True)))  # the rest is what SiglipTokenizer does in Python
   else:
     raise UserError(f"{folder}: no tokenizer.json and no {SENTENCEPIECE}. Copy the tokenizer's files too")
-  pad = facts.get("pad_token")
-  pad = pad.get("content") if isinstance(pad, dict) else pad
-  settings.update(pad_id=-1 if tokenizer.pad_id >= 0 or pad is None else 0)
+  Tokenizer.from_assets(assets)  # or it says what is wrong with them
   inputs = facts.get("model_input_names")
   settings.update(mask_padding=family.MASK_PADDING if inputs is None else "attention_mask" in inputs)
   return settings, assets
 
 
+def _number(piece: int | None) -> int:
+  return -1 if piece is None else piece
+
+
 def tokenizer_files(config: Mapping[str, Any], assets: Mapping[str, bytes], family: ModuleType) -> dict[str, bytes]:
   """The tokenizer's files for transformers. Raises UserError: there is no tokenizer that it reads."""
   files = {name: assets[name] for name in TOKENIZER_FILES if name in assets}
+  facts: dict[str, Any] = {}
+  text = config["data"]["text"]
   if "tokenizer.json" not in files:
-    if "tokenizer.model" not in assets or family.TOKENIZER_CLASS != "SiglipTokenizer":
-      raise UserError("the checkpoint has no tokenizer.json, and transformers' "
-                      f"{family.TOKENIZER_CLASS} reads no sentencepiece model. Export to safetensors or stablehlo")
+    if "tokenizer.model" not in assets or family.TOKENIZER_CLASS != "SiglipTokenizer" or text["punctuation"] or text["bos"]:
+      raise UserError(f"transformers has no tokenizer for this model: {family.TOKENIZER_CLASS} reads a tokenizer.json, or (SigLIP alone) a "
+                      "sentencepiece model with data.text.punctuation=false and bos=false. Export to safetensors or stablehlo")
+    facts = dict(do_lower_case=text["lowercase"])
     files[SENTENCEPIECE] = assets["tokenizer.model"]
-  facts = json.loads(files.get("tokenizer_config.json", b"{}"))
-  inputs = ["input_ids"] + (["attention_mask"] if config["data"]["text"]["mask_padding"] else [])
-  facts = {"tokenizer_class": family.TOKENIZER_CLASS, **facts, "model_max_length": config["data"]["text"]["length"],
-           "model_input_names": inputs}
+  elif text["lowercase"] or not text["punctuation"]:
+    raise UserError("transformers cannot lower-case or strip punctuation before a tokenizer.json; put it into the file's normalizer")
+  inputs = ["input_ids"] + (["attention_mask"] if text["mask_padding"] else [])
+  facts = {"tokenizer_class": family.TOKENIZER_CLASS, **json.loads(files.get("tokenizer_config.json", b"{}")), **facts,
+           "model_max_length": text["length"], "model_input_names": inputs}
   return {**files, "tokenizer_config.json": json.dumps(facts, indent=2).encode()}

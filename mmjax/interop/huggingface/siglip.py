@@ -12,7 +12,7 @@ from mmjax.interop.huggingface import clip, mapping
 from mmjax.interop.huggingface.mapping import Rule
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS = "SiglipTokenizer", "SiglipProcessor", "SiglipImageProcessor"
-ARCHITECTURE = "SiglipModel"
+ARCHITECTURE, PAD = "SiglipModel", "</s>"
 MASK_PADDING = False  # SigLIP was trained on padding that the model sees; its tokenizer_config.json lists no attention_mask
 
 # What transformers assumes where config.json is silent.
