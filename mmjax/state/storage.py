@@ -83,6 +83,7 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
 
 def stored_leaves(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """{name: shape and dtype} of an item, without reading the values."""
+  _quiet()
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.metadata(folder).item_metadata.tree
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()}

@@ -117,6 +117,14 @@ def test_the_predictor_example_runs(place):
   subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment(), check=True)
 
 
+def test_the_recall_by_numpy_is_the_evaluators(place):
+  folder, _ = place
+  code = next(block for kind, block in BLOCKS if kind == "python" and "e.npz" in block)
+  printed = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(), check=True, capture_output=True, text=True).stdout
+  scores = json.loads((folder / "runs/quickstart/eval.json").read_text())
+  assert float(printed) == pytest.approx(scores["retrieval/combinations"]["image_to_text/R@1"])
+
+
 def test_the_stablehlo_loader_is_ten_lines_and_runs(place):
   folder, _ = place
   code = next(block for kind, block in BLOCKS if kind == "python" and "deserialize" in block)
