@@ -14,6 +14,6 @@ fi
 stamp="$VIRTUAL_ENV/.mmjax-$(cat setup.py pyproject.toml | cksum | cut -d' ' -f1)-$EXTRAS"
 if [ ! -e "$stamp" ] || ! python -c 'import mmjax' 2>/dev/null; then
   echo "== set-up: pip install -e .[$EXTRAS]"
-  python -m pip install --quiet --disable-pip-version-check -e ".[$EXTRAS]"
+  python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[$EXTRAS]"
   touch "$stamp"
 fi
