@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: the active virtual environment, or .venv made here; then mmjax installed with EXTRAS.
 # Needs python3 (3.11 to 3.13) and pip. MMJAX_PYTHON names another interpreter.
 python=${MMJAX_PYTHON:-python3}
@@ -8,6 +9,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     echo "== set-up: virtual environment in .venv"
     "$python" -m venv .venv
   fi
+  # shellcheck disable=SC1091
   . .venv/bin/activate
 fi
 # Installing again costs seconds, so it is skipped while setup.py and the extras are what was installed last.
