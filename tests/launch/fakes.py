@@ -1,0 +1,43 @@
+"""Stand-ins on PATH for the programs that launchers call: each writes its arguments to a file, then runs a few lines of bash."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+
+
+class Fakes:
+  """A folder of fake programs; `calls()` is what was called, in order, one line a call."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.bin, self.log = folder / "bin", folder / "calls"
+    self.bin.mkdir()
+    self.log.touch()
+    self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMJAX_", "VIRTUAL_ENV", "DRY_RUN"))}
+    self.environment.update(PATH=f"{self.bin}:{os.environ['PATH']}", CALLS=str(self.log), TMPDIR=str(folder))
+
+  def add(self, name: str, body: str = "") -> None:
+    path = self.bin / name
+    path.write_text(f'#!/usr/bin/env bash\nprintf \'%s\\n\' "{name} $*" >> "$CALLS"\n{body}\n')
+    path.chmod(0o755)
+
+  def calls(self, name: str = "") -> list[str]:
+    return [line for line in self.log.read_text().splitlines() if line.startswith(name)]
+
+  def start(self, script: str, *words: str, **settings) -> subprocess.Popen:
+    return subprocess.Popen(["bash", str(LAUNCH / script), *words], env=self.environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, **settings)
+
+  def run(self, script: str, *words: str, code: int = 0, **settings) -> str:
+    """Runs a launch script, checks its exit code, returns what it printed."""
+    process = self.start(script, *words, **settings)
+    try:
+      printed = process.communicate(timeout=60)[0]
+    finally:
+      process.kill()
+    assert process.returncode == code, f"exit code {process.returncode}\n{printed}"
+    return printed
