@@ -16,6 +16,13 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; mistakes of the user end in one line on stderr (`--debug` shows the traceback)."""
+  code = _main(argv)
+  if code in (EXIT_FAILED, EXIT_USAGE) and argv is None and (multihost := sys.modules.get("mmjax.parallel.multihost")):
+    multihost.leave(code)
+  return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
   arguments = list(sys.argv[1:] if argv is None else argv)
   parser = _parser()
   options, rest = parser.parse_known_args(arguments)

@@ -7,6 +7,7 @@ from the sharding of the batch alone, so a global batch is the same for any numb
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from mmjax.parallel.mesh import batch_shards
 from mmjax.parallel.rules import batch_sharding
 
 _LOCAL = ("MMJAX_COORDINATOR", "MMJAX_PROCESSES", "MMJAX_PROCESS_ID")
+_HEARTBEAT_SECONDS = 60
 
 
 def initialize(config: FrozenConfigDict | None = None) -> None:
@@ -27,7 +29,9 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
 
   Looked at in turn: MMJAX_COORDINATOR (host:port), MMJAX_PROCESSES, MMJAX_PROCESS_ID, as launch/local_multiprocess.sh sets
   them; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM, Open MPI and TPU pods, which JAX detects.
-  MMJAX_CPU_DEVICES sets the number of simulated CPU devices a process. Raises UserError: a variable is missing or wrong.
+  MMJAX_COORDINATOR=auto leaves all to JAX (a TPU VM says nothing in its environment, only to those who ask its metadata server).
+  MMJAX_CPU_DEVICES sets the number of simulated CPU devices a process; MMJAX_HEARTBEAT_SECONDS (60) after how long without a
+  sign of life a process counts as dead, which ends the others. Raises UserError: a variable is missing or wrong.
   """
   del config  # nothing of a run's numbers depends on it
   if jax.distributed.is_initialized():
@@ -41,7 +45,9 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
     # XLA's CPU devices share one pool, in which every waiting collective holds a thread. With as few threads as devices (its
     # default), two independent collectives can take all of them while a device that both wait for has none: a deadlock.
     environment.setdefault("NPROC", str(4 * jax.config.jax_num_cpu_devices))
-  if any(environment.get(name) for name in _LOCAL):
+  if environment.get("MMJAX_COORDINATOR") == "auto":
+    _join()
+  elif any(environment.get(name) for name in _LOCAL):
     missing = [name for name in _LOCAL if not environment.get(name)]
     if missing:
       raise UserError(f"{', '.join(missing)} not set, though {', '.join(n for n in _LOCAL if n not in missing)} is: "
@@ -57,6 +63,14 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
           **{k: _count(name, environment[name], least=0) for k, name in numbers.items() if environment.get(name)})
   elif _cluster_processes(environment) > 1:
     _join()
+
+
+def leave(code: int) -> None:
+  """Ends this process now if it has peers: the usual way out waits until all of them are there, and they wait for this one."""
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_main() -> bool:
@@ -139,8 +153,9 @@ def _is_numeric(value: Any) -> bool:
 
 def _join(**settings: Any) -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # XLA refuses them else; other platforms ignore it
+  heartbeat = _count("MMJAX_HEARTBEAT_SECONDS", os.environ.get("MMJAX_HEARTBEAT_SECONDS", str(_HEARTBEAT_SECONDS)))
   try:
-    jax.distributed.initialize(**settings)
+    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **settings)
   except (RuntimeError, ValueError) as error:
     where = settings.get("coordinator_address", "the cluster's coordinator")
     raise UserError(f"cannot join the other processes at {where}: {str(error).splitlines()[0]}. "

@@ -40,10 +40,13 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   Raises UserError: the folder holds another run, a source changed, the mesh does not fit, too many bad steps or records.
   """
   begin = time.monotonic()
-  workdir = Path(workdir)
   multihost.initialize(config)
+  with StopSignal() as stop:  # from here on: a signal that comes while compiling is not lost
+    return _train(config, Path(workdir), stop, begin, allow_change)
+
+
+def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: float, allow_change: bool) -> int:
   say = print_main
-  stop = StopSignal()
 
   # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
   mesh = make_mesh(config)
@@ -89,6 +92,10 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   moment = time.monotonic()
   step.compile()
   say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")
+  if multihost.any_process(stop.received):
+    saver.close()
+    say(f"stopped by {stop.name} before step {start + 1} of {steps}. The same command goes on from here.")
+    return STOPPED
 
   # -- The loop ----------------------------------------------------------------------------------------------------------
   outputs = Outputs(workdir, start, config) if multihost.is_main() else None
@@ -129,7 +136,7 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
       saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
 
   try:
-    with stop, jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
       batches = pipeline.iterate(start, steps)
       for at in range(start + 1, steps + 1):
         moment = time.monotonic()
@@ -179,7 +186,7 @@ class StopSignal:
   """Within `with`, SIGTERM and Ctrl-C set `received`; a second Ctrl-C interrupts at once."""
 
   def __init__(self):
-    self.received, self.name = False, ""
+    self.received, self.name = False, "a signal to another process"
     self._before: dict[int, object] = {}
 
   def __enter__(self):

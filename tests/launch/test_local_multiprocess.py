@@ -1,0 +1,127 @@
+"""launch/local_multiprocess.sh with real processes: equal to one process, stopped, killed, restarted."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.commands import QUICKSTART, SMALL, environment, metrics, read_until, run, start
+from tests.launch.fakes import LAUNCH, ROOT
+
+
+class Launcher:
+  """Starts launch/local_multiprocess.sh 2 with an `mmjax` on PATH that is this interpreter's."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.bin = folder / "bin"
+    self.bin.mkdir()
+    program = self.bin / "mmjax"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mmjax.cli "$@"\n')
+    program.chmod(0o755)
+
+  def start(self, workdir, *options: str, processes: int = 2, extra: tuple[str, ...] = ()) -> subprocess.Popen:
+    env = environment(PYTHONUNBUFFERED="1", PATH=f"{self.bin}:{os.environ['PATH']}")
+    words = ("--config", QUICKSTART, "--workdir", str(workdir), *SMALL, *extra)
+    return subprocess.Popen(["bash", str(LAUNCH / "local_multiprocess.sh"), str(processes), "--backoff", "0", *options, *words], env=env,
+                            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+  def run(self, workdir, *options: str, code: int = 0, **settings) -> str:
+    process = self.start(workdir, *options, **settings)
+    printed = process.communicate(timeout=500)[0]
+    assert process.returncode == code, f"exit code {process.returncode}\n{printed[-4000:]}"
+    return printed
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory, embedded_data):
+  return Launcher(tmp_path_factory.mktemp("launcher"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(launcher, tmp_path_factory):
+  """(run folder, output) of two processes that nothing interrupted."""
+  folder = tmp_path_factory.mktemp("unbroken")
+  return folder, launcher.run(folder)
+
+
+def training_processes(workdir) -> dict[int, int]:
+  """{process number: id} of the processes that train in this folder."""
+  found = {}
+  for path in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+      words = (path / "cmdline").read_bytes().split(b"\0")
+      variables = (path / "environ").read_bytes().split(b"\0")
+    except OSError:
+      continue
+    if b"mmjax.cli" in words and os.fsencode(str(workdir)) in words:
+      found.update({int(v.split(b"=")[1]): int(path.name) for v in variables if v.startswith(b"MMJAX_PROCESS_ID=")})
+  return found
+
+
+def newest_step(workdir) -> int:
+  return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_two_processes_train_as_one_process_with_two_devices_does(unbroken, tmp_path):
+  folder, printed = unbroken
+  assert {line[:4] for line in printed.splitlines() if line} == {"[0] ", "[1] "} and "[0] done: 24 steps" in printed
+  run("train", "--config", QUICKSTART, "--workdir", str(tmp_path), *SMALL, devices=2)
+  ours, theirs = metrics(folder), metrics(tmp_path)
+  assert [(row["step"], row.get("ids_crc32")) for row in ours] == [(row["step"], row.get("ids_crc32")) for row in theirs]
+  for mine, other in zip(ours, theirs, strict=True):
+    if "loss" in mine:
+      assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("whom", ["launcher", "process 1"])
+def test_a_stopped_job_saves_one_step_in_all_processes_and_goes_on(launcher, unbroken, tmp_path, whom):
+  process = launcher.start(tmp_path)
+  read_until(process, "step 6/24")
+  os.kill(process.pid if whom == "launcher" else training_processes(tmp_path)[1], signal.SIGTERM)
+  printed = process.communicate(timeout=200)[0]
+  assert process.returncode == 75 and f"at step {newest_step(tmp_path)} of 24; checkpoint saved" in printed, printed
+  assert 6 <= newest_step(tmp_path) < 24 and not training_processes(tmp_path)
+  assert f"at step {newest_step(tmp_path)} of 24" in launcher.run(tmp_path)
+  assert metrics(tmp_path) == metrics(unbroken[0])
+
+
+def test_a_signal_that_comes_before_the_first_step_is_not_lost(launcher, tmp_path):
+  process = launcher.start(tmp_path)
+  read_until(process, "examples an epoch")
+  process.send_signal(signal.SIGTERM)
+  printed = process.communicate(timeout=200)[0]
+  assert process.returncode == 75 and "before step 1 of 24" in printed, printed
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_job_runs_again_to_the_same_end(launcher, unbroken, tmp_path, victim):
+  process = launcher.start(tmp_path)
+  read_until(process, "step 6/24")
+  os.kill(training_processes(tmp_path)[victim], signal.SIGKILL)
+  printed = process.communicate(timeout=300)[0]
+  assert process.returncode == 0, printed
+  assert "ending the other 1" in printed and "restart 1 of 10" in printed and "[0] done: 24 steps" in printed
+  assert metrics(tmp_path) == metrics(unbroken[0]) and not training_processes(tmp_path)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_whose_peer_died_ends_by_itself(embedded_data, tmp_path, victim):
+  """As on a cluster, where no launcher of ours ends it: it fails with 1, or JAX's heartbeat ends it with SIGABRT."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  jobs = [start("train", "--config", QUICKSTART, "--workdir", str(tmp_path), *SMALL, "--config.train.steps=4000", MMJAX_PROCESSES="2",
+                MMJAX_COORDINATOR=f"localhost:{port}", MMJAX_PROCESS_ID=str(i), MMJAX_HEARTBEAT_SECONDS="10") for i in range(2)]
+  read_until(jobs[0], "step 6/4000")
+  jobs[victim].kill()
+  printed = jobs[1 - victim].communicate(timeout=60)[0]
+  assert jobs[1 - victim].returncode in (1, -signal.SIGABRT), printed
+
+
+def test_bad_usage_is_not_run_again(launcher, tmp_path):
+  printed = launcher.run(tmp_path, extra=("--config.train.stepz=3",), code=2)
+  assert "train.steps" in printed and "restart:" not in printed
