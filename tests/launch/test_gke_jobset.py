@@ -5,8 +5,6 @@ import re
 import pytest
 import yaml
 
-
-
 TRAIN = ("--config", "configs/quickstart.py", "--workdir", "/runs/a b", '--config.text="x\\y"')
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 

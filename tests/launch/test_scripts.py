@@ -66,6 +66,25 @@ def test_bad_usage_is_named(fakes, script, words, message):
   assert message in fakes.run(script, *words, code=2)
 
 
+SECTION = (ROOT / "README.md").read_text().split("## Several hosts")[1].split("\n## ")[0]
+COMMANDS = [line.split("  #")[0].strip() for line in re.search(r"```bash\n(.*?)```", SECTION, re.S)[1].splitlines()]
+
+
+def test_the_readme_names_every_launcher():
+  named = " ".join(COMMANDS)
+  assert all(f"launch/{script}" in named for script in DRY)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_are_understood(fakes, command):
+  """As they stand there, but for --dry-run; sbatch gives its script what follows it."""
+  fakes.add("sbatch", 'while [[ $1 = --* ]]; do shift; done; script=$1; shift; bash "$script" --dry-run "$@"')
+  options = "" if command.startswith("sbatch") else " --dry-run"
+  command = re.sub(r"(launch/\w+\.sh(?: \d)?)", rf"\1{options}", command)
+  done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=fakes.environment, capture_output=True, text=True)
+  assert done.returncode == 0 and "quickstart.py" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_image_has_what_it_needs_and_no_privileges():
   lines = [line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line and line[0] != "#"]
   assert lines[0].startswith("FROM python:3.12-slim") and lines[-1] == 'ENTRYPOINT ["mmjax"]'

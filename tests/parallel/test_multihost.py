@@ -59,6 +59,20 @@ def test_wrong_variables_are_named(monkeypatch, variables, message):
     multihost.initialize()
 
 
+def test_auto_leaves_the_rest_to_jax_and_sets_the_bound_on_silence(monkeypatch):
+  calls, before = [], jax.config.jax_cpu_collectives_implementation
+  monkeypatch.setenv("MMJAX_COORDINATOR", "auto")
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
+  try:
+    multihost.initialize()
+    monkeypatch.setenv("MMJAX_HEARTBEAT_SECONDS", "soon")
+    with pytest.raises(UserError, match="MMJAX_HEARTBEAT_SECONDS is 'soon'"):
+      multihost.initialize()
+  finally:
+    jax.config.update("jax_cpu_collectives_implementation", before)
+  assert calls == [dict(heartbeat_timeout_seconds=60)]
+
+
 WORKER = """
 import json, sys
 sys.path.insert(0, {tests!r})
