@@ -13,6 +13,10 @@ from tests.e2e.commands import QUICKSTART, SMALL, environment, metrics, read_unt
 from tests.launch.fakes import LAUNCH, ROOT
 
 
+SHORT = (*SMALL, "--config.train.steps=12", "--config.checkpoint.every=4", "--config.evaluation.every=12")
+TRAIN = ("--config", QUICKSTART, *SHORT)
+
+
 class Launcher:
   """Starts launch/local_multiprocess.sh 2 with an `mmjax` on PATH that is this interpreter's."""
 
@@ -23,11 +27,11 @@ class Launcher:
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mmjax.cli "$@"\n')
     program.chmod(0o755)
 
-  def start(self, workdir, *options: str, processes: int = 2, extra: tuple[str, ...] = ()) -> subprocess.Popen:
+  def start(self, workdir, *options: str, extra: tuple[str, ...] = ()) -> subprocess.Popen:
     env = environment(PYTHONUNBUFFERED="1", PATH=f"{self.bin}:{os.environ['PATH']}")
-    words = ("--config", QUICKSTART, "--workdir", str(workdir), *SMALL, *extra)
-    return subprocess.Popen(["bash", str(LAUNCH / "local_multiprocess.sh"), str(processes), "--backoff", "0", *options, *words], env=env,
-                            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    words = ("2", "--backoff", "0", *options, *TRAIN, "--workdir", str(workdir), *extra)
+    return subprocess.Popen(["bash", str(LAUNCH / "local_multiprocess.sh"), *words], env=env, cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
   def run(self, workdir, *options: str, code: int = 0, **settings) -> str:
     process = self.start(workdir, *options, **settings)
@@ -62,14 +66,22 @@ def training_processes(workdir) -> dict[int, int]:
   return found
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path):
+  """Ends what a failed test has left."""
+  yield
+  for pid in training_processes(tmp_path).values():
+    os.kill(pid, signal.SIGKILL)
+
+
 def newest_step(workdir) -> int:
   return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def test_two_processes_train_as_one_process_with_two_devices_does(unbroken, tmp_path):
   folder, printed = unbroken
-  assert {line[:4] for line in printed.splitlines() if line} == {"[0] ", "[1] "} and "[0] done: 24 steps" in printed
-  run("train", "--config", QUICKSTART, "--workdir", str(tmp_path), *SMALL, devices=2)
+  assert {line[:4] for line in printed.splitlines() if line} == {"[0] ", "[1] "} and "[0] done: 12 steps" in printed
+  run("train", *TRAIN, "--workdir", tmp_path, devices=2)
   ours, theirs = metrics(folder), metrics(tmp_path)
   assert [(row["step"], row.get("ids_crc32")) for row in ours] == [(row["step"], row.get("ids_crc32")) for row in theirs]
   for mine, other in zip(ours, theirs, strict=True):
@@ -80,12 +92,12 @@ def test_two_processes_train_as_one_process_with_two_devices_does(unbroken, tmp_
 @pytest.mark.parametrize("whom", ["launcher", "process 1"])
 def test_a_stopped_job_saves_one_step_in_all_processes_and_goes_on(launcher, unbroken, tmp_path, whom):
   process = launcher.start(tmp_path)
-  read_until(process, "step 6/24")
+  read_until(process, "step 6/12")
   os.kill(process.pid if whom == "launcher" else training_processes(tmp_path)[1], signal.SIGTERM)
   printed = process.communicate(timeout=200)[0]
-  assert process.returncode == 75 and f"at step {newest_step(tmp_path)} of 24; checkpoint saved" in printed, printed
-  assert 6 <= newest_step(tmp_path) < 24 and not training_processes(tmp_path)
-  assert f"at step {newest_step(tmp_path)} of 24" in launcher.run(tmp_path)
+  assert process.returncode == 75 and f"at step {newest_step(tmp_path)} of 12; checkpoint saved" in printed, printed
+  assert 6 <= newest_step(tmp_path) < 12 and not training_processes(tmp_path)
+  assert f"at step {newest_step(tmp_path)} of 12" in launcher.run(tmp_path)
   assert metrics(tmp_path) == metrics(unbroken[0])
 
 
@@ -94,17 +106,17 @@ def test_a_signal_that_comes_before_the_first_step_is_not_lost(launcher, tmp_pat
   read_until(process, "examples an epoch")
   process.send_signal(signal.SIGTERM)
   printed = process.communicate(timeout=200)[0]
-  assert process.returncode == 75 and "before step 1 of 24" in printed, printed
+  assert process.returncode == 75 and "before step 1 of 12" in printed, printed
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_job_runs_again_to_the_same_end(launcher, unbroken, tmp_path, victim):
   process = launcher.start(tmp_path)
-  read_until(process, "step 6/24")
+  read_until(process, "step 6/12")
   os.kill(training_processes(tmp_path)[victim], signal.SIGKILL)
   printed = process.communicate(timeout=300)[0]
   assert process.returncode == 0, printed
-  assert "ending the other 1" in printed and "restart 1 of 10" in printed and "[0] done: 24 steps" in printed
+  assert "ending the other 1" in printed and "restart 1 of 10" in printed and "[0] done: 12 steps" in printed
   assert metrics(tmp_path) == metrics(unbroken[0]) and not training_processes(tmp_path)
 
 
@@ -114,7 +126,7 @@ def test_a_process_whose_peer_died_ends_by_itself(embedded_data, tmp_path, victi
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  jobs = [start("train", "--config", QUICKSTART, "--workdir", str(tmp_path), *SMALL, "--config.train.steps=4000", MMJAX_PROCESSES="2",
+  jobs = [start("train", *TRAIN, "--workdir", tmp_path, "--config.train.steps=4000", "--config.evaluation.every=4000", MMJAX_PROCESSES="2",
                 MMJAX_COORDINATOR=f"localhost:{port}", MMJAX_PROCESS_ID=str(i), MMJAX_HEARTBEAT_SECONDS="10") for i in range(2)]
   read_until(jobs[0], "step 6/4000")
   jobs[victim].kill()
