@@ -12,7 +12,6 @@ import pytest
 from tests.e2e.commands import QUICKSTART, SMALL, environment, metrics, read_until, run, start
 from tests.launch.fakes import LAUNCH, ROOT
 
-
 SHORT = (*SMALL, "--config.train.steps=12", "--config.checkpoint.every=4", "--config.evaluation.every=12")
 TRAIN = ("--config", QUICKSTART, *SHORT)
 
