@@ -110,12 +110,17 @@ def analyse(step: Step, compiled: jax.stages.Compiled, chip: topology.Chip, *, s
   module = hlo.parse(text)
   found = cost.collectives(module)
   result["collectives"] = found
-  result["warnings"] = memory.replicated(step) + cost.warnings(module, found, batch=batch, shards=batch_shards(step.mesh))
+  widths = {n for x in jax.tree.leaves(step.params_spec) for n in x.shape}
+  shards = 1 if batch in widths else batch_shards(step.mesh)
+  result["warnings"] = memory.replicated(step) + cost.warnings(module, found, batch=batch, shards=shards)
   flops, tokens = model_flops(step), tokens_of(step)
   result["model"] = dict(parameters=sum(x.size for x in jax.tree.leaves(step.params_spec)), flops_per_step=flops["total"],
                          flops={name: value for name, value in flops.items() if name != "total"}, tokens_per_example=tokens)
   left_out = ["data loading, transfers from the host, evaluation and checkpoints"]
-  if timed:
+  if timed and not text:
+    left_out.append(f"time and collectives: jax {jax.__version__} cannot read what this libtpu compiled for {chip.name}; the pair of "
+                    "versions that jax[tpu] installs may")
+  elif timed:
     kernels = []
     if "tpu_custom_call" in text:
       with rules.use(step.mesh, step.rules):

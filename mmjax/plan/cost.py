@@ -65,7 +65,7 @@ def _custom_call(op: hlo.Operation, operands: list[str], chip: Chip, kernels: Se
   else:
     flops, moved, basis = 0.0, least, "operands and results only: FLOPs unknown"
   cycles = max(flops / (chip.peak / chip.devices), moved / (chip.bandwidth / chip.devices)) * chip.clock
-  name = kernel.name if kernel else op.source.rsplit("/", 1)[-1] or re.sub(r"[.\d]+$", "", op.name)
+  name = kernel.name if kernel else re.sub(r"\.\d+$", "", op.name)
   return dict(name=name, target=op.target, flops=flops, bytes=moved, cycles_each=cycles, basis=basis)
 
 
@@ -111,16 +111,18 @@ def _kind(op: hlo.Operation) -> str | None:
 
 
 def warnings(module: hlo.Module, found: dict[str, dict[str, float]], *, batch: int, shards: int) -> list[str]:
-  """What a compiled step of a global batch, cut into `shards`, should not hold: one line each."""
+  """What a compiled step of a global batch, cut into `shards`, should not hold: one line each.
+
+  A similarity matrix is told by its rows and columns, the batch both: give shards = 1 where a width of the model equals the batch.
+  """
   lines = []
   for kind in ("all-to-all", "ragged-all-to-all"):
     if kind in found:
       lines.append(f"{found[kind]['count']:.0f} {kind} a step ({found[kind]['bytes'] / 2**20:.1f} MiB a chip): an array changes its "
                    "split on the way; look for a missing constraint on an activation or a mesh that does not suit the model")
-  # A similarity matrix has rows and columns of the batch; where a model width equals the batch this cannot be told.
   if shards > 1:
     for op, _, computation in hlo.runs(module, inside_fusions=True):
-      if any(dims.count(batch) >= 2 for _, dims in hlo.arrays(op.type)) and op.opcode not in _NO_WORK:
+      if any(tuple(n for n in dims if n > 1) == (batch, batch) for _, dims in hlo.arrays(op.type)) and op.opcode not in _NO_WORK:
         how = f"gathered by {op.opcode}" if _kind(op) else f"held by {op.opcode}"
         lines.append(f"{_short(op.type)} {how} ({op.name} in {computation}): a global similarity matrix of the batch of {batch} on every "
                      "chip; compare block by block (parallel/collectives.py)")
