@@ -129,9 +129,7 @@ def has_libtpu() -> bool:
 
 
 def prepare() -> None:
-  """Sets what JAX and libtpu read when they start: no look for real TPUs, several compilers side by side."""
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  """Keeps JAX off accelerators of this machine, for a process that only plans."""
   jax.config.update("jax_platforms", "cpu")
 
 
@@ -139,6 +137,9 @@ def devices(target: Slice) -> list[jax.Device]:
   """Devices of the slice that exist for the compiler only. Raises UserError: libtpu does not know such a slice."""
   from jax.experimental import topologies
 
+  # What libtpu reads when it starts: no look for real TPUs, several compilers side by side.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   options = dict(target.chip.options)
   if target.slices > 1:
     options["num_slices"] = target.slices
