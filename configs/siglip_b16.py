@@ -26,11 +26,19 @@ def get_config(arg: str = ""):
 
   tower = dict(width=768, depth=12, heads=12, mlp=3072, remat="dots_no_batch")
   c.model = dict(
-    name="dual_encoder", width=768, unprojected=("image",), projection_bias=True, bias=True, bias_init=-10.0, scale_init=10.0,
-    scale_max=10_000.0, encoders=dict(
+    name="dual_encoder",
+    width=768,
+    unprojected=("image",),
+    projection_bias=True,
+    bias=True,
+    bias_init=-10.0,
+    scale_init=10.0,
+    scale_max=10_000.0,
+    encoders=dict(
       image=dict(kind="vit", patch=16, pooling="attention", **tower),
       text=dict(kind="transformer", pooling="final", **tower),
-    ))
+    ),
+  )
   c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
   c.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip=1.0, state_dtype="bfloat16")
   c.schedule = dict(name="rsqrt", warmup=20_000, timescale=10_000, cooldown=50_000)

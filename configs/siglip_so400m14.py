@@ -1,4 +1,4 @@
-"""SigLIP So400m/14, both towers (Alabdulmohsin et al. 2023, arXiv:2305.13035): 224 pixels, 64 tokens, batch 4096 on a v5e-64.
+"""SigLIP So400m/14, both towers (Alabdulmohsin et al. 2023, arXiv:2305.13035), batch 4096 on a v5e-64.
 
 The shapes of Hugging Face's google/siglip-so400m-patch14 models: 224 pixels, or 384 with `:384`.
   mmjax plan --config configs/siglip_so400m14.py --topology v5e-64
@@ -26,11 +26,19 @@ def get_config(arg: str = ""):
 
   tower = dict(width=1152, depth=27, heads=16, mlp=4304, remat="dots_no_batch")
   c.model = dict(
-    name="dual_encoder", width=1152, unprojected=("image",), projection_bias=True, bias=True, bias_init=-10.0, scale_init=10.0,
-    scale_max=10_000.0, encoders=dict(
+    name="dual_encoder",
+    width=1152,
+    unprojected=("image",),
+    projection_bias=True,
+    bias=True,
+    bias_init=-10.0,
+    scale_init=10.0,
+    scale_max=10_000.0,
+    encoders=dict(
       image=dict(kind="vit", patch=14, crop_edge=True, pooling="attention", **tower),
       text=dict(kind="transformer", pooling="final", **tower),
-    ))
+    ),
+  )
   c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
   c.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip=1.0, state_dtype="bfloat16")
   c.schedule = dict(name="rsqrt", warmup=20_000, timescale=10_000, cooldown=50_000)

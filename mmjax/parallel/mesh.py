@@ -52,8 +52,10 @@ def for_slices(mesh: Mapping[str, int], slices: int) -> tuple[str, ...]:
 def layouts(device_count: int, slices: int = 1) -> list[tuple[str, ...]]:
   """Meshes worth trying on so many devices, as overrides of a config: data, FSDP, both, FSDP with tensors split too."""
   count = device_count // slices
-  layout = lambda sharding, **sizes: (f"mesh.replica={slices}", *(f"mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES[1:]),
-                                      f"sharding={sharding}")
+  def layout(sharding: str, **sizes: int) -> tuple[str, ...]:
+    sizes["replica"] = slices
+    return (*(f"mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES), f"sharding={sharding}")
+
   found = [layout("replicated", data=count)]
   if count > 1:
     found.append(layout("fsdp", fsdp=count))

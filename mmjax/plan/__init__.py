@@ -1,7 +1,7 @@
 """`mmjax plan`: compiles the real train step for chips that are not there, and says what it takes.
 
-Read `plan` first: name -> devices -> Step -> the compiler -> figures. `analyse` alone makes figures of any compiled step, so
-that a run on real chips can print the same summary.
+Read `plan` first: name -> devices -> Step -> the compiler -> figures. `analyse` alone makes figures of any compiled
+step, so that a run on real chips can print the same summary.
 """
 
 from __future__ import annotations
@@ -29,15 +29,29 @@ from mmjax.training.step import Step
 
 Say = Callable[[str], None]
 CACHE = "~/.cache/mmjax/plans"
-LEAST_MEMORY = ("none", "dots", "dots_no_batch", "attention", "full")  # remat policies, each keeps less than the one before
+LEAST_MEMORY = (
+  "none",
+  "dots",
+  "dots_no_batch",
+  "attention",
+  "full",
+)  # remat policies, each keeps less than the one before
 
 
-def plan(config: FrozenConfigDict, name: str, *, dump_hlo: str = "", cache: str | None = CACHE, remedies: bool = True,
-         say: Say = lambda line: None) -> dict[str, Any]:
+def plan(
+  config: FrozenConfigDict,
+  name: str,
+  *,
+  dump_hlo: str = "",
+  cache: str | None = CACHE,
+  remedies: bool = True,
+  say: Say = lambda line: None,
+) -> dict[str, Any]:
   """What a step of `config` takes on the slice `name`: the dict of plan.json.
 
-  dump_hlo: file for the compiled text. cache: folder of earlier answers, None = none. remedies: try changes where it does
-  not fit. say: gets a line before everything that takes long. Raises UserError: no such slice, or a mesh that does not fit it.
+  dump_hlo: file for the compiled text. cache: folder of earlier answers, None = none. remedies: try changes where it
+  does not fit. say: gets a line before everything that takes long. Raises UserError: no such slice, or a mesh that does
+  not fit it.
   """
   target, changes = topology.parse(name), ()
   if changes := for_slices(config.mesh, target.slices):
@@ -66,11 +80,21 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
   step, length = make_step(config, make_mesh(config, devices))
   say(f"compiling {_summary(config)} for {target.name} ({target.chips} chips) ...")
   head = dict(
-    topology=dict(name=target.name, chip=target.chip.name, chips=target.chips, slices=target.slices, shape=list(target.shape),
-                  devices=target.device_count, peak_flops=target.chip.peak, memory=target.chip.memory,
-                  bandwidth=target.chip.bandwidth, clock=target.chip.clock),
+    topology=dict(
+      name=target.name,
+      chip=target.chip.name,
+      chips=target.chips,
+      slices=target.slices,
+      shape=list(target.shape),
+      devices=target.device_count,
+      peak_flops=target.chip.peak,
+      memory=target.chip.memory,
+      bandwidth=target.chip.bandwidth,
+      clock=target.chip.clock,
+    ),
     compiler=f"libtpu {importlib.metadata.version('libtpu')}" if real else "simulated CPU devices",
-    config=settings_of(config, step))
+    config=settings_of(config, step),
+  )
   try:
     with topology.quiet():
       compiled = step.lower().compile()
@@ -79,12 +103,17 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
     if refusal is None:
       raise UserError(f"{target.name}: the compiler refuses this step: {' '.join(str(error).split())[:400]}") from error
     chip = {part: count * target.chip.devices for part, count in memory.state_bytes(step).items()}
-    return {**head, "fits": False, "memory": {**chip, **refusal, "peak": refusal["used"]}, "warnings": memory.replicated(step)}
+    return {
+      **head,
+      "fits": False,
+      "memory": {**chip, **refusal, "peak": refusal["used"]},
+      "warnings": memory.replicated(step),
+    }
   return {**head, **analyse(step, compiled, target.chip, steps=length, dump_hlo=dump_hlo, timed=real)}
 
 
 def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Step, int | None]:
-  """(the step of a run, its length in steps where that is known). Data are opened only where durations are in epochs."""
+  """(the step of a run, its length where that is known). Data are opened only where durations are in epochs."""
   examples = None
   if any(isinstance(value, str) and "epoch" in value for _, value in configs.flatten(config)):
     from mmjax.data.pipeline import Pipeline
@@ -97,13 +126,22 @@ def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Step, 
   return Step(config, mesh, steps=length, examples=examples), length
 
 
-def analyse(step: Step, compiled: jax.stages.Compiled, chip: topology.Chip, *, steps: int | None = None, dump_hlo: str = "",
-            timed: bool = True) -> dict[str, Any]:
+def analyse(
+  step: Step,
+  compiled: jax.stages.Compiled,
+  chip: topology.Chip,
+  *,
+  steps: int | None = None,
+  dump_hlo: str = "",
+  timed: bool = True,
+) -> dict[str, Any]:
   """The figures of a compiled step. timed: the compiler estimates cycles (TPU); else memory only."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
   per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
   used = per_chip({**memory.state_bytes(step), **memory.compiled_bytes(compiled)})
-  result: dict[str, Any] = dict(fits=used["peak"] <= chip.memory, memory={**used, "over": max(0, used["peak"] - chip.memory)})
+  result: dict[str, Any] = dict(
+    fits=used["peak"] <= chip.memory, memory={**used, "over": max(0, used["peak"] - chip.memory)}
+  )
   text = _text(compiled)
   if dump_hlo:
     Path(dump_hlo).write_text(text)
@@ -114,12 +152,18 @@ def analyse(step: Step, compiled: jax.stages.Compiled, chip: topology.Chip, *, s
   shards = 1 if batch in widths else batch_shards(step.mesh)
   result["warnings"] = memory.replicated(step) + cost.warnings(module, found, batch=batch, shards=shards)
   flops, tokens = model_flops(step), tokens_of(step)
-  result["model"] = dict(parameters=sum(x.size for x in jax.tree.leaves(step.params_spec)), flops_per_step=flops["total"],
-                         flops={name: value for name, value in flops.items() if name != "total"}, tokens_per_example=tokens)
+  result["model"] = dict(
+    parameters=sum(x.size for x in jax.tree.leaves(step.params_spec)),
+    flops_per_step=flops["total"],
+    flops={name: value for name, value in flops.items() if name != "total"},
+    tokens_per_example=tokens,
+  )
   left_out = ["data loading, transfers from the host, evaluation and checkpoints"]
   if timed and not text:
-    left_out.append(f"time and collectives: jax {jax.__version__} cannot read what this libtpu compiled for {chip.name}; the pair of "
-                    "versions that jax[tpu] installs may")
+    left_out.append(
+      f"time and collectives: jax {jax.__version__} cannot read what this libtpu compiled for {chip.name}; the pair of "
+      "versions that jax[tpu] installs may"
+    )
   elif timed:
     kernels = []
     if "tpu_custom_call" in text:
@@ -130,17 +174,24 @@ def analyse(step: Step, compiled: jax.stages.Compiled, chip: topology.Chip, *, s
     result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
     links = cost.link_seconds(found, chip)
     per_second = batch / seconds if seconds else None
-    result["step"] = dict(seconds=seconds, mfu=cost.roofline_seconds(flops["total"], chip, chips) / seconds if seconds else None,
-                          examples_per_second=per_second, tokens_per_second=per_second and per_second * sum(tokens.values()),
-                          collective_seconds=links, **{k: spent[k] for k in ("cycles", "compiler_cycles", "custom_call_cycles")})
+    result["step"] = dict(
+      seconds=seconds,
+      mfu=cost.roofline_seconds(flops["total"], chip, chips) / seconds if seconds else None,
+      examples_per_second=per_second,
+      tokens_per_second=per_second and per_second * sum(tokens.values()),
+      collective_seconds=links,
+      **{k: spent[k] for k in ("cycles", "compiler_cycles", "custom_call_cycles")},
+    )
     left_out += _left_out(spent, links, seconds, result["custom_calls"])
     if steps:
       result["run"] = dict(steps=steps, hours=seconds * steps / 3600, chip_hours=seconds * steps * chips / 3600)
     else:
       left_out.append("the length of the run: train.steps is in epochs, and the data are not here")
   else:
-    left_out.append("time: without libtpu the step is compiled for simulated CPU devices, whose kernels and buffers differ; memory is "
-                    "rough. pip install 'mmjax[tpu]' works on machines without TPUs")
+    left_out.append(
+      "time: without libtpu the step is compiled for simulated CPU devices, whose kernels and buffers differ; memory "
+      "is rough. pip install 'mmjax[tpu]' works on machines without TPUs"
+    )
   result["left_out"] = left_out
   return result
 
@@ -148,8 +199,12 @@ def analyse(step: Step, compiled: jax.stages.Compiled, chip: topology.Chip, *, s
 def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) -> list[str]:
   lines = []
   if links:
-    lines.append(f"waiting for collectives: {links * 1e3:.2f} ms at the full speed of the links if nothing hid them "
-                 f"({100 * links / seconds:.0f}% of the step); networks between slices are slower" if seconds else "collectives")
+    lines.append(
+      f"waiting for collectives: {links * 1e3:.2f} ms at the full speed of the links if nothing hid them "
+      f"({100 * links / seconds:.0f}% of the step); networks between slices are slower"
+      if seconds
+      else "collectives"
+    )
   if spent["unknown_loops"]:
     lines.append(f"{spent['unknown_loops']} loop(s) of unknown length, counted once")
   if spent["without_estimate"]:
@@ -160,7 +215,7 @@ def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) 
   return lines
 
 
-# -- What the model does, apart from any compiler -----------------------------------------------------------------------------
+# -- What the model does, apart from any compiler ----------------------------------------------------------------------
 
 
 def model_flops(step: Step) -> dict[str, float]:
@@ -168,12 +223,16 @@ def model_flops(step: Step) -> dict[str, float]:
 
   Counted on the plain attention formula: kernels pad sequences, and padding is no work of the model.
   """
-  plain = [f"model.encoders.{m}.kernel=xla" for m, entry in step.config.model.get("encoders", {}).items() if "kernel" in entry]
+  plain = [
+    f"model.encoders.{m}.kernel=xla" for m, entry in step.config.model.get("encoders", {}).items() if "kernel" in entry
+  ]
   counted = Step(configs.resolve(step.config, plain), step.mesh, steps=1, batch_spec=step.batch_spec) if plain else step
   total, by_part = counted.flops_per_step(), {}
   for modality in step.config.model.get("encoders", {}):
     if modality in counted.batch_spec:
-      forward = lambda params, batch, modality=modality: counted.model.apply({"params": params}, modality, batch, method="encode")
+      forward = lambda params, batch, modality=modality: counted.model.apply(
+        {"params": params}, modality, batch, method="encode"
+      )
       with rules.use(counted.mesh, counted.rules):
         by_part[modality] = 3 * count_flops(forward, counted.params_spec, counted.batch_spec)
   return {**by_part, "objectives": max(0.0, total - sum(by_part.values())), "total": total}
@@ -184,7 +243,9 @@ def tokens_of(step: Step) -> dict[str, int]:
   found = {}
   for modality in step.config.model.get("encoders", {}):
     if modality in step.batch_spec:
-      encode = lambda params, batch, modality=modality: step.model.apply({"params": params}, modality, batch, method="encode")
+      encode = lambda params, batch, modality=modality: step.model.apply(
+        {"params": params}, modality, batch, method="encode"
+      )
       with rules.use(step.mesh, step.rules):
         found[modality] = jax.eval_shape(encode, step.params_spec, step.batch_spec).tokens.shape[1]
   return found
@@ -193,8 +254,15 @@ def tokens_of(step: Step) -> dict[str, int]:
 def settings_of(config: FrozenConfigDict, step: Step | None = None) -> dict[str, Any]:
   """The settings that decide about memory and time."""
   mesh = dict(step.mesh.shape) if step else config.mesh.to_dict()
-  return dict(model=config.model.name, batch_size=config.train.batch_size, microbatches=config.train.microbatches, sharding=config.sharding,
-              mesh={axis: size for axis, size in mesh.items() if size != 1}, remat=remat_of(config), optimizer=config.optimizer.name)
+  return dict(
+    model=config.model.name,
+    batch_size=config.train.batch_size,
+    microbatches=config.train.microbatches,
+    sharding=config.sharding,
+    mesh={axis: size for axis, size in mesh.items() if size != 1},
+    remat=remat_of(config),
+    optimizer=config.optimizer.name,
+  )
 
 
 def remat_of(config: FrozenConfigDict) -> dict[str, str]:
@@ -206,13 +274,17 @@ def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:
   return [f"model.encoders.{modality}.remat={policy}" for modality in remat_of(config)]
 
 
-# -- Where it does not fit ----------------------------------------------------------------------------------------------------
+# -- Where it does not fit ---------------------------------------------------------------------------------------------
 
 
-def _remedies(config: FrozenConfigDict, target: topology.Slice, result: dict, cache: str | None, say: Say) -> list[dict[str, Any]]:
-  """Tries to keep less (remat), then less at once (microbatches), until it fits; what was tried, the last one fits or nothing did."""
+def _remedies(
+  config: FrozenConfigDict, target: topology.Slice, result: dict, cache: str | None, say: Say
+) -> list[dict[str, Any]]:
+  """Tries to keep less (remat), then less at once (microbatches), until it fits: what was tried, in that order."""
   tried = []
-  policies = LEAST_MEMORY[1 + min((LEAST_MEMORY.index(p) for p in remat_of(config).values()), default=len(LEAST_MEMORY)):]
+  policies = LEAST_MEMORY[
+    1 + min((LEAST_MEMORY.index(p) for p in remat_of(config).values()), default=len(LEAST_MEMORY)) :
+  ]
   least = with_remat(config, "full")
   changes = [with_remat(config, p) for p in policies if p not in ("dots", "attention")]
   changes += [[*least, f"train.microbatches={n}"] for n in (2, 4, 8, 16) if n > config.train.microbatches]
@@ -221,14 +293,21 @@ def _remedies(config: FrozenConfigDict, target: topology.Slice, result: dict, ca
       other = plan(configs.resolve(config, overrides), target.name, cache=cache, remedies=False, say=say)
     except ConfigError:  # the batch cannot be cut so small
       continue
-    tried.append(dict(change=overrides, fits=other["fits"], peak=other["memory"].get("peak"), over=other["memory"].get("over"),
-                      step=other.get("step")))
+    tried.append(
+      dict(
+        change=overrides,
+        fits=other["fits"],
+        peak=other["memory"].get("peak"),
+        over=other["memory"].get("over"),
+        step=other.get("step"),
+      )
+    )
     if other["fits"]:
       break
   return tried
 
 
-# -- Remembering --------------------------------------------------------------------------------------------------------------
+# -- Remembering -------------------------------------------------------------------------------------------------------
 
 
 def _key(config: FrozenConfigDict, target: topology.Slice) -> str:
@@ -254,8 +333,10 @@ def _text(compiled: jax.stages.Compiled) -> str:
 
 def _summary(config: FrozenConfigDict) -> str:
   chosen = settings_of(config)
-  return (f"{chosen['model']}, batch {chosen['batch_size']}, {chosen['sharding']}, "
-          f"remat {'/'.join(dict.fromkeys(chosen['remat'].values())) or 'none'}, microbatches {chosen['microbatches']}")
+  return (
+    f"{chosen['model']}, batch {chosen['batch_size']}, {chosen['sharding']}, "
+    f"remat {'/'.join(dict.fromkeys(chosen['remat'].values())) or 'none'}, microbatches {chosen['microbatches']}"
+  )
 
 
 assert set(LEAST_MEMORY) == set(REMAT)

@@ -1,4 +1,4 @@
-"""Time of a compiled step: the compiler's cycles with loops multiplied out, kernels by their own work, collectives by kind."""
+"""Time of a compiled step: the compiler's cycles, loops multiplied out; kernels by their work; collectives by kind."""
 
 from __future__ import annotations
 
@@ -11,12 +11,43 @@ from mmjax.plan import hlo
 from mmjax.plan.kernels import Kernel, match
 from mmjax.plan.topology import Chip
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
 PASSES = {"all-reduce": 2.0}  # how often the bytes of a collective cross a chip's links, at most
-FREE = ("AllocateBuffer", "ConcatBitcast", "SplitBitcast", "ConsumeBuffer", "Sharding", "SPMDFullToShardShape",
-        "SPMDShardToFullShape", "LayoutConstraint", "AssumeGatherIndicesInBound")  # custom calls that move nothing
-_NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota",
-            "partition-id", "replica-id", "optimization-barrier", "add-dependency")
+FREE = (
+  "AllocateBuffer",
+  "ConcatBitcast",
+  "SplitBitcast",
+  "ConsumeBuffer",
+  "Sharding",
+  "SPMDFullToShardShape",
+  "SPMDShardToFullShape",
+  "LayoutConstraint",
+  "AssumeGatherIndicesInBound",
+)  # custom calls that move nothing
+_NO_WORK = (
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "iota",
+  "partition-id",
+  "replica-id",
+  "optimization-barrier",
+  "add-dependency",
+)
 _TRANSFER = ("copy-start", "copy-done", "async-start", "async-update", "async-done", "slice-start", "slice-done")
 
 
@@ -42,18 +73,26 @@ def cost(module: hlo.Module, chip: Chip, kernels: Sequence[Kernel] = ()) -> dict
     elif cycles is None and op.opcode not in (*_NO_WORK, *_TRANSFER) and _kind(op) is None and hlo.size(op.type) > 4096:
       silent += 1
     if cycles:
-      entry = largest.setdefault((op.name, computation), dict(operation=op.name, source=op.source, type=_short(op.type), count=0, cycles=0))
+      entry = largest.setdefault(
+        (op.name, computation), dict(operation=op.name, source=op.source, type=_short(op.type), count=0, cycles=0)
+      )
       entry["count"] += times
       entry["cycles"] += cycles * times
   added = sum(entry["cycles_added"] for entry in calls.values())
-  return dict(cycles=total + added, compiler_cycles=total, custom_call_cycles=added, seconds=(total + added) / chip.clock,
-              custom_calls=sorted(calls.values(), key=lambda row: -row["cycles_added"]),
-              largest=sorted(largest.values(), key=lambda row: -row["cycles"])[:20], unknown_loops=unknown, without_estimate=silent)
+  return dict(
+    cycles=total + added,
+    compiler_cycles=total,
+    custom_call_cycles=added,
+    seconds=(total + added) / chip.clock,
+    custom_calls=sorted(calls.values(), key=lambda row: -row["cycles_added"]),
+    largest=sorted(largest.values(), key=lambda row: -row["cycles"])[:20],
+    unknown_loops=unknown,
+    without_estimate=silent,
+  )
 
 
 def _custom_call(op: hlo.Operation, operands: list[str], chip: Chip, kernels: Sequence[Kernel]) -> dict[str, Any]:
-  """FLOPs, bytes and cycles of one call: from the kernel in the traced step, else from the estimate its author gave with
-  it, else from its operands and results alone."""
+  """FLOPs, bytes and cycles of one call: from the kernel in the traced step, else from the estimate given with it, else from its operands and results alone."""
   arrays = [array for type_ in operands for array in hlo.arrays(type_)]
   least = sum(map(hlo.size, operands)) + hlo.size(op.type)
   kernel = match(kernels, tuple(arrays), tuple(hlo.arrays(op.type)))
@@ -69,7 +108,7 @@ def _custom_call(op: hlo.Operation, operands: list[str], chip: Chip, kernels: Se
   return dict(name=name, target=op.target, flops=flops, bytes=moved, cycles_each=cycles, basis=basis)
 
 
-# -- Collectives ----------------------------------------------------------------------------------------------------------
+# -- Collectives -------------------------------------------------------------------------------------------------------
 
 
 def collectives(module: hlo.Module) -> dict[str, dict[str, float]]:
@@ -107,25 +146,33 @@ def _kind(op: hlo.Operation) -> str | None:
   return name if name in KINDS else None
 
 
-# -- What should not be there ---------------------------------------------------------------------------------------------
+# -- What should not be there ------------------------------------------------------------------------------------------
 
 
 def warnings(module: hlo.Module, found: dict[str, dict[str, float]], *, batch: int, shards: int) -> list[str]:
   """What a compiled step of a global batch, cut into `shards`, should not hold: one line each.
 
-  A similarity matrix is told by its rows and columns, the batch both: give shards = 1 where a width of the model equals the batch.
+  A similarity matrix is told by its rows and columns, the batch both: give shards = 1 where a width of the model equals
+  the batch.
   """
   lines = []
   for kind in ("all-to-all", "ragged-all-to-all"):
     if kind in found:
-      lines.append(f"{found[kind]['count']:.0f} {kind} a step ({found[kind]['bytes'] / 2**20:.1f} MiB a chip): an array changes its "
-                   "split on the way; look for a missing constraint on an activation or a mesh that does not suit the model")
+      lines.append(
+        f"{found[kind]['count']:.0f} {kind} a step ({found[kind]['bytes'] / 2**20:.1f} MiB a chip): an array changes "
+        "its split on the way; look for a missing constraint on an activation or a mesh that does not suit the model"
+      )
   if shards > 1:
     for op, _, computation in hlo.runs(module, inside_fusions=True):
-      if any(tuple(n for n in dims if n > 1) == (batch, batch) for _, dims in hlo.arrays(op.type)) and op.opcode not in _NO_WORK:
+      if (
+        any(tuple(n for n in dims if n > 1) == (batch, batch) for _, dims in hlo.arrays(op.type))
+        and op.opcode not in _NO_WORK
+      ):
         how = f"gathered by {op.opcode}" if _kind(op) else f"held by {op.opcode}"
-        lines.append(f"{_short(op.type)} {how} ({op.name} in {computation}): a global similarity matrix of the batch of {batch} on every "
-                     "chip; compare block by block (parallel/collectives.py)")
+        lines.append(
+          f"{_short(op.type)} {how} ({op.name} in {computation}): a global similarity matrix of the batch of {batch} "
+          "on every chip; compare block by block (parallel/collectives.py)"
+        )
         break
   return lines
 

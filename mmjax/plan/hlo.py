@@ -7,8 +7,28 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-         "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
+BYTES = {
+  "pred": 1,
+  "s2": 0.25,
+  "u2": 0.25,
+  "s4": 0.5,
+  "u4": 0.5,
+  "f4e2m1fn": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "s16": 2,
+  "u16": 2,
+  "bf16": 2,
+  "f16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+  "c64": 8,
+  "c128": 16,
+}
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<=]*)\]")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*")
@@ -72,7 +92,11 @@ class Run(NamedTuple):
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
   """[(dtype, dimensions)] of an HLO type, in order; tokens and opaque values left out."""
-  return [(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(type_) if dtype in BYTES]
+  return [
+    (dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
+    for dtype, dims in _ARRAY.findall(type_)
+    if dtype in BYTES
+  ]
 
 
 def size(type_: str) -> float:
@@ -101,16 +125,16 @@ def _operation(line: str) -> Operation | None:
   match = _INSTRUCTION.match(line)
   if not match:
     return None
-  rest = line[match.end():]
+  rest = line[match.end() :]
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
   type_, rest = rest[:end], rest[end:].lstrip()
   opcode, bracket, _ = rest.partition("(")
   if not bracket:
     return None
   end = _closing(rest, len(opcode))
-  inside = rest[len(opcode) + 1:end]
+  inside = rest[len(opcode) + 1 : end]
   operands = (inside,) if opcode in ("constant", "parameter") else tuple(_NAME.findall(inside))
-  return Operation(match[2], type_, opcode.strip(), operands, rest[end + 1:])
+  return Operation(match[2], type_, opcode.strip(), operands, rest[end + 1 :])
 
 
 def _closing(text: str, start: int) -> int:
@@ -126,7 +150,7 @@ def _closing(text: str, start: int) -> int:
 def runs(module: Module, *, inside_fusions: bool = False) -> Iterator[Run]:
   """Every operation that a step runs, loops multiplied out. Of a conditional, the branch with the most cycles.
 
-  inside_fusions: also what fusions and asynchronous operations wrap (collectives hide there); their cycles stand outside.
+  inside_fusions: also what fusions wrap (collectives hide there); their cycles stand outside.
   """
   yield from _runs(module, module.entry, 1, inside_fusions)
 
@@ -138,7 +162,10 @@ def _runs(module: Module, computation: str, times: int, inside: bool) -> Iterato
       count, _ = trip_count(module, computation, op)
       yield from _runs(module, op.attribute("body"), times * count, inside)
     elif op.opcode == "conditional":
-      branches = op.attributes("branch_computations") or (op.attribute("true_computation"), op.attribute("false_computation"))
+      branches = op.attributes("branch_computations") or (
+        op.attribute("true_computation"),
+        op.attribute("false_computation"),
+      )
       longest = max(branches, key=lambda name: _cycles(module, name))
       yield from _runs(module, longest, times, inside)
     elif op.opcode == "call":
@@ -157,9 +184,20 @@ def trip_count(module: Module, computation: str, loop: Operation) -> tuple[int, 
   if known:
     return int(known[1]), True
   condition = module.computations.get(loop.attribute("condition"), [])
-  constants = {op.name: int(op.operands[0]) for op in condition
-               if op.opcode == "constant" and re.fullmatch(r"[su](8|16|32|64)\[\]\S*", op.type) and re.fullmatch(r"-?\d+", op.operands[0])}
-  bounds = [constants[name] for op in condition if op.opcode in ("compare", "fusion") for name in op.operands if name in constants]
+  constants = {
+    op.name: int(op.operands[0])
+    for op in condition
+    if op.opcode == "constant"
+    and re.fullmatch(r"[su](8|16|32|64)\[\]\S*", op.type)
+    and re.fullmatch(r"-?\d+", op.operands[0])
+  }
+  bounds = [
+    constants[name]
+    for op in condition
+    if op.opcode in ("compare", "fusion")
+    for name in op.operands
+    if name in constants
+  ]
   bounds = bounds or list(constants.values())
   if not bounds:
     return 1, False
@@ -168,7 +206,11 @@ def trip_count(module: Module, computation: str, loop: Operation) -> tuple[int, 
 
 def _start(module: Module, computation: str, loop: Operation, condition: list[Operation]) -> int:
   """The counter's first value, where it is a constant that the condition's single counter starts from; else 0."""
-  counters = {int(match[1]) for op in condition if op.opcode == "get-tuple-element" and (match := re.search(r"index=(\d+)", op.rest))}
+  counters = {
+    int(match[1])
+    for op in condition
+    if op.opcode == "get-tuple-element" and (match := re.search(r"index=(\d+)", op.rest))
+  }
   state = module.find(computation, loop.operands[0]) if loop.operands else None
   if len(counters) != 1 or state is None or state.opcode != "tuple":
     return 0
@@ -176,4 +218,8 @@ def _start(module: Module, computation: str, loop: Operation, condition: list[Op
   first = module.find(computation, state.operands[number]) if number < len(state.operands) else None
   while first is not None and first.opcode == "copy":
     first = module.find(computation, first.operands[0])
-  return int(first.operands[0]) if first is not None and first.opcode == "constant" and re.fullmatch(r"-?\d+", first.operands[0]) else 0
+  return (
+    int(first.operands[0])
+    if first is not None and first.opcode == "constant" and re.fullmatch(r"-?\d+", first.operands[0])
+    else 0
+  )

@@ -1,4 +1,4 @@
-"""What hand-written (Pallas) kernels compute and move: the compiler gives no estimate for them, so their own blocks are counted."""
+"""What hand-written (Pallas) kernels compute and move, by their blocks: the compiler has no estimate of them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ class Kernel(NamedTuple):
 
 
 def kernels_of(jaxpr: Any) -> list[Kernel]:
-  """The kernels in a traced function, one entry a call in the source; shapes are those of one device inside a shard_map."""
+  """The kernels in a traced function, one entry a call in the source; inside a shard_map, of one device."""
   return [_kernel(equation) for equation in _calls(jaxpr)]
 
 
 def match(kernels: Sequence[Kernel], operands: Arrays, results: Arrays) -> Kernel | None:
   """The kernel with these operands and results, or else with these results alone. Ties: the most FLOPs."""
   by = lambda pick: [k for k in kernels if pick(k)]
-  found = by(lambda k: sorted(k.operands) == sorted(operands) and k.results == results) or by(lambda k: k.results == results)
+  found = by(lambda k: sorted(k.operands) == sorted(operands) and k.results == results) or by(
+    lambda k: k.results == results
+  )
   return max(found, key=lambda k: k.flops, default=None)
 
 
@@ -53,19 +55,26 @@ def _kernel(equation: Any) -> Kernel:
   grid = [n if isinstance(n, int) else 1 for n in mapping.grid]
   body = equation.params["jaxpr"]
   moved = sum(_moved(block, grid) for block in mapping.block_mappings)
-  moved += sum(_bytes(v.aval) for v in equation.invars[:mapping.num_index_operands])
-  name = equation.params.get("name") or str(getattr(equation.params.get("name_and_src_info"), "name", "")) or "pallas_call"
-  return Kernel(name, _arrays(v.aval for v in equation.invars), _arrays(v.aval for v in equation.outvars),
-                math.prod(grid) * jaxpr_flops(getattr(body, "jaxpr", body)), moved)
+  moved += sum(_bytes(v.aval) for v in equation.invars[: mapping.num_index_operands])
+  name = (
+    equation.params.get("name") or str(getattr(equation.params.get("name_and_src_info"), "name", "")) or "pallas_call"
+  )
+  return Kernel(
+    name,
+    _arrays(v.aval for v in equation.invars),
+    _arrays(v.aval for v in equation.outvars),
+    math.prod(grid) * jaxpr_flops(getattr(body, "jaxpr", body)),
+    moved,
+  )
 
 
 def _moved(block: Any, grid: list[int]) -> float:
-  """Bytes of one operand: a block moves whenever its index changes, that is with the innermost grid dimension it depends on."""
+  """Bytes of one operand: a block moves with the innermost grid dimension that its index depends on."""
   depends = _dependent(block.index_map_jaxpr.jaxpr, len(grid))
   inner = max((i for i in depends if grid[i] > 1), default=-1)
   sizes = [getattr(n, "block_size", n) for n in block.block_shape]
   elements = math.prod(n for n in sizes if isinstance(n, int))
-  return elements * np.dtype(block.array_aval.dtype).itemsize * math.prod(grid[:inner + 1])
+  return elements * np.dtype(block.array_aval.dtype).itemsize * math.prod(grid[: inner + 1])
 
 
 def _dependent(jaxpr: Any, dimensions: int) -> set[int]:

@@ -91,11 +91,12 @@ def test_loops_are_multiplied_out_and_fusions_counted_once():
   assert spent["compiler_cycles"] == 3 * (10 * 100 + 7) + 5000 + 11
   assert spent["unknown_loops"] == 0
   assert spent["largest"][0]["cycles"] == 5000 and spent["largest"][1] == dict(
-    operation="fusion.1", source="jit(update)/layers/mlp/tanh", type="f32[8,128]", count=30, cycles=3000)
+    operation="fusion.1", source="jit(update)/layers/mlp/tanh", type="f32[8,128]", count=30, cycles=3000
+  )
 
 
 def test_a_kernel_without_an_estimate_costs_what_it_moves():
-  call, = cost.cost(hlo.parse(NESTED), V5E)["custom_calls"]
+  (call,) = cost.cost(hlo.parse(NESTED), V5E)["custom_calls"]
   moved = 8 * 128 * (4 + 2)
   assert call["bytes"] == moved and call["count"] == 1 and "unknown" in call["basis"]
   assert call["cycles_added"] == pytest.approx(moved / 819e9 * 1.5e9)
@@ -104,14 +105,18 @@ def test_a_kernel_without_an_estimate_costs_what_it_moves():
 def test_a_kernel_of_the_traced_step_costs_its_flops():
   known = kernels.Kernel("scale", (("f32", (8, 128)),), (("bf16", (8, 128)),), flops=1e9, bytes=10.0)
   spent = cost.cost(hlo.parse(NESTED), V5E, [known])
-  call, = spent["custom_calls"]
-  assert call["name"] == "scale" and call["flops"] == 1e9 and call["cycles_added"] == pytest.approx(1e9 / 197e12 * 1.5e9)
+  (call,) = spent["custom_calls"]
+  assert (
+    call["name"] == "scale" and call["flops"] == 1e9 and call["cycles_added"] == pytest.approx(1e9 / 197e12 * 1.5e9)
+  )
   assert spent["cycles"] == spent["compiler_cycles"] + spent["custom_call_cycles"]
 
 
 def test_an_estimate_given_with_a_kernel_is_taken():
-  text = NESTED.replace('"body":"QUJD"', '"body":"QUJD","cost_estimate":{"flops":2000000000,"transcendentals":0,"bytes_accessed":5}')
-  call, = cost.cost(hlo.parse(text), V5E)["custom_calls"]
+  text = NESTED.replace(
+    '"body":"QUJD"', '"body":"QUJD","cost_estimate":{"flops":2000000000,"transcendentals":0,"bytes_accessed":5}'
+  )
+  (call,) = cost.cost(hlo.parse(text), V5E)["custom_calls"]
   assert call["flops"] == 2e9 and call["bytes"] == 8 * 128 * 6
 
 
@@ -158,14 +163,18 @@ ENTRY %main (x: f32[16,32], y: f32[64,32]) -> f32[16,32] {
 def test_collectives_by_kind_with_counts_and_bytes():
   rows, all_rows = 16 * 32 * 4, 64 * 32 * 4
   assert cost.collectives(hlo.parse(COLLECTIVES)) == {
-    "all-gather": dict(count=1, bytes=all_rows), "all-reduce": dict(count=1, bytes=rows), "all-to-all": dict(count=1, bytes=all_rows),
-    "collective-permute": dict(count=1, bytes=rows), "reduce-scatter": dict(count=1, bytes=all_rows)}
+    "all-gather": dict(count=1, bytes=all_rows),
+    "all-reduce": dict(count=1, bytes=rows),
+    "all-to-all": dict(count=1, bytes=all_rows),
+    "collective-permute": dict(count=1, bytes=rows),
+    "reduce-scatter": dict(count=1, bytes=all_rows),
+  }
   assert cost.collectives(hlo.parse(NESTED)) == {"all-reduce": dict(count=3, bytes=3 * 8 * 128 * 4)}
 
 
 def test_all_to_alls_and_a_global_similarity_matrix_are_warned_of():
   module = hlo.parse(COLLECTIVES)
-  line, = cost.warnings(module, cost.collectives(module), batch=512, shards=4)
+  (line,) = cost.warnings(module, cost.collectives(module), batch=512, shards=4)
   assert "1 all-to-all" in line
   text = COLLECTIVES.replace("64,32", "64,64").replace("16,32", "16,64")
   module = hlo.parse(text)
@@ -180,17 +189,23 @@ def test_sizes_of_types():
 
 
 def test_kernels_count_their_blocks():
-  """A matrix product in blocks: every grid step multiplies a block; rows move once a row of the grid, columns at every step."""
+  """A matrix product in blocks: rows move once a row of the grid, columns at every step."""
+
   def body(x, w, out):
     out[...] = jnp.dot(x[...], w[...])
 
   def product(x, w):
-    return pl.pallas_call(body, grid=(4, 2), in_specs=[pl.BlockSpec((64, 256), lambda i, j: (i, 0)), pl.BlockSpec((256, 128), lambda i, j: (0, j))],
-                          out_specs=pl.BlockSpec((64, 128), lambda i, j: (i, j)), out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
-                          name="product")(x, w)
+    return pl.pallas_call(
+      body,
+      grid=(4, 2),
+      in_specs=[pl.BlockSpec((64, 256), lambda i, j: (i, 0)), pl.BlockSpec((256, 128), lambda i, j: (0, j))],
+      out_specs=pl.BlockSpec((64, 128), lambda i, j: (i, j)),
+      out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
+      name="product",
+    )(x, w)
 
   spec = jax.ShapeDtypeStruct((256, 256), jnp.float32)
-  kernel, = kernels.kernels_of(jax.make_jaxpr(jax.jit(lambda x, w: jnp.tanh(product(x, w))))(spec, spec).jaxpr)
+  (kernel,) = kernels.kernels_of(jax.make_jaxpr(jax.jit(lambda x, w: jnp.tanh(product(x, w))))(spec, spec).jaxpr)
   assert kernel.name == "product" and kernel.flops == 2 * 256**3
   assert kernel.bytes == 4 * (4 * 64 * 256 + 8 * 256 * 128 + 8 * 64 * 128)
   assert kernels.match([kernel], kernel.operands, kernel.results) is kernel
@@ -215,7 +230,13 @@ Total hbm usage >= 21.77G:
      Shape: f32[12,768,3072]{2,1,0:T(8,128)}
 """
   found = memory.out_of_memory(message)
-  assert found["over"] == pytest.approx(5.77 * GIB) and found["used"] == pytest.approx(21.52 * GIB) and found["limit"] == 15.75 * GIB
-  assert found["largest"] == [dict(bytes=3 * GIB, shape="bf16[128,196,12,196]", source="jit(update)/layers/dot_general"),
-                              dict(bytes=GIB / 2, shape="f32[12,768,3072]", source="")]
+  assert (
+    found["over"] == pytest.approx(5.77 * GIB)
+    and found["used"] == pytest.approx(21.52 * GIB)
+    and found["limit"] == 15.75 * GIB
+  )
+  assert found["largest"] == [
+    dict(bytes=3 * GIB, shape="bf16[128,196,12,196]", source="jit(update)/layers/dot_general"),
+    dict(bytes=GIB / 2, shape="f32[12,768,3072]", source=""),
+  ]
   assert memory.out_of_memory("INTERNAL: something else") is None

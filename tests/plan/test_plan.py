@@ -25,8 +25,9 @@ import mmjax
 def get_config(arg=""):
   c = mmjax.config.base()
   c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = 32, 32, 512, "none"
+  tower = dict(depth=3, heads=2)
   c.model = dict(name="dual_encoder", width=128, bias=True, encoders=dict(
-    image=dict(kind="vit", patch=8, depth=3, heads=2, remat="dots_no_batch"), text=dict(kind="transformer", depth=3, heads=2)))
+    image=dict(kind="vit", patch=8, remat="dots_no_batch", **tower), text=dict(kind="transformer", **tower)))
   c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
   c.train.batch_size, c.train.steps = 128, 1000
   return c
@@ -66,7 +67,9 @@ def test_the_cache_knows_configs_and_slices_apart(tiny):
   config, other = configs.load(tiny), configs.load(tiny, ["train.batch_size=256"])
   keys = {planning._key(c, topology.parse(name)) for c in (config, other) for name in ("v5e-4", "v5e-8", "2xv5e-4")}
   assert len(keys) == 6
-  assert planning._key(config, topology.parse("v5e-4")) == planning._key(configs.load(tiny, ["log.every=3"]), topology.parse("v5e-4"))
+  assert planning._key(config, topology.parse("v5e-4")) == planning._key(
+    configs.load(tiny, ["log.every=3"]), topology.parse("v5e-4")
+  )
 
 
 def test_a_mesh_that_does_not_fit_the_slice_is_refused(tiny, without_libtpu):
@@ -102,16 +105,28 @@ def test_a_sweep_puts_what_fits_first(tiny, without_libtpu):
 def test_shipped_siglip_configs_have_the_published_shapes(name, model):
   """Parameters within 1% of transformers' own model of the same config, made without memory."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-  sizes = {} if model == "base" else dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+  sizes = (
+    {}
+    if model == "base"
+    else dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+  )
   vision = dict(sizes, patch_size=16 if model == "base" else 14, image_size=224)
   with torch.device("meta"):
-    reference = transformers.SiglipModel(transformers.SiglipConfig(
-        text_config=dict(sizes, projection_size=sizes.get("hidden_size", 768), bos_token_id=1, eos_token_id=1), vision_config=vision))
+    reference = transformers.SiglipModel(
+      transformers.SiglipConfig(
+        text_config=dict(sizes, projection_size=sizes.get("hidden_size", 768), bos_token_id=1, eos_token_id=1),
+        vision_config=vision,
+      )
+    )
   want = sum(p.numel() for p in reference.parameters())
   config = configs.load(str(CONFIGS / f"{name}.py"))
   step = Step(config, make_mesh(configs.resolve(config, ["mesh.data=1", "mesh.fsdp=1"]), jax.devices()[:1]), steps=1)
   assert sum(x.size for x in jax.tree.leaves(step.params_spec)) == pytest.approx(want, rel=1e-3)
-  assert config.data.text.length == 64 and config.precision.compute == "bfloat16" and config.model.encoders.image.patch_dropout == 0
+  assert (
+    config.data.text.length == 64
+    and config.precision.compute == "bfloat16"
+    and config.model.encoders.image.patch_dropout == 0
+  )
   # Forward FLOPs: two a weight of the blocks and a token, and the products of attention.
   width, depth, mlp = (768, 12, 3072) if model == "base" else (1152, 27, 4304)
   per_token = lambda length: depth * (2 * (4 * width * width + 2 * width * mlp) + 4 * length * width)
@@ -120,38 +135,65 @@ def test_shipped_siglip_configs_have_the_published_shapes(name, model):
   assert planning.model_flops(step)["total"] == pytest.approx(3 * forward * config.train.batch_size, rel=0.04)
 
 
-# -- With the TPU compiler ----------------------------------------------------------------------------------------------------
+# -- With the TPU compiler ---------------------------------------------------------------------------------------------
 
 
 def run(*arguments, cwd):
   """A command in a process of its own: libtpu is loaded once a process. Returns stdout."""
   environment = {**os.environ, "HOME": str(cwd), "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
+  done = subprocess.run(
+    [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=600
+  )
   assert done.returncode == 0, done.stderr
   return done
 
 
 def test_a_tiny_config_is_compiled_by_the_tpu_compiler(tiny, tmp_path):
   pytest.importorskip("libtpu")
-  done = run("-m", "mmjax.cli", "plan", "--config", tiny, "--topology", "v5e-4", "--json", "--dump-hlo", "step.hlo",
-             "--config.model.encoders.text.kernel=flash", cwd=tmp_path)
+  done = run(
+    "-m",
+    "mmjax.cli",
+    "plan",
+    "--config",
+    tiny,
+    "--topology",
+    "v5e-4",
+    "--json",
+    "--dump-hlo",
+    "step.hlo",
+    "--config.model.encoders.text.kernel=flash",
+    cwd=tmp_path,
+  )
   result = json.loads(done.stdout)
   assert result == json.loads((tmp_path / "plan.json").read_text())
   assert all(line.startswith("compiling") for line in done.stderr.splitlines()), done.stderr
   assert result["fits"] and result["memory"]["peak"] < 2**30 and result["compiler"].startswith("libtpu")
-  assert 0 < result["step"]["mfu"] < 1 and result["run"]["chip_hours"] == pytest.approx(result["step"]["seconds"] * 1000 * 4 / 3600)
-  # Custom calls: the sum, checked from the dumped text. Three layers, forward, recomputed or not, and two kernels backward.
+  assert 0 < result["step"]["mfu"] < 1 and result["run"]["chip_hours"] == pytest.approx(
+    result["step"]["seconds"] * 1000 * 4 / 3600
+  )
+  # Custom calls: the sum, checked from the dumped text. Each stands in a loop over three layers.
   calls = result["custom_calls"]
   assert calls and all(call["flops"] > 0 for call in calls)
   assert sum(call["cycles_added"] for call in calls) == pytest.approx(result["step"]["custom_call_cycles"])
   text = (tmp_path / "step.hlo").read_text()
   bodies = len(re.findall(r'custom_call_target="tpu_custom_call"', text))
   assert sum(call["count"] for call in calls) == 3 * bodies
-  assert sum(call["count"] * max(call["flops"] / 197e12, call["bytes"] / 819e9) * 1.5e9 for call in calls) == pytest.approx(
-      result["step"]["custom_call_cycles"])
+  assert sum(
+    call["count"] * max(call["flops"] / 197e12, call["bytes"] / 819e9) * 1.5e9 for call in calls
+  ) == pytest.approx(result["step"]["custom_call_cycles"])
   assert "all-reduce" in result["collectives"] and not any("all-to-all" in line for line in result["warnings"])
-  again = run("-m", "mmjax.cli", "plan", "--config", tiny, "--topology", "v5e-4", "--json", "--config.model.encoders.text.kernel=flash",
-              cwd=tmp_path)
+  again = run(
+    "-m",
+    "mmjax.cli",
+    "plan",
+    "--config",
+    tiny,
+    "--topology",
+    "v5e-4",
+    "--json",
+    "--config.model.encoders.text.kernel=flash",
+    cwd=tmp_path,
+  )
   assert json.loads(again.stdout)["cached"] and not again.stderr
 
 
