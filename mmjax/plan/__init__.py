@@ -138,7 +138,7 @@ def analyse(
   """The figures of a compiled step. timed: the compiler estimates cycles (TPU); else memory only."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
   per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
-  used = per_chip({**memory.state_bytes(step), **memory.compiled_bytes(compiled)})
+  used = per_chip({**memory.state_bytes(step), **memory.compiled_bytes(compiled, peak_known=timed)})
   result: dict[str, Any] = dict(
     fits=used["peak"] <= chip.memory, memory={**used, "over": max(0, used["peak"] - chip.memory)}
   )

@@ -92,7 +92,8 @@ def cost(module: hlo.Module, chip: Chip, kernels: Sequence[Kernel] = ()) -> dict
 
 
 def _custom_call(op: hlo.Operation, operands: list[str], chip: Chip, kernels: Sequence[Kernel]) -> dict[str, Any]:
-  """FLOPs, bytes and cycles of one call: from the kernel in the traced step, else from the estimate given with it, else from its operands and results alone."""
+  """FLOPs, bytes and cycles of one call: from the kernel in the traced step, else from the estimate given with it,
+  else from its operands and results alone."""
   arrays = [array for type_ in operands for array in hlo.arrays(type_)]
   least = sum(map(hlo.size, operands)) + hlo.size(op.type)
   kernel = match(kernels, tuple(arrays), tuple(hlo.arrays(op.type)))

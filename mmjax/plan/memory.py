@@ -29,18 +29,20 @@ def state_bytes(step: Step) -> dict[str, float]:
   return {name: float(sum(map(_local_bytes, jax.tree.leaves(tree)))) for name, tree in parts.items()}
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> dict[str, float]:
-  """Bytes on one device by the compiler's count; arguments: state and batch; temporaries: activations, gradients."""
+def compiled_bytes(compiled: jax.stages.Compiled, *, peak_known: bool = True) -> dict[str, float]:
+  """Bytes on one device by the compiler's count; arguments: state and batch; temporaries: activations, gradients.
+
+  peak_known: the compiler knows what is alive at once (TPU); otherwise everything is added up.
+  """
   analysis = compiled.memory_analysis()
   arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
   output = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-  peak = getattr(analysis, "peak_memory_in_bytes", 0) or arguments + temporaries + output
+  peak = getattr(analysis, "peak_memory_in_bytes", 0) if peak_known else 0
   return dict(
     arguments=float(arguments),
     temporaries=float(temporaries),
     output=float(output),
-    peak=float(max(peak, arguments)),
-    code=float(analysis.generated_code_size_in_bytes),
+    peak=float(peak if peak >= arguments else arguments + temporaries + output),
   )
 
 

@@ -16,6 +16,7 @@ from mmjax.config import UserError
 from mmjax.parallel.mesh import make_mesh
 from mmjax.plan import report, topology
 from mmjax.plan.sweep import sweep
+from mmjax.plan.topology import GIB
 from mmjax.training.step import Step
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
@@ -77,28 +78,45 @@ def test_a_mesh_that_does_not_fit_the_slice_is_refused(tiny, without_libtpu):
     planning.plan(configs.load(tiny, ["mesh.tensor=3"]), "v5e-4", cache=None)
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_was_tried(tiny, without_libtpu, monkeypatch):
-  """On a chip that is just too small for the config, less is kept until it fits."""
-  config = configs.load(tiny, ["model.encoders.image.remat=none", "model.encoders.text.remat=none"])
-  peaks = {}
-  for policy in ("none", "full"):
-    result = planning.plan(configs.resolve(config, planning.with_remat(config, policy)), "v5e-1", cache=None)
-    peaks[policy] = result["memory"]["peak"]
-  assert peaks["full"] < peaks["none"]
-  small = topology.CHIPS["v5e"]._replace(memory=(peaks["none"] + peaks["full"]) / 2)
-  monkeypatch.setitem(topology.CHIPS, "v5e", small)
-  result = planning.plan(config, "v5e-1", cache=None)
-  assert not result["fits"] and result["memory"]["over"] == pytest.approx((peaks["none"] - peaks["full"]) / 2)
-  assert result["tried"][-1]["fits"] and any("remat" in change for change in result["tried"][-1]["change"])
-  text = report.describe({**result, "cached": False})
-  assert "does not fit, by" in text and "fits (" in text
+@pytest.fixture
+def rehearsed(monkeypatch):
+  """Plans without a compiler: microbatches and remat save memory and cost time, tensors split too cost more. Chips of 16 GiB."""
+  share = {"none": 1.0, "dots": 0.9, "dots_no_batch": 0.7, "attention": 0.6, "full": 0.4}
+
+  def compile_step(config, target, dump_hlo, say):
+    policy = config.model.encoders.image.remat
+    mesh = configs.mesh_shape(config.mesh, target.device_count)
+    peak = 40 * GIB * share[policy] / config.train.microbatches
+    seconds = (2 - share[policy]) * config.train.microbatches * mesh["tensor"]
+    over = max(0, peak - target.chip.memory)
+    head = dict(topology=dict(name=target.name, chip="v5e", chips=4, slices=1, memory=target.chip.memory), compiler="none")
+    return dict(
+      head, config={**planning.settings_of(config), "mesh": mesh}, fits=not over, memory=dict(peak=peak, over=over), warnings=[],
+      **({} if over else dict(step=dict(seconds=seconds, mfu=1 / (1 + seconds)))))
+
+  monkeypatch.setattr(planning, "_compile", compile_step)
 
 
-def test_a_sweep_puts_what_fits_first(tiny, without_libtpu):
-  rows = sweep(configs.load(tiny), "v5e-4", remats=("none",), microbatches=(1,), cache=None)
-  assert [row["fits"] for row in rows] == sorted((row["fits"] for row in rows), reverse=True)
+def test_what_does_not_fit_says_by_how_much_and_what_was_tried(tiny, rehearsed):
+  result = planning.plan(configs.load(tiny), "v5e-4", cache=None)
+  assert not result["fits"] and result["memory"]["over"] == pytest.approx(12 * GIB)  # 28 of 16
+  changes = [" ".join(row["change"]) for row in result["tried"]]
+  assert ["full" in changes[0], "microbatches" in changes[0]] == [True, False]  # 16 GiB, just fits
+  assert result["tried"][-1]["fits"] and not any(row["fits"] for row in result["tried"][:-1])
+  result.pop("step", None)
+  text = report.describe({**result, "step": None})
+  assert "does not fit, by 12.00 GiB" in text and "fits (16.00 GiB)" in text
+
+
+def test_a_sweep_puts_the_fastest_that_fits_first(tiny, rehearsed):
+  rows = sweep(configs.load(tiny), "v5e-4", cache=None)
+  fitting = [row for row in rows if row["fits"]]
+  assert rows[: len(fitting)] == fitting and [r["seconds"] for r in fitting] == sorted(r["seconds"] for r in fitting)
+  assert fitting[0]["remat"] == {"image": "full", "text": "full"} and fitting[0]["microbatches"] == 1
   assert {row["sharding"] for row in rows} == {"replicated", "fsdp", "fsdp_tensor"}
-  assert "best:" in "\n".join(report._sweep(rows))
+  # No more microbatches than fitting takes.
+  assert not any(row["microbatches"] > 1 and row["remat"]["image"] == "full" for row in rows)
+  assert "best: --config.mesh" in report.describe({**planning.plan(configs.load(tiny), "v5e-4", cache=None), "sweep": rows})
 
 
 @pytest.mark.parametrize(("name", "model"), [("siglip_b16", "base"), ("siglip_so400m14", "so400m")])
