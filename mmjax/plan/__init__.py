@@ -21,7 +21,7 @@ from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.models.transformer import REMAT
 from mmjax.parallel import rules
-from mmjax.parallel.mesh import batch_shards, for_slices, make_mesh
+from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
 from mmjax.plan import cost, hlo, memory, topology
 from mmjax.plan.kernels import kernels_of
 from mmjax.training.flops import count_flops
@@ -65,7 +65,7 @@ def plan(
   result = _compile(config, target, dump_hlo, say)
   result["changes"] = list(changes)
   if not result["fits"] and remedies:
-    result["tried"] = _remedies(config, target, result, cache, say)
+    result["tried"] = _remedies(config, target, cache, say)
   if path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -277,17 +277,18 @@ def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:
 # -- Where it does not fit ---------------------------------------------------------------------------------------------
 
 
-def _remedies(
-  config: FrozenConfigDict, target: topology.Slice, result: dict, cache: str | None, say: Say
-) -> list[dict[str, Any]]:
-  """Tries to keep less (remat), then less at once (microbatches), until it fits: what was tried, in that order."""
+def _remedies(config: FrozenConfigDict, target: topology.Slice, cache: str | None, say: Say) -> list[dict[str, Any]]:
+  """Tries to keep less (remat), then less at once (microbatches), then state that is smaller or split, until it fits:
+  what was tried, in that order."""
   tried = []
-  policies = LEAST_MEMORY[
-    1 + min((LEAST_MEMORY.index(p) for p in remat_of(config).values()), default=len(LEAST_MEMORY)) :
-  ]
+  kept = min((LEAST_MEMORY.index(policy) for policy in remat_of(config).values()), default=len(LEAST_MEMORY))
   least = with_remat(config, "full")
-  changes = [with_remat(config, p) for p in policies if p not in ("dots", "attention")]
+  changes = [with_remat(config, policy) for policy in ("dots_no_batch", "full") if LEAST_MEMORY.index(policy) > kept]
   changes += [[*least, f"train.microbatches={n}"] for n in (2, 4, 8, 16) if n > config.train.microbatches]
+  if config.optimizer.state_dtype == "float32":
+    changes.append([*least, "optimizer.state_dtype=bfloat16"])
+  if config.sharding == "replicated":
+    changes += [[*least, *layout] for layout in layouts(target.device_count, target.slices)[1:2]]
   for overrides in changes:
     try:
       other = plan(configs.resolve(config, overrides), target.name, cache=cache, remedies=False, say=say)
