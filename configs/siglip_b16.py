@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
   c.data.text.length = 64
   c.data.text.lowercase = True
   c.data.text.mask_padding = False
-  c.data.text.pad_id = 1
+  c.data.text.punctuation = False
 
   tower = dict(width=768, depth=12, heads=12, mlp=3072, remat="dots_no_batch")
   c.model = dict(

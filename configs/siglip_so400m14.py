@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
   c.data.text.length = 64
   c.data.text.lowercase = True
   c.data.text.mask_padding = False
-  c.data.text.pad_id = 1
+  c.data.text.punctuation = False
 
   tower = dict(width=1152, depth=27, heads=16, mlp=4304, remat="dots_no_batch")
   c.model = dict(
