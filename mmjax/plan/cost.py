@@ -105,7 +105,8 @@ def _custom_call(op: hlo.Operation, operands: list[str], chip: Chip, kernels: Se
   else:
     flops, moved, basis = 0.0, least, "operands and results only: FLOPs unknown"
   cycles = max(flops / (chip.peak / chip.devices), moved / (chip.bandwidth / chip.devices)) * chip.clock
-  name = kernel.name if kernel else re.sub(r"\.\d+$", "", op.name)
+  named = kernel is not None and kernel.name != "pallas_call"
+  name = kernel.name if named else re.sub(r"\.\d+$", "", op.name)
   return dict(name=name, target=op.target, flops=flops, bytes=moved, cycles_each=cycles, basis=basis)
 
 
