@@ -226,19 +226,18 @@ MATMULS = """
 import jax, jax.numpy as jnp
 from mmjax.plan import cost, hlo, topology
 topology.prepare()
-for name in ("v5e-4", "v5p-8", "v6e-4"):
-  target = topology.parse(name)
-  place = jax.sharding.SingleDeviceSharding(topology.devices(target)[0])
-  spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
-  step = lambda x, weights: jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
-  with topology.quiet():
-    text = jax.jit(step).lower(spec(16384, 8192), spec(4, 8192, 8192)).compile().as_text()
-  spent = cost.cost(hlo.parse(text), target.chip)
-  print(name, spent["seconds"] / (4 * 2 * 16384 * 8192**2 / target.chip.peak))
+target = topology.parse("v5e-4")
+place = jax.sharding.SingleDeviceSharding(topology.devices(target)[0])
+spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+stack = lambda x, weights: jax.lax.scan(lambda x, w: (x @ w[0] @ w[1], None), x, weights)[0]
+with topology.quiet():
+  compiled = jax.jit(stack).lower(spec(8192, 4096), (spec(4, 4096, 16384), spec(4, 16384, 4096))).compile()
+seconds = cost.cost(hlo.parse(compiled.as_text()), target.chip)["seconds"]
+print(seconds / (4 * 2 * 2 * 8192 * 4096 * 16384 / target.chip.peak))
 """
 
 
 def test_a_matmul_stack_takes_its_flops_at_peak(tmp_path):
+  """Four trips of a loop over two products each. (A loop over one square product also copies what it carries.)"""
   pytest.importorskip("libtpu")
-  ratios = dict(line.split() for line in run("-c", MATMULS, cwd=tmp_path).stdout.splitlines())
-  assert float(ratios["v5e-4"]) == pytest.approx(1, abs=0.1), ratios
+  assert float(run("-c", MATMULS, cwd=tmp_path).stdout) == pytest.approx(1, abs=0.1)
