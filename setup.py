@@ -43,7 +43,7 @@ setup(
         *HF,
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]"],  # with the libtpu that fits (a wheel of 213 MB); `mmjax plan` needs it, TPUs it does not
         "cuda": ["jax[cuda12]"],
         "hf": HF,
         "demo": DEMO,

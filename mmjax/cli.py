@@ -87,6 +87,12 @@ def _eval(options) -> int:
   return 0
 
 
+def _plan(options) -> int:
+  from mmjax.plan import report
+  return report.command(options.config, options.overrides, options.topology, sweep_all=options.sweep, as_json=options.json,
+                        dump_hlo=options.dump_hlo, out=options.out, no_cache=options.no_cache)
+
+
 def _data_build(options) -> None:
   from mmjax.data import builders
   builders.build(options.name, options.data_dir)
@@ -183,6 +189,17 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--suite", metavar="NAME", help="only the evaluators of this name (wildcards allowed)")
   sub.add_argument("--out", metavar="DIR", help="where eval.json and report.html go; default: the run folder")
   sub.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+  sub = command(commands, "plan", _plan, "Memory, time and cost of a run on a TPU slice, from its compiler, without TPUs; writes plan.json.",
+                "mmjax plan --config configs/siglip_b16.py --topology v5e-16", overrides=True)
+  sub.add_argument("--config", required=True, metavar="FILE", help="config file; FILE:ARG passes ARG to its get_config")
+  sub.add_argument("--topology", required=True, metavar="NAME",
+                   help="v5e-N, v6e-N (N chips), v4-N, v5p-N, 7x-N (N cores, two a chip), v5p:4x4x12 (a shape), 2xv5e-256 (two slices)")
+  sub.add_argument("--sweep", action="store_true", help="also try other meshes, remat policies and microbatches; prints a table, best first")
+  sub.add_argument("--dump-hlo", default="", metavar="FILE", help="write the compiled program")
+  sub.add_argument("--out", default="plan.json", metavar="FILE", help="where the figures go; default: plan.json")
+  sub.add_argument("--no-cache", action="store_true", help="compile although the same plan was made before")
+  sub.add_argument("--json", action="store_true", help="print the figures as JSON")
 
   data = commands.add_parser("data", help="Build, convert and look at data sets; train tokenizers.").add_subparsers(
       dest="data_command", metavar="COMMAND", required=True, parser_class=_Parser)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -42,6 +42,26 @@ def single_device_mesh(device: jax.Device | None = None) -> Mesh:
 def batch_shards(mesh: Mesh) -> int:
   """Number of pieces that a batch is cut into: replica * data * fsdp."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def for_slices(mesh: Mapping[str, int], slices: int) -> tuple[str, ...]:
+  """Overrides that make a mesh of one slice one of `slices` slices; none where it crosses slices already."""
+  return () if slices == 1 or mesh["replica"] not in (0, 1) else (f"mesh.replica={slices}",)
+
+
+def layouts(device_count: int, slices: int = 1) -> list[tuple[str, ...]]:
+  """Meshes worth trying on so many devices, as overrides of a config: data, FSDP, both, FSDP with tensors split too."""
+  count = device_count // slices
+  def layout(sharding: str, **sizes: int) -> tuple[str, ...]:
+    sizes["replica"] = slices
+    return (*(f"mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES), f"sharding={sharding}")
+
+  found = [layout("replicated", data=count)]
+  if count > 1:
+    found.append(layout("fsdp", fsdp=count))
+  found += [layout("fsdp", data=count // n, fsdp=n) for n in (4, 16, 64) if n < count and count % n == 0]
+  found += [layout("fsdp_tensor", fsdp=count // n, tensor=n) for n in (2, 4) if n < count and count % n == 0]
+  return found
 
 
 def _arrange(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:

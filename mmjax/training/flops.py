@@ -12,10 +12,11 @@ import jax
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
   """2 m n k for every matrix product (and convolution) that `function` computes over all devices, for args given as
   arrays or ShapeDtypeStructs. Nothing is computed. A loop of unknown length counts once."""
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> float:
+def jaxpr_flops(jaxpr: Any) -> float:
+  """The same of a traced function."""
   return sum(_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -29,7 +30,7 @@ def _equation(equation: Any) -> float:
     kernel = equation.invars[1].aval.shape
     outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
-  inner = [_count(getattr(value, "jaxpr", value)) for value in _bodies(params)]
+  inner = [jaxpr_flops(getattr(value, "jaxpr", value)) for value in _bodies(params)]
   if name == "cond":
     return max(inner, default=0.0)
   return _times(name, params) * sum(inner)

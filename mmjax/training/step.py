@@ -87,7 +87,7 @@ class Step:
   @functools.cached_property
   def state_spec(self) -> TrainState:
     """The state as a tree of ShapeDtypeStruct with shardings: for restoring, lowering and planning."""
-    shapes = jax.eval_shape(self._initial_state, jax.random.key(0))
+    shapes = self._inside(jax.eval_shape)(self._initial_state, jax.random.key(0))
     optimizer_axes = {"main": state_axes(self.optimizer, self.params_spec, self.axes)}
     whole = rules.replicated(self.mesh)
     params = jax.tree.map(lambda x: x.sharding, self.params_spec)
@@ -135,10 +135,9 @@ class Step:
 
   def lower(self, batch_spec: Any = None) -> jax.stages.Lowered:
     """The step as the compiler gets it; needs neither data nor state."""
-    with jax.set_mesh(self.mesh):
-      metrics = rules.replicated(self.mesh)
-      step = jax.jit(self.update, donate_argnums=0, out_shardings=(_shardings(self.state_spec), metrics))
-      return self._inside(step.lower)(self.state_spec, self.batch_spec if batch_spec is None else batch_spec)
+    state = self.state_spec  # made before the mesh is in use: its devices may not be there to make a key on
+    step = jax.jit(self.update, donate_argnums=0, out_shardings=(_shardings(state), rules.replicated(self.mesh)))
+    return self._inside(step.lower)(state, self.batch_spec if batch_spec is None else batch_spec)
 
   def flops_per_step(self) -> float:
     """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted."""

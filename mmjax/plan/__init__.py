@@ -1,0 +1,343 @@
+"""`mmjax plan`: compiles the real train step for chips that are not there, and says what it takes.
+
+Read `plan` first: name -> devices -> Step -> the compiler -> figures. `analyse` alone makes figures of any compiled
+step, so that a run on real chips can print the same summary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from mmjax import config as configs
+from mmjax.config import ConfigError, UserError
+from mmjax.models.transformer import REMAT
+from mmjax.parallel import rules
+from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
+from mmjax.plan import cost, hlo, memory, topology
+from mmjax.plan.kernels import kernels_of
+from mmjax.training.flops import count_flops
+from mmjax.training.step import Step
+
+Say = Callable[[str], None]
+CACHE = "~/.cache/mmjax/plans"
+LEAST_MEMORY = (
+  "none",
+  "dots",
+  "dots_no_batch",
+  "attention",
+  "full",
+)  # remat policies, each keeps less than the one before
+
+
+def plan(
+  config: FrozenConfigDict,
+  name: str,
+  *,
+  dump_hlo: str = "",
+  cache: str | None = CACHE,
+  remedies: bool = True,
+  say: Say = lambda line: None,
+) -> dict[str, Any]:
+  """What a step of `config` takes on the slice `name`: the dict of plan.json.
+
+  dump_hlo: file for the compiled text. cache: folder of earlier answers, None = none. remedies: try changes where it
+  does not fit. say: gets a line before everything that takes long. Raises UserError: no such slice, or a mesh that does
+  not fit it.
+  """
+  target, changes = topology.parse(name), ()
+  if changes := for_slices(config.mesh, target.slices):
+    config = configs.resolve(config, changes)
+  configs.check(config, target.device_count)
+  path = Path(cache).expanduser() / f"{_key(config, target)}.json" if cache else None
+  if path and path.exists() and not dump_hlo:
+    result = json.loads(path.read_text())
+    if result["fits"] or result.get("tried") or not remedies:
+      return {**result, "cached": True}
+  result = _compile(config, target, dump_hlo, say)
+  result["changes"] = list(changes)
+  if not result["fits"] and remedies:
+    result["tried"] = _remedies(config, target, cache, say)
+  if path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(result))
+    os.replace(temporary, path)
+  return {**result, "cached": False}
+
+
+def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, say: Say) -> dict[str, Any]:
+  real = topology.has_libtpu()
+  devices = topology.devices(target) if real else topology.simulated(target)
+  step, length = make_step(config, make_mesh(config, devices))
+  say(f"compiling {_summary(config)} for {target.name} ({target.chips} chips) ...")
+  head = dict(
+    topology=dict(
+      name=target.name,
+      chip=target.chip.name,
+      chips=target.chips,
+      slices=target.slices,
+      shape=list(target.shape),
+      devices=target.device_count,
+      peak_flops=target.chip.peak,
+      memory=target.chip.memory,
+      bandwidth=target.chip.bandwidth,
+      clock=target.chip.clock,
+    ),
+    compiler=f"libtpu {importlib.metadata.version('libtpu')}" if real else "simulated CPU devices",
+    config=settings_of(config, step),
+  )
+  try:
+    with topology.quiet():
+      compiled = step.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    refusal = memory.out_of_memory(str(error))
+    if refusal is None:
+      raise UserError(f"{target.name}: the compiler refuses this step: {' '.join(str(error).split())[:400]}") from error
+    chip = {part: count * target.chip.devices for part, count in memory.state_bytes(step).items()}
+    return {
+      **head,
+      "fits": False,
+      "memory": {**chip, **refusal, "peak": refusal["used"]},
+      "warnings": memory.replicated(step),
+    }
+  return {**head, **analyse(step, compiled, target.chip, steps=length, dump_hlo=dump_hlo, timed=real)}
+
+
+def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Step, int | None]:
+  """(the step of a run, its length where that is known). Data are opened only where durations are in epochs."""
+  examples = None
+  if any(isinstance(value, str) and "epoch" in value for _, value in configs.flatten(config)):
+    from mmjax.data.pipeline import Pipeline
+
+    try:
+      examples = Pipeline(config).examples
+    except UserError:  # the data are elsewhere: the step is the same, only the length of the run stays unknown
+      return Step(config, mesh, steps=1000, examples=1000 * config.train.batch_size), None
+  length = configs.in_steps(config.train.steps, steps=None, batch_size=config.train.batch_size, examples=examples)
+  return Step(config, mesh, steps=length, examples=examples), length
+
+
+def analyse(
+  step: Step,
+  compiled: jax.stages.Compiled,
+  chip: topology.Chip,
+  *,
+  steps: int | None = None,
+  dump_hlo: str = "",
+  timed: bool = True,
+) -> dict[str, Any]:
+  """The figures of a compiled step. timed: the compiler estimates cycles (TPU); else memory only."""
+  chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
+  per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
+  used = per_chip({**memory.state_bytes(step), **memory.compiled_bytes(compiled, peak_known=timed)})
+  result: dict[str, Any] = dict(
+    fits=used["peak"] <= chip.memory, memory={**used, "over": max(0, used["peak"] - chip.memory)}
+  )
+  text = _text(compiled)
+  if dump_hlo:
+    Path(dump_hlo).write_text(text)
+  module = hlo.parse(text)
+  found = cost.collectives(module)
+  result["collectives"] = found
+  widths = {n for x in jax.tree.leaves(step.params_spec) for n in x.shape}
+  shards = 1 if batch in widths else batch_shards(step.mesh)
+  result["warnings"] = memory.replicated(step) + cost.warnings(module, found, batch=batch, shards=shards)
+  flops, tokens = model_flops(step), tokens_of(step)
+  result["model"] = dict(
+    parameters=sum(x.size for x in jax.tree.leaves(step.params_spec)),
+    flops_per_step=flops["total"],
+    flops={name: value for name, value in flops.items() if name != "total"},
+    tokens_per_example=tokens,
+  )
+  left_out = ["data loading, transfers from the host, evaluation and checkpoints"]
+  if timed and not text:
+    left_out.append(
+      f"time and collectives: jax {jax.__version__} cannot read what this libtpu compiled for {chip.name}; the pair of "
+      "versions that jax[tpu] installs may"
+    )
+  elif timed:
+    kernels = []
+    if "tpu_custom_call" in text:
+      with rules.use(step.mesh, step.rules):
+        kernels = kernels_of(jax.make_jaxpr(step.update)(step.state_spec, step.batch_spec).jaxpr)
+    spent = cost.cost(module, chip, kernels)
+    seconds = spent.pop("seconds")
+    result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
+    links = cost.link_seconds(found, chip)
+    per_second = batch / seconds if seconds else None
+    result["step"] = dict(
+      seconds=seconds,
+      mfu=cost.roofline_seconds(flops["total"], chip, chips) / seconds if seconds else None,
+      examples_per_second=per_second,
+      tokens_per_second=per_second and per_second * sum(tokens.values()),
+      collective_seconds=links,
+      **{k: spent[k] for k in ("cycles", "compiler_cycles", "custom_call_cycles")},
+    )
+    left_out += _left_out(spent, links, seconds, result["custom_calls"])
+    if steps:
+      result["run"] = dict(steps=steps, hours=seconds * steps / 3600, chip_hours=seconds * steps * chips / 3600)
+    else:
+      left_out.append("the length of the run: train.steps is in epochs, and the data are not here")
+  else:
+    left_out.append(
+      "time: without libtpu the step is compiled for simulated CPU devices, whose kernels and buffers differ; memory "
+      "is rough. pip install 'mmjax[tpu]' works on machines without TPUs"
+    )
+  result["left_out"] = left_out
+  return result
+
+
+def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) -> list[str]:
+  lines = []
+  if links:
+    lines.append(
+      f"waiting for collectives: {links * 1e3:.2f} ms at the full speed of the links if nothing hid them "
+      f"({100 * links / seconds:.0f}% of the step); networks between slices are slower"
+      if seconds
+      else "collectives"
+    )
+  if spent["unknown_loops"]:
+    lines.append(f"{spent['unknown_loops']} loop(s) of unknown length, counted once")
+  if spent["without_estimate"]:
+    lines.append(f"{spent['without_estimate']} operation(s) that the compiler gives no cycles for")
+  blind = sum(row["count"] for row in calls if "unknown" in row["basis"])
+  if blind:
+    lines.append(f"FLOPs of {blind} custom call(s) that no traced kernel explains: costed by bytes alone")
+  return lines
+
+
+# -- What the model does, apart from any compiler ----------------------------------------------------------------------
+
+
+def model_flops(step: Step) -> dict[str, float]:
+  """FLOPs of one step over all devices, three times the forward pass: {modality: ..., "objectives": ..., "total": ...}.
+
+  Counted on the plain attention formula: kernels pad sequences, and padding is no work of the model.
+  """
+  plain = [
+    f"model.encoders.{m}.kernel=xla" for m, entry in step.config.model.get("encoders", {}).items() if "kernel" in entry
+  ]
+  counted = Step(configs.resolve(step.config, plain), step.mesh, steps=1, batch_spec=step.batch_spec) if plain else step
+  total, by_part = counted.flops_per_step(), {}
+  for modality in step.config.model.get("encoders", {}):
+    if modality in counted.batch_spec:
+      forward = lambda params, batch, modality=modality: counted.model.apply(
+        {"params": params}, modality, batch, method="encode"
+      )
+      with rules.use(counted.mesh, counted.rules):
+        by_part[modality] = 3 * count_flops(forward, counted.params_spec, counted.batch_spec)
+  return {**by_part, "objectives": max(0.0, total - sum(by_part.values())), "total": total}
+
+
+def tokens_of(step: Step) -> dict[str, int]:
+  """Tokens (patches, frames) that an encoder works on, an example."""
+  found = {}
+  for modality in step.config.model.get("encoders", {}):
+    if modality in step.batch_spec:
+      encode = lambda params, batch, modality=modality: step.model.apply(
+        {"params": params}, modality, batch, method="encode"
+      )
+      with rules.use(step.mesh, step.rules):
+        found[modality] = jax.eval_shape(encode, step.params_spec, step.batch_spec).tokens.shape[1]
+  return found
+
+
+def settings_of(config: FrozenConfigDict, step: Step | None = None) -> dict[str, Any]:
+  """The settings that decide about memory and time."""
+  mesh = dict(step.mesh.shape) if step else config.mesh.to_dict()
+  return dict(
+    model=config.model.name,
+    batch_size=config.train.batch_size,
+    microbatches=config.train.microbatches,
+    sharding=config.sharding,
+    mesh={axis: size for axis, size in mesh.items() if size != 1},
+    remat=remat_of(config),
+    optimizer=config.optimizer.name,
+  )
+
+
+def remat_of(config: FrozenConfigDict) -> dict[str, str]:
+  return {m: entry["remat"] for m, entry in config.model.get("encoders", {}).items() if "remat" in entry}
+
+
+def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:
+  """Overrides that give every encoder a remat policy."""
+  return [f"model.encoders.{modality}.remat={policy}" for modality in remat_of(config)]
+
+
+# -- Where it does not fit ---------------------------------------------------------------------------------------------
+
+
+def _remedies(config: FrozenConfigDict, target: topology.Slice, cache: str | None, say: Say) -> list[dict[str, Any]]:
+  """Tries to keep less (remat), then less at once (microbatches), then state that is smaller or split, until it fits:
+  what was tried, in that order."""
+  tried = []
+  kept = min((LEAST_MEMORY.index(policy) for policy in remat_of(config).values()), default=len(LEAST_MEMORY))
+  least = with_remat(config, "full")
+  changes = [with_remat(config, policy) for policy in ("dots_no_batch", "full") if LEAST_MEMORY.index(policy) > kept]
+  changes += [[*least, f"train.microbatches={n}"] for n in (2, 4, 8, 16) if n > config.train.microbatches]
+  if config.optimizer.state_dtype == "float32":
+    changes.append([*least, "optimizer.state_dtype=bfloat16"])
+  if config.sharding == "replicated":
+    changes += [[*least, *layout] for layout in layouts(target.device_count, target.slices)[1:2]]
+  for overrides in changes:
+    try:
+      other = plan(configs.resolve(config, overrides), target.name, cache=cache, remedies=False, say=say)
+    except ConfigError:  # the batch cannot be cut so small
+      continue
+    tried.append(
+      dict(
+        change=overrides,
+        fits=other["fits"],
+        peak=other["memory"].get("peak"),
+        over=other["memory"].get("over"),
+        step=other.get("step"),
+      )
+    )
+    if other["fits"]:
+      break
+  return tried
+
+
+# -- Remembering -------------------------------------------------------------------------------------------------------
+
+
+def _key(config: FrozenConfigDict, target: topology.Slice) -> str:
+  """Of the config, the slice, the compiler and this package's source: a change of any of them is planned anew."""
+  digest = hashlib.sha256()
+  for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+    digest.update(path.read_bytes())
+  versions = [jax.__version__, importlib.metadata.version("libtpu") if topology.has_libtpu() else "no libtpu"]
+  ignored = ("log", "checkpoint", "evaluation")
+  kept = {key: value for key, value in json.loads(configs.to_json(config)).items() if key not in ignored}
+  digest.update(json.dumps([kept, target.libtpu_name, target.slices, versions], sort_keys=True).encode())
+  return digest.hexdigest()[:32]
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+  """The compiled program as text; "" where this JAX cannot read what its compiler wrote."""
+  try:
+    with topology.quiet():
+      return compiled.as_text() or ""
+  except jax.errors.JaxRuntimeError:
+    return ""
+
+
+def _summary(config: FrozenConfigDict) -> str:
+  chosen = settings_of(config)
+  return (
+    f"{chosen['model']}, batch {chosen['batch_size']}, {chosen['sharding']}, "
+    f"remat {'/'.join(dict.fromkeys(chosen['remat'].values())) or 'none'}, microbatches {chosen['microbatches']}"
+  )
+
+
+assert set(LEAST_MEMORY) == set(REMAT)

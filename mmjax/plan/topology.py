@@ -1,0 +1,211 @@
+"""Names of TPU slices, what a chip of each kind has, and devices to compile for that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from mmjax.config import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """One kind of TPU chip (vendor's pages: cloud.google.com/tpu/docs/v5e and its neighbours).
+
+  clock: what turns the compiler's cycles into seconds; with the number and size of the matrix units it gives `peak`.
+  links: bytes a second that a chip sends to its neighbours, over all links. counts: what the number in a name counts.
+  """
+
+  name: str
+  peak: float  # bfloat16 FLOPs a second
+  memory: float  # bytes
+  bandwidth: float  # bytes a second between memory and chip
+  links: float
+  clock: float  # Hz
+  devices: int  # JAX devices a chip
+  counts: str  # "chips" or "cores" (two a chip)
+  dimensions: int
+  largest: int  # chips of the largest slice
+  kinds: tuple[str, ...]  # jax.Device.device_kind
+  options: dict  # what libtpu wants to hear besides the shape
+
+
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    Chip(
+      "v4", 275e12, 32 * GIB, 1228e9, 300e9, 1.05e9, 1, "cores", 3, 4096, ("TPU v4",), {"chip_config_name": "megacore"}
+    ),
+    Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9, 1.5e9, 1, "chips", 2, 256, ("TPU v5 lite", "TPU v5e"), {}),
+    Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, 1.75e9, 1, "cores", 3, 6144, ("TPU v5", "TPU v5p"), {}),
+    Chip("v6e", 918e12, 32 * GIB, 1640e9, 400e9, 1.75e9, 1, "chips", 2, 256, ("TPU v6 lite", "TPU v6e"), {}),
+    Chip("7x", 2307e12, 192 * GIB, 7380e9, 1200e9, 2.2e9, 2, "cores", 3, 9216, ("TPU7x",), {}),
+  )
+}
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
+_FAMILIES = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}  # as libtpu spells them
+
+
+class Slice(NamedTuple):
+  """`slices` equal slices of `chips` chips each, laid out as `shape`."""
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+  slices: int
+
+  @property
+  def chips(self) -> int:
+    return math.prod(self.shape) * self.slices
+
+  @property
+  def device_count(self) -> int:
+    return self.chips * self.chip.devices
+
+  @property
+  def libtpu_name(self) -> str:
+    return f"{_FAMILIES[self.chip.name]}:{'x'.join(map(str, self.shape))}"
+
+
+def parse(name: str) -> Slice:
+  """The slice of a product name: v5e-16 and v6e-16 (16 chips), v4-32, v5p-32 and 7x-32 (32 cores, 16 chips), 2xv5e-256
+  (two slices of 256 chips), v5p:4x4x12 (a shape in chips). Raises UserError naming the nearest valid name."""
+  match = re.fullmatch(rf"(?:(\d+)x)?({'|'.join((*CHIPS, *_ALIASES))})(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip().lower())
+  kind = _ALIASES.get(match[2], match[2]) if match else ""
+  if not match:
+    raise UserError(f"--topology {name}: no such TPU{_did_you_mean(name)}")
+  chip, slices = CHIPS[kind], int(match[1] or 1)
+  prefix = f"{slices}x" if slices > 1 else ""
+  if slices < 1:
+    raise UserError(f"--topology {name}: there must be at least one slice")
+  if match[4]:
+    shape = tuple(map(int, match[4].split("x")))
+    if len(shape) != chip.dimensions or min(shape) < 1 or math.prod(shape) > chip.largest:
+      example = "x".join(("4",) * chip.dimensions)
+      raise UserError(
+        f"--topology {name}: a {kind} slice has {chip.dimensions} dimensions and at most {chip.largest} chips, "
+        f"such as {prefix}{kind}:{example}"
+      )
+    return Slice(name, chip, shape, slices)
+  sizes = product_sizes(chip)
+  if int(match[3]) not in sizes:
+    nearest = min(sizes, key=lambda n: (abs(math.log(n / max(1, int(match[3])))), n))
+    raise UserError(
+      f"--topology {name}: no {kind} slice has {match[3]} {chip.counts}. Did you mean {prefix}{kind}-{nearest}? "
+      f"There are: {', '.join(map(str, sizes))} {chip.counts}"
+    )
+  return Slice(name, chip, sizes[int(match[3])], slices)
+
+
+def product_sizes(chip: Chip) -> dict[int, tuple[int, ...]]:
+  """{the number in the product name: shape in chips}, doubling from the smallest slice to the largest."""
+  sizes, chips = {}, 1 if chip.dimensions == 2 else 4
+  while chips <= chip.largest:
+    power = int(math.log2(chips))
+    if chip.dimensions == 2:
+      shape = (2 ** (power // 2), 2 ** (power - power // 2))
+    elif chips == 4:
+      shape = (2, 2, 1)
+    else:
+      shape = tuple(sorted(2 ** (power // 3 + (i < power % 3)) for i in range(3)))
+    if chips != 2:
+      sizes[chips * (2 if chip.counts == "cores" else 1)] = shape
+    chips *= 2
+  return sizes
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+  """The kind of chip that a device is (part of)."""
+  return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
+
+
+# -- Devices -----------------------------------------------------------------------------------------------------------
+
+
+def has_libtpu() -> bool:
+  return importlib.util.find_spec("libtpu") is not None
+
+
+def prepare() -> None:
+  """Keeps JAX off accelerators of this machine, for a process that only plans."""
+  jax.config.update("jax_platforms", "cpu")
+
+
+def devices(target: Slice) -> list[jax.Device]:
+  """Devices of the slice that exist for the compiler only. Raises UserError: libtpu does not know such a slice."""
+  from jax.experimental import topologies
+
+  # What libtpu reads when it starts: no look for real TPUs, several compilers side by side.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  options = dict(target.chip.options)
+  if target.slices > 1:
+    options["num_slices"] = target.slices
+  if math.prod(target.shape) < 4:
+    options["chips_per_host_bounds"] = (*target.shape, *(1,) * (3 - len(target.shape)))
+  try:
+    with quiet():
+      found = topologies.get_topology_desc(platform="tpu", topology_name=target.libtpu_name, **options).devices
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(
+      f"--topology {target.name}: libtpu cannot make {target.libtpu_name} ({reason}). "
+      "Try the shape of a whole slice, such as v5e-16 or v5p-128"
+    ) from error
+  if len(found) != target.device_count:
+    raise UserError(
+      f"--topology {target.name}: libtpu makes {len(found)} devices of {target.libtpu_name}, "
+      f"not {target.device_count}. Install the libtpu that fits jax {jax.__version__}"
+    )
+  return list(found)
+
+
+def simulated(target: Slice) -> list[jax.Device]:
+  """As many simulated CPU devices. Raises UserError where this process has started JAX with fewer."""
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_num_cpu_devices", target.device_count)
+  found = jax.devices("cpu")
+  if len(found) < target.device_count:
+    raise UserError(
+      f"--topology {target.name} needs {target.device_count} simulated devices, and this process has {len(found)}. "
+      "Run `mmjax plan` as a command of its own, or install libtpu (pip install 'mmjax[tpu]')"
+    )
+  return found[: target.device_count]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Keeps what native code writes to stderr from the terminal."""
+  sys.stderr.flush()
+  try:
+    saved = os.dup(2)
+  except OSError:
+    yield
+    return
+  with tempfile.TemporaryFile() as sink:
+    os.dup2(sink.fileno(), 2)
+    try:
+      yield
+    finally:
+      sys.stderr.flush()
+      os.dup2(saved, 2)
+      os.close(saved)
+
+
+def _did_you_mean(name: str) -> str:
+  every = [f"{chip.name}-{size}" for chip in CHIPS.values() for size in product_sizes(chip)]
+  near = difflib.get_close_matches(re.sub(r"^\d+x(?=v|7)", "", name.lower()), every, n=1, cutoff=0.5)
+  return (
+    f". Did you mean {near[0]!r}?" if near else "."
+  ) + " Names look like v5e-16, v6e-256, v4-32, v5p-128, 7x-64, or 2xv5e-256 for two slices"

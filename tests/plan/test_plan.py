@@ -1,0 +1,243 @@
+"""`mmjax plan` from end to end: on simulated devices everywhere, with the TPU compiler where libtpu is installed."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import mmjax.config as configs
+from mmjax import plan as planning
+from mmjax.config import UserError
+from mmjax.parallel.mesh import make_mesh
+from mmjax.plan import report, topology
+from mmjax.plan.sweep import sweep
+from mmjax.plan.topology import GIB
+from mmjax.training.step import Step
+
+CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
+TINY = """
+import mmjax
+
+def get_config(arg=""):
+  c = mmjax.config.base()
+  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = 32, 32, 512, "none"
+  tower = dict(depth=3, heads=2)
+  c.model = dict(name="dual_encoder", width=128, bias=True, encoders=dict(
+    image=dict(kind="vit", patch=8, remat="dots_no_batch", **tower), text=dict(kind="transformer", **tower)))
+  c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
+  c.train.batch_size, c.train.steps = 128, 1000
+  return c
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  path = tmp_path_factory.mktemp("config") / "tiny.py"
+  path.write_text(TINY)
+  return str(path)
+
+
+@pytest.fixture
+def without_libtpu(monkeypatch):
+  monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+
+
+def test_without_libtpu_memory_is_planned_on_simulated_devices(tiny, without_libtpu, tmp_path):
+  config = configs.load(tiny, ["mesh.data=1", "mesh.fsdp=-1", "sharding=fsdp"])
+  result = planning.plan(config, "v5e-4", cache=str(tmp_path))
+  step = Step(config, make_mesh(config, jax.devices()[:4]), steps=1)
+  assert result["model"]["parameters"] == sum(x.size for x in jax.tree.leaves(step.params_spec))
+  whole = 4 * result["model"]["parameters"]
+  assert whole / 4 <= result["memory"]["parameters"] < whole / 2  # a quarter, and what is too small to split
+  assert result["memory"]["optimizer"] == pytest.approx(2 * result["memory"]["parameters"], rel=0.01)
+  assert result["fits"] and result["memory"]["peak"] > result["memory"]["parameters"] + result["memory"]["optimizer"]
+  assert "all-gather" in result["collectives"] and "step" not in result and "without libtpu" in result["left_out"][-1]
+  assert result["config"]["mesh"] == {"fsdp": 4} and result["model"]["tokens_per_example"] == {"image": 16, "text": 32}
+  assert sum(result["model"]["flops"].values()) == pytest.approx(result["model"]["flops_per_step"])
+  again = planning.plan(config, "v5e-4", cache=str(tmp_path), say=lambda line: pytest.fail(line))
+  assert again.pop("cached") and not result.pop("cached") and again == json.loads(json.dumps(result))
+  assert "fits" in report.describe({**again, "changes": []})
+
+
+def test_the_cache_knows_configs_and_slices_apart(tiny):
+  config, other = configs.load(tiny), configs.load(tiny, ["train.batch_size=256"])
+  keys = {planning._key(c, topology.parse(name)) for c in (config, other) for name in ("v5e-4", "v5e-8", "2xv5e-4")}
+  assert len(keys) == 6
+  assert planning._key(config, topology.parse("v5e-4")) == planning._key(
+    configs.load(tiny, ["log.every=3"]), topology.parse("v5e-4")
+  )
+
+
+def test_a_mesh_that_does_not_fit_the_slice_is_refused(tiny, without_libtpu):
+  with pytest.raises(UserError, match="4 devices"):
+    planning.plan(configs.load(tiny, ["mesh.tensor=3"]), "v5e-4", cache=None)
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+  """Plans without a compiler: microbatches and remat save memory and cost time, and so do tensors split."""
+  share = {"none": 1.0, "dots": 0.9, "dots_no_batch": 0.7, "attention": 0.6, "full": 0.4}
+
+  def compile_step(config, target, dump_hlo, say):
+    policy = config.model.encoders.image.remat
+    mesh = configs.mesh_shape(config.mesh, target.device_count)
+    peak = 39 * GIB * share[policy] / config.train.microbatches
+    seconds = (2 - share[policy]) * config.train.microbatches * mesh["tensor"]
+    over = max(0, peak - target.chip.memory)
+    step = dict(seconds=seconds, mfu=0.5, cycles=1e9, custom_call_cycles=0, examples_per_second=1, tokens_per_second=1)
+    return dict(
+      topology=dict(name=target.name, chip="v5e", chips=4, slices=1, memory=target.chip.memory),
+      compiler="none",
+      config={**planning.settings_of(config), "mesh": mesh},
+      fits=not over,
+      memory=dict(peak=peak, over=over),
+      warnings=[],
+      step=None if over else step,
+    )
+
+  monkeypatch.setattr(planning, "_compile", compile_step)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_was_tried(tiny, rehearsed):
+  result = planning.plan(configs.load(tiny), "v5e-4", cache=None)
+  assert not result["fits"] and result["memory"]["over"] == pytest.approx(11.3 * GIB)  # 27.3 of 16
+  tried = [(row["change"][0].split("=")[1], row["fits"]) for row in result["tried"]]
+  assert tried == [("dots_no_batch", False), ("full", True)]
+  text = report.describe(result)
+  assert "does not fit, by 11.30 GiB" in text and "over by 11.30 GiB" in text and "fits (15.60 GiB)" in text
+  larger = configs.load(tiny, ["model.encoders.image.remat=full", "model.encoders.text.remat=full"])
+  assert planning.plan(larger, "v5e-4", cache=None)["fits"]
+
+
+def test_a_sweep_puts_the_fastest_that_fits_first(tiny, rehearsed):
+  rows = sweep(configs.load(tiny), "v5e-4", cache=None)
+  fitting = [row for row in rows if row["fits"]]
+  assert rows[: len(fitting)] == fitting and [r["seconds"] for r in fitting] == sorted(r["seconds"] for r in fitting)
+  assert fitting[0]["remat"] == {"image": "full", "text": "full"} and fitting[0]["microbatches"] == 1
+  assert {row["sharding"] for row in rows} == {"replicated", "fsdp", "fsdp_tensor"}
+  # No more microbatches than fitting takes.
+  assert not any(row["microbatches"] > 1 and row["remat"]["image"] == "full" for row in rows)
+  text = report.describe({**planning.plan(configs.load(tiny), "v5e-4", cache=None), "sweep": rows})
+  assert "best: --config.mesh" in text
+
+
+@pytest.mark.parametrize(("name", "model"), [("siglip_b16", "base"), ("siglip_so400m14", "so400m")])
+def test_shipped_siglip_configs_have_the_published_shapes(name, model):
+  """Parameters within 1% of transformers' own model of the same config, made without memory."""
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  sizes = (
+    {}
+    if model == "base"
+    else dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+  )
+  vision = dict(sizes, patch_size=16 if model == "base" else 14, image_size=224)
+  with torch.device("meta"):
+    reference = transformers.SiglipModel(
+      transformers.SiglipConfig(
+        text_config=dict(sizes, projection_size=sizes.get("hidden_size", 768), bos_token_id=1, eos_token_id=1),
+        vision_config=vision,
+      )
+    )
+  want = sum(p.numel() for p in reference.parameters())
+  config = configs.load(str(CONFIGS / f"{name}.py"))
+  step = Step(config, make_mesh(configs.resolve(config, ["mesh.data=1", "mesh.fsdp=1"]), jax.devices()[:1]), steps=1)
+  assert sum(x.size for x in jax.tree.leaves(step.params_spec)) == pytest.approx(want, rel=1e-3)
+  assert (
+    config.data.text.length == 64
+    and config.precision.compute == "bfloat16"
+    and config.model.encoders.image.patch_dropout == 0
+  )
+  # Forward FLOPs: two a weight of the blocks and a token, and the products of attention.
+  width, depth, mlp = (768, 12, 3072) if model == "base" else (1152, 27, 4304)
+  per_token = lambda length: depth * (2 * (4 * width * width + 2 * width * mlp) + 4 * length * width)
+  grid = (224 // config.model.encoders.image.patch) ** 2
+  forward = grid * per_token(grid) + 64 * per_token(64)
+  assert planning.model_flops(step)["total"] == pytest.approx(3 * forward * config.train.batch_size, rel=0.04)
+
+
+# -- With the TPU compiler ---------------------------------------------------------------------------------------------
+
+
+def run(*arguments, cwd):
+  """A command in a process of its own: libtpu is loaded once a process. Returns stdout."""
+  environment = {**os.environ, "HOME": str(cwd), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=600
+  )
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def test_a_tiny_config_is_compiled_by_the_tpu_compiler(tiny, tmp_path):
+  pytest.importorskip("libtpu")
+  done = run(
+    "-m",
+    "mmjax.cli",
+    "plan",
+    "--config",
+    tiny,
+    "--topology",
+    "v5e-4",
+    "--json",
+    "--dump-hlo",
+    "step.hlo",
+    "--config.model.encoders.text.kernel=flash",
+    cwd=tmp_path,
+  )
+  result = json.loads(done.stdout)
+  assert result == json.loads((tmp_path / "plan.json").read_text())
+  assert all(line.startswith("compiling") for line in done.stderr.splitlines()), done.stderr
+  assert result["fits"] and result["memory"]["peak"] < 2**30 and result["compiler"].startswith("libtpu")
+  assert 0 < result["step"]["mfu"] < 1 and result["run"]["chip_hours"] == pytest.approx(
+    result["step"]["seconds"] * 1000 * 4 / 3600
+  )
+  # Custom calls: the sum, checked from the dumped text. Each stands in a loop over three layers.
+  calls = result["custom_calls"]
+  assert calls and all(call["flops"] > 0 for call in calls)
+  assert sum(call["cycles_added"] for call in calls) == pytest.approx(result["step"]["custom_call_cycles"])
+  text = (tmp_path / "step.hlo").read_text()
+  bodies = len(re.findall(r'custom_call_target="tpu_custom_call"', text))
+  assert sum(call["count"] for call in calls) == 3 * bodies
+  assert sum(
+    call["count"] * max(call["flops"] / 197e12, call["bytes"] / 819e9) * 1.5e9 for call in calls
+  ) == pytest.approx(result["step"]["custom_call_cycles"])
+  assert "all-reduce" in result["collectives"] and not any("all-to-all" in line for line in result["warnings"])
+  again = run(
+    "-m",
+    "mmjax.cli",
+    "plan",
+    "--config",
+    tiny,
+    "--topology",
+    "v5e-4",
+    "--json",
+    "--config.model.encoders.text.kernel=flash",
+    cwd=tmp_path,
+  )
+  assert json.loads(again.stdout)["cached"] and not again.stderr
+
+
+MATMULS = """
+import jax, jax.numpy as jnp
+from mmjax.plan import cost, hlo, topology
+topology.prepare()
+target = topology.parse("v5e-4")
+place = jax.sharding.SingleDeviceSharding(topology.devices(target)[0])
+spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+stack = lambda x, weights: jax.lax.scan(lambda x, w: (x @ w[0] @ w[1], None), x, weights)[0]
+with topology.quiet():
+  compiled = jax.jit(stack).lower(spec(8192, 4096), (spec(4, 4096, 16384), spec(4, 16384, 4096))).compile()
+seconds = cost.cost(hlo.parse(compiled.as_text()), target.chip)["seconds"]
+print(seconds / (4 * 2 * 2 * 8192 * 4096 * 16384 / target.chip.peak))
+"""
+
+
+def test_a_matmul_stack_takes_its_flops_at_peak(tmp_path):
+  """Four trips of a loop over two products each. (A loop over one square product also copies what it carries.)"""
+  pytest.importorskip("libtpu")
+  assert float(run("-c", MATMULS, cwd=tmp_path).stdout) == pytest.approx(1, abs=0.1)
