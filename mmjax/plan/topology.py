@@ -173,8 +173,9 @@ def devices(target: Slice) -> list[jax.Device]:
 
 def simulated(target: Slice) -> list[jax.Device]:
   """As many simulated CPU devices. Raises UserError where this process has started JAX with fewer."""
-  with contextlib.suppress(RuntimeError):
-    jax.config.update("jax_num_cpu_devices", target.device_count)
+  if jax.config.jax_num_cpu_devices < target.device_count:
+    with contextlib.suppress(RuntimeError):
+      jax.config.update("jax_num_cpu_devices", target.device_count)
   found = jax.devices("cpu")
   if len(found) < target.device_count:
     raise UserError(
