@@ -135,4 +135,4 @@ def test_a_process_whose_peer_died_ends_by_itself(embedded_data, tmp_path, victi
 
 def test_bad_usage_is_not_run_again(launcher, tmp_path):
   printed = launcher.run(tmp_path, extra=("--config.train.stepz=3",), code=2)
-  assert "train.steps" in printed and "restart:" not in printed
+  assert "unknown key train.stepz. Did you mean 'steps'" in printed and "restart:" not in printed
