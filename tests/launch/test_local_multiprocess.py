@@ -39,6 +39,9 @@ class Launcher:
     return printed
 
 
+pytestmark = pytest.mark.slow  # minutes of real processes
+
+
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory, embedded_data):
   return Launcher(tmp_path_factory.mktemp("launcher"))
@@ -88,7 +91,7 @@ def test_two_processes_train_as_one_process_with_two_devices_does(unbroken, tmp_
       assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("whom", [pytest.param("launcher", marks=pytest.mark.slow), "process 1"])
+@pytest.mark.parametrize("whom", ["launcher", "process 1"])
 def test_a_stopped_job_saves_one_step_in_all_processes_and_goes_on(launcher, unbroken, tmp_path, whom):
   process = launcher.start(tmp_path)
   read_until(process, "step 6/12")
@@ -108,7 +111,6 @@ def test_a_signal_that_comes_before_the_first_step_is_not_lost(launcher, tmp_pat
   assert process.returncode == 75 and "before step 1 of 12" in printed, printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_job_runs_again_to_the_same_end(launcher, unbroken, tmp_path, victim):
   process = launcher.start(tmp_path)
@@ -120,7 +122,6 @@ def test_a_killed_process_ends_the_others_and_the_job_runs_again_to_the_same_end
   assert metrics(tmp_path) == metrics(unbroken[0]) and not training_processes(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_whose_peer_died_ends_by_itself(embedded_data, tmp_path, victim):
   """As on a cluster, where no launcher of ours ends it: it fails with 1, or JAX's heartbeat ends it with SIGABRT."""
