@@ -18,7 +18,8 @@ class Fakes:
     self.bin.mkdir()
     self.log.touch()
     self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMJAX_", "VIRTUAL_ENV", "DRY_RUN"))}
-    self.environment.update(PATH=f"{self.bin}:{os.environ['PATH']}", CALLS=str(self.log), TMPDIR=str(folder))
+    self.environment.update(PATH=f"{self.bin}:{os.environ['PATH']}", CALLS=str(self.log), TMPDIR=str(folder),
+                            VIRTUAL_ENV=str(folder))  # active: a .venv of this checkout must not hide the fakes
 
   def add(self, name: str, body: str = "") -> None:
     path = self.bin / name
