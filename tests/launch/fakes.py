@@ -18,8 +18,7 @@ class Fakes:
     self.bin.mkdir()
     self.log.touch()
     self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMJAX_", "VIRTUAL_ENV", "DRY_RUN"))}
-    self.environment.update(PATH=f"{self.bin}:{os.environ['PATH']}", CALLS=str(self.log), TMPDIR=str(folder),
-                            VIRTUAL_ENV=str(folder))  # active: a .venv of this checkout must not hide the fakes
+    self.environment.update(PATH=f"{self.bin}:{os.environ['PATH']}", CALLS=str(self.log), TMPDIR=str(folder))
 
   def add(self, name: str, body: str = "") -> None:
     path = self.bin / name
@@ -30,7 +29,9 @@ class Fakes:
     return [line for line in self.log.read_text().splitlines() if line.startswith(name)]
 
   def start(self, script: str, *words: str, **settings) -> subprocess.Popen:
-    return subprocess.Popen(["bash", str(LAUNCH / script), *words], env=self.environment, text=True, stdout=subprocess.PIPE,
+    # slurm.sbatch takes the .venv of its checkout unless one is active, which would hide the fakes.
+    active = {"VIRTUAL_ENV": str(self.bin)} if script == "slurm.sbatch" else {}
+    return subprocess.Popen(["bash", str(LAUNCH / script), *words], env=self.environment | active, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, **settings)
 
   def run(self, script: str, *words: str, code: int = 0, **settings) -> str:
