@@ -33,7 +33,9 @@ class Only(PathFinder):
     allowed = top in cls.ALLOWED or top in sys.stdlib_module_names or top.startswith("_")
     return PathFinder.find_spec(name, path, target) if allowed else None
 
-sys.meta_path = [Only if finder is PathFinder else finder for finder in sys.meta_path]
+# Editable installs and their like add finders of their own: only Python's built-in, frozen and path finders stay.
+own = [finder for finder in sys.meta_path if getattr(finder, "__module__", "").startswith("_frozen_importlib")]
+sys.meta_path = [Only if finder is PathFinder else finder for finder in own]
 for name in ("mmjax", "flax", "ml_collections", "safetensors"):
   try:
     __import__(name)
