@@ -1,10 +1,10 @@
-"""Records to the rows of a batch: picture, caption, tokens; random streams of rows; records that cannot be used."""
+"""Records to the rows of a batch: media, texts, labels; random streams of rows; records that cannot be used."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,17 +15,101 @@ from mmjax.data.sources import Source
 from mmjax.data.text import TextTransform, drop_words, load_tokenizer, split_key
 
 Batch = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+MODALITIES = ("image", "text", "audio", "video", "series")
+
+
+class Place(NamedTuple):
+  """A row: record `index` of `source`; `part` chooses among its questions in evaluation (-1 = drawn at random)."""
+
+  source: Source
+  index: int
+  part: int = -1
+
+
+class Absent(UserError):
+  """The record lacks this modality."""
+
+
+class Reader:
+  """One modality: `shapes` of its arrays for one example, and `read`, which gives them for a record."""
+
+  def __init__(self, data, train: bool):
+    self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+  def blank(self, count: int) -> Arrays:
+    return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self.shapes.items()}
+
+  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    """The arrays in the order of `shapes`. kept: the record stays in memory, so what was decoded may be kept in it.
+    Raises Absent, or UserError (Unreadable)."""
+    raise NotImplementedError
+
+
+class ImageReader(Reader):
+  def __init__(self, data, train: bool):
+    self.transform, size = ImageTransform(data.image, train=train), data.image.size
+    self.shapes = {"pixels": ((size, size, 3), np.uint8), "key": ((2,), np.uint32)}
+
+  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    content = _decoded(record, "image", "picture", kept, decode)
+    return self.transform(content, rng), split_key(record["image_key"])
+
+
+class AudioReader(Reader):
+  def __init__(self, data, train: bool):
+    from mmjax.data.audio import AudioTransform, decode_audio
+
+    self.transform, self.decode = AudioTransform(data.audio, train), lambda content: decode_audio(content, data.audio.rate)
+    self.shapes = {"waveform": ((round(data.audio.rate * data.audio.seconds),), np.int16), "length": ((), np.int32)}
+
+  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    return self.transform(_decoded(record, "audio", "sound", kept, self.decode), rng)
+
+
+class VideoReader(Reader):
+  def __init__(self, data, train: bool):
+    from mmjax.data.video import VideoTransform, decode_video
+
+    self.transform, self.decode, video = VideoTransform(data.video, train), decode_video, data.video
+    self.shapes = {"frames": ((video.frames, video.size, video.size, 3), np.uint8), "mask": ((video.frames,), np.bool_)}
+
+  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    return self.transform(_decoded(record, "video", "video", kept, self.decode), rng)
+
+
+class SeriesReader(Reader):
+  def __init__(self, data, train: bool):
+    from mmjax.data.series import SeriesTransform
+
+    self.transform, length = SeriesTransform(data.series), data.series.length
+    self.shapes = {"values": ((length, data.series.channels), np.float32), "mask": ((length,), np.bool_)}
+
+  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    if record.get("series") is None:
+      raise Absent("it has no sensor series")
+    return self.transform(record["series"])
+
+
+READERS: dict[str, type[Reader]] = {"image": ImageReader, "audio": AudioReader, "video": VideoReader, "series": SeriesReader}
 
 
 class Examples:
-  """Records to a batch: reading, the picture transform, a caption, tokens. An unusable record becomes a row of zeros."""
+  """Records to a batch: reading, transforms, a caption or questions, tokens, labels.
+
+  An unusable record becomes a row of zeros that is not valid. With data.missing "mask" a record that only lacks a modality
+  is usable: `<modality>.present` bool [B] is False there.
+  """
 
   def __init__(self, config, train: bool):
-    self.config, self.modalities = config, modalities_of(config)
-    self.image, self.drop_words = ImageTransform(config.data.image, train=train), config.data.text.drop_words if train else 0.0
+    self.config, self.train, self.modalities = config, train, modalities_of(config)
+    self.drop_words = config.data.text.drop_words if train else 0.0
+    self._readers: dict[str, Reader] = {}
     self._text: TextTransform | None = None
-    if train and "text" in self.modalities:
-      self.text  # noqa: B018  a missing tokenizer shows at once
+    self._numbers: dict[int, dict[str, int]] = {}
+    if train:
+      for name in self.modalities:
+        self.text if name == "text" else self.reader(name)  # noqa: B018  a missing tokenizer shows at once
 
   @property
   def text(self) -> TextTransform:
@@ -33,40 +117,155 @@ class Examples:
       self._text = TextTransform(self.config.data.text, load_tokenizer(self.config.data))
     return self._text
 
-  def __call__(self, places: Sequence[tuple[Source, int]], rngs: Iterable[np.random.Generator | None],
+  def reader(self, modality: str) -> Reader:
+    if modality not in self._readers:
+      self._readers[modality] = READERS[modality](self.config.data, self.train)
+    return self._readers[modality]
+
+  def __call__(self, places: Sequence[Place], rngs: Iterable[np.random.Generator | None],
                modalities: Sequence[str] | None = None) -> Batch:
-    modalities, count, size = modalities or self.modalities, len(places), self.config.data.image.size
+    data, modalities, count = self.config.data, modalities or self.modalities, len(places)
     batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": []}
-    pixels = np.zeros((count, size, size, 3), np.uint8)
-    keys, captions = np.zeros((count, 2), np.uint32), [""] * count
-    for row, ((source, index), rng) in enumerate(zip(places, rngs, strict=True)):
+    each = data.text.per_example
+    texts, labels = [[""] * each for _ in places], blank_labels(self.config, count)
+    media = {name: self.reader(name).blank(count) for name in modalities if name != "text"}
+    present = {name: np.ones(count, bool) for name in modalities}
+    for row, (place, rng) in enumerate(zip(places, rngs, strict=True)):
+      source, index, part = place
       batch["id"][row] = place_of(source, index)
       try:
         record = source[index]
         batch["id"][row] = record["id"]
-        if "text" in modalities:
-          captions[row] = self._caption(record, source, rng)
-        if "image" in modalities:
-          pixels[row] = self.image(_picture(record, source), rng)
-          keys[row] = split_key(record["image_key"])
+        asks = getattr(source, "text", "caption") == "question"
+        kept = getattr(source, "cached", False)
+        answers: list[str] = []
+        for name in ("text", *media):  # texts first: the draws of a row come in this order
+          try:
+            if name == "text":
+              if asks:
+                texts[row], answers = self._questions(record, part, rng)
+              elif "text" in modalities:
+                texts[row] = [self._caption(record, source, rng) for _ in range(each)]
+              continue
+            for array, value in zip(media[name].values(), self.reader(name).read(record, kept, rng), strict=True):
+              array[row] = value
+          except Absent:
+            if data.missing == "skip":
+              raise
+            present[name][row] = False
+        if labels is not None:
+          self._label(labels[row:row + 1], record, source, answers)
         batch["valid"][row] = True
       except UserError as error:
-        captions[row] = ""
+        texts[row] = [""] * each
+        for array in (array for arrays in media.values() for array in arrays.values()):
+          array[row] = 0
         batch["unreadable"].append((f"{source.name} {batch['id'][row]}", str(error)))
-    if "image" in modalities:
-      batch["image"] = {"pixels": pixels, "key": keys}
+    batch.update(media)
     if "text" in modalities:
-      batch["text"] = self.text(captions)
-    return batch
+      rows = self.text([text for row in texts for text in row])
+      batch["text"] = {k: v.reshape(count, each, *v.shape[1:]) if each > 1 else v for k, v in rows.items()}
+    if data.missing == "mask":
+      for name in modalities:
+        batch[name] = {**batch[name], "present": present[name]}
+    return batch if labels is None else {**batch, "label": labels}
 
-  def _caption(self, record: Record, source: Source, rng: np.random.Generator) -> str:
-    """One of the captions: first a language, then one of its captions, then the words that stay."""
+  def _caption(self, record: Record, source: Source, rng: np.random.Generator | None) -> str:
+    """One of the captions: first a language, then one of its captions, then the words that stay. Without rng: the first."""
     languages = [language for language in source.languages or record["captions"] if record["captions"].get(language)]
     if not languages:
-      raise UserError(f"no caption in {', '.join(source.languages) or 'any language'}")
+      raise Absent(f"no caption in {', '.join(source.languages) or 'any language'}")
+    if rng is None:
+      return record["captions"][languages[0]][0]
     captions = record["captions"][languages[rng.integers(len(languages))]]
     caption = captions[rng.integers(len(captions))]
     return drop_words(caption, self.drop_words, rng) if self.drop_words else caption
+
+  def _questions(self, record: Record, part: int, rng: np.random.Generator | None) -> tuple[list[str], list[str]]:
+    """(questions, answers), `per_example` each: drawn, or the `part`-th so many, filled up with ""."""
+    pairs, each = record.get("questions") or [], self.config.data.text.per_example
+    if not pairs:
+      raise Absent("it has no questions")
+    if rng is None:
+      chosen = pairs[max(part, 0) * each:][:each]
+    else:
+      order = rng.permutation(len(pairs))
+      chosen = [pairs[order[i % len(pairs)]] for i in range(each)]
+    chosen = [*chosen, *[("", "")] * (each - len(chosen))]
+    return [question for question, _ in chosen], [answer for _, answer in chosen]
+
+  def _label(self, out: np.ndarray, record: Record, source: Source, answers: list[str]) -> None:
+    """Writes the row [1, ...] of labels."""
+    kind, numbers = self.config.data.label, self._class_numbers(source)
+    if kind == "answer":
+      out[:] = np.array([numbers.get(answer, -1) for answer in answers] or [-1], np.int32).reshape(out.shape)
+    elif kind == "labels":
+      for name in filter(None, record["label"].split("|")):
+        out[0, numbers[name]] = True
+    else:
+      out[:] = numbers.get(record["label"], -1)
+
+  def _class_numbers(self, source: Source) -> dict[str, int]:
+    """{class: number} of a source."""
+    if id(source) not in self._numbers:
+      self._numbers[id(source)] = {name: number for number, name in enumerate(class_names(source, self.config.data.label))}
+    return self._numbers[id(source)]
+
+
+def check_classes(config, sources: Sequence[Source]) -> None:
+  """Raises UserError: the sources have other classes than each other, or more than data.classes."""
+  if config.data.label == "none":
+    return
+  labelled = [source for source in sources if class_names(source, config.data.label)]
+  if not labelled:
+    raise UserError(f"data.label is {config.data.label!r}, but no source has such classes: "
+                    f"{', '.join(source.name for source in sources)}. Set data.label='none' or choose another source")
+  first = class_names(labelled[0], config.data.label)
+  for source in labelled:
+    names = class_names(source, config.data.label)
+    if names != first:
+      raise UserError(f"sources {labelled[0].name} and {source.name} have different classes; a classifier needs one list of them")
+    if len(names) > config.data.classes:
+      raise UserError(f"data.classes is {config.data.classes}, but {source.name} has {len(names)}: {', '.join(names[:12])}. "
+                      f"Set data.classes to {len(names)}")
+
+
+def class_names(source: Source, label: str) -> tuple[str, ...]:
+  """The classes of a source in the order of their numbers, for data.label `label`."""
+  if label == "answer":
+    return tuple(getattr(source, "answers", ()))
+  if label == "labels":
+    return tuple(sorted({name for names in source.labels for name in names.split("|") if name}))
+  return tuple(source.labels)
+
+
+def blank_labels(config, count: int) -> np.ndarray | None:
+  """Labels of `count` rows that have none: int32 [count] or [count, K] of -1, bool [count, classes], or None."""
+  kind, each = config.data.label, config.data.text.per_example
+  if kind == "none":
+    return None
+  if kind == "labels":
+    return np.zeros((count, config.data.classes), bool)
+  return np.full((count, each) if kind == "answer" and each > 1 else count, -1, np.int32)
+
+
+def row_spec(config, modalities: Sequence[str]) -> dict[str, Any]:
+  """{modality: {array: (shape of an example, dtype)}}, and "label" where the config has one."""
+  data, spec = config.data, {}
+  for name in modalities:
+    if name == "text":
+      each = (data.text.per_example,) if data.text.per_example > 1 else ()
+      spec[name] = {"tokens": ((*each, data.text.length), np.int32), "mask": ((*each, data.text.length), np.bool_),
+                    "key": ((*each, 2), np.uint32)}
+      if data.text.words:
+        spec[name]["words"] = ((*each, data.text.length), np.int32)
+    else:
+      spec[name] = dict(READERS[name](data, False).shapes)
+    if data.missing == "mask":
+      spec[name]["present"] = ((), np.bool_)
+  if (labels := blank_labels(config, 1)) is not None:
+    spec["label"] = (labels.shape[1:], labels.dtype)
+  return spec
 
 
 def streams(seed: int, step: int, rows: Sequence[int]) -> Iterator[np.random.Generator]:
@@ -82,13 +281,17 @@ def streams(seed: int, step: int, rows: Sequence[int]) -> Iterator[np.random.Gen
     yield generator
 
 
-def modalities_of(config) -> list[str]:
-  """The modalities of the batches: those of model.encoders."""
-  known = ("image", "text")
-  for name in config.model.encoders:
-    if name not in known:
-      raise UserError(f"model.encoders.{name}: the data has no modality {name!r}; there are: {', '.join(known)}")
-  return [name for name in known if name in config.model.encoders]
+def modalities_of(config, source: Mapping[str, Any] | None = None) -> list[str]:
+  """The modalities of the batches: those of the source's entry, else of data.modalities, else of model.encoders."""
+  key, chosen = "model.encoders", list(config.model.encoders)
+  if config.data.modalities:
+    key, chosen = "data.modalities", list(config.data.modalities)
+  if source and source.get("modalities"):
+    key, chosen = "data.sources.*.modalities", list(source["modalities"])
+  for name in chosen:
+    if name not in MODALITIES:
+      raise UserError(f"{key}: the data has no modality {name!r}; there are: {', '.join(MODALITIES)}")
+  return [name for name in MODALITIES if name in chosen]
 
 
 def place_of(source: Source, index: int) -> str:
@@ -107,7 +310,7 @@ def spread_rows(batch: Batch, real: np.ndarray) -> Batch:
     if isinstance(value, list):
       rest = iter(value)
       return [next(rest) if here else "" for here in real]
-    out = np.full((len(real), *value.shape[1:]), -1 if name == "label" else 0, value.dtype)
+    out = np.full((len(real), *value.shape[1:]), -1 if name == "label" and value.dtype != bool else 0, value.dtype)
     out[real] = value
     return out
 
@@ -126,12 +329,13 @@ def report_unreadable(unreadable: Sequence[tuple[str, str]], known: dict[str, st
                     "Repair or convert the data again, or raise data.max_unreadable")
 
 
-def _picture(record: Record, source: Source) -> bytes | np.ndarray:
-  """What the picture transform takes: encoded bytes, or pixels where the source keeps records in memory."""
-  if record["image"] is None:
-    raise UserError("it has no picture")
-  if not getattr(source, "cached", False):
-    return record["image"]
-  if "pixels" not in record:
-    record["pixels"] = decode(record["image"])
-  return record["pixels"]
+def _decoded(record: Record, field: str, what: str, kept: bool, decode: Callable[[bytes], np.ndarray]) -> bytes | np.ndarray:
+  """What a transform takes: encoded bytes, or the decoded array where the source keeps records in memory."""
+  content = record.get(field)
+  if content is None:
+    raise Absent(f"it has no {what}")
+  if not kept:
+    return content
+  if (name := f"decoded {field}") not in record:
+    record[name] = decode(content)
+  return record[name]

@@ -24,9 +24,10 @@ class Order:
   """Order(lengths, weights, seed, batch_size): `rows(step)`, a shuffle per epoch of every source, mixed by weight.
 
   lengths: records of each source. weights: shares of the rows, relative to each other; a source with weight 0 is not drawn.
+  whole_steps: all rows of a step are of one source, and the weights are shares of the steps.
   """
 
-  def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, batch_size: int):
+  def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, batch_size: int, *, whole_steps: bool = False):
     if len(lengths) != len(weights) or not lengths:
       raise UserError("data.sources is empty: name at least one data set")
     if min(weights) < 0 or sum(weights) <= 0:
@@ -37,6 +38,7 @@ class Order:
     self.lengths, self.seed, self.batch_size = tuple(map(int, lengths)), int(seed), int(batch_size)
     self.counts = whole_shares(weights)
     self._table, self._before = _mixing_table(self.counts)
+    self.whole_steps = whole_steps
     self._length = np.asarray(self.lengths, np.uint64)
     self._each = np.asarray(self.counts, np.uint64)
 
@@ -47,18 +49,25 @@ class Order:
 
   def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(source int64 [B], index int64 [B] into that source, epoch int64 [B] of that source) of the batch of `step`, from 0."""
-    position = np.arange(self.batch_size, dtype=np.uint64) + np.uint64(step * self.batch_size)
+    row = np.arange(self.batch_size, dtype=np.uint64)
+    position = np.full_like(row, step) if self.whole_steps else row + np.uint64(step * self.batch_size)
     period, place = np.divmod(position, np.uint64(len(self._table)))
     source = self._table[place]
     nth = period * self._each[source] + self._before[place]  # of the positions of this source
+    nth = nth * np.uint64(self.batch_size) + row if self.whole_steps else nth
     epoch, offset = np.divmod(nth, self._length[source])
     index = permute(offset, self._length[source], _mix(epoch ^ _mix(source.astype(np.uint64) ^ _mix(np.uint64(self.seed % 2**64)))))
     return source, index.astype(np.int64), epoch.astype(np.int64)
 
+  def source(self, step: int) -> int:
+    """The source of all rows of a step, where a step has one."""
+    return int(self._table[step % len(self._table)])
+
   def fingerprint(self) -> dict[str, Any]:
     """What decides the order, JSON-able: a resumed run must find the same."""
     table = hashlib.blake2b(self._table.astype("<i8").tobytes(), digest_size=6).hexdigest()
-    return {"seed": self.seed, "batch_size": self.batch_size, "lengths": list(self.lengths), "mixture": list(self.counts), "table": table}
+    return {"seed": self.seed, "batch_size": self.batch_size, "lengths": list(self.lengths), "mixture": list(self.counts), "table": table,
+            **({"whole_steps": True} if self.whole_steps else {})}
 
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:

@@ -5,7 +5,9 @@ keyed by (seed, step, row) draws the caption, the words it loses and the augment
 and threads only decide who does the work, a process can make just its own rows, and any step can be made first.
 
 A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B, L], "mask" bool [B, L],
-"key" uint32 [B, 2]}, "valid" bool [B], "id": list of str}, with the modalities that model.encoders has.
+"key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B]}, "video": {"frames" uint8 [B, T, H, W, 3],
+"mask" bool [B, T]}, "series": {"values" float32 [B, T, C], "mask" bool [B, T]}, "label" int32 [B], "valid" bool [B],
+"id": list of str}, with the modalities that the config asks for. Where data.text.per_example is K > 1, texts are [B, K, ...].
 """
 
 from __future__ import annotations
@@ -21,23 +23,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.examples import Batch, Examples, modalities_of, place_of, report_unreadable, spread_rows, streams
+from mmjax.data.examples import (
+  Batch,
+  Examples,
+  Place,
+  check_classes,
+  class_names,
+  modalities_of,
+  place_of,
+  report_unreadable,
+  row_spec,
+  spread_rows,
+  streams,
+)
 from mmjax.data.order import Order
 from mmjax.data.sources import Source, open_source
 from mmjax.data.text import text_key
 
 
-def batch_spec(config, batch_size: int | None = None) -> dict[str, Any]:
-  """The `jax.ShapeDtypeStruct`s of a batch as the device gets it (no `id`), from the config alone."""
+def batch_spec(config, batch_size: int | None = None, source: str = "") -> dict[str, Any]:
+  """The `jax.ShapeDtypeStruct`s of a batch as the device gets it (no `id`), from the config alone.
+
+  source: whose batches, where data.mix is "steps" and sources differ; "" = with every modality that there is.
+  """
   import jax
 
-  size, image, text = batch_size or config.train.batch_size, config.data.image.size, config.data.text.length
-  spec = lambda dtype, *shape: jax.ShapeDtypeStruct((size, *shape), dtype)
-  modalities = {
-    "image": dict(pixels=spec(np.uint8, image, image, 3), key=spec(np.uint32, 2)),
-    "text": dict(tokens=spec(np.int32, text), mask=spec(np.bool_, text), key=spec(np.uint32, 2)),
-  }
-  return {**{name: modalities[name] for name in modalities_of(config)}, "valid": spec(np.bool_)}
+  size = batch_size or config.train.batch_size
+  entry = config.data.sources[source] if source and config.data.mix == "steps" else None
+  spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x[0]), x[1]), row_spec(config, modalities_of(config, entry)),
+                      is_leaf=lambda x: isinstance(x, tuple))
+  return {**spec, "valid": jax.ShapeDtypeStruct((size,), np.bool_)}
 
 
 class Pipeline:
@@ -55,7 +70,10 @@ class Pipeline:
     self._ids: collections.OrderedDict[int, list[str]] = collections.OrderedDict()
     entries = list(config.data.sources.items())
     self.sources = [_named(name, entry, config) for name, entry in entries]
-    self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size)
+    check_classes(config, self.sources)
+    self._modalities = [modalities_of(config, entry if config.data.mix == "steps" else None) for _, entry in entries]
+    self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size,
+                       whole_steps=config.data.mix == "steps")
     self._examples = Examples(config, train=True)
 
   @property
@@ -65,6 +83,10 @@ class Pipeline:
   @property
   def unreadable(self) -> int:
     return len(self._bad)
+
+  def source_of(self, step: int) -> str:
+    """The name of the entry of data.sources that a step's rows come from; "" where sources mix within a batch."""
+    return list(self.config.data.sources)[self.order.source(step)] if self.order.whole_steps else ""
 
   def fingerprint(self) -> dict[str, Any]:
     """What the batches depend on besides the config, JSON-able: a resumed run must find the same."""
@@ -120,8 +142,9 @@ class Pipeline:
     """The batch with "unreadable": [(name, reason)], which `_settle` takes out again. Runs in a worker or a thread."""
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
-    places = [(self.sources[source[row]], int(index[row])) for row in rows]
-    return self._examples(places, streams(self.config.seed, step, rows))
+    places = [Place(self.sources[source[row]], int(index[row])) for row in rows]
+    modalities = self._modalities[source[0]] if self.order.whole_steps else None
+    return self._examples(places, streams(self.config.seed, step, rows), modalities)
 
   def _settle(self, batch: Batch) -> Batch:
     """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""
@@ -147,8 +170,10 @@ class Caption(NamedTuple):
 class EvaluationData:
   """A split in its stored order, without augmentation, with every caption.
 
-  entry: name, split, languages (and path). rows: which rows of each batch this process makes (None = all).
-  labels int32 [N] (-1 = none) index label_names; image_keys uint64 [N]; captions: every one in the entry's languages.
+  entry: name, split, languages (and path, and text = "caption" or "question"). rows: which rows of each batch this process
+  makes (None = all). labels int32 [N] (-1 = none) index label_names; class_names: of the labels that `batches` gives;
+  image_keys uint64 [N]; captions: every one in the entry's languages; facts: what each record says about itself ({} = nothing);
+  places [(example, part)]: the rows of `batches` (several an example where its questions do not fit one row).
   Raises UserError: no such data set, split or language; while reading: too many unreadable records.
   """
 
@@ -157,7 +182,10 @@ class EvaluationData:
     self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     self.source = open_source(entry, config)
     self.label_names = self.source.labels
+    self.class_names = class_names(self.source, config.data.label)
     self.captions: list[Caption] = []
+    self.facts: list[dict] = []
+    self.places: list[tuple[int, int]] = []
     self._examples = Examples(config, train=False)
     self._bad: dict[str, str] = {}
     self._read_facts()
@@ -171,13 +199,30 @@ class EvaluationData:
 
   def images(self) -> Iterator[Batch]:
     """All pictures: {"image": {"pixels", "key"}, "valid", "id", "label"}; the last batch is filled up with rows that are not valid."""
-    for start in range(0, len(self), self.batch_size):
-      index = start + self.rows
-      real = index < len(self)
-      batch = self._examples([(self.source, i) for i in index[real].tolist()], [None] * int(real.sum()), ("image",))
+    return self.media("image")
+
+  def media(self, modality: str) -> Iterator[Batch]:
+    """One modality of every example: {modality: {...}, "valid", "id", "label"}, `label` by `label_names`; filled up at the end."""
+    for batch, index in self._batches([(i, -1) for i in range(len(self))], (modality,)):
+      batch["label"] = np.where(index < 0, -1, self.labels[index]).astype(np.int32)
+      yield batch
+
+  def batches(self, modalities: Sequence[str]) -> Iterator[Batch]:
+    """Every row of `places` with several modalities, and `label` where data.label has one; filled up at the end."""
+    for batch, _ in self._batches(self.places, tuple(modalities)):
+      yield batch
+
+  def _batches(self, places: list[tuple[int, int]], modalities: tuple[str, ...]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """(batch, example of each row, -1 = none)."""
+    for start in range(0, len(places), self.batch_size):
+      row = start + self.rows
+      real = row < len(places)
+      chosen = [places[i] for i in row[real].tolist()]
+      batch = self._examples([Place(self.source, *place) for place in chosen], [None] * len(chosen), modalities)
       report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
-      batch["label"] = self.labels[index[real]]
-      yield spread_rows(batch, real)
+      index = np.full(len(row), -1)
+      index[real] = [example for example, _ in chosen]
+      yield spread_rows(batch, real), index
 
   def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
     """Any texts, tokenised: {"text": {"tokens", "mask", "key"}, "valid"}, filled up as `images`."""
@@ -190,13 +235,14 @@ class EvaluationData:
   def picture(self, index: int) -> np.ndarray:
     """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""
     try:
-      return self._examples.image(self.source[index]["image"] or b"", None)
+      return self._examples.reader("image").transform(self.source[index]["image"] or b"", None)
     except UserError:
       return np.full((self.config.data.image.size,) * 2 + (3,), 255, np.uint8)
 
   def _read_facts(self) -> None:
     """One pass over the records for captions, labels and picture keys."""
     number = {label: i for i, label in enumerate(self.label_names)}
+    asks, each = self.source.text == "question", self.config.data.text.per_example
     self.labels = np.full(len(self), -1, np.int32)
     self.image_keys = np.zeros(len(self), np.uint64)
     for i in range(len(self)):
@@ -204,7 +250,12 @@ class EvaluationData:
         record = self.source[i]
       except UserError:
         self.image_keys[i] = np.uint64(2**63 + i)  # equal to no other; the row is not valid
+        self.facts.append({})
+        self.places.append((i, 0))
         continue
+      self.facts.append(record.get("facts") or {})
+      rows = -(-len(record.get("questions") or ()) // each) if asks else 1
+      self.places += [(i, part) for part in range(rows)]
       self.labels[i] = number.get(record["label"], -1)
       self.image_keys[i] = record["image_key"]
       for language, captions in record["captions"].items():

@@ -21,12 +21,15 @@ from mmjax.data.builders import BUILDERS, Record, example_class, find_version, p
 class Source(Protocol):
   """Records with random access.
 
-  `labels`: class names, sorted. `languages`: those that captions may have. `fingerprint`: changes when the content does.
+  `labels`: class names, sorted. `answers`: to the questions, sorted. `text`: what the text of a row is, "caption" or "question"
+  (as the entry says). `languages`: those that captions may have. `fingerprint`: changes when the content does.
   `source[i]` raises UserError for a record that cannot be read, and only that.
   """
 
   name: str
   labels: tuple[str, ...]
+  answers: tuple[str, ...]
+  text: str
   languages: tuple[str, ...]
   fingerprint: str
 
@@ -49,7 +52,9 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
     source: Source = TarSource(entry["path"], languages, data_dir(config))
   else:
     source = ArrayRecordSource(data_dir(config), name, entry.get("split") or "train", languages)
-  return CachedSource(source) if entry.get("cache") else source
+  source = CachedSource(source) if entry.get("cache") else source
+  source.text = entry.get("text", "caption")
+  return source
 
 
 def data_dir(config=None) -> Path:

@@ -48,6 +48,10 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     raise NotImplementedError
 
+  def starts_word(self, token: int) -> bool:
+    """Whether a piece begins a word (after white space)."""
+    raise NotImplementedError
+
   def to_assets(self) -> dict[str, bytes]:
     """The tokenizer as files, {name: content}, for a checkpoint."""
     return dict(self._assets)
@@ -91,12 +95,13 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class TextTransform:
   """Captions as arrays: TextTransform(config.data.text, tokenizer)(captions) -> dict of
 
-  tokens int32 [N, L] (cut with <eos> kept, padded), mask bool [N, L] (True = real), key uint32 [N, 2] (`text_key`).
+  tokens int32 [N, L] (cut with <eos> kept, padded), mask bool [N, L] (True = real), key uint32 [N, 2] (`text_key`), and with
+  data.text.words: words int32 [N, L], the number of the word of each token (-1 = none).
   """
 
   def __init__(self, config, tokenizer: Tokenizer):
     self.tokenizer, self.length, self.lowercase, self.mask_padding = tokenizer, config.length, config.lowercase, config.mask_padding
-    self.punctuation = config.punctuation
+    self.punctuation, self.words = config.punctuation, config.get("words", False)
     self.pad_id = config.pad_id if config.pad_id >= 0 else max(tokenizer.pad_id, 0)
     if not 0 <= self.pad_id < config.vocab_size:
       raise UserError(f"data.text.pad_id is {self.pad_id}, but must be below data.text.vocab_size {config.vocab_size}")
@@ -111,11 +116,24 @@ class TextTransform:
   def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
     tokens = np.full((len(captions), self.length), self.pad_id, np.int32)
     mask = np.full(tokens.shape, not self.mask_padding)
+    words = np.full(tokens.shape, -1, np.int32)
     for row, caption in enumerate(captions):
       ids = self.encode(caption)
       tokens[row, :len(ids)] = ids
       mask[row, :len(ids)] = True
-    return {"tokens": tokens, "mask": mask, "key": np.array([text_key(c) for c in captions], np.uint32).reshape(-1, 2)}
+      if self.words:
+        words[row, :len(ids)] = self._words_of(ids)
+    keys = np.array([text_key(c) for c in captions], np.uint32).reshape(-1, 2)
+    return {"tokens": tokens, "mask": mask, "key": keys, **({"words": words} if self.words else {})}
+
+  def _words_of(self, ids: Sequence[int]) -> list[int]:
+    """The number of the word of each token, counted from 0; -1 for the start and end tokens."""
+    inner = range(len(self.start), len(ids) - len(self.end))
+    word, out = -1, [-1] * len(ids)
+    for place in inner:
+      word += self.tokenizer.starts_word(ids[place]) or word < 0
+      out[place] = word
+    return out
 
   def encode(self, caption: str) -> list[int]:
     """At most `length` ids, with <bos> and <eos> as configured."""
@@ -231,6 +249,9 @@ class _SentencePiece(Tokenizer):
   def decode(self, ids: Sequence[int]) -> str:
     return self._model.decode([int(i) for i in ids])
 
+  def starts_word(self, token: int) -> bool:
+    return self._model.id_to_piece(int(token)).startswith("\u2581")
+
 
 class _HuggingFace(Tokenizer):
   """A Hugging Face tokenizer.json. Which pieces are special stands in tokenizer_config.json; without it, usual names decide."""
@@ -253,6 +274,8 @@ class _HuggingFace(Tokenizer):
     self._model.no_truncation()
     self._model.no_padding()
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+    kind = json.loads(assets["tokenizer.json"]).get("model") or {}
+    self._continues = kind.get("continuing_subword_prefix") or "" if kind.get("type") == "WordPiece" else ""
     facts: dict = {}
     for name in reversed(self.FILES[1:]):
       facts.update({k: v for k, v in json.loads(assets.get(name, b"{}")).items() if v is not None})
@@ -271,6 +294,12 @@ class _HuggingFace(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._model.decode([int(i) for i in ids])
+
+  def starts_word(self, token: int) -> bool:
+    piece = self._model.id_to_token(int(token)) or ""
+    if self._continues:  # WordPiece marks the pieces that go on, byte pairs and unigrams those that begin
+      return not piece.startswith(self._continues)
+    return piece.startswith(("\u2581", "\u0120"))
 
 
 def _find_tokenizer(name: str, root: Path) -> Path:

@@ -25,10 +25,11 @@ from mmjax import config as config_lib
 from mmjax.config import UserError
 from mmjax.data.pipeline import EvaluationData
 from mmjax.data.sources import open_source
-from mmjax.data.text import TextTransform, Tokenizer
+from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
 from mmjax.parallel import multihost
 
-Embed = Callable[[Any, str, Any], jax.Array]  # (params, modality, batch on the devices) -> [B, D]
+# (variables, method of the model, its arguments, batch on the devices) -> rows [B, ...]
+Apply = Callable[[Any, str, tuple, Any], jax.Array]
 
 
 class Result(NamedTuple):
@@ -52,40 +53,61 @@ class Context:
     self.config, self.mesh, self.name = evaluation.config, evaluation.mesh, name
     self._evaluation, self._params, self._seen = evaluation, params, seen
 
-  def data(self, source: str, split: str, languages: Sequence[str] = ()):
-    """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a run."""
-    return self._evaluation.data(source, split, tuple(languages))
+  def data(self, source: str, split: str, languages: Sequence[str] = (), text: str = "caption"):
+    """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a run.
+
+    text: what the text of a row is, "caption" or "question".
+    """
+    return self._evaluation.data(source, split, tuple(languages), text)
 
   def embed(self, modality: str, batches: Iterable[dict]) -> Embedded:
     """Embeds every row of `batches` (padding included), on the mesh; each process gets all the rows."""
+    pick = lambda batch: {name: batch[name] for name in (modality, "valid")}
+    vectors, valid = self.apply("embedding", (modality,), map(pick, batches))
+    return Embedded(vectors.astype(np.float32).reshape(len(valid), -1 if len(valid) else 0), valid)
+
+  def apply(self, method: str, args: tuple, batches: Iterable[dict], also: Sequence[str] = ()) -> tuple[np.ndarray, ...]:
+    """(rows, valid bool [N], then each array of the batch that `also` names) of every row of `batches`, padding included.
+
+    rows: what `method(*args, batch)` of the model returns, [B, ...] or [B * K, ...] for a batch of B. Runs on the mesh; each
+    process gets all rows.
+    """
     waiting: collections.deque = collections.deque()
-    vectors, valid = [], []
+    taken: list[list[np.ndarray]] = []
 
     def take():
-      rows, real = waiting.popleft()
-      vectors.append(np.asarray(multihost.gather_rows(rows), np.float32))
-      valid.append(np.asarray(multihost.gather_rows(real), bool))
+      taken.append([np.asarray(multihost.gather_rows(x)) for x in waiting.popleft()])
 
     for batch in batches:
       placed = multihost.to_device(batch, self.mesh)
-      waiting.append((self._evaluation.embed(self._params, modality, placed), placed["valid"]))
+      kept = [placed.pop("valid"), *(placed.pop(name) for name in also)]
+      placed.pop("label", None)
+      waiting.append([self._evaluation.apply(self._params, method, args, placed), *kept])
       if len(waiting) > 2:
         take()
       self._evaluation.poll()
     while waiting:
       take()
-    if not vectors:
-      return Embedded(np.zeros((0, 0), np.float32), np.zeros(0, bool))
-    return Embedded(np.concatenate(vectors), np.concatenate(valid))
+    if not taken:
+      return (np.zeros((0,), np.float32), np.zeros(0, bool), *(np.zeros(0) for _ in also))
+    return tuple(np.concatenate(parts) for parts in zip(*taken, strict=True))
+
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of the checkpoint, or else of the config."""
+    return self._evaluation.tokenizer
 
   def images(self, data) -> Embedded:
     """The pictures of an `EvaluationData`, one row an example; evaluators of one run on the same split share the work.
     """
+    return self.media(data, "image")
+
+  def media(self, data, modality: str) -> Embedded:
+    """One modality of an `EvaluationData`, one row an example, shared as `images`."""
     split = getattr(getattr(data, "source", None), "fingerprint", None)
-    if split is None or split not in self._seen:
-      embedded = self.embed("image", data.images())
-      self._seen[split] = Embedded(embedded.vectors[: len(data)], embedded.valid[: len(data)])
-    return self._seen[split]
+    if split is None or (split, modality) not in self._seen:
+      embedded = self.embed(modality, data.images() if modality == "image" else data.media(modality))
+      self._seen[split, modality] = Embedded(embedded.vectors[: len(data)], embedded.valid[: len(data)])
+    return self._seen[split, modality]
 
   def texts(self, data, texts: Sequence[str]) -> np.ndarray:
     """Embeddings float32 [N, D] of any texts, with the tokenizer of the checkpoint or else of the config."""
@@ -95,7 +117,7 @@ class Context:
 class Evaluation:
   """All evaluators of a config, run as often as wanted; the data is opened once.
 
-  `embed(params, modality, batch)` gives embeddings [B, D] of a batch on the devices. `assets`: of a checkpoint; its
+  `apply(variables, method, args, batch)` gives rows [B, ...] of a batch on the devices. `assets`: of a checkpoint; its
   tokenizer is then used, and none needs to be under data.dir. `poll` is called after every batch (to ask whether the
   machine is about to be taken away).
   """
@@ -103,13 +125,13 @@ class Evaluation:
   def __init__(
     self,
     config,
-    embed: Embed,
+    apply: Apply,
     mesh: jax.sharding.Mesh,
     *,
     assets: Mapping[str, bytes] | None = None,
     poll: Callable[[], None] | None = None,
   ):
-    self.config, self.embed, self.mesh = config, embed, mesh
+    self.config, self.apply, self.mesh = config, apply, mesh
     self.poll = poll or (lambda: None)
     self._data: dict = {}
     self._assets = dict(assets or {})
@@ -138,12 +160,12 @@ class Evaluation:
               dict(name=entry.source, split=entry[key], languages=entry.get("languages", ()), path=""), self.config
             )
 
-  def data(self, source: str, split: str, languages: tuple[str, ...]):
-    key = (source, split, languages)
+  def data(self, source: str, split: str, languages: tuple[str, ...], text: str = "caption"):
+    key = (source, split, languages, text)
     if key not in self._data:
       rows = multihost.local_rows(self.mesh, self.batch_size) if jax.process_count() > 1 else None
       cache = any(entry.name == source and entry.cache for entry in self.config.data.sources.values())
-      entry = dict(name=source, split=split, languages=languages, path="", cache=cache)
+      entry = dict(name=source, split=split, languages=languages, path="", cache=cache, text=text)
       self._data[key] = EvaluationData(self.config, entry, self.batch_size, rows=rows)
     return self._data[key]
 
@@ -152,9 +174,13 @@ class Evaluation:
     return self.config.evaluation.batch_size or self.config.train.batch_size
 
   @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    return Tokenizer.from_assets(self._assets) if self._assets else load_tokenizer(self.config.data)
+
+  @functools.cached_property
   def _tokens(self):
     """The text transform with the tokenizer of the checkpoint."""
-    return TextTransform(self.config.data.text, Tokenizer.from_assets(self._assets))
+    return TextTransform(self.config.data.text, self.tokenizer)
 
   def text_batches(self, data, texts: list[str]) -> Iterable[dict]:
     """Batches of `batch_size` texts (this process's rows), filled up with rows that are not valid."""
@@ -181,10 +207,10 @@ def _naming(name: str):
 
 
 def run(
-  config, embed: Embed, params: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None
+  config, apply: Apply, variables: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None
 ) -> dict[str, Result]:
   """Runs the evaluators of `config` once: {evaluator name: Result}."""
-  return Evaluation(config, embed, mesh).run(params, names)
+  return Evaluation(config, apply, mesh).run(variables, names)
 
 
 def pick(config, names: str | Sequence[str] | None) -> list[str]:

@@ -294,8 +294,7 @@ def state_axes(optimizer: Optimizer, params_spec: Any, axes: Axes) -> Any:
   state = jax.eval_shape(optimizer.tx.init, params_spec)
 
   def of(name, leaf):
-    parts = name.split("/")
-    owner = next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in spec), None)
+    owner, parts = _owner(name, spec), name.split("/")
     if owner is None:
       return (None,) * leaf.ndim
     shape = spec[owner].shape
@@ -303,6 +302,21 @@ def state_axes(optimizer: Optimizer, params_spec: Any, axes: Axes) -> Any:
     return _reduced_axes(shape, padded, leaf.shape, from_right="v_col" in parts)
 
   return map_named(of, state)
+
+
+def keep_unused(new: Any, old: Any, used: Any) -> Any:
+  """The optimizer's state `new`, but `old` in what belongs to parameters that a step did not use (`used`: bools like the parameters).
+
+  Counts go on for all: a bias correction sees every step of the run.
+  """
+  named_used, before = by_name(used), by_name(old)
+  return map_named(lambda name, leaf: leaf if named_used.get(_owner(name, named_used), True) else before[name], new)
+
+
+def _owner(name: str, parameters: Mapping[str, Any]) -> str | None:
+  """The parameter that a leaf of the optimizer's state belongs to: "rule/0/mu/image/patch/kernel" -> "image/patch/kernel"."""
+  parts = name.split("/")
+  return next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in parameters), None)
 
 
 def _reduced_axes(shape: tuple, axes: tuple, reduced: tuple, from_right: bool) -> tuple:

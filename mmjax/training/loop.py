@@ -60,7 +60,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
   open_workdir(workdir, config, allow_change)
 
   step = Step(config, mesh, steps=steps, examples=pipeline.examples)
-  evaluators = evaluation.Evaluation(config, step.embed, mesh) if config.evaluation.evaluators and every["evaluation"] else None
+  evaluators = evaluation.Evaluation(config, step.apply, mesh) if config.evaluation.evaluators and every["evaluation"] else None
   if evaluators:
     evaluators.check_sources()
 
@@ -142,7 +142,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
         moment = time.monotonic()
         batch = next(batches)
         clock.waited(time.monotonic() - moment)
-        state, metrics = step.train(state, multihost.to_device(batch, mesh))
+        state, metrics = step.train(state, multihost.to_device(batch, mesh), pipeline.source_of(at - 1))
         pending.append((at, metrics))
         settle(1)
         if progress:
@@ -151,7 +151,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
         if evaluators and (at % every["evaluation"] == 0 or at == steps):
           settle(0)
           moment = time.monotonic()
-          results = evaluators.run(step.evaluation_params(state))
+          results = evaluators.run(step.evaluation_variables(state))
           clock.pause(time.monotonic() - moment)
           if outputs:
             outputs.evaluated(at, results)

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
@@ -21,7 +22,7 @@ from mmjax.config import in_steps, kind_function, settings
 from mmjax.models import make_model
 from mmjax.objectives import Losses
 from mmjax.parallel import rules
-from mmjax.state.optimizer import Optimizer, make_optimizer, state_axes
+from mmjax.state.optimizer import Optimizer, keep_unused, make_optimizer, state_axes
 from mmjax.state.train_state import TrainState
 from mmjax.training.flops import count_flops
 from mmjax.training.microbatches import Forward, Recorder, Replay, is_shared, join_rows, separate, split_rows, stream
@@ -36,6 +37,7 @@ class Objective(NamedTuple):
   function: Any
   weight: float
   couples_examples: bool
+  sources: tuple[str, ...]
 
   def __call__(self, forward: Forward, batch: dict, rng: Array) -> Losses:
     return self.function(forward, batch, stream(rng, self.name))
@@ -54,17 +56,20 @@ class Step:
     self.config, self.mesh, self.rules = config, mesh, rules.logical_rules(config)
     self.model = make_model(config)
     self.objectives = tuple(
-      Objective(name, functools.partial(kind_function(entry, "objective"), **settings(entry, without=("weight",))), entry.weight,
-                kind_function(entry, "objective").couples_examples) for name, entry in config.objectives.items())
+      Objective(name, functools.partial(kind_function(entry, "objective"), **settings(entry, without=("weight", "sources"))),
+                entry.weight, kind_function(entry, "objective").couples_examples, tuple(entry.sources))
+      for name, entry in config.objectives.items())
     self._steps, self._examples = steps, examples
 
     # Shapes first, then logical axes, then places.
-    if batch_spec is None:
-      from mmjax.data.pipeline import batch_spec as spec_of_config
+    from mmjax.data.pipeline import batch_spec as spec_of_config
 
-      batch_spec = spec_of_config(config)
     on_batch = rules.batch_sharding(mesh)
-    self.batch_spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_batch), batch_spec)
+    place = lambda spec: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_batch), spec)
+    self.batch_spec = place(spec_of_config(config) if batch_spec is None else batch_spec)
+    # The kinds of step: one, or one a source where each step has its own.
+    self.sources = tuple(n for n, e in config.data.sources.items() if e.weight) if config.data.mix == "steps" else ("",)
+    self._batch_specs = {n: place(spec_of_config(config, source=n)) if n else self.batch_spec for n in self.sources}
     variables = dict(self._inside(jax.eval_shape)(self._variables, jax.random.key(0)))
     boxed = variables.pop("params")
     self.axes = rules.param_axes(boxed)
@@ -72,7 +77,7 @@ class Step:
     self._model_state_spec = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.replicated(mesh)), nn.unbox(variables))
     self._executables: dict[Any, jax.stages.Compiled] = {}
-    self._embedders: dict[str, Any] = {}
+    self._appliers: dict[Any, Any] = {}
 
   # -- State --------------------------------------------------------------------------------------------------------------
 
@@ -111,6 +116,10 @@ class Step:
     """What evaluation and export use: the moving average where there is one."""
     return state.eval_params
 
+  def evaluation_variables(self, state: TrainState) -> dict[str, Any]:
+    """What `apply` takes: those parameters, and what else the model keeps."""
+    return {"params": state.eval_params, **state.model_state}
+
   def _variables(self, rng: Array) -> Mapping[str, Any]:
     """Boxed parameters and model state. What the model does with the (empty) batch is dropped by the compiler."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.batch_spec)
@@ -125,42 +134,64 @@ class Step:
 
   # -- Running and compiling ------------------------------------------------------------------------------------------------
 
-  def train(self, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
-    """One step. `batch`: global arrays (`multihost.to_device`); `state` is used up. Metrics are float32 scalars."""
-    return self._executable(jax.tree.map(_spec_of, batch))(state, batch)
+  def train(self, state: TrainState, batch: dict, source: str = "") -> tuple[TrainState, dict[str, Array]]:
+    """One step. `batch`: global arrays (`multihost.to_device`); `state` is used up. Metrics are float32 scalars.
 
-  def compile(self) -> jax.stages.Compiled:
-    """The executable for the batches of the config; made once, ahead of the first step."""
-    return self._executable(self.batch_spec)
+    source: where data.mix is "steps", the entry of data.sources that the batch comes from.
+    """
+    return self._executable(jax.tree.map(_spec_of, batch), source)(state, batch)
 
-  def lower(self, batch_spec: Any = None) -> jax.stages.Lowered:
+  def compile(self) -> list[jax.stages.Compiled]:
+    """The executables for the batches of the config, one a kind of step; made once, ahead of the first step."""
+    return [self._executable(spec, source) for source, spec in self._batch_specs.items()]
+
+  def lower(self, batch_spec: Any = None, source: str = "") -> jax.stages.Lowered:
     """The step as the compiler gets it; needs neither data nor state."""
     state = self.state_spec  # made before the mesh is in use: its devices may not be there to make a key on
-    step = jax.jit(self.update, donate_argnums=0, out_shardings=(_shardings(state), rules.replicated(self.mesh)))
-    return self._inside(step.lower)(state, self.batch_spec if batch_spec is None else batch_spec)
+    source = source or self.sources[0]
+    step = jax.jit(functools.partial(self.update, source=source), donate_argnums=0,
+                   out_shardings=(_shardings(state), rules.replicated(self.mesh)))
+    return self._inside(step.lower)(state, self._batch_specs[source] if batch_spec is None else batch_spec)
 
   def flops_per_step(self) -> float:
-    """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted."""
-    def forward(params: Any, model_state: Any, batch: dict) -> Array:
-      return self._whole_batch(params, model_state, batch, jax.random.key(0))[0]
+    """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted.
+    The mean over the kinds of step."""
+    def of(source: str) -> float:
+      def forward(params: Any, model_state: Any, batch: dict) -> Array:
+        return self._whole_batch(params, model_state, batch, jax.random.key(0), self._active(source))[0]
 
-    return 3 * self._inside(count_flops)(forward, self.params_spec, self._model_state_spec, self.batch_spec)
+      return 3 * self._inside(count_flops)(forward, self.params_spec, self._model_state_spec, self._batch_specs[source])
+
+    weights = [self.config.data.sources[source].weight if source else 1.0 for source in self.sources]
+    return sum(w * of(source) for w, source in zip(weights, self.sources, strict=True)) / sum(weights)
+
+  def apply(self, variables: dict[str, Any], method: str, args: tuple, batch: dict) -> Array:
+    """A method of the model on a batch, for evaluation (nothing dropped): leading axis B, split like the batch.
+
+    variables: of `evaluation_variables`, or {"params": ...}. args: hashable, before the batch.
+    """
+    if (method, args) not in self._appliers:
+      def run(variables: dict, batch: dict) -> Array:
+        params = rules.gather_parameters(variables["params"], self.params_spec, self.axes)
+        return self.model.apply({**variables, "params": params}, *args, batch, method=method)
+
+      self._appliers[method, args] = jax.jit(run, out_shardings=rules.batch_sharding(self.mesh))
+    return self._inside(self._appliers[method, args])(variables, batch)
 
   def embed(self, params: Any, modality: str, batch: dict) -> Array:
-    """float32 [B, D], split like the batch: embeddings of one modality for evaluation (nothing dropped)."""
-    if modality not in self._embedders:
-      self._embedders[modality] = jax.jit(
-        lambda params, part: self.model.apply(
-          {"params": rules.gather_parameters(params, self.params_spec, self.axes)}, modality, {modality: part}, method="embedding"),
-        out_shardings=rules.batch_sharding(self.mesh))
-    return self._inside(self._embedders[modality])(params, batch[modality])
+    """float32 [B, D], split like the batch: embeddings of one modality for evaluation, of a model without other state."""
+    return self.apply({"params": params}, "embedding", (modality,), {modality: batch[modality]})
 
-  def _executable(self, batch_spec: Any) -> jax.stages.Compiled:
+  def _executable(self, batch_spec: Any, source: str) -> jax.stages.Compiled:
     leaves, tree = jax.tree.flatten(batch_spec)
-    signature = (tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+    signature = (tree, tuple((x.shape, str(x.dtype)) for x in leaves), tuple(o.name for o in self._active(source)))
     if signature not in self._executables:
-      self._executables[signature] = self.lower(batch_spec).compile()
+      self._executables[signature] = self.lower(batch_spec, source).compile()
     return self._executables[signature]
+
+  def _active(self, source: str) -> tuple[Objective, ...]:
+    """The objectives of the steps of a source."""
+    return tuple(objective for objective in self.objectives if not source or not objective.sources or source in objective.sources)
 
   def _inside(self, function: Any) -> Any:
     """`function`, traced and run with the mesh and the rules in use."""
@@ -172,21 +203,25 @@ class Step:
 
   # -- The step -------------------------------------------------------------------------------------------------------------
 
-  def update(self, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, Array]]:
+  def update(self, state: TrainState, batch: dict, source: str = "") -> tuple[TrainState, dict[str, Array]]:
     """The step itself, traced by `lower`."""
-    train = self.config.train
+    train, objectives = self.config.train, self._active(source)
     rng = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
     if train.mixup and "image" in batch:
       batch = mixup(batch, train.mixup, stream(rng, "mixup"))
 
     # Loss and gradients of the mean over the global batch.
     gradients_of = self._in_microbatches if train.microbatches > 1 else self._at_once
-    loss, gradients, sums, model_state = gradients_of(state.params, state.model_state, batch, rng)
+    loss, gradients, sums, model_state = gradients_of(state.params, state.model_state, batch, rng, objectives)
     gradients = jax.lax.with_sharding_constraint(gradients, _shardings(self.params_spec))
     gradient_norm = optax.tree.norm(gradients)
 
     # The next parameters.
     updates, optimizer_state = self.optimizer.tx.update(gradients, state.opt_states["main"], state.params, step=state.step)
+    if len(self.sources) > 1:  # what this step's objectives do not use stays as it is, moments and all
+      used = self._used_by(batch, objectives)
+      updates = jax.tree.map(lambda update, is_used: update if is_used else jnp.zeros_like(update), updates, used)
+      optimizer_state = keep_unused(optimizer_state, state.opt_states["main"], used)
     params = optax.apply_updates(state.params, updates)
     average = lambda old, new: train.ema * old + (1 - train.ema) * new
     new = TrainState(step=state.step, params=params, model_state=model_state, opt_states={"main": optimizer_state},
@@ -203,18 +238,26 @@ class Step:
       metrics["scale"] = self.model.apply({"params": state.params}, method="temperature")[0]
     return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-  def _at_once(self, params: Any, model_state: Any, batch: dict, rng: Array) -> tuple:
+  def _at_once(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...]) -> tuple:
     """(loss, gradients, {objective: Losses}, model state) of a batch that fits in memory."""
-    total = lambda params: self._whole_batch(self._trained(params), model_state, batch, rng)
+    total = lambda params: self._whole_batch(self._trained(params), model_state, batch, rng, objectives)
     (loss, (sums, model_state)), gradients = jax.value_and_grad(total, has_aux=True)(params)
     return loss, gradients, sums, model_state
 
-  def _whole_batch(self, params: Any, model_state: Any, batch: dict, rng: Array) -> tuple:
+  def _whole_batch(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...]) -> tuple:
     forward = Forward(self.model, params, model_state, batch, rng)
-    sums = {objective.name: objective(forward, batch, rng) for objective in self.objectives}
+    sums = {objective.name: objective(forward, batch, rng) for objective in objectives}
     return self._loss(sums), (sums, forward.model_state)
 
-  def _in_microbatches(self, params: Any, model_state: Any, batch: dict, rng: Array) -> tuple:
+  def _used_by(self, batch: dict, objectives: tuple[Objective, ...]) -> Any:
+    """A tree of bools like the parameters: which of them the loss depends on."""
+    loss = lambda params, model_state, batch: self._whole_batch(params, model_state, batch, jax.random.key(0), objectives)[0]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.params_spec, self._model_state_spec, batch))
+    used = dce_jaxpr(jax.make_jaxpr(loss)(*shapes).jaxpr, [True])[1]
+    leaves, tree = jax.tree.flatten(self.params_spec)
+    return tree.unflatten(used[:len(leaves)])
+
+  def _in_microbatches(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...]) -> tuple:
     """The same for a batch cut into parts, one after the other: equal up to rounding (but for dropout, drawn per part)."""
     count = self.config.train.microbatches
     parts, fixed = (jnp.arange(count), split_rows(batch, count)), self._trained(params)
@@ -231,7 +274,7 @@ class Step:
       views = None if view is None else split_rows(view, count)
       return jax.lax.stop_gradient(join_rows(jax.lax.scan(of_part, None, (*parts, views))[1]))
 
-    coupled = [objective for objective in self.objectives if objective.couples_examples]
+    coupled = [objective for objective in objectives if objective.couples_examples]
     recorder = Recorder(Forward(self.model, fixed, model_state, batch, rng), compute)
     for objective in coupled:
       objective(recorder, batch, rng)
@@ -247,7 +290,7 @@ class Step:
     (loss, sums), (pulls, gradients) = jax.value_and_grad(coupled_loss, argnums=(0, 1), has_aux=True)(outputs, params)
 
     # The other objectives need their total weights before their sums can be added up (the compiler drops the rest).
-    plain = [objective for objective in self.objectives if not objective.couples_examples]
+    plain = [objective for objective in objectives if not objective.couples_examples]
 
     def weights_of_part(_: None, inputs: tuple) -> tuple[None, Any]:
       number, part = inputs

@@ -70,7 +70,7 @@ def evaluation(evaluators: dict, data, devices: int = 8) -> Evaluation:
   c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer")))
   c.data.text.tokenizer = "none"
   c.evaluation.evaluators = evaluators
-  embed = jax.jit(lambda params, modality, batch: batch[modality]["vectors"] * params, static_argnums=1)
-  result = Evaluation(configs.resolve(c), embed, make_mesh(c, jax.devices()[:devices]))
-  result.data = lambda source, split, languages: data[split] if isinstance(data, dict) else data
+  apply = jax.jit(lambda params, method, args, batch: batch[args[0]]["vectors"] * params, static_argnums=(1, 2))
+  result = Evaluation(configs.resolve(c), apply, make_mesh(c, jax.devices()[:devices]))
+  result.data = lambda source, split, languages, text: data[split] if isinstance(data, dict) else data
   return result

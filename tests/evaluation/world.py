@@ -64,9 +64,9 @@ def evaluate(checkpoint: Path, devices: list, batch_size: int) -> dict[str, floa
   step = Step(config, mesh)
   with jax.set_mesh(mesh):
     params = load_params(checkpoint, step.params_spec)
-    run = evaluation.Evaluation(config, step.embed, mesh, assets=load_assets(checkpoint))
+    run = evaluation.Evaluation(config, step.apply, mesh, assets=load_assets(checkpoint))
     run.check_sources()
-    return evaluation.flat_metrics(run.run(params))
+    return evaluation.flat_metrics(run.run({"params": params}))
 
 
 if __name__ == "__main__":

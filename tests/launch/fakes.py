@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import subprocess
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -31,8 +32,9 @@ class Fakes:
   def start(self, script: str, *words: str, **settings) -> subprocess.Popen:
     # slurm.sbatch takes the .venv of its checkout unless one is active, which would hide the fakes.
     active = {"VIRTUAL_ENV": str(self.bin)} if script == "slurm.sbatch" else {}
+    # A shell that runs the tests in the background has Ctrl-C ignored, and bash cannot trap what was ignored when it started.
     return subprocess.Popen(["bash", str(LAUNCH / script), *words], env=self.environment | active, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, **settings)
+                            stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **settings)
 
   def run(self, script: str, *words: str, code: int = 0, **settings) -> str:
     """Runs a launch script, checks its exit code, returns what it printed."""

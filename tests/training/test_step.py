@@ -49,7 +49,7 @@ def gradients(step, params, batch):
   """(loss, gradients, sums) as `update` gets them, with dropout off."""
   def function(params, batch):
     of = step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
-    return of(params, {}, batch, jax.random.key(0))[:3]
+    return of(params, {}, batch, jax.random.key(0), step.objectives)[:3]
 
   return step._inside(jax.jit(function))(params, multihost.to_device(batch, step.mesh))
 
@@ -123,7 +123,7 @@ def test_dropout_is_the_same_in_both_passes():
 @pytest.fixture(scope="module")
 def fsdp():
   step = make_step(*FSDP, "train.ema=0.5", "optimizer.lr=0.01", "schedule.warmup=0")
-  return step, step.compile()
+  return step, step.compile()[0]
 
 
 def test_parameters_and_optimizer_state_are_split(fsdp):
@@ -206,7 +206,7 @@ def test_frozen_parameters_cost_no_backward_pass():
   _, slopes, _ = gradients(step, step.init(0).params, make_batch())
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(slopes["image"]))
   assert all(np.asarray(x).any() for x in jax.tree.leaves(slopes["text"]["layers"]["mlp"]))
-  flops = lambda s: s._inside(jax.jit(lambda p, b: s._at_once(p, {}, b, jax.random.key(0))[1]).lower)(
+  flops = lambda s: s._inside(jax.jit(lambda p, b: s._at_once(p, {}, b, jax.random.key(0), s.objectives)[1]).lower)(
     s.params_spec, s.batch_spec).compile().cost_analysis()["flops"]
   assert flops(step) < 0.8 * flops(make_step(devices=1))
 
