@@ -13,7 +13,7 @@ from mmjax.config import UserError, kind_function, settings
 def make_model(config: Mapping[str, Any]) -> nn.Module:
   """The model of a resolved config: the kind `config.model.name`, with the encoders of `config.model.encoders`.
 
-  An encoder's kind function takes (data, precision, *, settings); a model's takes (encoders, precision, *, settings).
+  An encoder's kind function takes (data, precision, *, settings); a model's takes (encoders, data, precision, *, settings).
   An encoder whose `width` is 0 gets the model's.
   """
   encoders = {}
@@ -28,4 +28,4 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
   if not encoders:
     raise UserError("model.encoders is empty: name at least one encoder, such as image=dict(kind='vit')")
   model = config["model"]
-  return kind_function(model, "model")(encoders, config["precision"], **settings(model, without=("encoders",)))
+  return kind_function(model, "model")(encoders, config["data"], config["precision"], **settings(model, without=("encoders",)))

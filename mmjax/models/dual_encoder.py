@@ -75,8 +75,8 @@ class DualEncoder(nn.Module):
     return jnp.exp(log_scale), self.bias if self.use_bias else jnp.zeros((), jnp.float32)
 
 
-def dual_encoder(encoders: Mapping[str, nn.Module], precision: Mapping[str, Any], *, width: int = 512,
-                 unprojected: tuple = (), projection_bias: bool = False, scale_init: float = 1 / 0.07,
+def dual_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *,
+                 width: int = 512, unprojected: tuple = (), projection_bias: bool = False, scale_init: float = 1 / 0.07,
                  scale_max: float = 100.0, bias: bool = False, bias_init: float = -10.0) -> DualEncoder:
   """One encoder a modality, compared by a scaled cosine in a shared space.
 
