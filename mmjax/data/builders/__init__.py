@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import UserError
-from mmjax.data.builders.schema import Record, canonical, check_fields, example_class, features, parse_record, to_example
+from mmjax.data.builders.schema import (
+  Record,
+  canonical,
+  check_fields,
+  example_class,
+  features,
+  parse_record,
+  to_example,
+)
 
 __all__ = ["BUILDERS", "Record", "build", "canonical", "example_class", "features", "find_version", "is_complete", "parse_record",
            "split_sizes", "to_example", "write_dataset"]
