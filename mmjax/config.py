@@ -167,6 +167,11 @@ KINDS: dict[str, dict[str, str]] = {
   "encoder": {
     "vit": "mmjax.models.encoders.image:vit",
     "transformer": "mmjax.models.encoders.text:transformer",
+    "whisper": "mmjax.models.encoders.audio:whisper",
+    "ast": "mmjax.models.encoders.audio:ast",
+    "frames": "mmjax.models.encoders.video:frames",
+    "tubelets": "mmjax.models.encoders.video:tubelets",
+    "series": "mmjax.models.encoders.series:series",
   },
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
