@@ -173,8 +173,13 @@ KINDS: dict[str, dict[str, str]] = {
     "tubelets": "mmjax.models.encoders.video:tubelets",
     "series": "mmjax.models.encoders.series:series",
   },
+  "decoder": {
+    "decoder": "mmjax.models.decoder:decoder",
+  },
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
+    "captioning": "mmjax.objectives.captioning:captioning",
+    "autoregressive": "mmjax.objectives.captioning:autoregressive",
   },
   "optimizer": {
     "adamw": "mmjax.state.optimizer:adamw",
@@ -199,11 +204,13 @@ KINDS: dict[str, dict[str, str]] = {
 ENTRIES = {
   "model": ("model", "name"),
   "model.encoders.*": ("encoder", "kind"),
+  "model.decoder": ("decoder", "kind"),
   "objectives.*": ("objective", "kind"),
   "optimizer": ("optimizer", "name"),
   "schedule": ("schedule", "name"),
   "evaluation.evaluators.*": ("evaluator", "kind"),
 }
+OPTIONAL = ("model.decoder",)  # entries that are absent unless a config assigns them
 COLLECTIONS = ("data.sources", "objectives", "model.encoders", "evaluation.evaluators")
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
@@ -450,9 +457,14 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
   for collection in COLLECTIONS:
     if collection.startswith(pattern_prefix) and "." not in collection[len(pattern_prefix):]:
       known[collection[len(pattern_prefix):]] = (None, {})
+  for entry in OPTIONAL:
+    parent, _, head = entry.rpartition(".")
+    if pattern == parent and head in node:
+      known[head] = (None, {})
   if pattern in ENTRIES:
     group, selector = ENTRIES[pattern]
-    name = node.get(selector, known.get(selector, (str, ""))[1])
+    usual = group if group in KINDS[group] else ""  # a group with a kind of its own name
+    name = node.get(selector, known.get(selector, (str, usual))[1])
     if not name:
       raise ConfigError(f"{path} has no `{selector}`; there are: {', '.join(KINDS[group])}")
     if not isinstance(name, str) or (name not in KINDS[group] and ":" not in name):
