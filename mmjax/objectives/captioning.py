@@ -1,0 +1,50 @@
+"""Text word by word: captions of a source (image, audio, ...) by a cross-attending decoder, and plain language modelling."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.objectives import Forward, Losses, objective
+from mmjax.objectives.cross_entropy import row_cross_entropy
+
+Array = jax.Array
+
+
+@objective(couples_examples=False)
+def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("image",), label_smoothing: float = 0.0) -> Losses:
+  """Cross-entropy of each token of the text given the source and the tokens before it (Vinyals et al. 2015, arXiv:1411.4555,
+  equation 2; the captioning loss of CoCa, Yu et al. 2022, arXiv:2205.01917, equation 2).
+
+  source: modalities that the decoder attends to. label_smoothing: share of the target that is spread over the vocabulary.
+  Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is a mean over real tokens,
+  <eos> among them. "accuracy": share of tokens that are the likeliest one; "sequence_accuracy": share of texts where all are,
+  each given the true tokens before it. Rows with `valid` False, or without the source or the text, do not count.
+  """
+  hidden, table = forward("decode", tuple(source))
+  rows, length, width = hidden.shape
+  text = batch["text"]
+  counted = jnp.repeat(_counted(batch, (*source, "text")), rows // text["tokens"].shape[0])
+  real = text["mask"].reshape(rows, length) & counted[:, None]
+  targets = jnp.where(real, text["tokens"].reshape(rows, length), -1)
+  loss, right = row_cross_entropy(hidden.reshape(-1, width), table, targets.reshape(-1), label_smoothing=label_smoothing)
+  weight = lambda x: x.sum(dtype=jnp.float32)
+  some = real.any(-1)
+  whole = (right.reshape(rows, length) | ~real).all(-1) & some
+  return {"loss": (loss, weight(real)), "accuracy": (weight(right), weight(real)), "sequence_accuracy": (weight(whole), weight(some))}
+
+
+@objective(couples_examples=False)
+def autoregressive(forward: Forward, batch: dict, rng: Array, *, source: tuple = (), label_smoothing: float = 0.0) -> Losses:
+  """Language modelling: cross-entropy of each token given those before it (Bengio et al. 2003). See `captioning`."""
+  return captioning(forward, batch, rng, source=source, label_smoothing=label_smoothing)
+
+
+def _counted(batch: dict, modalities: tuple) -> Array:
+  """bool [B]: rows that are valid and have every one of `modalities`."""
+  size = batch["text"]["tokens"].shape[0]
+  counted = batch.get("valid", jnp.ones(size, bool))
+  for modality in modalities:
+    if "present" in batch[modality]:
+      counted = counted & batch[modality]["present"].reshape(size, -1).any(-1)
+  return counted
