@@ -163,6 +163,19 @@ KEYS = (
 KINDS: dict[str, dict[str, str]] = {
   "model": {
     "dual_encoder": "mmjax.models.dual_encoder:dual_encoder",
+    "fusion_encoder": "mmjax.models.multimodal:fusion_encoder",
+    "captioner": "mmjax.models.multimodal:captioner",
+    "multitask": "mmjax.models.multimodal:multitask",
+  },
+  "fusion": {
+    "concat": "mmjax.models.fusion:concat",
+    "weighted_sum": "mmjax.models.fusion:weighted_sum",
+    "gated": "mmjax.models.fusion:gated",
+    "average": "mmjax.models.fusion:average",
+    "cross_attention": "mmjax.models.fusion:cross_attention",
+    "merged_attention": "mmjax.models.fusion:merged_attention",
+    "perceiver": "mmjax.models.fusion:perceiver",
+    "decision": "mmjax.models.fusion:decision",
   },
   "encoder": {
     "vit": "mmjax.models.encoders.image:vit",
@@ -178,6 +191,10 @@ KINDS: dict[str, dict[str, str]] = {
   },
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
+    "matching": "mmjax.objectives.matching:matching",
+    "classification": "mmjax.objectives.classification:classification",
+    "masked_tokens": "mmjax.objectives.masked:masked_tokens",
+    "masked_patches": "mmjax.objectives.masked:masked_patches",
     "captioning": "mmjax.objectives.captioning:captioning",
     "autoregressive": "mmjax.objectives.captioning:autoregressive",
   },
@@ -200,9 +217,11 @@ KINDS: dict[str, dict[str, str]] = {
   },
 }
 
-# Where kinds stand in a config: path pattern -> (group, the key that names the kind).
+# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for one named as its group).
+# An entry that is a setting of another kind (model.fusion) may be None: that model then has none.
 ENTRIES = {
   "model": ("model", "name"),
+  "model.fusion": ("fusion", "kind"),
   "model.encoders.*": ("encoder", "kind"),
   "model.decoder": ("decoder", "kind"),
   "objectives.*": ("objective", "kind"),
@@ -210,7 +229,6 @@ ENTRIES = {
   "schedule": ("schedule", "name"),
   "evaluation.evaluators.*": ("evaluator", "kind"),
 }
-OPTIONAL = ("model.decoder",)  # entries that are absent unless a config assigns them
 COLLECTIONS = ("data.sources", "objectives", "model.encoders", "evaluation.evaluators")
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
@@ -282,9 +300,12 @@ def to_json(config: FrozenConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2)
 
 
-def settings(entry: typing.Mapping, *, without: typing.Sequence[str] = ()) -> dict[str, Any]:
-  """The keyword arguments that an entry's kind function takes: the entry less `kind`, `name` and the common keys."""
-  function = kind_function(entry)
+def settings(entry: typing.Mapping, group: str | None = None, *, without: typing.Sequence[str] = ()) -> dict[str, Any]:
+  """The keyword arguments that an entry's kind function takes: the entry less `kind`, `name` and the common keys.
+
+  group: where the kind stands in KINDS; needed where groups have kinds of the same name.
+  """
+  function = kind_function(entry, group)
   names = _signature(function)
   return {k: v for k, v in _plain(entry).items() if k in names and k not in without}
 
@@ -385,10 +406,11 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   have = ", ".join(sorted(encoders)) or "none"
   for group in ("objectives", "evaluation.evaluators"):
     for name, entry in _get(c, group.split(".")).items():
-      for modality in entry.get("between") or ():
-        if modality not in encoders:
-          raise ConfigError(f'{group}.{name}.between names "{modality}", but model.encoders has {have}. '
-                            f"Add an encoder for it or change `between`")
+      for key in ("between", "modalities", "context"):
+        for modality in entry.get(key) or ():
+          if modality not in encoders:
+            raise ConfigError(f'{group}.{name}.{key} names "{modality}", but model.encoders has {have}. '
+                              f"Add an encoder for it or change `{key}`")
   patch = encoders.get("image", {}).get("patch")
   if patch and c["data"]["image"]["size"] % patch and not encoders["image"].get("crop_edge"):
     raise ConfigError(f"data.image.size {c['data']['image']['size']} is not divisible by model.encoders.image.patch {patch}; "
@@ -457,10 +479,6 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
   for collection in COLLECTIONS:
     if collection.startswith(pattern_prefix) and "." not in collection[len(pattern_prefix):]:
       known[collection[len(pattern_prefix):]] = (None, {})
-  for entry in OPTIONAL:
-    parent, _, head = entry.rpartition(".")
-    if pattern == parent and head in node:
-      known[head] = (None, {})
   if pattern in ENTRIES:
     group, selector = ENTRIES[pattern]
     usual = group if group in KINDS[group] else ""  # a group with a kind of its own name
@@ -481,7 +499,9 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
       raise ConfigError(f"unknown key {prefix}{name}{hint}")
   for name, (kind, default) in known.items():
     value = node.get(name, default)
-    if kind is None:
+    if f"{pattern_prefix}{name}" in ENTRIES and value is None:
+      out[name] = None
+    elif kind is None or f"{pattern_prefix}{name}" in ENTRIES:
       if not isinstance(value, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {value!r}")
       out[name] = _resolve_node(value, f"{prefix}{name}", f"{pattern_prefix}{name}", common)

@@ -146,7 +146,7 @@ class Evaluation:
     for name in pick(self.config, names):
       kind = config_lib.kind_function(evaluators[name], "evaluator")
       with _naming(name):
-        results[name] = kind(Context(self, name, params, seen), **config_lib.settings(evaluators[name]))
+        results[name] = kind(Context(self, name, params, seen), **config_lib.settings(evaluators[name], "evaluator"))
     return results
 
   def check_sources(self, names: str | Sequence[str] | None = None) -> None:

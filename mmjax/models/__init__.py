@@ -9,23 +9,31 @@ import flax.linen as nn
 
 from mmjax.config import UserError, kind_function, settings
 
+NESTED = ("fusion", "decoder")  # entries of config.model that name a kind of their own
+
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
   """The model of a resolved config: the kind `config.model.name`, with the encoders of `config.model.encoders`.
 
-  An encoder's kind function takes (data, precision, *, settings); a model's takes (encoders, data, precision, *, settings).
-  An encoder whose `width` is 0 gets the model's.
+  An encoder's or a decoder's kind function takes (data, precision, *, settings), a fusion's (modalities, data, precision, *,
+  settings), a model's (encoders, data, precision, *, settings), with modules in the place of the entries `fusion` and
+  `decoder`. An encoder, fusion or decoder whose `width` is 0 gets the model's.
   """
-  encoders = {}
-  for modality, entry in config["model"]["encoders"].items():
-    chosen = settings(entry)
+  model, data, precision = config["model"], config["data"], config["precision"]
+
+  def make(entry: Mapping[str, Any], group: str, path: str, *first: Any) -> nn.Module:
+    chosen = settings(entry, group)
     if not chosen.get("width", 1):
-      chosen["width"] = config["model"].get("width", 512)
+      chosen["width"] = model.get("width", 512)
     try:
-      encoders[modality] = kind_function(entry, "encoder")(config["data"], config["precision"], **chosen)
+      return kind_function(entry, group)(*first, data, precision, **chosen)
     except UserError as error:
-      raise UserError(f"model.encoders.{modality}: {error}") from error
+      raise UserError(f"model.{path}: {error}") from error
+
+  encoders = {modality: make(entry, "encoder", f"encoders.{modality}") for modality, entry in model["encoders"].items()}
   if not encoders:
     raise UserError("model.encoders is empty: name at least one encoder, such as image=dict(kind='vit')")
-  model = config["model"]
-  return kind_function(model, "model")(encoders, config["data"], config["precision"], **settings(model, without=("encoders",)))
+  nested = {name: make(model[name], name, name, *([tuple(encoders)] if name == "fusion" else []))
+            for name in NESTED if model.get(name)}
+  chosen = settings(model, "model", without=("encoders",))
+  return kind_function(model, "model")(encoders, data, precision, **{**chosen, **nested})

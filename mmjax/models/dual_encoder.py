@@ -30,12 +30,16 @@ class DualEncoder(nn.Module):
   scale_max: float = 100.0
   use_bias: bool = False
   bias_init: float = -10.0
+  joint: bool = True  # False: no shared space, so neither `embedding` nor `temperature`
 
   shared_methods = ("temperature",)  # methods whose result does not depend on examples
 
   def setup(self) -> None:
     for modality, encoder in self.encoders.items():
-      setattr(self, modality, encoder.clone(parent=None))  # the parameters of "image" are image/..., not encoders_image/...
+      setattr(self, modality, self.adopt(encoder))  # the parameters of "image" are image/..., not encoders_image/...
+    if not self.joint:
+      self.projections = {}
+      return
     self.projections = {
       modality: Dense((self.width,), ("embed", "joint"), jnp.float32, nn.initializers.lecun_normal(), self.projection_bias,
                       name=f"{modality}_projection")
@@ -43,6 +47,10 @@ class DualEncoder(nn.Module):
     self.log_scale = self.param("log_scale", with_axes(nn.initializers.constant(math.log(self.scale_init)), ()), (), jnp.float32)
     if self.use_bias:
       self.bias = self.param("bias", with_axes(nn.initializers.constant(self.bias_init), ()), (), jnp.float32)
+
+  def adopt(self, encoder: nn.Module) -> nn.Module:
+    """A given encoder as a part of this model."""
+    return encoder.clone(parent=None)
 
   def __call__(self, batch: Mapping[str, Any], *, train: bool = False) -> dict[str, Array]:
     """{modality: embedding} of every modality in the batch; reads every parameter, so that `init` makes them all."""
@@ -57,6 +65,8 @@ class DualEncoder(nn.Module):
 
   def embedding(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Array:
     """float32 [B, width] of length 1; zeros for a row where the modality is missing."""
+    if not self.joint:
+      raise UserError("the model has no shared space (model.joint is False): set it to True to get embeddings")
     x = self.encode(modality, batch, train=train).pooled.astype(jnp.float32)
     if modality in self.projections:
       x = self.projections[modality](x)

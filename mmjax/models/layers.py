@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -179,6 +179,17 @@ class Mlp(nn.Module):
     h = Dense((self.hidden,), ("embed", "mlp"), self.dtype, use_bias=self.use_bias, name="up")(x)
     h = activate(self.activation, h)
     return Dense((width,), ("mlp", "embed"), self.dtype, use_bias=self.use_bias, name="down")(h)
+
+
+def hide_patches(module: nn.Module, x: Array, batch: Mapping[str, Array]) -> Array:
+  """x [B, L, D] with a learned token of `module` where batch["patch_mask"], bool [B, L], is True; without it, x as it is.
+
+  Encoders call it in their compact method between embedding their input and adding positions.
+  """
+  if "patch_mask" not in batch:
+    return x
+  token = module.param("mask_token", with_axes(normal(0.02), ("embed",)), (x.shape[-1],), jnp.float32)
+  return jnp.where(batch["patch_mask"][..., None], token.astype(x.dtype), x)
 
 
 def sincos_positions(height: int, width: int, channels: int, temperature: float = 10_000.0) -> np.ndarray:

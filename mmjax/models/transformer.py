@@ -113,3 +113,13 @@ class Transformer(nn.Module):
     if c.remat != "none":
       run = jax.checkpoint(run, policy=REMAT[c.remat], prevent_cse=unroll > 1)
     return jax.lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, keys), unroll=unroll)[0]
+
+
+def run_stack(encoder: nn.Module, x: Array, mask: Array | None, *, train: bool) -> Array:
+  """x [B, L, D] through the transformer of an encoder: its `trunk`, where it shares one, or a stack of its own `config`,
+  whose parameters are the encoder's (text/layers, not text/Transformer_0/layers). Call it in the encoder's compact method."""
+  if encoder.trunk is not None:
+    return encoder.trunk(x, mask, train=train)
+  stack = Transformer(encoder.config)
+  nn.share_scope(encoder, stack)
+  return stack(x, mask, train=train)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Losses = dict[str, tuple[jax.Array, jax.Array]]  # "loss" and metrics: (sum, weight), float32 scalars
 
@@ -28,3 +29,13 @@ def objective(*, couples_examples: bool) -> Callable[[Callable[..., Losses]], Ca
     return function
 
   return mark
+
+
+def counted(batch: dict, *, every: tuple = (), some: tuple = ()) -> jax.Array:
+  """bool [B]: rows that are valid, have all modalities of `every`, and at least one of `some` (where it names any)."""
+  size = jax.tree.leaves(batch)[0].shape[0]
+  has = lambda m: batch[m]["present"].reshape(size, -1).any(-1) if "present" in batch[m] else jnp.ones(size, bool)
+  rows = batch.get("valid", jnp.ones(size, bool))
+  for modality in every:
+    rows &= has(modality)
+  return rows & jnp.stack([has(modality) for modality in some]).any(0) if some else rows

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mmjax.objectives import Forward, Losses, objective
+from mmjax.objectives import Forward, Losses, counted, objective
 from mmjax.parallel.collectives import Ring, make_ring, pad_rows, per_device
 
 _LOW = -1e30  # logit of a pair that does not count; finite, so that differences of two stay finite
@@ -45,8 +45,8 @@ def contrastive(forward: Forward, batch: dict, rng: Array, *, between: tuple = (
   first, second = between
   x, y = forward("embedding", first), forward("embedding", second)
   scale, bias = forward("temperature")
-  valid = _counted(batch, between, x.shape[0])
-  rows, columns = (_labels(batch, between, side, valid) for side in between)
+  valid = counted(batch, every=between)
+  rows, columns = (labels_of(batch, between, side, valid) for side in between)
   loss_sum, hits = _pairwise(loss, make_ring(chunk), x, y, scale, bias, rows, columns)
   weight = valid.sum(dtype=jnp.float32)
   return {"loss": (loss_sum, weight), "accuracy": (hits, weight)}
@@ -60,17 +60,8 @@ class Labels(NamedTuple):
   weights: Array
 
 
-def _counted(batch: dict, between: tuple, size: int) -> Array:
-  """bool [B]: rows that are valid and have both modalities."""
-  valid = batch.get("valid", jnp.ones(size, bool))
-  for modality in between:
-    if "present" in batch[modality]:
-      present = batch[modality]["present"]
-      valid &= present.reshape(size, -1).any(-1)
-  return valid
-
-
-def _labels(batch: dict, between: tuple, side: str, valid: Array) -> Labels:
+def labels_of(batch: dict, between: tuple, side: str, valid: Array) -> Labels:
+  """Who the rows of modality `side` are, by their place and by the keys of every modality in `between`."""
   size = valid.shape[0]
   names = [jnp.arange(size, dtype=jnp.uint32)[:, None]]
   names += [batch[m]["key"].astype(jnp.uint32) for m in dict.fromkeys(between) if "key" in batch[m]]
@@ -130,7 +121,7 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
   size = x.shape[0]
 
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: Norms) -> tuple:
-    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
+    logits, positives = _logits(rows, columns, scale), positives_of(rows[1], columns[1])
     nearest = jnp.where(positives > 0, logits, _LOW).max(1)
     return ((_merge(row_sums[0], _norms(logits, positives, 1)), jnp.maximum(row_sums[1], nearest)),
             _merge(column_sums, _norms(logits, positives, 0)))
@@ -152,7 +143,7 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
 def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels,
                        row_norms: Norms, column_norms: Norms) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
-    logits, positives = _logits(rows, columns, scale), _positives(rows[1], columns[1])
+    logits, positives = _logits(rows, columns, scale), positives_of(rows[1], columns[1])
     (row_largest, row_share, row_pull), (column_largest, column_share, column_pull) = rows[2], columns[2]
     # d loss / d logits: the two softmaxes less the two target distributions.
     push = (jnp.exp(logits - row_largest[:, None]) * row_share[:, None] +
@@ -173,7 +164,7 @@ def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array
 def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: tuple) -> tuple:
     total, largest, nearest = row_sums
-    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
+    logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
     share = jnp.minimum(positives, 1)
     losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)  # no counting pair: 0 * 1e30 + 1 * 0
     nearest = jnp.maximum(nearest, jnp.where(positives > 0, logits, _LOW).max(1))
@@ -189,7 +180,7 @@ def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, row
 def _sigmoid_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, bias: Array, rows: Labels,
                        columns: Labels) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
-    logits, positives = _logits(rows, columns, scale, bias), _positives(rows[1], columns[1])
+    logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
     return _add_gradients(pull * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)), scale, rows, columns, row_sums, dy)
 
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((y, columns))
@@ -233,7 +224,7 @@ def _logits(rows: tuple, columns: tuple, scale: Array, bias: Array | float = 0.0
   return jnp.where(counts, scale * _matmul(rows[0], columns[0].T) + bias, _LOW)
 
 
-def _positives(rows: Labels, columns: Labels) -> Array:
+def positives_of(rows: Labels, columns: Labels) -> Array:
   """P float32 [b, c]; see `contrastive`."""
   total: Any = 0.0
   for u in range(rows.names.shape[1]):

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.config import UserError
 from mmjax.parallel.rules import constrain_batch
 
 Array = jax.Array
@@ -115,8 +116,8 @@ class Recorder(Forward):
   def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
     request = Request(method, args, tuple(sorted(kwargs.items())), view)
     if any(not isinstance(leaf, str | int | float) for leaf in jax.tree.leaves((args, kwargs))):
-      raise NotImplementedError(f"{method}: an objective that couples examples passed arrays to the model; "
-                                "with train.microbatches > 1 it may pass them only as batch=")
+      raise UserError(f"an objective that couples examples passes arrays to the model's {method!r}, which train.microbatches "
+                      "> 1 cannot cut: set train.microbatches to 1, or let the objective pass them as batch=")
     self.requests.append(request)
     self.outputs.append(self.compute(request, self.views[view - 1] if view else None))
     return self.outputs[-1]

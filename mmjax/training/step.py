@@ -56,7 +56,7 @@ class Step:
     self.config, self.mesh, self.rules = config, mesh, rules.logical_rules(config)
     self.model = make_model(config)
     self.objectives = tuple(
-      Objective(name, functools.partial(kind_function(entry, "objective"), **settings(entry, without=("weight", "sources"))),
+      Objective(name, functools.partial(kind_function(entry, "objective"), **settings(entry, "objective", without=("weight", "sources"))),
                 entry.weight, kind_function(entry, "objective").couples_examples, tuple(entry.sources))
       for name, entry in config.objectives.items())
     self._steps, self._examples = steps, examples
@@ -338,8 +338,9 @@ class Step:
 def mixup(batch: dict, alpha: float, rng: Array) -> dict:
   """Mixes the pixels of each row with those of the row before it (Zhang et al. 2018, arXiv:1710.09412), w ~ Beta(alpha, alpha).
 
-  Pixels uint8 stay uint8 (rounded). Adds `image.mix_weight` float32 [B], the share of the row itself, and `image.mix_row`
-  int32 [B], the row of the rest: objectives make soft targets of them. A row that counts is never mixed with one that does not.
+  Pixels uint8 stay uint8 (rounded). Adds `image.mix_weight` float32 [B], the share of the row itself, `image.mix_row`
+  int32 [B], the row of the rest, and `image.mix_label`, that row's label, where there are labels: objectives make soft
+  targets of them. A row that counts is never mixed with one that does not.
   """
   image = batch["image"]
   pixels, size = image["pixels"], image["pixels"].shape[0]
@@ -352,7 +353,10 @@ def mixup(batch: dict, alpha: float, rng: Array) -> dict:
   mixed = jnp.round(share * pixels + (1 - share) * before(pixels)).astype(pixels.dtype)
   mixed = rules.constrain_batch(mixed)
   row = before(jnp.arange(size, dtype=jnp.int32))
-  return {**batch, "image": {**image, "pixels": mixed, "mix_weight": weight, "mix_row": row}}
+  mix = {"pixels": mixed, "mix_weight": weight, "mix_row": row}
+  if "label" in batch:
+    mix["mix_label"] = before(batch["label"])  # a microbatch does not hold the row itself
+  return {**batch, "image": {**image, **mix}}
 
 
 def _mean(total: Array, weight: Array) -> Array:

@@ -17,13 +17,14 @@ from mmjax.models.layers import (
   LayerNorm,
   activate,
   constrain,
+  hide_patches,
   normal,
   resize_positions,
   sincos_positions,
   with_axes,
 )
 from mmjax.models.platform import materialise
-from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
 
 Array = jax.Array
 ImagePooling = Literal["class", "mean", "attention", "last"]
@@ -32,10 +33,12 @@ Stem = Literal["patch", "half_patch", "convolution"]
 
 
 class VisionTransformer(nn.Module):
-  """Call: {"pixels" uint8 or float [B, H, W, 3] in 0..255, "present" bool [B]?} -> Encoded of width D.
+  """Call: {"pixels" uint8 or float [B, H, W, 3] in 0..255, "present" bool [B]?, "patch_mask" bool [B, L]?} -> Encoded of width D.
 
   Learned positions belong to the grid of `size`; pictures of another size get them interpolated. Pixels beyond the last
-  whole patch are not seen. Randomness: stream "dropout", for dropout and patch dropout, only when `train`.
+  whole patch are not seen. Patches where patch_mask is True are hidden by a learned token (no patch is dropped then; with
+  the stems that overlap, their neighbours still see their edges). trunk: a transformer shared with other encoders.
+  Randomness: stream "dropout", for dropout and patch dropout, only when `train`.
   """
 
   config: TransformerConfig
@@ -50,19 +53,17 @@ class VisionTransformer(nn.Module):
   patch_bias: bool = True
   input_norm: bool = False
   final_norm: bool = True
+  trunk: nn.Module | None = None
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
-    c, pixels = self.config, batch["pixels"]
-    grid = (pixels.shape[1] // self.patch, pixels.shape[2] // self.patch)
-    if not min(grid):
-      raise UserError(f"pictures of {pixels.shape[2]}x{pixels.shape[1]} pixels are smaller than one patch of {self.patch}")
-    pixels = pixels[:, :grid[0] * self.patch, :grid[1] * self.patch]
-    x = self._embed(normalise(pixels, self.pixel_mean, self.pixel_std, c.dtype), grid)
+    c = self.config
+    pixels, grid = self._pixels(batch, c.dtype)
+    x = hide_patches(self, self._embed(pixels, grid), batch)
     head = self.pooling == "class"  # one more token, with a position of its own
     positions = self._positions(grid, head)
     x = x + positions[head:].astype(c.dtype)
-    if train and self.patch_dropout:
+    if train and self.patch_dropout and "patch_mask" not in batch:
       x = drop_tokens(x, self.patch_dropout, self.make_rng("dropout"))
     if head:
       token = self.param("class", with_axes(normal(c.width**-0.5), ("embed",)), (c.width,), jnp.float32)
@@ -73,15 +74,27 @@ class VisionTransformer(nn.Module):
       x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
     present = batch.get("present")
     mask = None if present is None else jnp.broadcast_to(present[:, None], x.shape[:2])
-    stack = Transformer(c)
-    nn.share_scope(self, stack)  # its parameters are ours: image/layers, not image/Transformer_0/layers
-    x = stack(x, mask, train=train)
+    x = run_stack(self, x, mask, train=train)
     if self.final_norm:
       x = LayerNorm(c.eps, c.dtype, name="norm")(x)
     mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
     if self.pooling == "attention":
       return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask))
     return Encoded(x, mask, {"class": pool.first, "mean": pool.mean, "last": pool.last}[self.pooling](x, mask))
+
+  def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What the tokens stand for: normalised pixels float32 [B, L, patch * patch * 3], and which are real, bool [B, L]."""
+    values = patchify(self._pixels(batch, jnp.float32)[0], self.patch)
+    present = batch.get("present", jnp.ones(values.shape[0], bool))
+    return values, jnp.broadcast_to(present[:, None], values.shape[:2])
+
+  def _pixels(self, batch: Mapping[str, Array], dtype: jnp.dtype) -> tuple[Array, tuple[int, int]]:
+    """(normalised pixels [B, H, W, 3] of whole patches, (rows, columns) of patches)."""
+    pixels = batch["pixels"]
+    grid = (pixels.shape[1] // self.patch, pixels.shape[2] // self.patch)
+    if not min(grid):
+      raise UserError(f"pictures of {pixels.shape[2]}x{pixels.shape[1]} pixels are smaller than one patch of {self.patch}")
+    return normalise(pixels[:, :grid[0] * self.patch, :grid[1] * self.patch], self.pixel_mean, self.pixel_std, dtype), grid
 
   def _embed(self, pixels: Array, grid: tuple[int, int]) -> Array:
     """Normalised pixels [B, H, W, 3] -> [B, grid rows * grid columns, D], row by row."""

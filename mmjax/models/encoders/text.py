@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
 from mmjax.models.layers import Encoded, LayerNorm, constrain, normal, with_axes
-from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
 
 Array = jax.Array
 TextPooling = Literal["last", "final", "eos", "highest", "class", "mean", "attention"]
@@ -23,7 +23,8 @@ class TextTransformer(nn.Module):
 
   Position embeddings [length, D] are cut to L. `pooling`: "last" real token, the "final" position (padding or not, as SigLIP
   does), the first token equal to `eos_id` ("eos"; the last real one where there is none), the token of the highest id
-  ("highest", as CLIP did), the first ("class"), the "mean" of the real ones, or learned "attention".
+  ("highest", as CLIP did), the first ("class"), the "mean" of the real ones, or learned "attention". trunk: a transformer
+  shared with other encoders, instead of its own.
   """
 
   config: TransformerConfig
@@ -33,6 +34,7 @@ class TextTransformer(nn.Module):
   eos_id: int = 2
   mask_padding: bool = True
   final_norm: bool = True
+  trunk: nn.Module | None = None
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
@@ -48,12 +50,14 @@ class TextTransformer(nn.Module):
     position = self.param("position", with_axes(normal(0.01), ("position", "embed")), (self.length, c.width), jnp.float32)
     x = jnp.take(table, tokens, axis=0) + position[:tokens.shape[1]]
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype)))
-    stack = Transformer(c)
-    nn.share_scope(self, stack)  # its parameters are ours: text/layers, not text/Transformer_0/layers
-    x = stack(x, mask, train=train)
+    x = run_stack(self, x, mask, train=train)
     if self.final_norm:
       x = LayerNorm(c.eps, c.dtype, name="norm")(x)
     return Encoded(x, mask, self._pool(x, mask, tokens))
+
+  def table(self) -> Array:
+    """The token embeddings [V, D] float32, for heads that share them."""
+    return nn.meta.unbox(self.get_variable("params", "embedding"))
 
   def _pool(self, x: Array, mask: Array, tokens: Array) -> Array:
     if self.pooling == "attention":
