@@ -82,6 +82,7 @@ KEYS = (
   Key("data.image.size", 224, int, "Height and width in pixels that the model sees."),
   Key("data.image.resize", "shortest", Literal["shortest", "squash", "longest"],
       "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad."),
+  Key("data.image.crop", 1.0, float, "Evaluation with 'shortest': share of the shortest side that the centre crop keeps."),
   Key("data.image.interpolation", "bicubic", Literal["bicubic", "bilinear"], "Resize filter, always antialiased."),
   Key("data.image.mean", (0.5, 0.5, 0.5), tuple, "Subtracted from pixels in [0, 1], per channel, on the device."),
   Key("data.image.std", (0.5, 0.5, 0.5), tuple, "Divides pixels after the mean, per channel, on the device."),
@@ -163,10 +164,15 @@ KEYS = (
 KINDS: dict[str, dict[str, str]] = {
   "model": {
     "dual_encoder": "mmjax.models.dual_encoder:dual_encoder",
+    "encoder": "mmjax.models.single_encoder:encoder",
   },
   "encoder": {
     "vit": "mmjax.models.encoders.image:vit",
+    "naflex": "mmjax.models.encoders.naflex:naflex",
+    "resnet": "mmjax.models.encoders.resnet:resnet",
+    "swin": "mmjax.models.encoders.swin:swin",
     "transformer": "mmjax.models.encoders.text:transformer",
+    "bert": "mmjax.models.encoders.bert:bert",
   },
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
