@@ -82,6 +82,7 @@ KEYS = (
   Key("data.image.size", 224, int, "Height and width in pixels that the model sees."),
   Key("data.image.resize", "shortest", Literal["shortest", "squash", "longest"],
       "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad."),
+  Key("data.image.crop", 1.0, float, "Evaluation with 'shortest': share of the shortest side that the centre crop keeps."),
   Key("data.image.interpolation", "bicubic", Literal["bicubic", "bilinear"], "Resize filter, always antialiased."),
   Key("data.image.mean", (0.5, 0.5, 0.5), tuple, "Subtracted from pixels in [0, 1], per channel, on the device."),
   Key("data.image.std", (0.5, 0.5, 0.5), tuple, "Divides pixels after the mean, per channel, on the device."),
@@ -166,6 +167,7 @@ KINDS: dict[str, dict[str, str]] = {
     "fusion_encoder": "mmjax.models.multimodal:fusion_encoder",
     "captioner": "mmjax.models.multimodal:captioner",
     "multitask": "mmjax.models.multimodal:multitask",
+    "encoder": "mmjax.models.single_encoder:encoder",
   },
   "fusion": {
     "concat": "mmjax.models.fusion:concat",
@@ -179,7 +181,11 @@ KINDS: dict[str, dict[str, str]] = {
   },
   "encoder": {
     "vit": "mmjax.models.encoders.image:vit",
+    "naflex": "mmjax.models.encoders.naflex:naflex",
+    "resnet": "mmjax.models.encoders.resnet:resnet",
+    "swin": "mmjax.models.encoders.swin:swin",
     "transformer": "mmjax.models.encoders.text:transformer",
+    "bert": "mmjax.models.encoders.bert:bert",
     "whisper": "mmjax.models.encoders.audio:whisper",
     "ast": "mmjax.models.encoders.audio:ast",
     "frames": "mmjax.models.encoders.video:frames",
