@@ -220,6 +220,10 @@ KINDS: dict[str, dict[str, str]] = {
     "retrieval": "mmjax.evaluation.retrieval:retrieval",
     "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
     "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
+    "classification": "mmjax.evaluation.classification:classification",
+    "captions": "mmjax.evaluation.captions:captions",
+    "masked_words": "mmjax.evaluation.masked:masked_words",
+    "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
   },
 }
 

@@ -239,6 +239,15 @@ class EvaluationData:
     except UserError:
       return np.full((self.config.data.image.size,) * 2 + (3,), 255, np.uint8)
 
+  def film(self, index: int, frames: int = 6) -> np.ndarray:
+    """Some frames of a clip side by side, uint8 [H, frames * W, 3]; white if it cannot be read."""
+    try:
+      clip, mask = self._examples.reader("video").read(self.source[index], False, None)
+    except UserError:
+      return np.full((self.config.data.video.size,) * 2 + (3,), 255, np.uint8)
+    chosen = np.linspace(0, max(0, int(mask.sum()) - 1), frames).round().astype(int)
+    return np.concatenate(list(clip[chosen]), axis=1)
+
   def _read_facts(self) -> None:
     """One pass over the records for captions, labels and picture keys."""
     number = {label: i for i, label in enumerate(self.label_names)}

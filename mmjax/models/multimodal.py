@@ -159,6 +159,21 @@ class Multimodal(DualEncoder):
     return (jnp.concatenate([self.memories[modality](part.tokens) for modality, part in encoded.items()], axis=1),
             jnp.concatenate([part.mask for part in encoded.values()], axis=1))
 
+  def start_writing(self, source: tuple[str, ...], batch: Batch, *, length: int) -> tuple[Any, Any]:
+    """(an empty cache for texts of `length` tokens, what the decoder attends to): for `next_logits`."""
+    memory, mask = self.memory(source, batch)
+    return self.decoder.init_cache(memory.shape[0], length), self.decoder.init_memory(memory, mask)
+
+  def next_logits(self, token: Array, index: Array, cache: Any, memory: Any) -> tuple[Array, Any]:
+    """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache with it)."""
+    return self.decoder.step_logits(token, index, cache, memory)
+
+  def fill(self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
+    """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be guessed."""
+    hidden, table, bias = self.readout(modality, batch, context=context, train=train)
+    guess = lambda row: jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(jnp.int32)
+    return jax.lax.map(guess, hidden)
+
   def table(self) -> Array:
     """float32 [V, D]: the text encoder's token embeddings."""
     return self.text.table()
