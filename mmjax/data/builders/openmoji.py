@@ -174,11 +174,17 @@ def _records(ones: Sequence[str], pictures: Mapping[str, str], keys: Mapping[str
 
 
 def sprite(path: str, size: int):
-  """The SVG at `path` as a Pillow RGBA picture on nothing."""
+  """The SVG at `path`, drawn at `size`, as a square Pillow RGBA picture on nothing, without the margin around what is drawn."""
   import resvg_py
   from PIL import Image
 
-  return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, skip_system_fonts=True))).convert("RGBA")
+  png = resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, skip_system_fonts=True)
+  picture = Image.open(io.BytesIO(png)).convert("RGBA")
+  picture = picture.crop(picture.getbbox())
+  side = max(picture.size)
+  square = Image.new("RGBA", (side, side))
+  square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+  return square
 
 
 def draw(path: str, size: int):

@@ -32,7 +32,7 @@ TRAIN_VARIANTS = (
   "Michael", "Reed", "Storm", "adam", "anika", "belinda", "boris", "croak", "david", "edward", "grandma", "iven", "klatt", "klatt3", "max",
   "paul", "quincy", "shelby", "steph", "travis", "victor", "zac")
 TRAIN_VOICES = tuple(f"{LANGUAGES[i % 8]}+{variant}".rstrip("+") for i, variant in enumerate(TRAIN_VARIANTS)) + ("en-gb",)
-MULTILINGUAL = {"de": ("f1", "m1", "Lee"), "es": ("f2", "m2", "Marco"), "fr-fr": ("f3", "m4", "paul")}  # espeak language -> variants
+MULTILINGUAL = {"de": ("f1", "m1", "Lee"), "es": ("f2", "m2", "Marco"), "fr": ("f3", "m4", "paul")}  # espeak language -> variants
 
 VOICES_A_NAME, VOICES_A_TONE = 5, 1  # a tone: a name that says a skin tone; these are most names and little else
 COMBINATIONS, COMBINATION_WORDS = 4000, (2, 3)
