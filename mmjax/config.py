@@ -77,6 +77,7 @@ KEYS = (
   Key("data.sources.*.languages", ("en",), tuple, "Languages that captions are drawn from; () = all that there are."),
   Key("data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."),
   Key("data.sources.*.modalities", (), tuple, "For mix 'steps': modalities of this source's batches; () = data.modalities."),
+  Key("data.sources.*.group", 1, int, "Neighbouring records that stay together when shuffled, such as one thing in all its motions."),
   Key("data.sources.*.weight", 1.0, float, "Share of the rows of a batch, relative to the other sources."),
   Key("data.sources.*.cache", False, bool, "Keep decoded examples in memory (small data sets)."),
   Key("data.image.size", 224, int, "Height and width in pixels that the model sees."),

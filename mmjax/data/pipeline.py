@@ -73,7 +73,7 @@ class Pipeline:
     check_classes(config, self.sources)
     self._modalities = [modalities_of(config, entry if config.data.mix == "steps" else None) for _, entry in entries]
     self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size,
-                       whole_steps=config.data.mix == "steps")
+                       whole_steps=config.data.mix == "steps", groups=[entry.group for _, entry in entries])
     self._examples = Examples(config, train=True)
 
   @property

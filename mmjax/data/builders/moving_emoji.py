@@ -117,13 +117,29 @@ def make_group(split: str, one: str, number: int, emoji: Catalogue, others: list
     series[motion] = _sense(track, rng)
     frames[REVERSED[motion]], series[REVERSED[motion]] = frames[motion][::-1], series[motion][::-1]
   ids = {motion: f"{stem(one)}-{split}-{number}-{motion}" for motion in MOTIONS}
-  article = ("an " if name[0] in "aeiou" else "a ") + name
+  article = _with_article(name)
   return [{
     "id": ids[motion], "image": None, "captions": {"en": [wording.format(a=article) for wording in WORDINGS[motion]]}, "label": motion,
     "image_key": key_of(frames[motion].tobytes()), "video": to_video(frames[motion]), "series": np.ascontiguousarray(series[motion]),
     "facts": {"emoji": stem(one), "name": name, "motion": motion, "reversed": ids[REVERSED[motion]],
               "distractor": stem(distractor), "background": list(background)},
   } for motion in MOTIONS]
+
+
+def choices(facts: dict) -> tuple[list[str], int]:
+  """(the first wording of each motion with this clip's emoji, the number of the right one), for `multiple_choice`."""
+  thing = _with_article(facts["name"])
+  return [WORDINGS[motion][0].format(a=thing) for motion in MOTIONS], MOTIONS.index(facts["motion"])
+
+
+def check_caption(facts: dict, text: str) -> dict[str, bool]:
+  """Whether a caption names the emoji, and its motion, in one of the wordings: {"object", "motion"}."""
+  thing, text = _with_article(facts["name"]), text.strip().lower()
+  return {"object": text.startswith(f"{thing} "), "motion": any(text.endswith(w.removeprefix("{a}")) for w in WORDINGS[facts["motion"]])}
+
+
+def _with_article(name: str) -> str:
+  return ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def draw(track: np.ndarray, picture, background: tuple[int, int, int], distractor=None) -> np.ndarray:

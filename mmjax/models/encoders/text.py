@@ -62,10 +62,6 @@ class TextTransformer(nn.Module):
       x = LayerNorm(c.eps, c.dtype, name="norm")(x)
     return Encoded(x, mask, self._pool(x, mask, tokens))
 
-  def table(self) -> Array:
-    """The token embeddings [V, D] float32, for heads that share them."""
-    return nn.meta.unbox(self.get_variable("params", "embedding"))
-
   def _pool(self, x: Array, mask: Array, tokens: Array) -> Array:
     if self.pooling == "attention":
       return pool.AttentionPool(self.config, name="pool")(x, mask)
