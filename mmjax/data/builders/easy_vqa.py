@@ -30,7 +30,8 @@ Made by `mmjax data build easy_vqa` from the Python package `easy-vqa` 1.0 by Vi
 
 - Licence: MIT, Copyright (c) 2019 Victor Zhou.
 - Fields: `id`, `image` (PNG), `questions` (question, answer), `captions` (English: "a blue rectangle", put together from the
-  answers), `label` (empty), `image_key` (hash of the pixels), `facts` (`colour`, `shape`).
+  questions and answers, of nine records in ten; the others have none), `label` (empty), `image_key` (hash of the pixels), `facts`
+  (`colour`, `shape`; "" where the questions leave it open).
 - Splits: train {train:,}, validation {validation:,} (cut from the package's training pictures by a hash of their number),
   test {test:,} (the package's own).
 - Limits: one shape a picture, questions from templates; about two thirds of the answers can be guessed from the question
@@ -73,14 +74,21 @@ def records(split: str, numbers: list[int]) -> Iterator[Record]:
     questions.setdefault(number, []).append((question, answer))
   for number in numbers:
     data = Path(paths[number]).read_bytes()
-    answers = {answer for _, answer in questions[number]}
-    facts = {"colour": one_of(answers, COLOURS), "shape": one_of(answers, SHAPES)}
+    facts = {"colour": find_attribute(questions[number], COLOURS), "shape": find_attribute(questions[number], SHAPES)}
     captions = {"en": [f"a {facts['colour']} {facts['shape']}"]} if all(facts.values()) else {}
     yield {"id": f"{half}-{number:04d}", "image": data, "captions": captions, "label": "", "questions": questions[number],
            "facts": facts, "image_key": key_of(Image.open(io.BytesIO(data)).convert("RGB").tobytes())}
 
 
-def one_of(answers: set[str], options: tuple[str, ...]) -> str:
-  """The one of `options` that is among `answers`, or ""."""
-  found = [option for option in options if option in answers]
-  return found[0] if len(found) == 1 else ""
+def find_attribute(questions: list[tuple[str, str]], options: tuple[str, ...]) -> str:
+  """The one of `options` that the questions and answers about a picture say it has, or "" where they leave it open."""
+  true, false = set(), set()
+  for question, answer in questions:
+    words = question.rstrip("?").split()
+    said = {option for option in options if option in words}
+    if answer in ("yes", "no"):
+      (true if (answer == "yes") != bool({"no", "not"} & set(words)) else false).update(said)
+    else:
+      true |= said | {answer} & set(options)  # "what color is the circle?" says that there is a circle
+  left = true or set(options) - false
+  return left.pop() if len(left) == 1 else ""
