@@ -100,8 +100,8 @@ class MaskedTokenHead(nn.Module):
     return x, self.param("bias", with_axes(nn.initializers.zeros, ("vocab",)), (vocab_size,), jnp.float32)
 
 
-def encoder(encoders: Mapping[str, nn.Module], precision: Mapping[str, Any], *, width: int = 512, classes: int = 0,
-            masked_tokens: bool = False) -> SingleEncoder:
+def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
+            classes: int = 0, masked_tokens: bool = False) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.

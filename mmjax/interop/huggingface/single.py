@@ -35,9 +35,12 @@ def without_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, 
 
 
 def with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-  """Tensors as a transformers model saves them: an encoder beside a head has a prefix."""
+  """Tensors as a transformers model saves them: an encoder beside a head has a prefix; batch norms count their batches."""
+  mean = "running_mean"
+  counts = {name.replace(mean, "num_batches_tracked"): np.zeros((), np.int64) for name in tensors if name.endswith(mean)}
+  tensors = {**tensors, **counts}
   if not any(name.startswith(HEADS) for name in tensors):
-    return dict(tensors)
+    return tensors
   return {name if name.startswith(HEADS) else prefix + name: x for name, x in tensors.items()}
 
 
