@@ -59,7 +59,7 @@ class Multimodal(DualEncoder):
       self.token_head = TokenHead(self.dtype, name="masked_text_head")
     self.patch_heads = {modality: PatchHead(name=f"{modality}_patches") for modality in self.masked_patches}
     if self.decoder is not None:
-      self.memories = {modality: Dense((self.decoder.config.width,), ("joint", "embed"), self.dtype, name=f"{modality}_memory")
+      self.memories = {modality: MemoryTokens(self.decoder.config.width, self.decoder.memory_positions, self.dtype, name=f"{modality}_memory")
                        for modality in self.encoders if modality != "text"}
 
   def adopt(self, encoder: nn.Module) -> nn.Module:
@@ -198,6 +198,26 @@ class Multimodal(DualEncoder):
     start = sum(encoded[m].tokens.shape[1] for m in kept[:kept.index(modality)])
     cut = slice(start, start + encoded[modality].tokens.shape[1])
     return Encoded(fused.tokens[:, cut], fused.mask[:, cut], fused.pooled)
+
+
+class MemoryTokens(nn.Module):
+  """Tokens of a source as the decoder sees them: a linear layer, and learned positions where `positions`: places are easily lost in
+  an encoder that was trained to tell what is there. Call: x [B, S, *] -> [B, S, D]."""
+
+  width: int
+  positions: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    # The kernel stands beside the positions: its name is image_memory/kernel with them or without.
+    dense = Dense((self.width,), ("joint", "embed"), self.dtype)
+    nn.share_scope(self, dense)
+    y = dense(x)
+    if self.positions:
+      y = y + self.param("position", with_axes(nn.initializers.normal(0.02), ("position", "embed")), (x.shape[1], self.width),
+                         jnp.float32).astype(self.dtype)
+    return y
 
 
 class TokenHead(nn.Module):
