@@ -30,11 +30,11 @@ class Memory(NamedTuple):
 
 
 def shift_right(tokens: Array, bos_id: int = 1) -> Array:
-  """The decoder's input for teacher forcing: int32 [B, L] -> [bos, tokens[0], ..., tokens[L - 2]], so that output l predicts token l.
+  """The decoder's input for teacher forcing: int32 [..., L] -> [bos, tokens[0], ..., tokens[L - 2]]; output l predicts token l.
 
   The texts of a batch should not start with <bos> themselves (data.text.bos False): the decoder would learn to repeat it.
   """
-  return jnp.concatenate([jnp.full_like(tokens[:, :1], bos_id), tokens[:, :-1]], axis=1)
+  return jnp.concatenate([jnp.full_like(tokens[..., :1], bos_id), tokens[..., :-1]], axis=-1)
 
 
 class Projections(nn.Module):

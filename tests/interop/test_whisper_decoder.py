@@ -16,7 +16,7 @@ from mmjax.objectives.cross_entropy import token_cross_entropy
 
 FACTS = dict(vocab_size=60, d_model=32, encoder_layers=1, encoder_attention_heads=2, decoder_layers=2, decoder_attention_heads=4,
              encoder_ffn_dim=64, decoder_ffn_dim=48, max_source_positions=10, max_target_positions=16, num_mel_bins=8,
-             decoder_start_token_id=1, bos_token_id=1, eos_token_id=2, pad_token_id=0, suppress_tokens=None, begin_suppress_tokens=None)
+             decoder_start_token_id=1, bos_token_id=1, eos_token_id=4, pad_token_id=0, suppress_tokens=None, begin_suppress_tokens=None)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 60, (3, 7)).astype(np.int32)
 MEMORY = RNG.normal(size=(3, 10, 32)).astype(np.float32)
@@ -67,7 +67,7 @@ def test_loss_and_gradients_are_equal(theirs, ours):
   out = theirs(encoder_outputs=BaseModelOutput(memory), decoder_input_ids=torch.tensor(inputs).long(), labels=labels)
   theirs.zero_grad()
   out.loss.backward()
-  assert float(value) == pytest.approx(float(out.loss), abs=1e-5)
+  assert float(value) == pytest.approx(out.loss.item(), abs=1e-5)
   np.testing.assert_allclose(into_memory, memory.grad, atol=1e-4)
   back = mapping.to_tensors({"decoder": jax.device_get(gradients)}, whisper_decoder.rules(dict(heads=4, depth=2)))
   for name, parameter in theirs.named_parameters():
@@ -75,22 +75,24 @@ def test_loss_and_gradients_are_equal(theirs, ours):
       np.testing.assert_allclose(back[name], parameter.grad, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_is_equal(theirs, ours, beams):
+@pytest.mark.parametrize("beams, penalty", [(1, 1.0), (3, 1.0), (3, 0.0)])
+def test_generation_is_equal(theirs, ours, beams, penalty):
   model, params = ours
   apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
 
   @jax.jit
   def run(memory):
     return generate(lambda *args: apply("step_logits", *args), apply("init_cache", 3, 12), apply("init_memory", memory), rows=3,
-                    max_length=12, method="beam" if beams > 1 else "greedy", beams=beams)
+                    max_length=12, eos_id=4, method="beam" if beams > 1 else "greedy", beams=beams, length_penalty=penalty)
 
   tokens, scores = run(MEMORY)
   plain = GenerationMixin.generate  # without Whisper's own rules for long audio
   out = plain(theirs, encoder_outputs=BaseModelOutput(torch.tensor(MEMORY)), decoder_input_ids=torch.ones((3, 1), dtype=torch.long),
-              max_new_tokens=12, do_sample=False, num_beams=beams, early_stopping="never" if beams > 1 else False, length_penalty=1.0,
+              max_new_tokens=12, do_sample=False, num_beams=beams, early_stopping="never" if beams > 1 else False, length_penalty=penalty,
               return_dict_in_generate=True, output_scores=True)
   found = out.sequences[:, 1:].numpy()
+  if beams == 1 or not penalty:  # where sums are divided by lengths, long texts win
+    assert (found[:, :-1] == 4).any()
   np.testing.assert_array_equal(np.asarray(tokens)[:, :found.shape[1]], found)
   assert not np.asarray(tokens)[:, found.shape[1]:].any()
   if beams > 1:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, Mesh
 
 import mmjax.config
 from mmjax.config import ConfigError, UserError
@@ -17,6 +18,8 @@ from mmjax.models.decoder import Decoder, decoder, shift_right
 from mmjax.models.generation import generate
 from mmjax.models.transformer import TransformerConfig
 from mmjax.objectives.captioning import captioning
+from mmjax.parallel import rules
+from mmjax.parallel.mesh import AXES
 
 CONFIG = TransformerConfig(width=16, depth=2, heads=2, mlp=32)
 MODEL = Decoder(CONFIG, vocab_size=11, length=8)
@@ -82,6 +85,29 @@ def test_remat_changes_no_gradient_and_dropout_needs_a_key(params):
   call = lambda seed: noisy.apply({"params": params}, TOKENS, train=True, rngs={"dropout": jax.random.key(seed)})
   assert not np.allclose(call(0), call(1))
   np.testing.assert_array_equal(call(0), call(0))
+
+
+def test_devices_and_the_order_of_the_batch_change_nothing(params, devices):
+  rows = {"tokens": np.tile(TOKENS, (3, 1))[:8], "mask": np.tile(MASK, (3, 1))[:8]}
+  memory, seen = np.tile(MEMORY, (3, 1, 1))[:8], np.tile(SEEN, (3, 1))[:8]
+
+  @jax.jit
+  def gradient(params, text, memory, seen):
+    def loss(params):
+      hidden = MODEL.apply({"params": params}, shift_right(text["tokens"]), text["mask"], memory, seen)
+      found = captioning(lambda *_: (hidden, params["embedding"]), {"text": text}, None, source=())
+      return found["loss"][0] / found["loss"][1]
+
+    return jax.value_and_grad(loss)(params)
+
+  want = gradient(params, rows, memory, seen)
+  mesh = Mesh(np.array(devices).reshape(1, 2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  with rules.use(mesh, rules.RULES["fsdp_tensor"]):
+    split = jax.device_put((rows, memory, seen), rules.batch_sharding(mesh))
+    got = gradient(jax.device_put(params, rules.replicated(mesh)), *split)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+  turned = gradient(params, *jax.tree.map(lambda x: x[::-1], (rows, memory, seen)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), turned, want)
 
 
 def test_the_config_names_it_and_long_texts_are_refused():
