@@ -26,8 +26,8 @@ def get_config(arg: str = "transformer"):
     video=video, text=dict(kind="transformer", depth=2, heads=4, pooling="mean")))
   c.precision.compute = "float32"
   c.objectives.align = dict(kind="contrastive", between=("video", "text"))
-  c.optimizer = dict(name="adamw", lr=2e-3, weight_decay=0.05)
-  c.schedule = dict(name="cosine", warmup="10%")
+  c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
+  c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 
   direction = dict(kind="multiple_choice", source="moving_emoji", choices="mmjax.data.builders.moving_emoji:choices")
   c.evaluation.evaluators["direction/validation"] = dict(**direction, split="validation")
