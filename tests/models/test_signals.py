@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mmjax.config
 from mmjax.config import KINDS, UserError, kind_function
 from mmjax.models.encoders import spectrogram
 from mmjax.models.encoders.audio import around, overlapping
 from mmjax.models.encoders.spectrogram import SpecAugment, kaldi_mel, log_mel, mel_filters
 from mmjax.models.layers import Encoded
 from mmjax.parallel import rules as parallel
+from mmjax.parallel.mesh import make_mesh
 
 RATE, SAMPLES, ROWS = 2000, 1000, 3
 DATA = dict(audio=dict(rate=RATE, seconds=SAMPLES / RATE), video=dict(size=8, frames=4), series=dict(length=12, channels=2))
@@ -292,3 +294,18 @@ def test_inputs_that_do_not_fit_are_refused():
       ("ast", dict(waveform=np.zeros((1, 120), np.int16)), "smaller than a patch of 6")):
     with pytest.raises(UserError, match=message):
       jax.eval_shape(make(case).init, jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("case", ("whisper", "ast", "frames transformer"))
+def test_eight_devices_give_the_same_and_exchange_no_activations(case, devices):
+  modality = CASES[case][0]
+  batch = inputs(modality, [FULL[modality], FULL[modality] // 2 + 1, FULL[modality] // 3 + 1])
+  batch = {k: np.concatenate([x, x, x])[:8] for k, x in batch.items()} | dict(present=np.ones(8, bool))
+  module, variables, run = encoder(case)
+  c = mmjax.config.base()
+  mesh = make_mesh(c)
+  with parallel.use(mesh, parallel.RULES["replicated"]):
+    compiled = jax.jit(module.apply, in_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh))).lower(variables, batch).compile()
+    got = compiled(jax.device_put(variables, parallel.replicated(mesh)), jax.device_put(batch, parallel.batch_sharding(mesh)))
+  assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
+  equal(Encoded(*(np.asarray(x) for x in got)), run(variables, batch), atol=1e-4)
