@@ -5,7 +5,7 @@ AIFF, ...), of any sample rate, depth and number of channels; channels are avera
 beginning. Augmentation, in this order, each with a draw of its own, so that switching one on leaves the others as they were:
 
   1. speed   played faster by a factor from the range, pitch and all (Ko et al. 2015, Interspeech)
-  2. shift   begins up to this many seconds later (after silence) or earlier (its beginning is cut)
+  2. shift   begins up to this many seconds later, after silence
   3. gain    times a factor from the range (log-uniform)
   4. noise   white, at up to this share of the root mean square
 """
@@ -85,10 +85,9 @@ def augment(x: np.ndarray, rate: int, rng: np.random.Generator, *, limit: int, s
   draws = rng.random(4)
   if tuple(speed) != (1.0, 1.0):
     factor = speed[0] + draws[0] * (speed[1] - speed[0])
-    x = resample(x[:math.ceil(limit * factor + rate * shift) + rate], rate * factor, rate)
+    x = resample(x[:math.ceil(limit * factor) + rate], rate * factor, rate)
   if shift:
-    moved = round((2 * draws[1] - 1) * shift * rate)
-    x = np.concatenate([np.zeros(moved, np.float32), x]) if moved >= 0 else x[min(-moved, len(x) - 1):]
+    x = np.concatenate([np.zeros(round(draws[1] * shift * rate), np.float32), x])
   x = x[:limit]
   if tuple(gain) != (1.0, 1.0):
     x = x * np.float32(gain[0] * (gain[1] / gain[0]) ** draws[2])

@@ -63,9 +63,9 @@ class VideoTransform:
       last = first + length
     if last - first <= self.frames:
       return np.arange(first, last)
+    edges = first + np.arange(self.frames + 1) * (last - first) // self.frames
     inside = draws[44:] if self.random else 0.5
-    edges = np.arange(self.frames) * (last - first) / self.frames
-    return first + np.floor(edges + inside * (last - first) / self.frames).astype(int)
+    return edges[:-1] + (inside * np.diff(edges)).astype(int)
 
   def spatial(self, frames: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
     """uint8 [n, H, W, 3] -> [n, size, size, 3]: the same box and flip for all, or the central square (evaluation)."""
@@ -85,7 +85,7 @@ class VideoTransform:
 def decode_video(data: bytes, pick: Pick | None = None) -> np.ndarray:
   """Frames uint8 [n, H, W, 3] of the first video stream, upright. Raises Unreadable.
 
-  pick: the number of frames in the file -> the ascending indices of those to keep; None = all.
+  pick: the number of frames in the file -> the indices of those to keep, strictly ascending; None = all.
   """
   if not data:
     raise Unreadable("empty file")
@@ -95,6 +95,8 @@ def decode_video(data: bytes, pick: Pick | None = None) -> np.ndarray:
     if len(wanted) * height * width > MAX_KEPT:
       raise Unreadable(f"video of {len(wanted)} frames of {width} x {height}; the limit is {MAX_KEPT // 10**6} megapixels")
     kept = _frames(data, wanted)
+  except av.error.EOFError as error:
+    raise Unreadable("video without frames, or cut within its header") from error
   except (av.error.FFmpegError, ValueError, IndexError, MemoryError) as error:
     raise Unreadable(f"not a video that FFmpeg opens, or damaged{_detail(error)}") from error
   if not kept:
@@ -125,7 +127,7 @@ def _measure(data: bytes) -> tuple[int, int, int]:
 
 
 def _frames(data: bytes, wanted: np.ndarray) -> list[np.ndarray]:
-  """The `wanted` frames (ascending) that there are, uint8 [H, W, 3] each."""
+  """The `wanted` frames (strictly ascending) that there are, uint8 [H, W, 3] each."""
   kept, remaining = [], list(wanted[::-1])
   with av.open(io.BytesIO(data)) as container:
     stream = container.streams.video[0]
@@ -135,8 +137,7 @@ def _frames(data: bytes, wanted: np.ndarray) -> list[np.ndarray]:
         raise Unreadable("damaged video (a frame cannot be decoded)")
       if index == remaining[-1]:
         kept.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-        while remaining and remaining[-1] == index:
-          remaining.pop()
+        remaining.pop()
         if not remaining:
           break
   return kept

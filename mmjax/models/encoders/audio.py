@@ -137,7 +137,7 @@ def sinusoids(length: int, channels: int) -> np.ndarray:
   """Positions [length, channels] float32: sines, then cosines, of wavelengths up to 10,000 * 2 pi (as Whisper's)."""
   if channels % 2:
     raise UserError(f"positions of sines need an even width, not {channels}")
-  omega = np.exp(-math.log(10_000) / max(1, channels // 2 - 1) * np.arange(channels // 2)).astype(np.float32)
+  omega = np.exp(np.arange(channels // 2, dtype=np.float32) * np.float32(-math.log(10_000) / max(1, channels // 2 - 1)))
   angles = np.arange(length, dtype=np.float32)[:, None] * omega
   return np.concatenate([np.sin(angles), np.cos(angles)], 1)
 

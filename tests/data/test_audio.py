@@ -1,0 +1,130 @@
+"""Sound files to waveforms: formats, rates, channels, damage, and what augmentation does."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from ml_collections import ConfigDict
+
+from mmjax.data import audio
+from mmjax.data.audio import AudioTransform, decode_audio
+from mmjax.data.image import Unreadable
+
+RATE = 16_000
+OFF = dict(speed=(1.0, 1.0), noise=0.0, shift=0.0, gain=(1.0, 1.0))
+
+
+def tone(seconds=0.5, rate=RATE, hertz=440.0):
+  return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def encode(x, rate=RATE, kind="WAV", subtype=None):
+  out = io.BytesIO()
+  soundfile.write(out, x, rate, format=kind, subtype=subtype)
+  return out.getvalue()
+
+
+def transform(train=False, seconds=1.0, **augment):
+  return AudioTransform(ConfigDict(dict(rate=RATE, seconds=seconds, augment={**OFF, **augment})), train=train)
+
+
+def loudest(x, rate=RATE):
+  """The frequency with the most power, in Hz."""
+  return np.abs(np.fft.rfft(x)).argmax() * rate / len(x)
+
+
+@pytest.mark.parametrize("kind, subtype, error", (
+    ("WAV", "PCM_16", 1e-4), ("WAV", "PCM_U8", 1e-2), ("WAV", "PCM_24", 1e-5), ("WAV", "FLOAT", 1e-6), ("WAV", "ULAW", 2e-2),
+    ("FLAC", "PCM_16", 1e-4), ("OGG", "VORBIS", 0.1), ("AIFF", "PCM_16", 1e-4)))
+def test_formats(kind, subtype, error):
+  got = decode_audio(encode(tone(), kind=kind, subtype=subtype), RATE)
+  assert got.dtype == np.float32 and got.shape == (8000,)
+  np.testing.assert_allclose(got, tone(), atol=error)
+
+
+@pytest.mark.parametrize("rate", (8_000, 11_025, 22_050, 44_100, 48_000))
+def test_other_rates_keep_length_and_pitch(rate):
+  got = decode_audio(encode(tone(rate=rate), rate, kind="FLAC"), RATE)
+  assert abs(len(got) - 8000) <= 1
+  assert abs(loudest(got[:8000]) - 440) <= 2
+  np.testing.assert_allclose(got[500:-500], tone()[500:len(got) - 500], atol=5e-3)
+
+
+def test_channels_are_averaged():
+  both = np.stack([tone(), 0.5 * tone(hertz=900)], 1)
+  np.testing.assert_allclose(decode_audio(encode(both, subtype="FLOAT"), RATE), both.mean(1), atol=1e-6)
+
+
+def test_the_waveform_is_exact_cut_and_padded():
+  x = tone(0.5)
+  samples = np.rint(x * 32767).astype(np.int16)
+  waveform, length = transform()(encode(samples))
+  assert waveform.dtype == np.int16 and waveform.shape == (RATE,) and length == 8000
+  np.testing.assert_array_equal(waveform[:8000], samples)
+  assert not waveform[8000:].any()
+  waveform, length = transform(seconds=0.25)(encode(samples))
+  assert length == 4000
+  np.testing.assert_array_equal(waveform, samples[:4000])
+  np.testing.assert_array_equal(transform()(np.array([2.0, -2.0], np.float32))[0][:2], [32767, -32768])
+
+
+def damaged():
+  good, flac = encode(tone()), encode(tone(2.0), kind="FLAC")
+  noise = np.random.default_rng(0).integers(0, 256, len(flac) // 2, dtype=np.uint8).tobytes()
+  return {
+    "empty": (b"", "empty file"), "not sound": (b"<html>not a sound</html>" * 9, "not a sound file"),
+    "header alone": (good[:44], "zero length"), "cut header": (good[:20], "not a sound file"),
+    "no samples": (encode(np.zeros(0, np.float32)), "zero length"), "no samples, flac": (encode(np.zeros(0, np.float32), kind="FLAC"), "."),
+    "garbage after the header": (flac[:len(flac) // 2] + noise, "damaged|not a sound"),
+    "not numbers": (encode(np.full(99, np.nan, np.float32), subtype="FLOAT"), "not numbers")}
+
+
+@pytest.mark.parametrize("case", damaged())
+def test_what_cannot_be_read_is_one_clear_line(case):
+  data, message = damaged()[case]
+  with pytest.raises(Unreadable, match=message) as error:
+    transform()(data)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 200 and "BytesIO" not in str(error.value)
+
+
+def test_too_long_is_refused_before_it_fills_the_memory(monkeypatch):
+  monkeypatch.setattr(audio, "MAX_SECONDS", 1)
+  with pytest.raises(Unreadable, match="more than 1 seconds"):
+    decode_audio(encode(tone(20.0)), RATE)
+  with pytest.raises(Unreadable, match="zero length"):
+    transform()(np.zeros(0, np.float32))
+
+
+def test_speed_changes_length_and_pitch():
+  waveform, length = transform(train=True, speed=(1.25, 1.25))(tone(), np.random.default_rng(0))
+  assert abs(length - 6400) <= 1 and abs(loudest(waveform[:6400]) - 550) <= 3
+  waveform, length = transform(train=True, seconds=0.5, speed=(2.0, 2.0))(tone(3.0), np.random.default_rng(0))
+  assert length == 8000 and abs(loudest(waveform) - 880) <= 3
+
+
+def test_shift_gain_and_noise_do_what_they_say():
+  x = tone()
+  for seed in range(4):
+    rng = lambda seed=seed: np.random.default_rng(seed)
+    waveform, length = transform(train=True, shift=0.1)(x, rng())
+    moved = length - 8000
+    assert 0 < moved <= 1600 and not waveform[:moved].any()
+    np.testing.assert_allclose(waveform[moved:length] / 32768, x, atol=1e-4)
+    waveform, _ = transform(train=True, gain=(0.5, 0.8))(x, rng())
+    assert 0.5 * 16000 < waveform.max() * 2 and 0.49 <= waveform.max() / 16384 <= 0.81
+    waveform, _ = transform(train=True, noise=0.2)(x, rng())
+    added = waveform[:8000] / 32768 - x
+    assert 0 < added.std() <= 0.21 * np.sqrt(np.square(x).mean())
+  assert transform(train=True, shift=9.0)(tone(0.01), np.random.default_rng(1))[1] == RATE  # at most `seconds`
+
+
+def test_augmentation_is_a_function_of_the_stream_and_evaluation_needs_none():
+  run = transform(train=True, speed=(0.9, 1.1), shift=0.05, gain=(0.5, 1.0), noise=0.1)
+  a, b, c = (run(tone(), np.random.default_rng(seed)) for seed in (1, 1, 2))
+  np.testing.assert_array_equal(a[0], b[0])
+  assert a[1] == b[1] and not np.array_equal(a[0], c[0])
+  plain = transform(train=False, speed=(0.5, 0.6), noise=1.0)(tone(), None)
+  np.testing.assert_array_equal(plain[0], transform()(tone(), None)[0])
