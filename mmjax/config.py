@@ -413,6 +413,8 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   if evaluation_batch % shards:
     raise ConfigError(f"evaluation.batch_size {evaluation_batch} is not divisible by the {shards} devices of the mesh; "
                       f"the nearest that is: {_nearest_multiple(evaluation_batch, shards)}")
+  if not 0 < c["data"]["image"]["crop"] <= 1:
+    raise ConfigError(f"data.image.crop is {c['data']['image']['crop']}, but must be above 0 and at most 1")
   encoders = c["model"].get("encoders", {})
   have = ", ".join(sorted(encoders)) or "none"
   for group in ("objectives", "evaluation.evaluators"):

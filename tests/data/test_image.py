@@ -298,6 +298,20 @@ def test_the_transform_of_a_config():
   assert set(resolved.augment.to_dict()) == {field.name for field in augment.dataclasses.fields(Augment)}
 
 
+@pytest.mark.parametrize("size", [(60, 91), (75, 40), (32, 32)])
+def test_a_centre_crop_keeps_its_share(size):
+  """Against Pillow in two steps: the shortest side to size / crop, then the centre."""
+  smooth = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+  picture = Image.fromarray(smooth).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+  h, w = (36 if n == min(size) else int(36 * n / min(size)) for n in size)
+  top, left = round((h - 32) / 2), round((w - 32) / 2)
+  want = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC))[top:top + 32, left:left + 32].astype(int)
+  got = image.decode_and_transform(np.asarray(picture), size=32, crop=32 / 36)
+  assert np.abs(got - want).max() <= 2
+  whole = image.decode_and_transform(np.asarray(picture), size=32)
+  assert np.abs(whole - want).max() > 5
+
+
 def test_a_picture_of_one_pixel_fits_too():
   data = encode(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG")
   for augmentation in (None, Augment(), Augment(**EVERYTHING)):

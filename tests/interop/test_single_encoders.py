@@ -14,6 +14,7 @@ from PIL import Image
 
 import mmjax
 from mmjax.config import UserError
+from mmjax.interop.export import exported_encoders, flat_params
 from mmjax.interop.huggingface import export_hf, import_hf
 from mmjax.models import make_model
 from mmjax.state import checkpoint as checkpoints
@@ -56,7 +57,7 @@ def resnet(kind, **facts):
 
 
 def swin(kind, **facts):
-  """Maps of 8, 4 and 2 patches; windows of 3 leave two of them filled up, and are shifted."""
+  """Maps of 8 and 4 patches, filled up to whole windows of 3, which are shifted."""
   return kind(transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=3, **facts))
 
 
@@ -206,6 +207,9 @@ def test_an_imported_resnet_embeds_prepared_pictures(tmp_path):
   assert predictor.config.data.image.crop == 32 / 36 and (predictor.scale, predictor.bias) == (1, 0)
   got = predictor.encode_image([picture])
   assert predictor.width == got.shape[1] == 16
+  params = flat_params({**predictor.params, **predictor.model_state})
+  exported = exported_encoders(predictor.config, params, ("cpu",), collections=tuple(predictor.model_state))["encode_image"]
+  np.testing.assert_allclose(exported.call(params, predictor.pixels(picture)[None]), got, atol=1e-5)
   for want in outs:
     np.testing.assert_allclose(got, want, atol=0.02)  # pictures are rounded between resizing and cropping there
 

@@ -22,7 +22,7 @@ def make(entry, **model):
   c = configs.base()
   c.data.text.update(vocab_size=VOCAB, length=LENGTH)
   c.precision.compute = "float32"
-  c.model = dict(name="encoder", width=16, encoders=dict(text=dict(depth=2, heads=2, **entry)), **model)
+  c.model = dict(name="encoder", width=16, encoders=dict(text=dict(depth=1, heads=2, **entry)), **model)
   return make_model(configs.resolve(c))
 
 
@@ -62,10 +62,11 @@ def test_masked_tokens_are_read_out_through_the_embeddings(kind):
   model = make(dict(kind=kind), masked_tokens=True, classes=3)
   batch = dict(text=inputs(0))
   variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch))
-  hidden, table, bias = jax.jit(lambda v: model.apply(v, "text", batch, method="readout"))(variables)
+  read = jax.jit(lambda v: (model.apply(v, "text", batch, method="readout"), model.apply(v, ("text",), batch, method="classify")))
+  (hidden, table, bias), logits = read(variables)
   assert hidden.shape == (ROWS, LENGTH, 16) and bias.shape == (VOCAB,)
   np.testing.assert_array_equal(table, variables["params"]["text"]["embedding"])
-  assert model.apply(variables, ("text",), batch, method="classify").shape == (ROWS, 3)
+  assert logits.shape == (ROWS, 3)
   assert [float(x) for x in model.apply(variables, method="temperature")] == [1, 0]
 
 

@@ -155,7 +155,7 @@ def test_positions_are_resized_as_pytorch_does(grid):
 
 
 def test_naflex_is_siglip_2():
-  facts = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_patches=16, patch_size=4)
+  facts = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=4)
   theirs = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**facts)).eval()
   with torch.no_grad():
     for p in theirs.parameters():
@@ -167,9 +167,8 @@ def test_naflex_is_siglip_2():
     want = theirs(pixel_values=torch.tensor((batch["patches"] / 255 - 0.5) / 0.5, dtype=torch.float32),
                   pixel_attention_mask=torch.tensor(batch["mask"].astype(np.int64)), spatial_shapes=torch.tensor(batch["grid"]).long())
   params = mapped(theirs.state_dict())
-  model = make(dict(kind="naflex", patch=4, grid=4, width=16, depth=2, heads=2, mlp=24), 16)
-  got = model.apply({"params": {"image": params}}, "image", dict(image=batch), method="encode")
-  print("pooled", np.abs(got.pooled - want.pooler_output.numpy()).max())
+  model = make(dict(kind="naflex", patch=4, grid=4, width=16, depth=1, heads=2, mlp=24), 16)
+  got = jax.jit(lambda batch: model.apply({"params": {"image": params}}, "image", dict(image=batch), method="encode"))(batch)
   np.testing.assert_allclose(got.pooled, want.pooler_output, atol=1e-4)
   np.testing.assert_allclose(got.tokens[batch["mask"]], want.last_hidden_state[torch.tensor(batch["mask"])], atol=1e-4)
 
@@ -180,7 +179,7 @@ def mapped(tensors):
 
   rules = [
     *mapping.linear("patch", "embeddings.patch_embedding"), mapping.same("position", "embeddings.position_embedding.weight"),
-    *mapping.blocks("layers", "encoder.layers", 2, 2), *mapping.norm("norm", "post_layernorm"),
+    *mapping.blocks("layers", "encoder.layers", 2, 1), *mapping.norm("norm", "post_layernorm"),
     *mapping.attention_pool("pool", "head", 2)]
   return mapping.to_params({name.removeprefix("vision_model."): x.numpy() for name, x in tensors.items()}, rules, "siglip 2")
 

@@ -27,9 +27,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   facts = {**FACTS, **facts}
   single.only(facts, num_channels=3, qkv_bias=True, use_absolute_embeddings=False)
   patch, size, stages = square(facts["patch_size"], "patch_size"), single.image_size(facts), len(facts["depths"])
-  last = -(-size // patch)
-  for _ in range(stages - 1):
-    last = -(-last // 2)
+  last = _last_side(size, patch, stages)
   if last < facts["window_size"]:
     raise UserError(f"window_size {facts['window_size']} is larger than the map of {last}x{last} patches of the last stage")
   entry = dict(kind="swin", patch=patch, width=facts["embed_dim"], depths=tuple(facts["depths"]), heads=tuple(facts["num_heads"]),
@@ -74,11 +72,16 @@ def _stages(image: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]
   return depths, tuple(image["heads"]) or tuple(max(1, image["width"] * 2**i // 32) for i in range(len(depths)))
 
 
+def _last_side(size: int, patch: int, stages: int) -> int:
+  """Patches along one side of the last stage's map: transformers wants a whole window of them."""
+  return -(-size // (patch * 2**(stages - 1)))
+
+
 def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   """(key, value, values that would do) of what a Swin of transformers must have."""
-  image, side = config["model"]["encoders"]["image"], config["data"]["image"]["size"] // config["model"]["encoders"]["image"]["patch"]
-  smallest = -(-side // 2**(len(_stages(image)[0]) - 1))
-  return [("model.encoders.image.window", image["window"], (image["window"] if image["window"] <= smallest else smallest,)),
+  image = config["model"]["encoders"]["image"]
+  largest = _last_side(config["data"]["image"]["size"], image["patch"], len(_stages(image)[0]))
+  return [("model.encoders.image.window", image["window"], (min(image["window"], largest),)),
           ("model.masked_tokens", config["model"]["masked_tokens"], (False,))]
 
 
