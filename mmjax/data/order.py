@@ -24,10 +24,12 @@ class Order:
   """Order(lengths, weights, seed, batch_size): `rows(step)`, a shuffle per epoch of every source, mixed by weight.
 
   lengths: records of each source. weights: shares of the rows, relative to each other; a source with weight 0 is not drawn.
-  whole_steps: all rows of a step are of one source, and the weights are shares of the steps.
+  whole_steps: all rows of a step are of one source, and the weights are shares of the steps. groups: of each source, how many
+  neighbouring records stay together, in their order (a remainder at the end is left out).
   """
 
-  def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, batch_size: int, *, whole_steps: bool = False):
+  def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, batch_size: int, *, whole_steps: bool = False,
+               groups: Sequence[int] = ()):
     if len(lengths) != len(weights) or not lengths:
       raise UserError("data.sources is empty: name at least one data set")
     if min(weights) < 0 or sum(weights) <= 0:
@@ -38,7 +40,10 @@ class Order:
     self.lengths, self.seed, self.batch_size = tuple(map(int, lengths)), int(seed), int(batch_size)
     self.counts = whole_shares(weights)
     self._table, self._before = _mixing_table(self.counts)
-    self.whole_steps = whole_steps
+    self.whole_steps, self.groups = whole_steps, tuple(map(int, groups)) or (1,) * len(lengths)
+    if min(self.groups) < 1 or any(group > length for group, length in zip(self.groups, self.lengths, strict=True)):
+      raise UserError(f"data.sources.*.group are {self.groups}: give at least 1, and at most the records of the source")
+    self._group = np.asarray(self.groups, np.uint64)
     self._length = np.asarray(self.lengths, np.uint64)
     self._each = np.asarray(self.counts, np.uint64)
 
@@ -55,8 +60,10 @@ class Order:
     source = self._table[place]
     nth = period * self._each[source] + self._before[place]  # of the positions of this source
     nth = nth * np.uint64(self.batch_size) + row if self.whole_steps else nth
-    epoch, offset = np.divmod(nth, self._length[source])
-    index = permute(offset, self._length[source], _mix(epoch ^ _mix(source.astype(np.uint64) ^ _mix(np.uint64(self.seed % 2**64)))))
+    group = self._group[source]
+    groups = self._length[source] // group  # an epoch goes through these
+    epoch, offset = np.divmod(nth, groups * group)
+    index = group * permute(offset // group, groups, _mix(epoch ^ _mix(source.astype(np.uint64) ^ _mix(np.uint64(self.seed % 2**64))))) + offset % group
     return source, index.astype(np.int64), epoch.astype(np.int64)
 
   def source(self, step: int) -> int:
@@ -67,7 +74,8 @@ class Order:
     """What decides the order, JSON-able: a resumed run must find the same."""
     table = hashlib.blake2b(self._table.astype("<i8").tobytes(), digest_size=6).hexdigest()
     return {"seed": self.seed, "batch_size": self.batch_size, "lengths": list(self.lengths), "mixture": list(self.counts), "table": table,
-            **({"whole_steps": True} if self.whole_steps else {})}
+            **({"whole_steps": True} if self.whole_steps else {}),
+            **({"groups": list(self.groups)} if max(self.groups) > 1 else {})}
 
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ class Pipeline:
     check_classes(config, self.sources)
     self._modalities = [modalities_of(config, entry if config.data.mix == "steps" else None) for _, entry in entries]
     self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size,
-                       whole_steps=config.data.mix == "steps")
+                       whole_steps=config.data.mix == "steps", groups=[entry.group for _, entry in entries])
     self._examples = Examples(config, train=True)
 
   @property
@@ -238,6 +238,15 @@ class EvaluationData:
       return self._examples.reader("image").transform(self.source[index]["image"] or b"", None)
     except UserError:
       return np.full((self.config.data.image.size,) * 2 + (3,), 255, np.uint8)
+
+  def film(self, index: int, frames: int = 6) -> np.ndarray:
+    """Some frames of a clip side by side, uint8 [H, frames * W, 3]; white if it cannot be read."""
+    try:
+      clip, mask = self._examples.reader("video").read(self.source[index], False, None)
+    except UserError:
+      return np.full((self.config.data.video.size,) * 2 + (3,), 255, np.uint8)
+    chosen = np.linspace(0, max(0, int(mask.sum()) - 1), frames).round().astype(int)
+    return np.concatenate(list(clip[chosen]), axis=1)
 
   def _read_facts(self) -> None:
     """One pass over the records for captions, labels and picture keys."""

@@ -21,7 +21,7 @@ from mmjax.data.builders import BUILDERS, Record, example_class, find_version, p
 class Source(Protocol):
   """Records with random access.
 
-  `labels`: class names, sorted. `answers`: to the questions, sorted. `text`: what the text of a row is, "caption" or "question"
+  `labels`: class names, sorted. `answers`: to the questions of all splits, sorted. `text`: what the text of a row is, "caption" or "question"
   (as the entry says). `languages`: those that captions may have. `fingerprint`: changes when the content does.
   `source[i]` raises UserError for a record that cannot be read, and only that.
   """
@@ -94,6 +94,7 @@ class ArrayRecordSource:
     try:
       facts = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
       self.labels, there, content = tuple(facts["labels"]), facts["languages"], facts["content"]
+      self.answers = tuple(facts.get("answers", ()))
     except (OSError, ValueError, KeyError) as error:
       raise UserError(f"{folder} is a TFDS data set, but not one of mmjax (metadata.json: {error}). Make it with `mmjax data convert`") from error
     for language in languages:
@@ -123,7 +124,8 @@ class CachedSource:
 
   def __init__(self, source: Source):
     self._source, self._kept, self.cached = source, [None] * len(source), True
-    self.name, self.labels, self.languages, self.fingerprint = source.name, source.labels, source.languages, source.fingerprint
+    self.name, self.labels, self.answers = source.name, source.labels, source.answers
+    self.languages, self.fingerprint = source.languages, source.fingerprint
 
   def __len__(self) -> int:
     return len(self._kept)

@@ -93,7 +93,7 @@ class TarSource:
   """
 
   def __init__(self, path: str | os.PathLike, languages: Sequence[str] = (), data_dir: str | os.PathLike | None = None):
-    self.name, self.languages, self.labels = "tars", tuple(languages) or ("en",), ()
+    self.name, self.languages, self.labels, self.answers = "tars", tuple(languages) or ("en",), (), ()
     self._all_languages = not languages
     self._indices = []
     self.skipped: Counter[str] = Counter()

@@ -209,7 +209,7 @@ def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size:
 
 def train_tokenizer_from_source(source: str, *, split: str = "train", languages: Sequence[str] = (), vocab_size: int = 4096,
                                 name: str = "", data_dir: str = "", path: str = "", log=print) -> Path:
-  """Trains on the captions of a data set (`languages`: () = all) and writes DATA_DIR/tokenizers/NAME.model (NAME: that of the source).
+  """Trains on the captions and questions of a data set (`languages`: () = all) and writes DATA_DIR/tokenizers/NAME.model (NAME: that of the source).
 
   `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
   """
@@ -217,11 +217,15 @@ def train_tokenizer_from_source(source: str, *, split: str = "train", languages:
 
   root = sources.data_dir(data_dir)
   opened = open_source(dict(name=source, split=split, languages=tuple(languages), path=path), root)
-  captions = (caption for i in range(len(opened)) for texts in opened[i]["captions"].values() for caption in texts)
+  captions = (text for i in range(len(opened)) for text in _texts(opened[i]))
   out = train_tokenizer(captions, root / "tokenizers" / f"{name or source}.model", vocab_size)
   log(f"tokenizer {out}: {Tokenizer.from_assets(_read_assets(out)).vocab_size} pieces from {source} {split}, "
       f"languages {', '.join(opened.languages)}")
   return out
+
+
+def _texts(record) -> list[str]:
+  return [*(caption for texts in record["captions"].values() for caption in texts), *(q for q, _ in record.get("questions") or ())]
 
 
 # -- The two kinds -------------------------------------------------------------------------------------------------------------

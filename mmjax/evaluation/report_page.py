@@ -92,11 +92,12 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 {% if evaluation_charts %}<h2>Evaluation over the run</h2>{{ draw(evaluation_charts) }}{% endif %}
 
 {% for name, figure in retrievals if figure.rows %}
-<h2>{{ name }}: {{ "pictures to captions" if figure.query == "image" else "captions to pictures" }}</h2>
+{% set names = {"image": "pictures", "text": "captions", "audio": "sounds", "video": "clips"} %}
+<h2>{{ name }}: {{ names.get(figure.query, figure.query) }} to {{ names.get(figure.target, figure.target) }}</h2>
 <p class="note">Queries spread over the split, none chosen by hand, each with the five nearest of {{ figure.rows[0].of | number }} and their cosine similarity. Right answers are marked.</p>
 <div class="examples">{% for row in figure.rows %}
-{% if figure.query == "image" %}
-<div class="card example"><div class="asked"><img class="query" src="{{ row.picture | picture }}" alt="query picture">{{ rank(row) }}</div><div class="answers">
+{% if "picture" not in row.top[0] %}
+<div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="query picture">{% else %}<div class="caption" dir="auto">{{ row.text }}</div>{% endif %}{{ rank(row) }}</div><div class="answers">
 {% for hit in row.top %}<div class="answer{{ " right" if hit.right }}"><span dir="auto" title="{{ hit.text }}">{{ hit.text }}</span><span>{{ "%.2f" | format(hit.score) }}</span></div>{% endfor %}
 {% if row.rank > 5 %}<div class="expected" dir="auto">Right: {{ row.expected | map(attribute="text") | join(" · ") }}</div>{% endif %}</div></div>
 {% else %}
@@ -104,6 +105,12 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 {% for hit in row.top %}<div class="shot{{ " right" if hit.right }}"><img src="{{ hit.picture | picture }}" alt="">{{ "✓ " if hit.right }}{{ "%.2f" | format(hit.score) }}</div>{% endfor %}
 {% if row.rank > 5 %}<div class="shot missed"><img src="{{ row.expected[0].picture | picture }}" alt="the right picture">right</div>{% endif %}</div></div>
 {% endif %}{% endfor %}</div>{% endfor %}
+
+{% for name, figure in texts if figure.rows %}
+<h2>{{ name }}: what the model writes</h2><p class="note">Examples spread over the split, none chosen by hand. Right ones are marked.</p>
+<div class="examples">{% for row in figure.rows %}<div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="what the model saw">{% endif %}</div>
+<div class="answers"><div class="answer{{ " right" if row.right }}"><span dir="auto">{{ row.text or "(nothing)" }}</span></div>
+{% if not row.right %}<div class="expected" dir="auto">Right: {{ row.expected | join(" · ") }}</div>{% endif %}</div></div>{% endfor %}</div>{% endfor %}
 
 {% for name, map in confusions %}
 <h2>{{ name }}: confusion</h2><p class="note">Rows are true classes, columns what the model said; colour is the share of the row. {{ map.right | number }} of {{ map.total | number }} on the diagonal.

@@ -1,4 +1,4 @@
-"""Retrieval: does a picture find its captions, and a caption its pictures?
+"""Retrieval between two modalities: does a picture find its captions, and a caption its pictures?
 
 Identical pictures (equal `image_key`) are one item whose captions are all of theirs, and equal captions (equal text
 key) are one item, so nothing right can count as wrong. The rank of a query is that of its best positive; any positive
@@ -34,45 +34,63 @@ def retrieval(
   split: str = "test",
   languages: tuple = ("en",),
   between: tuple = ("image", "text"),
+  by: str = "",
   examples: int = 8,
 ) -> Result:
-  """R@1, R@5, R@10 and the median rank, from pictures to texts and back, over a whole split as the gallery.
+  """R@1, R@5, R@10 and the median rank, from one modality to another and back, over a whole split as the gallery.
 
-  source: a data set. split: which of its splits. languages: captions of these count (() = all). examples: queries that
-  the report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank", the sizes "images" and
-  "texts" of the two galleries, and "unreadable": pictures that could not be read and were left out with captions that
-  are only theirs.
+  source: a data set. split: which of its splits. languages: captions of these count (() = all). between: two modalities;
+  pictures, sounds, clips and series are one item an example (equal pictures are one), texts are the captions. by: a name in
+  the records' facts ("voice"): R@1 of queries of the first modality is also given for each of its values. examples: queries
+  that the report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank", the sizes "images" and
+  "texts" (or whatever the modalities are) of the two galleries, and "unreadable": examples that could not be read and were
+  left out with captions that are only theirs.
   """
-  if sorted(between) != ["image", "text"]:
-    raise UserError(
-      f"evaluation.evaluators.{context.name}.between is {tuple(between)!r}: retrieval here is between image and text"
-    )
+  where = f"evaluation.evaluators.{context.name}"
+  if len(set(between)) != 2:
+    raise UserError(f"{where}.between is {tuple(between)!r}: name two different modalities")
   data = context.data(source, split, languages)
-  pictures = context.images(data)
-  captions = data.captions
-  items = merge(
-    np.asarray(data.image_keys),
-    pictures.valid,
-    np.array([c[3] for c in captions], np.int64),
-    text_keys([c[2] for c in captions]),
-  )
+  media = {modality: context.media(data, modality) for modality in between if modality != "text"}
+  valid = np.logical_and.reduce([m.valid for m in media.values()])
+  keys = {modality: _media_keys(data, modality) for modality in media}
+  if "text" in between:
+    captions = data.captions
+    texts = [c[0] for c in captions]
+    owners = np.array([c[3] for c in captions], np.int64)
+    key_of_text = text_keys([c[2] for c in captions])
+  else:  # the second modality stands where the captions do
+    texts, owners, key_of_text = None, np.arange(len(data)), keys[between[1]]
+  first = between[1] if between[0] == "text" else between[0]
+  items = merge(keys[first], valid, owners, key_of_text)
   if not len(items.pairs):
-    raise UserError(
-      f"evaluation.evaluators.{context.name}: {source} split {split} has no readable picture with a caption in "
-      f"{', '.join(languages) or 'any language'}"
-    )
-  texts = [captions[i][0] for i in items.texts]
-  vectors = dict(image=pictures.vectors[items.images], text=context.texts(data, texts))
+    of = "picture" if first == "image" else first
+    what = f"readable {of} with a caption in {', '.join(languages) or 'any language'}" if texts else f"readable {of} with {between[1]}"
+    raise UserError(f"{where}: {source} split {split} has no {what}")
+  other = between[1] if first == between[0] else between[0]
+  vectors = {first: media[first].vectors[items.images]}
+  if texts:
+    vectors[other] = context.texts(data, [texts[i] for i in items.texts])
+  else:
+    vectors[other] = media[other].vectors[items.texts]
   metrics, figures = {}, {}
+  show = {first: _shower(data, first, items.images), other: _shower(data, other, items.texts, texts)}
   for query, target in (between, between[::-1]):
-    pairs = items.pairs if query == "image" else items.pairs[:, ::-1]
+    pairs = items.pairs if query == first else items.pairs[:, ::-1]
     rank = ranks(vectors[query], vectors[target], pairs, context.mesh)
     metrics.update({f"{query}_to_{target}/{name}": value for name, value in recall(rank).items()})
-    figures[f"{query}_to_{target}"] = _examples(query, target, vectors, pairs, rank, examples, items, texts, data)
-  metrics.update(
-    images=float(len(items.images)), texts=float(len(items.texts)), unreadable=float((~pictures.valid).sum())
-  )
+    if by and query == first:
+      values = np.array([str(data.facts[i].get(by, "")) for i in items.images])
+      metrics.update({f"{query}_to_{target}/{v}/R@1": float(np.mean(rank[values == v] <= 1)) for v in np.unique(values)})
+    figures[f"{query}_to_{target}"] = _examples(query, target, vectors, pairs, rank, examples, show)
+  sizes = {first: items.images, other: items.texts}
+  metrics.update({f"{m}s" if m in ("image", "text") else m: float(len(sizes[m])) for m in (first, other)})
+  metrics["unreadable"] = float((~valid).sum())
   return Result(metrics, figures)
+
+
+def _media_keys(data, modality: str) -> np.ndarray:
+  """uint64 [N]: equal for examples that are one item."""
+  return np.asarray(data.image_keys) if modality == "image" else np.arange(len(data), dtype=np.uint64)
 
 
 class Items(NamedTuple):
@@ -172,14 +190,23 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
   return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)]) if len(x) < rows else x
 
 
-def _examples(query, target, vectors, pairs, rank, count, items: Items, texts, data) -> dict[str, Any]:
+def _shower(data, modality: str, index: np.ndarray, texts: list[str] | None = None):
+  """What the report shows of item i: a picture, a text, or the name of an example."""
+  if modality == "image":
+    return lambda i: dict(picture=data.picture(int(index[i])))
+  if texts:
+    return lambda i: dict(text=texts[index[i]])
+  named = {}
+  for caption in data.captions:
+    named.setdefault(caption[3], caption[0])
+  return lambda i: dict(text=f"{modality} {named.get(int(index[i]), int(index[i]))}")
+
+
+def _examples(query, target, vectors, pairs, rank, count, show) -> dict[str, Any]:
   """A figure: `count` queries spread over the split, each with its five most similar items, scores and which are
   right.
   """
   chosen = np.unique(np.linspace(0, len(vectors[query]) - 1, count).round().astype(int)) if count else np.zeros(0, int)
-  show = lambda modality, i: (
-    dict(picture=data.picture(int(items.images[i]))) if modality == "image" else dict(text=texts[i])
-  )
   rows = []
   for i in chosen:
     similarity = vectors[target] @ vectors[query][i]
@@ -187,11 +214,11 @@ def _examples(query, target, vectors, pairs, rank, count, items: Items, texts, d
     top = np.argsort(-similarity, kind="stable")[:5]
     rows.append(
       dict(
-        **show(query, i),
+        **show[query](i),
         rank=int(rank[i]),
         of=len(vectors[target]),
-        expected=[show(target, j) for j in sorted(right)[:3]],
-        top=[dict(**show(target, j), score=float(similarity[j]), right=int(j) in right) for j in top],
+        expected=[show[target](j) for j in sorted(right)[:3]],
+        top=[dict(**show[target](j), score=float(similarity[j]), right=int(j) in right) for j in top],
       )
     )
   return dict(kind="retrieval", query=query, target=target, rows=rows)

@@ -39,13 +39,16 @@ class Predictor:
   `config`, `assets`, `params`, `mesh`: what it was made of.
   """
 
-  def __init__(self, config, params: Any, assets: Mapping[str, bytes], mesh: Mesh | None = None, batch_size: int = 128):
+  def __init__(self, config, params: Any, assets: Mapping[str, bytes], mesh: Mesh | None = None, batch_size: int = 128,
+               model_state: Mapping[str, Any] | None = None):
     """params: nested dict of arrays, anywhere. assets: {file name: content} with the tokenizer's files.
-    batch_size: the most examples that go through the model at once."""
+    batch_size: the most examples that go through the model at once. model_state: what the model keeps besides parameters
+    (batch statistics), {collection: nested dict}."""
     self.config, self.assets = config, dict(assets)
     self.mesh = _local_mesh(config) if mesh is None else mesh
     self._model = make_model(config)
     self.params = jax.device_put(params, param_shardings(config, self.mesh))
+    self.model_state = jax.device_put(dict(model_state or {}), rules.replicated(self.mesh))
     shards = batch_shards(self.mesh)
     sizes = [b for b in BUCKETS if b < batch_size] + [batch_size]
     self._buckets = sorted({-(-size // shards) * shards for size in sizes})
@@ -76,7 +79,8 @@ class Predictor:
     mesh = _local_mesh(config) if mesh is None else mesh
     shapes, shardings = param_spec(config), param_shardings(config, mesh)
     spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return cls(config, checkpoints.load_params(folder, spec), checkpoints.load_assets(folder), mesh, batch_size)
+    params, state = checkpoints.load_params(folder, spec), checkpoints.load_model_state(folder)
+    return cls(config, params, checkpoints.load_assets(folder), mesh, batch_size, state)
 
   def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
     """float32 [N, D], rows of length one, of pictures: paths, encoded bytes, PIL images, or arrays uint8 [H, W, 3],
@@ -142,7 +146,7 @@ class Predictor:
     mark = hashlib.blake2b(
       repr([self.config.model.to_dict(), self.config.data.image.to_dict()]).encode(), digest_size=8
     )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path((self.params, self.model_state) if self.model_state else self.params):
       mark.update(jax.tree_util.keystr(path).encode())
       mark.update(np.ascontiguousarray(leaf).tobytes())
     return mark.hexdigest()
@@ -156,7 +160,7 @@ class Predictor:
         count = len(next(iter(batch.values())))
         size = next(bucket for bucket in self._buckets if bucket >= count)
         filled = {k: np.concatenate([v, np.zeros((size - count, *v.shape[1:]), v.dtype)]) for k, v in batch.items()}
-        result = self._embed(self.params, modality, jax.device_put(filled, rules.batch_sharding(self.mesh))), count
+        result = self._embed({"params": self.params, **self.model_state}, modality, jax.device_put(filled, rules.batch_sharding(self.mesh))), count
         if waiting:
           rows.append(np.asarray(waiting[0])[: waiting[1]])
         waiting = result
@@ -200,8 +204,8 @@ def _abstract(config) -> Any:
   return jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch_spec(config, 1))["params"]
 
 
-def _embed(model, params: Any, modality: str, inputs: dict[str, jax.Array]) -> jax.Array:
-  return model.apply({"params": params}, modality, {modality: inputs}, method="embedding").astype(jnp.float32)
+def _embed(model, variables: Any, modality: str, inputs: dict[str, jax.Array]) -> jax.Array:
+  return model.apply(variables, modality, {modality: inputs}, method="embedding").astype(jnp.float32)
 
 
 def _local_mesh(config) -> Mesh:

@@ -68,7 +68,7 @@ def write_safetensors(predictor: Predictor, folder: Path) -> None:
   from safetensors.numpy import save_file
 
   save_file(
-    {name: np.ascontiguousarray(x) for name, x in flat_params(predictor.params).items()},
+    {name: np.ascontiguousarray(x) for name, x in flat_params({**predictor.params, **predictor.model_state}).items()},
     folder / "model.safetensors",
     metadata={"format": "mmjax", "version": __version__},
   )
@@ -82,7 +82,8 @@ def write_stablehlo(predictor: Predictor, folder: Path) -> None:
   tokenizer's files.
   """
   params = flat_params(predictor.params)
-  for name, exported in exported_encoders(predictor.config, params).items():
+  params.update(flat_params(predictor.model_state))  # batch statistics, under "batch_stats/..."
+  for name, exported in exported_encoders(predictor.config, params, collections=tuple(predictor.model_state)).items():
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
   np.savez(folder / "params.npz", **params)
   (folder / "meta.json").write_text(json.dumps(preprocessing(predictor), indent=2))
@@ -90,12 +91,12 @@ def write_stablehlo(predictor: Predictor, folder: Path) -> None:
 
 
 def exported_encoders(
-  config, params: dict[str, Any], platforms: tuple[str, ...] = PLATFORMS
+  config, params: dict[str, Any], platforms: tuple[str, ...] = PLATFORMS, collections: tuple[str, ...] = ()
 ) -> dict[str, jax.export.Exported]:
   """{"encode_image": (params, pixels uint8 [b, H, W, 3]) -> float32 [b, D],
   "encode_text": (params, tokens int32 [b, L], mask bool [b, L]) -> float32 [b, D]} with a symbolic b.
 
-  params: {name: array}; only shapes and dtypes are used.
+  params: {name: array}; only shapes and dtypes are used. collections: top-level names in it that are model state.
   """
   from jax import export as jax_export
 
@@ -109,7 +110,8 @@ def exported_encoders(
     def encode(weights, *arrays):
       tree = flax.traverse_util.unflatten_dict(weights, sep="/")
       batch = {modality: dict(zip(inputs[modality], arrays, strict=True))}
-      return model.apply({"params": tree}, modality, batch, method="embedding").astype(jnp.float32)
+      state = {name: tree.pop(name) for name in collections}
+      return model.apply({"params": tree, **state}, modality, batch, method="embedding").astype(jnp.float32)
 
     encode.__name__ = f"encode_{modality}"
     (batch,) = jax_export.symbolic_shape("b")

@@ -30,11 +30,11 @@ class Memory(NamedTuple):
 
 
 def shift_right(tokens: Array, bos_id: int = 1) -> Array:
-  """The decoder's input for teacher forcing: int32 [B, L] -> [bos, tokens[0], ..., tokens[L - 2]], so that output l predicts token l.
+  """The decoder's input for teacher forcing: int32 [..., L] -> [bos, tokens[0], ..., tokens[L - 2]]; output l predicts token l.
 
   The texts of a batch should not start with <bos> themselves (data.text.bos False): the decoder would learn to repeat it.
   """
-  return jnp.concatenate([jnp.full_like(tokens[:, :1], bos_id), tokens[:, :-1]], axis=1)
+  return jnp.concatenate([jnp.full_like(tokens[..., :1], bos_id), tokens[..., :-1]], axis=-1)
 
 
 class Projections(nn.Module):
@@ -147,6 +147,7 @@ class Decoder(nn.Module):
   length: int
   positions: Literal["learned", "sinusoidal"] = "learned"
   cross: bool = True
+  memory_positions: bool = False
 
   def setup(self) -> None:
     c = self.config
@@ -258,7 +259,7 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 6, heads: int = 0, mlp: int = 0,
-            cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", activation: Activation = "gelu_tanh",
+            cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", memory_positions: bool = False, activation: Activation = "gelu_tanh",
             bias: bool = True, eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
             scan_unroll: int = 0) -> Decoder:
   """Causal text transformer that attends to a memory in every block (pre-norm, one table for input and output).
@@ -269,10 +270,12 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int
   mlp: hidden units of a block; 0 = 4 * width.
   cross: blocks attend to a memory; False = a language model.
   positions: learned (data.text.length of them) or sinusoidal.
+  memory_positions: learned vectors are added to what the decoder attends to, by the place of each token in its source.
   activation, bias, eps, dropout: of the blocks.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   """
   config = TransformerConfig(
       width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, activation=activation, causal=True, bias=bias,
       eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat, scan_unroll=scan_unroll)
-  return Decoder(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], positions=positions, cross=cross)
+  return Decoder(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], positions=positions, cross=cross,
+                 memory_positions=memory_positions)

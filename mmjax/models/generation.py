@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -60,6 +61,19 @@ def generate(step: Step, state: Any, constants: Any = None, *, rows: int, max_le
       return jax.vmap(jax.random.categorical)(draws, restrict(logits / temperature, top_k, top_p)).astype(jnp.int32)
 
   return _one_by_one(advance, state, constants, prompt[:, -1], max_length, eos_id, pad_id, pick)
+
+
+def write(model: nn.Module, variables: Any, source: tuple[str, ...], max_length: int, beams: int, length_penalty: float,
+          batch: dict) -> Array:
+  """int32 [B, max_length]: what a model with a decoder writes about the source modalities of a batch; greedy, or by beam search.
+
+  Texts end with <eos> and padding. May run inside jax.jit.
+  """
+  cache, memory = model.apply(variables, tuple(source), batch, length=max_length, method="start_writing")
+  step = lambda token, i, cache, memory: model.apply(variables, token, i, cache, memory, method="next_logits")
+  method = "beam" if beams > 1 else "greedy"
+  return generate(step, cache, memory, rows=cache["key"].shape[1], max_length=max_length, method=method, beams=beams,
+                  length_penalty=length_penalty)[0]
 
 
 def restrict(logits: Array, top_k: int, top_p: float) -> Array:

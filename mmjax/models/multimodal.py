@@ -59,7 +59,7 @@ class Multimodal(DualEncoder):
       self.token_head = TokenHead(self.dtype, name="masked_text_head")
     self.patch_heads = {modality: PatchHead(name=f"{modality}_patches") for modality in self.masked_patches}
     if self.decoder is not None:
-      self.memories = {modality: Dense((self.decoder.config.width,), ("joint", "embed"), self.dtype, name=f"{modality}_memory")
+      self.memories = {modality: MemoryTokens(self.decoder.config.width, self.decoder.memory_positions, self.dtype, name=f"{modality}_memory")
                        for modality in self.encoders if modality != "text"}
 
   def adopt(self, encoder: nn.Module) -> nn.Module:
@@ -159,6 +159,21 @@ class Multimodal(DualEncoder):
     return (jnp.concatenate([self.memories[modality](part.tokens) for modality, part in encoded.items()], axis=1),
             jnp.concatenate([part.mask for part in encoded.values()], axis=1))
 
+  def start_writing(self, source: tuple[str, ...], batch: Batch, *, length: int) -> tuple[Any, Any]:
+    """(an empty cache for texts of `length` tokens, what the decoder attends to): for `next_logits`."""
+    memory, mask = self.memory(source, batch)
+    return self.decoder.init_cache(memory.shape[0], length), self.decoder.init_memory(memory, mask)
+
+  def next_logits(self, token: Array, index: Array, cache: Any, memory: Any) -> tuple[Array, Any]:
+    """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache with it)."""
+    return self.decoder.step_logits(token, index, cache, memory)
+
+  def fill(self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
+    """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be guessed."""
+    hidden, table, bias = self.readout(modality, batch, context=context, train=train)
+    guess = lambda row: jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(jnp.int32)
+    return jax.lax.map(guess, hidden)
+
   def table(self) -> Array:
     """float32 [V, D]: the text encoder's token embeddings."""
     return self.text.table()
@@ -183,6 +198,26 @@ class Multimodal(DualEncoder):
     start = sum(encoded[m].tokens.shape[1] for m in kept[:kept.index(modality)])
     cut = slice(start, start + encoded[modality].tokens.shape[1])
     return Encoded(fused.tokens[:, cut], fused.mask[:, cut], fused.pooled)
+
+
+class MemoryTokens(nn.Module):
+  """Tokens of a source as the decoder sees them: a linear layer, and learned positions where `positions`: places are easily lost in
+  an encoder that was trained to tell what is there. Call: x [B, S, *] -> [B, S, D]."""
+
+  width: int
+  positions: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    # The kernel stands beside the positions: its name is image_memory/kernel with them or without.
+    dense = Dense((self.width,), ("joint", "embed"), self.dtype)
+    nn.share_scope(self, dense)
+    y = dense(x)
+    if self.positions:
+      y = y + self.param("position", with_axes(nn.initializers.normal(0.02), ("position", "embed")), (x.shape[1], self.width),
+                         jnp.float32).astype(self.dtype)
+    return y
 
 
 class TokenHead(nn.Module):

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with the items `params`, `rest` (step, optimizer, model state, moving average), `data`, `config`,
 `assets` (tokenizer and the like, base64 in JSON) and a manifest (manifest.py). A run keeps them in WORKDIR/checkpoints/STEP; an
-import folder has the items params, config and assets only. Leaves are stored under their names, "image/layers/mlp/up/kernel",
+import folder has the items params, config and assets, and model_state where the model keeps any (batch statistics). Leaves are stored under their names, "image/layers/mlp/up/kernel",
 so that a checkpoint restores onto any mesh and into any program that knows the names.
 
 A save is written to STEP.orbax-checkpoint-tmp and renamed when everything, the manifest last, is in it: killed at any moment, a
@@ -268,6 +268,20 @@ def load_params(path: str, spec: Any = None, *, average: bool = True) -> Any:
   return storage.read_arrays(folder / "params", spec)
 
 
+def load_model_state(path: str, spec: Any = None) -> Any:
+  """What the model of a checkpoint keeps besides parameters (batch statistics), {collection: nested dict}; {} if nothing.
+
+  NumPy arrays, or arrays sharded as `spec` (tree of ShapeDtypeStruct) says. Raises UserError as `load_params`.
+  """
+  folder = find_checkpoint(path)
+  if (folder / "model_state").exists():
+    return storage.read_arrays(folder / "model_state", spec)
+  if not (folder / "rest").exists() or not any(name.startswith("model_state/") for name in storage.stored_leaves(folder / "rest")):
+    return {}
+  manifest.verify(folder, ("rest",))
+  return storage.read_arrays(folder / "rest", None if spec is None else {"model_state": spec}, only="model_state/")["model_state"]
+
+
 def load_assets(path: str) -> dict[str, bytes]:
   """{name: content} of what travels with the weights: tokenizer, preprocessing."""
   return {name: base64.b64decode(text) for name, text in storage.read_json(find_checkpoint(path) / "assets").items()}
@@ -278,9 +292,11 @@ def load_config(path: str) -> FrozenConfigDict:
   return from_json(json.dumps(storage.read_json(find_checkpoint(path) / "config")))
 
 
-def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | str, assets: Mapping[str, bytes]) -> None:
+def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | str, assets: Mapping[str, bytes],
+                model_state: Mapping[str, Any] | None = None) -> None:
   """Writes an import folder: the weights of another program, with the config and assets that make them a model here.
 
+  model_state: what the model keeps besides parameters, {collection: nested dict}; an item of its own where there is any.
   Raises UserError: the folder exists and is not empty, or cannot be written.
   """
   path = storage.as_path(folder)
@@ -291,8 +307,11 @@ def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | s
       path.rmdir()
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = storage.Writer()
+    items = dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets))
+    if model_state:
+      items["model_state"] = model_state
     try:
-      writer.start(path, dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets)), dict(step=None, metrics={}, average=False))
+      writer.start(path, items, dict(step=None, metrics={}, average=False))
     finally:
       writer.close()
 
@@ -343,7 +362,7 @@ def _verified(folder: epath.Path) -> epath.Path:
   content = manifest.read(folder)
   key = (str(folder), json.dumps(content["files"], sort_keys=True))
   if key not in _intact:
-    manifest.verify(folder, ("params", "config", "assets", *(("rest",) if content["average"] else ())))
+    manifest.verify(folder, ("params", "config", "assets", "model_state", *(("rest",) if content["average"] else ())))
     _intact.add(key)
   return folder
 

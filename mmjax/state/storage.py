@@ -40,7 +40,7 @@ class Writer(ocp.AsyncCheckpointer):
   def __init__(self):
     _quiet()
     arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
-    handlers = dict(params=arrays(), rest=arrays(), data=ocp.JsonCheckpointHandler(), config=ocp.JsonCheckpointHandler(),
+    handlers = dict(params=arrays(), rest=arrays(), model_state=arrays(), data=ocp.JsonCheckpointHandler(), config=ocp.JsonCheckpointHandler(),
                     assets=ocp.JsonCheckpointHandler())
     super().__init__(ocp.CompositeCheckpointHandler(**handlers),
                      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
@@ -48,7 +48,7 @@ class Writer(ocp.AsyncCheckpointer):
 
   def start(self, folder: epath.Path, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     self._facts = facts
-    arguments = {name: (ocp.args.PyTreeSave(nested(item)) if name in ("params", "rest") else ocp.args.JsonSave(item))
+    arguments = {name: (ocp.args.PyTreeSave(nested(item)) if name in ("params", "rest", "model_state") else ocp.args.JsonSave(item))
                  for name, item in items.items()}
     self.save(folder, args=ocp.args.Composite(**arguments), force=True)
 

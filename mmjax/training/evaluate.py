@@ -40,7 +40,8 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
   step = Step(config, mesh)
   with jax.set_mesh(mesh):
     params = checkpoint.load_params(found, step.params_spec)
-    results = evaluation.Evaluation(config, step.apply, mesh, assets=checkpoint.load_assets(found)).run({"params": params}, names=suite)
+    results = evaluation.Evaluation(config, step.apply, mesh, assets=checkpoint.load_assets(found)).run(
+      {"params": params, **checkpoint.load_model_state(found)}, names=suite)
   folder = Path(out) if out else run_folder(Path(path))
   if multihost.is_main():
     folder.mkdir(parents=True, exist_ok=True)

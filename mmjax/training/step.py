@@ -20,6 +20,7 @@ from ml_collections import FrozenConfigDict
 
 from mmjax.config import in_steps, kind_function, settings
 from mmjax.models import make_model
+from mmjax.models.generation import write
 from mmjax.objectives import Losses
 from mmjax.parallel import rules
 from mmjax.state.optimizer import Optimizer, keep_unused, make_optimizer, state_axes
@@ -168,12 +169,16 @@ class Step:
   def apply(self, variables: dict[str, Any], method: str, args: tuple, batch: dict) -> Array:
     """A method of the model on a batch, for evaluation (nothing dropped): leading axis B, split like the batch.
 
-    variables: of `evaluation_variables`, or {"params": ...}. args: hashable, before the batch.
+    variables: of `evaluation_variables`, or {"params": ...}. args: hashable, before the batch. The method "write" is
+    `models.generation.write`: texts int32 [B, T].
     """
     if (method, args) not in self._appliers:
       def run(variables: dict, batch: dict) -> Array:
         params = rules.gather_parameters(variables["params"], self.params_spec, self.axes)
-        return self.model.apply({**variables, "params": params}, *args, batch, method=method)
+        variables = {**variables, "params": params}
+        if method == "write":
+          return write(self.model, variables, *args, batch)
+        return self.model.apply(variables, *args, batch, method=method)
 
       self._appliers[method, args] = jax.jit(run, out_shardings=rules.batch_sharding(self.mesh))
     return self._inside(self._appliers[method, args])(variables, batch)

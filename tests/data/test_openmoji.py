@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 
@@ -91,6 +92,8 @@ def test_it_is_built_once_and_says_so(built):
   card = (folder / "README.md").read_text()
   assert "CC BY-SA 4.0" in card and "OpenMoji" in card and all(split in card for split in SPLITS)
   assert split_sizes(folder) == {"train": 2687, "validation": 207, "test_combinations": 529, "test_concepts": 314}
+  facts = json.loads((folder / "metadata.json").read_text())
+  assert facts["content"] == "50f864906d6d24e053b168a599fb887c"  # runs that were trained on it go on with it
 
 
 def test_other_packages_are_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -223,7 +223,7 @@ def _break(folder, how):
     (folder / "tokenizer.json").unlink()
   if how == "crop":
     path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"shortest_edge": 40}}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"shortest_edge": 24}}))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """Makes data sets: the embedded ones by name (`build`), and one TFDS ArrayRecord form that every builder writes.
 
-A *record* is a dict: `id` str, `image` encoded bytes or None, `captions` {language: [caption, ...]}, `label` str ("" = none),
-`image_key` int in [0, 2^64) (equal = the same picture). `write_dataset` stores records, `parse_record` reads one back, and
-`features` is the TFDS schema between the two, so that `tfds.builder_from_directory` opens the same files.
-Neither needs TensorFlow.
+`write_dataset` stores records, `parse_record` reads one back, and `features` is the TFDS schema between the two (see schema.py),
+so that `tfds.builder_from_directory` opens the same files. Neither needs TensorFlow.
 
 A new data set is one file with a `build(data_dir, log)` function and one line in `BUILDERS`.
 """
@@ -11,10 +9,8 @@ A new data set is one file with a `build(data_dir, log)` function and one line i
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import os
@@ -25,15 +21,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from mmjax.config import UserError
+from mmjax.data.builders.schema import (
+  Record,
+  canonical,
+  check_fields,
+  example_class,
+  features,
+  parse_record,
+  to_example,
+)
 
-Record = dict[str, Any]
+__all__ = ["BUILDERS", "Record", "build", "canonical", "example_class", "features", "find_version", "is_complete", "parse_record",
+           "split_sizes", "to_example", "write_dataset"]
 
 # Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the version that it built.
 BUILDERS = {
+  "easy_vqa": "mmjax.data.builders.easy_vqa:build",
+  "emoji_scenes": "mmjax.data.builders.emoji_scenes:build",
+  "moving_emoji": "mmjax.data.builders.moving_emoji:build",
   "openmoji": "mmjax.data.builders.openmoji:build",
+  "spoken_emoji": "mmjax.data.builders.spoken_emoji:build",
 }
 
 
@@ -62,67 +70,12 @@ def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None
   return folder
 
 
-def features():
-  """The TFDS schema of a record. `captions` is two parallel sequences; `image_key` holds the bits of a uint64 as int64."""
-  import numpy as np
-  import tensorflow_datasets as tfds
-
-  return tfds.features.FeaturesDict({
-    "id": tfds.features.Text(),
-    "image": tfds.features.Image(shape=(None, None, None)),
-    "captions": tfds.features.Sequence({"language": tfds.features.Text(), "text": tfds.features.Text()}),
-    "label": tfds.features.Text(),
-    "image_key": tfds.features.Scalar(np.int64),
-  })
-
-
-def to_example(record: Record) -> dict[str, Any]:
-  """A record as the example that `features` encodes (the picture stays the encoded bytes that it is)."""
-  pairs = [(language, text) for language, texts in record["captions"].items() for text in texts]
-  key = record["image_key"]
-  return {
-    "id": record["id"],
-    "image": io.BytesIO(record["image"] or b""),
-    "captions": {"language": [language for language, _ in pairs], "text": [text for _, text in pairs]},
-    "label": record.get("label", ""),
-    "image_key": key - (1 << 64) if key >= 1 << 63 else key,
-  }
-
-
-def parse_record(data: bytes, languages: Sequence[str] = ()) -> Record:
-  """The record in a serialised tf.train.Example, with the captions in `languages` only (() = all). Raises UserError."""
-  try:
-    feature = example_class().FromString(data).features.feature
-    captions: dict[str, list[str]] = {}
-    wanted = {language.encode() for language in languages}
-    texts = feature["captions/text"].bytes_list.value if "captions/text" in feature else ()
-    for language, text in zip(feature["captions/language"].bytes_list.value if texts else (), texts, strict=True):
-      if not wanted or language in wanted:
-        captions.setdefault(language.decode(), []).append(text.decode())
-    return {
-      "id": feature["id"].bytes_list.value[0].decode(),
-      "image": feature["image"].bytes_list.value[0] or None,
-      "captions": captions,
-      "label": feature["label"].bytes_list.value[0].decode(),
-      "image_key": feature["image_key"].int64_list.value[0] % (1 << 64),
-    }
-  except (IndexError, UnicodeDecodeError, ValueError, DecodeError) as error:
-    raise UserError(f"a record has not the fields of an mmjax data set ({error}); make one with `mmjax data convert`") from error
-
-
-@functools.cache
-def example_class():
-  """tf.train.Example. Call it once before threads read: the lazy imports of TFDS deadlock when two threads start them."""
-  from tensorflow_datasets.proto import tf_example_generated_pb2
-
-  return tf_example_generated_pb2.Example
-
-
 def write_dataset(
     name: str,
     data_dir: str | os.PathLike,
     splits: Mapping[str, Iterable[Record]],
     *,
+    fields: Sequence[str] = ("image",),
     version: str = "1.0.0",
     card: str = "",
     licence: str = "",
@@ -131,13 +84,15 @@ def write_dataset(
 ) -> Path:
   """Writes records as data_dir/NAME/VERSION (TFDS ArrayRecord), in the given order; atomic: the folder appears complete.
 
-  `card` becomes its README.md. metadata.json holds `labels` and `languages` (sorted), `content` (a hash of all
-  records, which makes the fingerprint of a source) and what `metadata` adds.
-  Raises UserError: two records with the same id, or the folder cannot be written.
+  `fields`: the optional fields of records that are stored (schema.FIELDS). `card` becomes its README.md. metadata.json holds
+  `labels`, `languages` and `answers` (of all splits, sorted), `fields`, `content` (a hash of all records, which makes the
+  fingerprint of a source) and what `metadata` adds.
+  Raises UserError: two records with the same id, no such field, or the folder cannot be written.
   """
   import tensorflow_datasets as tfds
 
-  seen_labels, seen_languages, content = set(), set(), hashlib.blake2b(digest_size=16)
+  fields = check_fields(fields)
+  seen_labels, seen_languages, seen_answers, content = set(), set(), set(), hashlib.blake2b(digest_size=16)
   facts = tfds.core.MetadataDict(metadata or {})
 
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -146,7 +101,7 @@ def write_dataset(
 
     def _info(self):
       description = card.strip().split("\n\n")[0] or name
-      return tfds.core.DatasetInfo(builder=self, features=features(), description=description, homepage=homepage or None,
+      return tfds.core.DatasetInfo(builder=self, features=features(fields), description=description, homepage=homepage or None,
                                    license=licence or None, metadata=facts, disable_shuffling=True)
 
     def _log_download_bytes(self):  # these two would print about downloads that there are none of
@@ -164,9 +119,12 @@ def write_dataset(
         _check_unique(ids, f"{split}/{record['id']}", name)
         seen_labels.add(record.get("label", ""))
         seen_languages.update(record["captions"])
-        content.update(_canonical(split, record))
-        yield number, to_example(record)
-      facts.update(labels=sorted(seen_labels - {""}), languages=sorted(seen_languages), content=content.hexdigest())
+        if "questions" in fields:
+          seen_answers.update(answer for _, answer in record.get("questions") or ())
+        content.update(canonical(split, record, fields))
+        yield number, to_example(record, fields)
+      facts.update(labels=sorted(seen_labels - {""}), languages=sorted(seen_languages), answers=sorted(seen_answers),
+                   fields=list(fields), content=content.hexdigest())
 
   ids: set[str] = set()
   Builder.name = name
@@ -208,12 +166,6 @@ def _check_unique(seen: set[str], key: str, name: str) -> None:
   if key in seen:
     raise UserError(f"data set {name!r}: two records have the id {key!r}. Give each its own")
   seen.add(key)
-
-
-def _canonical(split: str, record: Record) -> bytes:
-  """What counts as the content of a record, as bytes. The picture counts by its key: encoders of the same pixels may differ."""
-  fields = [split, record["id"], record["captions"], record.get("label", ""), record["image_key"]]
-  return json.dumps(fields, sort_keys=True).encode()
 
 
 def _remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:

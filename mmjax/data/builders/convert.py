@@ -30,7 +30,7 @@ from typing import Any
 
 from mmjax.config import UserError
 from mmjax.data import image
-from mmjax.data.builders import _canonical, _quiet_tfds, features, find_version, to_example
+from mmjax.data.builders import _quiet_tfds, canonical, features, find_version, to_example
 from mmjax.data.builders.readers import Skip, open_reader
 from mmjax.data.sources import data_dir as default_data_dir
 from mmjax.data.tars import write_atomic
@@ -189,7 +189,7 @@ def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> 
       data = serializer.serialize_example(schema.encode_example(to_example(record)))
       data = Example.FromString(data).SerializeToString(deterministic=True)  # else fields come in the order of a map
       writer.write(data)
-      content.update(_canonical(split, record))
+      content.update(canonical(split, record))
       labels.add(record["label"])
       languages.update(record["captions"])
       count, size = count + 1, size + len(data)

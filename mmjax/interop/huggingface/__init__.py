@@ -18,10 +18,11 @@ from typing import Any
 import mmjax.config
 from mmjax.config import UserError
 from mmjax.interop import safetensors
-from mmjax.interop.huggingface import mapping, preprocessing
+from mmjax.interop.huggingface import mapping, preprocessing, single
 from mmjax.state import checkpoint as checkpoints
 
-FAMILIES = ("clip", "siglip")
+FAMILIES = ("clip", "siglip", "bert", "vit", "resnet", "swin")
+DUAL = ("clip", "siglip")  # those that hold two encoders; the others are named as the encoder's kind
 
 
 def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -35,20 +36,23 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     raise UserError(f"{folder}: no such folder")
   facts = safetensors.read_json(folder / "config.json")
   family = _family(str(facts.get("model_type")), folder)
-  tensors = safetensors.read_folder(folder)
+  tensors = single.without_prefix(safetensors.read_folder(folder), family.PREFIX)
   try:
     found = family.settings(facts, tensors)
   except UserError as error:
     raise UserError(f"{folder / 'config.json'}: {error}") from error
-  text, assets = preprocessing.text_settings(folder, family)
-  c = mmjax.config.base()
+  c, assets = mmjax.config.base(), {}
   c.model = found["model"]
-  c.data.image.update(preprocessing.image_settings(folder, family, found["image_size"]))
-  c.data.text.update({**found["text"], **text, "tokenizer": str(folder.resolve())})
+  if "image" in c.model.encoders:
+    c.data.image.update(preprocessing.image_settings(folder, family, found["image_size"]))
+  if "text" in c.model.encoders:
+    text, assets = preprocessing.text_settings(folder, family)
+    c.data.text.update({**found["text"], **text, "tokenizer": str(folder.resolve())})
   c.precision.compute = "float32"
   config = mmjax.config.resolve(c)
   params = mapping.to_params(tensors, family.rules(config), str(folder))
-  checkpoints.save_import(str(out), params, config, assets)
+  state = {name: params.pop(name) for name in (single.STATISTICS,) if name in params}
+  checkpoints.save_import(str(out), params, config, assets, state)
 
 
 def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
@@ -62,13 +66,16 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
   config = _filled(checkpoints.load_config(str(checkpoint)).to_dict())
   assets = checkpoints.load_assets(str(checkpoint))
   family = _expressed_by(config)
-  tokenizer = preprocessing.Tokenizer.from_assets(assets)
-  special = {f"{name}_token_id": number for name in ("pad", "bos", "eos") if (number := getattr(tokenizer, f"{name}_id")) >= 0}
-  facts = {
-    "config.json": json.dumps(family.facts(config, special), indent=2).encode(),
-    "preprocessor_config.json": json.dumps(preprocessing.image_facts(config, family), indent=2).encode(),
-    **preprocessing.tokenizer_files(config, assets, family)}
-  tensors = mapping.to_tensors(checkpoints.load_params(str(checkpoint)), family.rules(config))
+  special, facts = {}, {}
+  if "text" in config["model"]["encoders"]:
+    tokenizer = preprocessing.Tokenizer.from_assets(assets)
+    special = {f"{name}_token_id": number for name in ("pad", "bos", "eos") if (number := getattr(tokenizer, f"{name}_id")) >= 0}
+    facts = preprocessing.tokenizer_files(config, assets, family)
+  if "image" in config["model"]["encoders"]:
+    facts["preprocessor_config.json"] = json.dumps(preprocessing.image_facts(config, family), indent=2).encode()
+  facts["config.json"] = json.dumps(family.facts(config, special), indent=2).encode()
+  variables = {**checkpoints.load_params(str(checkpoint)), **checkpoints.load_model_state(str(checkpoint))}
+  tensors = single.with_prefix(mapping.to_tensors(variables, family.rules(config)), family.PREFIX)
   partial = out.with_name(f".{out.name}.{os.getpid()}")
   try:
     partial.mkdir(parents=True)
@@ -95,11 +102,12 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   """The family whose architecture the config has. Raises UserError naming what stands in the way of the nearest one."""
   encoders = config["model"]["encoders"]
   kinds = {modality: encoder["kind"] for modality, encoder in encoders.items()}
-  if config["model"]["name"] != "dual_encoder" or kinds != {"image": "vit", "text": "transformer"}:
-    raise UserError("transformers has no model for this one: it exports dual encoders with a vit for image and a transformer for text. "
-                    "Export to safetensors or stablehlo")
+  alone = [kind for kind in kinds.values() if kind in FAMILIES and config["model"]["name"] == "encoder"]
+  if not alone and (config["model"]["name"] != "dual_encoder" or kinds != {"image": "vit", "text": "transformer"}):
+    raise UserError("transformers has no model for this one: it exports dual encoders with a vit for image and a transformer for text, and "
+                    "single encoders of the kinds bert, vit, resnet and swin. Export to safetensors or stablehlo")
   nearest: tuple[str, list[str]] | None = None
-  for name in FAMILIES:
+  for name in alone or DUAL:
     family = _family(name, Path())
     reasons = [f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
                for key, value, allowed in family.refusals(config) if value not in allowed]
@@ -114,6 +122,8 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
 def _filled(config: dict[str, Any]) -> dict[str, Any]:
   """The config with the widths, heads and hidden units that are 0 (for "the usual") written out."""
   for encoder in config["model"]["encoders"].values():
+    if "depth" not in encoder:  # no plain stack of blocks
+      continue
     encoder["width"] = encoder.get("width") or config["model"]["width"]
     encoder["heads"] = encoder.get("heads") or max(1, encoder["width"] // 64)
     encoder["mlp"] = encoder.get("mlp") or 4 * encoder["width"]

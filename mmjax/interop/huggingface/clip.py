@@ -12,7 +12,7 @@ from mmjax.config import UserError
 from mmjax.interop.huggingface import mapping
 from mmjax.interop.huggingface.mapping import Rule
 
-TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS = "CLIPTokenizer", "CLIPProcessor", "CLIPImageProcessor"
+TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS, PREFIX = "CLIPTokenizer", "CLIPProcessor", "CLIPImageProcessor", ""
 ARCHITECTURE, PAD = "CLIPModel", "<|endoftext|>"
 MASK_PADDING = True  # what the tokenizer does where tokenizer_config.json does not say
 

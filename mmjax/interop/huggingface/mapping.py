@@ -11,7 +11,9 @@ import numpy as np
 from mmjax.config import UserError
 
 Array = np.ndarray
-IGNORED = ("position_ids",)  # constants that old files carry beside the weights
+IGNORED = (  # constants and copies that files carry beside the weights
+  "position_ids", "num_batches_tracked", "relative_position_index", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
+  "cls.seq_relationship.weight", "cls.seq_relationship.bias")
 
 
 class Rule(NamedTuple):
@@ -57,17 +59,28 @@ def attention_output(ours: str, theirs: str, heads: int, layers: int = 0) -> lis
           same(f"{ours}/bias", f"{theirs}.bias", layers)]
 
 
+def convolution(ours: str, theirs: str) -> Rule:
+  """A convolution: kernel [H, W, in, out] here, weight [out, in, H, W] there."""
+  return Rule(ours, (theirs,), lambda t: t[0].transpose(2, 3, 1, 0), lambda p: [p.transpose(3, 2, 0, 1)])
+
+
+def self_attention(ours: str, projections: Sequence[str], out: str, heads: int, layers: int = 0) -> list[Rule]:
+  """An attention whose query, key and value are dense layers of their own there, named by `projections`."""
+  return [
+    Rule(f"{ours}/qkv/kernel", tuple(f"{p}.weight" for p in projections),
+         lambda t: np.stack([w.T.reshape(w.shape[1], heads, -1) for w in t], axis=1),
+         lambda p: [p[:, i].reshape(p.shape[0], -1).T for i in range(3)], layers),
+    Rule(f"{ours}/qkv/bias", tuple(f"{p}.bias" for p in projections),
+         lambda t: np.stack([b.reshape(heads, -1) for b in t]), lambda p: [p[i].reshape(-1) for i in range(3)], layers),
+    *attention_output(f"{ours}/out", out, heads, layers),
+  ]
+
+
 def blocks(ours: str, theirs: str, heads: int, layers: int) -> list[Rule]:
   """The blocks of a CLIP or SigLIP tower: `theirs` is up to "encoder.layers"."""
   at = f"{theirs}.{{i}}"
-  projections = [f"{at}.self_attn.{x}_proj" for x in "qkv"]
   return [
-    Rule(f"{ours}/attention/qkv/kernel", tuple(f"{p}.weight" for p in projections),
-         lambda t: np.stack([w.T.reshape(w.shape[1], heads, -1) for w in t], axis=1),
-         lambda p: [p[:, i].reshape(p.shape[0], -1).T for i in range(3)], layers),
-    Rule(f"{ours}/attention/qkv/bias", tuple(f"{p}.bias" for p in projections),
-         lambda t: np.stack([b.reshape(heads, -1) for b in t]), lambda p: [p[i].reshape(-1) for i in range(3)], layers),
-    *attention_output(f"{ours}/attention/out", f"{at}.self_attn.out_proj", heads, layers),
+    *self_attention(f"{ours}/attention", [f"{at}.self_attn.{x}_proj" for x in "qkv"], f"{at}.self_attn.out_proj", heads, layers),
     *norm(f"{ours}/attention_norm", f"{at}.layer_norm1", layers),
     *norm(f"{ours}/mlp_norm", f"{at}.layer_norm2", layers),
     *linear(f"{ours}/mlp/up", f"{at}.mlp.fc1", layers),

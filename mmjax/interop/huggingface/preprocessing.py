@@ -18,8 +18,11 @@ SENTENCEPIECE = "spiece.model"
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
-def image_settings(folder: Path, family: ModuleType, image_size: int) -> dict[str, Any]:
-  """Settings of data.image from preprocessor_config.json (or processor_config.json). Raises UserError: it does what we cannot."""
+def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> dict[str, Any]:
+  """Settings of data.image from preprocessor_config.json (or processor_config.json). Raises UserError: it does what we cannot.
+
+  image_size: what config.json says; None = nothing.
+  """
   facts = dict(family.PREPROCESSOR)
   if (path := folder / "preprocessor_config.json").exists():
     facts.update(read_json(path))
@@ -32,19 +35,32 @@ def image_settings(folder: Path, family: ModuleType, image_size: int) -> dict[st
     raise UserError(f"{path}: do_resize {facts['do_resize']} with resample {resample}, but only resizing by 2 (bilinear) or 3 (bicubic) is supported")
   if not facts["do_rescale"] or abs(facts["rescale_factor"] * 255 - 1) > 1e-4:
     raise UserError(f"{path}: rescale_factor {facts['rescale_factor']} (do_rescale {facts['do_rescale']}), but pixels are divided by 255 here")
+  if "ConvNext" in str(facts.get("image_processor_type") or facts.get("feature_extractor_type")):
+    _convnext(facts)
   size = facts["size"]
   shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size if facts["do_center_crop"] else None
   if shortest is None:
-    resize, final = "squash", square(size, f"{path}: size")
+    resize, final, share = "squash", square(size, f"{path}: size"), 1.0
   else:
-    resize, final = "shortest", int(shortest)
     crop = square(facts["crop_size"], f"{path}: crop_size") if facts["do_center_crop"] else None
-    if crop != final:
-      raise UserError(f"{path}: resizes to {final} but crops {crop}; only equal numbers are supported")
-  if final != image_size:
+    if crop is None or crop > shortest:
+      raise UserError(f"{path}: resizes the shortest side to {shortest} but crops {crop}; only a crop within that is supported")
+    resize, final, share = "shortest", crop, crop / shortest
+  if image_size not in (None, final):
     raise UserError(f"{path}: prepares pictures of {final} pixels, but config.json has vision_config.image_size {image_size}")
   mean, std = (facts["image_mean"], facts["image_std"]) if facts["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
-  return dict(size=final, resize=resize, interpolation=FILTERS[resample], mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+  return dict(size=final, resize=resize, crop=share, interpolation=FILTERS[resample], mean=tuple(map(float, mean)),
+              std=tuple(map(float, std)))
+
+
+def _convnext(facts: dict[str, Any]) -> None:
+  """Puts what a ConvNextImageProcessor does in terms of resizing and cropping: a crop of `crop_pct`, from 384 pixels on none."""
+  size = facts["size"]
+  edge = int(size["shortest_edge"] if isinstance(size, Mapping) else size)
+  if edge < 384:
+    facts.update(size={"shortest_edge": int(edge / facts.get("crop_pct", 224 / 256))}, do_center_crop=True, crop_size=edge)
+  else:
+    facts.update(size={"height": edge, "width": edge}, do_center_crop=False)
 
 
 def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]:
@@ -54,10 +70,11 @@ def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]
     raise UserError("data.image.resize 'longest' cannot be expressed in transformers' preprocessor_config.json")
   size = image["size"]
   sides = {"height": size, "width": size}
-  how = (dict(size={"shortest_edge": size}, do_center_crop=True, crop_size=sides) if image["resize"] == "shortest"
+  how = (dict(size={"shortest_edge": round(size / image["crop"])}, do_center_crop=True, crop_size=sides) if image["resize"] == "shortest"
          else dict(size=sides, do_center_crop=False))
   resample = {name: number for number, name in FILTERS.items()}[image["interpolation"]]
-  return dict(image_processor_type=family.IMAGE_PROCESSOR_CLASS, processor_class=family.PROCESSOR_CLASS, do_resize=True,
+  whole = dict(processor_class=family.PROCESSOR_CLASS) if family.PROCESSOR_CLASS else {}
+  return dict(image_processor_type=family.IMAGE_PROCESSOR_CLASS, **whole, do_resize=True,
               resample=resample, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(image["mean"]),
               image_std=list(image["std"]), do_convert_rgb=True, **how)
 

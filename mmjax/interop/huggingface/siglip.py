@@ -11,7 +11,7 @@ from mmjax.config import UserError
 from mmjax.interop.huggingface import clip, mapping
 from mmjax.interop.huggingface.mapping import Rule
 
-TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS = "SiglipTokenizer", "SiglipProcessor", "SiglipImageProcessor"
+TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS, PREFIX = "SiglipTokenizer", "SiglipProcessor", "SiglipImageProcessor", ""
 ARCHITECTURE, PAD = "SiglipModel", "</s>"
 MASK_PADDING = False  # SigLIP was trained on padding that the model sees; its tokenizer_config.json lists no attention_mask
 

@@ -54,6 +54,7 @@ class VisionTransformer(nn.Module):
   input_norm: bool = False
   final_norm: bool = True
   trunk: nn.Module | None = None
+  pooler: bool = False
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
@@ -80,7 +81,10 @@ class VisionTransformer(nn.Module):
     mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
     if self.pooling == "attention":
       return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask))
-    return Encoded(x, mask, {"class": pool.first, "mean": pool.mean, "last": pool.last}[self.pooling](x, mask))
+    pooled = {"class": pool.first, "mean": pool.mean, "last": pool.last}[self.pooling](x, mask)
+    if self.pooler:
+      pooled = pool.keep_rows(jnp.tanh(Dense((c.width,), ("embed", "mlp"), c.dtype, name="pooler")(pooled)), mask)
+    return Encoded(x, mask, pooled)
 
   def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """What the tokens stand for: normalised pixels float32 [B, L, patch * patch * 3], and which are real, bool [B, L]."""
@@ -200,7 +204,7 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 1
         patch_dropout: float = 0.0, patch_bias: bool = True, crop_edge: bool = False, input_norm: bool = False,
         norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
         bias: bool = True, eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
-        scan_unroll: int = 0) -> VisionTransformer:
+        scan_unroll: int = 0, pooler: bool = False) -> VisionTransformer:
   """Vision transformer (reads batch["image"]).
 
   patch: height and width of a patch in pixels.
@@ -219,6 +223,7 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 1
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  pooler: a dense layer and a tanh after the pooling (class, mean or last), as some classifiers have.
   """
   image = data["image"]
   if image["size"] % patch and not crop_edge:
@@ -231,4 +236,4 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 1
   return VisionTransformer(
       config, patch=patch, size=image["size"], pixel_mean=tuple(image["mean"]), pixel_std=tuple(image["std"]),
       pooling=pooling, positions=positions, stem=stem, patch_dropout=patch_dropout, patch_bias=patch_bias,
-      input_norm=input_norm, final_norm=final_norm)
+      input_norm=input_norm, final_norm=final_norm, pooler=pooler)

@@ -36,6 +36,14 @@ class TextTransformer(nn.Module):
   final_norm: bool = True
   trunk: nn.Module | None = None
 
+  def setup(self) -> None:
+    self.embedding = self.param("embedding", with_axes(normal(0.02), ("vocab", "embed")),
+                                (self.vocab_size, self.config.width), jnp.float32)
+
+  def table(self) -> Array:
+    """The token embeddings, float32 [V, D]: what a tied output layer multiplies hidden states with."""
+    return self.embedding
+
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
     c = self.config
@@ -46,18 +54,13 @@ class TextTransformer(nn.Module):
       mask = jnp.ones(tokens.shape, bool)
     if "present" in batch:
       mask = mask & batch["present"][:, None]
-    table = self.param("embedding", with_axes(normal(0.02), ("vocab", "embed")), (self.vocab_size, c.width), jnp.float32)
     position = self.param("position", with_axes(normal(0.01), ("position", "embed")), (self.length, c.width), jnp.float32)
-    x = jnp.take(table, tokens, axis=0) + position[:tokens.shape[1]]
+    x = jnp.take(self.embedding, tokens, axis=0) + position[:tokens.shape[1]]
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype)))
     x = run_stack(self, x, mask, train=train)
     if self.final_norm:
       x = LayerNorm(c.eps, c.dtype, name="norm")(x)
     return Encoded(x, mask, self._pool(x, mask, tokens))
-
-  def table(self) -> Array:
-    """The token embeddings [V, D] float32, for heads that share them."""
-    return nn.meta.unbox(self.get_variable("params", "embedding"))
 
   def _pool(self, x: Array, mask: Array, tokens: Array) -> Array:
     if self.pooling == "attention":

@@ -1,0 +1,202 @@
+"""Sound: Whisper's convolutions and transformer, and AST's transformer on patches of the spectrogram."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.models import pooling as pool
+from mmjax.models.encoders.sequence import SequencePooling, encode_sequence, pooled, real, run_stack, stack_config
+from mmjax.models.encoders.spectrogram import Normalisation, SpecAugment, kaldi_frames, kaldi_mel, log_mel
+from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, resize_positions, with_axes
+from mmjax.models.platform import materialise
+from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+
+Array = jax.Array
+AstPooling = Literal["class", "mean", "attention"]
+
+
+class WhisperEncoder(nn.Module):
+  """Whisper's encoder (Radford et al. 2022, arXiv:2212.04356, section 2.2).
+
+  Call: {"waveform" int16 [B, S], "length" int32 [B], "present" bool [B]?} -> Encoded of width D; L = S / hop / strides,
+  rounded up. Two convolutions over 3 frames, positions of sines, the stack. Randomness: stream "dropout", only when `train`.
+  With mask_padding=False the model sees the silence after the sound, as Whisper was trained.
+  """
+
+  config: TransformerConfig
+  rate: int
+  n_fft: int
+  hop: int
+  mels: int
+  strides: tuple[int, int]
+  normalisation: Normalisation = "whisper"
+  mask_padding: bool = True
+  pooling: SequencePooling = "mean"
+  augment: SpecAugment = SpecAugment()
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c = self.config
+    x, mask = log_mel(batch["waveform"], batch.get("length"), rate=self.rate, n_fft=self.n_fft, hop=self.hop, mels=self.mels,
+                      normalisation=self.normalisation)
+    if train and self.augment.active:
+      x = self.augment(x, mask, self.make_rng("dropout"))
+    mask = real(mask if self.mask_padding else jnp.ones_like(mask), batch)
+    x = x.astype(c.dtype)
+    for i, stride in enumerate(self.strides):
+      x = around(jnp.where(mask[:, :, None], x, 0), stride)
+      x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name=f"convolution_{i}")(materialise(x))
+      x, mask = activate(c.activation, x), mask[:, ::stride]
+    x = x + jnp.asarray(sinusoids(x.shape[1], c.width), c.dtype)
+    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+
+
+class SpectrogramTransformer(nn.Module):
+  """AST: overlapping square patches of the spectrogram, a class and a distillation token (Gong et al. 2021, arXiv:2104.01778).
+
+  Call: as WhisperEncoder -> Encoded of width D: the two tokens, then the patches, for each band of mels those of its times.
+  `frames`: the spectrogram is padded with zeros, or cut, to this many. Learned positions belong to their grid; sound of another
+  length (frames=0) than `seconds` gets them interpolated. "class" pools the mean of the two tokens.
+  """
+
+  config: TransformerConfig
+  rate: int
+  seconds: float
+  mels: int = 128
+  patch: int = 16
+  stride: int = 10
+  frames: int = 0
+  mean: float = -4.2677393
+  std: float = 4.5689974
+  mask_padding: bool = True
+  pooling: AstPooling = "class"
+  augment: SpecAugment = SpecAugment()
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c = self.config
+    x, mask = kaldi_mel(batch["waveform"], batch.get("length"), rate=self.rate, mels=self.mels)
+    if train and self.augment.active:
+      x = self.augment(x, mask, self.make_rng("dropout"))
+    x = jnp.where(mask[:, :, None], x, 0)
+    if extra := max(0, self.frames - x.shape[1]):
+      x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), jnp.pad(mask, ((0, 0), (0, extra)))
+    x, mask = (a[:, :self.frames or None] for a in (x, mask))
+    mask = real(mask if self.mask_padding else jnp.ones_like(mask), batch)
+    x = ((x - self.mean) / (2 * self.std)).astype(c.dtype)
+    grid = self._grid(x.shape[1])
+    trained = self._grid(self.frames or kaldi_frames(round(self.rate * self.seconds), self.rate))
+    x = materialise(overlapping(x, self.patch, self.stride))
+    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
+    table = self.param("position", with_axes(normal(0.02), ("position", "embed")), (2 + math.prod(trained), c.width), jnp.float32)
+    x = x + resize_positions(table[2:], trained, grid).astype(c.dtype)
+    tokens = [self.param(name, with_axes(normal(0.02), ("embed",)), (c.width,), jnp.float32) for name in ("class", "distillation")]
+    head = jnp.broadcast_to((jnp.stack(tokens) + table[:2]).astype(c.dtype), (x.shape[0], 2, c.width))
+    x = jnp.concatenate([head, x], axis=1)
+    mask = jnp.tile(mask[:, :grid[1] * self.stride:self.stride], (1, grid[0]))
+    mask = jnp.concatenate([jnp.broadcast_to(mask.any(1, keepdims=True), (x.shape[0], 2)), mask], axis=1)
+    x = LayerNorm(c.eps, c.dtype, name="norm")(run_stack(self, x, mask, train=train))
+    if self.pooling == "class":
+      return Encoded(x, mask, pool.keep_rows((x[:, 0] + x[:, 1]) / 2, mask))
+    return pooled(self, x, mask, self.pooling)
+
+  def _grid(self, frames: int) -> tuple[int, int]:
+    """(bands, times) of the patches of a spectrogram. Raises UserError: no patch fits."""
+    if min(frames, self.mels) < self.patch:
+      raise UserError(f"a spectrogram of {frames} frames and {self.mels} mels is smaller than a patch of {self.patch}. "
+                      "Raise data.audio.seconds")
+    return (self.mels - self.patch) // self.stride + 1, (frames - self.patch) // self.stride + 1
+
+
+def around(x: Array, stride: int) -> Array:
+  """[B, F, C] -> [B, ceil(F / stride), 3 * C]: every stride-th frame between its neighbours, zeros outside."""
+  frames = x.shape[1]
+  x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+  return jnp.concatenate([x[:, i:i + frames:stride] for i in range(3)], axis=-1)
+
+
+def overlapping(x: Array, patch: int, stride: int) -> Array:
+  """Spectrogram [B, F, M] -> patches [B, bands * times, patch * patch], band by band, in each mels then frames."""
+  def windows(x: Array, axis: int) -> Array:
+    last = (x.shape[axis] - patch) // stride * stride
+    return jnp.stack([jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(patch)], axis + 1)
+
+  x = windows(windows(x, 1), 3).transpose(0, 3, 1, 4, 2)  # from [B, times, patch, bands, patch]
+  return x.reshape(x.shape[0], -1, patch * patch)
+
+
+def sinusoids(length: int, channels: int) -> np.ndarray:
+  """Positions [length, channels] float32: sines, then cosines, of wavelengths up to 10,000 * 2 pi (as Whisper's)."""
+  if channels % 2:
+    raise UserError(f"positions of sines need an even width, not {channels}")
+  omega = np.exp(-math.log(10_000) / max(1, channels // 2 - 1) * np.arange(channels // 2)).astype(np.float32)
+  angles = np.arange(length, dtype=np.float32)[:, None] * omega
+  return np.concatenate([np.sin(angles), np.cos(angles)], 1)
+
+
+def whisper(data: Mapping[str, Any], precision: Mapping[str, Any], *, mels: int = 80, n_fft: int = 400, hop: int = 160,
+            strides: tuple = (1, 2), normalisation: Normalisation = "whisper", mask_padding: bool = True, width: int = 0,
+            depth: int = 4, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean", activation: Activation = "gelu",
+            time_masks: int = 0, time_width: int = 0, frequency_masks: int = 0, frequency_width: int = 0,
+            time_warp: float = 0.0, frequency_warp: float = 0.0, eps: float = 1e-5, dropout: float = 0.0,
+            kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> WhisperEncoder:
+  """Convolutions over a log-mel spectrogram, then a transformer (reads batch["audio"]).
+
+  mels, n_fft, hop: of the spectrogram: channels, and samples of a window and between two.
+  strides: of the two convolutions; (1, 2) gives 50 tokens a second, (2, 2) gives 25.
+  normalisation: whisper (relative to the loudest) or utterance (mean 0 and variance 1 of each channel).
+  mask_padding: false: the silence after the sound is seen, as Whisper was trained.
+  width: channels; 0 = the model's width.
+  depth: blocks.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  pooling: mean, or attention (a learned query and an MLP).
+  time_masks, time_width, frequency_masks, frequency_width: SpecAugment in training: how many, and of how many frames or channels.
+  time_warp, frequency_warp: in training the middle moves, the mel axis stretches, by up to this share.
+  activation, eps, dropout: of the blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
+                        dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+  augment = SpecAugment(time_masks, time_width, frequency_masks, frequency_width, time_warp, frequency_warp)
+  return WhisperEncoder(config, rate=data["audio"]["rate"], n_fft=n_fft, hop=hop, mels=mels, strides=tuple(strides),
+                        normalisation=normalisation, mask_padding=mask_padding, pooling=pooling, augment=augment)
+
+
+def ast(data: Mapping[str, Any], precision: Mapping[str, Any], *, mels: int = 128, patch: int = 16, stride: int = 10,
+        frames: int = 0, mean: float = -4.2677393, std: float = 4.5689974, mask_padding: bool = True, width: int = 0,
+        depth: int = 12, heads: int = 0, mlp: int = 0, pooling: AstPooling = "class", activation: Activation = "gelu",
+        time_masks: int = 0, time_width: int = 0, frequency_masks: int = 0, frequency_width: int = 0,
+        time_warp: float = 0.0, frequency_warp: float = 0.0, eps: float = 1e-6, dropout: float = 0.0,
+        kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> SpectrogramTransformer:
+  """Transformer on patches of a spectrogram (reads batch["audio"]).
+
+  mels: channels of the spectrogram (Kaldi's, 100 frames a second).
+  patch, stride: side of a patch, and steps from one to the next; stride below patch lets them overlap.
+  frames: of the spectrogram, padded or cut; 0 = those of data.audio.seconds.
+  mean, std: of the spectrogram over the training data (those of AudioSet).
+  mask_padding: false: patches after the sound are seen, as AST was trained.
+  width: channels; 0 = the model's width.
+  depth: blocks.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  pooling: class (mean of the class and the distillation token), mean, attention (a learned query and an MLP).
+  time_masks, time_width, frequency_masks, frequency_width: SpecAugment in training: how many, and of how many frames or channels.
+  time_warp, frequency_warp: in training the middle moves, the mel axis stretches, by up to this share.
+  activation, eps, dropout: of the blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
+                        dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+  augment = SpecAugment(time_masks, time_width, frequency_masks, frequency_width, time_warp, frequency_warp)
+  return SpectrogramTransformer(
+      config, rate=data["audio"]["rate"], seconds=data["audio"]["seconds"], mels=mels, patch=patch, stride=stride, frames=frames,
+      mean=mean, std=std, mask_padding=mask_padding, pooling=pooling, augment=augment)

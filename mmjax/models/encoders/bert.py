@@ -1,0 +1,88 @@
+"""Text: BERT (Devlin et al. 2019, arXiv:1810.04805): token types, a norm on the embeddings, norms after each part of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import UserError
+from mmjax.models import pooling as pool
+from mmjax.models.layers import Dense, Encoded, LayerNorm, constrain, normal, with_axes
+from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+
+Array = jax.Array
+BertPooling = Literal["pooler", "class", "mean"]
+
+
+class Bert(nn.Module):
+  """Call: {"tokens" int32 [B, L], "mask" bool [B, L], "types" int32 [B, L]?, "present" bool [B]?} -> Encoded of width D.
+
+  `types` (0 where absent) are BERT's segments. `pooling`: the first token ("class"), that token through a dense layer and a
+  tanh ("pooler"), or the "mean" of the real tokens.
+  """
+
+  config: TransformerConfig
+  vocab_size: int
+  length: int
+  types: int = 2
+  pooling: BertPooling = "pooler"
+  mask_padding: bool = True
+
+  def setup(self) -> None:
+    self.embedding = self.param("embedding", with_axes(normal(0.02), ("vocab", "embed")),
+                                (self.vocab_size, self.config.width), jnp.float32)
+
+  def table(self) -> Array:
+    """The token embeddings, float32 [V, D]: what a tied output layer multiplies hidden states with."""
+    return self.embedding
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c = self.config
+    tokens, mask = batch["tokens"], batch.get("mask")
+    if tokens.shape[1] > self.length:
+      raise UserError(f"text of {tokens.shape[1]} tokens for a model of data.text.length {self.length}. Cut it, or change the length")
+    if mask is None or not self.mask_padding:
+      mask = jnp.ones(tokens.shape, bool)
+    if "present" in batch:
+      mask = mask & batch["present"][:, None]
+    position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length, c.width), jnp.float32)
+    kinds = self.param("token_type", with_axes(normal(0.02), (None, "embed")), (self.types, c.width), jnp.float32)
+    kind = jnp.take(kinds, batch["types"], axis=0) if "types" in batch else kinds[0]
+    x = jnp.take(self.embedding, tokens, axis=0) + position[:tokens.shape[1]] + kind
+    x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
+    x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
+    stack = Transformer(c)
+    nn.share_scope(self, stack)  # its parameters are ours: text/layers, not text/Transformer_0/layers
+    x = stack(x, mask, train=train)
+    if self.pooling == "mean":
+      return Encoded(x, mask, pool.mean(x, mask))
+    pooled = x[:, 0]
+    if self.pooling == "pooler":
+      pooled = jnp.tanh(Dense((c.width,), ("embed", "mlp"), c.dtype, name="pooler")(pooled))
+    return Encoded(x, mask, pool.keep_rows(pooled, mask))
+
+
+def bert(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 12, heads: int = 0,
+         mlp: int = 0, types: int = 2, pooling: BertPooling = "pooler", activation: Activation = "gelu", eps: float = 1e-12,
+         dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> Bert:
+  """BERT (reads batch["text"]).
+
+  width: channels; 0 = the model's width.
+  depth: blocks.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  types: token types (segments) that the model knows; a text without batch["text"]["types"] is all 0.
+  pooling: pooler (first token, dense layer, tanh), class (first token) or mean.
+  activation, eps, dropout: of the blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  config = TransformerConfig(
+      width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, norm="post", activation=activation,
+      eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+  return Bert(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], types=types, pooling=pooling,
+              mask_padding=data["text"]["mask_padding"])

@@ -1,0 +1,61 @@
+"""What every encoder of a sequence ends in: dropout, the transformer, a norm, a pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models import pooling as pool
+from mmjax.models.layers import Encoded, LayerNorm, constrain
+from mmjax.models.transformer import Transformer, TransformerConfig
+
+Array = jax.Array
+SequencePooling = Literal["mean", "attention"]
+
+
+def stack_config(precision: Mapping[str, Any], *, width: int, heads: int, mlp: int, **settings: Any) -> TransformerConfig:
+  """The stack of an encoder's settings; heads 0 = width / 64, mlp 0 = 4 * width."""
+  return TransformerConfig(width=width, heads=heads or max(1, width // 64), mlp=mlp or 4 * width,
+                           dtype=jnp.dtype(precision["compute"]), **settings)
+
+
+def real(mask: Array, batch: Mapping[str, Array]) -> Array:
+  """mask bool [B, L], false throughout the rows where the modality is missing (batch["present"] bool [B])."""
+  return mask & batch["present"][:, None] if "present" in batch else mask
+
+
+def standardise(x: Array, mask: Array) -> Array:
+  """Mean 0 and variance 1 of each channel over the real steps, zeros elsewhere. x float32 [B, T, C], mask bool [B, T]."""
+  weights = mask[..., None] / jnp.maximum(mask.sum(1), 1)[:, None, None]
+  centred = x - (x * weights).sum(1, keepdims=True)
+  variance = (jnp.square(centred) * weights).sum(1, keepdims=True)
+  return jnp.where(mask[..., None], centred * jax.lax.rsqrt(variance + 1e-5), 0)
+
+
+def run_stack(module: nn.Module, x: Array, mask: Array, *, train: bool) -> Array:
+  """x [B, L, D] through the transformer of `module.config`, whose parameters are `module`'s own ("layers").
+
+  Called within the compact method of `module`. mask bool [B, L]: what may be seen.
+  """
+  c = module.config
+  x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype)))
+  stack = Transformer(c)
+  nn.share_scope(module, stack)
+  return stack(x, mask, train=train)
+
+
+def encode_sequence(module: nn.Module, x: Array, mask: Array, *, pooling: SequencePooling, train: bool) -> Encoded:
+  """`run_stack`, a final norm ("norm") and the pooling ("pool"): x [B, L, D], mask bool [B, L] -> Encoded."""
+  x = run_stack(module, x, mask, train=train)
+  return pooled(module, LayerNorm(module.config.eps, module.config.dtype, name="norm")(x), mask, pooling)
+
+
+def pooled(module: nn.Module, x: Array, mask: Array, pooling: SequencePooling) -> Encoded:
+  """Encoded of the tokens x [B, L, D]: their mean, or what a learned query takes of them."""
+  if pooling == "attention":
+    return Encoded(x, mask, pool.AttentionPool(module.config, name="pool")(x, mask))
+  return Encoded(x, mask, pool.mean(x, mask))

@@ -1,0 +1,73 @@
+"""Sensor series: a transformer on patches of time (PatchTST, Nie et al. 2023, arXiv:2211.14730, but the channels together)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import UserError
+from mmjax.models.encoders.sequence import SequencePooling, encode_sequence, real, stack_config, standardise
+from mmjax.models.layers import Dense, Encoded, normal, with_axes
+from mmjax.models.platform import materialise
+from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+
+Array = jax.Array
+
+
+class SeriesTransformer(nn.Module):
+  """Call: {"values" float32 [B, T, C], "mask" bool [B, T], "present" bool [B]?} -> Encoded of width D, T / patch tokens.
+
+  A patch is real if one of its steps is; steps that are not real count as zeros. `instance_norm`: each channel of each example
+  to mean 0 and variance 1 over its real steps first (Kim et al. 2022, RevIN).
+  """
+
+  config: TransformerConfig
+  patch: int
+  length: int
+  instance_norm: bool = False
+  pooling: SequencePooling = "mean"
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c, x = self.config, batch["values"].astype(jnp.float32)
+    rows, length, channels = x.shape
+    if length % self.patch or length > self.length:
+      raise UserError(f"a series of {length} steps does not divide into patches of {self.patch} within data.series.length "
+                      f"{self.length}. Change data.series.length, or `patch` of the encoder")
+    mask = batch["mask"] if "mask" in batch else jnp.ones((rows, length), bool)
+    x = jnp.where(mask[:, :, None], x, 0)
+    if self.instance_norm:
+      x = standardise(x, mask)
+    x = materialise(x.astype(c.dtype).reshape(rows, length // self.patch, self.patch * channels))
+    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
+    position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length // self.patch, c.width), jnp.float32)
+    x = x + position[:x.shape[1]].astype(c.dtype)
+    mask = real(mask.reshape(rows, -1, self.patch).any(-1), batch)
+    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+
+
+def series(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 8, instance_norm: bool = False, width: int = 0,
+           depth: int = 4, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean", activation: Activation = "gelu_tanh",
+           eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
+           scan_unroll: int = 0) -> SeriesTransformer:
+  """Transformer on patches of time (reads batch["series"]).
+
+  patch: steps of a patch.
+  instance_norm: each channel of each example to mean 0 and variance 1 first; its level and scale are then not seen.
+  width: channels; 0 = the model's width.
+  depth: blocks.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  pooling: mean, or attention (a learned query and an MLP).
+  activation, eps, dropout: of the blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  if data["series"]["length"] % patch:
+    raise UserError(f"data.series.length {data['series']['length']} is not divisible by model.encoders.series.patch {patch}. Change one")
+  config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
+                        dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+  return SeriesTransformer(config, patch=patch, length=data["series"]["length"], instance_norm=instance_norm, pooling=pooling)

@@ -1,0 +1,184 @@
+"""Video: an image encoder a frame with a mean or a transformer over time, and joint space-time tubelets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import UserError
+from mmjax.models.encoders.image import ImagePooling, Positions, Stem, VisionTransformer, neighbours, normalise
+from mmjax.models.encoders.sequence import SequencePooling, encode_sequence, pooled, real, run_stack, stack_config
+from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, resize_positions, with_axes
+from mmjax.models.platform import materialise
+from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+
+Array = jax.Array
+Temporal = Literal["mean", "transformer"]
+MIDDLE = (0.5, 0.5, 0.5)  # mean and standard deviation that bring pixels to -1 .. 1
+
+
+class FrameEncoder(nn.Module):
+  """One vector a frame, then time (CLIP4Clip, Luo et al. 2021, arXiv:2104.08860, section 3.3).
+
+  Call: {"frames" uint8 [B, T, H, W, 3], "mask" bool [B, T], "present" bool [B]?} -> Encoded of width D, a token a frame.
+  "mean" stops there ("meanP"); "transformer" adds positions of time, the stack and the frames' own vectors again ("seqTransf").
+  `frame` sees {"pixels" [B * T, H, W, 3]} and gives [B * T, D].
+  """
+
+  config: TransformerConfig
+  frame: nn.Module
+  length: int
+  temporal: Temporal = "mean"
+  pooling: SequencePooling = "mean"
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c, frames = self.config, batch["frames"]
+    rows, length = frames.shape[:2]
+    mask = real(_mask(batch), batch)
+    x = self.frame(dict(pixels=frames.reshape(rows * length, *frames.shape[2:])), train=train)
+    x = x.pooled if isinstance(x, Encoded) else x
+    x = jnp.where(mask[:, :, None], x.reshape(rows, length, -1).astype(c.dtype), 0)
+    if self.temporal == "mean":
+      return pooled(self, x, mask, self.pooling)
+    if length > self.length:
+      raise UserError(f"video of {length} frames for a model of data.video.frames {self.length}. Use fewer, or change the number")
+    position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length, c.width), jnp.float32)
+    x = x + run_stack(self, x + position[:length].astype(c.dtype), mask, train=train)
+    return pooled(self, LayerNorm(c.eps, c.dtype, name="norm")(x), mask, self.pooling)
+
+
+class ConvolutionFrame(nn.Module):
+  """Two 3x3 convolutions of stride 2, all that is left flattened, a linear layer: small, and exact about places.
+
+  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by 4.
+  """
+
+  width: int
+  channels: int
+  pixel_mean: tuple[float, ...]
+  pixel_std: tuple[float, ...]
+  activation: str
+  eps: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Array:
+    x = normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype)
+    if x.shape[1] % 4 or x.shape[2] % 4:
+      raise UserError(f"two convolutions of stride 2 need frames whose sides 4 divides, not {x.shape[2]}x{x.shape[1]}")
+    for i in range(2):
+      x = Dense((self.channels,), ("patch", "mlp"), self.dtype, nn.initializers.he_normal(), name=f"convolution_{i}")(
+          materialise(neighbours(x)))
+      x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
+    return Dense((self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name="out")(x.reshape(x.shape[0], -1))
+
+
+class TubeletTransformer(nn.Module):
+  """Joint attention over patches of space and time (ViViT, Arnab et al. 2021, arXiv:2103.15691, section 3.3, model 1).
+
+  Call: as FrameEncoder -> Encoded of width D; tokens of T / time steps of rows of columns. Positions are the sum of a table of
+  places (interpolated for frames of another size than `size`) and one of times. A tubelet is real if one of its frames is.
+  """
+
+  config: TransformerConfig
+  patch: int
+  time: int
+  size: int
+  length: int
+  pixel_mean: tuple[float, ...]
+  pixel_std: tuple[float, ...]
+  pooling: SequencePooling = "mean"
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c, frames = self.config, batch["frames"]
+    (rows, length, height, width), p, t = frames.shape[:4], self.patch, self.time
+    if height % p or width % p or length % t or length > self.length:
+      raise UserError(f"video of {length} frames of {width}x{height} does not divide into tubelets of {t} frames of {p}x{p} within "
+                      f"data.video.frames {self.length}. Change data.video, or `patch` and `time` of the encoder")
+    steps, grid, places = length // t, (height // p, width // p), self.size // p
+    mask = _mask(batch)
+    x = normalise(frames, self.pixel_mean, self.pixel_std, c.dtype)
+    x = jnp.where(mask[:, :, None, None, None], x, 0)
+    x = x.reshape(rows, steps, t, grid[0], p, grid[1], p, 3).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    x = materialise(x.reshape(rows, steps * grid[0] * grid[1], t * p * p * 3))
+    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
+    table = lambda name, count: self.param(name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32)
+    place = resize_positions(table("position", places * places), (places, places), grid)
+    when = table("time_position", self.length // t)[:steps]
+    x = x + (when[:, None] + place[None]).reshape(-1, c.width).astype(c.dtype)
+    mask = real(jnp.repeat(mask.reshape(rows, steps, t).any(-1), grid[0] * grid[1], axis=1), batch)
+    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+
+
+def _mask(batch: Mapping[str, Array]) -> Array:
+  """Which frames are real, bool [B, T]."""
+  return batch["mask"] if "mask" in batch else jnp.ones(batch["frames"].shape[:2], bool)
+
+
+def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Literal["vit", "convolution"] = "vit",
+           temporal: Temporal = "transformer", patch: int = 16, frame_depth: int = 12, frame_stem: Stem = "patch",
+           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: int = 16, mean: tuple = MIDDLE,
+           std: tuple = MIDDLE, width: int = 0, depth: int = 4, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean",
+           activation: Activation = "gelu_tanh", eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto",
+           remat: Remat = "none", scan_unroll: int = 0) -> FrameEncoder:
+  """Every frame a vector, then time (reads batch["video"]).
+
+  stem: of a frame: vit, or convolution (two of stride 2, flattened: for small frames).
+  temporal: mean (order is not seen) or transformer over the frames.
+  patch, frame_depth, frame_stem, frame_pooling, positions: of the frame's vit, as the kind "vit" has them.
+  channels: of the two convolutions.
+  mean, std: of pixels in [0, 1], per channel.
+  width: channels; 0 = the model's width.
+  depth: blocks over time.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  pooling: of the frames: mean, or attention (a learned query and an MLP).
+  activation, eps, dropout: of all blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  video, size = data["video"], data["video"]["size"]
+  config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
+                        dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+  if stem == "convolution":
+    frame: nn.Module = ConvolutionFrame(width, channels, tuple(mean), tuple(std), activation, eps, config.dtype)
+  else:
+    if size % patch:
+      raise UserError(f"data.video.size {size} is not divisible by model.encoders.video.patch {patch}. Change one")
+    frame = VisionTransformer(
+        stack_config(precision, width=width, depth=frame_depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
+                     dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll),
+        patch=patch, size=size, pixel_mean=tuple(mean), pixel_std=tuple(std), pooling=frame_pooling, positions=positions,
+        stem=frame_stem)
+  return FrameEncoder(config, frame, length=video["frames"], temporal=temporal, pooling=pooling)
+
+
+def tubelets(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 16, time: int = 2, mean: tuple = MIDDLE,
+             std: tuple = MIDDLE, width: int = 0, depth: int = 12, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean",
+             activation: Activation = "gelu_tanh", eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto",
+             remat: Remat = "none", scan_unroll: int = 0) -> TubeletTransformer:
+  """Joint attention over patches of space and time (reads batch["video"]).
+
+  patch, time: a tubelet's height and width in pixels, and its frames.
+  mean, std: of pixels in [0, 1], per channel.
+  width: channels; 0 = the model's width.
+  depth: blocks.
+  heads: attention heads; 0 = width / 64.
+  mlp: hidden units of a block; 0 = 4 * width.
+  pooling: mean, or attention (a learned query and an MLP).
+  activation, eps, dropout: of the blocks.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  """
+  video = data["video"]
+  if video["size"] % patch or video["frames"] % time:
+    raise UserError(f"data.video.size {video['size']} and frames {video['frames']} do not divide into tubelets of {time} frames of "
+                    f"{patch}x{patch}. Change data.video, or `patch` and `time` of model.encoders.video")
+  config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
+                        dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+  return TubeletTransformer(config, patch=patch, time=time, size=video["size"], length=video["frames"], pixel_mean=tuple(mean),
+                            pixel_std=tuple(std), pooling=pooling)

@@ -1,0 +1,117 @@
+"""One encoder as a whole model: to embed with an imported BERT, ViT, ResNet or Swin, and to fine-tune it as a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import UserError
+from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
+
+Array = jax.Array
+
+
+class SingleEncoder(nn.Module):
+  """Exactly one encoder, and heads for what it was trained with. `embedding` is its pooled output, of length one.
+
+  `classes`: outputs of a linear classifier on the pooled output; 0 = none. `masked_tokens`: the head of a masked language
+  model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
+  """
+
+  encoders: Mapping[str, nn.Module]
+  width: int
+  classes: int = 0
+  masked_tokens: bool = False
+  activation: str = "gelu"
+  eps: float = 1e-12
+
+  shared_methods = ("temperature",)  # methods whose result does not depend on examples
+
+  def setup(self) -> None:
+    for modality, encoder in self.encoders.items():
+      setattr(self, modality, encoder.clone(parent=None))  # the parameters of "image" are image/..., not encoders_image/...
+    if self.classes:
+      self.classifier = Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02))
+    if self.masked_tokens:
+      self.masked_head = MaskedTokenHead(self.activation, self.eps)
+
+  def __call__(self, batch: Mapping[str, Any], *, train: bool = False) -> dict[str, Array]:
+    """{modality: embedding}; reads every parameter, so that `init` makes them all."""
+    (modality,) = self.encoders
+    if modality not in batch:
+      return {}
+    if self.classes:
+      self.classify((modality,), batch, train=train)
+    if self.masked_tokens:
+      self.readout(modality, batch, train=train)
+    return {modality: self.embedding(modality, batch, train=train)}
+
+  def encode(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Encoded:
+    """tokens [B, L, D], mask [B, L], pooled [B, D]."""
+    if modality not in self.encoders:
+      raise UserError(f"the model has no encoder for {modality!r}; it has {', '.join(self.encoders)}")
+    return getattr(self, modality)(batch[modality], train=train)
+
+  def embedding(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Array:
+    """float32 [B, width] of length 1; zeros for a row where the modality is missing."""
+    x = self.encode(modality, batch, train=train).pooled.astype(jnp.float32)
+    if x.shape[-1] != self.width:
+      raise UserError(f"model.width is {self.width}, but the encoder of {modality} gives {x.shape[-1]} channels. Set it to that")
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+  def temperature(self) -> tuple[Array, Array]:
+    """(1, 0), float32 scalars: a single encoder compares by the cosine itself."""
+    return jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
+
+  def classify(self, modalities: tuple[str, ...], batch: Mapping[str, Any], *, train: bool = False) -> Array:
+    """float32 logits [B, classes] from the pooled output."""
+    if not self.classes:
+      raise UserError("this model has no classifier: set model.classes")
+    (modality,) = modalities
+    return self.classifier(self.encode(modality, batch, train=train).pooled)
+
+  def readout(self, modality: str, batch: Mapping[str, Any], *, context: tuple[str, ...] = (),
+              train: bool = False) -> tuple[Array, Array, Array]:
+    """(hidden [B, L, D], table float32 [V, D], bias float32 [V]): logits over the vocabulary = hidden table^T + bias."""
+    if not self.masked_tokens or context:
+      raise UserError("this model predicts no masked tokens" + (f" from {', '.join(context)}" if context else ": set model.masked_tokens"))
+    table = getattr(self, modality).table()
+    hidden, bias = self.masked_head(self.encode(modality, batch, train=train).tokens, table.shape[0])
+    return hidden, table, bias
+
+
+class MaskedTokenHead(nn.Module):
+  """Dense layer, activation, norm, and a bias for each token (Devlin et al. 2019, arXiv:1810.04805).
+
+  Call: tokens [B, L, D], vocabulary size V -> (hidden [B, L, D], bias float32 [V]).
+  """
+
+  activation: str
+  eps: float
+
+  @nn.compact
+  def __call__(self, tokens: Array, vocab_size: int) -> tuple[Array, Array]:
+    x = Dense((tokens.shape[-1],), ("embed", "mlp"), tokens.dtype, name="dense")(tokens)
+    x = LayerNorm(self.eps, tokens.dtype, name="norm")(activate(self.activation, x))
+    return x, self.param("bias", with_axes(nn.initializers.zeros, ("vocab",)), (vocab_size,), jnp.float32)
+
+
+def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
+            classes: int = 0, masked_tokens: bool = False) -> SingleEncoder:
+  """One encoder, whose pooled output is the embedding.
+
+  width: channels that the encoder ends with, and of an encoder that does not say its own.
+  classes: outputs of a linear classifier; 0 = none.
+  masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text alone).
+  """
+  if len(encoders) != 1:
+    raise UserError(f"model.name 'encoder' takes exactly one encoder, but model.encoders has {', '.join(sorted(encoders)) or 'none'}")
+  (module,) = encoders.values()
+  if masked_tokens and not hasattr(module, "table"):
+    raise UserError("model.masked_tokens needs a text encoder (transformer or bert)")
+  settings = dict(activation=module.config.activation, eps=module.config.eps) if masked_tokens else {}
+  return SingleEncoder(dict(encoders), width, classes, masked_tokens, **settings)

@@ -1,0 +1,156 @@
+"""Batches of every modality: shapes, missing parts, labels, questions, words, mixing by steps, records that stay together."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax import config as configs
+from mmjax.config import UserError
+from mmjax.data.builders import write_dataset
+from mmjax.data.order import Order
+from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+from mmjax.data.text import train_tokenizer
+from tests.data.conftest import picture
+
+WORDS = "red blue green apple house river stone bird"
+
+
+def sound(i: int) -> bytes:
+  import soundfile
+
+  out = io.BytesIO()
+  soundfile.write(out, np.sin(np.arange(800 + 100 * i) * 0.05 * (i + 1)).astype(np.float32) * 0.5, 8000, format="FLAC")
+  return out.getvalue()
+
+
+def record(i: int) -> dict:
+  """Each third lacks its sound, each fourth its series; two questions, then three."""
+  questions = [(f"is it {word}?", ("yes", "no")[k % 2]) for k, word in enumerate(WORDS.split()[: 2 + i % 2])]
+  return {
+    "id": f"m{i}", "image": picture(i), "captions": {"en": [f"{WORDS.split()[i % 8]} apple"]}, "label": ("a", "b", "a|c")[i % 3],
+    "image_key": i, "audio": None if i % 3 == 0 else sound(i), "questions": questions, "facts": {"number": i},
+    "series": None if i % 4 == 0 else np.full((3 + i % 3, 2), i, np.float32),
+  }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  root = tmp_path_factory.mktemp("modalities")
+  write_dataset("many", root, {"train": map(record, range(12))}, fields=("image", "audio", "series", "questions", "facts"))
+  write_dataset("few", root, {"train": ({**record(i), "id": f"f{i}"} for i in range(12))}, fields=("image", "questions"))
+  write_dataset("plain", root, {"train": ({**record(i), "id": f"p{i}"} for i in range(4))})
+  train_tokenizer([WORDS, "is it yes no?"] * 20, root / "tokenizers" / "t.model", 360)
+  return root
+
+
+def make(folder, **changes):
+  c = configs.base()
+  c.data.dir, c.train.batch_size, c.data.image.size = str(folder), 6, 8
+  c.data.text.tokenizer, c.data.text.vocab_size, c.data.text.length = "t", 400, 8
+  c.data.audio.seconds, c.data.series.length, c.data.series.channels = 0.25, 4, 2
+  c.data.sources.many = dict(name="many")
+  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit", patch=4), text=dict(kind="transformer")))
+  c.data.modalities = ("image", "text", "audio", "series")
+  overrides = [f"{k}={v!r}" for k, v in changes.items()]
+  return configs.resolve(c, overrides)
+
+
+def shapes(tree):
+  return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), {k: v for k, v in tree.items() if k != "id"})
+
+
+@pytest.mark.parametrize("changes", [
+  {"data.missing": "mask"},
+  {"data.missing": "mask", "data.label": "label", "data.classes": 3},
+  {"data.missing": "mask", "data.label": "labels", "data.classes": 5, "data.text.words": True},
+  {"data.missing": "mask", "data.label": "answer", "data.classes": 2, "data.sources.many.text": "question", "data.text.per_example": 3},
+])
+def test_batches_are_what_the_spec_says(folder, changes):
+  c = make(folder, **changes)
+  assert shapes(Pipeline(c).batch(0)) == shapes(batch_spec(c))
+
+
+def test_a_missing_modality_is_masked_or_its_row_skipped(folder):
+  batch = Pipeline(make(folder, **{"data.missing": "mask"})).batch(1)
+  number = np.array([int(name[1:]) for name in batch["id"]])
+  assert batch["valid"].all() and batch["image"]["present"].all()
+  np.testing.assert_array_equal(batch["audio"]["present"], number % 3 != 0)
+  np.testing.assert_array_equal(batch["series"]["present"], number % 4 != 0)
+  assert not batch["audio"]["waveform"][~batch["audio"]["present"]].any() and not batch["series"]["mask"][~batch["series"]["present"]].any()
+  np.testing.assert_array_equal(batch["series"]["mask"].sum(1), np.where(number % 4 == 0, 0, np.minimum(4, 3 + number % 3)))
+
+  skipped = Pipeline(make(folder)).batch(1)
+  np.testing.assert_array_equal(skipped["valid"], (number % 3 != 0) & (number % 4 != 0))
+  for modality in ("image", "audio", "series"):
+    for array in skipped[modality].values():
+      assert not array[~skipped["valid"]].any(), "rows that do not count are zeros"
+
+
+def test_labels_are_those_of_the_records(folder):
+  batch = Pipeline(make(folder, **{"data.label": "labels", "data.classes": 3, "data.modalities": ("image",)})).batch(0)
+  for name, row in zip(batch["id"], batch["label"], strict=True):
+    assert row.tolist() == {"a": [1, 0, 0], "b": [0, 1, 0], "a|c": [1, 0, 1]}[record(int(name[1:]))["label"]]
+  with pytest.raises(UserError, match="data.classes is 2, but many has 3: a, a|c, b"):
+    Pipeline(make(folder, **{"data.label": "label", "data.classes": 2}))
+  with pytest.raises(UserError, match="no source has such classes"):
+    Pipeline(make(folder, **{"data.label": "answer", "data.classes": 2, "data.sources.many.name": "plain"}))
+
+
+def test_questions_and_their_answers_stay_together(folder):
+  changes = {"data.label": "answer", "data.classes": 2, "data.sources.many.text": "question", "data.text.per_example": 2, "data.modalities": ("text",), "data.text.length": 24}
+  c = make(folder, **changes)
+  pipeline = Pipeline(c)
+  batch, decode = pipeline.batch(2), pipeline._examples.text.tokenizer.decode
+  assert batch["text"]["tokens"].shape == (6, 2, 24) and batch["label"].shape == (6, 2)
+  for name, tokens, mask, labels in zip(batch["id"], batch["text"]["tokens"], batch["text"]["mask"], batch["label"], strict=True):
+    pairs = dict(record(int(name[1:]))["questions"])
+    asked = [decode(t[m]) for t, m in zip(tokens, mask, strict=True)]
+    assert [pairs[q] for q in asked] == [("no", "yes")[label] for label in labels] and len(set(asked)) == 2
+
+  data = EvaluationData(c, dict(name="many", split="train", languages=("en",), text="question"), 5)
+  rows = [row for b in data.batches(("text",)) for row in zip(b["text"]["tokens"], b["text"]["mask"], b["label"], strict=True)]
+  seen = [decode(t[m]) for tokens, mask, labels in rows for t, m, label in zip(tokens, mask, labels, strict=True) if label >= 0]
+  assert seen == [q for i in range(12) for q, _ in record(i)["questions"]], "every question once, in order"
+
+
+def test_words_number_the_pieces_between_spaces(folder):
+  batch = Pipeline(make(folder, **{"data.text.words": True, "data.modalities": ("text",), "data.text.length": 12})).batch(0)
+  for name, tokens, words, mask in zip(batch["id"], batch["text"]["tokens"], batch["text"]["words"], batch["text"]["mask"], strict=True):
+    decode = Pipeline(make(folder))._examples.text.tokenizer.decode
+    caption = record(int(name[1:]))["captions"]["en"][0]
+    assert [decode(tokens[words == w]).strip() for w in range(words.max() + 1)] == caption.split()
+    assert (words[~mask] == -1).all() and words[mask][-1] == -1
+
+
+def test_whole_steps_of_a_source(folder):
+  changes = {"data.mix": "steps", "data.sources.many.modalities": ("audio", "text"), "data.sources.many.weight": 2.0, "data.missing": "mask",
+             "data.sources.few": dict(name="few", modalities=("image", "text"))}
+  c = make(folder, **changes)
+  pipeline = Pipeline(c)
+  sources = [pipeline.source_of(step) for step in range(9)]
+  assert sources.count("many") == 6 and sources[:3] == sources[3:6] == sources[6:]
+  seen = {"many": [], "few": []}
+  for step, source in enumerate(sources):
+    batch = pipeline.batch(step)
+    assert shapes(batch) == shapes(batch_spec(c, source=source)) and {n[0] for n in batch["id"]} == {source[0]}
+    seen[source] += batch["id"]
+  assert len(set(seen["many"][:12])) == 12 and len(set(seen["few"][:12])) == 12, "each source goes through its own epochs"
+  assert set(batch_spec(c)) == {"image", "text", "audio", "series", "valid"}, "without a source: every modality"
+
+
+@settings(max_examples=40, deadline=None)
+@given(groups=st.integers(1, 7), count=st.integers(1, 6), extra=st.integers(0, 6), seed=st.integers(0, 2**40), batch=st.integers(1, 20))
+def test_groups_stay_together_and_an_epoch_has_each_once(groups, count, extra, seed, batch):
+  length = groups * count + extra % groups
+  order = Order([length], [1.0], seed, batch)
+  grouped = Order([length], [1.0], seed, batch, groups=[groups])
+  total = groups * count
+  rows = np.concatenate([grouped.rows(step)[1] for step in range(-(-total // batch))])[:total]
+  assert sorted(rows.tolist()) == list(range(total))
+  assert all((chunk == chunk[0] + np.arange(groups)).all() and chunk[0] % groups == 0 for chunk in rows.reshape(-1, groups))
+  if groups == 1:
+    np.testing.assert_array_equal(order.rows(3)[1], grouped.rows(3)[1])

@@ -1,0 +1,47 @@
+"""Steps of one source each: what a step's objectives do not use is left as it is, moments and all."""
+
+import jax
+import numpy as np
+
+from mmjax import config as configs
+from mmjax.parallel import multihost
+from mmjax.parallel.mesh import make_mesh
+from mmjax.state.paths import by_name
+from mmjax.training.step import Step
+
+
+def test_a_step_changes_what_its_objectives_use_and_nothing_else():
+  c = configs.base()
+  c.train.batch_size, c.precision.compute, c.data.label, c.data.classes = 8, "float32", "label", 3
+  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = 8, 4, 64, "none"
+  c.data.mix = "steps"
+  c.data.sources.pictures = dict(name="a", modalities=("image",))
+  c.data.sources.texts = dict(name="b", modalities=("text",), weight=2.0)
+  c.model = dict(name="multitask", width=16, joint=False, encoders=dict(
+    image=dict(kind="vit", patch=4, depth=1, heads=2), text=dict(kind="transformer", depth=1, heads=2)))
+  c.objectives.look = dict(kind="classification", modalities=("image",), sources=("pictures",))
+  c.objectives.read = dict(kind="classification", modalities=("text",), sources=("texts",))
+  c.optimizer = dict(name="adamw", lr=1e-2, weight_decay=0.1)
+  c.schedule = dict(name="constant", warmup=0)
+  config = configs.resolve(c)
+  step = Step(config, make_mesh(config, jax.devices()[:2]), steps=10)
+  rng = np.random.default_rng(0)
+  batches = {
+    "pictures": {"image": {"pixels": rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8), "key": np.zeros((8, 2), np.uint32)}},
+    "texts": {"text": {"tokens": rng.integers(0, 64, (8, 4)).astype(np.int32), "mask": np.ones((8, 4), bool), "key": np.zeros((8, 2), np.uint32)}},
+  }
+  state = step.init(0)
+  host = lambda tree: {name: np.asarray(x) for name, x in by_name(tree).items()}
+  before, moments = host(state.params), host(state.opt_states)
+  for source, mine, other in (("pictures", "image", "text"), ("texts", "text", "image")):
+    batch = {**batches[source], "label": rng.integers(0, 3, 8).astype(np.int32), "valid": np.ones(8, bool)}
+    state, metrics = step.train(state, multihost.to_device(batch, step.mesh), source)
+    assert set(metrics) >= {"loss", "look/loss" if source == "pictures" else "read/loss"}
+    assert ("look/loss" in metrics) == (source == "pictures")
+    after, now = host(state.params), host(state.opt_states)
+    changed = {name.split("/")[0] for name in after if (after[name] != before[name]).any()}
+    assert changed == {mine, f"{mine}_classifier"}, f"{other} is not in this step"
+    assert not any((now[name] != moments[name]).any() for name in now if f"/{other}" in name)
+    assert any((now[name] != moments[name]).any() for name in now if f"/{mine}/" in name)
+    before, moments = after, now
+  assert len(step.compile()) == 2 and step.flops_per_step() > 0
