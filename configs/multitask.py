@@ -1,0 +1,61 @@
+"""One model, three tasks, a source of its own each: captions of scenes, questions about shapes, names of emoji.
+
+  mmjax data build emoji_scenes && mmjax data build easy_vqa && mmjax data build openmoji
+  mmjax data tokenizer --source openmoji --languages en --name quickstart --vocab-size 1024
+  mmjax train --config configs/multitask.py --workdir runs/multitask
+  mmjax train --config configs/multitask.py:captions --workdir runs/multitask_captions   # one task alone, for as many of its steps
+"""
+
+import mmjax
+
+TASKS = ("captions", "questions", "names")
+
+
+def get_config(arg: str = ""):
+  """arg: "captions", "questions" or "names" alone; "" = all three, a step each in turn."""
+  tasks = (arg,) if arg else TASKS
+  c = mmjax.config.base()
+  c.train.steps = 700 * len(tasks)
+  c.train.batch_size = 96
+  c.data.mix = "steps"
+  c.data.modalities = ("image", "text")
+  sources = dict(
+    captions=dict(name="emoji_scenes", cache=True),
+    questions=dict(name="easy_vqa", text="question", cache=True),
+    names=dict(name="openmoji", split="train+validation", languages=("en",), cache=True),
+  )
+  for task in tasks:
+    c.data.sources[task] = sources[task]
+  c.data.image.size = 64
+  c.data.text.tokenizer = "quickstart"
+  c.data.text.vocab_size = 1024
+  c.data.text.length = 56
+  c.data.text.lowercase = True
+  if "questions" in tasks:
+    c.data.label = "answer"
+    c.data.classes = 13
+
+  c.model = dict(name="multitask", width=128, scale_init=10.0, encoders=dict(
+    image=dict(kind="vit", stem="convolution", patch=8, depth=2, heads=4),
+    text=dict(kind="transformer", depth=2, heads=4, pooling="mean"),
+  ), fusion=dict(kind="cross_attention", depth=1, heads=4), decoder=dict(depth=2, heads=4, memory_positions=True))
+  c.precision.compute = "float32"
+  objectives = dict(
+    captions=dict(kind="captioning", source=("image",), sources=("captions",)),
+    questions=dict(kind="classification", modalities=("text", "image"), sources=("questions",)),
+    names=dict(kind="contrastive", between=("image", "text"), sources=("names",)),
+  )
+  for task in tasks:
+    c.objectives[task] = objectives[task]
+  c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
+  c.schedule = dict(name="cosine", warmup="10%", final=0.01)
+
+  evaluators = dict(
+    captions=("captions/test", dict(kind="captions", source="emoji_scenes", check="mmjax.data.builders.emoji_scenes:check_caption")),
+    questions=("answers/test", dict(kind="classification", source="easy_vqa", modalities=("text", "image"), text="question")),
+    names=("retrieval/combinations", dict(kind="retrieval", source="openmoji", split="test_combinations")),
+  )
+  for task in tasks:
+    name, entry = evaluators[task]
+    c.evaluation.evaluators[name] = entry
+  return c
