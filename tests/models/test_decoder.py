@@ -115,6 +115,7 @@ def test_the_config_names_it_and_long_texts_are_refused():
   c.data.text.tokenizer = "x"
   c.model.encoders = dict(text=dict(kind="transformer", width=16, depth=1, heads=2))
   assert "decoder" not in mmjax.config.resolve(c).model
+  c.model.name = "multitask"
   c.model.decoder = dict(width=16, depth=1, heads=2)
   c.objectives.caption = dict(kind="captioning", source=("text",))
   c.objectives.language = dict(kind="autoregressive")
