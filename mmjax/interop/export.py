@@ -140,6 +140,7 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
       shape=[image.size, image.size, 3],
       dtype="uint8",
       resize=image.resize,
+      crop=image.crop,
       interpolation=image.interpolation,
       antialias=True,
       mean=list(image.mean),
