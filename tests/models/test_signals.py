@@ -15,8 +15,10 @@ import mmjax.config
 from mmjax.config import KINDS, UserError, kind_function
 from mmjax.models.encoders import spectrogram
 from mmjax.models.encoders.audio import around, overlapping
+from mmjax.models.encoders.sequence import stack_config
 from mmjax.models.encoders.spectrogram import SpecAugment, kaldi_mel, log_mel, mel_filters
 from mmjax.models.layers import Encoded
+from mmjax.models.transformer import Transformer
 from mmjax.parallel import rules as parallel
 from mmjax.parallel.mesh import make_mesh
 
@@ -272,6 +274,57 @@ def test_instance_norm_hides_level_and_scale():
   moved = dict(batch, values=batch["values"] * np.float32(3) + np.float32(2))
   equal(apply("series norm", batch), apply("series norm", moved), atol=1e-3)
   assert np.abs(apply("series", batch).pooled - apply("series", moved).pooled).max() > 1e-2
+
+
+# -- hidden patches and a shared transformer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ("whisper", "ast", "tubelets", "series"))
+def test_hidden_patches_are_not_seen_and_can_be_asked_for(case):
+  modality, _, tokens = CASES[case]
+  module = make(case) if case != "ast" else make(case).clone(patch=6, stride=6)  # without overlap
+  batch = dict(inputs(modality, [FULL[modality]] * ROWS), present=np.array([True, False, True]))
+  values, real = module.patches(batch)
+  hidden = np.zeros(real.shape, bool)
+  hidden[:, 3 if case == "whisper" else 1] = True
+  assert values.dtype == jnp.float32 and real.shape == values.shape[:2] and not real[1].any() and real[0].all()
+  masked = dict(batch, patch_mask=hidden)
+  shapes, rng = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), masked)), np.random.default_rng(1)
+  variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+  key = dict(audio="waveform", video="frames", series="values")[modality]
+  changed, where = batch[key].copy(), np.asarray(module.patches(batch)[0])
+  part = dict(whisper=np.s_[:, 280:281], ast=np.s_[:, :0], tubelets=np.s_[:, :2, :4, 4:], series=np.s_[:, 4:8])[case]
+  changed[part] = changed[part] // 2 + 3
+  other = dict(masked, **{key: changed})
+  run = jax.jit(lambda b: module.apply(variables, b))
+  out = run(masked)
+  assert out.tokens[:, -hidden.shape[1]:].shape[:2] == values.shape[:2]
+  if case != "ast":  # whose windows of sound overlap
+    differs = np.abs(np.asarray(module.patches(other)[0]) - where).max(-1) > 1e-6
+    assert differs[0].any() and (case == "whisper" or not (differs & ~hidden).any())
+    if case != "whisper":
+      equal(run(other), out)
+  assert np.abs(run(dict(masked, patch_mask=~hidden)).pooled - out.pooled).max() > 1e-4
+  all_hidden = [dict(inputs(modality, [FULL[modality]] * ROWS, seed), present=batch["present"], patch_mask=np.ones_like(hidden)) for seed in (0, 1)]
+  equal(*map(run, all_hidden))
+
+
+def test_sound_video_and_series_may_share_one_transformer():
+  shared = Transformer(stack_config(dict(compute="float32"), activation="gelu", eps=1e-5, **SMALL))
+
+  class Both(nn.Module):
+    def setup(self):
+      self.trunk = shared.clone(parent=None)
+      for case, modality in (("whisper", "audio"), ("tubelets", "video"), ("series", "series")):
+        setattr(self, modality, make(case).clone(parent=None, trunk=self.trunk))
+
+    def __call__(self, batch):
+      return [getattr(self, modality)(batch[modality]).pooled for modality in FULL]
+
+  batch = {modality: inputs(modality, [FULL[modality]] * ROWS) for modality in FULL}
+  params = jax.eval_shape(Both().init, jax.random.key(0), batch)["params"]
+  assert set(params) == {"trunk", "audio", "video", "series"}
+  assert all("layers" not in params[modality] for modality in FULL) and "layers" in params["trunk"]
 
 
 @pytest.mark.parametrize("entry, message", (

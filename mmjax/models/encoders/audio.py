@@ -13,9 +13,9 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
-from mmjax.models.encoders.sequence import SequencePooling, encode_sequence, pooled, real, run_stack, stack_config
+from mmjax.models.encoders.sequence import SequencePooling, drop_and_run, encode_sequence, pooled, real, stack_config
 from mmjax.models.encoders.spectrogram import Normalisation, SpecAugment, kaldi_frames, kaldi_mel, log_mel
-from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, resize_positions, with_axes
+from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, hide_patches, normal, resize_positions, with_axes
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 
@@ -26,9 +26,11 @@ AstPooling = Literal["class", "mean", "attention"]
 class WhisperEncoder(nn.Module):
   """Whisper's encoder (Radford et al. 2022, arXiv:2212.04356, section 2.2).
 
-  Call: {"waveform" int16 [B, S], "length" int32 [B], "present" bool [B]?} -> Encoded of width D; L = S / hop / strides,
-  rounded up. Two convolutions over 3 frames, positions of sines, the stack. Randomness: stream "dropout", only when `train`.
-  With mask_padding=False the model sees the silence after the sound, as Whisper was trained.
+  Call: {"waveform" int16 [B, S], "length" int32 [B], "present" bool [B]?, "patch_mask" bool [B, L]?} -> Encoded of width D;
+  L = S / hop / strides, rounded up. Two convolutions over 3 frames, positions of sines, the stack. With mask_padding=False the
+  model sees the silence after the sound, as Whisper was trained. Where patch_mask is True the frames themselves are hidden, by a
+  learned one, before the convolutions. trunk: a transformer shared with other encoders. Randomness: stream "dropout", only when
+  `train`.
   """
 
   config: TransformerConfig
@@ -41,13 +43,15 @@ class WhisperEncoder(nn.Module):
   mask_padding: bool = True
   pooling: SequencePooling = "mean"
   augment: SpecAugment = SpecAugment()
+  trunk: nn.Module | None = None
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
     c = self.config
-    x, mask = log_mel(batch["waveform"], batch.get("length"), rate=self.rate, n_fft=self.n_fft, hop=self.hop, mels=self.mels,
-                      normalisation=self.normalisation)
-    if train and self.augment.active:
+    x, mask = self._features(batch)
+    if "patch_mask" in batch:
+      x = hide_patches(self, x, dict(patch_mask=jnp.repeat(batch["patch_mask"], math.prod(self.strides), axis=1)[:, :x.shape[1]]))
+    elif train and self.augment.active:
       x = self.augment(x, mask, self.make_rng("dropout"))
     mask = real(mask if self.mask_padding else jnp.ones_like(mask), batch)
     x = x.astype(c.dtype)
@@ -58,13 +62,25 @@ class WhisperEncoder(nn.Module):
     x = x + jnp.asarray(sinusoids(x.shape[1], c.width), c.dtype)
     return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
 
+  def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What the tokens stand for: frames float32 [B, L, stride * mels], and which are real, bool [B, L]."""
+    x, mask = self._features(batch)
+    stride = math.prod(self.strides)
+    x = jnp.pad(jnp.where(mask[:, :, None], x, 0), ((0, 0), (0, -x.shape[1] % stride), (0, 0)))
+    return x.reshape(x.shape[0], -1, stride * self.mels), real(mask[:, ::stride], batch)
+
+  def _features(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    return log_mel(batch["waveform"], batch.get("length"), rate=self.rate, n_fft=self.n_fft, hop=self.hop, mels=self.mels,
+                   normalisation=self.normalisation)
+
 
 class SpectrogramTransformer(nn.Module):
   """AST: overlapping square patches of the spectrogram, a class and a distillation token (Gong et al. 2021, arXiv:2104.01778).
 
   Call: as WhisperEncoder -> Encoded of width D: the two tokens, then the patches, for each band of mels those of its times.
   `frames`: the spectrogram is padded with zeros, or cut, to this many. Learned positions belong to their grid; sound of another
-  length (frames=0) than `seconds` gets them interpolated. "class" pools the mean of the two tokens.
+  length (frames=0) than `seconds` gets them interpolated. "class" pools the mean of the two tokens. patch_mask hides patches by
+  a learned token; where they overlap, their neighbours still see their edges.
   """
 
   config: TransformerConfig
@@ -79,34 +95,44 @@ class SpectrogramTransformer(nn.Module):
   mask_padding: bool = True
   pooling: AstPooling = "class"
   augment: SpecAugment = SpecAugment()
+  trunk: nn.Module | None = None
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
     c = self.config
-    x, mask = kaldi_mel(batch["waveform"], batch.get("length"), rate=self.rate, mels=self.mels)
-    if train and self.augment.active:
-      x = self.augment(x, mask, self.make_rng("dropout"))
-    x = jnp.where(mask[:, :, None], x, 0)
-    if extra := max(0, self.frames - x.shape[1]):
-      x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), jnp.pad(mask, ((0, 0), (0, extra)))
-    x, mask = (a[:, :self.frames or None] for a in (x, mask))
-    mask = real(mask if self.mask_padding else jnp.ones_like(mask), batch)
-    x = ((x - self.mean) / (2 * self.std)).astype(c.dtype)
-    grid = self._grid(x.shape[1])
+    augment = train and self.augment.active and "patch_mask" not in batch
+    x, mask, grid = self._patches(batch, self.make_rng("dropout") if augment else None)
     trained = self._grid(self.frames or kaldi_frames(round(self.rate * self.seconds), self.rate))
-    x = materialise(overlapping(x, self.patch, self.stride))
-    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
+    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(materialise(x.astype(c.dtype)))
+    x = hide_patches(self, x, batch)
     table = self.param("position", with_axes(normal(0.02), ("position", "embed")), (2 + math.prod(trained), c.width), jnp.float32)
     x = x + resize_positions(table[2:], trained, grid).astype(c.dtype)
     tokens = [self.param(name, with_axes(normal(0.02), ("embed",)), (c.width,), jnp.float32) for name in ("class", "distillation")]
     head = jnp.broadcast_to((jnp.stack(tokens) + table[:2]).astype(c.dtype), (x.shape[0], 2, c.width))
     x = jnp.concatenate([head, x], axis=1)
-    mask = jnp.tile(mask[:, :grid[1] * self.stride:self.stride], (1, grid[0]))
     mask = jnp.concatenate([jnp.broadcast_to(mask.any(1, keepdims=True), (x.shape[0], 2)), mask], axis=1)
-    x = LayerNorm(c.eps, c.dtype, name="norm")(run_stack(self, x, mask, train=train))
+    x = LayerNorm(c.eps, c.dtype, name="norm")(drop_and_run(self, x, mask, train=train))
     if self.pooling == "class":
       return Encoded(x, mask, pool.keep_rows((x[:, 0] + x[:, 1]) / 2, mask))
     return pooled(self, x, mask, self.pooling)
+
+  def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What the tokens after the first two stand for: patches float32 [B, L, patch * patch], and which are real, bool [B, L]."""
+    return self._patches(batch, None)[:2]
+
+  def _patches(self, batch: Mapping[str, Array], key: Array | None) -> tuple[Array, Array, tuple[int, int]]:
+    """(normalised patches, which are real, (bands, times)); key: of the augmentation, None = without."""
+    x, mask = kaldi_mel(batch["waveform"], batch.get("length"), rate=self.rate, mels=self.mels)
+    if key is not None:
+      x = self.augment(x, mask, key)
+    x = jnp.where(mask[:, :, None], x, 0)
+    if extra := max(0, self.frames - x.shape[1]):
+      x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), jnp.pad(mask, ((0, 0), (0, extra)))
+    x, mask = (a[:, :self.frames or None] for a in (x, mask))
+    mask = real(mask if self.mask_padding else jnp.ones_like(mask), batch)
+    grid = self._grid(x.shape[1])
+    x = overlapping((x - self.mean) / (2 * self.std), self.patch, self.stride)
+    return x, jnp.tile(mask[:, :grid[1] * self.stride:self.stride], (1, grid[0])), grid
 
   def _grid(self, frames: int) -> tuple[int, int]:
     """(bands, times) of the patches of a spectrogram. Raises UserError: no patch fits."""

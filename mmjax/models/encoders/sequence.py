@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.models import pooling as pool
 from mmjax.models.layers import Encoded, LayerNorm, constrain
-from mmjax.models.transformer import Transformer, TransformerConfig
+from mmjax.models.transformer import TransformerConfig, run_stack
 
 Array = jax.Array
 SequencePooling = Literal["mean", "attention"]
@@ -36,21 +36,15 @@ def standardise(x: Array, mask: Array) -> Array:
   return jnp.where(mask[..., None], centred * jax.lax.rsqrt(variance + 1e-5), 0)
 
 
-def run_stack(module: nn.Module, x: Array, mask: Array, *, train: bool) -> Array:
-  """x [B, L, D] through the transformer of `module.config`, whose parameters are `module`'s own ("layers").
-
-  Called within the compact method of `module`. mask bool [B, L]: what may be seen.
-  """
+def drop_and_run(module: nn.Module, x: Array, mask: Array, *, train: bool) -> Array:
+  """Dropout, then the transformer of `module` (run_stack): x [B, L, D], mask bool [B, L] -> [B, L, D]."""
   c = module.config
-  x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype)))
-  stack = Transformer(c)
-  nn.share_scope(module, stack)
-  return stack(x, mask, train=train)
+  return run_stack(module, constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype))), mask, train=train)
 
 
 def encode_sequence(module: nn.Module, x: Array, mask: Array, *, pooling: SequencePooling, train: bool) -> Encoded:
-  """`run_stack`, a final norm ("norm") and the pooling ("pool"): x [B, L, D], mask bool [B, L] -> Encoded."""
-  x = run_stack(module, x, mask, train=train)
+  """`drop_and_run`, a final norm ("norm") and the pooling ("pool"): x [B, L, D], mask bool [B, L] -> Encoded."""
+  x = drop_and_run(module, x, mask, train=train)
   return pooled(module, LayerNorm(module.config.eps, module.config.dtype, name="norm")(x), mask, pooling)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.encoders.sequence import SequencePooling, encode_sequence, real, stack_config, standardise
-from mmjax.models.layers import Dense, Encoded, normal, with_axes
+from mmjax.models.layers import Dense, Encoded, hide_patches, normal, with_axes
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 
@@ -21,7 +21,8 @@ Array = jax.Array
 class SeriesTransformer(nn.Module):
   """Call: {"values" float32 [B, T, C], "mask" bool [B, T], "present" bool [B]?} -> Encoded of width D, T / patch tokens.
 
-  A patch is real if one of its steps is; steps that are not real count as zeros. `instance_norm`: each channel of each example
+  A patch is real if one of its steps is; steps that are not real count as zeros. Patches where patch_mask bool [B, L] is True are
+  hidden by a learned token. trunk: a transformer shared with other encoders. `instance_norm`: each channel of each example
   to mean 0 and variance 1 over its real steps first (Kim et al. 2022, RevIN).
   """
 
@@ -30,10 +31,21 @@ class SeriesTransformer(nn.Module):
   length: int
   instance_norm: bool = False
   pooling: SequencePooling = "mean"
+  trunk: nn.Module | None = None
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
-    c, x = self.config, batch["values"].astype(jnp.float32)
+    c = self.config
+    x, mask = self.patches(batch)
+    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(materialise(x.astype(c.dtype)))
+    x = hide_patches(self, x, batch)
+    position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length // self.patch, c.width), jnp.float32)
+    x = x + position[:x.shape[1]].astype(c.dtype)
+    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+
+  def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What the tokens stand for: steps float32 [B, L, patch * C], and which are real, bool [B, L]."""
+    x = batch["values"].astype(jnp.float32)
     rows, length, channels = x.shape
     if length % self.patch or length > self.length:
       raise UserError(f"a series of {length} steps does not divide into patches of {self.patch} within data.series.length "
@@ -42,12 +54,8 @@ class SeriesTransformer(nn.Module):
     x = jnp.where(mask[:, :, None], x, 0)
     if self.instance_norm:
       x = standardise(x, mask)
-    x = materialise(x.astype(c.dtype).reshape(rows, length // self.patch, self.patch * channels))
-    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
-    position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length // self.patch, c.width), jnp.float32)
-    x = x + position[:x.shape[1]].astype(c.dtype)
-    mask = real(mask.reshape(rows, -1, self.patch).any(-1), batch)
-    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+    x = x.reshape(rows, length // self.patch, self.patch * channels)
+    return x, real(mask.reshape(rows, -1, self.patch).any(-1), batch)
 
 
 def series(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 8, instance_norm: bool = False, width: int = 0,

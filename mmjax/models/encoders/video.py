@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.encoders.image import ImagePooling, Positions, Stem, VisionTransformer, neighbours, normalise
-from mmjax.models.encoders.sequence import SequencePooling, encode_sequence, pooled, real, run_stack, stack_config
-from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, resize_positions, with_axes
+from mmjax.models.encoders.sequence import SequencePooling, drop_and_run, encode_sequence, pooled, real, stack_config
+from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, hide_patches, normal, resize_positions, with_axes
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 
@@ -26,7 +26,7 @@ class FrameEncoder(nn.Module):
 
   Call: {"frames" uint8 [B, T, H, W, 3], "mask" bool [B, T], "present" bool [B]?} -> Encoded of width D, a token a frame.
   "mean" stops there ("meanP"); "transformer" adds positions of time, the stack and the frames' own vectors again ("seqTransf").
-  `frame` sees {"pixels" [B * T, H, W, 3]} and gives [B * T, D].
+  `frame` sees {"pixels" [B * T, H, W, 3]} and gives [B * T, D]. trunk: a transformer over time shared with other encoders.
   """
 
   config: TransformerConfig
@@ -34,6 +34,7 @@ class FrameEncoder(nn.Module):
   length: int
   temporal: Temporal = "mean"
   pooling: SequencePooling = "mean"
+  trunk: nn.Module | None = None
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
@@ -48,7 +49,7 @@ class FrameEncoder(nn.Module):
     if length > self.length:
       raise UserError(f"video of {length} frames for a model of data.video.frames {self.length}. Use fewer, or change the number")
     position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length, c.width), jnp.float32)
-    x = x + run_stack(self, x + position[:length].astype(c.dtype), mask, train=train)
+    x = x + drop_and_run(self, x + position[:length].astype(c.dtype), mask, train=train)
     return pooled(self, LayerNorm(c.eps, c.dtype, name="norm")(x), mask, self.pooling)
 
 
@@ -82,7 +83,8 @@ class TubeletTransformer(nn.Module):
   """Joint attention over patches of space and time (ViViT, Arnab et al. 2021, arXiv:2103.15691, section 3.3, model 1).
 
   Call: as FrameEncoder -> Encoded of width D; tokens of T / time steps of rows of columns. Positions are the sum of a table of
-  places (interpolated for frames of another size than `size`) and one of times. A tubelet is real if one of its frames is.
+  places (interpolated for frames of another size than `size`) and one of times. A tubelet is real if one of its frames is; those
+  where patch_mask bool [B, L] is True are hidden by a learned token. trunk: a transformer shared with other encoders.
   """
 
   config: TransformerConfig
@@ -93,27 +95,36 @@ class TubeletTransformer(nn.Module):
   pixel_mean: tuple[float, ...]
   pixel_std: tuple[float, ...]
   pooling: SequencePooling = "mean"
+  trunk: nn.Module | None = None
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
-    c, frames = self.config, batch["frames"]
-    (rows, length, height, width), p, t = frames.shape[:4], self.patch, self.time
+    c = self.config
+    x, mask, (steps, *grid) = self._patches(batch, c.dtype)
+    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(materialise(x))
+    x, places = hide_patches(self, x, batch), self.size // self.patch
+    table = lambda name, count: self.param(name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32)
+    place = resize_positions(table("position", places * places), (places, places), tuple(grid))
+    when = table("time_position", self.length // self.time)[:steps]
+    x = x + (when[:, None] + place[None]).reshape(-1, c.width).astype(c.dtype)
+    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+
+  def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What the tokens stand for: normalised tubelets float32 [B, L, time * patch * patch * 3], and which are real, bool [B, L]."""
+    return self._patches(batch, jnp.float32)[:2]
+
+  def _patches(self, batch: Mapping[str, Array], dtype: jnp.dtype) -> tuple[Array, Array, tuple[int, int, int]]:
+    """(normalised tubelets, which are real, (steps, rows, columns))."""
+    (rows, length, height, width), p, t = batch["frames"].shape[:4], self.patch, self.time
     if height % p or width % p or length % t or length > self.length:
       raise UserError(f"video of {length} frames of {width}x{height} does not divide into tubelets of {t} frames of {p}x{p} within "
                       f"data.video.frames {self.length}. Change data.video, or `patch` and `time` of the encoder")
-    steps, grid, places = length // t, (height // p, width // p), self.size // p
-    mask = _mask(batch)
-    x = normalise(frames, self.pixel_mean, self.pixel_std, c.dtype)
+    steps, grid, mask = length // t, (height // p, width // p), _mask(batch)
+    x = normalise(batch["frames"], self.pixel_mean, self.pixel_std, dtype)
     x = jnp.where(mask[:, :, None, None, None], x, 0)
     x = x.reshape(rows, steps, t, grid[0], p, grid[1], p, 3).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    x = materialise(x.reshape(rows, steps * grid[0] * grid[1], t * p * p * 3))
-    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
-    table = lambda name, count: self.param(name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32)
-    place = resize_positions(table("position", places * places), (places, places), grid)
-    when = table("time_position", self.length // t)[:steps]
-    x = x + (when[:, None] + place[None]).reshape(-1, c.width).astype(c.dtype)
     mask = real(jnp.repeat(mask.reshape(rows, steps, t).any(-1), grid[0] * grid[1], axis=1), batch)
-    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+    return x.reshape(rows, steps * grid[0] * grid[1], t * p * p * 3), mask, (steps, *grid)
 
 
 def _mask(batch: Mapping[str, Array]) -> Array:
