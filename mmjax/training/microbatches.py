@@ -62,12 +62,22 @@ class Forward:
 
   def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
     batch = self.views[view - 1] if view else self.batch
+    batch = only_valid(batch) if self.model_state else batch
     rng = stream(self.rng, "dropout")
     rngs = {"dropout": jax.random.fold_in(rng, view) if view else rng}
     output, changed = self.model.apply({"params": self.params, **self.model_state}, *args, batch, train=True, method=method,
                                        rngs=rngs, mutable=list(self.model_state), **kwargs)
     self.model_state = {**self.model_state, **changed}
     return output
+
+
+def only_valid(batch: dict) -> dict:
+  """The batch with `<modality>.present` False in rows that are not valid: they must not count in batch statistics either."""
+  if "valid" not in batch:
+    return batch
+  mark = lambda part: {**part, "present": part["present"] & batch["valid"].reshape(-1, *(1,) * (part["present"].ndim - 1))
+                       if "present" in part else batch["valid"]}
+  return {name: mark(part) if isinstance(part, dict) else part for name, part in batch.items()}
 
 
 def is_shared(model: nn.Module, method: str) -> bool:
