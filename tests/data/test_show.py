@@ -12,10 +12,15 @@ import pytest
 from PIL import Image
 
 from mmjax.config import UserError
+from mmjax.data.audio import decode_audio
 from mmjax.data.builders.convert import convert
 from mmjax.data.show import show, show_data_set
+from tests.data.test_audio import encode as sound
+from tests.data.test_audio import tone
 from tests.data.test_convert import folder_of
 from tests.data.test_tars import pairs, write_tar
+from tests.data.test_video import clip
+from tests.data.test_video import encode as film
 
 
 def record(number: int, size=(40, 30), **changes):
@@ -75,6 +80,26 @@ def test_unreadable_records_get_a_tile_that_says_why(tmp_path):
   page = show(Source([record(0, image=b"junk"), record(1), record(2, image=None)]), tmp_path / "x.html").read_text()
   text = Checker(page).text
   assert "3 unreadable" in text and "not a JPEG" in text and "record 1 cannot be read" in text and "no picture" in text
+
+
+def test_sound_video_series_and_questions(tmp_path):
+  plain = dict(image=None, captions={}, label="")
+  aiff, ogg, long = sound(tone(0.5, 44_100), 44_100, kind="AIFF"), sound(tone(), kind="OGG"), sound(tone(31.0, 8000), 8000)
+  records = [record(0, **plain, audio=ogg), record(1, **plain, audio=aiff), record(2, **plain, audio=long),
+             record(3, **plain, video=film(clip(12, 16, 20))), record(4, series=np.array([[0.0, 1], [np.nan, 2], [3, 5]]), questions=[("is it <b>?", "yes")] * 9),
+             record(5, audio=b"junk", video=b"")]
+  page = show(records, tmp_path / "x.html").read_text()
+  sheet = Checker(page)
+  players = [base64.b64decode(data) for data in re.findall(r'<audio [^>]*src="data:audio/[a-z]+;base64,([^"]+)"', page)]
+  assert players[0] == ogg, "what browsers play stays as it is"
+  np.testing.assert_allclose(decode_audio(players[1], 44_100), tone(0.5, 44_100), atol=1e-3)
+  assert players[1][:4] == b"fLaC" and len(decode_audio(players[2], 8000)) == 30 * 8000 and len(players) == 3
+  film_shown = Image.open(io.BytesIO(base64.b64decode(sheet.pictures[0].partition(",")[2])))
+  assert film_shown.size == (6 * 20 + 5 * 2, 16)
+  for text in ("0.5 s, 44.1 kHz", "31.0 s, 8 kHz (the first 30 s)", "12 frames, 1.2 s, 20 × 16", "3 steps, 2 channels, 0 to 5", "is it <b>?", "and 1 more",
+               "1 unreadable", "not a sound file", "videos of 1.2 s"):
+    assert text in sheet.text, text
+  assert page.count("<svg") == 4 and "nan" not in page.partition("<main>")[2] and not re.search(r'(src|href)="(?!data:)', page)
 
 
 def test_a_data_set_and_tars_by_name(tmp_path, monkeypatch):

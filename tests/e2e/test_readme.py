@@ -17,7 +17,10 @@ import pytest
 from PIL import Image
 
 from mmjax import cli
+from tests.data.test_audio import encode as sound
+from tests.data.test_audio import tone
 from tests.e2e.commands import ROOT, SMALL, environment
+from tests.inference import tiny
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -38,8 +41,11 @@ def make_inputs(folder: pathlib.Path) -> None:
   import torch
   from transformers import CLIPConfig, CLIPModel
 
-  for name in ("photos", "shards", "parts", "path/to"):
+  for name in ("photos", "speech", "shards", "parts", "path/to"):
     (folder / name).mkdir(parents=True)
+  for name, kind in (("a.wav", "WAV"), ("b.flac", "FLAC")):
+    (folder / "speech" / name).write_bytes(sound(tone(0.3, 22_050), 22_050, kind=kind))
+    (folder / "speech" / name).with_suffix(".txt").write_text("a red heart")
   for i in range(6):
     (folder / "photos" / f"{i}.png").write_bytes(picture(i))
     (folder / "photos" / f"{i}.txt").write_text(f"a red heart, number {i}, with a green frame and {i} dots")
@@ -71,6 +77,14 @@ def make_inputs(folder: pathlib.Path) -> None:
       bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<pad>", model_max_length=16, tokenizer_class="PreTrainedTokenizerFast")))
 
 
+def make_models(folder: pathlib.Path) -> None:
+  """Small models of random parameters in the place of two recipes' runs."""
+  for name, kind, encoders, more in (("speech_text", "dual_encoder", ("audio", "text"), {}),
+                                     ("speech_recognition", "captioner", ("audio",), {"model.decoder": dict(depth=1, heads=2)})):
+    (folder / name).mkdir()
+    tiny.save(tiny.media_config(kind, encoders, **more), folder / name).rename(folder / "runs" / name)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, embedded_data):
   """A folder where the README's commands have been run, in their order; (folder, {command: (exit code, stderr)})."""
@@ -92,6 +106,7 @@ def place(tmp_path_factory, embedded_data):
     small = [*SMALL, "--config.train.steps=2", "--config.evaluation.every=0"]
     done = {}
     assert cli.main(["train", "--config", "configs/quickstart.py", "--workdir", "runs/quickstart", *small]) == 0
+    make_models(folder)
     for command in COMMANDS:
       words = shlex.split(command)[1:]
       done[command] = cli.main([*words, *(small if words[0] == "train" else [])])
@@ -103,7 +118,7 @@ def place(tmp_path_factory, embedded_data):
 
 def test_there_are_commands_of_every_kind():
   first = {command.split()[1] for command in COMMANDS}
-  assert first >= {"train", "eval", "data", "config", "import", "export", "embed", "search"}
+  assert first >= {"train", "eval", "data", "config", "import", "export", "embed", "search", "generate"}
 
 
 def test_every_command_runs(place):
@@ -115,6 +130,12 @@ def test_the_predictor_example_runs(place):
   code = next(block for kind, block in BLOCKS if kind == "python" and "mmjax.load" in block)
   script = code + "\nassert images.shape[0] == texts.shape[0] == 2"
   subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment(), check=True)
+
+
+def test_the_example_of_sound_runs(place):
+  folder, _ = place
+  code = next(block for kind, block in BLOCKS if kind == "python" and "encode_audio" in block)
+  subprocess.run([sys.executable, "-c", code + "\nassert len(texts) == 1"], cwd=folder, env=environment(), check=True)
 
 
 def test_the_recall_by_numpy_is_the_evaluators(place):

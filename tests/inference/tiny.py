@@ -38,6 +38,27 @@ def config(**image):
   return configs.resolve(c)
 
 
+def media_config(name: str, encoders: tuple[str, ...], **changes):
+  """A resolved config of any kind of model with tiny encoders of these modalities. changes: {"data.label": "label", ...}."""
+  c = configs.base()
+  c.data.image.size, c.data.video.size, c.data.video.frames = 16, 16, 3
+  c.data.audio.rate, c.data.audio.seconds, c.data.series.length, c.data.series.channels = 8000, 0.25, 8, 2
+  c.data.text = dict(tokenizer="tiny", vocab_size=512, length=8)
+  block = dict(depth=1, heads=2)
+  kinds = dict(image=dict(kind="vit", patch=8, **block), audio=dict(kind="whisper", mels=8, **block), video=dict(kind="frames", patch=8, **block),
+               series=dict(kind="series", patch=4, **block), text=dict(kind="transformer", **block))
+  c.model = dict(name=name, width=16, encoders={modality: kinds[modality] for modality in encoders})
+  c.data.modalities = tuple(dict.fromkeys((*encoders, "text") if name != "encoder" else encoders))
+  c.precision.compute, c.train.batch_size = "float32", 8
+  return configs.resolve(c, [f"{key}={value!r}" for key, value in changes.items()])
+
+
+def save(config, folder: Path) -> Path:
+  """A checkpoint of random parameters of a config."""
+  save_import(str(folder / "checkpoint"), params(config), config, assets(folder))
+  return folder / "checkpoint"
+
+
 def params(config, seed: int = 0):
   """Random parameters, large enough that different inputs give clearly different embeddings."""
   model = make_model(config)
