@@ -43,7 +43,7 @@ class Multimodal(DualEncoder):
   @property
   def shared_methods(self) -> tuple[str, ...]:
     """Methods whose result does not depend on examples."""
-    return ("table", "temperature") if self.joint else ("table",)
+    return ("table", "temperature", "discriminate") if self.joint else ("table",)
 
   def setup(self) -> None:
     if self.shared:
@@ -268,32 +268,34 @@ def fusion_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], p
                    width: int = 512, fusion: nn.Module | None = None, match: bool = False, masked_text: bool = False,
                    masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
                    projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-                   bias_init: float = -10.0) -> Multimodal:
+                   bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
   """Encoders and a fusion of their outputs (FLAVA, Singh et al. 2022, arXiv:2112.04482; ALBEF). Settings: see `multitask`."""
   if fusion is None:
     raise UserError("model.fusion is missing: name one, such as dict(kind='merged_attention'), or use another model")
   return multitask(encoders, data, precision, width=width, fusion=fusion, match=match, masked_text=masked_text,
                    masked_patches=masked_patches, shared=shared, joint=joint, unprojected=unprojected,
-                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init)
+                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init,
+                   discriminator=discriminator)
 
 
 def captioner(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
               decoder: nn.Module | None = None, shared: bool = False, joint: bool = False, unprojected: tuple = (),
               projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-              bias_init: float = -10.0) -> Multimodal:
+              bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
   """Encoders and a text decoder that attends to them; with `joint` and a text encoder also embeddings (CoCa, Yu et al. 2022,
   arXiv:2205.01917). Settings: see `multitask`."""
   if decoder is None:
     raise UserError("model.decoder is missing: give its settings, such as dict(depth=4), or use another model")
   return multitask(encoders, data, precision, width=width, decoder=decoder, shared=shared, joint=joint, unprojected=unprojected,
-                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init)
+                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init,
+                   discriminator=discriminator)
 
 
 def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
               fusion: nn.Module | None = None, decoder: nn.Module | None = None, match: bool = False, masked_text: bool = False,
               masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
               projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-              bias_init: float = -10.0) -> Multimodal:
+              bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
   """Encoders with any of: a shared space, a fusion, a decoder, heads. With data.classes, also a classifier.
 
   width: channels of the shared space, and of encoders, fusion and decoder that do not say theirs.
@@ -302,7 +304,7 @@ def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precis
   text encoder's. masked_patches: modalities whose hidden patches are predicted.
   shared: one transformer serves every encoder; they own their inputs, norms and poolings, and have the same settings of blocks.
   joint: project every modality to one space (contrastive, retrieval, matching).
-  unprojected, projection_bias, scale_init, scale_max, bias, bias_init: of that space; see `dual_encoder`.
+  unprojected, projection_bias, scale_init, scale_max, bias, bias_init, discriminator: of that space; see `dual_encoder`.
   """
   have = ", ".join(sorted(encoders))
   for key, modalities in dict(unprojected=unprojected, masked_patches=masked_patches).items():
@@ -321,7 +323,7 @@ def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precis
     dict(encoders), width=width, unprojected=tuple(unprojected), projection_bias=projection_bias, scale_init=scale_init,
     scale_max=scale_max, use_bias=bias, bias_init=bias_init, joint=joint, fusion=fusion, decoder=decoder,
     classes=data.get("classes", 0), matches=match, masked_text=masked_text, masked_patches=tuple(masked_patches), shared=shared,
-    dtype=jnp.dtype(precision["compute"]))
+    judges=discriminator, dtype=jnp.dtype(precision["compute"]))
 
 
 def _check_shared(encoders: Mapping[str, nn.Module]) -> None:

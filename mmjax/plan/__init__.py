@@ -168,7 +168,7 @@ def analyse(
     kernels = []
     if "tpu_custom_call" in text:
       with rules.use(step.mesh, step.rules):
-        kernels = kernels_of(jax.make_jaxpr(step.update)(step.state_spec, step.batch_spec).jaxpr)
+        kernels = kernels_of(jax.make_jaxpr(step.update)(step.state_spec, step.batch_spec, step.taught_spec).jaxpr)
     spent = cost.cost(module, chip, kernels)
     seconds = spent.pop("seconds")
     result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
