@@ -51,6 +51,12 @@ class AudioTransform:
 
 def decode_audio(data: bytes, rate: int) -> np.ndarray:
   """Mono float32 [n] in [-1, 1] at `rate`. Raises Unreadable: no sound file, damaged, without samples, too long."""
+  x, found = read_audio(data)
+  return x if found == rate else resample(x, found, rate)
+
+
+def read_audio(data: bytes) -> tuple[np.ndarray, int]:
+  """(mono float32 [n] in [-1, 1], its rate) of a sound file. Raises Unreadable as `decode_audio`."""
   if not data:
     raise Unreadable("empty file")
   try:
@@ -70,7 +76,7 @@ def decode_audio(data: bytes, rate: int) -> np.ndarray:
   x = np.concatenate(blocks)
   if not np.isfinite(x).all():
     raise Unreadable("audio with samples that are not numbers")
-  return x if found == rate else resample(x, found, rate)
+  return x, found
 
 
 def resample(x: np.ndarray, old: float, new: float) -> np.ndarray:

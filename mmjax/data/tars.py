@@ -1,5 +1,8 @@
 """WebDataset tars, as img2dataset writes them, read where they are: `KEY.jpg`, `KEY.txt`, `KEY.json` in plain tars.
 
+A key may have a sound (`KEY.flac`) and a video (`KEY.mp4`) beside a picture or instead of one, and a class (`KEY.cls`) or questions
+(in the JSON) beside captions or instead of them.
+
 A tar is read through once for the places of its members (`index_tar`); the index is kept in a cache folder and made
 again when the size or time of the tar changes. After that every example is a few reads at known offsets. Nothing is
 ever unpacked, so no name in a tar can reach the disk; names with `..` or a leading `/`, links and devices are left out,
@@ -28,19 +31,22 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.data.media import ENDINGS, media_key
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
-_VERSION = 1  # of the index files
-_PLACES = ("image", "txt", "json", "cls")  # columns of TarIndex.places
+_VERSION = 2  # of the index files
+_PLACES = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.places
+_KINDS = {"txt": "txt", "json": "json", "cls": "cls", **{ending: name for name, endings in ENDINGS.items() for ending in endings}}
+_MEDIA = [_PLACES.index(name) for name in ("image", "audio", "video")]
+_TEXTS = [_PLACES.index(name) for name in ("txt", "json", "cls")]
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class TarIndex:
-  """Where the pairs of one tar are.
+  """Where the pairs of media and texts of one tar are.
 
-  `keys` [N] str, in the order of the tar; `places` int64 [N, 4, 2]: offset and size of picture, .txt, .json, .cls
+  `keys` [N] str, in the order of the tar; `places` int64 [N, 6, 2]: offset and size of picture, .txt, .json, .cls, sound, video
   (size -1 = absent). `skipped`: [(name, reason)] of what is no pair.
   """
   path: str
@@ -64,10 +70,17 @@ class TarIndex:
     facts = facts if isinstance(facts, dict) else {}
     texts = facts.get("captions") or (text if text is not None else facts.get("caption"))
     captions = captions_of(texts, facts.get("language") or language)
-    if not captions:
+    label = label or str(facts.get("label") or "")
+    questions = questions_of(facts.get("questions", facts.get("question")), facts.get("answers", facts.get("answer")))
+    if not (captions or questions or (label and text is None)):
       raise UserError(f"{self.path}: {self.keys[row]} has no caption")
-    return dict(id=name, image=parts["image"], captions=captions, label=label or str(facts.get("label") or ""),
-                image_key=picture_key(parts["image"]))
+    record = {name: parts[name] for name in ("image", "audio", "video") if name == "image" or parts[name] is not None}
+    record |= dict(id=name, captions=captions, label=label, image_key=media_key(record))
+    return record | {"questions": questions} if questions else record
+
+  def has(self, part: str) -> bool:
+    """Whether any key has this part ("image", "audio", "video", "txt", "json", "cls")."""
+    return bool((self.places[:, _PLACES.index(part), 1] >= 0).any())
 
   def _part(self, row: int, number: int) -> bytes | None:
     offset, size = self.places[row, number].tolist()
@@ -85,7 +98,7 @@ class TarIndex:
 
 
 class TarSource:
-  """All pairs of the tars that a path names: a glob, a brace pattern `{00000..00010}.tar`, a folder, or one file.
+  """All pairs of media and texts of the tars that a path names: a glob, a brace pattern `{00000..00010}.tar`, a folder, or one file.
 
   `source[i]` -> record with the captions in `languages` (() = all); captions that do not say their language count as
   the first of these, else as English. Tars without any pair are left out with a warning, unless all are.
@@ -115,7 +128,8 @@ class TarSource:
     self._ends = np.cumsum([len(index) for index in self._indices])
     content = hashlib.blake2b(digest_size=6)
     for index in self._indices:
-      content.update(os.path.basename(index.path).encode() + index.keys.astype("U").tobytes() + index.places.tobytes())
+      places = index.places if index.has("audio") or index.has("video") else index.places[:, :4]
+      content.update(os.path.basename(index.path).encode() + index.keys.astype("U").tobytes() + places.tobytes())
     self.fingerprint = f"{len(self._indices)} tars: {len(self)} examples, content {content.hexdigest()}"
 
   def __len__(self) -> int:
@@ -201,9 +215,25 @@ def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
   return out
 
 
-def picture_key(data: bytes) -> int:
-  """Hash of encoded bytes, in [0, 2^64)."""
-  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+def questions_of(questions: Any, answers: Any = None) -> list[tuple[str, str]]:
+  """[(question, answer)] of a list of pairs or of {"question", "answer"}, of two lists, or of one of each; without blank questions.
+
+  Of one question with several answers the commonest counts.
+  """
+  if isinstance(questions, dict):
+    questions, answers = questions.get("question"), questions.get("answer")
+  if isinstance(questions, str):
+    if isinstance(answers, (list, tuple)) and answers:
+      answers = Counter(map(str, answers)).most_common(1)[0][0]
+    pairs = [(questions, answers)]
+  elif not isinstance(questions, (list, tuple)):
+    return []
+  elif isinstance(answers, (list, tuple)):
+    pairs = list(zip(questions, answers, strict=False))
+  else:
+    pairs = [(q.get("question"), q.get("answer")) if isinstance(q, dict) else q for q in questions]
+  pairs = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0].strip()]
+  return [(question.strip(), "" if answer is None else str(answer).strip()) for question, answer in pairs]
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -238,9 +268,10 @@ def _scan(path: str, size: int) -> TarIndex:
         kind = kind.lower()
         if kind.rpartition(".")[2] in PICKLES:
           skipped.append((name, "pickle"))
-        column = 0 if kind in PICTURES else _PLACES.index(kind) if kind in _PLACES[1:] else None
-        if column is None or not stem:
+        what = _KINDS.get(kind)
+        if what is None or not stem:
           continue
+        column = _PLACES.index(what)
         if member.offset_data + member.size > size:
           skipped.append((name, "truncated tar"))
           continue
@@ -258,16 +289,16 @@ def _scan(path: str, size: int) -> TarIndex:
     raise UserError(f"{path}: not a readable tar ({hint})") from error
   pairs = []
   for key, place in samples.items():
-    if place[0, 1] < 0:
+    if (place[_MEDIA, 1] < 0).all():
       skipped.append((key, "missing file"))
-    elif place[1, 1] < 0 and place[2, 1] < 0:
+    elif (place[_TEXTS, 1] < 0).all():
       skipped.append((key, "no caption"))
     else:
       pairs.append(key)
   if not pairs:
     what = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in skipped).most_common())
     left_out = f"; left out: {what}" if what else ""
-    raise UserError(f"{path}: no pair of a picture and a caption (KEY.jpg with KEY.txt or KEY.json){left_out}")
+    raise UserError(f"{path}: no pair of a picture, sound or video and a caption (KEY.jpg with KEY.txt or KEY.json){left_out}")
   return TarIndex(path, np.array(pairs), np.stack([samples[key] for key in pairs]), tuple(skipped))
 
 

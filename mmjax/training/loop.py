@@ -21,6 +21,7 @@ from ml_collections import FrozenConfigDict
 from mmjax import config as configs
 from mmjax import evaluation
 from mmjax.config import UserError
+from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.text import load_tokenizer
 from mmjax.evaluation import report
@@ -100,7 +101,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
   # -- The loop ----------------------------------------------------------------------------------------------------------
   outputs = Outputs(workdir, start, config) if multihost.is_main() else None
   progress = Progress(start, steps) if multihost.is_main() else None
-  assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and "text" in config.model.encoders else {}
+  assets = inference_assets(config, pipeline)
   flops = step.flops_per_step()
   clock = Clock(data.get("skipped_in_a_row", 0), data.get("skipped", 0))
   pending: deque = deque()
@@ -278,6 +279,17 @@ def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) ->
   if changes and not allow_change:
     raise UserError(f"{workdir} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, "
                     "or pass --allow-change to go on with the new ones")
+
+
+def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
+  """What inference needs besides parameters, {file name: content}: the tokenizer of a model that reads or writes texts, and
+  classes.json, the names of a classifier's outputs."""
+  texts = "text" in config.model.encoders or config.model.get("decoder")
+  assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and texts else {}
+  names = next(filter(None, (class_names(source, config.data.label) for source in pipeline.sources)), ())
+  if config.data.label != "none" and names:
+    assets["classes.json"] = json.dumps(names).encode()
+  return assets
 
 
 def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: int, allow_change: bool) -> None:

@@ -18,8 +18,8 @@ from PIL import Image
 from mmjax.config import UserError
 from mmjax.data.builders import convert as module
 from mmjax.data.builders.convert import convert
+from mmjax.data.media import bytes_key
 from mmjax.data.sources import open_source
-from mmjax.data.tars import picture_key
 from tests.data.test_tars import pairs, write_tar
 
 
@@ -54,7 +54,7 @@ def test_a_folder_with_text_files_in_two_languages(tmp_path):
   records = [source(tmp_path)[n] for n in range(4)]
   assert [r["id"] for r in records] == ["p000.png", "p001.png", "p002.png", "sub/q000.png"]
   assert records[1]["captions"] == {"en": ["picture number 1"], "de": ["Bild eins", "noch eins"]}
-  assert records[2]["image"] == picture(2) and records[2]["image_key"] == picture_key(picture(2))
+  assert records[2]["image"] == picture(2) and records[2]["image_key"] == bytes_key(picture(2))
   assert source(tmp_path).languages == ("de", "en")
 
 
@@ -136,7 +136,7 @@ def test_parquet(tmp_path, kind):
 def test_columns_and_languages_can_be_named(tmp_path):
   root = folder_of(tmp_path / "in", 2)
   (root / "x.jsonl").write_text("".join(json.dumps(dict(bild=f"p{n:03d}.png", satz=f"Satz {n}")) + "\n" for n in range(2)))
-  with pytest.raises(UserError, match="no column that looks like a picture; it has: bild, satz"):
+  with pytest.raises(UserError, match="no column that looks like a picture, sound or video; it has: bild, satz"):
     run(tmp_path, "jsonl", root / "x.jsonl")
   run(tmp_path, "jsonl", root / "x.jsonl", columns=dict(image="bild", caption="satz"), language="de")
   assert source(tmp_path)[1]["captions"] == {"de": ["Satz 1"]}
@@ -184,11 +184,11 @@ def test_the_same_command_again_does_nothing_and_another_source_is_refused(tmp_p
 def test_finished_shards_are_kept_and_half_written_ones_are_not(tmp_path, monkeypatch):
   root = folder_of(tmp_path / "in", 12)
   written, original = [], module._write_shard
-  def three_then_stop(reader, rows, split, staging, number):
+  def three_then_stop(reader, rows, fields, split, staging, number):
     if len(written) == 3:
       raise KeyboardInterrupt
     written.append(number)
-    return original(reader, rows, split, staging, number)
+    return original(reader, rows, fields, split, staging, number)
   monkeypatch.setattr(module, "_write_shard", three_then_stop)
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path, "folder", root, shard_rows=2)

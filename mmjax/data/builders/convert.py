@@ -1,11 +1,11 @@
-"""`mmjax data convert`: pictures with captions from elsewhere into a data set, in parallel and resumable.
+"""`mmjax data convert`: pictures, sounds and videos with texts from elsewhere into a data set, in parallel and resumable.
 
   convert("folder", "photos/", "mine")     folder | jsonl | webdataset | parquet (see readers.py)
 
 The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor the bytes depend on
 the number of workers. A finished shard is kept with its facts in DIR/NAME/converting-SPLIT/; after a kill, the same
 command goes on with what is missing. Only when all shards are there does the data set appear, at once, as
-DIR/NAME/VERSION. Every picture is decoded once to see that it can be; what is left out is counted by reason and listed
+DIR/NAME/VERSION. All media are decoded once to see that they can be (and stored as the bytes they are); what is left out is counted by reason and listed
 in skipped-SPLIT.jsonl.
 """
 
@@ -29,14 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import UserError
-from mmjax.data import image
-from mmjax.data.builders import _quiet_tfds, canonical, features, find_version, to_example
+from mmjax.data import media
+from mmjax.data.builders import Record, _quiet_tfds, canonical, features, find_version, to_example
 from mmjax.data.builders.readers import Skip, open_reader
+from mmjax.data.builders.schema import check_fields
+from mmjax.data.image import Unreadable
 from mmjax.data.sources import data_dir as default_data_dir
 from mmjax.data.tars import write_atomic
 
 SHARD_ROWS = 2000
-_FORM = 1  # of the shards: another number starts a conversion anew
+_FORM = 2  # of the shards: another number starts a conversion anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
             shard_rows: int = SHARD_ROWS, log: Callable[[str], None] = print) -> Summary:
   """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default folder).
 
-  `language`: of captions that do not say. `columns`: {"image", "caption", "id", "label", "language": column}.
+  `language`: of captions that do not say. `columns`: {"image", "audio", "video", "caption", "question", "answer", "id", "label", "language": column}.
   `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version, which holds all.
   Raises UserError: bad arguments, nothing to convert, or everything was left out.
   """
@@ -94,14 +96,15 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
   try:
     staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging):
-      facts = _write_shards(reader, rows, split, staging, plan, shard_rows, workers, log)
+      fields = check_fields(reader.fields(rows))
+      facts = _write_shards(reader, rows, fields, split, staging, plan, shard_rows, workers, log)
       for fact in facts:
         skipped += map(tuple, fact["skipped"])
       if not sum(fact["count"] for fact in facts):
         shutil.rmtree(staging)
         raise UserError(f"{source}: all {len(rows):,} rows were left out{_reasons(skipped)}")
       origin = dict(plan=plan, format=format, source=os.fspath(source))
-      folder = _assemble(root, name, split, staging, facts, skipped, origin)
+      folder = _assemble(root, name, split, staging, facts, fields, skipped, origin)
       shutil.rmtree(staging)
   except OSError as error:
     raise UserError(f"{root}: cannot be written ({error.strerror or error}). "
@@ -114,7 +117,7 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(reader, rows: list, split: str, staging: Path, plan: str, shard_rows: int, workers: int,
+def _write_shards(reader, rows: list, fields: tuple, split: str, staging: Path, plan: str, shard_rows: int, workers: int,
                   log: Callable[[str], None]) -> list[dict[str, Any]]:
   """The facts of all shards, in order; writes those that are not there yet."""
   plan_file = staging / "plan"
@@ -134,7 +137,7 @@ def _write_shards(reader, rows: list, split: str, staging: Path, plan: str, shar
     log(f"going on: {len(facts)} of {len(parts)} shards are there already")
   missing = [number for number in range(len(parts)) if number not in facts]
   start, wrote, said = time.perf_counter(), 0, time.perf_counter()
-  for number, fact in _run(reader, parts, missing, split, staging, min(workers, len(missing))):
+  for number, fact in _run(reader, parts, missing, fields, split, staging, min(workers, len(missing))):
     facts[number] = fact
     wrote += len(parts[number])
     if time.perf_counter() - said > 5 or len(facts) == len(parts) > 1:
@@ -145,15 +148,15 @@ def _write_shards(reader, rows: list, split: str, staging: Path, plan: str, shar
   return [facts[number] for number in range(len(parts))]
 
 
-def _run(reader, parts: list, missing: list[int], split: str, staging: Path, workers: int) -> Iterator[tuple[int, dict]]:
+def _run(reader, parts: list, missing: list[int], fields: tuple, split: str, staging: Path, workers: int) -> Iterator[tuple[int, dict]]:
   if workers <= 1:
     for number in missing:
-      yield number, _write_shard(reader, parts[number], split, staging, number)
+      yield number, _write_shard(reader, parts[number], fields, split, staging, number)
     return
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # workers inherit it; they never touch a device
   pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent)
   try:
-    futures = {pool.submit(_write_shard, reader, parts[number], split, staging, number): number for number in missing}
+    futures = {pool.submit(_write_shard, reader, parts[number], fields, split, staging, number): number for number in missing}
     for future in as_completed(futures):
       yield futures[future], future.result()
   except BrokenProcessPool as error:
@@ -171,34 +174,36 @@ def _die_with_parent() -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_shard(reader, rows: list, split: str, staging: Path, number: int) -> dict[str, Any]:
-  """Writes shard-NUMBER and then its facts: {count, bytes, size, content, labels, languages, skipped}."""
+def _write_shard(reader, rows: list, fields: tuple, split: str, staging: Path, number: int) -> dict[str, Any]:
+  """Writes shard-NUMBER and then its facts: {count, bytes, size, content, labels, languages, answers, skipped}."""
   from tensorflow_datasets.core import example_serializer
   from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
 
-  schema = features()
+  schema = features(fields)
   serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
-  content, labels, languages, skipped, count, size = hashlib.blake2b(digest_size=16), set(), set(), [], 0, 0
+  content, skipped, count, size = hashlib.blake2b(digest_size=16), [], 0, 0
+  labels, languages, answers = set(), set(), set()
   temporary = staging / f"shard-{number:05d}.tmp"
   with _record_writer(temporary) as writer:
     for name, record in reader.read(rows):
-      fault = record if isinstance(record, Skip) else _fault(record["image"])
+      fault = record if isinstance(record, Skip) else _fault(record)
       if fault:
         skipped.append((name, fault.reason, fault.detail))
         continue
-      data = serializer.serialize_example(schema.encode_example(to_example(record)))
+      data = serializer.serialize_example(schema.encode_example(to_example(record, fields)))
       data = Example.FromString(data).SerializeToString(deterministic=True)  # else fields come in the order of a map
       writer.write(data)
-      content.update(canonical(split, record))
+      content.update(canonical(split, record, fields))
       labels.add(record["label"])
       languages.update(record["captions"])
+      answers.update(answer for _, answer in record.get("questions", ()))
       count, size = count + 1, size + len(data)
   with open(temporary, "rb") as file:
     os.fsync(file.fileno())
     length = os.fstat(file.fileno()).st_size
   os.replace(temporary, staging / f"shard-{number:05d}")
   facts = dict(count=count, bytes=size, size=length, content=content.hexdigest(), labels=sorted(labels - {""}),
-               languages=sorted(languages), skipped=skipped)
+               languages=sorted(languages), answers=sorted(answers), skipped=skipped)
   write_atomic(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: now the shard counts
   return facts
 
@@ -228,29 +233,30 @@ def _finished(staging: Path, number: int) -> dict[str, Any] | None:
     return None
 
 
-def _fault(picture: bytes) -> Skip | None:
-  """Why a picture is no use, by decoding all of it (a JPEG at an eighth of its size)."""
+def _fault(record: Record) -> Skip | None:
+  """Why a record is no use, by decoding all of its media."""
   try:
-    image.decode(picture, 8)
-  except image.Unreadable as error:
-    return Skip("too large" if "megapixels" in str(error) else "unreadable", str(error))
+    media.check(record)
+  except Unreadable as error:
+    return Skip("too large" if media.too_large(error) else "unreadable", str(error))
   return None
 
 
 # -- the data set ------------------------------------------------------------------------------------------------------
 
 
-def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict], skipped: list, origin: dict) -> Path:
+def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict], fields: tuple,
+              skipped: list, origin: dict) -> Path:
   """Makes root/VERSION from the shards and from the splits that the version before it has; it appears at once."""
   import tensorflow_datasets as tfds
 
   before = find_version(root.parent, name)
   version = "1.0.0"
-  meta: dict[str, Any] = dict(labels=[], languages=[], content="", converted={})
+  meta: dict[str, Any] = dict(labels=[], languages=[], answers=[], fields=[], content="", converted={})
   if before:
     major, minor, _ = before.name.split(".")
     version = f"{major}.{int(minor) + 1}.0"
-    meta |= json.loads((before / "metadata.json").read_text(encoding="utf-8"))
+    meta |= dict(fields=["image"]) | json.loads((before / "metadata.json").read_text(encoding="utf-8"))
   folder, new = root / version, root / f"{version}.incomplete-converting"
   shutil.rmtree(new, ignore_errors=True)
   new.mkdir()
@@ -269,7 +275,8 @@ def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict
   contents = "".join([meta["content"], *(fact["content"] for fact in facts)])
   counts = dict(Counter(reason for _, reason, _ in skipped).most_common())
   converted = meta.get("converted", {}) | {split: origin | {"examples": sum(splits[split][0]), "skipped": counts}}
-  meta |= {what: sorted({*meta[what], *(name for fact in facts for name in fact[what])}) for what in ("labels", "languages")}
+  meta |= {what: sorted({*meta[what], *(name for fact in facts for name in fact[what])}) for what in ("labels", "languages", "answers")}
+  meta["fields"] = list(check_fields({*meta["fields"], *fields}))
   meta |= dict(content=hashlib.blake2b(contents.encode(), digest_size=16).hexdigest(), converted=converted)
   with open(new / f"skipped-{split}.jsonl", "w", encoding="utf-8") as file:
     for row, reason, detail in skipped:
@@ -278,7 +285,7 @@ def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict
   with _quiet_tfds():
     identity = tfds.core.dataset_info.DatasetIdentity(
       name=name, version=tfds.core.Version(version), data_dir=os.fspath(new), module_name="mmjax.data.builders.convert")
-    info = tfds.core.DatasetInfo(builder=identity, description=f"{name}, converted by mmjax", features=features(),
+    info = tfds.core.DatasetInfo(builder=identity, description=f"{name}, converted by mmjax", features=features(meta["fields"]),
                                  disable_shuffling=True, metadata=tfds.core.MetadataDict(meta))
     info.set_file_format("array_record")
     parts = []
@@ -293,7 +300,7 @@ def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict
 
 def _card(name: str, meta: dict) -> str:
   lines = [f"# {name}", "", "Made by `mmjax data convert`.",
-           "Fields: `id`, `image` (encoded), `captions` (language, text), `label`, `image_key`.",
+           f"Fields: `id`, {', '.join(f'`{name}`' for name in meta['fields'])} (media encoded), `captions` (language, text), `label`, `image_key`.",
            f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}.", ""]
   for split, facts in meta["converted"].items():
     lines.append(f"- `{split}`: {facts['examples']:,} examples, from {facts['format']} `{facts['source']}`")

@@ -5,14 +5,14 @@ A reader lists its rows once, in an order that depends on the source alone, and 
   rows() -> (rows, skipped)     rows: [(id, where)], ids unique; skipped: what is left out without looking at a picture
   read(rows) -> iterator        of (id, record) or (id, Skip), one for each row
   files(rows) -> iterator       of the paths that the result depends on (a conversion goes on only while none changes)
+  fields(rows) -> set           of the optional fields (schema.FIELDS) that records may have
 
-A picture file must lie inside the folder of the source, links resolved. Nothing is decoded here.
+A record has a picture, a sound, a video or several of them, and captions, questions or a label. A media file must lie inside the
+folder of the source, links resolved; its ending tells what it is, and where that says nothing, its column. Nothing is decoded here.
 """
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,25 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import UserError
-from mmjax.data.tars import PICTURES, TarIndex, captions_of, expand, index_tar, index_tars, picture_key
+from mmjax.data.builders.tables import COLUMNS, MEDIA, Row, Skip, Where, choose_columns, read_table, table_rows
+from mmjax.data.media import media_key, modality_of
+from mmjax.data.tars import TarIndex, captions_of, expand, index_tar, index_tars, questions_of
 
-Row = tuple[str, Any]
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "metadata.jsonl", "metadata.csv", "metadata.tsv")
-COLUMNS = {  # what a column may be called, most likely first
-  "image": ("image", "file_name", "filename", "image_path", "file", "path", "img", "picture", "jpg", "png",
-            "image_bytes", "bytes"),
-  "caption": ("captions", "caption", "text", "texts", "txt", "title", "description", "alt"),
-  "id": ("id", "key", "image_id", "uid", "__key__"),
-  "label": ("label", "class", "category"),
-  "language": ("language", "lang"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-  """Why a row is left out: a short reason that is counted, and what exactly was wrong."""
-  reason: str
-  detail: str = ""
 
 
 def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, str] | None = None, language: str = "en",
@@ -56,9 +42,10 @@ def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, st
 
 
 class FolderReader:
-  """Pictures with a table (captions.csv, metadata.jsonl, ...: file_name, caption, ...), or with a NAME.txt each.
+  """Media with a table (captions.csv, metadata.jsonl, ...: file_name, caption, ...), or with a NAME.txt each.
 
-  A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. A table may name a picture in several rows.
+  A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. NAME.png, NAME.wav and NAME.mp4 are one record. A table
+  may name a file in several rows.
   """
 
   def __init__(self, source: str, columns: dict[str, str], language: str):
@@ -69,38 +56,56 @@ class FolderReader:
     self.tables = [path for path in tables if os.path.isfile(path)][:1]
 
   def rows(self) -> tuple[list[Row], list[tuple[str, Skip]]]:
-    pictures = list(self._walk())
+    records = self._walk()
     if not self.tables:
-      return [(path, (path, None, "")) for path in pictures], []
-    rows, skipped = _table_rows(_table(self.tables[0]), self.tables[0], self.columns, self.language)
-    named = {os.path.normpath(where[0]) for _, where in rows}
+      return [(next(iter(media.values())), Where(media, None)) for media in records], []
+    rows, skipped = table_rows(read_table(self.tables[0]), self.tables[0], self.columns, self.language)
+    named = {os.path.normpath(path) for _, where in rows for path in where.media.values()}
     table = os.path.basename(self.tables[0])
-    return rows, skipped + [(path, Skip("no caption", f"not in {table}")) for path in pictures if path not in named]
+    files = sorted(path for media in records for path in media.values())
+    return rows, skipped + [(path, Skip("no caption", f"not in {table}")) for path in files if path not in named]
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, dict | Skip]]:
-    for name, (path, captions, label) in rows:
-      captions = self._sidecars(path) if captions is None else captions
-      yield name, _file_record(self.root, name, path, captions, label)
+    for name, where in rows:
+      if where.captions is None:
+        captions = self._sidecars(next(iter(where.media.values())))
+        if isinstance(captions, Skip):
+          yield name, captions
+          continue
+        where = where._replace(captions=captions)
+      yield name, _file_record(self.root, name, where)
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.tables
-    for _, (path, captions, _) in rows:
-      yield os.path.join(self.root, path)
-      if captions is None:
-        yield from (os.path.join(self.root, text) for text, _ in self._texts(path))
+    for _, where in rows:
+      yield from (os.path.join(self.root, path) for path in where.media.values())
+      if where.captions is None:
+        yield from (os.path.join(self.root, text) for text, _ in self._texts(next(iter(where.media.values()))))
+
+  def fields(self, rows: Iterable[Row]) -> set[str]:
+    return _fields(rows)
 
   def __getstate__(self) -> dict[str, Any]:
     return {name: value for name, value in self.__dict__.items() if name != "_listings"}  # workers list what they need
 
-  def _walk(self) -> Iterator[str]:
+  def _walk(self) -> list[dict[str, str]]:
+    """{modality: file} of each record, in the order of their names: files that differ in their endings alone are one record."""
+    records = []
     for folder, folders, files in os.walk(self.root):
       folders.sort()
+      stems: dict[str, dict[str, list[str]]] = {}
       for file in sorted(files):
-        if file.rpartition(".")[2].lower() in PICTURES and not file.startswith("."):
-          yield os.path.relpath(os.path.join(folder, file), self.root)
+        modality = modality_of(file)
+        if modality and not file.startswith("."):
+          path = os.path.relpath(os.path.join(folder, file), self.root)
+          stems.setdefault(os.path.splitext(file)[0], {}).setdefault(modality, []).append(path)
+      for there in stems.values():
+        for number in range(max(map(len, there.values()))):
+          records.append({name: there[name][number] for name in MEDIA if number < len(there.get(name, ()))})
+    return records
 
   def _texts(self, path: str) -> list[tuple[str, str]]:
-    """[(sidecar file, language)] of a picture."""
+    """[(sidecar file, language)] of a media file."""
     if not hasattr(self, "_listings"):
       self._listings: dict[str, dict[str, list[tuple[str, str]]]] = {}
     folder, base = os.path.split(path)
@@ -130,7 +135,7 @@ class FolderReader:
 
 
 class JsonlReader:
-  """JSON lines with a picture's path (relative to the file), captions, and optionally id, label, language."""
+  """JSON lines with paths of media (relative to the file), captions or questions or a label, and optionally id, language."""
 
   def __init__(self, source: str, columns: dict[str, str], language: str):
     self.paths = _files(source, (".jsonl", ".json", ".ndjson"))
@@ -140,21 +145,26 @@ class JsonlReader:
   def rows(self) -> tuple[list[Row], list[tuple[str, Skip]]]:
     rows, skipped = [], []
     for path in self.paths:
-      more, left = _table_rows(_table(path), path, self.columns, self.language)
+      more, left = table_rows(read_table(path), path, self.columns, self.language)
       folder = os.path.relpath(os.path.dirname(os.path.abspath(path)), self.root)
-      for name, (file, captions, label) in more:
-        rows.append((name, (os.path.join(folder, file) if folder != "." else file, captions, label)))
+      for name, where in more:
+        if folder != ".":
+          where = where._replace(media={modality: os.path.join(folder, file) for modality, file in where.media.items()})
+        rows.append((name, where))
       skipped += left
     return rows, skipped
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, dict | Skip]]:
-    for name, (path, captions, label) in rows:
-      yield name, _file_record(self.root, name, path, captions, label)
+    for name, where in rows:
+      yield name, _file_record(self.root, name, where)
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.paths
-    for _, (path, _, _) in rows:
-      yield os.path.join(self.root, path)
+    for _, where in rows:
+      yield from (os.path.join(self.root, path) for path in where.media.values())
+
+  def fields(self, rows: Iterable[Row]) -> set[str]:
+    return _fields(rows)
 
 
 class TarReader:
@@ -187,16 +197,22 @@ class TarReader:
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.paths
 
+  def fields(self, rows: Iterable[Row]) -> set[str]:
+    indices = [index for index in index_tars(self.paths, self.cache) if isinstance(index, TarIndex)]
+    found = {part for part in MEDIA if any(index.has(part) for index in indices)}
+    return found | ({"questions"} if any(index.has("json") for index in indices) else set())
+
 
 class ParquetReader:
-  """Parquet as Hugging Face writes it: a column of bytes, {bytes, path} or paths, and columns of captions and labels."""
+  """Parquet as Hugging Face writes it: columns of media (bytes, {bytes, path} or paths), captions, questions and labels."""
 
   def __init__(self, source: str, columns: dict[str, str], language: str):
     self.paths, self.language = [os.path.abspath(path) for path in _files(source, (".parquet",))], language
     self.root = os.path.dirname(self.paths[0])
     self.label_names: list[str] = []
     schema = self._open(self.paths[0]).schema_arrow
-    self.columns = _choose_columns(schema.names, columns, self.paths[0])
+    self.columns = choose_columns(schema.names, columns, self.paths[0])
+    self.path_columns = [what for what in MEDIA if what in self.columns and "string" in str(schema.field(self.columns[what]).type)[:12]]
     facts = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = facts.get("info", {}).get("features", {}).get(self.columns.get("label"), {})
     if isinstance(feature, dict):
@@ -248,21 +264,34 @@ class ParquetReader:
         return
 
   def _record(self, name: str, row: dict[str, Any]) -> dict | Skip:
-    picture, caption, label, language = (
-      row.get(self.columns.get(what, "")) for what in ("image", "caption", "label", "language"))
-    if isinstance(picture, dict):
-      picture = picture.get("bytes") or picture.get("path")
+    cell = lambda what: row.get(self.columns.get(what, ""))
+    media, files = {}, {}
+    for modality in MEDIA:
+      content = cell(modality)
+      if isinstance(content, dict):
+        content = content.get("bytes") or content.get("path")
+      if isinstance(content, bytes) and content:
+        media[modality] = content
+      elif isinstance(content, str) and content:
+        files[modality_of(content) or modality if modality in self.path_columns else modality] = content
+    label = cell("label")
     if isinstance(label, int) and 0 <= label < len(self.label_names):
       label = self.label_names[label]
-    label = "" if label is None else str(label)
-    captions = captions_of(caption, language or self.language)
-    if isinstance(picture, str):
-      return _file_record(self.root, name, picture, captions, label)
-    if not isinstance(picture, bytes) or not picture:
-      return Skip("missing file", "no picture in this row")
-    if not captions:
-      return Skip("no caption")
-    return dict(id=name, image=picture, captions=captions, label=label, image_key=picture_key(picture))
+    where = Where(files, captions_of(cell("caption"), cell("language") or self.language), "" if label is None else str(label),
+                  tuple(questions_of(cell("question"), cell("answer"))), "caption" in self.columns)
+    return _file_record(self.root, name, where, media)
+
+  def fields(self, rows: Iterable[Row]) -> set[str]:
+    found = {"questions"} if "question" in self.columns else set()
+    for modality in MEDIA:
+      if modality in self.columns:
+        found |= {modality_of(path) or modality for path in self._paths(modality)} if modality in self.path_columns else {modality}
+    return found
+
+  def _paths(self, modality: str) -> Iterator[str]:
+    for path in self.paths:
+      for batch in self._open(path).iter_batches(columns=[self.columns[modality]]):
+        yield from filter(None, batch.column(0).to_pylist())
 
   def _open(self, path: str):
     try:
@@ -290,90 +319,30 @@ def read_inside(root: str, path: str) -> bytes | Skip:
     return Skip("unreadable", f"{path} ({error.strerror})")
 
 
-def _file_record(root: str, name: str, path: str, captions: dict[str, list[str]] | Skip, label: str) -> dict | Skip:
-  picture = read_inside(root, path)
-  if isinstance(picture, Skip):
-    return picture
-  if isinstance(captions, Skip):
-    return captions
-  if not captions:
+def _file_record(root: str, name: str, where: Where, media: Mapping[str, bytes] | None = None) -> dict | Skip:
+  """The record of a row, whose files are read; `media`: what the row holds itself."""
+  media = dict(media or {})
+  for modality, path in where.media.items():
+    content = read_inside(root, path)
+    if isinstance(content, Skip):
+      return content
+    media[modality] = content
+  if not media:
+    return Skip("missing file", "no picture, sound or video in this row")
+  if not (where.captions or where.questions or (where.label and not where.captioned)):
     return Skip("no caption")
-  return dict(id=name, image=picture, captions=captions, label=label, image_key=picture_key(picture))
+  record = dict(id=name, image=media.get("image"), captions=where.captions, label=where.label, image_key=media_key(media))
+  record |= {modality: content for modality, content in media.items() if modality != "image"}
+  return record | {"questions": list(where.questions)} if where.questions else record
 
 
-def _table(path: str) -> Iterator[tuple[int, dict | Skip]]:
-  """(line number, row) of a .csv, .tsv or .jsonl file; a line that cannot be read is a Skip. Raises UserError."""
-  try:
-    tabular = path.endswith((".csv", ".tsv"))
-    with open(path, encoding="utf-8-sig", errors="replace", newline="" if tabular else None) as file:
-      if tabular:
-        for row in (reader := csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")):
-          yield reader.line_num, {key: value for key, value in row.items() if key}
-        return
-      for number, line in enumerate(file, 1):
-        if not line.strip():
-          continue
-        try:
-          row = json.loads(line)
-          yield number, row if isinstance(row, dict) else Skip("broken row", f"line {number} is no JSON object")
-        except (ValueError, RecursionError) as error:
-          yield number, Skip("broken row", f"line {number}: {error}")
-  except OSError as error:
-    raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-  except csv.Error as error:
-    raise UserError(f"{path}: not a readable table ({error})") from error
-
-
-def _table_rows(table: Iterable[tuple[int, dict | Skip]], path: str, columns: dict[str, str],
-                language: str) -> tuple[list[Row], list[tuple[str, Skip]]]:
-  """Rows [(id, (picture path, captions, label))] of a table. Lines without an id that name one picture become one row."""
-  rows: list[Row] = []
-  skipped: list[tuple[str, Skip]] = []
-  by_picture: dict[str, dict[str, list[str]]] = {}
-  chosen: dict[str, str] | None = None
-  for number, row in table:
-    where = f"{os.path.basename(path)}:{number}"
-    if isinstance(row, Skip):
-      skipped.append((where, row))
-      continue
-    if chosen is None or not {chosen["image"], chosen["caption"]} <= row.keys():  # the lines of a JSONL file may differ
-      try:
-        chosen = _choose_columns(row, columns, path)
-      except UserError as error:
-        if chosen is None:
-          raise
-        skipped.append((where, Skip("broken row", str(error))))
-        continue
-    file, caption, label, tongue, name = (
-      row.get(chosen.get(what, "")) for what in ("image", "caption", "label", "language", "id"))
-    if not isinstance(file, str) or not file:
-      skipped.append((where, Skip("missing file", "names no picture")))
-      continue
-    captions = captions_of(caption, tongue or language)
-    if name in (None, "") and file in by_picture:
-      for key, texts in captions.items():
-        by_picture[file].setdefault(key, []).extend(texts)
-      continue
-    if name in (None, ""):
-      by_picture[file] = captions
-    rows.append((str(file if name in (None, "") else name), (file, captions, "" if label is None else str(label))))
-  return rows, skipped
-
-
-def _choose_columns(there: Iterable[str], named: Mapping[str, str], path: str) -> dict[str, str]:
-  """{what: column}, from `named` or by the usual names. Raises UserError: no column for pictures or captions."""
-  there, chosen = list(there), {}
-  for what, options in COLUMNS.items():
-    if what in named:
-      if named[what] not in there:
-        raise UserError(f"{path} has no column {named[what]!r}; it has: {', '.join(there)}")
-      chosen[what] = named[what]
-    elif found := [option for option in options if option in there]:
-      chosen[what] = found[0]
-    elif what in ("image", "caption"):
-      looks = "a picture" if what == "image" else "captions"
-      raise UserError(f"{path} has no column that looks like {looks}; it has: {', '.join(there)}. Name it: {what}=COLUMN")
-  return chosen
+def _fields(rows: Iterable[Row]) -> set[str]:
+  found: set[str] = set()
+  for _, where in rows:
+    found.update(where.media)
+    if where.questions:
+      found.add("questions")
+  return found
 
 
 def _files(source: str, endings: tuple[str, ...]) -> list[str]:
