@@ -165,6 +165,10 @@ class Step:
     """The executables for the batches of the config, one a kind of step; made once, ahead of the first step."""
     return [self._executable(spec, source) for source, spec in self._batch_specs.items()]
 
+  def batch_spec_of(self, source: str) -> Any:
+    """The batches of one kind of step; "" = of the first, or only, one."""
+    return self._batch_specs[source or self.sources[0]]
+
   def lower(self, batch_spec: Any = None, source: str = "") -> jax.stages.Lowered:
     """The step as the compiler gets it; needs neither data nor state."""
     state = self.state_spec  # made before the mesh is in use: its devices may not be there to make a key on
