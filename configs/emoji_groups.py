@@ -12,7 +12,7 @@ import mmjax
 def get_config(arg: str = "full"):
   """arg: "full", "linear" or "scratch"."""
   c = mmjax.config.base()
-  c.train.steps = 40
+  c.train.steps = 20
   c.train.batch_size = 96
   # The labels of a small split; the quickstart saw these pictures with captions, never with labels.
   c.data.sources.few = dict(name="openmoji", split="validation", cache=True)
