@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+_MEDIA = ("image", "audio", "video", "series")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,18 +138,30 @@ def _export(options) -> None:
 
 def _embed(options) -> None:
   from mmjax.inference import search
-  search.embed(options.checkpoint, options.out, images=options.images, texts=options.texts, source=options.source, split=options.split,
-               languages=tuple(options.languages.split(",")))
+  search.embed(options.checkpoint, options.out, images=options.images, audio=options.audio, video=options.video, texts=options.texts,
+               source=options.source, split=options.split, languages=tuple(options.languages.split(",")), modality=options.modality)
 
 
 def _search(options) -> None:
   from mmjax.inference import search
-  hits = search.search(options.checkpoint, options.query, images=options.images, index=options.index, k=options.k)
+  hits = search.search(options.checkpoint, options.query, images=options.images, audio=options.audio, video=options.video, index=options.index,
+                       modality=options.modality, k=options.k)
   if options.json:
     print(json.dumps([dict(name=name, score=score) for name, score in hits], indent=2))
   else:
     for name, score in hits:
       print(f"{score:.4f}  {name}")
+
+
+def _generate(options) -> None:
+  from mmjax.inference import generate
+  written = generate.generate(options.checkpoint, options.files, beams=options.beams, max_length=options.max_length,
+                              length_penalty=options.length_penalty)
+  if options.json:
+    print(json.dumps([dict(file=file, text=text) for file, text in written], indent=2, ensure_ascii=False))
+  else:
+    for file, text in written:
+      print(f"{file}: {text}")
 
 
 # -- Arguments ------------------------------------------------------------------------------------------------------------
@@ -206,14 +219,14 @@ def _parser() -> argparse.ArgumentParser:
   sub = command(data, "build", _data_build, "Build an embedded data set.", "mmjax data build openmoji")
   sub.add_argument("name", metavar="NAME", help="openmoji")
   _data_dir(sub)
-  sub = command(data, "convert", _data_convert, "Convert pictures with captions into a data set.",
+  sub = command(data, "convert", _data_convert, "Convert pictures, sounds and videos with captions, questions or labels into a data set.",
                 "mmjax data convert webdataset 'shards/{00000..00009}.tar' --name laion")
   sub.add_argument("format", choices=("folder", "jsonl", "webdataset", "parquet"))
   sub.add_argument("source", metavar="SRC", help="folder, file, or a pattern of files")
   sub.add_argument("--name", required=True, help="name of the new data set")
   sub.add_argument("--split", default="train")
   sub.add_argument("--language", default="en", help="language of the captions")
-  sub.add_argument("--columns", default="", help="columns of a table by role, e.g. image=jpg,caption=alt")
+  sub.add_argument("--columns", default="", help="columns of a table by role (image, audio, video, caption, question, answer, label, id, language), e.g. image=jpg,caption=alt")
   sub.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
   sub.add_argument("--json", action="store_true", help="print the summary as JSON")
   _data_dir(sub)
@@ -252,24 +265,39 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--to", required=True, choices=("hf", "safetensors", "stablehlo"))
   sub.add_argument("--out", required=True, metavar="DIR")
 
-  sub = command(commands, "embed", _embed, "Embed pictures, texts or a data set into an .npz file.",
+  sub = command(commands, "embed", _embed, "Embed pictures, sounds, videos, texts or a data set into an .npz file.",
                 "mmjax embed --checkpoint runs/quickstart --images photos --out photos.npz")
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--images", metavar="DIR", help="folder of pictures, searched through")
+  sub.add_argument("--audio", metavar="DIR", help="folder of sounds, searched through")
+  sub.add_argument("--video", metavar="DIR", help="folder of videos, searched through")
   sub.add_argument("--texts", metavar="FILE", help="text file, one text a line")
-  sub.add_argument("--source", metavar="NAME", help="data set: its pictures and captions")
+  sub.add_argument("--source", metavar="NAME", help="data set: its pictures (or what else the model takes) and captions")
+  sub.add_argument("--modality", choices=_MEDIA, help="of --source; default: the first that model and records have")
   sub.add_argument("--split", default="train", help="split of --source")
   sub.add_argument("--languages", default="en", help="languages of --source, comma-separated")
   sub.add_argument("--out", required=True, metavar="FILE")
 
-  sub = command(commands, "search", _search, "Find pictures by words, or by another picture.",
+  sub = command(commands, "search", _search, "Find pictures, sounds or videos by words, or by another picture, sound or video.",
                 "mmjax search --checkpoint runs/quickstart --images photos 'a red heart'")
-  sub.add_argument("query", metavar="QUERY", help="words, or the path of a picture")
+  sub.add_argument("query", metavar="QUERY", help="words, or the path of a picture, sound or video")
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--images", metavar="DIR", help="folder of pictures")
-  sub.add_argument("--index", metavar="FILE", help="what `mmjax embed --images` wrote")
+  sub.add_argument("--audio", metavar="DIR", help="folder of sounds")
+  sub.add_argument("--video", metavar="DIR", help="folder of videos")
+  sub.add_argument("--index", metavar="FILE", help="what `mmjax embed` wrote")
+  sub.add_argument("--modality", choices=_MEDIA, help="of --index; default: the first that it has")
   sub.add_argument("-k", type=int, default=5, help="number of hits")
   sub.add_argument("--json", action="store_true")
+
+  sub = command(commands, "generate", _generate, "Write captions of pictures and clips, or transcripts of speech, by a model with a decoder.",
+                "mmjax generate --checkpoint runs/scene_captions photos/a.png photos/b.png --beams 4")
+  sub.add_argument("files", nargs="+", metavar="FILE", help="pictures, sounds or videos, or folders of them")
+  sub.add_argument("--checkpoint", required=True, metavar="DIR")
+  sub.add_argument("--beams", type=int, default=1, help="width of the beam search; default: 1, the likeliest word each time")
+  sub.add_argument("--max-length", type=int, default=0, metavar="N", help="tokens at most; default: as in training")
+  sub.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of the beam search: above 1 favours longer texts")
+  sub.add_argument("--json", action="store_true", help="print [{file, text}] as JSON")
   return parser
 
 

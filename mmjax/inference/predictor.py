@@ -1,4 +1,4 @@
-"""A checkpoint as an object that encodes pictures and texts: `mmjax.load(DIR)`.
+"""A checkpoint as an object that encodes, classifies and describes media: `mmjax.load(DIR)`.
 
 It carries the tokenizer and the preprocessing of the checkpoint, so that no data folder is needed, and runs on any
 mesh.
@@ -8,35 +8,35 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image, ImageOps
 
 from mmjax.config import UserError
-from mmjax.data.image import ImageTransform, Unreadable
-from mmjax.data.text import TextTransform, Tokenizer
+from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
+from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.models import make_model
+from mmjax.models.generation import write
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 
-Picture = str | os.PathLike | bytes | np.ndarray | Image.Image
 BUCKETS = (1, 8, 32, 128, 512)  # batches are filled up to one of these, so that a handful of programs serve every size
+WRITING = 32  # the most rows that texts are written for at once, times beams
 
 
 class Predictor:
-  """Encodes pictures and texts with the parameters of a checkpoint.
+  """Encodes, classifies and describes media and texts with the parameters of a checkpoint of any kind of model.
 
-  `scale`, `bias`: floats of the trained temperature, logits = scale * cosine + bias. `width`: channels of an embedding.
-  `config`, `assets`, `params`, `mesh`: what it was made of.
+  `scale`, `bias`: floats of the trained temperature, logits = scale * cosine + bias; None for a model without a joint space.
+  `width`: channels of an embedding. `joint`, `writes`: whether it has embeddings, and a decoder. `class_names`: of the
+  classifier's outputs, () where the checkpoint does not say. `config`, `assets`, `params`, `mesh`: what it was made of.
   """
 
   def __init__(self, config, params: Any, assets: Mapping[str, bytes], mesh: Mesh | None = None, batch_size: int = 128,
@@ -52,16 +52,20 @@ class Predictor:
     shards = batch_shards(self.mesh)
     sizes = [b for b in BUCKETS if b < batch_size] + [batch_size]
     self._buckets = sorted({-(-size // shards) * shards for size in sizes})
-    encoders = config.model.encoders
-    self._image = ImageTransform(config.data.image, train=False) if "image" in encoders else None
-    self.text_transform = (
-      TextTransform(config.data.text, Tokenizer.from_assets(self.assets)) if "text" in encoders else None
-    )
+    self.modalities = tuple(config.model.encoders)
+    self.media = {name: MediaInputs(config, name) for name in self.modalities if name != "text"}
+    self.joint = bool(getattr(self._model, "joint", True))
+    self.writes = getattr(self._model, "decoder", None) is not None
+    self.class_names = tuple(json.loads(self.assets.get("classes.json", b"[]")))
+    self.text_transform = TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
+    self.scale = self.bias = None
     with self._rules():
-      self.scale, self.bias = (float(x) for x in self._model.apply({"params": self.params}, method="temperature"))
-      self._embed = jax.jit(
-        functools.partial(_embed, self._model), static_argnums=1, out_shardings=rules.batch_sharding(self.mesh)
-      )
+      if self.joint:
+        self.scale, self.bias = (float(x) for x in self._model.apply({"params": self.params}, method="temperature"))
+      jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
+      self._embed = jit(functools.partial(_embed, self._model), static_argnums=1)
+      self._classify = jit(functools.partial(_classify, self._model), static_argnums=1)
+      self._write = jit(functools.partial(write, self._model), static_argnums=(1, 2, 3, 4))
     self.width = int(config.model.width)
 
   @classmethod
@@ -82,35 +86,86 @@ class Predictor:
     params, state = checkpoints.load_params(folder, spec), checkpoints.load_model_state(folder)
     return cls(config, params, checkpoints.load_assets(folder), mesh, batch_size, state)
 
-  def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
+  def encode_image(self, images: Item | Iterable[Item]) -> np.ndarray:
     """float32 [N, D], rows of length one, of pictures: paths, encoded bytes, PIL images, or arrays uint8 [H, W, 3],
     mixed as you like.
 
     Raises UserError naming the picture that cannot be read.
     """
-    self._needs("image")
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
-      isinstance(images, np.ndarray) and images.ndim == 3
-    ):
-      images = [images]
-    return self.encode_pixels(in_threads(self.pixels, images))
+    return self.encode("image", images)
 
-  def encode_pixels(self, pixels: Iterable[np.ndarray]) -> np.ndarray:
-    """float32 [N, D] of pictures that `pixels` has prepared, uint8 [size, size, 3] each."""
-    self._needs("image")
-    return self._encode("image", ({"pixels": np.stack(chunk)} for chunk in _chunks(pixels, self._buckets[-1])))
+  def encode_audio(self, sounds: Item | Iterable[Item]) -> np.ndarray:
+    """float32 [N, D], rows of length one, of sounds: paths, encoded bytes, or arrays float [n] or [n, channels] (or int16)
+    at the model's rate, config.data.audio.rate. Files may have any rate. Raises UserError as `encode_image`."""
+    return self.encode("audio", sounds)
+
+  def encode_video(self, videos: Item | Iterable[Item]) -> np.ndarray:
+    """float32 [N, D], rows of length one, of videos: paths, encoded bytes, or arrays uint8 [T, H, W, 3]. Raises UserError as
+    `encode_image`."""
+    return self.encode("video", videos)
+
+  def encode_series(self, series: Item | Iterable[Item]) -> np.ndarray:
+    """float32 [N, D], rows of length one, of sensor series: arrays [T, C], or paths of .npy files. Raises UserError as
+    `encode_image`."""
+    return self.encode("series", series)
 
   def encode_text(self, texts: str | Iterable[str]) -> np.ndarray:
     """float32 [N, D], rows of length one, of texts; what is longer than the model's tokens is cut."""
-    self._needs("text")
+    self._needs("text", joint=True)
     texts = [texts] if isinstance(texts, str) else texts
-    return self._encode("text", (self.tokens(chunk) for chunk in _chunks(texts, self._buckets[-1])))
+    return self._embedded("text", (self.tokens(chunk) for chunk in _chunks(texts, self._buckets[-1])))
+
+  def encode(self, modality: str, items: Item | Iterable[Item]) -> np.ndarray:
+    """float32 [N, D], rows of length one, of items of any modality of the model."""
+    if modality == "text":
+      return self.encode_text(items)
+    self._needs(modality, joint=True)
+    examples = in_threads(self.media[modality], self.media[modality].items(items))
+    return self._embedded(modality, map(_stack, _chunks(examples, self._buckets[-1])))
+
+  def write(self, *, max_length: int = 0, beams: int = 1, length_penalty: float = 1.0, **media: Item | Iterable[Item]) -> list[str]:
+    """The texts that a model with a decoder writes: captions of pictures and clips, transcripts of speech.
+
+    media: `image=`, `audio=`, `video=` or `series=` (one item or several); of several modalities the i-th items belong together.
+    max_length: tokens at most, 0 = those that the model was trained with. beams: 1 = the likeliest token each time, else the
+    width of the beam search; length_penalty: of it. A row's text depends on that row alone.
+    Raises UserError: the model has no decoder or no such encoder, or an item that cannot be read.
+    """
+    from mmjax.evaluation.captions import decode
+
+    if not self.writes:
+      raise UserError("this checkpoint has no decoder and writes no text: generate with a captioner (model.decoder), or use `classify`")
+    limit = self.config.data.text.length
+    if not 0 <= max_length <= limit or beams < 1:
+      raise UserError(f"max_length is {max_length} and beams {beams}; give 0 to {limit} (what the model was trained with) and at least 1")
+    if "text" in media:
+      raise UserError("a decoder writes text about other media: give image=, audio= or video=, not text=")
+    rows = max(1, WRITING // beams)
+    tokens = self._run(self._write, (tuple(media), max_length or limit, beams, length_penalty), self._batches(media, rows), rows)
+    return [decode(self.tokenizer, row) for row in tokens]
+
+  def classes(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
+    """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of yours instead).
+
+    inputs: `image=`, `text=`, `audio=`, `video=`, `series=`; of several modalities the i-th items belong together (a question about
+    a picture). Columns are named by `class_names`. Each row sums to 1, unless a record may have several labels (data.label).
+    Raises UserError: the model has no classifier or no such encoder, or an item that cannot be read.
+    """
+    if not getattr(self._model, "classes", 0):
+      raise UserError("this checkpoint has no classifier (data.classes): use `classify` with labels of your own")
+    order = next((tuple(entry.modalities) for entry in self.config.objectives.values()
+                  if entry.get("kind") == "classification" and set(entry.modalities) == set(inputs)), tuple(inputs))
+    logits = self._run(self._classify, (order,), self._batches(inputs, self._buckets[-1]), self._buckets[-1])
+    if self.config.data.label == "labels":
+      return 1 / (1 + np.exp(-logits))
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
 
   def classify(
-    self, images: Picture | Iterable[Picture], labels: Sequence[str], templates: Sequence[str] = ("{}",)
+    self, items: Item | Iterable[Item], labels: Sequence[str], templates: Sequence[str] = ("{}",), modality: str = "image"
   ) -> np.ndarray:
-    """Probabilities float32 [N, C] that each picture belongs to each label: softmax over the labels of the trained
-    logits.
+    """Probabilities float32 [N, C] that each picture (or item of another modality) belongs to each label, without training on
+    them: softmax over the labels of the trained logits.
 
     A label is the normalised mean of its embeddings in `templates`, each with {} for the label.
     """
@@ -121,17 +176,14 @@ class Predictor:
         f"classify needs labels, and templates with {{}} for the label, not {list(labels)!r} and {list(templates)!r}"
       )
     classes = class_embeddings(self.encode_text, [[t.replace("{}", label) for t in templates] for label in labels])
-    logits = self.scale * (self.encode_image(images).astype(np.float64) @ classes.T)
+    logits = self.scale * (self.encode(modality, items).astype(np.float64) @ classes.T)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
-  def pixels(self, image: Picture, name: str = "") -> np.ndarray:
+  def pixels(self, image: Item, name: str = "") -> np.ndarray:
     """One picture as the model takes it: uint8 [size, size, 3]. Raises UserError (Unreadable) naming it."""
     self._needs("image")
-    try:
-      return self._image(_content(image))
-    except Unreadable as error:
-      raise Unreadable(f"{name or _name(image)}: {error}") from error
+    return self.media["image"](image, name)["pixels"]
 
   def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """{"tokens" int32 [N, L], "mask" bool [N, L], "key" uint32 [N, 2]} as the model takes them."""
@@ -141,41 +193,74 @@ class Predictor:
     return self.text_transform(list(texts))
 
   @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """Of the checkpoint, else the one that its config names. Raises UserError: there is neither."""
+    named = any(name.startswith("tokenizer.") for name in self.assets)
+    return Tokenizer.from_assets(self.assets) if named else load_tokenizer(self.config.data)
+
+  @functools.cached_property
   def fingerprint(self) -> str:
     """A hash of config and parameters: equal for models that give equal embeddings."""
     mark = hashlib.blake2b(
       repr([self.config.model.to_dict(), self.config.data.image.to_dict()]).encode(), digest_size=8
     )
+    for modality in self.modalities:
+      if modality not in ("image", "text"):
+        mark.update(repr(self.config.data[modality].to_dict()).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path((self.params, self.model_state) if self.model_state else self.params):
       mark.update(jax.tree_util.keystr(path).encode())
       mark.update(np.ascontiguousarray(leaf).tobytes())
     return mark.hexdigest()
 
-  def _encode(self, modality: str, batches: Iterable[dict[str, np.ndarray]]) -> np.ndarray:
-    """Runs batches of any size, filled up to a bucket; the next one is prepared while the devices work on the last."""
+  def _embedded(self, modality: str, batches: Iterable[dict[str, np.ndarray]]) -> np.ndarray:
+    rows = self._run(self._embed, (modality,), ({modality: batch} for batch in batches), self._buckets[-1])
+    return rows if len(rows) else np.zeros((0, self.width), np.float32)
+
+  def _batches(self, inputs: Mapping[str, Item | Iterable[Item]], rows: int) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+    """Batches of at most `rows` examples of several modalities at once. Raises UserError: not equally many."""
+    if not inputs:
+      raise UserError(f"give items of at least one modality: {'=, '.join(self.modalities)}=")
+    for modality in inputs:
+      self._needs(modality)
+    given = {m: list([x] if isinstance(x, str) else x) if m == "text" else list(self.media[m].items(x)) for m, x in inputs.items()}
+    if len({len(items) for items in given.values()}) > 1:
+      raise UserError(f"of several modalities the i-th items belong together, but there are "
+                      f"{', '.join(f'{len(items)} of {m}' for m, items in given.items())}")
+    parts = [map(self.tokens, _chunks(items, rows)) if m == "text" else map(_stack, _chunks(in_threads(self.media[m], items), rows))
+             for m, items in given.items()]
+    for batch in zip(*parts, strict=True):
+      yield dict(zip(given, batch, strict=True))
+
+  def _run(self, program: Callable, arguments: tuple, batches: Iterable[dict], limit: int) -> np.ndarray:
+    """Rows of `program(variables, *arguments, batch)` for batches of at most `limit` examples, each filled up to a bucket; the
+    next one is prepared while the devices work on the last."""
     waiting, rows = None, []
+    variables = {"params": self.params, **self.model_state}
+    shards = batch_shards(self.mesh)
+    buckets = sorted({*(b for b in self._buckets if b < limit), -(-limit // shards) * shards})
     with self._rules():
       for batch in batches:
-        batch.pop("key", None)
-        count = len(next(iter(batch.values())))
-        size = next(bucket for bucket in self._buckets if bucket >= count)
-        filled = {k: np.concatenate([v, np.zeros((size - count, *v.shape[1:]), v.dtype)]) for k, v in batch.items()}
-        result = self._embed({"params": self.params, **self.model_state}, modality, jax.device_put(filled, rules.batch_sharding(self.mesh))), count
+        for part in batch.values():
+          part.pop("key", None)
+        count = len(jax.tree.leaves(batch)[0])
+        size = next(bucket for bucket in buckets if bucket >= count)
+        filled = jax.tree.map(lambda x, extra=size - count: np.concatenate([x, np.repeat(x[:1], extra, axis=0)]), batch)
+        result = program(variables, *arguments, jax.device_put(filled, rules.batch_sharding(self.mesh))), count
         if waiting:
           rows.append(np.asarray(waiting[0])[: waiting[1]])
         waiting = result
       if waiting:
         rows.append(np.asarray(waiting[0])[: waiting[1]])
-    return np.concatenate(rows) if rows else np.zeros((0, self.width), np.float32)
+    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
   def _rules(self):
     return rules.use(self.mesh, rules.logical_rules(self.config))
 
-  def _needs(self, modality: str) -> None:
-    if modality not in self.config.model.encoders:
-      raise UserError(
-        f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(self.config.model.encoders))}"
-      )
+  def _needs(self, modality: str, joint: bool = False) -> None:
+    if modality not in self.modalities:
+      raise UserError(f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(self.modalities))}")
+    if joint and not self.joint:
+      raise UserError("this checkpoint has no shared space (model.joint is False), so that it gives no embeddings")
 
 
 def in_threads(function: Callable, items: Iterable, ahead: int = 64) -> Iterator:
@@ -204,8 +289,12 @@ def _abstract(config) -> Any:
   return jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch_spec(config, 1))["params"]
 
 
-def _embed(model, variables: Any, modality: str, inputs: dict[str, jax.Array]) -> jax.Array:
-  return model.apply(variables, modality, {modality: inputs}, method="embedding").astype(jnp.float32)
+def _embed(model, variables: Any, modality: str, batch: dict) -> jax.Array:
+  return model.apply(variables, modality, batch, method="embedding").astype(jnp.float32)
+
+
+def _classify(model, variables: Any, modalities: tuple[str, ...], batch: dict) -> jax.Array:
+  return model.apply(variables, modalities, batch, method="classify").astype(jnp.float32)
 
 
 def _local_mesh(config) -> Mesh:
@@ -215,30 +304,8 @@ def _local_mesh(config) -> Mesh:
   return make_mesh(type(config)(tree), jax.local_devices())
 
 
-def _content(image: Picture) -> bytes | np.ndarray:
-  """What the picture transform takes: encoded bytes, or uint8 [H, W, 3]."""
-  if isinstance(image, bytes):
-    return image
-  if isinstance(image, (str, os.PathLike)):
-    try:
-      return Path(image).read_bytes()
-    except OSError as error:
-      raise Unreadable(f"cannot be opened ({error.strerror or error})") from error
-  if isinstance(image, Image.Image):
-    data = io.BytesIO()
-    upright = ImageOps.exif_transpose(image)
-    (upright if upright.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else upright.convert("RGB")).save(
-      data, "PNG", compress_level=0
-    )
-    return data.getvalue()
-  array = np.asarray(image)
-  if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-    raise Unreadable(f"must be uint8 of shape [H, W, 3], but is {array.dtype} of shape {list(array.shape)}")
-  return array
-
-
-def _name(image: Picture) -> str:
-  return str(image) if isinstance(image, (str, os.PathLike)) else f"a picture given as {type(image).__name__}"
+def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

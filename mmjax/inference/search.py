@@ -1,16 +1,16 @@
-"""`mmjax embed` and `mmjax search`: embeddings of a folder, a text file or a data set in one .npz, and looking things
+"""`mmjax embed` and `mmjax search`: embeddings of folders, a text file or a data set in one .npz, and looking things
 up in it.
 
 The .npz loads with `allow_pickle=False`. Its arrays, each there when it was asked for:
-  image_embeddings float32 [N, D], image_ids str [N], image_keys uint64 [N] (equal = identical picture)
+  image_embeddings float32 [N, D], image_ids str [N], image_keys uint64 [N] (equal = identical picture); the same for audio, video
+  and series
   text_embeddings float32 [T, D], texts str [T], text_keys uint64 [T] (equal = same caption), text_owners int64 [T]
-  (row of the caption's picture, -1 = none) skipped str [M] (what could not be read), scale, bias float32, model str (a
+  (row of the caption's picture, sound, ..., -1 = none) skipped str [M] (what could not be read), scale, bias float32, model str (a
   hash of the parameters)
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +19,14 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.image import Unreadable
+from mmjax.data.media import ENDINGS, WORDS, bytes_key
 from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
 from mmjax.inference.predictor import Predictor, in_threads
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FILES = {modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()}
+FILES["image"] += (".tif", ".tiff")
+_NOUNS = {"image": "pictures", "audio": "sounds", "video": "videos", "series": "series"}
 Index = dict[str, np.ndarray]
 
 
@@ -32,35 +35,40 @@ def embed(
   out: str | os.PathLike,
   *,
   images: str | None = None,
+  audio: str | None = None,
+  video: str | None = None,
   texts: str | None = None,
   source: str | None = None,
   split: str = "train",
   languages: Sequence[str] = (),
+  modality: str | None = None,
   log: Callable[[str], None] = print,
 ) -> Path:
-  """Embeds a folder of pictures (`images`), the lines of a text file (`texts`), or a split of a data set (`source`),
-  and writes `out`.
+  """Embeds folders of pictures (`images`), sounds (`audio`) or videos, the lines of a text file (`texts`), or a split of a data
+  set (`source`), and writes `out`.
 
-  Unreadable pictures are named, skipped and counted. Raises UserError: nothing to embed, or `out` cannot be written.
+  modality: of `source`; None = the first that model and records have. Unreadable files are named, skipped and counted.
+  Raises UserError: nothing to embed, or `out` cannot be written.
   """
   out = Path(out)
-  if source and (images or texts) or not (source or images or texts):
+  folders = {name: folder for name, folder in (("image", images), ("audio", audio), ("video", video)) if folder}
+  if bool(source) == bool(folders or texts):
     raise UserError(
-      "embed takes --images and --texts, or --source alone: give a folder of pictures, a text file or a data set"
+      "embed takes --images, --audio, --video and --texts, or --source alone: give folders, a text file or a data set"
     )
   _check_writable(out)
   predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
   index: Index = {"skipped": np.array([], str)}
-  if images:
-    index.update(embed_folder(predictor, images, log))
+  for name, folder in folders.items():
+    found = embed_folder(predictor, folder, log, name)
+    index.update(found | {"skipped": np.concatenate([index["skipped"], found["skipped"]])})
   if texts:
     index.update(embed_texts(predictor, read_lines(texts)))
   if source:
-    index.update(embed_source(predictor, source, split, languages, log))
+    index.update(embed_source(predictor, source, split, languages, log, modality))
   save(out, predictor, index)
-  counts = [
-    f"{len(index[name])} {words}" for name, words in (("image_ids", "pictures"), ("texts", "texts")) if name in index
-  ]
+  counts = [f"{len(index[f'{name}_ids'])} {noun}" for name, noun in _NOUNS.items() if f"{name}_ids" in index]
+  counts += [f"{len(index['texts'])} texts"] if "texts" in index else []
   log(f"wrote {out}: {', '.join(counts)}, {predictor.width} channels; {len(index['skipped'])} skipped")
   return out
 
@@ -70,47 +78,59 @@ def search(
   query,
   *,
   images: str | os.PathLike | None = None,
+  audio: str | os.PathLike | None = None,
+  video: str | os.PathLike | None = None,
   index: str | os.PathLike | Index | None = None,
+  modality: str | None = None,
   k: int = 5,
   log: Callable[[str], None] = print,
 ) -> list[tuple[str, float]]:
-  """The `k` pictures nearest to `query` as (name, cosine), best first; ties by name.
+  """The `k` pictures (sounds, videos) nearest to `query` as (name, cosine), best first; ties by name.
 
-  query: words, a path of a picture, or a picture (bytes, PIL, uint8 array). images: a folder to search; index: what
-  `embed` wrote. Raises UserError: neither or both are given, the index is of another model, or the query cannot be
-  read.
+  query: words, a path of a picture, sound or video, or a picture (bytes, PIL, uint8 array). images, audio, video: a folder to
+  search; index: what `embed` wrote. modality: which of an index; None = the first that it has. Raises UserError: not one place
+  to search is given, the index is of another model, or the query cannot be read.
   """
-  if (images is None) == (index is None):
-    raise UserError("search takes --images (a folder) or --index (a file that `mmjax embed` wrote), one of them")
+  folders = {name: folder for name, folder in (("image", images), ("audio", audio), ("video", video)) if folder is not None}
+  if len(folders) + (index is not None) != 1:
+    raise UserError(
+      "search takes --images, --audio or --video (a folder) or --index (a file that `mmjax embed` wrote), one of them"
+    )
   if k < 1:
     raise UserError(f"-k is {k}, but must be at least 1")
   predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
-  if images is not None:
-    index = embed_folder(predictor, images, log)
-  elif not isinstance(index, dict):
+  for name, folder in folders.items():
+    modality, index = name, embed_folder(predictor, folder, log, name)
+  if not isinstance(index, dict):
     index = load_index(index, predictor)
-  if "image_embeddings" not in index:
-    raise UserError("the index has no pictures. Make one with `mmjax embed --images FOLDER` or `--source NAME`")
-  picture = not isinstance(query, str) or (query.lower().endswith(PICTURES) and os.path.isfile(query))
-  vector = (predictor.encode_image([query]) if picture else predictor.encode_text([query]))[0]
-  scores = index["image_embeddings"] @ vector
-  best = np.lexsort((index["image_ids"], -scores))[:k]
-  return [(str(index["image_ids"][i]), float(scores[i])) for i in best]
+  modality = modality or next((name for name in _NOUNS if f"{name}_embeddings" in index), "image")
+  if f"{modality}_embeddings" not in index:
+    raise UserError(f"the index has no {_NOUNS[modality]}. Make one with `mmjax embed --{_option(modality)} FOLDER` or `--source NAME`")
+  kind = "image"
+  if isinstance(query, str):
+    kind = next((name for name, endings in FILES.items() if query.lower().endswith(endings) and os.path.isfile(query)), "text")
+  vector = predictor.encode(kind, [query])[0]
+  scores = index[f"{modality}_embeddings"] @ vector
+  ids = index[f"{modality}_ids"]
+  best = np.lexsort((ids, -scores))[:k]
+  return [(str(ids[i]), float(scores[i])) for i in best]
 
 
-def embed_folder(predictor: Predictor, folder: str | os.PathLike, log: Callable[[str], None] = print) -> Index:
-  """The pictures in a folder and its sub-folders, in the order of their names: image_embeddings, image_ids,
+def embed_folder(
+  predictor: Predictor, folder: str | os.PathLike, log: Callable[[str], None] = print, modality: str = "image"
+) -> Index:
+  """The pictures (sounds, videos) in a folder and its sub-folders, in the order of their names: image_embeddings, image_ids,
   image_keys, skipped.
   """
-  root = Path(folder)
+  root, endings, noun = Path(folder), FILES[modality], _NOUNS[modality]
   if not root.is_dir():
-    raise UserError(f"{folder} is no folder. Give a folder of pictures")
+    raise UserError(f"{folder} is no folder. Give a folder of {noun}")
   names = sorted(
-    path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()
+    path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file()
   )
   if not names:
-    raise UserError(f"{folder} has no pictures ({' '.join(PICTURES)})")
-  return _embed_pictures(predictor, names, lambda name: _from_file(root, name), log)[0]
+    raise UserError(f"{folder} has no {noun} ({' '.join(endings)})")
+  return _embed_media(predictor, modality, names, lambda name: _from_file(root, name), log)[0]
 
 
 def embed_texts(predictor: Predictor, texts: Sequence[str]) -> Index:
@@ -124,20 +144,26 @@ def embed_texts(predictor: Predictor, texts: Sequence[str]) -> Index:
 
 
 def embed_source(
-  predictor: Predictor, source: str, split: str, languages: Sequence[str] = (), log: Callable[[str], None] = print
+  predictor: Predictor, source: str, split: str, languages: Sequence[str] = (), log: Callable[[str], None] = print,
+  modality: str | None = None,
 ) -> Index:
-  """Pictures and captions of a data set, every array of the module's docstring. A split may be several:
-  "train+validation".
+  """One modality of a data set and, where the model reads texts, its captions: every array of the module's docstring.
+
+  A split may be several: "train+validation". modality: None = the first of the model's that one of the first records has.
   """
   opened = open_source(dict(name=source, split=split, languages=tuple(languages), path=""), predictor.config)
   captions: dict[int, list[str]] = {}
+  modality = modality or _modality_of(opened, list(predictor.media))
 
-  def read(i: int) -> tuple[str, bytes | None, int]:
+  def read(i: int) -> tuple[str, bytes | np.ndarray | None, int]:
     record = opened[i]
     captions[i] = [text for texts in record["captions"].values() for text in texts]
-    return record["id"], record["image"], record["image_key"]
+    content = record.get(modality)
+    return record["id"], content, record["image_key"] if modality in ("image", "series") or content is None else bytes_key(content)
 
-  index, kept = _embed_pictures(predictor, range(len(opened)), read, log)
+  index, kept = _embed_media(predictor, modality, range(len(opened)), read, log)
+  if "text" not in predictor.modalities:
+    return index
   owners = np.array([row for row, i in enumerate(kept) for _ in captions[i]], np.int64)
   return {**index, **embed_texts(predictor, [text for i in kept for text in captions[i]]), "text_owners": owners}
 
@@ -192,12 +218,12 @@ def read_lines(path: str | os.PathLike) -> list[str]:
   return lines
 
 
-def _embed_pictures(
-  predictor: Predictor, items: Sequence, read: Callable, log: Callable[[str], None]
+def _embed_media(
+  predictor: Predictor, modality: str, items: Sequence, read: Callable, log: Callable[[str], None]
 ) -> tuple[Index, list]:
-  """`read(item)` -> (name, encoded bytes, key). Returns the picture arrays of an index, and the items that could be
-  read.
-  """
+  """`read(item)` -> (name, content, key). Returns the arrays of an index for one modality, and the items that could be read."""
+  if modality not in predictor.media:
+    raise UserError(f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(predictor.modalities))}")
   names, keys, kept, skipped = [], [], [], []
 
   def attempt(item):
@@ -205,33 +231,49 @@ def _embed_pictures(
     try:
       name, data, key = read(item)
       if data is None:
-        raise Unreadable(f"{name}: has no picture")
-      return item, name, key, predictor.pixels(data, name)
+        raise Unreadable(f"{name}: has no {WORDS[modality]}")
+      return item, name, key, predictor.media[modality](data, name)
     except UserError as error:
       return item, name, error, None
 
-  def pixels():
-    for item, name, key, picture in in_threads(attempt, items):
-      if picture is None:
+  def readable():
+    for item, name, key, example in in_threads(attempt, items):
+      if example is None:
         skipped.append(name)
         log(f"skipped {key}")
         continue
       names.append(name)
       keys.append(key)
       kept.append(item)
-      yield picture
+      yield example
 
-  vectors = predictor.encode_pixels(pixels())
+  vectors = predictor.encode(modality, readable())
   if not names:
-    raise UserError(
-      f"none of the {len(skipped)} pictures could be read; the first: {skipped[0] if skipped else 'there is none'}"
-    )
-  return dict(
-    image_embeddings=vectors,
-    image_ids=np.array(names, str),
-    image_keys=np.array(keys, np.uint64),
-    skipped=np.array(skipped, str),
-  ), kept
+    raise UserError(f"none of the {len(skipped)} {_NOUNS[modality]} could be read; the first: {skipped[0] if skipped else 'there is none'}")
+  return {
+    f"{modality}_embeddings": vectors,
+    f"{modality}_ids": np.array(names, str),
+    f"{modality}_keys": np.array(keys, np.uint64),
+    "skipped": np.array(skipped, str),
+  }, kept
+
+
+def _modality_of(source, modalities: Sequence[str]) -> str:
+  """The first of `modalities`, in the order of _NOUNS, that one of the first records of a source has."""
+  order = [name for name in _NOUNS if name in modalities]
+  for i in range(min(100, len(source))):
+    try:
+      record = source[i]
+    except UserError:
+      continue
+    for name in order:
+      if record.get(name) is not None:
+        return name
+  return order[0] if order else "image"
+
+
+def _option(modality: str) -> str:
+  return "images" if modality == "image" else modality
 
 
 def _from_file(root: Path, name: str) -> tuple[str, bytes, int]:
@@ -239,7 +281,7 @@ def _from_file(root: Path, name: str) -> tuple[str, bytes, int]:
     data = (root / name).read_bytes()
   except OSError as error:
     raise Unreadable(f"{name}: cannot be opened ({error.strerror or error})") from error
-  return name, data, int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+  return name, data, bytes_key(data)
 
 
 def _text_keys(texts: Sequence[str]) -> np.ndarray:

@@ -212,7 +212,7 @@ class ParquetReader:
     self.label_names: list[str] = []
     schema = self._open(self.paths[0]).schema_arrow
     self.columns = choose_columns(schema.names, columns, self.paths[0])
-    self.path_columns = [what for what in MEDIA if what in self.columns and "string" in str(schema.field(self.columns[what]).type)[:12]]
+    self.path_columns = [what for what in MEDIA if what in self.columns and str(schema.field(self.columns[what]).type) in ("string", "large_string")]
     facts = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = facts.get("info", {}).get("features", {}).get(self.columns.get("label"), {})
     if isinstance(feature, dict):

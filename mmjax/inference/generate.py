@@ -1,0 +1,70 @@
+"""`mmjax generate`: what a model with a decoder writes about files: captions of pictures and clips, transcripts of speech."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmjax.config import UserError
+from mmjax.data.media import modality_of
+from mmjax.inference.predictor import Predictor, in_threads
+
+
+def generate(
+  checkpoint: str | os.PathLike | Predictor,
+  files: Sequence[str | os.PathLike],
+  *,
+  beams: int = 1,
+  max_length: int = 0,
+  length_penalty: float = 1.0,
+  log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> list[tuple[str, str]]:
+  """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted.
+
+  Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model writes no text or does not take
+  such files, a file that is none of picture, sound and video, or nothing could be read.
+  """
+  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
+  if not predictor.writes:
+    predictor.write()  # says why not
+  names = [name for file in files for name in _expand(file, predictor)]
+  kinds = [modality_of(name) for name in names]
+  for name, kind in zip(names, kinds, strict=True):
+    if kind not in predictor.media:
+      what = f"a file of {kind}" if kind else "no picture, sound or video by its ending"
+      raise UserError(f"{name} is {what}, but this checkpoint writes about {', '.join(sorted(predictor.media))}")
+
+  def attempt(place: int):
+    try:
+      return predictor.media[kinds[place]](names[place])
+    except UserError as error:
+      return error
+
+  read = dict(enumerate(in_threads(attempt, range(len(names)))))
+  skipped = {place: error for place, error in read.items() if isinstance(error, UserError)}
+  for error in skipped.values():
+    log(f"skipped {error}")
+  texts: dict[int, str] = {}
+  for kind in sorted(set(kinds)):
+    places = [place for place in read if kinds[place] == kind and place not in skipped]
+    if places:
+      written = predictor.write(beams=beams, max_length=max_length, length_penalty=length_penalty, **{kind: [read[p] for p in places]})
+      texts.update(zip(places, written, strict=True))
+  if not texts:
+    raise UserError(f"none of the {len(names)} files could be read; the first: {next(iter(skipped.values()))}")
+  if skipped:
+    log(f"{len(texts)} of {len(names)} files read, {len(skipped)} skipped")
+  return [(names[place], texts[place]) for place in sorted(texts)]
+
+
+def _expand(file: str | os.PathLike, predictor: Predictor) -> list[str]:
+  """The file itself, or the files in a folder that the model takes. Raises UserError: a folder without any."""
+  path = Path(file)
+  if not path.is_dir():
+    return [os.fspath(file)]
+  found = sorted(str(p) for p in path.rglob("*") if p.is_file() and modality_of(p) in predictor.media)
+  if not found:
+    raise UserError(f"{file} has no files of {', '.join(sorted(predictor.media))} in it")
+  return found

@@ -1,0 +1,97 @@
+"""What users give a model (paths, bytes, arrays, PIL pictures) as the arrays of a batch, one example at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmjax.data.examples import READERS
+from mmjax.data.image import Unreadable
+from mmjax.data.media import WORDS
+
+Item = str | os.PathLike | bytes | np.ndarray | Image.Image | dict[str, np.ndarray]
+ARRAYS = {"image": ("pixels",), "audio": ("waveform", "length"), "video": ("frames", "mask"), "series": ("values", "mask")}
+_AXES = {"image": 3, "audio": 1, "video": 4, "series": 2}  # of one item that is an array
+
+
+class MediaInputs:
+  """One modality of a config: `inputs(item, name)` -> its arrays for one example, {array: [...]}, as an evaluation makes them.
+
+  An item is a path, encoded bytes, or an array: uint8 [H, W, 3] of a picture (or a PIL image), float [n] or [n, channels] of a
+  sound at the config's rate (-1 to 1, or int16), uint8 [T, H, W, 3] of a video, numbers [T, C] of a series (or a path of .npy), or
+  what this returned for one. Raises Unreadable, which names the item.
+  """
+
+  def __init__(self, config, modality: str):
+    self.modality, self.transform = modality, READERS[modality](config.data, False).transform
+
+  def __call__(self, item: Item, name: str = "") -> dict[str, np.ndarray]:
+    if isinstance(item, dict):
+      return item
+    try:
+      result = self.transform(self._content(item))
+    except Unreadable as error:
+      raise Unreadable(f"{name or self._name(item)}: {error}") from error
+    arrays = result if isinstance(result, tuple) else (result,)
+    return {key: np.asarray(x, np.int32 if key == "length" else None) for key, x in zip(ARRAYS[self.modality], arrays, strict=True)}
+
+  def items(self, given: Item | Iterable[Item]) -> Iterable[Item]:
+    """Several items, of one or of several."""
+    one = isinstance(given, (str, os.PathLike, bytes, Image.Image, dict))
+    return [given] if one or (isinstance(given, np.ndarray) and given.ndim <= _AXES[self.modality]) else given
+
+  def _content(self, item: Item) -> bytes | np.ndarray:
+    """What the transform takes. Raises Unreadable."""
+    if isinstance(item, (str, os.PathLike)):
+      try:
+        item = Path(item).read_bytes()
+      except OSError as error:
+        raise Unreadable(f"cannot be opened ({error.strerror or error})") from error
+    if self.modality == "series":
+      return _numbers(item) if isinstance(item, bytes) else np.asarray(item)
+    if isinstance(item, bytes):
+      return item
+    if self.modality == "image" and isinstance(item, Image.Image):
+      return _png(item)
+    return getattr(self, f"_{self.modality}")(np.asarray(item))
+
+  def _image(self, array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+      raise Unreadable(f"must be uint8 of shape [H, W, 3], but is {array.dtype} of shape {list(array.shape)}")
+    return array
+
+  def _audio(self, array: np.ndarray) -> np.ndarray:
+    if array.ndim not in (1, 2) or not (array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating)):
+      raise Unreadable(f"must be float or int16 of shape [n] or [n, channels], but is {array.dtype} of shape {list(array.shape)}")
+    sound = array.astype(np.float32) / (32768 if array.dtype == np.int16 else 1)
+    if not np.isfinite(sound).all():
+      raise Unreadable("audio with samples that are not numbers")
+    return sound.mean(1) if sound.ndim == 2 else sound
+
+  def _video(self, array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+      raise Unreadable(f"must be uint8 of shape [T, H, W, 3], but is {array.dtype} of shape {list(array.shape)}")
+    return array
+
+  def _name(self, item: Item) -> str:
+    return str(item) if isinstance(item, (str, os.PathLike)) else f"a {WORDS[self.modality]} given as {type(item).__name__}"
+
+
+def _png(picture: Image.Image) -> bytes:
+  data = io.BytesIO()
+  upright = ImageOps.exif_transpose(picture)
+  (upright if upright.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else upright.convert("RGB")).save(data, "PNG", compress_level=0)
+  return data.getvalue()
+
+
+def _numbers(data: bytes) -> Any:
+  try:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+  except (ValueError, EOFError, OSError) as error:
+    raise Unreadable("not an .npy file of numbers") from error
