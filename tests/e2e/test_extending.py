@@ -39,7 +39,7 @@ def place(tmp_path_factory):
 
 def test_each_example_is_one_short_file():
   assert {"my_encoder.py", "my_fusion.py", "my_objective.py", "my_data.py"} < set(FILES)
-  assert all(len(text.strip().splitlines()) < 40 and max(map(len, text.splitlines())) <= 150 for text in FILES.values())
+  assert all(len(text.strip().splitlines()) < 40 and max(map(len, text.splitlines())) <= 120 for text in FILES.values())
 
 
 def test_a_run_with_all_of_them_trains_and_is_evaluated(place):
