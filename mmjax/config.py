@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import sys
 import types
 import typing
 from typing import Any, Literal, NamedTuple
@@ -340,9 +341,9 @@ def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Cal
   groups = [group] if group else list(KINDS)
   for g in groups:
     if name in KINDS[g]:
-      return _import(KINDS[g][name])
+      return load_function(KINDS[g][name])
   if name and ":" in name:
-    return _import(name)
+    return load_function(name)
   raise ConfigError(f"unknown kind {name!r}{_nearest(name, [k for g in groups for k in KINDS[g]])}")
 
 
@@ -598,13 +599,14 @@ def _signature(function: typing.Callable) -> dict[str, inspect.Parameter]:
   return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _import(target: str) -> typing.Callable:
+def load_function(target: str) -> typing.Callable:
+  """The function "module:function"; the module may also be a file in the current folder. Raises ConfigError: there is none."""
   module, _, name = target.partition(":")
+  if "" not in sys.path and os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())  # a command has only its own folder there
   try:
     return getattr(importlib.import_module(module), name)
-  except ModuleNotFoundError as error:
-    raise ConfigError(f"kind {target!r}: {error}") from error
-  except AttributeError as error:
+  except (ModuleNotFoundError, AttributeError) as error:
     raise ConfigError(f"kind {target!r}: {error}") from error
 
 

@@ -59,7 +59,8 @@ class Multimodal(DualEncoder):
       self.token_head = TokenHead(self.dtype, name="masked_text_head")
     self.patch_heads = {modality: PatchHead(name=f"{modality}_patches") for modality in self.masked_patches}
     if self.decoder is not None:
-      self.memories = {modality: MemoryTokens(self.decoder.config.width, self.decoder.memory_positions, self.dtype, name=f"{modality}_memory")
+      how = (self.decoder.config.width, self.decoder.project_memory, self.decoder.memory_positions, self.dtype)
+      self.memories = {modality: MemoryTokens(*how, name=f"{modality}_memory")
                        for modality in self.encoders if modality != "text"}
 
   def adopt(self, encoder: nn.Module) -> nn.Module:
@@ -147,9 +148,9 @@ class Multimodal(DualEncoder):
     if memory is not None:
       times = text["tokens"].shape[0] // memory.shape[0]
       memory, memory_mask = repeat_rows(memory, times), repeat_rows(memory_mask, times)
-    tokens = shift_right(text["tokens"])
-    mask = jnp.concatenate([jnp.ones_like(text["mask"][:, :1]), text["mask"][:, :-1]], axis=1)
-    return self.decoder(tokens, mask, memory, memory_mask, train=train), self.decoder.table()
+    tokens, start = shift_right(text["tokens"], self.decoder.prompt), len(self.decoder.prompt)
+    mask = jnp.concatenate([jnp.ones((tokens.shape[0], start), bool), text["mask"][:, :-1]], axis=1)
+    return self.decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1:], self.decoder.table()
 
   def memory(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
     """What the decoder attends to: tokens of the source modalities [B, S, decoder width], one after the other, mask [B, S]."""
@@ -160,9 +161,10 @@ class Multimodal(DualEncoder):
             jnp.concatenate([part.mask for part in encoded.values()], axis=1))
 
   def start_writing(self, source: tuple[str, ...], batch: Batch, *, length: int) -> tuple[Any, Any]:
-    """(an empty cache for texts of `length` tokens, what the decoder attends to): for `next_logits`."""
+    """(an empty cache for the prompt and texts of `length` tokens, what the decoder attends to): for `next_logits`."""
     memory, mask = self.memory(source, batch)
-    return self.decoder.init_cache(memory.shape[0], length), self.decoder.init_memory(memory, mask)
+    cache = self.decoder.init_cache(memory.shape[0], length + len(self.decoder.prompt) - 1)
+    return cache, self.decoder.init_memory(memory, mask)
 
   def next_logits(self, token: Array, index: Array, cache: Any, memory: Any) -> tuple[Array, Any]:
     """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache with it)."""
@@ -201,19 +203,24 @@ class Multimodal(DualEncoder):
 
 
 class MemoryTokens(nn.Module):
-  """Tokens of a source as the decoder sees them: a linear layer, and learned positions where `positions`: places are easily lost in
-  an encoder that was trained to tell what is there. Call: x [B, S, *] -> [B, S, D]."""
+  """Tokens of a source as the decoder sees them: a linear layer unless not `project`, and learned positions where `positions`: places
+  are easily lost in an encoder that was trained to tell what is there. Call: x [B, S, *] -> [B, S, D]."""
 
   width: int
+  project: bool
   positions: bool
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    # The kernel stands beside the positions: its name is image_memory/kernel with them or without.
-    dense = Dense((self.width,), ("joint", "embed"), self.dtype)
-    nn.share_scope(self, dense)
-    y = dense(x)
+    y = x
+    if self.project:
+      # The kernel stands beside the positions: its name is image_memory/kernel with them or without.
+      dense = Dense((self.width,), ("joint", "embed"), self.dtype)
+      nn.share_scope(self, dense)
+      y = dense(x)
+    elif x.shape[-1] != self.width:
+      raise UserError(f"model.decoder.project_memory is False, but {self.name} gets {x.shape[-1]} channels and the decoder has {self.width}")
     if self.positions:
       y = y + self.param("position", with_axes(nn.initializers.normal(0.02), ("position", "embed")), (x.shape[1], self.width),
                          jnp.float32).astype(self.dtype)
