@@ -16,6 +16,7 @@ from mmjax.evaluation.linear_probe import GRID, choose, part_of, ridge
 from mmjax.evaluation.zero_shot import confusion, mean_class_accuracy
 
 PATCH, FILTERS, THRESHOLD, GRID_SIDE = 6, 192, 0.5, 3
+SAMPLES = 20_000  # patches that the whitening is estimated from
 
 
 def generated(
@@ -101,7 +102,7 @@ def fit(x: np.ndarray, labels: np.ndarray, keys: np.ndarray, classes: int):
   """
   rng = np.random.default_rng(0)
   side = x.shape[1] - PATCH + 1
-  at = zip(rng.integers(len(x), size=20000), *rng.integers(side, size=(2, 20000)), strict=True)
+  at = zip(rng.integers(len(x), size=SAMPLES), *rng.integers(side, size=(2, SAMPLES)), strict=True)
   patches = normalised(np.stack([x[i, r : r + PATCH, c : c + PATCH].reshape(-1) for i, r, c in at]).astype(np.float32))
   mean = patches.mean(0)
   values, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))

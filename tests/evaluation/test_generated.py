@@ -1,12 +1,18 @@
 """Drawn pictures: their class by a classifier of real ones, their distance to the training pictures, their place in the report."""
 
 import numpy as np
+import pytest
 
 from mmjax.evaluation import generated as module
 from mmjax.evaluation.report import write_report
 from tests.evaluation import fakes
 
 rng = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def few_patches(monkeypatch):
+  monkeypatch.setattr(module, "SAMPLES", 1000)
 
 
 def stripes(kind: int, count: int) -> np.ndarray:
