@@ -97,7 +97,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
   """psi(h) + <V text, h> of the features h of a picture: a projection discriminator (Miyato and Koyama 2018, arXiv:1802.05637, eq. 3).
 
-  Call: pictures [B, H, W, 3], text [T, D] -> float32 [B, T], every picture with every text. The first stage works on 2x2 pixels, each further one halves the side.
+  Call: pictures [B, H, W, 3], text [T, D] -> float32 [B, T], every picture with every text. The first stage works on
+  2x2 pixels, each further one halves the side.
   """
 
   channels: tuple[int, ...]
