@@ -8,8 +8,6 @@ of training pictures, normalised and whitened, serve as filters; what passes a t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from mmjax.config import UserError
@@ -18,6 +16,7 @@ from mmjax.evaluation.linear_probe import GRID, choose, part_of, ridge
 from mmjax.evaluation.zero_shot import confusion, mean_class_accuracy
 
 PATCH, FILTERS, THRESHOLD, GRID_SIDE = 6, 192, 0.5, 3
+SAMPLES = 20_000  # patches that the whitening is estimated from
 
 
 def generated(
@@ -45,15 +44,15 @@ def generated(
     raise UserError(f"{where}: split and train_split are both {split!r}; captions must be held out")
   test, train = context.data(source, split, languages), context.data(source, train_split, languages)
   names = sorted(set(test.label_names) | set(train.label_names))
-  real, x = pictures_of(test), pictures_of(train)
+  (real, readable), (x, readable_train) = pictures_of(test), pictures_of(train)
   drawn, again = (context.apply("generate", (number,), test.batches(("text",))) for number in (seed, seed + 1))
   labels, train_labels = (np.array([names.index(d.label_names[i]) if i >= 0 else -1 for i in d.labels]) for d in (test, train))
-  rows = np.flatnonzero(real.valid & drawn[1][: len(test)] & (labels >= 0))
-  kept = np.flatnonzero(x.valid & (train_labels >= 0))
+  rows = np.flatnonzero(readable & drawn[1][: len(test)] & (labels >= 0))
+  kept = np.flatnonzero(readable_train & (train_labels >= 0))
   if not len(rows) or len(np.unique(train_labels[kept])) < 2:
     raise UserError(f"{where}: {source} needs readable pictures with captions and labels in {split}, and of two classes in {train_split}")
-  y, real, drawn, again = labels[rows], real.pixels[rows], drawn[0][rows], again[0][rows]
-  x, x_labels = x.pixels[kept], train_labels[kept]
+  y, real, drawn, again = labels[rows], real[rows], drawn[0][rows], again[0][rows]
+  x, x_labels = x[kept], train_labels[kept]
   classify = fit(x, x_labels, np.asarray(train.image_keys)[kept], len(names))
   guess, guess_real = classify(drawn), classify(real)
   near = nearest(drawn, x)
@@ -78,17 +77,10 @@ def generated(
   return Result(metrics, {"pictures": dict(kind="pictures", rows=shown), "confusion": confusion(y, guess, names)})
 
 
-class Pictures(NamedTuple):
-  """pixels uint8 [N, H, W, 3]; valid bool [N], False where one could not be read."""
-
-  pixels: np.ndarray
-  valid: np.ndarray
-
-
-def pictures_of(data) -> Pictures:
-  """The pictures of an `EvaluationData` on the host, in its order; each process reads them all."""
-  pixels, size = [data.picture(i) for i in range(len(data))], data.config.data.image.size
-  return Pictures(np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8), np.ones(len(pixels), bool))
+def pictures_of(data) -> tuple[np.ndarray, np.ndarray]:
+  """(pixels uint8 [N, H, W, 3] of an `EvaluationData` in its order, which show something, bool [N]: an unreadable one is white)."""
+  pixels = np.stack([data.picture(i) for i in range(len(data))])
+  return pixels, (pixels != 255).any((1, 2, 3))
 
 
 def nearest(x: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -110,7 +102,7 @@ def fit(x: np.ndarray, labels: np.ndarray, keys: np.ndarray, classes: int):
   """
   rng = np.random.default_rng(0)
   side = x.shape[1] - PATCH + 1
-  at = zip(rng.integers(len(x), size=20000), *rng.integers(side, size=(2, 20000)), strict=True)
+  at = zip(rng.integers(len(x), size=SAMPLES), *rng.integers(side, size=(2, SAMPLES)), strict=True)
   patches = normalised(np.stack([x[i, r : r + PATCH, c : c + PATCH].reshape(-1) for i, r, c in at]).astype(np.float32))
   mean = patches.mean(0)
   values, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))

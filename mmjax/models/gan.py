@@ -19,9 +19,10 @@ SLOPE = 0.2  # of the leaky rectifiers
 
 
 class TextToImageGan(nn.Module):
-  """A text encoder and the generator (group "main"), and the discriminator (parameters discriminator/..., a group of its own).
+  """A text encoder (parameters text/...), a generator (generator/...) and a discriminator (discriminator/...).
 
-  Pictures are float32 [B, size, size, 3] in [-1, 1]. Both players see the text through `condition`.
+  Pictures are float32 [B, size, size, 3] in [-1, 1]. Both players see the text through `condition`; the encoder belongs to
+  whichever player's optimizer takes it.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -55,7 +56,7 @@ class TextToImageGan(nn.Module):
     return self.generator(jnp.concatenate([text, unit(noise)], axis=-1))
 
   def score(self, pictures: Array, text: Array) -> Array:
-    """float32 [B]: how real a picture looks, as a picture of this condition."""
+    """float32 [B, T]: how real each picture [B, ...] looks, as a picture of each condition [T, D]."""
     return self.discriminator(pictures, text)
 
   def generate(self, seed: int, batch: Mapping[str, Any], *, train: bool = False) -> Array:
@@ -96,7 +97,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
   """psi(h) + <V text, h> of the features h of a picture: a projection discriminator (Miyato and Koyama 2018, arXiv:1802.05637, eq. 3).
 
-  Call: pictures [B, H, W, 3], text [B, D] -> float32 [B]. The first stage works on 2x2 pixels, each further one halves the side.
+  Call: pictures [B, H, W, 3], text [T, D] -> float32 [B, T], every picture with every text. The first stage works on
+  2x2 pixels, each further one halves the side.
   """
 
   channels: tuple[int, ...]
@@ -110,7 +112,7 @@ class Discriminator(nn.Module):
       x = leaky(Convolution(channels, 2 if i else 1, self.dtype, name=f"convolution{i}")(x))
     h = leaky(dense(self.channels[-1], self.dtype, "features")(x.reshape(b, -1))).astype(jnp.float32)
     wanted = dense(self.channels[-1], jnp.float32, "text")(leaky(dense(self.channels[-1], self.dtype, "text_hidden")(text)))
-    return dense(1, jnp.float32, "real")(h)[:, 0] + (wanted * h).sum(-1) / math.sqrt(h.shape[-1])
+    return dense(1, jnp.float32, "real")(h) + h @ wanted.T / math.sqrt(h.shape[-1])
 
 
 class Convolution(nn.Module):
@@ -127,7 +129,7 @@ class Convolution(nn.Module):
     x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
     s = self.stride
     x = materialise(jnp.concatenate([x[:, i:i + h:s, j:j + w:s] for i in range(3) for j in range(3)], axis=-1))
-    return Dense((self.channels,), ("patch", "embed"), self.dtype, nn.initializers.he_normal(), name="dense")(x)
+    return Dense((self.channels,), ("embed", "mlp"), self.dtype, nn.initializers.he_normal(), name="dense")(x)
 
 
 def dense(features: int, dtype: jnp.dtype, name: str) -> Dense:
@@ -145,18 +147,20 @@ def unit(x: Array) -> Array:
 
 
 def text_to_image_gan(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 128,
-                      noise: int = 64, channels: tuple = (128, 96, 48), discriminator: tuple = (48, 96, 128)) -> TextToImageGan:
+                      noise: int = 16, channels: tuple = (), discriminator: tuple = ()) -> TextToImageGan:
   """A generator of small pictures from texts, and its opponent: for the objective "gan". Takes a text encoder alone.
 
   width: channels of a text encoder that does not say its own. noise: dimensions of the noise.
-  channels: of the generator's stages; data.image.size is the first side times two for each. discriminator: of its stages.
+  channels: of the generator's stages; data.image.size is the first side times two for each; () = (128, 96, 48).
+  discriminator: channels of its stages; () = (48, 96, 128).
   """
   if set(encoders) != {"text"}:
     raise UserError(f"text_to_image_gan takes a text encoder alone, but model.encoders has {', '.join(sorted(encoders))}")
   size = data["image"]["size"]
+  channels, discriminator = tuple(channels) or (128, 96, 48), tuple(discriminator) or (48, 96, 128)
   for name, stages in dict(channels=channels, discriminator=discriminator).items():
     _check(name, stages, size)
-  return TextToImageGan(dict(encoders), width, size, noise, tuple(channels), tuple(discriminator), jnp.dtype(precision["compute"]))
+  return TextToImageGan(dict(encoders), width, size, noise, channels, discriminator, jnp.dtype(precision["compute"]))
 
 
 def _check(name: str, stages: Sequence[int], size: int) -> None:

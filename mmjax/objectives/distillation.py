@@ -63,7 +63,8 @@ def logit_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: st
   mine = forward("classify", modalities).astype(jnp.float32)
   theirs = forward.teacher(teacher, "classify", modalities).astype(jnp.float32)
   if mine.shape != theirs.shape:
-    raise UserError(f"logit_distillation: {mine.shape[-1]} classes here and {theirs.shape[-1]} in {teacher}. Set data.classes to the teacher's")
+    raise UserError(f"logit_distillation: {mine.shape[-1]} classes here and {theirs.shape[-1]} in {teacher}. "
+                    "Set data.classes to the teacher's")
   rows = _times(counted(batch, some=modalities), mine)
   losses = temperature**2 * divergence(theirs / temperature, mine / temperature)
   same = jnp.argmax(mine, -1) == jnp.argmax(theirs, -1)
@@ -82,8 +83,8 @@ def _similarities(ask, between: tuple) -> Array:
   """scale * cosine of every row of the first with every row of the second, [B, B]."""
   first, second = (ask("embedding", modality) for modality in between)
   if len(first) != len(second):
-    raise UserError(f"similarity_distillation compares one {between[0]} with one {between[1]}, but the batch has {len(first)} and {len(second)}: "
-                    "set data.text.per_example to 1")
+    raise UserError(f"similarity_distillation compares one {between[0]} with one {between[1]}, but the batch has {len(first)} "
+                    f"and {len(second)}: set data.text.per_example to 1")
   return ask("temperature")[0] * jnp.matmul(first, second.T, precision="highest")
 
 

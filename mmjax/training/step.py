@@ -184,7 +184,8 @@ class Step:
       def forward(params: Any, model_state: Any, batch: dict, taught: Any) -> Array:
         return self._whole_batch(params, model_state, batch, jax.random.key(0), self._active(source), taught)[0]
 
-      return 3 * self._inside(count_flops)(forward, self.params_spec, self._model_state_spec, self._batch_specs[source], self.taught_spec)
+      return 3 * self._inside(count_flops)(
+        forward, self.params_spec, self._model_state_spec, self._batch_specs[source], self.taught_spec)
 
     weights = [self.config.data.sources[source].weight if source else 1.0 for source in self.sources]
     return sum(w * of(source) for w, source in zip(weights, self.sources, strict=True)) / sum(weights)
@@ -285,7 +286,8 @@ class Step:
     """A tree of bools like the parameters: which of them the loss depends on."""
     loss = lambda params, model_state, batch, taught: self._whole_batch(
       params, model_state, batch, jax.random.key(0), objectives, taught)[0]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.params_spec, self._model_state_spec, batch, self.taught_spec))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                          (self.params_spec, self._model_state_spec, batch, self.taught_spec))
     used = dce_jaxpr(jax.make_jaxpr(loss)(*shapes).jaxpr, [True])[1]
     leaves, tree = jax.tree.flatten(self.params_spec)
     return tree.unflatten(used[:len(leaves)])
@@ -356,8 +358,8 @@ class Step:
 
   def _forward(self, params: Any, model_state: Any, batch: dict, rng: Array, taught: Any) -> Forward:
     groups = {name: optimizer.trained for name, optimizer in self.optimizer.groups.items()}
-    return Forward(self.model, params, model_state, batch, rng, groups,
-                   {path: (self.teachers[path].model, self.teachers[path].gathered(variables)) for path, variables in dict(taught).items()})
+    teachers = {path: (self.teachers[path].model, self.teachers[path].gathered(variables)) for path, variables in dict(taught).items()}
+    return Forward(self.model, params, model_state, batch, rng, groups, teachers)
 
   def _loss(self, sums: dict[str, Losses], weights: dict[str, dict[str, Array]] | None = None) -> Array:
     """The weighted sum of the objectives' means, and the means of what opponents minimise. Weights are not differentiated.

@@ -52,13 +52,14 @@ class Teacher:
 
   def load(self, config: FrozenConfigDict) -> dict[str, Any]:
     """The variables, placed. Raises UserError: not those of its config, or another tokenizer than that of `config`."""
-    if "text" in self.config.model.encoders and "text" in config.model.encoders and config.data.text.tokenizer not in ("", "none"):
-      theirs, ours = checkpoint.load_assets(self.path), load_tokenizer(config.data).to_assets()
-      if any(theirs[name] != content for name, content in ours.items() if name in theirs) or not set(ours) & set(theirs):
-        raise UserError(f"teacher {self.path} was trained with another tokenizer than data.text.tokenizer {config.data.text.tokenizer!r}. "
-                        "Use its tokenizer")
+    theirs = checkpoint.load_assets(self.path)
+    if theirs and all("text" in c.model.encoders for c in (self.config, config)):
+      if any(theirs.get(name) != content for name, content in load_tokenizer(config.data).to_assets().items()):
+        raise UserError(f"teacher {self.path} was trained with another tokenizer than data.text.tokenizer "
+                        f"{config.data.text.tokenizer!r}. Use its tokenizer")
     state = {name: tree for name, tree in self.spec.items() if name != "params"}
-    return {"params": checkpoint.load_params(self.path, self.spec["params"]), **(checkpoint.load_model_state(self.path, state) if state else {})}
+    loaded = checkpoint.load_model_state(self.path, state) if state else {}
+    return {"params": checkpoint.load_params(self.path, self.spec["params"]), **loaded}
 
   def gathered(self, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Within a step: the variables as the model gets them, gathered where that is better done once."""
