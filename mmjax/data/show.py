@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.config import UserError
-from mmjax.data import image
+from mmjax.data import image, show_media
 from mmjax.data.resample import resize_exact
 from mmjax.data.sources import Source, list_datasets, open_source
 from mmjax.data.sources import data_dir as default_data_dir
@@ -50,31 +50,45 @@ def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLi
   if count < total:
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
   tiles, sizes, languages, labels, captions, unreadable = [], [], Counter(), Counter(), [], 0
+  seconds: dict[str, list[float]] = {"sounds": [], "videos": []}
   for index in chosen.tolist():
     try:
       record = source[index]
     except UserError as error:
-      tiles.append(_tile(f"record {index}", _fault(error), "", {}, ""))
+      tiles.append(_tile(dict(id=f"record {index}"), [_framed(_fault(error))], ""))
       unreadable += 1
       continue
-    size = ""
-    try:
-      picture, (height, width) = _picture(record)
-      size = f"{width} × {height}"
-      sizes.append((height, width))
-    except UserError as error:
-      picture = _fault(error)
-      unreadable += 1
+    parts, size, faults = [], "", 0
+    for what in _shown(record):
+      try:
+        if what == "image":
+          picture, (height, width) = _picture(record)
+          size = f"{width} × {height}"
+          sizes.append((height, width))
+          parts.append(_framed(picture))
+        elif what == "series":
+          parts.append(show_media.chart(record["series"]))
+        else:
+          part, length = (show_media.sound if what == "audio" else show_media.strip)(record[what])
+          seconds["sounds" if what == "audio" else "videos"].append(length)
+          parts.append(part)
+      except UserError as error:
+        parts.append(_framed(_fault(error)))
+        faults += 1
+    unreadable += faults > 0
     languages.update(list(record["captions"]))
     labels.update([record["label"]] if record.get("label") else [])
     captions += [text for texts in record["captions"].values() for text in texts]
-    tiles.append(_tile(record["id"], picture, size, record["captions"], record.get("label", "")))
+    tiles.append(_tile(record, parts, size))
   drawn = f", seed {seed}" if len(tiles) < total else ""
   facts = [f"<b>{total:,}</b> examples", f"<b>{len(tiles)}</b> shown{drawn}"]
   if sizes:
     low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
     same = f"<b>{low[1]} × {low[0]}</b> pixels"
     facts.append(f"<b>{low[1]}–{high[1]}</b> × <b>{low[0]}–{high[0]}</b> pixels" if (low != high).any() else same)
+  for what, lengths in seconds.items():
+    if lengths:
+      facts.append(f"{what} of <b>{np.median(lengths):.1f}</b> s (median), at most <b>{max(lengths):.1f}</b>")
   if captions:
     lengths = [len(text) for text in captions]
     facts.append(f"captions of <b>{np.median(lengths):.0f}</b> characters (median), at most <b>{max(lengths)}</b>")
@@ -90,10 +104,16 @@ def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLi
   return Path(out_html)
 
 
+def _shown(record: Mapping[str, Any]) -> list[str]:
+  """The media of a record; a picture, which is said to be missing, if it has none."""
+  there = [name for name in ("image", "video", "audio") if record.get(name)]
+  return there + (["series"] if record.get("series") is not None else []) or ["image"]
+
+
 def _picture(record: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
   """(HTML of the picture, (height, width) upright). Raises UserError."""
   if not record.get("image"):
-    raise UserError("no picture")
+    raise UserError("no picture, sound, video or series")
   pixels = image.decode(record["image"])
   height, width = pixels.shape[:2]
   scale = THUMBNAIL / max(height, width)
@@ -111,17 +131,25 @@ def _fault(error: Exception) -> str:
   return f'<div class="fault">{html.escape(str(error))}</div>'
 
 
-def _tile(name: str, picture: str, size: str, captions: Mapping[str, Sequence[str]], label: str) -> str:
+def _framed(picture: str) -> str:
+  return f'<div class="frame">{picture}</div>'
+
+
+def _tile(record: Mapping[str, Any], parts: Sequence[str], size: str) -> str:
+  """The HTML of a record; `parts`: of its media."""
   lines = []
-  for language, texts in sorted(captions.items(), key=lambda item: (item[0] != "en", item[0])):
+  for language, texts in sorted(record.get("captions", {}).items(), key=lambda item: (item[0] != "en", item[0])):
     direction = ' dir="rtl"' if language in _RIGHT_TO_LEFT else ""
     for number, text in enumerate(texts):
       mark = f"<dt>{html.escape(language)}</dt>" if number == 0 else "<dt></dt>"
       shown = text if len(text) <= 300 else text[:300] + "…"
       lines.append(f'{mark}<dd lang="{html.escape(language)}"{direction}>{html.escape(shown)}</dd>')
-  tag = f'<span class="label">{html.escape(label)}</span>' if label else ""
-  return (f'<article><div class="frame">{picture}</div><div class="head">{tag}<span class="size">{size}</span></div>'
-          f'<dl>{"".join(lines)}</dl><div class="id" title="{html.escape(name)}">{html.escape(name)}</div></article>')
+  tag = f'<span class="label">{html.escape(record["label"])}</span>' if record.get("label") else ""
+  head = f'<div class="head">{tag}<span class="size">{size}</span></div>' if tag or size else ""
+  wide = ' class="wide"' if any('class="strip"' in part for part in parts) else ""
+  name, questions = html.escape(record["id"]), show_media.answers(record.get("questions") or ())
+  captions = f"<dl>{''.join(lines)}</dl>" if lines else ""
+  return f'<article{wide}>{"".join(parts)}{head}{captions}{questions}<div class="id" title="{name}">{name}</div></article>'
 
 
 def _chips(title: str, counts: Counter[str]) -> str:
@@ -152,6 +180,11 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; break-inside: avoid; display: flex; flex-direction: column }
 .frame { height: 200px; display: flex; align-items: center; justify-content: center; background: var(--frame); border-bottom: 1px solid var(--line) }
 img { max-width: 100%; max-height: 100%; display: block } img.small { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; background: #fff; border-radius: 6px }
+.wide { grid-column: 1 / -1 } @media (min-width: 580px) { .wide { grid-column: span 2 } }
+.strip, .series, .sound { padding: 10px 12px; background: var(--frame); border-bottom: 1px solid var(--line) } .strip .size, .series .size, .sound .size { display: block; margin: 4px 0 0; white-space: normal }
+img.film { width: 100%; max-height: 160px; object-fit: contain; image-rendering: pixelated; border-radius: 4px } svg { width: 100%; height: 110px; display: block } path { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke }
+.sound path { stroke: var(--accent) } .sound svg { height: 44px; margin-bottom: 6px } audio { width: 100%; height: 36px; display: block }
+dl.questions { grid-template-columns: 1fr auto; border-top: 1px dashed var(--line); padding-top: 6px } .questions dt { font-size: 13px; color: var(--ink); line-height: inherit } .questions dd { color: var(--accent); font-weight: 600 }
 .fault { color: #d33; padding: 16px; text-align: center; font-size: 13px; overflow-wrap: anywhere }
 .head { display: flex; gap: 8px; align-items: baseline; padding: 10px 12px 0 } .label { color: var(--accent); font-weight: 600; font-size: 12.5px } .size { color: var(--soft); font-size: 12px; margin-left: auto; white-space: nowrap }
 dl { margin: 6px 0 8px; padding: 0 12px; display: grid; grid-template-columns: auto 1fr; gap: 2px 8px; max-height: 190px; overflow: auto; scrollbar-width: thin; scrollbar-color: var(--line) transparent } dt { color: var(--soft); font-size: 11px; line-height: 20px }
