@@ -49,6 +49,7 @@ def test_a_kind_resolves_with_its_defaults(group, name):
   (pattern, (_, selector)) = next((pattern, entry) for pattern, entry in ENTRIES.items() if entry[0] == group)
   _, settings = parameters(kind_function({"kind": name}, group))
   needed = {p.name: "something" for p in settings if p.default is p.empty}
+  config["optimizers"] = {p.default: dict(params=f"{p.default}/.*") for p in settings if p.name == "group"}
   config["data"]["classes"] = 3
   config["data"]["text"]["tokenizer"] = "any"
   config["model"]["encoders"] = {m: dict(kind=k) for m, k in dict(image="vit", text="transformer", audio="whisper", video="frames", series="series").items()}

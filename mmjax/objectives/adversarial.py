@@ -20,6 +20,7 @@ def modality_adversary(forward: Forward, batch: dict, rng: Array, *, between: tu
   the encoders: times the config's `weight`, their gradient is that of a gradient reversal layer of this strength. Both updates
   are made in the same step, each by its own optimizer: c.optimizers.adversary = dict(name="adamw", params=r"discriminator/.*").
 
+  between: the modalities. group: that of the discriminator.
   Rows count for each of the modalities that they have. Returns "accuracy" of the discriminator; aligned
   spaces bring it down to 1 / modalities.
   """

@@ -36,7 +36,7 @@ def similarity_distillation(forward: Forward, batch: dict, rng: Array, *, teache
 
   The mean, over rows of the global batch and both directions, of KL(p || q): p and q are the softmax over the other modality's
   rows of scale * cosine, with the teacher's scale and one's own (contrastive relational distillation of CLIP-KD, section 3.1).
-  Rows that are not valid or lack one of the two do not count, and are nobody's neighbour.
+  between: the two modalities. Rows that are not valid or lack one of the two do not count, and are nobody's neighbour.
   Returns "agreement": share of rows whose nearest neighbour is the teacher's.
   """
   own, theirs = (_similarities(ask, between) for ask in (forward, lambda *args: forward.teacher(teacher, *args)))

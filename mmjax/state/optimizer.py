@@ -71,13 +71,19 @@ class OptimizerState(NamedTuple):
 
 def adamw(axes: Axes, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
           state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is `optimizer.weight_decay`."""
+  """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is `optimizer.weight_decay`.
+
+  b1, b2: decays of the first and second moments. eps: added to the root of the second.
+  """
   del axes
   return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype)
 
 
 def lion(axes: Axes, *, b1: float = 0.9, b2: float = 0.99, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times below AdamW's."""
+  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times below AdamW's.
+
+  b1: share of the momentum in the update. b2: its decay.
+  """
   del axes
   return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=state_dtype)
 
@@ -110,7 +116,8 @@ def muon(axes: Axes, *, beta: float = 0.95, nesterov: bool = True, iterations: i
 
   `matrix_axes` says which leaves are matrices: kernels, one matrix a layer, and query, key and value each for itself.
   An update is multiplied by `rms` * sqrt(larger side), which gives it the RMS of an Adam update (Liu et al. 2025,
-  arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over. `newton_schulz`: precision of the iterations.
+  arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over. `newton_schulz`: precision of the `iterations`.
+  beta: decay of the momentum; nesterov: looked at one step ahead. b1, b2, eps: of Adam.
   """
   sides = {name: matrix_axes(name, leaf) for name, leaf in _axes_by_name(axes).items()}
   labels = lambda tree: map_named(lambda name, _: "matrix" if sides[name] else "other", tree)

@@ -93,7 +93,7 @@ def test_whisper_logits_and_texts_are_equal(whisper_folder):
   tokens = np.asarray(jax.jit(lambda v, b: write(model, v, ("audio",), 13, 1, 1.0, b))(variables, dict(audio=AUDIO)))
   ours = [row[:row.index(EOS)] if EOS in row else row for row in tokens.tolist()]
   assert ours == spoken_by(theirs, folder / "hf")
-  assert all(len(row) > 3 and row[0] != 9 and not {PAD, 7, 8} & set(row) for row in ours) and ours[0] != ours[1]
+  assert all(len(row) > 3 and row[0] != 9 and not {PAD, 7, 8} & set(row) for row in ours) and len(set(ours[0])) > 1
 
 
 def test_whisper_goes_back(whisper_folder):
