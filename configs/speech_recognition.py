@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
   c.train.batch_size = 64
   c.data.sources.speech = dict(name="spoken_emoji", languages=("en",), cache=True)
   c.data.modalities = ("audio", "text")
-  c.data.audio.seconds = 3.0
+  c.data.audio.seconds = 2.6
   c.data.audio.augment.speed = (0.85, 1.18)
   c.data.audio.augment.noise = 0.05
   c.data.text.tokenizer = "spoken_emoji"

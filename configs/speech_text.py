@@ -10,10 +10,10 @@ import mmjax
 
 def get_config(arg: str = ""):
   c = mmjax.config.base()
-  c.train.steps = 1000
+  c.train.steps = 900
   c.train.batch_size = 96
   c.data.sources.speech = dict(name="spoken_emoji", languages=("en",), cache=True)
-  c.data.audio.seconds = 3.0
+  c.data.audio.seconds = 2.2
   c.data.audio.augment.speed = (0.85, 1.18)
   c.data.audio.augment.noise = 0.05
   c.data.text.tokenizer = "spoken_emoji"

@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
   data = commands.add_parser("data", help="Build, convert and look at data sets; train tokenizers.").add_subparsers(
       dest="data_command", metavar="COMMAND", required=True, parser_class=_Parser)
   sub = command(data, "build", _data_build, "Build an embedded data set.", "mmjax data build openmoji")
-  sub.add_argument("name", metavar="NAME", help="openmoji")
+  sub.add_argument("name", metavar="NAME", help="easy_vqa, emoji_scenes, moving_emoji, openmoji, spoken_emoji, or module:function of your own")
   _data_dir(sub)
   sub = command(data, "convert", _data_convert, "Convert pictures, sounds and videos with captions, questions or labels into a data set.",
                 "mmjax data convert webdataset 'shards/{00000..00009}.tar' --name laion")

@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import sys
 import types
 import typing
 from typing import Any, Literal, NamedTuple
@@ -136,6 +137,11 @@ KEYS = (
   Key("optimizer.clip", 1.0, float, "Clips the global norm of the gradient; 0 = off."),
   Key("optimizer.rates", (), tuple, "((regex, factor), ...): first match multiplies the learning rate; 0 freezes."),
   Key("optimizer.state_dtype", "float32", Literal["float32", "bfloat16"], "Dtype of the first moment."),
+  Key("optimizers.*.name", "adamw", str, "The update rule of a group of parameters with an optimizer of its own (adversaries)."),
+  Key("optimizers.*.params", "", str, "Regex of the parameters of the group, which `optimizer` then leaves alone."),
+  *(Key(f"optimizers.*.{key}", default, kind, f"As optimizer.{key}, for this group.") for key, default, kind in (
+    ("lr", 1e-3, float), ("weight_decay", 0.0, float), ("decay", r".*/(kernel|embedding)", str), ("clip", 1.0, float),
+    ("rates", (), tuple), ("state_dtype", "float32", Literal["float32", "bfloat16"]))),
   Key("schedule.name", "cosine", str, "Learning rate over time."),
   Key("schedule.warmup", "5%", Duration, "Linear warm-up from zero."),
   Key("precision.compute", "bfloat16", Literal["float32", "bfloat16"], "Dtype of activations; parameters and losses are float32."),
@@ -169,6 +175,7 @@ KINDS: dict[str, dict[str, str]] = {
     "captioner": "mmjax.models.multimodal:captioner",
     "multitask": "mmjax.models.multimodal:multitask",
     "encoder": "mmjax.models.single_encoder:encoder",
+    "text_to_image_gan": "mmjax.models.gan:text_to_image_gan",
   },
   "fusion": {
     "concat": "mmjax.models.fusion:concat",
@@ -204,6 +211,11 @@ KINDS: dict[str, dict[str, str]] = {
     "masked_patches": "mmjax.objectives.masked:masked_patches",
     "captioning": "mmjax.objectives.captioning:captioning",
     "autoregressive": "mmjax.objectives.captioning:autoregressive",
+    "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
+    "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
+    "logit_distillation": "mmjax.objectives.distillation:logit_distillation",
+    "modality_adversary": "mmjax.objectives.adversarial:modality_adversary",
+    "gan": "mmjax.objectives.gan:gan",
   },
   "optimizer": {
     "adamw": "mmjax.state.optimizer:adamw",
@@ -225,6 +237,7 @@ KINDS: dict[str, dict[str, str]] = {
     "captions": "mmjax.evaluation.captions:captions",
     "masked_words": "mmjax.evaluation.masked:masked_words",
     "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
+    "generated": "mmjax.evaluation.generated:generated",
   },
 }
 
@@ -237,10 +250,11 @@ ENTRIES = {
   "model.decoder": ("decoder", "kind"),
   "objectives.*": ("objective", "kind"),
   "optimizer": ("optimizer", "name"),
+  "optimizers.*": ("optimizer", "name"),
   "schedule": ("schedule", "name"),
   "evaluation.evaluators.*": ("evaluator", "kind"),
 }
-COLLECTIONS = ("data.sources", "objectives", "model.encoders", "evaluation.evaluators")
+COLLECTIONS = ("data.sources", "objectives", "optimizers", "model.encoders", "evaluation.evaluators")
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
 FREE_ON_RESUME = ("mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
@@ -327,9 +341,9 @@ def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Cal
   groups = [group] if group else list(KINDS)
   for g in groups:
     if name in KINDS[g]:
-      return _import(KINDS[g][name])
+      return load_function(KINDS[g][name])
   if name and ":" in name:
-    return _import(name)
+    return load_function(name)
   raise ConfigError(f"unknown kind {name!r}{_nearest(name, [k for g in groups for k in KINDS[g]])}")
 
 
@@ -430,9 +444,19 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
                       f"the nearest that is: {_nearest_multiple(c['data']['image']['size'], patch)}")
   if "text" in encoders and c["data"]["sources"] and not c["data"]["text"]["tokenizer"]:
     raise ConfigError("model.encoders has text, but data.text.tokenizer is empty. Make one with `mmjax data tokenizer` and name it")
-  for path in ("optimizer.decay",):
+  groups = c.get("optimizers", {})
+  for name, entry in c["objectives"].items():
+    if entry.get("group") and entry["group"] not in groups:
+      raise ConfigError(f"objectives.{name}.group is {entry['group']!r}, but optimizers has {', '.join(groups) or 'none'}. Give it an "
+                        f"optimizer: c.optimizers.{entry['group']} = dict(name='adamw', params=r'discriminator/.*')")
+  if "main" in groups:
+    raise ConfigError("optimizers.main: that is the group of `optimizer` itself. Choose another name")
+  owners = ["optimizer", *(f"optimizers.{name}" for name in groups)]
+  for path in (f"{owner}.decay" for owner in owners):
     _check_regex(path, _get(c, path.split(".")))
-  for path in ("optimizer.rates", "init.map"):
+  for name, entry in groups.items():
+    _check_regex(f"optimizers.{name}.params", entry["params"])
+  for path in (*(f"{owner}.rates" for owner in owners), "init.map"):
     for pair in _get(c, path.split(".")):
       if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ConfigError(f"{path} must be ((regex, value), ...), not {pair!r}")
@@ -575,13 +599,14 @@ def _signature(function: typing.Callable) -> dict[str, inspect.Parameter]:
   return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _import(target: str) -> typing.Callable:
+def load_function(target: str) -> typing.Callable:
+  """The function "module:function"; the module may also be a file in the current folder. Raises ConfigError: there is none."""
   module, _, name = target.partition(":")
+  if "" not in sys.path and os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())  # a command has only its own folder there
   try:
     return getattr(importlib.import_module(module), name)
-  except ModuleNotFoundError as error:
-    raise ConfigError(f"kind {target!r}: {error}") from error
-  except AttributeError as error:
+  except (ModuleNotFoundError, AttributeError) as error:
     raise ConfigError(f"kind {target!r}: {error}") from error
 
 

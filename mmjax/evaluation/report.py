@@ -62,6 +62,7 @@ def write_report(
       evaluation_charts=evaluation_charts(rows, list(scores)),
       retrievals=[(name, figure) for name, figure in _figures(results, "retrieval")],
       texts=_figures(results, "texts"),
+      pictures=_figures(results, "pictures"),
       confusions=[(name, _heat_map(figure)) for name, figure in _figures(results, "confusion")],
       config=config.to_dict() if hasattr(config, "to_dict") else dict(config),
       environment=environment(),

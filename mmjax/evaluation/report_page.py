@@ -51,6 +51,7 @@ svg { width: 100%; height: auto; display: block; overflow: visible; cursor: cros
 .shot img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 7px; border: 2px solid var(--edge); background: #fff; display: block; margin-bottom: 2px; }
 .shot.right img { border-color: var(--right); } .shot.right { color: var(--right); font-weight: 600; } .shot.missed { opacity: .75; } .shot.missed img { border-style: dashed; }
 .caption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; } .top { display: flex; justify-content: space-between; gap: 12px; } .top .rank { margin: 0; white-space: nowrap; }
+.drawn { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); } .drawn .card { padding: 4px 12px 8px; } .drawn .note { margin: 4px 0 0; }
 .scroll { overflow-x: auto; }
 table.heat { border-collapse: separate; border-spacing: 2px; font-size: 12px; font-variant-numeric: tabular-nums; }
 table.heat td { width: 50px; min-width: 26px; height: 34px; text-align: center; border-radius: 4px; cursor: default; } table.heat td.none { color: transparent; background: var(--track); opacity: .45; }
@@ -111,6 +112,11 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 <div class="examples">{% for row in figure.rows %}<div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="what the model saw">{% endif %}</div>
 <div class="answers"><div class="answer{{ " right" if row.right }}"><span dir="auto">{{ row.text or "(nothing)" }}</span></div>
 {% if not row.right %}<div class="expected" dir="auto">Right: {{ row.expected | join(" · ") }}</div>{% endif %}</div></div>{% endfor %}</div>{% endfor %}
+
+{% for name, figure in pictures if figure.rows %}
+<h2>{{ name }}: what the model draws</h2><p class="note">Captions spread over the split, none chosen by hand: the drawn picture, and the real one beside it. A green frame: the classifier gives it the caption's class.</p>
+<div class="drawn">{% for row in figure.rows %}<div class="card"><div class="pictures"><div class="shot{{ " right" if row.right }}"><img src="{{ row.picture | picture }}" alt="drawn">drawn</div>
+<div class="shot"><img src="{{ row.expected | picture }}" alt="real">real</div></div><div class="note" dir="auto">{{ row.text }}</div></div>{% endfor %}</div>{% endfor %}
 
 {% for name, map in confusions %}
 <h2>{{ name }}: confusion</h2><p class="note">Rows are true classes, columns what the model said; colour is the share of the row. {{ map.right | number }} of {{ map.total | number }} on the diagonal.

@@ -29,12 +29,14 @@ class Memory(NamedTuple):
   mask: Array
 
 
-def shift_right(tokens: Array, bos_id: int = 1) -> Array:
-  """The decoder's input for teacher forcing: int32 [..., L] -> [bos, tokens[0], ..., tokens[L - 2]]; output l predicts token l.
+def shift_right(tokens: Array, prompt: tuple[int, ...] = (1,)) -> Array:
+  """The decoder's input for teacher forcing: int32 [..., L] -> [*prompt, tokens[0], ..., tokens[L - 2]] of P + L - 1 tokens, where
+  output P - 1 + l predicts token l.
 
   The texts of a batch should not start with <bos> themselves (data.text.bos False): the decoder would learn to repeat it.
   """
-  return jnp.concatenate([jnp.full_like(tokens[..., :1], bos_id), tokens[..., :-1]], axis=-1)
+  start = jnp.broadcast_to(jnp.asarray(prompt, tokens.dtype), (*tokens.shape[:-1], len(prompt)))
+  return jnp.concatenate([start, tokens[..., :-1]], axis=-1)
 
 
 class Projections(nn.Module):
@@ -148,6 +150,12 @@ class Decoder(nn.Module):
   positions: Literal["learned", "sinusoidal"] = "learned"
   cross: bool = True
   memory_positions: bool = False
+  project_memory: bool = True
+  prompt: tuple[int, ...] = (1,)
+  eos_id: int = 2
+  pad_id: int = 0
+  suppress: tuple[int, ...] = ()
+  suppress_first: tuple[int, ...] = ()
 
   def setup(self) -> None:
     c = self.config
@@ -223,9 +231,16 @@ class Decoder(nn.Module):
     return self.norm(x)[:, 0], cache
 
   def step_logits(self, token: Array, index: Array, cache: Cache, memory: Memory | None = None) -> tuple[Array, Cache]:
-    """`decode_step` with logits float32 [B, V] in place of the hidden state: the step that `generation.generate` takes."""
+    """`decode_step` with logits float32 [B, V] in place of the hidden state: the step that `generation.generate` takes.
+    Tokens of `suppress` are at -1e30, and those of `suppress_first` right after the prompt."""
     hidden, cache = self.decode_step(token, index, cache, memory)
-    return self.logits(hidden), cache
+    logits = self.logits(hidden)
+    never = lambda tokens: logits.at[:, np.asarray(tokens, np.int32)].set(-1e30)
+    if self.suppress:
+      logits = never(self.suppress)
+    if self.suppress_first:
+      logits = jnp.where(index == len(self.prompt) - 1, never(self.suppress_first), logits)
+    return logits, cache
 
   def _memory(self, memory: Array | None, mask: Array | None) -> tuple[Array | None, Array | None]:
     if memory is None or not self.cross:
@@ -259,9 +274,10 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 6, heads: int = 0, mlp: int = 0,
-            cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", memory_positions: bool = False, activation: Activation = "gelu_tanh",
-            bias: bool = True, eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
-            scan_unroll: int = 0) -> Decoder:
+            cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", memory_positions: bool = False,
+            project_memory: bool = True, prompt: tuple = (), eos_id: int = 2, pad_id: int = 0, suppress: tuple = (),
+            suppress_first: tuple = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: float = 1e-6,
+            dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> Decoder:
   """Causal text transformer that attends to a memory in every block (pre-norm, one table for input and output).
 
   width: channels; 0 = the model's width.
@@ -269,13 +285,21 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int
   heads: attention heads; 0 = width / 64.
   mlp: hidden units of a block; 0 = 4 * width.
   cross: blocks attend to a memory; False = a language model.
-  positions: learned (data.text.length of them) or sinusoidal.
+  positions: learned (data.text.length of them, and more for a longer prompt) or sinusoidal.
   memory_positions: learned vectors are added to what the decoder attends to, by the place of each token in its source.
+  project_memory: a linear layer of its own for each source; False: sources of the decoder's width are taken as they are.
+  prompt: tokens that every text follows, without being part of it; () = <bos>, 1. eos_id, pad_id: what ends texts, and fills them up.
+  suppress, suppress_first: tokens that are never written, or not as the first of a text.
   activation, bias, eps, dropout: of the blocks.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   """
   config = TransformerConfig(
       width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, activation=activation, causal=True, bias=bias,
       eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat, scan_unroll=scan_unroll)
-  return Decoder(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], positions=positions, cross=cross,
-                 memory_positions=memory_positions)
+  prompt, vocab_size = tuple(prompt) or (1,), data["text"]["vocab_size"]
+  for token in (*prompt, eos_id, pad_id, *suppress, *suppress_first):
+    if not 0 <= token < vocab_size:
+      raise UserError(f"prompt, eos_id, pad_id, suppress or suppress_first has token {token}, but data.text.vocab_size is {vocab_size}")
+  return Decoder(config, vocab_size=vocab_size, length=data["text"]["length"] + len(prompt) - 1, positions=positions, cross=cross,
+                 memory_positions=memory_positions, project_memory=project_memory, prompt=prompt, eos_id=eos_id, pad_id=pad_id,
+                 suppress=tuple(suppress), suppress_first=tuple(suppress_first))

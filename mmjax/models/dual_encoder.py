@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.models.layers import Dense, Encoded, with_axes
+from mmjax.models.layers import Dense, Encoded, activate, with_axes
 
 Array = jax.Array
 
@@ -31,8 +31,9 @@ class DualEncoder(nn.Module):
   use_bias: bool = False
   bias_init: float = -10.0
   joint: bool = True  # False: no shared space, so neither `embedding` nor `temperature`
+  judges: int = 0  # hidden units of the discriminator of modalities; 0 = none
 
-  shared_methods = ("temperature",)  # methods whose result does not depend on examples
+  shared_methods = ("temperature", "discriminate")  # methods whose result does not depend on examples
 
   def setup(self) -> None:
     for modality, encoder in self.encoders.items():
@@ -44,6 +45,8 @@ class DualEncoder(nn.Module):
       modality: Dense((self.width,), ("embed", "joint"), jnp.float32, nn.initializers.lecun_normal(), self.projection_bias,
                       name=f"{modality}_projection")
       for modality in self.encoders if modality not in self.unprojected}
+    if self.judges:
+      self.discriminator = Discriminator(self.judges, len(self.encoders))
     self.log_scale = self.param("log_scale", with_axes(nn.initializers.constant(math.log(self.scale_init)), ()), (), jnp.float32)
     if self.use_bias:
       self.bias = self.param("bias", with_axes(nn.initializers.constant(self.bias_init), ()), (), jnp.float32)
@@ -55,6 +58,8 @@ class DualEncoder(nn.Module):
   def __call__(self, batch: Mapping[str, Any], *, train: bool = False) -> dict[str, Array]:
     """{modality: embedding} of every modality in the batch; reads every parameter, so that `init` makes them all."""
     self.temperature()
+    if self.judges:
+      self.discriminate(jnp.zeros((1, self.width)), tuple(self.encoders))
     return {modality: self.embedding(modality, batch, train=train) for modality in self.encoders if modality in batch}
 
   def encode(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Encoded:
@@ -75,6 +80,15 @@ class DualEncoder(nn.Module):
                       f"{self.width}. Make them equal, or project it")
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
+  def discriminate(self, x: Array, modalities: tuple[str, ...]) -> Array:
+    """float32 logits [N, modalities] that an embedding of x [N, width] is of each of these modalities."""
+    if not (self.judges and self.joint):
+      raise UserError("the model has no discriminator of modalities: set model.discriminator to its hidden units, such as 64")
+    # Embeddings have elements of 1 / sqrt(width); the layers want them of about 1.
+    logits = self.discriminator(x.astype(jnp.float32) * math.sqrt(self.width))
+    order = sorted(self.encoders)
+    return logits[:, jnp.array([order.index(modality) for modality in modalities])]
+
   def temperature(self) -> tuple[Array, Array]:
     """(scale, bias), float32 scalars: logits = scale * cosine + bias. scale = exp(log_scale), at most `scale_max`.
 
@@ -85,9 +99,21 @@ class DualEncoder(nn.Module):
     return jnp.exp(log_scale), self.bias if self.use_bias else jnp.zeros((), jnp.float32)
 
 
+class Discriminator(nn.Module):
+  """Two dense layers from an embedding to a logit for each modality. Call: x float32 [N, D] -> float32 [N, modalities]."""
+
+  hidden: int
+  modalities: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = activate("relu", Dense((self.hidden,), ("joint", "mlp"), jnp.float32, nn.initializers.he_normal(), name="hidden")(x))
+    return Dense((self.modalities,), ("mlp", None), jnp.float32, nn.initializers.lecun_normal(), name="out")(x)
+
+
 def dual_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *,
                  width: int = 512, unprojected: tuple = (), projection_bias: bool = False, scale_init: float = 1 / 0.07,
-                 scale_max: float = 100.0, bias: bool = False, bias_init: float = -10.0) -> DualEncoder:
+                 scale_max: float = 100.0, bias: bool = False, bias_init: float = -10.0, discriminator: int = 0) -> DualEncoder:
   """One encoder a modality, compared by a scaled cosine in a shared space.
 
   width: channels of the shared space, and of encoders that do not say theirs.
@@ -95,9 +121,11 @@ def dual_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], pre
   projection_bias: the projections have a bias.
   scale_init, scale_max: factor of the cosine at the start and at most (10 and no limit in SigLIP, 1 / 0.07 and 100 in CLIP).
   bias, bias_init: learn a bias of the logits, for the sigmoid loss.
+  discriminator: hidden units of the discriminator that the objective "modality_adversary" plays against; 0 = none.
   """
   for modality in unprojected:
     if modality not in encoders:
       raise UserError(f"model.unprojected names {modality!r}, but model.encoders has {', '.join(sorted(encoders))}")
   return DualEncoder(dict(encoders), width=width, unprojected=tuple(unprojected), projection_bias=projection_bias,
-                     scale_init=scale_init, scale_max=scale_max, use_bias=bias, bias_init=bias_init)
+                     scale_init=scale_init, scale_max=scale_max, use_bias=bias, bias_init=bias_init,
+                     judges=discriminator)

@@ -67,13 +67,14 @@ def write(model: nn.Module, variables: Any, source: tuple[str, ...], max_length:
           batch: dict) -> Array:
   """int32 [B, max_length]: what a model with a decoder writes about the source modalities of a batch; greedy, or by beam search.
 
-  Texts end with <eos> and padding. May run inside jax.jit.
+  Texts follow the decoder's prompt, and end with its <eos> and padding. May run inside jax.jit.
   """
+  decoder = model.decoder
   cache, memory = model.apply(variables, tuple(source), batch, length=max_length, method="start_writing")
   step = lambda token, i, cache, memory: model.apply(variables, token, i, cache, memory, method="next_logits")
   method = "beam" if beams > 1 else "greedy"
   return generate(step, cache, memory, rows=cache["key"].shape[1], max_length=max_length, method=method, beams=beams,
-                  length_penalty=length_penalty)[0]
+                  length_penalty=length_penalty, prompt=decoder.prompt, eos_id=decoder.eos_id, pad_id=decoder.pad_id)[0]
 
 
 def restrict(logits: Array, top_k: int, top_p: float) -> Array:

@@ -43,7 +43,7 @@ class Multimodal(DualEncoder):
   @property
   def shared_methods(self) -> tuple[str, ...]:
     """Methods whose result does not depend on examples."""
-    return ("table", "temperature") if self.joint else ("table",)
+    return ("table", "temperature", "discriminate") if self.joint else ("table",)
 
   def setup(self) -> None:
     if self.shared:
@@ -59,7 +59,8 @@ class Multimodal(DualEncoder):
       self.token_head = TokenHead(self.dtype, name="masked_text_head")
     self.patch_heads = {modality: PatchHead(name=f"{modality}_patches") for modality in self.masked_patches}
     if self.decoder is not None:
-      self.memories = {modality: MemoryTokens(self.decoder.config.width, self.decoder.memory_positions, self.dtype, name=f"{modality}_memory")
+      how = (self.decoder.config.width, self.decoder.project_memory, self.decoder.memory_positions, self.dtype)
+      self.memories = {modality: MemoryTokens(*how, name=f"{modality}_memory")
                        for modality in self.encoders if modality != "text"}
 
   def adopt(self, encoder: nn.Module) -> nn.Module:
@@ -147,9 +148,9 @@ class Multimodal(DualEncoder):
     if memory is not None:
       times = text["tokens"].shape[0] // memory.shape[0]
       memory, memory_mask = repeat_rows(memory, times), repeat_rows(memory_mask, times)
-    tokens = shift_right(text["tokens"])
-    mask = jnp.concatenate([jnp.ones_like(text["mask"][:, :1]), text["mask"][:, :-1]], axis=1)
-    return self.decoder(tokens, mask, memory, memory_mask, train=train), self.decoder.table()
+    tokens, start = shift_right(text["tokens"], self.decoder.prompt), len(self.decoder.prompt)
+    mask = jnp.concatenate([jnp.ones((tokens.shape[0], start), bool), text["mask"][:, :-1]], axis=1)
+    return self.decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1:], self.decoder.table()
 
   def memory(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
     """What the decoder attends to: tokens of the source modalities [B, S, decoder width], one after the other, mask [B, S]."""
@@ -160,9 +161,10 @@ class Multimodal(DualEncoder):
             jnp.concatenate([part.mask for part in encoded.values()], axis=1))
 
   def start_writing(self, source: tuple[str, ...], batch: Batch, *, length: int) -> tuple[Any, Any]:
-    """(an empty cache for texts of `length` tokens, what the decoder attends to): for `next_logits`."""
+    """(an empty cache for the prompt and texts of `length` tokens, what the decoder attends to): for `next_logits`."""
     memory, mask = self.memory(source, batch)
-    return self.decoder.init_cache(memory.shape[0], length), self.decoder.init_memory(memory, mask)
+    cache = self.decoder.init_cache(memory.shape[0], length + len(self.decoder.prompt) - 1)
+    return cache, self.decoder.init_memory(memory, mask)
 
   def next_logits(self, token: Array, index: Array, cache: Any, memory: Any) -> tuple[Array, Any]:
     """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache with it)."""
@@ -201,19 +203,24 @@ class Multimodal(DualEncoder):
 
 
 class MemoryTokens(nn.Module):
-  """Tokens of a source as the decoder sees them: a linear layer, and learned positions where `positions`: places are easily lost in
-  an encoder that was trained to tell what is there. Call: x [B, S, *] -> [B, S, D]."""
+  """Tokens of a source as the decoder sees them: a linear layer unless not `project`, and learned positions where `positions`: places
+  are easily lost in an encoder that was trained to tell what is there. Call: x [B, S, *] -> [B, S, D]."""
 
   width: int
+  project: bool
   positions: bool
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    # The kernel stands beside the positions: its name is image_memory/kernel with them or without.
-    dense = Dense((self.width,), ("joint", "embed"), self.dtype)
-    nn.share_scope(self, dense)
-    y = dense(x)
+    y = x
+    if self.project:
+      # The kernel stands beside the positions: its name is image_memory/kernel with them or without.
+      dense = Dense((self.width,), ("joint", "embed"), self.dtype)
+      nn.share_scope(self, dense)
+      y = dense(x)
+    elif x.shape[-1] != self.width:
+      raise UserError(f"model.decoder.project_memory is False, but {self.name} gets {x.shape[-1]} channels and the decoder has {self.width}")
     if self.positions:
       y = y + self.param("position", with_axes(nn.initializers.normal(0.02), ("position", "embed")), (x.shape[1], self.width),
                          jnp.float32).astype(self.dtype)
@@ -268,32 +275,34 @@ def fusion_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], p
                    width: int = 512, fusion: nn.Module | None = None, match: bool = False, masked_text: bool = False,
                    masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
                    projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-                   bias_init: float = -10.0) -> Multimodal:
+                   bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
   """Encoders and a fusion of their outputs (FLAVA, Singh et al. 2022, arXiv:2112.04482; ALBEF). Settings: see `multitask`."""
   if fusion is None:
     raise UserError("model.fusion is missing: name one, such as dict(kind='merged_attention'), or use another model")
   return multitask(encoders, data, precision, width=width, fusion=fusion, match=match, masked_text=masked_text,
                    masked_patches=masked_patches, shared=shared, joint=joint, unprojected=unprojected,
-                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init)
+                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init,
+                   discriminator=discriminator)
 
 
 def captioner(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
               decoder: nn.Module | None = None, shared: bool = False, joint: bool = False, unprojected: tuple = (),
               projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-              bias_init: float = -10.0) -> Multimodal:
+              bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
   """Encoders and a text decoder that attends to them; with `joint` and a text encoder also embeddings (CoCa, Yu et al. 2022,
   arXiv:2205.01917). Settings: see `multitask`."""
   if decoder is None:
     raise UserError("model.decoder is missing: give its settings, such as dict(depth=4), or use another model")
   return multitask(encoders, data, precision, width=width, decoder=decoder, shared=shared, joint=joint, unprojected=unprojected,
-                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init)
+                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init,
+                   discriminator=discriminator)
 
 
 def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
               fusion: nn.Module | None = None, decoder: nn.Module | None = None, match: bool = False, masked_text: bool = False,
               masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
               projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-              bias_init: float = -10.0) -> Multimodal:
+              bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
   """Encoders with any of: a shared space, a fusion, a decoder, heads. With data.classes, also a classifier.
 
   width: channels of the shared space, and of encoders, fusion and decoder that do not say theirs.
@@ -302,7 +311,7 @@ def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precis
   text encoder's. masked_patches: modalities whose hidden patches are predicted.
   shared: one transformer serves every encoder; they own their inputs, norms and poolings, and have the same settings of blocks.
   joint: project every modality to one space (contrastive, retrieval, matching).
-  unprojected, projection_bias, scale_init, scale_max, bias, bias_init: of that space; see `dual_encoder`.
+  unprojected, projection_bias, scale_init, scale_max, bias, bias_init, discriminator: of that space; see `dual_encoder`.
   """
   have = ", ".join(sorted(encoders))
   for key, modalities in dict(unprojected=unprojected, masked_patches=masked_patches).items():
@@ -321,7 +330,7 @@ def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precis
     dict(encoders), width=width, unprojected=tuple(unprojected), projection_bias=projection_bias, scale_init=scale_init,
     scale_max=scale_max, use_bias=bias, bias_init=bias_init, joint=joint, fusion=fusion, decoder=decoder,
     classes=data.get("classes", 0), matches=match, masked_text=masked_text, masked_patches=tuple(masked_patches), shared=shared,
-    dtype=jnp.dtype(precision["compute"]))
+    judges=discriminator, dtype=jnp.dtype(precision["compute"]))
 
 
 def _check_shared(encoders: Mapping[str, nn.Module]) -> None:

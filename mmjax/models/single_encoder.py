@@ -18,8 +18,8 @@ Array = jax.Array
 class SingleEncoder(nn.Module):
   """Exactly one encoder, and heads for what it was trained with. `embedding` is its pooled output, of length one.
 
-  `classes`: outputs of a linear classifier on the pooled output; 0 = none. `masked_tokens`: the head of a masked language
-  model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
+  `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it has a layer norm before it.
+  `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -28,6 +28,7 @@ class SingleEncoder(nn.Module):
   masked_tokens: bool = False
   activation: str = "gelu"
   eps: float = 1e-12
+  classifier_norm: bool = False
 
   shared_methods = ("temperature",)  # methods whose result does not depend on examples
 
@@ -35,7 +36,8 @@ class SingleEncoder(nn.Module):
     for modality, encoder in self.encoders.items():
       setattr(self, modality, encoder.clone(parent=None))  # the parameters of "image" are image/..., not encoders_image/...
     if self.classes:
-      self.classifier = Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02))
+      self.classifier = (NormedClassifier(self.classes, self.eps) if self.classifier_norm
+                         else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02)))
     if self.masked_tokens:
       self.masked_head = MaskedTokenHead(self.activation, self.eps)
 
@@ -84,6 +86,18 @@ class SingleEncoder(nn.Module):
     return hidden, table, bias
 
 
+class NormedClassifier(nn.Module):
+  """A layer norm and a linear layer, as AST has. Call: pooled [B, D] -> float32 [B, classes]."""
+
+  classes: int
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = LayerNorm(self.eps, jnp.float32, name="norm")(x)
+    return Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02), name="out")(x)
+
+
 class MaskedTokenHead(nn.Module):
   """Dense layer, activation, norm, and a bias for each token (Devlin et al. 2019, arXiv:1810.04805).
 
@@ -101,11 +115,11 @@ class MaskedTokenHead(nn.Module):
 
 
 def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
-            classes: int = 0, masked_tokens: bool = False) -> SingleEncoder:
+            classes: int = 0, classifier_norm: bool = False, masked_tokens: bool = False) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.
-  classes: outputs of a linear classifier; 0 = none.
+  classes: outputs of a linear classifier; 0 = none. classifier_norm: a layer norm before it, as AST has.
   masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text alone).
   """
   if len(encoders) != 1:
@@ -113,5 +127,7 @@ def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precisio
   (module,) = encoders.values()
   if masked_tokens and not hasattr(module, "table"):
     raise UserError("model.masked_tokens needs a text encoder (transformer or bert)")
-  settings = dict(activation=module.config.activation, eps=module.config.eps) if masked_tokens else {}
-  return SingleEncoder(dict(encoders), width, classes, masked_tokens, **settings)
+  if classifier_norm and not hasattr(module, "config"):
+    raise UserError(f"model.classifier_norm needs an encoder that is a transformer, not {type(module).__name__}")
+  settings = dict(activation=module.config.activation, eps=module.config.eps) if masked_tokens or classifier_norm else {}
+  return SingleEncoder(dict(encoders), width, classes, masked_tokens, classifier_norm=classifier_norm, **settings)

@@ -13,13 +13,21 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-Losses = dict[str, tuple[jax.Array, jax.Array]]  # "loss" and metrics: (sum, weight), float32 scalars
+# "loss" and metrics: (sum, weight), float32 scalars. "opponent", where an objective names a `group` of config.optimizers: the loss
+# that this group minimises; the config's `weight` is a factor of "loss" alone. Neither may move the other's parameters.
+Losses = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Forward(Protocol):
-  """forward("embedding", "image") applies that method to the batch; `batch=` gives another view of it."""
+  """forward("embedding", "image") applies that method to the batch; `batch=` gives another view of it.
 
-  def __call__(self, method: str, *args: Any, batch: dict | None = None, **kwargs: Any) -> Any: ...
+  `fixed=GROUP`: parameters of that group of config.optimizers are constants. `teacher(DIR, method, ...)`: the same of another
+  checkpoint's model, a constant.
+  """
+
+  def __call__(self, method: str, *args: Any, batch: dict | None = None, fixed: str = "", **kwargs: Any) -> Any: ...
+
+  def teacher(self, path: str, method: str, *args: Any, batch: dict | None = None) -> Any: ...
 
 
 def objective(*, couples_examples: bool) -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:

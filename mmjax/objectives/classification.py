@@ -20,7 +20,7 @@ def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tup
   Mixup (Zhang et al. 2018, arXiv:1710.09412): where a modality was mixed, `mix_weight` float32 [B] of it is the row's own label
   and the rest that of the row mixed in, `mix_label`; an unlabelled one of the two does not count, the other with its share.
 
-  modalities: what is classified. Rows with `valid` False, or without any of the modalities, do not count.
+  modalities: what is classified. label_smoothing: e. Rows with `valid` False, or without any of the modalities, do not count.
   Returns "accuracy": share of rows whose likeliest class is their (own) label; of single labels with several a row.
   """
   modalities = tuple(modalities)

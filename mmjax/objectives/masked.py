@@ -18,6 +18,7 @@ def masked_tokens(forward: Forward, batch: dict, rng: Array, *, context: tuple =
 
   context: modalities that the tokens see through the fusion. rate: share of the words that are hidden; whole words where the
   batch has text.words (data.text.words), else tokens. special: ids of <pad> <bos> <eos> <unk> <mask>, in this order.
+  label_smoothing: share of the target that is spread over the vocabulary.
   The loss is a mean over the hidden tokens of rows that are valid and have the text. Returns "accuracy" over the same tokens.
   """
   text = batch["text"]

@@ -20,6 +20,7 @@ def matching(forward: Forward, batch: dict, rng: Array, *, between: tuple = ("im
              negatives: Literal["sampled", "hardest"] = "sampled") -> Losses:
   """Image-text matching (ALBEF, Li et al. 2021, arXiv:2107.07651, section 3.2) of any two modalities.
 
+  between: the two. negatives: sampled or hardest, as said below.
   Three pairs a row: its own (match), its first modality with another row's second, and its second with another row's first
   (no match); the loss is the mean of binary cross-entropies. The other rows come from the whole global batch: "sampled" from
   softmax(scale * cosine) of the embeddings, or the "hardest". A row that is a positive in the sense of `contrastive` (an equal key,

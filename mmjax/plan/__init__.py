@@ -6,6 +6,7 @@ step, so that a run on real chips can print the same summary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -95,21 +96,41 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
     compiler=f"libtpu {importlib.metadata.version('libtpu')}" if real else "simulated CPU devices",
     config=settings_of(config, step),
   )
-  try:
-    with topology.quiet():
-      compiled = step.lower().compile()
-  except jax.errors.JaxRuntimeError as error:
-    refusal = memory.out_of_memory(str(error))
-    if refusal is None:
-      raise UserError(f"{target.name}: the compiler refuses this step: {' '.join(str(error).split())[:400]}") from error
-    chip = {part: count * target.chip.devices for part, count in memory.state_bytes(step).items()}
-    return {
-      **head,
-      "fits": False,
-      "memory": {**chip, **refusal, "peak": refusal["used"]},
-      "warnings": memory.replicated(step),
-    }
-  return {**head, **analyse(step, compiled, target.chip, steps=length, dump_hlo=dump_hlo, timed=real)}
+  kinds = {}
+  for source in step.sources:  # one kind of step, or one a source (data.mix "steps")
+    try:
+      with topology.quiet():
+        compiled = step.lower(source=source).compile()
+    except jax.errors.JaxRuntimeError as error:
+      refusal = memory.out_of_memory(str(error))
+      if refusal is None:
+        raise UserError(f"{target.name}: the compiler refuses this step: {' '.join(str(error).split())[:400]}") from error
+      chip = {part: count * target.chip.devices for part, count in memory.state_bytes(step).items()}
+      return {
+        **head,
+        "fits": False,
+        "memory": {**chip, **refusal, "peak": refusal["used"]},
+        "warnings": memory.replicated(step),
+      }
+    kinds[source] = analyse(step, compiled, target.chip, steps=length, dump_hlo=dump_hlo, timed=real, source=source)
+  return {**head, **_together(config, kinds)}
+
+
+def _together(config: FrozenConfigDict, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """The figures of a run whose steps are of several kinds: memory of the one that takes most, times of the mean step."""
+  largest = max(kinds.values(), key=lambda kind: kind["memory"]["peak"])
+  if len(kinds) == 1:
+    return largest
+  shares = {source: config.data.sources[source].weight for source in kinds}
+  shares = {source: share / sum(shares.values()) for source, share in shares.items()}
+  mean = lambda part, key: sum(shares[source] * kind[part][key] for source, kind in kinds.items())
+  together = {**largest, "kinds": {
+    source: dict(share=shares[source], peak=kind["memory"]["peak"], seconds=kind.get("step", {}).get("seconds"))
+    for source, kind in kinds.items()}}
+  for part in ("step", "run"):
+    if part in largest:
+      together[part] = {key: mean(part, key) if isinstance(value, (int, float)) else value for key, value in largest[part].items()}
+  return together
 
 
 def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Step, int | None]:
@@ -134,8 +155,9 @@ def analyse(
   steps: int | None = None,
   dump_hlo: str = "",
   timed: bool = True,
+  source: str = "",
 ) -> dict[str, Any]:
-  """The figures of a compiled step. timed: the compiler estimates cycles (TPU); else memory only."""
+  """The figures of a compiled step. timed: the compiler estimates cycles (TPU); else memory only. source: the kind of step."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
   per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
   used = per_chip({**memory.state_bytes(step), **memory.compiled_bytes(compiled, peak_known=timed)})
@@ -168,7 +190,8 @@ def analyse(
     kernels = []
     if "tpu_custom_call" in text:
       with rules.use(step.mesh, step.rules):
-        kernels = kernels_of(jax.make_jaxpr(step.update)(step.state_spec, step.batch_spec).jaxpr)
+        update = functools.partial(step.update, source=source)
+        kernels = kernels_of(jax.make_jaxpr(update)(step.state_spec, step.batch_spec_of(source), step.taught_spec).jaxpr)
     spent = cost.cost(module, chip, kernels)
     seconds = spent.pop("seconds")
     result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
@@ -230,11 +253,11 @@ def model_flops(step: Step) -> dict[str, float]:
   total, by_part = counted.flops_per_step(), {}
   for modality in step.config.model.get("encoders", {}):
     if modality in counted.batch_spec:
-      forward = lambda params, batch, modality=modality: counted.model.apply(
-        {"params": params}, modality, batch, method="encode"
+      forward = lambda params, state, batch, modality=modality: counted.model.apply(
+        {"params": params, **state}, modality, batch, method="encode"
       )
       with rules.use(counted.mesh, counted.rules):
-        by_part[modality] = 3 * count_flops(forward, counted.params_spec, counted.batch_spec)
+        by_part[modality] = 3 * count_flops(forward, counted.params_spec, counted.state_spec.model_state, counted.batch_spec)
   return {**by_part, "objectives": max(0.0, total - sum(by_part.values())), "total": total}
 
 
@@ -243,11 +266,11 @@ def tokens_of(step: Step) -> dict[str, int]:
   found = {}
   for modality in step.config.model.get("encoders", {}):
     if modality in step.batch_spec:
-      encode = lambda params, batch, modality=modality: step.model.apply(
-        {"params": params}, modality, batch, method="encode"
+      encode = lambda params, state, batch, modality=modality: step.model.apply(
+        {"params": params, **state}, modality, batch, method="encode"
       )
       with rules.use(step.mesh, step.rules):
-        found[modality] = jax.eval_shape(encode, step.params_spec, step.batch_spec).tokens.shape[1]
+        found[modality] = jax.eval_shape(encode, step.params_spec, step.state_spec.model_state, step.batch_spec).tokens.shape[1]
   return found
 
 

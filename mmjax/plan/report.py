@@ -128,6 +128,9 @@ def _time(result: dict[str, Any]) -> list[str]:
     lines.append(
       f"  {'examples, tokens a second':36}{step['examples_per_second']:>12,.0f}  {step['tokens_per_second']:,.0f}"
     )
+  for source, kind in result.get("kinds", {}).items():
+    time = f"{kind['seconds'] * 1e3:>9.3f} ms" if kind["seconds"] else f"{'':>12}"
+    lines.append(f"  {'  steps of ' + source:36}{time}  ({100 * kind['share']:.0f}% of the steps, peak {kind['peak'] / 2**30:.2f} GiB)")
   if run := result.get("run"):
     lines.append(
       f"  {'whole run':36}{run['chip_hours']:>12,.2f} chip-hours  ({run['steps']:,} steps, {run['hours']:,.2f} hours)"

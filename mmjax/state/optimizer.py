@@ -4,12 +4,16 @@ A kind scales gradients into directions of about unit size (optax's `scale_by_*`
 `make_optimizer` adds what all share, in this order: frozen leaves are taken out, the global norm is clipped, the kind's
 rule, decoupled weight decay, the rate of each parameter (rules, schedule, peak).
 
+`make_optimizers` makes those of a run: "main", and one for each entry of config.optimizers, which takes the parameters that its
+`params` matches away from "main". Each sees the others' parameters as frozen, so their states and norms have nothing in common.
+
 Layers are stored stacked, and a stack gets the update that its layers would get alone: leaves whose first logical axis is
 "layers" are handled a layer at a time wherever a rule looks at more than single elements (adafactor, muon).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -39,6 +43,23 @@ class Optimizer(NamedTuple):
   trained: Any
 
 
+class Optimizers(NamedTuple):
+  """The optimizers of a run by group of parameters, "main" first; each parameter belongs to one.
+
+  init(params) -> {group: state}; update(gradients, states, params, *, step) -> (updates, states).
+  trained: as of an Optimizer, of all groups together."""
+  groups: dict[str, Optimizer]
+  trained: Any
+
+  def init(self, params: Any) -> dict[str, OptimizerState]:
+    return {name: optimizer.tx.init(params) for name, optimizer in self.groups.items()}
+
+  def update(self, gradients: Any, states: Mapping[str, Any], params: Any, *, step: Any = None) -> tuple[Any, dict[str, Any]]:
+    results = {name: optimizer.tx.update(gradients, states[name], params, step=step) for name, optimizer in self.groups.items()}
+    updates = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *(part for part, _ in results.values()))  # zero but of one
+    return updates, {name: state for name, (_, state) in results.items()}
+
+
 class OptimizerState(NamedTuple):
   """count: int32, updates made. rule: state of the kind, over the leaves (and slices of stacks) that are trained."""
   count: jax.Array
@@ -50,13 +71,19 @@ class OptimizerState(NamedTuple):
 
 def adamw(axes: Axes, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
           state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is `optimizer.weight_decay`."""
+  """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is `optimizer.weight_decay`.
+
+  b1, b2: decays of the first and second moments. eps: added to the root of the second.
+  """
   del axes
   return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype)
 
 
 def lion(axes: Axes, *, b1: float = 0.9, b2: float = 0.99, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times below AdamW's."""
+  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times below AdamW's.
+
+  b1: share of the momentum in the update. b2: its decay.
+  """
   del axes
   return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=state_dtype)
 
@@ -89,7 +116,8 @@ def muon(axes: Axes, *, beta: float = 0.95, nesterov: bool = True, iterations: i
 
   `matrix_axes` says which leaves are matrices: kernels, one matrix a layer, and query, key and value each for itself.
   An update is multiplied by `rms` * sqrt(larger side), which gives it the RMS of an Adam update (Liu et al. 2025,
-  arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over. `newton_schulz`: precision of the iterations.
+  arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over. `newton_schulz`: precision of the `iterations`.
+  beta: decay of the momentum; nesterov: looked at one step ahead. b1, b2, eps: of Adam.
   """
   sides = {name: matrix_axes(name, leaf) for name, leaf in _axes_by_name(axes).items()}
   labels = lambda tree: map_named(lambda name, _: "matrix" if sides[name] else "other", tree)
@@ -214,27 +242,50 @@ def per_layer(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTra
 # -- what all kinds share ------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int,
-                   examples: int | None = None) -> Optimizer:
-  """The optimizer of config.optimizer and config.schedule for a run of `steps`.
+def make_optimizers(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int, examples: int | None = None) -> Optimizers:
+  """The optimizers of a run: config.optimizer as "main", and config.optimizers; see `make_optimizer` for the arguments.
+
+  Raises UserError: as `make_optimizer`; two groups match the same parameter; "main" or another is left with nothing."""
+  names = by_name(params_spec)
+  owners = dict.fromkeys(names, "main")
+  for group, entry in config.optimizers.items():
+    taken = [name for name in names if matches(entry.params, name).any()]
+    if not taken:
+      raise UserError(f"optimizers.{group}.params: {entry.params!r} matches no parameter; the nearest is {nearest(entry.params, names)!r}")
+    for name in taken:
+      if owners[name] != "main":
+        raise UserError(f"optimizers.{owners[name]}.params and optimizers.{group}.params both match {name}: make them disjoint")
+      owners[name] = group
+  if "main" not in owners.values():
+    raise UserError("optimizers: their `params` match every parameter, which leaves nothing to `optimizer`. Leave one of them out")
+  groups = {group: make_optimizer(config, axes, params_spec, steps=steps, examples=examples, group=group,
+                                  owned={name for name, owner in owners.items() if owner == group})
+            for group in ("main", *config.optimizers)}
+  return Optimizers(groups, jax.tree.map(lambda *trained: any(trained), *(optimizer.trained for optimizer in groups.values())))
+
+
+def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int, examples: int | None = None,
+                   group: str = "main", owned: set[str] | None = None) -> Optimizer:
+  """The optimizer of config.optimizer (or config.optimizers[group]) and config.schedule for a run of `steps`.
 
   axes: logical axes of each parameter. params_spec: tree of ShapeDtypeStruct (or arrays), unboxed. `examples`: of an epoch.
-  A rate of 0 (optimizer.rates) freezes: such leaves, or slices of a stack, have no optimizer state, are not decayed, get an
+  owned: names of the parameters it trains (None = all); the others are frozen to it. A rate of 0 (optimizer.rates) freezes: such leaves, or slices of a stack, have no optimizer state, are not decayed, get an
   update of exactly zero, and do not count in the clipped norm.
 
   Raises UserError: a regex matches no parameter (the nearest is named), or everything is frozen.
   """
-  entry = config.optimizer
+  entry, where = (config.optimizer, "optimizer") if group == "main" else (config.optimizers[group], f"optimizers.{group}")
   spec, named_axes = by_name(params_spec), _axes_by_name(axes)
   layers = {name: leaf.shape[0] if named_axes[name][:1] == ("layers",) else None for name, leaf in spec.items()}
-  rates = _rates(entry.rates, layers)
+  rates = _rates(f"{where}.rates", entry.rates, layers)
   decays = {name: np.zeros(count or (), bool) for name, count in layers.items()}
   if entry.weight_decay:
     decays = {name: matches(entry.decay, name, count) for name, count in layers.items()}
-    _check_used("optimizer.decay", entry.decay, decays)
+    _check_used(f"{where}.decay", entry.decay, decays)
+  rates = {name: rate if owned is None or name in owned else 0 * rate for name, rate in rates.items()}
   trained = {name: np.flatnonzero(rate) for name, rate in rates.items()}
   if not any(map(len, trained.values())):
-    raise UserError("optimizer.rates freezes every parameter: nothing would be trained. Leave one out")
+    raise UserError(f"{where}.rates freezes every parameter: nothing would be trained. Leave one out")
 
   def view(tree):
     """The trained leaves, and of partly frozen stacks the trained slices."""
@@ -256,7 +307,7 @@ def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, st
     return map_named(put, like)
 
   kind = kind_function(entry, "optimizer")
-  rule = kind(axes, **settings(entry))
+  rule = kind(axes, **settings(entry, "optimizer"))
   rule = optax.chain(optax.clip_by_global_norm(entry.clip), rule) if entry.clip else rule
   factor = make_schedule(config, steps=steps, examples=examples)
   schedule = lambda step: entry.lr * factor(step)
@@ -284,14 +335,15 @@ def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, st
                    map_named(lambda name, _: bool(len(trained[name])), params_spec))
 
 
-def state_axes(optimizer: Optimizer, params_spec: Any, axes: Axes) -> Any:
-  """Logical axes of every leaf of the optimizer's state, as a tree like `optimizer.tx.init(params)` with tuples as leaves.
+def state_axes(optimizer: Optimizer | Optimizers, params_spec: Any, axes: Axes) -> Any:
+  """Logical axes of every leaf of the optimizer's state, as a tree like its `init(params)` with tuples as leaves.
 
   A leaf shaped like its parameter has the parameter's axes; a factored moment lacks the one that was averaged over; what
   belongs to no parameter (counts) has (). Use them with the rules that shard the parameters.
   """
   named_axes, spec = _axes_by_name(axes), by_name(params_spec)
-  state = jax.eval_shape(optimizer.tx.init, params_spec)
+  init = optimizer.init if isinstance(optimizer, Optimizers) else optimizer.tx.init
+  state = jax.eval_shape(init, params_spec)
 
   def of(name, leaf):
     owner, parts = _owner(name, spec), name.split("/")
@@ -333,15 +385,15 @@ def _reduced_axes(shape: tuple, axes: tuple, reduced: tuple, from_right: bool) -
   return (("layers",) if stack else ()) + tuple(reversed(found) if from_right else found)
 
 
-def _rates(rules: tuple, layers: dict[str, int | None]) -> dict[str, np.ndarray]:
+def _rates(where: str, rules: tuple, layers: dict[str, int | None]) -> dict[str, np.ndarray]:
   """Factor of the learning rate, a scalar or one a layer: the first rule that matches, else 1."""
   rates = {name: np.ones(count or (), np.float32) for name, count in layers.items()}
   free = {name: np.ones(count or (), bool) for name, count in layers.items()}
   for pattern, factor in rules:
     if not isinstance(factor, (int, float)) or factor < 0:
-      raise UserError(f"optimizer.rates: the factor of {pattern!r} is {factor!r}, but must be a number of 0 or more")
+      raise UserError(f"{where}: the factor of {pattern!r} is {factor!r}, but must be a number of 0 or more")
     taken = {name: matches(pattern, name, count) for name, count in layers.items()}
-    _check_used("optimizer.rates", pattern, taken)
+    _check_used(where, pattern, taken)
     for name, match in taken.items():
       rates[name] = np.where(match & free[name], np.float32(factor), rates[name])
       free[name] = free[name] & ~match

@@ -41,7 +41,7 @@ def rsqrt(steps: int, warmup: int, *, timescale: Duration = 10_000, cooldown: Du
 
 def cooldown(steps: int, warmup: int, *, cooldown: Duration = "20%", shape: Literal["linear", "sqrt"] = "linear",
              final: float = 0.0) -> Schedule:
-  """Constant, then down to `final` over the last `cooldown` steps: linear, or 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392)."""
+  """Constant, then down to `final` over the last `cooldown` steps; shape: linear, or 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392)."""
   def factor(step):
     done = _progress(step, steps - cooldown, steps)
     done = jnp.sqrt(done) if shape == "sqrt" else done
@@ -50,7 +50,7 @@ def cooldown(steps: int, warmup: int, *, cooldown: Duration = "20%", shape: Lite
 
 
 def constant(steps: int, warmup: int) -> Schedule:
-  """1 after the warm-up."""
+  """The peak rate all the time after the warm-up."""
   del steps
   return lambda step: _warm_up(step, warmup)
 

@@ -15,7 +15,7 @@ class TrainState:
   step: int32 scalar, the number of steps done (also the position in the data).
   params: nested dict of arrays, unboxed; names are final, because checkpoints and regexes use them.
   model_state: nested dict of what a model keeps besides parameters (batch statistics); {} if nothing.
-  opt_states: {group of parameters: its optimizer's state}; one group, "main", unless an objective names another.
+  opt_states: {group of parameters: its optimizer's state}; "main", and those of config.optimizers.
   ema: exponential moving average of the parameters, shaped like them, or None.
   """
 

@@ -9,7 +9,7 @@ derivatives back through the model part by part, with the same randomness.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,10 +32,16 @@ class Forward:
 
   Methods in `model.shared_methods` get no batch. `batch=` replaces the batch by another view of it, with randomness of its
   own. `model_state` is what the model keeps besides parameters, as the calls so far have left it.
+  `fixed=GROUP` takes the parameters of that group of config.optimizers as constants: a player's loss moves no opponent.
+  `forward.teacher(DIR, method, *args)` applies the model of another checkpoint, as in evaluation and without derivatives.
+
+  groups: {group: tree of bool like the parameters}. teachers: {DIR: (model, variables)}.
   """
 
-  def __init__(self, model: nn.Module, params: Any, model_state: Any, batch: dict, rng: Array):
+  def __init__(self, model: nn.Module, params: Any, model_state: Any, batch: dict, rng: Array, groups: Mapping[str, Any] = {},
+               teachers: Mapping[str, tuple] = {}):
     self.model, self.params, self.model_state, self.batch, self.rng = model, params, model_state, batch, rng
+    self.groups, self.teachers = groups, teachers
     self.views: list[dict] = []  # batches given by objectives, in the order of their first use
     self._outputs: dict[Any, tuple] = {}
 
@@ -47,6 +53,20 @@ class Forward:
       self._outputs[key] = (output, leaves)  # holding the leaves keeps their ids theirs
     return self._outputs[key][0]
 
+  def teacher(self, path: str, method: str, *args: Any, batch: dict | None = None) -> Any:
+    key = ("teacher", path, method, args, self.view(batch))
+    if key not in self._outputs:
+      self._outputs[key] = (jax.lax.stop_gradient(self.taught(path, method, args, key[-1])), None)
+    return self._outputs[key][0]
+
+  def taught(self, path: str, method: str, args: tuple, view: int) -> Any:
+    model, variables = self.teachers[path]
+    given = () if is_shared(model, method) else (self.views[view - 1] if view else self.batch,)
+    try:
+      return model.apply(variables, *args, *given, method=method)
+    except UserError as error:
+      raise UserError(f"teacher {path}: {error}") from error
+
   def view(self, batch: dict | None) -> int:
     """0 for the batch itself, else the number of the view."""
     if batch is None:
@@ -57,15 +77,24 @@ class Forward:
     self.views.append(batch)
     return len(self.views)
 
-  def shared(self, method: str, *args: Any, **kwargs: Any) -> Any:
-    return self.model.apply({"params": self.params, **self.model_state}, *args, method=method, **kwargs)
+  def variables(self, fixed: str = "") -> dict[str, Any]:
+    """What the model is applied with; the parameters of the group `fixed` as constants."""
+    if fixed and fixed not in self.groups:
+      raise UserError(f"an objective fixes the parameters of the group {fixed!r}, which config.optimizers has not")
+    hold = lambda held, x: jax.lax.stop_gradient(x) if held else x
+    params = jax.tree.map(hold, self.groups[fixed], self.params) if fixed else self.params
+    return {"params": params, **self.model_state}
+
+  def shared(self, method: str, *args: Any, fixed: str = "", **kwargs: Any) -> Any:
+    return self.model.apply(self.variables(fixed), *args, method=method, **kwargs)
 
   def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
     batch = self.views[view - 1] if view else self.batch
     batch = only_valid(batch) if self.model_state else batch
     rng = stream(self.rng, "dropout")
     rngs = {"dropout": jax.random.fold_in(rng, view) if view else rng}
-    output, changed = self.model.apply({"params": self.params, **self.model_state}, *args, batch, train=True, method=method,
+    kwargs = dict(kwargs)
+    output, changed = self.model.apply(self.variables(kwargs.pop("fixed", "")), *args, batch, train=True, method=method,
                                        rngs=rngs, mutable=list(self.model_state), **kwargs)
     self.model_state = {**self.model_state, **changed}
     return output
@@ -103,12 +132,19 @@ def join_rows(tree: Any) -> Any:
 
 
 class Request(NamedTuple):
-  """A call of an objective: which method, on which view of the batch (0 = the batch)."""
+  """A call of an objective: which method, on which view of the batch (0 = the batch), of which teacher ("" = the model)."""
 
   method: str
   args: tuple
   kwargs: tuple
   view: int
+  teacher: str = ""
+
+  def of(self, forward: Forward, view: dict | None) -> Any:
+    """Its answer."""
+    if self.teacher:
+      return forward.teacher(self.teacher, self.method, *self.args, batch=view)
+    return forward(self.method, *self.args, batch=view, **dict(self.kwargs))
 
 
 class Recorder(Forward):
@@ -118,10 +154,11 @@ class Recorder(Forward):
   """
 
   def __init__(self, forward: Forward, compute: Callable[[Request, dict | None], Any]):
-    super().__init__(forward.model, forward.params, forward.model_state, forward.batch, forward.rng)
+    super().__init__(forward.model, forward.params, forward.model_state, forward.batch, forward.rng, forward.groups, forward.teachers)
     self.compute = compute
     self.requests: list[Request] = []
     self.outputs: list[Any] = []
+    self.lessons: list[Any] = []  # what teachers answered: constants, so of no interest to the second pass
 
   def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
     request = Request(method, args, tuple(sorted(kwargs.items())), view)
@@ -132,16 +169,25 @@ class Recorder(Forward):
     self.outputs.append(self.compute(request, self.views[view - 1] if view else None))
     return self.outputs[-1]
 
+  def taught(self, path: str, method: str, args: tuple, view: int) -> Any:
+    if is_shared(self.teachers[path][0], method):
+      return super().taught(path, method, args, view)
+    self.lessons.append(self.compute(Request(method, args, (), view, path), self.views[view - 1] if view else None))
+    return self.lessons[-1]
+
 
 class Replay(Forward):
   """The objective's own run: answers with the outputs of the first pass, in the same order, so that it can be differentiated."""
 
   def __init__(self, recorder: Recorder, params: Any, outputs: list[Any]):
-    super().__init__(recorder.model, params, recorder.model_state, recorder.batch, recorder.rng)
-    self._waiting = iter(outputs)
+    super().__init__(recorder.model, params, recorder.model_state, recorder.batch, recorder.rng, recorder.groups, recorder.teachers)
+    self._waiting, self._lessons = iter(outputs), iter(recorder.lessons)
 
   def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
     return next(self._waiting)
+
+  def taught(self, path: str, method: str, args: tuple, view: int) -> Any:
+    return super().taught(path, method, args, view) if is_shared(self.teachers[path][0], method) else next(self._lessons)
 
 
 def separate(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:

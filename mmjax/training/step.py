@@ -23,12 +23,14 @@ from mmjax.models import make_model
 from mmjax.models.generation import write
 from mmjax.objectives import Losses
 from mmjax.parallel import rules
-from mmjax.state.optimizer import Optimizer, keep_unused, make_optimizer, state_axes
+from mmjax.state.optimizer import Optimizers, keep_unused, make_optimizers, state_axes
 from mmjax.state.train_state import TrainState
 from mmjax.training.flops import count_flops
 from mmjax.training.microbatches import Forward, Recorder, Replay, is_shared, join_rows, separate, split_rows, stream
+from mmjax.training.teacher import Teacher
 
 Array = jax.Array
+LOSSES = ("loss", "opponent")  # what is minimised of an objective's Losses; the rest are metrics
 
 
 class Objective(NamedTuple):
@@ -39,6 +41,7 @@ class Objective(NamedTuple):
   weight: float
   couples_examples: bool
   sources: tuple[str, ...]
+  teacher: str
 
   def __call__(self, forward: Forward, batch: dict, rng: Array) -> Losses:
     return self.function(forward, batch, stream(rng, self.name))
@@ -58,7 +61,8 @@ class Step:
     self.model = make_model(config)
     self.objectives = tuple(
       Objective(name, functools.partial(kind_function(entry, "objective"), **settings(entry, "objective", without=("weight", "sources"))),
-                entry.weight, kind_function(entry, "objective").couples_examples, tuple(entry.sources))
+                entry.weight, kind_function(entry, "objective").couples_examples, tuple(entry.sources),
+                entry.get("teacher", ""))
       for name, entry in config.objectives.items())
     self._steps, self._examples = steps, examples
 
@@ -83,18 +87,33 @@ class Step:
   # -- State --------------------------------------------------------------------------------------------------------------
 
   @functools.cached_property
-  def optimizer(self) -> Optimizer:
-    """The optimizer of the config. Raises UserError: a regex of it matches no parameter, or the length is in epochs
+  def optimizer(self) -> Optimizers:
+    """The optimizers of the config. Raises UserError: a regex of it matches no parameter, or the length is in epochs
     and `examples` is not known."""
     steps = self._steps or in_steps(self.config.train.steps, steps=None, batch_size=self.config.train.batch_size,
                                     examples=self._examples)
-    return make_optimizer(self.config, self.axes, self.params_spec, steps=steps, examples=self._examples)
+    return make_optimizers(self.config, self.axes, self.params_spec, steps=steps, examples=self._examples)
+
+  @functools.cached_property
+  def teachers(self) -> dict[str, Teacher]:
+    """Models of other checkpoints that objectives learn from. Raises UserError: none there, or of other inputs."""
+    return {o.teacher: Teacher(o.teacher, self.config, self.mesh, self.batch_spec) for o in self.objectives if o.teacher}
+
+  @property
+  def taught_spec(self) -> dict[str, Any]:
+    """The teachers' variables as trees of ShapeDtypeStruct with shardings: a step's constant input."""
+    return {path: teacher.spec for path, teacher in self.teachers.items()}
+
+  @functools.cached_property
+  def taught(self) -> dict[str, Any]:
+    """The teachers' variables, loaded when first asked for; no part of the state or of a checkpoint."""
+    return {path: teacher.load(self.config) for path, teacher in self.teachers.items()}
 
   @functools.cached_property
   def state_spec(self) -> TrainState:
     """The state as a tree of ShapeDtypeStruct with shardings: for restoring, lowering and planning."""
     shapes = self._inside(jax.eval_shape)(self._initial_state, jax.random.key(0))
-    optimizer_axes = {"main": state_axes(self.optimizer, self.params_spec, self.axes)}
+    optimizer_axes = state_axes(self.optimizer, self.params_spec, self.axes)
     whole = rules.replicated(self.mesh)
     params = jax.tree.map(lambda x: x.sharding, self.params_spec)
     shardings = TrainState(
@@ -130,7 +149,7 @@ class Step:
     variables = dict(nn.unbox(self._variables(rng)))
     params = variables.pop("params")
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, model_state=variables,
-                      opt_states={"main": self.optimizer.tx.init(params)},
+                      opt_states=self.optimizer.init(params),
                       ema=jax.tree.map(jnp.copy, params) if self.config.train.ema else None)
 
   # -- Running and compiling ------------------------------------------------------------------------------------------------
@@ -140,11 +159,15 @@ class Step:
 
     source: where data.mix is "steps", the entry of data.sources that the batch comes from.
     """
-    return self._executable(jax.tree.map(_spec_of, batch), source)(state, batch)
+    return self._executable(jax.tree.map(_spec_of, batch), source)(state, batch, self.taught)
 
   def compile(self) -> list[jax.stages.Compiled]:
     """The executables for the batches of the config, one a kind of step; made once, ahead of the first step."""
     return [self._executable(spec, source) for source, spec in self._batch_specs.items()]
+
+  def batch_spec_of(self, source: str) -> Any:
+    """The batches of one kind of step; "" = of the first, or only, one."""
+    return self._batch_specs[source or self.sources[0]]
 
   def lower(self, batch_spec: Any = None, source: str = "") -> jax.stages.Lowered:
     """The step as the compiler gets it; needs neither data nor state."""
@@ -152,16 +175,17 @@ class Step:
     source = source or self.sources[0]
     step = jax.jit(functools.partial(self.update, source=source), donate_argnums=0,
                    out_shardings=(_shardings(state), rules.replicated(self.mesh)))
-    return self._inside(step.lower)(state, self._batch_specs[source] if batch_spec is None else batch_spec)
+    return self._inside(step.lower)(state, self._batch_specs[source] if batch_spec is None else batch_spec, self.taught_spec)
 
   def flops_per_step(self) -> float:
     """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted.
     The mean over the kinds of step."""
     def of(source: str) -> float:
-      def forward(params: Any, model_state: Any, batch: dict) -> Array:
-        return self._whole_batch(params, model_state, batch, jax.random.key(0), self._active(source))[0]
+      def forward(params: Any, model_state: Any, batch: dict, taught: Any) -> Array:
+        return self._whole_batch(params, model_state, batch, jax.random.key(0), self._active(source), taught)[0]
 
-      return 3 * self._inside(count_flops)(forward, self.params_spec, self._model_state_spec, self._batch_specs[source])
+      return 3 * self._inside(count_flops)(
+        forward, self.params_spec, self._model_state_spec, self._batch_specs[source], self.taught_spec)
 
     weights = [self.config.data.sources[source].weight if source else 1.0 for source in self.sources]
     return sum(w * of(source) for w, source in zip(weights, self.sources, strict=True)) / sum(weights)
@@ -208,8 +232,8 @@ class Step:
 
   # -- The step -------------------------------------------------------------------------------------------------------------
 
-  def update(self, state: TrainState, batch: dict, source: str = "") -> tuple[TrainState, dict[str, Array]]:
-    """The step itself, traced by `lower`."""
+  def update(self, state: TrainState, batch: dict, taught: Any, source: str = "") -> tuple[TrainState, dict[str, Array]]:
+    """The step itself, traced by `lower`. taught: variables of the teachers, {} without any."""
     train, objectives = self.config.train, self._active(source)
     rng = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
     if train.mixup and "image" in batch:
@@ -217,19 +241,19 @@ class Step:
 
     # Loss and gradients of the mean over the global batch.
     gradients_of = self._in_microbatches if train.microbatches > 1 else self._at_once
-    loss, gradients, sums, model_state = gradients_of(state.params, state.model_state, batch, rng, objectives)
+    loss, gradients, sums, model_state = gradients_of(state.params, state.model_state, batch, rng, objectives, taught)
     gradients = jax.lax.with_sharding_constraint(gradients, _shardings(self.params_spec))
     gradient_norm = optax.tree.norm(gradients)
 
-    # The next parameters.
-    updates, optimizer_state = self.optimizer.tx.update(gradients, state.opt_states["main"], state.params, step=state.step)
+    # The next parameters, each group by its own optimizer.
+    updates, opt_states = self.optimizer.update(gradients, state.opt_states, state.params, step=state.step)
     if len(self.sources) > 1:  # what this step's objectives do not use stays as it is, moments and all
       used = self._used_by(batch, objectives)
       updates = jax.tree.map(lambda update, is_used: update if is_used else jnp.zeros_like(update), updates, used)
-      optimizer_state = keep_unused(optimizer_state, state.opt_states["main"], used)
+      opt_states = keep_unused(opt_states, state.opt_states, used)
     params = optax.apply_updates(state.params, updates)
     average = lambda old, new: train.ema * old + (1 - train.ema) * new
-    new = TrainState(step=state.step, params=params, model_state=model_state, opt_states={"main": optimizer_state},
+    new = TrainState(step=state.step, params=params, model_state=model_state, opt_states=opt_states,
                      ema=jax.tree.map(average, state.ema, params) if train.ema else None)
 
     # A step that is not finite leaves everything as it was, and counts.
@@ -238,49 +262,55 @@ class Step:
 
     metrics = {"loss": loss, **{f"{name}/{key}": _mean(*pair) for name, losses in sums.items() for key, pair in losses.items()}}
     metrics.update(grad_norm=gradient_norm, param_norm=optax.tree.norm(new.params), update_norm=optax.tree.norm(updates),
-                   lr=self.optimizer.schedule(state.step), skipped=~finite)
+                   skipped=~finite)
+    metrics.update({"lr" if group == "main" else f"{group}/lr": optimizer.schedule(state.step)
+                    for group, optimizer in self.optimizer.groups.items()})
     if is_shared(self.model, "temperature"):
       metrics["scale"] = self.model.apply({"params": state.params}, method="temperature")[0]
     return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-  def _at_once(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...]) -> tuple:
+  def _at_once(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...],
+               taught: Any = ()) -> tuple:
     """(loss, gradients, {objective: Losses}, model state) of a batch that fits in memory."""
-    total = lambda params: self._whole_batch(self._trained(params), model_state, batch, rng, objectives)
+    total = lambda params: self._whole_batch(self._trained(params), model_state, batch, rng, objectives, taught)
     (loss, (sums, model_state)), gradients = jax.value_and_grad(total, has_aux=True)(params)
     return loss, gradients, sums, model_state
 
-  def _whole_batch(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...]) -> tuple:
-    forward = Forward(self.model, params, model_state, batch, rng)
+  def _whole_batch(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...],
+                   taught: Any = ()) -> tuple:
+    forward = self._forward(params, model_state, batch, rng, taught)
     sums = {objective.name: objective(forward, batch, rng) for objective in objectives}
     return self._loss(sums), (sums, forward.model_state)
 
   def _used_by(self, batch: dict, objectives: tuple[Objective, ...]) -> Any:
     """A tree of bools like the parameters: which of them the loss depends on."""
-    loss = lambda params, model_state, batch: self._whole_batch(params, model_state, batch, jax.random.key(0), objectives)[0]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.params_spec, self._model_state_spec, batch))
+    loss = lambda params, model_state, batch, taught: self._whole_batch(
+      params, model_state, batch, jax.random.key(0), objectives, taught)[0]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                          (self.params_spec, self._model_state_spec, batch, self.taught_spec))
     used = dce_jaxpr(jax.make_jaxpr(loss)(*shapes).jaxpr, [True])[1]
     leaves, tree = jax.tree.flatten(self.params_spec)
     return tree.unflatten(used[:len(leaves)])
 
-  def _in_microbatches(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...]) -> tuple:
+  def _in_microbatches(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...],
+                       taught: Any = ()) -> tuple:
     """The same for a batch cut into parts, one after the other: equal up to rounding (but for dropout, drawn per part)."""
     count = self.config.train.microbatches
     parts, fixed = (jnp.arange(count), split_rows(batch, count)), self._trained(params)
-    forward_part = lambda params, model_state, number, part: Forward(
-      self.model, params, model_state, part, jax.random.fold_in(rng, number))
+    forward_part = lambda params, model_state, number, part: self._forward(
+      params, model_state, part, jax.random.fold_in(rng, number), taught)
 
     # Objectives that couple examples, first pass: what they ask for, of the whole batch, without gradients.
     def compute(request: Any, view: dict | None) -> Any:
       def of_part(_: None, inputs: tuple) -> tuple[None, Any]:
         number, part, view = inputs
-        forward = forward_part(fixed, model_state, number, part)
-        return None, forward(request.method, *request.args, batch=view, **dict(request.kwargs))
+        return None, request.of(forward_part(fixed, model_state, number, part), view)
 
       views = None if view is None else split_rows(view, count)
       return jax.lax.stop_gradient(join_rows(jax.lax.scan(of_part, None, (*parts, views))[1]))
 
     coupled = [objective for objective in objectives if objective.couples_examples]
-    recorder = Recorder(Forward(self.model, fixed, model_state, batch, rng), compute)
+    recorder = Recorder(self._forward(fixed, model_state, batch, rng, taught), compute)
     for objective in coupled:
       objective(recorder, batch, rng)
 
@@ -300,7 +330,8 @@ class Step:
     def weights_of_part(_: None, inputs: tuple) -> tuple[None, Any]:
       number, part = inputs
       forward = forward_part(fixed, model_state, number, part)
-      return None, {objective.name: objective(forward, part, forward.rng)["loss"][1] for objective in plain}
+      sums = {objective.name: objective(forward, part, forward.rng) for objective in plain}
+      return None, {name: {key: losses[key][1] for key in LOSSES if key in losses} for name, losses in sums.items()}
 
     weights = jax.tree.map(lambda w: w.sum(0), jax.lax.scan(weights_of_part, None, parts)[1]) if plain else {}
 
@@ -311,12 +342,10 @@ class Step:
 
       def pulled(params: Any) -> tuple:
         forward = forward_part(self._trained(params), model_state, number, part)
-        again = [forward(r.method, *r.args, batch=views[r.view - 1] if r.view else None, **dict(r.kwargs)) for r in recorder.requests]
+        again = [request.of(forward, views[request.view - 1] if request.view else None) for request in recorder.requests]
         total = sum(jnp.vdot(output, pull) for output, pull in zip(separate(again)[0], pulls, strict=True))
         sums = {objective.name: objective(forward, part, forward.rng) for objective in plain}
-        for objective in plain:
-          total += objective.weight * _mean(sums[objective.name]["loss"][0], weights[objective.name])
-        return total, (sums, forward.model_state)
+        return total + self._loss(sums, weights), (sums, forward.model_state)
 
       more, (sums, model_state) = jax.grad(pulled, has_aux=True)(params)
       gradients = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, gradients, more), _shardings(self.params_spec))
@@ -327,10 +356,17 @@ class Step:
     plain_totals = jax.tree.map(lambda x: x.sum(0), part_sums)
     return loss + self._loss(plain_totals), gradients, sums | plain_totals, model_state
 
-  def _loss(self, sums: dict[str, Losses]) -> Array:
-    """The weighted sum of the objectives' means. Weights are not differentiated."""
-    weight = {objective.name: objective.weight for objective in self.objectives}
-    means = [weight[name] * _mean(*losses["loss"]) for name, losses in sums.items()]
+  def _forward(self, params: Any, model_state: Any, batch: dict, rng: Array, taught: Any) -> Forward:
+    groups = {name: optimizer.trained for name, optimizer in self.optimizer.groups.items()}
+    teachers = {path: (self.teachers[path].model, self.teachers[path].gathered(variables)) for path, variables in dict(taught).items()}
+    return Forward(self.model, params, model_state, batch, rng, groups, teachers)
+
+  def _loss(self, sums: dict[str, Losses], weights: dict[str, dict[str, Array]] | None = None) -> Array:
+    """The weighted sum of the objectives' means, and the means of what opponents minimise. Weights are not differentiated.
+    weights: of the whole batch, where the sums are of a part of it."""
+    factor = {objective.name: objective.weight for objective in self.objectives}
+    means = [(factor[name] if key == "loss" else 1.0) * _mean(losses[key][0], weights[name][key] if weights else losses[key][1])
+             for name, losses in sums.items() for key in LOSSES if key in losses]
     return sum(means, jnp.zeros((), jnp.float32))
 
   def _trained(self, params: Any) -> Any:

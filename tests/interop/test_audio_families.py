@@ -158,7 +158,7 @@ def test_ast_equals_transformers_and_goes_back(ast_folder):
   folder, model, extractor = ast_folder
   facts, preprocessor = (safetensors.read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
   tensors = safetensors.read_folder(folder)
-  params = ast.params(tensors, facts, str(folder))
+  params = mapping.to_params(tensors, [*ast.encoder_rules(4, 2, 16), *ast.classifier_rules()], str(folder))
   encoder = encoder_of(ast.encoder_settings(facts, preprocessor))
   rows = [FLOATS[i, :length] for i, length in enumerate(LENGTHS)]
   values = torch.from_numpy(np.stack(extractor(rows, sampling_rate=RATE)["input_values"]))
@@ -179,8 +179,8 @@ def test_ast_equals_transformers_and_goes_back(ast_folder):
       return ((names[name], p) for name, p in model.audio_spectrogram_transformer.named_parameters())
 
   target = RNG.standard_normal(got.tokens.shape).astype(np.float32)
-  gradients_match(encoder, params["audio"], ast.rules(4, 2, 16), Filed(), inner.last_hidden_state, target)
-  back = mapping.to_tensors(params, [*ast.rules(4, 2, 16), *ast.classifier_rules()])
+  gradients_match(encoder, params["audio"], ast.encoder_rules(4, 2, 16), Filed(), inner.last_hidden_state, target)
+  back = mapping.to_tensors(params, [*ast.encoder_rules(4, 2, 16), *ast.classifier_rules()])
   assert set(back) == set(tensors)
   for name, tensor in back.items():
     np.testing.assert_allclose(tensor, tensors[name], atol=1e-6)

@@ -111,5 +111,5 @@ def test_the_way_back_and_what_cannot_be_expressed(theirs, ours):
     whisper_decoder.settings(dict(config, scale_embedding=True))
   with pytest.raises(UserError, match="activation_function"):
     whisper_decoder.settings(dict(config, activation_function="swish"))
-  with pytest.raises(UserError, match="positions"):
-    whisper_decoder.facts(dict(found["decoder"], positions="sinusoidal"), found["text"])
+  wrong = whisper_decoder.refusals(dict(found["decoder"], positions="sinusoidal", memory_positions=False, project_memory=False))
+  assert [key for key, value, allowed in wrong if value not in allowed] == ["model.decoder.positions"]

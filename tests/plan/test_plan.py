@@ -241,3 +241,12 @@ def test_a_matmul_stack_takes_its_flops_at_peak(tmp_path):
   """Four trips of a loop over two products each. (A loop over one square product also copies what it carries.)"""
   pytest.importorskip("libtpu")
   assert float(run("-c", MATMULS, cwd=tmp_path).stdout) == pytest.approx(1, abs=0.1)
+
+
+def test_every_kind_of_step_is_planned():
+  config = configs.base()
+  config.data.sources = dict(a=dict(weight=1.0), b=dict(weight=3.0))
+  kind = lambda peak, seconds: dict(memory=dict(peak=peak), fits=True, step=dict(seconds=seconds, mfu=0.5), run=dict(steps=8, hours=seconds))
+  together = planning._together(config, dict(zip("ab", (kind(10, 4.0), kind(20, 8.0)), strict=True)))
+  assert together["memory"]["peak"] == 20 and together["step"]["seconds"] == 7.0 and together["run"] == dict(steps=8, hours=7.0)
+  assert together["kinds"]["b"] == dict(share=0.75, peak=20, seconds=8.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.config import UserError
+from mmjax.config import UserError, load_function
 from mmjax.data.builders.schema import (
   Record,
   canonical,
@@ -48,20 +47,22 @@ BUILDERS = {
 def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None] = print) -> Path:
   """Builds the embedded data set NAME under `data_dir` ("" = the usual folder); one that is there already is left alone.
 
-  Returns its folder, data_dir/NAME/VERSION. Raises UserError: no such data set, or the folder cannot be written.
+  NAME may also be "module:function", a builder of one's own. Returns its folder, data_dir/NAME/VERSION. Raises UserError: no such
+  data set or function, or the folder cannot be written.
   """
-  if name not in BUILDERS:
+  target = BUILDERS.get(name, name)
+  if ":" not in target:
     near = difflib.get_close_matches(name, BUILDERS, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else "`mmjax data convert` makes one from your own files"
     raise UserError(f"no builder for data set {name!r}; there are: {', '.join(BUILDERS)}. {hint}")
-  module, _, function = BUILDERS[name].partition(":")
   from mmjax.data.sources import data_dir as usual_dir
 
   data_dir = usual_dir(data_dir)
   start = time.perf_counter()
-  make = getattr(importlib.import_module(module), function)
-  there = find_version(data_dir, name)
-  folder = make(data_dir, log)
+  make = load_function(target)
+  there = find_version(data_dir, name) if name in BUILDERS else None
+  folder = Path(make(data_dir, log))
+  name = folder.parent.name
   splits = ", ".join(f"{split} {count:,}" for split, count in split_sizes(folder).items())
   if there == folder:
     log(f"{name} is already built: {folder} ({splits})")

@@ -21,8 +21,10 @@ from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, preprocessing, single
 from mmjax.state import checkpoint as checkpoints
 
-FAMILIES = ("clip", "siglip", "bert", "vit", "resnet", "swin")
-DUAL = ("clip", "siglip")  # those that hold two encoders; the others are named as the encoder's kind
+AST = "audio-spectrogram-transformer"
+FAMILIES = ("clip", "siglip", "bert", "vit", "resnet", "swin", "whisper", AST)
+DUAL = ("clip", "siglip")  # those that hold two encoders
+ALONE = {"bert": "bert", "vit": "vit", "resnet": "resnet", "swin": "swin", "ast": AST}  # the encoder's kind -> its family
 
 
 def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -36,6 +38,10 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     raise UserError(f"{folder}: no such folder")
   facts = safetensors.read_json(folder / "config.json")
   family = _family(str(facts.get("model_type")), folder)
+  files = getattr(family, "BESIDE", ())
+  facts.update(preprocessing.beside(folder, files))
+  if files and files[0] not in facts:
+    raise UserError(f"{folder}: no {files[0]}, so how its input was prepared is unknown. Copy it too")
   tensors = single.without_prefix(safetensors.read_folder(folder), family.PREFIX)
   try:
     found = family.settings(facts, tensors)
@@ -45,9 +51,16 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
   c.model = found["model"]
   if "image" in c.model.encoders:
     c.data.image.update(preprocessing.image_settings(folder, family, found["image_size"]))
-  if "text" in c.model.encoders:
-    text, assets = preprocessing.text_settings(folder, family)
-    c.data.text.update({**found["text"], **text, "tokenizer": str(folder.resolve())})
+  if "audio" in c.model.encoders:
+    c.data.audio.update(found["audio"])
+  if "text" in c.model.encoders or "decoder" in c.model:
+    c.data.modalities = tuple(dict.fromkeys((*c.model.encoders, "text")))
+    text = {}
+    if "text" in c.model.encoders or preprocessing.has_tokenizer(folder):  # a decoder also writes without one
+      text, assets = preprocessing.text_settings(folder, family)
+      text["tokenizer"] = str(folder.resolve())
+    c.data.text.update({**text, **found["text"]} if "decoder" in c.model else {**found["text"], **text})
+  assets.update({name: (folder / name).read_bytes() for name in files[1:] if name in facts})
   c.precision.compute = "float32"
   config = mmjax.config.resolve(c)
   params = mapping.to_params(tensors, family.rules(config), str(folder))
@@ -67,15 +80,20 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
   assets = checkpoints.load_assets(str(checkpoint))
   family = _expressed_by(config)
   special, facts = {}, {}
-  if "text" in config["model"]["encoders"]:
+  tokenizes = "text" in config["model"]["encoders"] or "tokenizer.json" in assets
+  if tokenizes:
     tokenizer = preprocessing.Tokenizer.from_assets(assets)
     special = {f"{name}_token_id": number for name in ("pad", "bos", "eos") if (number := getattr(tokenizer, f"{name}_id")) >= 0}
     facts = preprocessing.tokenizer_files(config, assets, family)
   if "image" in config["model"]["encoders"]:
     facts["preprocessor_config.json"] = json.dumps(preprocessing.image_facts(config, family), indent=2).encode()
   facts["config.json"] = json.dumps(family.facts(config, special), indent=2).encode()
+  if hasattr(family, "files"):
+    facts.update({name: json.dumps(content, indent=2).encode() for name, content in family.files(config, assets).items()})
   variables = {**checkpoints.load_params(str(checkpoint)), **checkpoints.load_model_state(str(checkpoint))}
   tensors = single.with_prefix(mapping.to_tensors(variables, family.rules(config)), family.PREFIX)
+  if hasattr(family, "constants"):
+    tensors.update(family.constants(config))
   partial = out.with_name(f".{out.name}.{os.getpid()}")
   try:
     partial.mkdir(parents=True)
@@ -95,19 +113,24 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
 def _family(model_type: str, where: Path) -> ModuleType:
   if model_type not in FAMILIES:
     raise UserError(f"{where / 'config.json'}: model_type {model_type!r} is not known here; there are: {', '.join(FAMILIES)}")
-  return importlib.import_module(f"mmjax.interop.huggingface.{model_type}")
+  return importlib.import_module(f"mmjax.interop.huggingface.{'ast' if model_type == AST else model_type}")
 
 
 def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   """The family whose architecture the config has. Raises UserError naming what stands in the way of the nearest one."""
-  encoders = config["model"]["encoders"]
-  kinds = {modality: encoder["kind"] for modality, encoder in encoders.items()}
-  alone = [kind for kind in kinds.values() if kind in FAMILIES and config["model"]["name"] == "encoder"]
-  if not alone and (config["model"]["name"] != "dual_encoder" or kinds != {"image": "vit", "text": "transformer"}):
-    raise UserError("transformers has no model for this one: it exports dual encoders with a vit for image and a transformer for text, and "
-                    "single encoders of the kinds bert, vit, resnet and swin. Export to safetensors or stablehlo")
+  name = config["model"]["name"]
+  kinds = {modality: encoder["kind"] for modality, encoder in config["model"]["encoders"].items()}
+  candidates = [ALONE[kind] for kind in kinds.values() if kind in ALONE] if name == "encoder" else []
+  if name == "dual_encoder" and kinds == {"image": "vit", "text": "transformer"}:
+    candidates = DUAL
+  if name == "captioner" and kinds == {"audio": "whisper"}:
+    candidates = ("whisper",)
+  if not candidates:
+    raise UserError("transformers has no model for this one: it exports dual encoders with a vit for image and a transformer for text, "
+                    f"single encoders of the kinds {', '.join(ALONE)}, and captioners with whisper for audio alone. Export to "
+                    "safetensors or stablehlo")
   nearest: tuple[str, list[str]] | None = None
-  for name in alone or DUAL:
+  for name in candidates:
     family = _family(name, Path())
     reasons = [f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
                for key, value, allowed in family.refusals(config) if value not in allowed]
@@ -121,8 +144,8 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:
   """The config with the widths, heads and hidden units that are 0 (for "the usual") written out."""
-  for encoder in config["model"]["encoders"].values():
-    if "depth" not in encoder:  # no plain stack of blocks
+  for encoder in (*config["model"]["encoders"].values(), config["model"].get("decoder")):
+    if not encoder or "depth" not in encoder:  # no plain stack of blocks
       continue
     encoder["width"] = encoder.get("width") or config["model"]["width"]
     encoder["heads"] = encoder.get("heads") or max(1, encoder["width"] // 64)

@@ -1,4 +1,4 @@
-"""AST (model_type "audio-spectrogram-transformer"): its settings, and which tensors are which parameters, both ways.
+"""AST (model_type "audio-spectrogram-transformer"): the bare encoder, or with a classifier, both ways.
 
 Names are those of the files, which transformers keeps although its modules are called otherwise by now.
 """
@@ -11,15 +11,70 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.interop.huggingface import mapping
+from mmjax.interop.huggingface import mapping, single
 from mmjax.interop.huggingface.clip import ACTIVATIONS, square
 from mmjax.interop.huggingface.mapping import Rule
+from mmjax.models.encoders.spectrogram import kaldi_frames
+
+TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "", "", "audio_spectrogram_transformer."
+ARCHITECTURE = "ASTModel"
+BESIDE = ("preprocessor_config.json",)  # read with config.json; it has to be there
 
 # What transformers assumes where config.json and preprocessor_config.json are silent.
 ENCODER = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
                layer_norm_eps=1e-12, patch_size=16, qkv_bias=True, frequency_stride=10, time_stride=10, max_length=1024,
                num_mel_bins=128)
 PREPROCESSOR = dict(sampling_rate=16_000, num_mel_bins=128, max_length=1024, do_normalize=True, mean=-4.2677393, std=4.5689974)
+
+
+def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """{"model": ..., "audio": settings of data.audio} of a config.json and the file beside it."""
+  preprocessor = {**PREPROCESSOR, **facts.get("preprocessor_config.json", {})}
+  entry, weight = encoder_settings(facts, preprocessor), tensors.get("classifier.dense.weight")
+  rate, classes = preprocessor["sampling_rate"], 0 if weight is None else int(weight.shape[0])
+  model = dict(name="encoder", width=entry["width"], classes=classes, classifier_norm=bool(classes), encoders=dict(audio=entry))
+  return dict(model=model, audio=dict(rate=rate, seconds=(rate // 40 + (entry["frames"] - 1) * (rate // 100)) / rate))
+
+
+def rules(config: Mapping[str, Any]) -> list[Rule]:
+  """The weights of an ASTModel and its classifier, without the prefix that it has beside one."""
+  audio = config["model"]["encoders"]["audio"]
+  head = classifier_rules() if config["model"]["classes"] else []
+  return [*encoder_rules(audio["heads"], audio["depth"], audio["patch"], theirs=""), *head]
+
+
+def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
+  """(key, value, values that would do) of what an AST of transformers must have."""
+  model, audio = config["model"], config["model"]["encoders"]["audio"]
+  return [("model.encoders.audio.mask_padding", audio["mask_padding"], (False,)), ("model.encoders.audio.pooling", audio["pooling"], ("class",)),
+          ("model.classifier_norm", model["classifier_norm"], (True,) if model["classes"] else (True, False)),
+          ("model.masked_tokens", model["masked_tokens"], (False,))]
+
+
+def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
+  """The config.json of an ASTModel or an ASTForAudioClassification."""
+  model, audio = config["model"], config["model"]["encoders"]["audio"]
+  return dict(
+      model_type="audio-spectrogram-transformer", architectures=["ASTForAudioClassification" if model["classes"] else ARCHITECTURE],
+      torch_dtype="float32", hidden_size=audio["width"], num_hidden_layers=audio["depth"], num_attention_heads=audio["heads"],
+      intermediate_size=audio["mlp"], hidden_act=single.activation_name(audio["activation"]), layer_norm_eps=audio["eps"],
+      patch_size=audio["patch"], frequency_stride=audio["stride"], time_stride=audio["stride"], max_length=_frames(config),
+      num_mel_bins=audio["mels"], qkv_bias=True, hidden_dropout_prob=audio["dropout"], attention_probs_dropout_prob=0.0,
+      **single.labels(config))
+
+
+def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+  """{name: content} of the file beside config.json: how sound is prepared."""
+  audio = config["model"]["encoders"]["audio"]
+  return {"preprocessor_config.json": dict(
+      feature_extractor_type="ASTFeatureExtractor", feature_size=1, sampling_rate=config["data"]["audio"]["rate"], num_mel_bins=audio["mels"],
+      max_length=_frames(config), do_normalize=True, mean=audio["mean"], std=audio["std"], padding_side="right", padding_value=0.0,
+      return_attention_mask=False)}
+
+
+def _frames(config: Mapping[str, Any]) -> int:
+  data = config["data"]["audio"]
+  return config["model"]["encoders"]["audio"]["frames"] or kaldi_frames(round(data["rate"] * data["seconds"]), data["rate"])
 
 
 def encoder_settings(facts: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +95,7 @@ def encoder_settings(facts: Mapping[str, Any], preprocessor: Mapping[str, Any]) 
               activation=ACTIVATIONS[f["hidden_act"]], eps=f["layer_norm_eps"])
 
 
-def rules(heads: int, depth: int, patch: int, *, ours: str = "audio", theirs: str = "audio_spectrogram_transformer") -> list[Rule]:
+def encoder_rules(heads: int, depth: int, patch: int, *, ours: str = "audio", theirs: str = "audio_spectrogram_transformer") -> list[Rule]:
   """The weights of an ASTModel. theirs "": of a file of the model without a classifier."""
   theirs = f"{theirs}." if theirs else ""
   at = f"{theirs}encoder.layer.{{i}}"
@@ -69,12 +124,3 @@ def rules(heads: int, depth: int, patch: int, *, ours: str = "audio", theirs: st
 def classifier_rules(ours: str = "classifier", theirs: str = "classifier") -> list[Rule]:
   """The head of an ASTForAudioClassification: a layer norm ("norm") and a linear layer ("out") on the pooled vector."""
   return [*mapping.norm(f"{ours}/norm", f"{theirs}.layernorm"), *mapping.linear(f"{ours}/out", f"{theirs}.dense")]
-
-
-def params(tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """{"audio": ..., "classifier": ... where the file has one} of an AST folder's tensors. Raises UserError: they do not fit."""
-  f = {**ENCODER, **facts}
-  whole = any(name.startswith("classifier.") for name in tensors)
-  prefix = "audio_spectrogram_transformer" if any(n.startswith("audio_spectrogram_transformer.") for n in tensors) else ""
-  wanted = rules(f["num_attention_heads"], f["num_hidden_layers"], square(f["patch_size"], "patch_size"), theirs=prefix)
-  return mapping.to_params(tensors, [*wanted, *(classifier_rules() if whole else [])], where)

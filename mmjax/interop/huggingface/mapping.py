@@ -13,7 +13,7 @@ from mmjax.config import UserError
 Array = np.ndarray
 IGNORED = (  # constants and copies that files carry beside the weights
   "position_ids", "num_batches_tracked", "relative_position_index", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
-  "cls.seq_relationship.weight", "cls.seq_relationship.bias")
+  "cls.seq_relationship.weight", "cls.seq_relationship.bias", "model.encoder.embed_positions.weight", "proj_out.weight")
 
 
 class Rule(NamedTuple):

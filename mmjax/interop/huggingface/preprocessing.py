@@ -1,9 +1,9 @@
-"""Tokenizer and picture preparation of a Hugging Face folder, as settings of `data`, and back."""
+"""Tokenizer and preparation of pictures and sound of a Hugging Face folder, as settings of `data`, and back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,6 +77,19 @@ def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]
   return dict(image_processor_type=family.IMAGE_PROCESSOR_CLASS, **whole, do_resize=True,
               resample=resample, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(image["mean"]),
               image_std=list(image["std"]), do_convert_rgb=True, **how)
+
+
+def beside(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+  """{name: content} of JSON files that stand beside config.json, those that there are. What a processor_config.json holds of a
+  feature extractor counts as preprocessor_config.json. Raises UserError: a file is damaged."""
+  found = {name: read_json(folder / name) for name in names if (folder / name).exists()}
+  if "preprocessor_config.json" not in found and "preprocessor_config.json" in names and (folder / "processor_config.json").exists():
+    found["preprocessor_config.json"] = read_json(folder / "processor_config.json").get("feature_extractor") or {}
+  return found
+
+
+def has_tokenizer(folder: Path) -> bool:
+  return any((folder / name).exists() for name in ("tokenizer.json", SENTENCEPIECE))
 
 
 def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dict[str, bytes]]:

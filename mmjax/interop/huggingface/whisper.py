@@ -1,26 +1,93 @@
-"""Whisper (model_type "whisper"): its encoder's settings, and which tensors are which parameters, both ways.
+"""Whisper (model_type "whisper", Radford et al. 2022, arXiv:2212.04356): a WhisperForConditionalGeneration, both ways.
 
-The parts are made to be joined with those of the decoder: `attention` maps any of Whisper's attentions, `encoder_rules` takes
-the prefixes of both sides, and `take_positions` deals with the fixed table that a file carries and the model here computes.
+Here are the whole model and its encoder; the decoder has a file of its own. `take_positions` deals with the fixed table of the
+encoder's positions, which a file carries and the model here computes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.interop.huggingface import mapping
+from mmjax.interop.huggingface import mapping, whisper_decoder
 from mmjax.interop.huggingface.clip import ACTIVATIONS
 from mmjax.interop.huggingface.mapping import Rule
 from mmjax.models.encoders.audio import sinusoids
+
+TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "WhisperTokenizer", "WhisperProcessor", ""
+ARCHITECTURE, PAD = "WhisperForConditionalGeneration", "<|endoftext|>"
+MASK_PADDING = True
+BESIDE = ("preprocessor_config.json", "generation_config.json")  # read with config.json; the first has to be there
 
 # What transformers assumes where config.json and preprocessor_config.json are silent.
 ENCODER = dict(num_mel_bins=80, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, d_model=384,
                activation_function="gelu", max_source_positions=1500)
 PREPROCESSOR = dict(feature_size=80, sampling_rate=16_000, hop_length=160, n_fft=400, chunk_length=30)
+
+
+def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """{"model": ..., "audio": settings of data.audio, "text": of data.text} of a config.json and the files beside it."""
+  preprocessor = facts.get("preprocessor_config.json", {})
+  take_positions(tensors)  # or it says what is wrong with them
+  found = whisper_decoder.settings(facts, facts.get("generation_config.json", {}))
+  model = dict(name="captioner", width=found["decoder"]["width"], encoders=dict(audio=encoder_settings(facts, preprocessor)),
+               decoder=dict(found["decoder"], project_memory=False))
+  return dict(model=model, audio=audio_settings(facts, preprocessor), text=dict(found["text"], bos=False, eos=True))
+
+
+def rules(config: Mapping[str, Any]) -> list[Rule]:
+  """The weights of a WhisperForConditionalGeneration, but for the encoder's positions."""
+  audio, decoder = config["model"]["encoders"]["audio"], config["model"]["decoder"]
+  return [*encoder_rules(audio["heads"], audio["depth"]), *whisper_decoder.rules(decoder)]
+
+
+def constants(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """The tensors of a file that are no parameters here."""
+  return put_positions(config["model"]["encoders"]["audio"]["width"], _positions(config))
+
+
+def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
+  """(key, value, values that would do) of what a Whisper of transformers must have."""
+  model, data = config["model"], config["data"]
+  audio, decoder = model["encoders"]["audio"], model["decoder"]
+  wanted = dict(strides=(1, 2), normalisation="whisper", mask_padding=False, pooling="mean", activation="gelu", eps=1e-5)
+  seconds = data["audio"]["seconds"]
+  return [*((f"model.encoders.audio.{key}", audio[key], (value,)) for key, value in wanted.items()),
+          ("model.encoders.audio.width", audio["width"], (decoder["width"],)), ("model.joint", model["joint"], (False,)),
+          ("data.classes", data["classes"], (0,)), ("data.audio.seconds", seconds, (float(round(seconds)),)),
+          *whisper_decoder.refusals(decoder)]
+
+
+def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
+  """The config.json. special: the tokenizer's ids, of which the decoder has its own."""
+  audio, decoder = config["model"]["encoders"]["audio"], config["model"]["decoder"]
+  return dict(
+      model_type="whisper", architectures=[ARCHITECTURE], torch_dtype="float32", is_encoder_decoder=True, num_mel_bins=audio["mels"],
+      encoder_layers=audio["depth"], encoder_attention_heads=audio["heads"], encoder_ffn_dim=audio["mlp"],
+      max_source_positions=_positions(config), dropout=audio["dropout"],
+      **whisper_decoder.facts(decoder, config["data"]["text"]), **whisper_decoder.token_facts(decoder))
+
+
+def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+  """{name: content} of the files beside config.json: how sound is prepared, and how texts start and end."""
+  audio, data = config["model"]["encoders"]["audio"], config["data"]["audio"]
+  seconds = round(data["seconds"])
+  extractor = dict(
+      feature_extractor_type="WhisperFeatureExtractor", processor_class=PROCESSOR_CLASS, feature_size=audio["mels"],
+      sampling_rate=data["rate"], hop_length=audio["hop"], n_fft=audio["n_fft"], chunk_length=seconds, n_samples=seconds * data["rate"],
+      nb_max_frames=seconds * data["rate"] // audio["hop"], padding_side="right", padding_value=0.0, return_attention_mask=False)
+  generation = json.loads(assets.get("generation_config.json", b"{}"))
+  return {"preprocessor_config.json": extractor,
+          "generation_config.json": whisper_decoder.generation_facts(config["model"]["decoder"], config["data"]["text"], generation)}
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+  data = config["data"]["audio"]
+  return round(data["seconds"] * data["rate"]) // config["model"]["encoders"]["audio"]["hop"] // 2
 
 
 def encoder_settings(facts: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:

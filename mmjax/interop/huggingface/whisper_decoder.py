@@ -19,8 +19,8 @@ DEFAULTS = dict(vocab_size=51865, d_model=384, decoder_layers=4, decoder_attenti
 EPS = 1e-5  # torch's LayerNorm; config.json does not say
 
 
-def settings(facts: Mapping[str, Any]) -> dict[str, Any]:
-  """{"decoder": settings of model.decoder, "text": of data.text, "generation": bos_id, eos_id, pad_id} of a config.json.
+def settings(facts: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """{"decoder": settings of model.decoder, "text": of data.text} of a config.json and a generation_config.json.
 
   Raises UserError: the config has something that our decoder cannot express.
   """
@@ -33,22 +33,65 @@ def settings(facts: Mapping[str, Any]) -> dict[str, Any]:
   decoder = dict(kind="decoder", width=known["d_model"], depth=known["decoder_layers"], heads=known["decoder_attention_heads"],
                  mlp=known["decoder_ffn_dim"], activation=ACTIVATIONS[known["activation_function"]], eps=EPS, bias=True, cross=True,
                  positions="learned")
-  return dict(decoder=decoder, text=dict(vocab_size=known["vocab_size"], length=known["max_target_positions"]),
-              generation=dict(bos_id=known["decoder_start_token_id"], eos_id=known["eos_token_id"], pad_id=known["pad_token_id"]))
+  known.update({key: value for key, value in (generation or {}).items() if value is not None})
+  for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+    if not isinstance(known[key], int):
+      raise UserError(f"{key} is {known[key]!r}, but one token is needed")
+  decoder.update(prompt=prompt(known), eos_id=known["eos_token_id"], pad_id=known["pad_token_id"],
+                 suppress=tuple(known.get("suppress_tokens") or ()), suppress_first=tuple(known.get("begin_suppress_tokens") or ()))
+  length = known["max_target_positions"] - len(decoder["prompt"]) + 1
+  return dict(decoder=decoder, text=dict(vocab_size=known["vocab_size"], length=length))
+
+
+def prompt(known: Mapping[str, Any]) -> tuple[int, ...]:
+  """The tokens that transformers starts a transcription without time stamps from.
+
+  The start token, then the forced ones, or language and task. Where a multilingual model states no language, transformers
+  detects it in each sound; here it is English. Other languages and tasks: change model.decoder.prompt.
+  """
+  start, languages, tasks = known["decoder_start_token_id"], known.get("lang_to_id") or {}, known.get("task_to_id") or {}
+  stated = known.get("language") or known.get("task")
+  forced = {} if stated else {place: token for place, token in known.get("forced_decoder_ids") or ()}
+  out = [start, *(forced[place] for place in sorted(forced) if forced[place] is not None and forced[place] not in languages.values())]
+  if languages:
+    named = [token for token in forced.values() if token in languages.values()]
+    language = str(known.get("language") or "en")
+    known_names = (language, f"<|{language}|>", "<|en|>")
+    out.insert(1, named[0] if named else next((languages[name] for name in known_names if name in languages), min(languages.values())))
+    if tasks and not set(tasks.values()) & set(out):
+      out.insert(2, tasks.get(known.get("task") or "transcribe", min(tasks.values())))
+  silent = known.get("no_timestamps_token_id")
+  return tuple(out if silent is None or silent in out else [*out, silent])
+
+
+def refusals(decoder: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
+  """(key, value, values that would do) of what a decoder of Whisper must have."""
+  wanted = dict(positions="learned", cross=True, bias=True, eps=EPS, activation="gelu", memory_positions=False, project_memory=False)
+  return [(f"model.decoder.{key}", decoder[key], (value,)) for key, value in wanted.items()]
+
+
+def token_facts(decoder: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys of config.json and generation_config.json that say which tokens start and end a text."""
+  start, *rest = tuple(decoder["prompt"]) or (1,)
+  return dict(decoder_start_token_id=start, bos_token_id=start, eos_token_id=decoder["eos_id"], pad_token_id=decoder["pad_id"],
+              forced_decoder_ids=[[1 + i, token] for i, token in enumerate(rest)] or None,
+              suppress_tokens=list(decoder["suppress"]) or None, begin_suppress_tokens=list(decoder["suppress_first"]) or None)
+
+
+def generation_facts(decoder: Mapping[str, Any], text: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+  """The generation_config.json; `known` is that of an import, whose tables of languages and tasks stay."""
+  rest = {key: value for key, value in known.items() if key not in ("language", "task", "no_timestamps_token_id")}
+  prompt = tuple(decoder["prompt"])
+  if known.get("no_timestamps_token_id") in prompt:  # transformers adds it to every prompt that lacks it
+    rest["no_timestamps_token_id"] = known["no_timestamps_token_id"]
+  return {**rest, **token_facts(decoder), "max_length": text["length"] + len(prompt or (1,)) - 1, "return_timestamps": False}
 
 
 def facts(decoder: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-  """The decoder's keys of config.json, from model.decoder (width, heads, mlp filled in) and data.text.
-
-  Raises UserError: Whisper's decoder is not like this one.
-  """
-  wrong = [f"model.decoder.{key} = {decoder[key]!r} (needs {value!r})"
-           for key, value in (("positions", "learned"), ("bias", True), ("cross", True), ("eps", EPS)) if decoder[key] != value]
-  if wrong:
-    raise UserError(f"transformers' Whisper cannot express {', '.join(wrong)}")
+  """The decoder's keys of config.json, from model.decoder (width, heads, mlp filled in) and data.text; see `refusals`."""
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   return dict(vocab_size=text["vocab_size"], d_model=decoder["width"], decoder_layers=decoder["depth"],
-              decoder_attention_heads=decoder["heads"], decoder_ffn_dim=decoder["mlp"], max_target_positions=text["length"],
+              decoder_attention_heads=decoder["heads"], decoder_ffn_dim=decoder["mlp"], max_target_positions=text["length"] + max(0, len(decoder["prompt"]) - 1),
               activation_function=names[decoder["activation"]], scale_embedding=False, tie_word_embeddings=True)
 
 

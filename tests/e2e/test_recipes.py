@@ -1,0 +1,94 @@
+"""Every recipe learns: briefly on small data against a lower bar; with --all in full, against the scores of the README.
+
+A recipe is `config:argument`, settings that shorten it, and the scores that must be reached: {evaluator: {metric: bar}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from mmjax import config as configs
+from mmjax.training.loop import train
+from tests.e2e import small_data
+from tests.e2e.commands import ROOT, metrics, parameters, read_until, run, start
+
+# Shortened: (config, settings, data sets, bars)
+SHORT = [
+  ("motion_series", ("train.steps=100",), ("moving_emoji",), {"motion/test": {"accuracy": 0.9}, "motion/new_objects": {"accuracy": 0.9}}),
+  ("easy_vqa:cross_attention", ("train.steps=90", "evaluation.evaluators={'answers/test': dict(kind='classification', source='easy_vqa', "
+   "split='validation', modalities=('text', 'image'), text='question')}"), ("easy_vqa",), {"answers/test": {"accuracy": 0.7}}),
+  ("speech_text", ("train.steps=60", "train.batch_size=48"), ("spoken_emoji",), {"retrieval/test_voices": {"audio_to_text/R@1": 0.25}}),
+  ("speech_recognition", ("train.steps=100", "train.batch_size=32"), ("spoken_emoji",), {"transcripts/test_voices": {"bleu@4": 0.05}}),
+  ("video_text:transformer", ("train.steps=40",), ("moving_emoji",), {"direction/test": {"accuracy": 0.3}}),
+  ("video_captions", ("train.steps=50", "train.batch_size=48"), ("moving_emoji",), {"captions/test": {"right/motion": 0.2}}),
+  ("scene_captions", ("train.steps=60",), ("emoji_scenes",), {"captions/test": {"cider_d": 0.5}}),
+  ("scene_words", ("train.steps=60",), ("emoji_scenes",), {"words/test": {"accuracy": 0.2}}),
+]
+# In full: what the README says, less a margin for other machines.
+FULL = [
+  ("motion_series", {"motion/test": {"accuracy": 0.95}, "motion/new_objects": {"accuracy": 0.95}}),
+  ("easy_vqa:cross_attention", {"answers/test": {"accuracy": 0.95}}),
+]
+
+
+def config_of(recipe: str) -> str:
+  name, _, arg = recipe.partition(":")
+  return f"{ROOT}/configs/{name}.py" + (f":{arg}" if arg else "")
+
+
+def check(folder, bars: dict) -> None:
+  scores = json.loads((folder / "eval.json").read_text())
+  for evaluator, wanted in bars.items():
+    for metric, bar in wanted.items():
+      assert scores[evaluator][metric] >= bar, f"{evaluator} {metric}: {scores[evaluator][metric]:.4f}, bar {bar}"
+  assert (folder / "report.html").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="session")
+def small(embedded_data):
+  """The data folder of the run; `small(names)` builds small versions of these data sets in it."""
+  folder = embedded_data.parent / "small"
+  folder.mkdir(exist_ok=True)
+  return lambda names: small_data.build(folder, names) or folder
+
+
+@pytest.mark.parametrize(("recipe", "changes", "data", "bars"), SHORT, ids=[row[0] for row in SHORT])
+def test_a_short_run_learns(recipe, changes, data, bars, small, tmp_path, monkeypatch):
+  monkeypatch.setenv("MMJAX_DATA", str(small(data)))
+  run("train", "--config", config_of(recipe), "--workdir", str(tmp_path / "run"), *(f"--config.{c}" for c in changes),
+      "--config.log.tensorboard=False")
+  check(tmp_path / "run", bars)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "bars"), FULL, ids=[row[0] for row in FULL])
+def test_the_full_run_reaches_its_score(recipe, bars, embedded_data, tmp_path):
+  config = configs.load(config_of(recipe))
+  for name in sorted({entry.name for entry in config.data.sources.values()}):
+    run("data", "build", name)
+  tokenizer = config.data.text.tokenizer
+  if tokenizer and not (embedded_data / "tokenizers" / f"{tokenizer}.model").exists():
+    run("data", "tokenizer", "--source", tokenizer, "--name", tokenizer, "--vocab-size", str(config.data.text.vocab_size))
+  assert train(config, tmp_path / "run") == 0
+  check(tmp_path / "run", bars)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [row[0] for row in SHORT])
+def test_a_killed_run_goes_on_bit_for_bit(recipe, small, tmp_path, monkeypatch):
+  data = next(row[2] for row in SHORT if row[0] == recipe)
+  monkeypatch.setenv("MMJAX_DATA", str(small(data)))
+  words = ("train", "--config", config_of(recipe), "--config.train.steps=6", "--config.checkpoint.every=2", "--config.log.every=1",
+           "--config.evaluation.every=0", "--config.train.batch_size=14", "--config.log.tensorboard=False")
+  run(*words, "--workdir", str(tmp_path / "whole"))
+  process = start(*words, "--workdir", str(tmp_path / "killed"))
+  read_until(process, "step 4/6")
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  run(*words, "--workdir", str(tmp_path / "killed"))
+  assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+  assert parameters(tmp_path / "killed") == parameters(tmp_path / "whole")
