@@ -36,13 +36,13 @@ def bytes_key(data: bytes) -> int:
 
 def check(record: Mapping[str, Any]) -> None:
   """Decodes all the media of a record once (a JPEG at an eighth of its size). Raises Unreadable, which names the kind."""
-  if record.get("image"):
+  if record.get("image") is not None:
     image.decode(record["image"], 8)
-  if record.get("audio"):
+  if record.get("audio") is not None:
     from mmjax.data.audio import read_audio
 
     read_audio(record["audio"])
-  if record.get("video"):
+  if record.get("video") is not None:
     from mmjax.data.video import decode_video
 
     decode_video(record["video"], lambda count: sorted({0, count - 1}))  # everything is decoded, next to nothing kept

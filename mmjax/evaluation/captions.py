@@ -83,13 +83,13 @@ def captions(
 
 
 def decode(tokenizer, tokens: Sequence[int]) -> str:
-  """The text of generated ids, up to the end token or padding."""
+  """The text of generated ids, up to the end token or padding. Ids that no piece has (a model's table may be longer) are left out."""
   ids = []
   for token in np.asarray(tokens).tolist():
     if token in (tokenizer.eos_id, tokenizer.pad_id):
       break
     ids.append(token)
-  return tokenizer.decode([i for i in ids if i != tokenizer.bos_id])
+  return tokenizer.decode([i for i in ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
 
 
 def _checker(where: str, path: str) -> Callable:

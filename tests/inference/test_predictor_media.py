@@ -11,6 +11,7 @@ from mmjax.data.audio import decode_audio
 from mmjax.data.video import decode_video
 from mmjax.inference.generate import generate
 from mmjax.inference.search import embed, search
+from mmjax.parallel.mesh import single_device_mesh
 from tests.data.test_audio import encode as sound
 from tests.data.test_audio import tone
 from tests.data.test_video import clip
@@ -21,14 +22,14 @@ from tests.inference import tiny
 @pytest.fixture(scope="module")
 def dual(tmp_path_factory):
   config = tiny.media_config("dual_encoder", ("audio", "video", "series", "text"))
-  return mmjax.load(tiny.save(config, tmp_path_factory.mktemp("dual")))
+  return mmjax.load(tiny.save(config, tmp_path_factory.mktemp("dual")), mesh=single_device_mesh())
 
 
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
   """Writes and classifies, but has neither a shared space nor a text encoder."""
   changes = {"model.decoder": dict(depth=1, heads=2), "data.label": "label", "data.classes": 3}
-  return mmjax.load(tiny.save(tiny.media_config("captioner", ("image", "audio"), **changes), tmp_path_factory.mktemp("captioner")))
+  return mmjax.load(tiny.save(tiny.media_config("captioner", ("image", "audio"), **changes), tmp_path_factory.mktemp("captioner")), mesh=single_device_mesh())
 
 
 @pytest.fixture(scope="module")

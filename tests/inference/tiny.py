@@ -13,6 +13,7 @@ from PIL import Image
 from mmjax import config as configs
 from mmjax.data.pipeline import batch_spec
 from mmjax.data.text import train_tokenizer
+from mmjax.inference.predictor import param_spec
 from mmjax.models import make_model
 from mmjax.state.checkpoint import save_import
 
@@ -45,7 +46,7 @@ def media_config(name: str, encoders: tuple[str, ...], **changes):
   c.data.audio.rate, c.data.audio.seconds, c.data.series.length, c.data.series.channels = 8000, 0.25, 8, 2
   c.data.text = dict(tokenizer="tiny", vocab_size=512, length=8)
   block = dict(depth=1, heads=2)
-  kinds = dict(image=dict(kind="vit", patch=8, **block), audio=dict(kind="whisper", mels=8, **block), video=dict(kind="frames", patch=8, **block),
+  kinds = dict(image=dict(kind="vit", patch=8, **block), audio=dict(kind="whisper", mels=8, **block), video=dict(kind="frames", temporal="mean", patch=8, **block),
                series=dict(kind="series", patch=4, **block), text=dict(kind="transformer", **block))
   c.model = dict(name=name, width=16, encoders={modality: kinds[modality] for modality in encoders})
   c.data.modalities = tuple(dict.fromkeys((*encoders, "text") if name != "encoder" else encoders))
@@ -55,8 +56,14 @@ def media_config(name: str, encoders: tuple[str, ...], **changes):
 
 def save(config, folder: Path) -> Path:
   """A checkpoint of random parameters of a config."""
-  save_import(str(folder / "checkpoint"), params(config), config, assets(folder))
+  save_import(str(folder / "checkpoint"), random_params(config), config, assets(folder))
   return folder / "checkpoint"
+
+
+def random_params(config, seed: int = 0):
+  """Random numbers in the shapes of a config's parameters; nothing is compiled for them."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), param_spec(config))
 
 
 def params(config, seed: int = 0):
