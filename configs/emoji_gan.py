@@ -10,7 +10,7 @@ import mmjax
 
 def get_config(arg: str = ""):
   c = mmjax.config.base()
-  c.train.steps = 700
+  c.train.steps = 650
   c.train.batch_size = 64
   c.train.ema = 0.99
   c.data.sources.emoji = dict(name="openmoji", split="train+validation", languages=("en",), cache=True)
@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
 
   c.model = dict(name="text_to_image_gan", width=128, encoders=dict(text=dict(kind="transformer", depth=1, heads=4, pooling="mean")))
   c.precision.compute = "float32"
-  c.objectives.draw = dict(kind="gan", group="discriminator", reconstruction=3.0)
+  c.objectives.draw = dict(kind="gan", group="discriminator", reconstruction=10.0)
   # The text encoder learns with the discriminator, which tells real pictures' captions apart; the generator takes it as it is.
   c.optimizer = dict(name="muon", lr=6e-3, adam_rate=0.22, beta=0.9, b2=0.98, clip=0.0)
   c.optimizers.discriminator = dict(name="muon", lr=4e-3, adam_rate=0.22, beta=0.9, b2=0.98, clip=0.0, params=r"(discriminator|text)/.*")
