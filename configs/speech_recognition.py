@@ -10,7 +10,7 @@ import mmjax
 
 def get_config(arg: str = ""):
   c = mmjax.config.base()
-  c.train.steps = 2000
+  c.train.steps = 1300
   c.train.batch_size = 64
   c.data.sources.speech = dict(name="spoken_emoji", languages=("en",), cache=True)
   c.data.modalities = ("audio", "text")
