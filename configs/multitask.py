@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
   c.data.mix = "steps"
   c.data.modalities = ("image", "text")
   sources = dict(
-    captions=dict(name="emoji_scenes", cache=True),
+    captions=dict(name="emoji_scenes", captions=1, cache=True),
     questions=dict(name="easy_vqa", text="question", cache=True),
     names=dict(name="openmoji", split="train+validation", languages=("en",), cache=True),
   )

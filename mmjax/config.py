@@ -76,6 +76,7 @@ KEYS = (
   Key("data.sources.*.split", "train", str, "Split, or several: 'train+validation'."),
   Key("data.sources.*.path", "", str, "For 'tars': a glob or a brace pattern of the tar files."),
   Key("data.sources.*.languages", ("en",), tuple, "Languages that captions are drawn from; () = all that there are."),
+  Key("data.sources.*.captions", 0, int, "Training draws from so many of the first captions of a language; 0 = from all."),
   Key("data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."),
   Key("data.sources.*.modalities", (), tuple, "For mix 'steps': modalities of this source's batches; () = data.modalities."),
   Key("data.sources.*.group", 1, int, "Neighbouring records that stay together when shuffled, such as one thing in all its motions."),

@@ -178,6 +178,7 @@ class Examples:
     if rng is None:
       return record["captions"][languages[0]][0]
     captions = record["captions"][languages[rng.integers(len(languages))]]
+    captions = captions[:getattr(source, "first_captions", 0) or None]
     caption = captions[rng.integers(len(captions))]
     return drop_words(caption, self.drop_words, rng) if self.drop_words else caption
 

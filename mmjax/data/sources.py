@@ -21,8 +21,8 @@ from mmjax.data.builders import BUILDERS, Record, example_class, find_version, p
 class Source(Protocol):
   """Records with random access.
 
-  `labels`: class names, sorted. `answers`: to the questions of all splits, sorted. `text`: what the text of a row is, "caption" or "question"
-  (as the entry says). `languages`: those that captions may have. `fingerprint`: changes when the content does.
+  `labels`: class names, sorted. `answers`: to the questions of all splits, sorted. `text`: what the text of a row is, "caption" or "question",
+  `first_captions`: how many of the first captions training draws from, 0 = all (as the entry says). `languages`: those that captions may have. `fingerprint`: changes when the content does.
   `source[i]` raises UserError for a record that cannot be read, and only that.
   """
 
@@ -30,6 +30,7 @@ class Source(Protocol):
   labels: tuple[str, ...]
   answers: tuple[str, ...]
   text: str
+  first_captions: int
   languages: tuple[str, ...]
   fingerprint: str
 
@@ -53,7 +54,7 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
   else:
     source = ArrayRecordSource(data_dir(config), name, entry.get("split") or "train", languages)
   source = CachedSource(source) if entry.get("cache") else source
-  source.text = entry.get("text", "caption")
+  source.text, source.first_captions = entry.get("text", "caption"), entry.get("captions", 0)
   return source
 
 

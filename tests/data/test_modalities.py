@@ -117,6 +117,20 @@ def test_questions_and_their_answers_stay_together(folder):
   assert seen == [q for i in range(12) for q, _ in record(i)["questions"]], "every question once, in order"
 
 
+def test_only_the_first_captions_when_asked(tmp_path):
+  two = [{**record(i), "captions": {"en": [f"first {i}", f"second {i}"]}} for i in range(8)]
+  write_dataset("two", tmp_path, {"train": two})
+  train_tokenizer(["first second 0 1 2 3 4 5 6 7"] * 20, tmp_path / "tokenizers" / "t.model", 360)
+  changes = {"data.sources.many.name": "two", "data.modalities": ("text",)}
+  seen = {}
+  for count in (0, 1):
+    pipeline = Pipeline(make(tmp_path, **changes, **{"data.sources.many.captions": count}))
+    decode = pipeline._examples.text.tokenizer.decode
+    batch = [pipeline.batch(step)["text"] for step in range(4)]
+    seen[count] = {decode(t[m]).split()[0] for b in batch for t, m in zip(b["tokens"], b["mask"], strict=True)}
+  assert seen == {0: {"first", "second"}, 1: {"first"}}
+
+
 def test_words_number_the_pieces_between_spaces(folder):
   batch = Pipeline(make(folder, **{"data.text.words": True, "data.modalities": ("text",), "data.text.length": 12})).batch(0)
   for name, tokens, words, mask in zip(batch["id"], batch["text"]["tokens"], batch["text"]["words"], batch["text"]["mask"], strict=True):
