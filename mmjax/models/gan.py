@@ -34,6 +34,7 @@ class TextToImageGan(nn.Module):
   dtype: jnp.dtype
 
   shared_methods = ("draw", "score")  # methods that take arrays, not the batch
+  joint = False  # it gives no embeddings
 
   def setup(self) -> None:
     self.text = self.encoders["text"].clone(parent=None)
