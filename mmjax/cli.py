@@ -76,7 +76,7 @@ def _train(options) -> int:
   resolved = config.load(options.config, options.overrides)
 
   from mmjax.training import loop
-  return loop.train(resolved, options.workdir, allow_change=options.allow_change)
+  return loop.train(resolved, options.workdir, allow_change=options.allow_change, profile=options.profile)
 
 
 def _eval(options) -> int:
@@ -194,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--config", required=True, metavar="FILE", help="config file; FILE:ARG passes ARG to its get_config")
   sub.add_argument("--workdir", required=True, metavar="DIR", help="run folder")
   sub.add_argument("--allow-change", action="store_true", help="resume although settings or data that alter numbers have changed")
+  sub.add_argument("--profile", default="", metavar="START:STOP", help="trace these steps (both included) for xprof, into DIR/profile")
 
   sub = command(commands, "eval", _eval, "Evaluate a checkpoint: writes eval.json and report.html.",
                 "mmjax eval --checkpoint runs/quickstart --suite 'retrieval/*'", overrides=True)

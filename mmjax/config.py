@@ -58,6 +58,9 @@ KEYS = (
   Key("train.ema", 0.0, float, "Decay of an exponential moving average of the parameters, used by evaluation; 0 = none."),
   Key("train.mixup", 0.0, float, "Beta(a, a) parameter of image mixup (Zhang et al. 2018); 0 = off."),
   Key("train.max_skipped", 20, int, "Consecutive non-finite steps (skipped and counted) after which the run ends."),
+  Key("train.rollback", 0, int, "Go back to the last good checkpoint's parameters after so many skipped steps in a row; 0 = never."),
+  Key("train.hang_seconds", 600.0, float,
+      "Longest wait for a step, batch, save or evaluation batch before stacks are dumped and the process ends (compiling: 4 times); 0 = off."),
   Key("train.on_restart", 10, int, "Restarts after exit code 1 that a launcher may make."),
   Key("data.dir", "", str, "Folder of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax."),
   Key("data.mix", "examples", Literal["examples", "steps"],
@@ -163,6 +166,7 @@ KEYS = (
   Key("evaluation.evaluators", {}, dict, "Named evaluators."),
   Key("log.every", 10, Duration, "Steps between lines of metrics.jsonl."),
   Key("log.tensorboard", True, bool, "Also write TensorBoard events."),
+  Key("log.wandb", "", str, "Also log to this Weights & Biases project; '' = do not."),
   Key("init.from", "", str, "Checkpoint (run, step or import folder) that the parameters start from."),
   Key("init.map", ((".*", r"\g<0>"),), tuple,
       "((regex of a parameter here, its name there or None for new), ...): the first match decides."),
@@ -259,7 +263,7 @@ COLLECTIONS = ("data.sources", "objectives", "optimizers", "model.encoders", "ev
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
 FREE_ON_RESUME = ("mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
-                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart")
+                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart", "train.hang_seconds")
 
 
 def base() -> ConfigDict:
@@ -428,6 +432,11 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   if evaluation_batch % shards:
     raise ConfigError(f"evaluation.batch_size {evaluation_batch} is not divisible by the {shards} devices of the mesh; "
                       f"the nearest that is: {_nearest_multiple(evaluation_batch, shards)}")
+  if not 0 <= c["train"]["rollback"] < max(1, c["train"]["max_skipped"]):
+    raise ConfigError(f"train.rollback is {c['train']['rollback']}, but must be 0 or less than train.max_skipped ({c['train']['max_skipped']}), "
+                      "after which the run ends")
+  if c["train"]["hang_seconds"] < 0:
+    raise ConfigError(f"train.hang_seconds is {c['train']['hang_seconds']}, but must be 0 (off) or more")
   if not 0 < c["data"]["image"]["crop"] <= 1:
     raise ConfigError(f"data.image.crop is {c['data']['image']['crop']}, but must be above 0 and at most 1")
   encoders = c["model"].get("encoders", {})

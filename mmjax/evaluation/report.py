@@ -24,6 +24,7 @@ from mmjax import __version__
 from mmjax.evaluation import Result, read_eval_json, replace_file
 from mmjax.evaluation.report_charts import evaluation_charts, training_charts
 from mmjax.evaluation.report_page import PAGE
+from mmjax.evaluation.report_time import time_spent
 
 HEADLINES = (
   "image_to_text/R@1",
@@ -59,6 +60,7 @@ def write_report(
       tiles=[_tile(name, metrics) for name, metrics in scores.items()],
       tables=[(name, [(k, number(v)) for k, v in metrics.items()]) for name, metrics in scores.items()],
       charts=training_charts(rows),
+      time=time_spent(rows),
       evaluation_charts=evaluation_charts(rows, list(scores)),
       retrievals=[(name, figure) for name, figure in _figures(results, "retrieval")],
       texts=_figures(results, "texts"),

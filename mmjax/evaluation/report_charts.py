@@ -19,7 +19,8 @@ FIRST = (
   ("examples_per_second", "Examples a second"),
   ("grad_norm", "Gradient norm"),
 )
-HIDDEN = ("step", "time", "ids_crc32", "skipped")
+HIDDEN = ("step", "time", "ids_crc32", "skipped", "goodput")
+TIME = ("time/", "lost/")  # report_time.py shows them
 NAMES = dict(
   update_norm="Update norm",
   param_norm="Parameter norm",
@@ -37,9 +38,9 @@ def training_charts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict], list[di
   names = list(dict.fromkeys(name for row in rows for name in row))
   charts = {}
   for name in [first for first, _ in FIRST] + names:
-    if name in names and name not in HIDDEN and name not in charts:
+    if name in names and name not in HIDDEN and not name.startswith(TIME) and name not in charts:
       points = _points(rows, name)
-      if len(points) > 1 and not (name == "skipped_total" and not points[-1][1]):
+      if len(points) > 1 and not (name in ("skipped_total", "rollbacks") and not points[-1][1]):
         title = dict(FIRST).get(name) or NAMES.get(name) or name.replace("_", " ")
         charts[name] = chart(title, [(name, points)], zero=name in ("lr", "examples_per_second"))
   objective = sorted(

@@ -90,6 +90,11 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 
 {% if charts[0] %}<h2>Training</h2>{{ draw(charts[0]) }}
 {% if charts[1] %}<details class="block"><summary>More curves ({{ charts[1] | length }})</summary>{{ draw(charts[1]) }}</details>{% endif %}{% endif %}
+{% if time %}<h2>Where the time went</h2>
+<p class="note">Goodput {{ "%.1f" | format(100 * time.goodput) }}%: the share of all wall time since the first start, {{ time.wall }}, that computed steps which count.</p>
+<div class="charts"><div class="card"><table class="plain">{% for row in time.rows %}<tr><td>{{ row.label }}</td><td>{{ row.text }}</td><td>{{ "%.1f" | format(row.share) }}%</td>
+<td style="width: 40%"><div class="bar"><i style="width: {{ "%.1f" | format(row.share) }}%"></i></div></td></tr>{% endfor %}</table></div></div>
+{% if time.charts %}{{ draw(time.charts) }}{% endif %}{% endif %}
 {% if evaluation_charts %}<h2>Evaluation over the run</h2>{{ draw(evaluation_charts) }}{% endif %}
 
 {% for name, figure in retrievals if figure.rows %}

@@ -73,6 +73,11 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def silence_allowed() -> int:
+  """Seconds without a sign of life after which JAX takes a process for dead and ends the others, without a word on where they were."""
+  return _count("MMJAX_HEARTBEAT_SECONDS", os.environ.get("MMJAX_HEARTBEAT_SECONDS", str(_HEARTBEAT_SECONDS)))
+
+
 def is_main() -> bool:
   """Whether this process writes what a run writes once."""
   return jax.process_index() == 0
@@ -153,7 +158,7 @@ def _is_numeric(value: Any) -> bool:
 
 def _join(**settings: Any) -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # XLA refuses them else; other platforms ignore it
-  heartbeat = _count("MMJAX_HEARTBEAT_SECONDS", os.environ.get("MMJAX_HEARTBEAT_SECONDS", str(_HEARTBEAT_SECONDS)))
+  heartbeat = silence_allowed()
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **settings)
   except (RuntimeError, ValueError) as error:

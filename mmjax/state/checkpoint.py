@@ -53,6 +53,8 @@ class Checkpointer:
     self._error: BaseException | None = None
     self._bad: set[int] = set()  # found unusable; they count for nothing and are overwritten or deleted
     self._saved_at = time.monotonic()
+    self._present: set[int] = set()  # as this process last left them
+    self.protected = 0  # a step that is never deleted, 0 = none
     if jax.process_index() == 0:
       with disk_errors(f"cannot write checkpoints to {self._root}"):
         self._root.mkdir(parents=True, exist_ok=True)
@@ -92,8 +94,8 @@ class Checkpointer:
     self._thread.start()
     return True
 
-  def restore(self, spec: TrainState) -> tuple[TrainState, dict, int] | None:
-    """(state, data, step) of the newest usable checkpoint, or None if there is none at all.
+  def restore(self, spec: TrainState, only: int | None = None) -> tuple[TrainState, dict, int] | None:
+    """(state, data, step) of the newest usable checkpoint, or None if there is none at all; `only`: of that step or none.
 
     spec: TrainState of ShapeDtypeStruct with shardings: any mesh. One that is corrupt or half-written is named in a warning, and
     the one before it is used. Raises UserError: none is usable though some exist, or the newest is of another model
@@ -101,6 +103,7 @@ class Checkpointer:
     """
     self.wait()
     steps = from_main(sorted(self._steps(), reverse=True) if jax.process_index() == 0 else [])
+    steps = [step for step in steps if only in (None, step)]
     for path in self._listing() if jax.process_index() == 0 else []:
       if path.name.endswith(TEMPORARY):
         log.warning("checkpoint %s is half-written (the run ended meanwhile); it is not used", path)
@@ -163,6 +166,7 @@ class Checkpointer:
 
   def _decide(self, step: int, metrics: Mapping[str, float], force: bool) -> str:
     """"save", "note" (the metrics of a step that is saved) or ""; process 0 only."""
+    self._name_missing()
     if step in self._steps():
       with contextlib.suppress(Corrupt):  # then it is written anew
         manifest.read(self._root / str(step))
@@ -172,6 +176,16 @@ class Checkpointer:
     sign = 1 if self._options.best_mode == "max" else -1
     known = [sign * value for value in self._known_metrics().values()]
     return "save" if not known or sign * self._best_of(metrics) > max(known) else ""
+
+  def _name_missing(self) -> None:
+    """Warns of checkpoints that somebody else deleted while the run goes on; the folder is made again."""
+    gone = sorted(self._present - set(self._steps()))
+    if gone:
+      log.warning("%s: %s no longer there, though this run did not delete %s; the next save is whole again", self._root,
+                  f"checkpoint {gone[0]} is" if len(gone) == 1 else f"checkpoints {', '.join(map(str, gone))} are", "it" if len(gone) == 1 else "them")
+      self._present -= set(gone)
+    with disk_errors(f"cannot write checkpoints to {self._root}"):
+      self._root.mkdir(parents=True, exist_ok=True)
 
   @contextlib.contextmanager
   def _saving(self, step: int) -> Iterator[None]:
@@ -200,10 +214,11 @@ class Checkpointer:
     if jax.process_index() != 0:
       return
     keep = kept(self._steps(), self._known_metrics(), keep=self._options.keep, keep_every=self._keep_every,
-                mode=self._options.best_mode)
+                mode=self._options.best_mode) | {self.protected}
     for path in self._listing():
       if path.name.endswith((TEMPORARY, DELETED)) or (path.name.isdigit() and int(path.name) not in keep):
         storage.delete(path)
+    self._present = set(self._steps())
 
   def _known_metrics(self) -> dict[int, float]:
     """{step: the metric of checkpoint.best} of what is saved."""

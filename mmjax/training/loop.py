@@ -7,6 +7,7 @@ started again writes what an unbroken run writes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -28,25 +29,35 @@ from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
-from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, memory_in_use, utilisation
+from mmjax.state.train_state import TrainState
+from mmjax.training.goodput import Clock
+from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, WeightsAndBiases, import_wandb, memory_in_use
+from mmjax.training.profile import Profile, parse
+from mmjax.training.recovery import Faults
 from mmjax.training.step import Step
+from mmjax.training.watchdog import Watchdog
 
 DONE, STOPPED = 0, 75
 
 
-def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False) -> int:
-  """Trains `config` in `workdir`, from its newest checkpoint if there is one.
+def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False, profile: str = "") -> int:
+  """Trains `config` in `workdir`, from its newest checkpoint if there is one. profile: steps to trace, "START:STOP".
 
   Returns: 0 when the run is complete, 75 when SIGTERM or Ctrl-C ended it early with a checkpoint saved.
+  Ends the process with exit code 1 when it hangs (train.hang_seconds), or waits for one that does.
   Raises UserError: the folder holds another run, a source changed, the mesh does not fit, too many bad steps or records.
   """
   begin = time.monotonic()
+  profile and parse(profile)
   multihost.initialize(config)
-  with StopSignal() as stop:  # from here on: a signal that comes while compiling is not lost
-    return _train(config, Path(workdir), stop, begin, allow_change)
+  watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
+                      processes=jax.process_count())
+  with StopSignal() as stop, watchdog:  # from here on: a signal that comes while compiling is not lost
+    return _train(config, Path(workdir), stop, watchdog, begin, allow_change, profile)
 
 
-def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: float, allow_change: bool) -> int:
+def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: Watchdog, begin: float, allow_change: bool,
+           profile: str) -> int:
   say = print_main
 
   # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
@@ -59,9 +70,10 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
   every = {name: configs.in_steps(value, steps=steps, **units) for name, value in (
     ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
   open_workdir(workdir, config, allow_change)
+  watchdog.start(workdir)
 
   step = Step(config, mesh, steps=steps, examples=pipeline.examples)
-  evaluators = evaluation.Evaluation(config, step.apply, mesh) if config.evaluation.evaluators and every["evaluation"] else None
+  evaluators = evaluation.Evaluation(config, step.apply, mesh, poll=watchdog.alive) if config.evaluation.evaluators and every["evaluation"] else None
   if evaluators:
     evaluators.check_sources()
 
@@ -83,6 +95,9 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
     say(f"{workdir} is complete: {start} of {steps} steps. Raise train.steps to go on, or choose another --workdir.")
     saver.close()
     return DONE
+  tracer = Profile(profile, workdir, first=start + 1, last=steps, active=multihost.is_main())
+  clock = Clock(workdir if multihost.is_main() else None, begin, start, productive=data.get("productive", 0.0), notify=watchdog.at)
+  faults = Faults.of(data)
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   say(f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} {jax.devices()[0].platform} device(s), "
       f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
@@ -91,9 +106,12 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
 
   # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
   moment = time.monotonic()
-  step.compile()
+  with clock.measure("compilation"):
+    step.compile()
   say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")
-  if multihost.any_process(stop.received):
+  with clock.measure("agreement"):
+    stopping = multihost.any_process(stop.received)
+  if stopping:
     saver.close()
     say(f"stopped by {stop.name} before step {start + 1} of {steps}. The same command goes on from here.")
     return STOPPED
@@ -103,26 +121,29 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
   progress = Progress(start, steps) if multihost.is_main() else None
   assets = inference_assets(config, pipeline)
   flops = step.flops_per_step()
-  clock = Clock(data.get("skipped_in_a_row", 0), data.get("skipped", 0))
   pending: deque = deque()
 
   def settle(keep: int) -> None:
     """Reads the metrics of all but the `keep` newest dispatched steps: reading the newest would stall the device."""
     while len(pending) > keep:
       at, metrics = pending.popleft()
+      with clock.measure("compute", at):
+        metrics = jax.device_get(metrics)
       skipped = bool(metrics["skipped"])
-      clock.skipped += skipped
-      clock.skipped_in_a_row = clock.skipped_in_a_row + 1 if skipped else 0
+      clock.finished(skipped)
+      faults.count(skipped)
       if skipped:
-        say(f"step {at}: loss or gradient is not finite; update skipped ({clock.skipped} so far; "
+        say(f"step {at}: loss or gradient is not finite; update skipped ({faults.skipped} so far; "
             f"ids {', '.join(map(str, pipeline.ids(at - 1)[:4]))}, ...)")
-        if clock.skipped_in_a_row >= config.train.max_skipped:
-          raise UserError(f"{workdir}: {clock.skipped_in_a_row} steps in a row were not finite (train.max_skipped), the last is step {at}. "
+        if faults.skipped_in_a_row >= config.train.max_skipped:
+          raise UserError(f"{workdir}: {faults.skipped_in_a_row} steps in a row were not finite (train.max_skipped), the last is step {at}. "
                           "Lower optimizer.lr, raise schedule.warmup or set optimizer.clip; then start again from the last checkpoint")
       if outputs and (at % every["log"] == 0 or at in (1, steps)):
-        row = dict(step=at, time=time.time(), **{k: float(v) for k, v in metrics.items()}, skipped_total=clock.skipped)
+        row = dict(step=at, time=time.time(), **{k: float(v) for k, v in metrics.items()}, skipped_total=faults.skipped)
+        if config.train.rollback:
+          row["rollbacks"] = faults.rollbacks
         row["ids_crc32"] = zlib.crc32("\n".join(map(str, pipeline.ids(at - 1))).encode())
-        row.update(clock.lap(at, batch_size, flops), memory=memory_in_use())
+        row.update(clock.row(at, batch_size, flops), memory=memory_in_use())
         outputs.write(row)
         progress.log(row)
 
@@ -130,53 +151,82 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, begin: flo
     due = saver.due(at) or force
     if due or metrics:
       settle(0)
+      faults.saving(at, every["checkpoint"])
+      saver.protected = faults.good if config.train.rollback else 0
       if outputs:
         outputs.sync()
-      position = dict(step=at, steps=steps, fingerprint=pipeline.fingerprint(), skipped=clock.skipped,
-                      skipped_in_a_row=clock.skipped_in_a_row)
-      saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
+      position = dict(step=at, steps=steps, fingerprint=pipeline.fingerprint(), productive=clock.productive, **dataclasses.asdict(faults))
+      with clock.measure("checkpoint", at):
+        saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
+
+  def roll_back(at: int) -> TrainState:
+    """The state of the last good checkpoint; see recovery.py."""
+    say(f"step {at}: {faults.skipped_in_a_row} steps in a row were not finite (train.rollback); back to the parameters of "
+        f"checkpoint {faults.good}, on with step {at + 1}")
+    faults.rollbacks += 1
+    with clock.measure("checkpoint", at):
+      found = saver.restore(step.state_spec, only=faults.good)
+    if found is None:
+      raise UserError(f"checkpoint {faults.good} in {workdir}, which the run has to go back to (train.rollback), is gone. Start again to go on from the newest")
+    return found[0]
 
   try:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tracer:
       batches = pipeline.iterate(start, steps)
       for at in range(start + 1, steps + 1):
-        moment = time.monotonic()
-        batch = next(batches)
-        clock.waited(time.monotonic() - moment)
-        state, metrics = step.train(state, multihost.to_device(batch, mesh), pipeline.source_of(at - 1))
+        with tracer.step(at):
+          with clock.measure("data", at, busy=lambda: bool(pending) and not pending[-1][1]["loss"].is_ready()):
+            batch = next(batches)
+          with clock.measure("transfer", at):
+            batch = multihost.to_device(batch, mesh)
+          with clock.measure("compute", at):
+            state, metrics = step.train(state, batch, pipeline.source_of(at - 1))
+        if folder := tracer.after(at, metrics):
+          say(f"step {at}: trace written to {folder}")
         pending.append((at, metrics))
         settle(1)
+        if faults.decides_now(config):
+          settle(0)
+        if faults.rollback_due(config) and faults.good:
+          now, state = state.step, None  # its memory is needed for the one that is read
+          state = roll_back(at).replace(step=now)
         if progress:
           progress.step(at)
         results = None
         if evaluators and (at % every["evaluation"] == 0 or at == steps):
           settle(0)
-          moment = time.monotonic()
-          results = evaluators.run(step.evaluation_variables(state))
-          clock.pause(time.monotonic() - moment)
+          with clock.measure("evaluation", at):
+            results = evaluators.run(step.evaluation_variables(state))
           if outputs:
             outputs.evaluated(at, results)
             for name, result in results.items():
               progress.say(f"step {at}: {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4]))
         # Processes agree on stopping at logged steps: asking costs a collective.
         alone = jax.process_count() == 1
-        stopping = stop.received if alone else at % every["log"] == 0 and multihost.any_process(stop.received)
+        stopping = stop.received
+        if not alone:
+          with clock.measure("agreement", at):
+            stopping = at % every["log"] == 0 and multihost.any_process(stop.received)
         save(at, evaluation.flat_metrics(results) if results else None, force=stopping or at == steps)
         if stopping and at < steps:
-          saver.wait()
+          with clock.measure("checkpoint", at):
+            saver.wait()
           progress and progress.close()
           say(f"stopped by {stop.name} at step {at} of {steps}; checkpoint saved. The same command goes on from here.")
           return STOPPED
       settle(0)
-      saver.wait()
+      with clock.measure("checkpoint", steps):
+        saver.wait()
     if outputs:
-      outputs.finish(config, results)
+      with clock.measure("report"):
+        outputs.finish(config, results)
       progress.close()
     say(f"done: {steps} steps in {workdir} ({time.monotonic() - begin:.0f} s)")
     return DONE
   finally:
     progress and progress.close()
     outputs and outputs.close()
+    clock.write()
     saver.close()
 
 
@@ -206,41 +256,20 @@ class StopSignal:
     os.write(2, f"\n{self.name}: finishing this step and saving ...\n".encode())
 
 
-class Clock:
-  """Times of a run: speed between logged steps, less evaluation; the share of time that waited for data."""
-
-  def __init__(self, skipped_in_a_row: int, skipped: int):
-    self.skipped_in_a_row, self.skipped = skipped_in_a_row, skipped
-    self._start, self._step, self._wait = time.monotonic(), None, 0.0
-
-  def waited(self, seconds: float) -> None:
-    self._wait += seconds
-
-  def pause(self, seconds: float) -> None:
-    self._start += seconds
-
-  def lap(self, step: int, batch_size: int, flops: float) -> dict[str, float | None]:
-    now = time.monotonic()
-    seconds = max(now - self._start, 1e-9)
-    steps = step - self._step if self._step is not None else 0
-    row = dict(examples_per_second=steps * batch_size / seconds if steps else None,
-               mfu=utilisation(flops, seconds / steps) if steps else None,
-               data_wait_fraction=min(1.0, self._wait / seconds) if steps else None)
-    self._start, self._step, self._wait = now, step, 0.0
-    return row
-
-
 class Outputs:
   """Everything that the main process writes into the run folder while training."""
 
   def __init__(self, workdir: Path, step: int, config: FrozenConfigDict):
     self.workdir = workdir
     self._file = MetricsFile(workdir, step)
-    self._board = TensorBoard(workdir, step) if config.log.tensorboard else None
+    self._boards = [TensorBoard(workdir, step)] if config.log.tensorboard else []
+    if config.log.wandb:
+      self._boards.append(WeightsAndBiases(config.log.wandb, workdir, config.to_dict()))
 
   def write(self, row: dict) -> None:
     self._file.write(row)
-    self._board and self._board.write(row)
+    for board in self._boards:
+      board.write(row)
 
   def evaluated(self, step: int, results: dict) -> None:
     self.write(dict(step=step, time=time.time(), **evaluation.flat_metrics(results)))
@@ -256,7 +285,8 @@ class Outputs:
 
   def close(self) -> None:
     self._file.close()
-    self._board and self._board.close()
+    for board in self._boards:
+      board.close()
 
 
 def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
@@ -268,6 +298,8 @@ def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) ->
     probe.unlink()
   except OSError as error:
     raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}. Choose another folder or free it") from error
+  if config.log.wandb:
+    import_wandb()
   written = workdir / "config.json"
   if not written.exists():
     return

@@ -8,11 +8,14 @@ import os
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from mmjax.config import UserError
 
 # Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors' data sheets).
 PEAK_FLOPS = {
@@ -77,6 +80,30 @@ class TensorBoard:
 
   def close(self) -> None:
     self._writer.close()
+
+
+class WeightsAndBiases:
+  """The same as a Weights & Biases run, which a resumed run goes on with. Raises UserError: wandb is not installed."""
+
+  def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
+    name = folder.resolve()
+    self._run = import_wandb().init(project=project, name=name.name, id=f"{name.name}-{zlib.crc32(str(name).encode()):08x}", resume="allow",
+                                    dir=str(folder), config=dict(config))
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    self._run.log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time")}, step=row["step"])
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+def import_wandb() -> Any:
+  """The module wandb. Raises UserError: not installed."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise UserError("log.wandb names a project, but the package wandb is not installed. `pip install wandb`, or leave log.wandb empty") from error
+  return wandb
 
 
 class Progress:

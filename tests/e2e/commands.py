@@ -17,7 +17,7 @@ SMALL = [f"--config.{setting}" for setting in (
   "model.encoders.text.width=16", "model.encoders.text.depth=1", "model.encoders.text.heads=2",
   "checkpoint.every=4", "evaluation.every=12", "log.every=1", "log.tensorboard=False",
 )]
-TIMING = {"time", "examples_per_second", "mfu", "data_wait_fraction", "memory"}
+TIMING = {"time", "examples_per_second", "mfu", "data_wait_fraction", "memory", "goodput"}  # and all time/..., lost/...
 
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
@@ -68,7 +68,7 @@ def run_processes(count: int, *words: str, devices: int) -> list[str]:
 def metrics(folder: pathlib.Path) -> list[dict]:
   """The lines of metrics.jsonl without the keys that measure time and memory."""
   rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+  return [{k: v for k, v in row.items() if k not in TIMING and not k.startswith(("time/", "lost/"))} for row in rows]
 
 
 def parameters(folder: pathlib.Path) -> dict[str, bytes]:
