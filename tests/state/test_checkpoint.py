@@ -298,6 +298,29 @@ def test_a_full_disk_loses_nothing(tmp_path, open_run, make_state, spec_on, same
   same(run.restore(spec_on(8))[0], make_state(2))
 
 
+def test_checkpoints_deleted_under_the_run_are_named_and_the_next_save_is_whole(tmp_path, open_run, make_state, spec_on, same, caplog):
+  run = open_run(every=1)
+  for step in (1, 2):
+    run.save(step, make_state(step))
+  run.wait()
+  shutil.rmtree(tmp_path / "checkpoints")
+  run.save(3, make_state(3))
+  run.wait()
+  assert "checkpoints 1, 2 are no longer there" in caplog.text
+  state, _, step = run.restore(spec_on(8))
+  assert step == 3 and run.restore(spec_on(8), only=2) is None
+  same(state, make_state(3))
+
+
+def test_a_protected_checkpoint_stays(tmp_path, open_run, make_state):
+  run = open_run(every=1, keep=1)
+  for step in (1, 2, 3):
+    run.protected = min(step, 2)
+    run.save(step, make_state(step))
+  run.close()
+  assert steps_in(tmp_path) == [2, 3]
+
+
 def test_an_unwritable_folder(tmp_path, open_run):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="cannot write checkpoints to .*file/run"):

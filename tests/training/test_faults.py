@@ -1,0 +1,158 @@
+"""Whole runs in this process in which something goes wrong: steps that are not finite, a data source that hangs, clocks that jump."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import config as configs
+from mmjax.config import ConfigError, UserError
+from mmjax.data.pipeline import Pipeline
+from mmjax.parallel import multihost
+from mmjax.parallel.mesh import make_mesh
+from mmjax.state import checkpoint
+from mmjax.training import loop
+from mmjax.training.profile import parse
+from mmjax.training.step import Step
+from mmjax.training.watchdog import Watchdog
+from tests.e2e.commands import QUICKSTART, SMALL, metrics
+
+OVERRIDES = [word.removeprefix("--") for word in SMALL] + [f"config.{word}" for word in (
+  "train.steps=12", "train.rollback=4", "checkpoint.every=4", "checkpoint.keep=1", "evaluation.every=0")]
+BAD = {6, 7, 8, 9}  # the checkpoint of step 8 is in the middle of them
+
+
+class Killed(BaseException):
+  """Stands for the end of a process."""
+
+
+@pytest.fixture(scope="module")
+def config(embedded_data):
+  return configs.load(QUICKSTART, OVERRIDES)
+
+
+@pytest.fixture
+def bad_steps(monkeypatch):
+  """Steps BAD are not finite; at step `killed_at[0]` the run ends."""
+  real, killed_at = Step.train, [0]
+
+  def train(self, state, batch, source=""):
+    at = int(state.step) + 1
+    if at == killed_at[0]:
+      raise Killed
+    if at not in BAD:
+      return real(self, state, batch, source)
+    old = jax.tree.map(jnp.copy, state)
+    result = real(self, state, batch, source)[1]
+    return old.replace(step=old.step + 1), {**result, "skipped": jnp.float32(1), "loss": jnp.float32(np.nan)}
+
+  monkeypatch.setattr(Step, "train", train)
+  return killed_at
+
+
+def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on(config, bad_steps, tmp_path, monkeypatch, capsys):
+  assert loop.train(config, tmp_path / "whole", profile="2:3") == loop.DONE
+  printed = capsys.readouterr().out
+  assert "step 9: 4 steps in a row were not finite (train.rollback); back to the parameters of checkpoint 4, on with step 10" in printed
+  assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb")) and "step 3: trace written to" in printed
+  rows = metrics(tmp_path / "whole")
+  assert [row["step"] for row in rows] == list(range(1, 13))  # nothing is taken back
+  assert [row["rollbacks"] for row in rows] == [0] * 9 + [1] * 3 and rows[-1]["skipped_total"] == 4
+  times = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+  assert 0 < times["goodput"] < 1 and times["lost/skipped"] > 0 and times["lost/compilation"] > 0 and times["time/compute"] >= 0
+
+  # By hand: batches 1 to 4, then 10 to 12, each at its own step.
+  mesh = make_mesh(config)
+  pipeline = Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
+  step = Step(config, mesh, steps=12, examples=pipeline.examples)
+  state = step.init(config.seed)
+  with jax.set_mesh(mesh):
+    for at in (1, 2, 3, 4, 10, 11, 12):
+      state = state.replace(step=jax.device_put(np.int32(at - 1), state.step.sharding))
+      state = step.train(state, multihost.to_device(pipeline.batch(at - 1), mesh))[0]
+  same(state.params, checkpoint.load_params(str(tmp_path / "whole"), average=False))
+
+  # Killed after the rollback, before a checkpoint knew of it; and the clock goes back meanwhile.
+  bad_steps[0] = 11
+  with pytest.raises(Killed):
+    loop.train(config, tmp_path / "broken")
+  bad_steps[0] = 0
+  with pytest.raises(ConfigError, match="--profile 2:3: this start of the run makes the steps 9 to 12"):
+    loop.train(config, tmp_path / "broken", profile="2:3")
+  real = time.time
+  monkeypatch.setattr(time, "time", lambda began=real(): began - 100 * (real() - began) - 1e5)
+  assert loop.train(config, tmp_path / "broken") == loop.DONE
+  assert metrics(tmp_path / "broken") == rows
+  same(checkpoint.load_params(str(tmp_path / "broken"), average=False), checkpoint.load_params(str(tmp_path / "whole"), average=False))
+  kept = json.loads((tmp_path / "broken" / "goodput.json").read_text())
+  assert kept["seconds"]["steps"] > 0 and min(kept["seconds"].values()) >= 0 and kept["wall"] < 600
+  assert "Where the time went" in (tmp_path / "broken" / "report.html").read_text()
+
+
+def same(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_a_data_source_that_hangs_ends_the_run(embedded_data, tmp_path, monkeypatch, capfd):
+  config = configs.load(QUICKSTART, [*OVERRIDES, "config.train.hang_seconds=2.0"])
+  codes, released = [], threading.Event()
+  monkeypatch.setattr(loop, "Watchdog", functools.partial(Watchdog, end=lambda code: (codes.append(code), released.set())))
+  real = Pipeline.iterate
+
+  def iterate(self, start, stop):
+    yield from real(self, start, start + 2)
+    assert released.wait(30)
+    raise UserError("released")
+
+  monkeypatch.setattr(Pipeline, "iterate", iterate)
+  with pytest.raises(UserError, match="released"):
+    loop.train(config, tmp_path)
+  assert codes == [1] and "hangs: the data of step 3 did not end within" in capfd.readouterr().err
+  (stacks,) = (tmp_path / "stacks").iterdir()
+  assert "in iterate" in stacks.read_text()
+
+
+def test_weights_and_biases(tmp_path, monkeypatch, config):
+  from mmjax.training.loop import Outputs
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(UserError, match="package wandb is not installed. `pip install wandb`"):
+    loop.open_workdir(tmp_path, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]), False)
+  monkeypatch.delitem(sys.modules, "wandb")
+  (tmp_path / "modules").mkdir()
+  (tmp_path / "modules" / "wandb.py").write_text(
+    "calls = []\n"
+    "class Run:\n"
+    "  def log(self, row, step): calls.append((step, row))\n"
+    "  def finish(self): calls.append('finished')\n"
+    "def init(**settings):\n"
+    "  calls.append(settings)\n"
+    "  return Run()\n")
+  monkeypatch.syspath_prepend(tmp_path / "modules")
+  for _ in range(2):  # a run that is started again goes on with the same one
+    outputs = Outputs(tmp_path, 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]))
+    outputs.write(dict(step=3, time=1.0, loss=2.5, mfu=None))
+    outputs.close()
+  calls = sys.modules["wandb"].calls
+  assert calls[0]["project"] == "mine" and calls[0]["resume"] == "allow" and calls[0]["config"]["train"]["steps"] == 12
+  assert calls[1:3] == [(3, {"loss": 2.5}), "finished"] and calls[3]["id"] == calls[0]["id"]
+  del sys.modules["wandb"]
+
+
+@pytest.mark.parametrize("text", ["5", "7:5", "0:3", "a:b", "-1:3", "1:2:3"])
+def test_bad_ranges_of_steps(text):
+  with pytest.raises(ConfigError, match="write START:STOP"):
+    parse(text)
+
+
+def test_a_rollback_after_the_end_is_refused(embedded_data):
+  with pytest.raises(ConfigError, match="train.rollback is 20, but must be 0 or less than train.max_skipped"):
+    configs.load(QUICKSTART, ["config.train.rollback=20"])
