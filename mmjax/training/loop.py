@@ -29,7 +29,6 @@ from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
-from mmjax.state.train_state import TrainState
 from mmjax.training.goodput import Clock
 from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, WeightsAndBiases, import_wandb, memory_in_use
 from mmjax.training.profile import Profile, parse
@@ -159,17 +158,6 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
       with clock.measure("checkpoint", at):
         saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
 
-  def roll_back(at: int) -> TrainState:
-    """The state of the last good checkpoint; see recovery.py."""
-    say(f"step {at}: {faults.skipped_in_a_row} steps in a row were not finite (train.rollback); back to the parameters of "
-        f"checkpoint {faults.good}, on with step {at + 1}")
-    faults.rollbacks += 1
-    with clock.measure("checkpoint", at):
-      found = saver.restore(step.state_spec, only=faults.good)
-    if found is None:
-      raise UserError(f"checkpoint {faults.good} in {workdir}, which the run has to go back to (train.rollback), is gone. Start again to go on from the newest")
-    return found[0]
-
   try:
     with jax.set_mesh(mesh), tracer:
       batches = pipeline.iterate(start, steps)
@@ -189,7 +177,8 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
           settle(0)
         if faults.rollback_due(config) and faults.good:
           now, state = state.step, None  # its memory is needed for the one that is read
-          state = roll_back(at).replace(step=now)
+          with clock.measure("checkpoint", at):
+            state = faults.roll_back(saver, step.state_spec, at, say).replace(step=now)
         if progress:
           progress.step(at)
         results = None
@@ -202,11 +191,8 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
             for name, result in results.items():
               progress.say(f"step {at}: {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4]))
         # Processes agree on stopping at logged steps: asking costs a collective.
-        alone = jax.process_count() == 1
-        stopping = stop.received
-        if not alone:
-          with clock.measure("agreement", at):
-            stopping = at % every["log"] == 0 and multihost.any_process(stop.received)
+        with clock.measure("agreement", at):
+          stopping = stop.received if jax.process_count() == 1 else at % every["log"] == 0 and multihost.any_process(stop.received)
         save(at, evaluation.flat_metrics(results) if results else None, force=stopping or at == steps)
         if stopping and at < steps:
           with clock.measure("checkpoint", at):

@@ -10,10 +10,14 @@ holds what made them so).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import FrozenConfigDict
+
+from mmjax.config import UserError
+from mmjax.state.checkpoint import Checkpointer
+from mmjax.state.train_state import TrainState
 
 
 @dataclasses.dataclass
@@ -40,6 +44,17 @@ class Faults:
 
   def rollback_due(self, config: FrozenConfigDict) -> bool:
     return bool(config.train.rollback) and self.skipped_in_a_row == config.train.rollback
+
+  def roll_back(self, saver: Checkpointer, spec: TrainState, at: int, say: Callable[[str], None]) -> TrainState:
+    """The state of the last good checkpoint, its own step in it. Raises UserError: it is gone or corrupt."""
+    say(f"step {at}: {self.skipped_in_a_row} steps in a row were not finite (train.rollback); back to the parameters of "
+        f"checkpoint {self.good}, on with step {at + 1}")
+    self.rollbacks += 1
+    found = saver.restore(spec, only=self.good)
+    if found is None:
+      raise UserError(f"checkpoint {self.good} of this run, to which it has to go back (train.rollback), is gone. "
+                      "Start again to go on from the newest")
+    return found[0]
 
   def saving(self, step: int, every: int) -> None:
     """A checkpoint of `step` is about to be made."""
