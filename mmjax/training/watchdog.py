@@ -82,8 +82,9 @@ class Watchdog:
       before = now
       what, since = watched
       self._waiting = max(0.0, now - since - excused)
-      silent = self.silent(now) if self._waiting >= self._quiet else {}
-      if silent or self._waiting >= self._seconds * PATIENCE.get(what, 1):
+      patience = PATIENCE.get(what, 1)  # a process that starts late has an old heartbeat in the folder until then
+      silent = self.silent(now) if self._waiting >= self._quiet * patience else {}
+      if silent or self._waiting >= self._seconds * patience:
         self._over.set()
         self._end_with(what, silent)
 
