@@ -17,7 +17,7 @@ HANG_SECONDS = 6
 @pytest.mark.parametrize("stopped", [1, 0])  # 0 hosts JAX's coordination service
 def test_a_stopped_process_is_noticed_and_named(embedded_data, tmp_path, stopped):
   words = ["train", "--config", QUICKSTART, "--workdir", str(tmp_path), *SMALL, "--config.train.steps=3000", "--config.evaluation.every=0",
-           "--config.checkpoint.every=100", "--config.schedule.name=constant"]
+           "--config.checkpoint.every=100", "--allow-change"]
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
