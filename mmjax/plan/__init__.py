@@ -249,7 +249,7 @@ def model_flops(step: Step) -> dict[str, float]:
   plain = [
     f"model.encoders.{m}.kernel=xla" for m, entry in step.config.model.get("encoders", {}).items() if "kernel" in entry
   ]
-  counted = Step(configs.resolve(step.config, plain), step.mesh, steps=1, batch_spec=step.batch_spec) if plain else step
+  counted = step.like(configs.resolve(step.config, plain)) if plain else step
   total, by_part = counted.flops_per_step(), {}
   for modality in step.config.model.get("encoders", {}):
     if modality in counted.batch_spec:
@@ -257,7 +257,7 @@ def model_flops(step: Step) -> dict[str, float]:
         {"params": params, **state}, modality, batch, method="encode"
       )
       with rules.use(counted.mesh, counted.rules):
-        by_part[modality] = 3 * count_flops(forward, counted.params_spec, counted.state_spec.model_state, counted.batch_spec)
+        by_part[modality] = 3 * count_flops(forward, counted.params_spec, counted.model_state_spec, counted.batch_spec)
   return {**by_part, "objectives": max(0.0, total - sum(by_part.values())), "total": total}
 
 
@@ -270,7 +270,7 @@ def tokens_of(step: Step) -> dict[str, int]:
         {"params": params, **state}, modality, batch, method="encode"
       )
       with rules.use(step.mesh, step.rules):
-        found[modality] = jax.eval_shape(encode, step.params_spec, step.state_spec.model_state, step.batch_spec).tokens.shape[1]
+        found[modality] = jax.eval_shape(encode, step.params_spec, step.model_state_spec, step.batch_spec).tokens.shape[1]
   return found
 
 

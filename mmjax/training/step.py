@@ -79,10 +79,14 @@ class Step:
     boxed = variables.pop("params")
     self.axes = rules.param_axes(boxed)
     self.params_spec = _placed(nn.unbox(boxed), rules.param_shardings(boxed, mesh, self.rules))
-    self._model_state_spec = jax.tree.map(
+    self.model_state_spec = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.replicated(mesh)), nn.unbox(variables))
     self._executables: dict[Any, jax.stages.Compiled] = {}
     self._appliers: dict[Any, Any] = {}
+
+  def like(self, config: FrozenConfigDict) -> Step:
+    """The step of another config on the same mesh, batches and length."""
+    return Step(config, self.mesh, steps=self._steps, examples=self._examples, batch_spec=self.batch_spec)
 
   # -- State --------------------------------------------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class Step:
     whole = rules.replicated(self.mesh)
     params = jax.tree.map(lambda x: x.sharding, self.params_spec)
     shardings = TrainState(
-      step=whole, params=params, model_state=jax.tree.map(lambda _: whole, self._model_state_spec),
+      step=whole, params=params, model_state=jax.tree.map(lambda _: whole, self.model_state_spec),
       opt_states=rules.axes_shardings(optimizer_axes, shapes.opt_states, self.mesh, self.rules),
       ema=params if self.config.train.ema else None)
     return _placed(shapes, shardings)
@@ -185,7 +189,7 @@ class Step:
         return self._whole_batch(params, model_state, batch, jax.random.key(0), self._active(source), taught)[0]
 
       return 3 * self._inside(count_flops)(
-        forward, self.params_spec, self._model_state_spec, self._batch_specs[source], self.taught_spec)
+        forward, self.params_spec, self.model_state_spec, self._batch_specs[source], self.taught_spec)
 
     weights = [self.config.data.sources[source].weight if source else 1.0 for source in self.sources]
     return sum(w * of(source) for w, source in zip(weights, self.sources, strict=True)) / sum(weights)
@@ -287,7 +291,7 @@ class Step:
     loss = lambda params, model_state, batch, taught: self._whole_batch(
       params, model_state, batch, jax.random.key(0), objectives, taught)[0]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-                          (self.params_spec, self._model_state_spec, batch, self.taught_spec))
+                          (self.params_spec, self.model_state_spec, batch, self.taught_spec))
     used = dce_jaxpr(jax.make_jaxpr(loss)(*shapes).jaxpr, [True])[1]
     leaves, tree = jax.tree.flatten(self.params_spec)
     return tree.unflatten(used[:len(leaves)])
@@ -357,7 +361,8 @@ class Step:
     return loss + self._loss(plain_totals), gradients, sums | plain_totals, model_state
 
   def _forward(self, params: Any, model_state: Any, batch: dict, rng: Array, taught: Any) -> Forward:
-    groups = {name: optimizer.trained for name, optimizer in self.optimizer.groups.items()}
+    several = self.optimizer.groups if self.config.optimizers else {}
+    groups = {name: optimizer.trained for name, optimizer in several.items()}
     teachers = {path: (self.teachers[path].model, self.teachers[path].gathered(variables)) for path, variables in dict(taught).items()}
     return Forward(self.model, params, model_state, batch, rng, groups, teachers)
 

@@ -80,7 +80,7 @@ def test_methods_return_the_shapes_of_the_contract():
   np.testing.assert_array_equal(table, whole()[1]["params"]["text"]["embedding"])
   np.testing.assert_array_equal(jax.jit(lambda p: whole()[0].apply(p, method="table"))(whole()[1]), table)
   assert apply("reconstruct", "image", BATCH).shape == (3, 4, 192)
-  assert set(whole()[0].shared_methods) == {"table", "temperature"}
+  assert set(whole()[0].shared_methods) == {"table", "temperature", "discriminate"}
 
 
 def test_a_readout_takes_its_own_tokens_out_of_the_fusion():
