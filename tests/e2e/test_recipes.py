@@ -28,6 +28,7 @@ FULL = [
   ("motion_series", {"motion/test": {"accuracy": 0.95}, "motion/new_objects": {"accuracy": 0.95}}),
   ("easy_vqa:cross_attention", {"answers/test": {"accuracy": 0.95}}),
   ("speech_text", {"retrieval/test_voices": {"audio_to_text/R@1": 0.83}}),
+  ("scene_captions", {"captions/test": {"right": 0.8}}),
 ]
 # Every recipe that trains on its own: (config, data sets).
 KILLED = [
