@@ -16,7 +16,6 @@ def get_config(arg: str = ""):
   c.data.modalities = ("video", "text")
   c.data.video.size = 48
   c.data.video.frames = 12
-  c.data.video.augment.crop = (0.6, 1.0)
   c.data.text.tokenizer = "moving_emoji"
   c.data.text.vocab_size = 1024
   c.data.text.length = 20

@@ -17,7 +17,6 @@ def get_config(arg: str = "transformer"):
   c.data.sources.clips = dict(name="moving_emoji", cache=True, group=7)
   c.data.video.size = 48
   c.data.video.frames = 12
-  c.data.video.augment.crop = (0.6, 1.0)
   c.data.text.tokenizer = "moving_emoji"
   c.data.text.vocab_size = 1024
   c.data.text.length = 20
