@@ -131,7 +131,10 @@ def gradients(step, params):
   return jax.tree.map(np.asarray, step._inside(jax.jit(function))(params, multihost.to_device(real_batch(), step.mesh)))
 
 
-@pytest.mark.parametrize("objectives, overrides", [(COUPLED, ("train.microbatches=2",)), (EVERY, ())], ids=["microbatches", "devices"])
+@pytest.mark.parametrize("objectives, overrides", [
+  pytest.param(COUPLED, ("train.microbatches=2",), id="microbatches"),
+  pytest.param(EVERY, (), id="devices", marks=pytest.mark.slow),  # gradients too; values of each: tests/models/test_properties.py
+])
 def test_microbatches_and_devices_change_nothing(objectives, overrides):
   step = make_step(devices=1, objectives=objectives)
   rng = np.random.default_rng(0)
