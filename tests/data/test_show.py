@@ -99,7 +99,8 @@ def test_sound_video_series_and_questions(tmp_path):
   for text in ("0.5 s, 44.1 kHz", "31.0 s, 8 kHz (the first 30 s)", "12 frames, 1.2 s, 20 × 16", "3 steps, 2 channels, 0 to 5", "is it <b>?", "and 1 more",
                "1 unreadable", "not a sound file", "videos of 1.2 s"):
     assert text in sheet.text, text
-  assert page.count("<svg") == 4 and "nan" not in page.partition("<main>")[2] and not re.search(r'(src|href)="(?!data:)', page)
+  words = re.sub(r'"data:[^"]*"', "", page.partition("<main>")[2])  # encoded bytes can spell anything
+  assert page.count("<svg") == 4 and "nan" not in words and not re.search(r'(src|href)="(?!data:)', page)
 
 
 def test_a_data_set_and_tars_by_name(tmp_path, monkeypatch):
