@@ -1,12 +1,12 @@
-"""The whole run in one file: every key with its default and meaning, resolution, overrides, and errors that help.
+"""The whole run in one file: loading a config, resolution, overrides, and errors that help. The keys stand in keys.py.
 
 A config file defines `get_config(arg="") -> ConfigDict`: it starts from `base()` and assigns. `resolve()` merges every
 entry that has a `name` or a `kind` with the defaults of that kind, refuses what it does not know (naming the nearest
 key or value), checks types and contradictions, and freezes. Nothing here imports JAX or touches a device.
 
 A *kind* (an encoder, an objective, an optimizer, ...) is a function whose keyword-only parameters are its settings:
-their annotations are the types, their defaults the defaults, the docstring the documentation. `KINDS` has one line for
-each; `kind="my_package.my_file:my_function"` uses one of your own without a line here.
+their annotations are the types, their defaults the defaults, the docstring the documentation. `keys.KINDS` has one line
+for each; `kind="my_package.my_file:my_function"` uses one of your own without a line here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ import re
 import sys
 import types
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import ml_collections
 from ml_collections import ConfigDict, FrozenConfigDict
+
+from mmjax.keys import COLLECTIONS, ENTRIES, FREE_ON_RESUME, KEYS, KINDS, Duration, Key
 
 
 class UserError(Exception):
@@ -35,235 +37,6 @@ class UserError(Exception):
 
 class ConfigError(UserError):
   """A mistake in a config or on the command line. Commands exit 2."""
-
-
-Duration = typing.NewType("Duration", object)  # 1000, "5%" (of train.steps), "2 epochs", "1e6 examples"
-
-
-class Key(NamedTuple):
-  path: str
-  default: Any
-  type: Any
-  doc: str
-
-
-# Every key of a config, except the settings of a kind: those stand in the kind's own function (see KINDS).
-# `*` stands for the name that a config gives an entry.
-KEYS = (
-  Key("seed", 0, int, "Seed of the initialisation, the data order, augmentation and dropout."),
-  Key("train.steps", 1000, Duration, "Length of the run: steps, '10 epochs' or '1e6 examples'."),
-  Key("train.batch_size", 256, int, "Examples in a global batch, over all hosts and devices."),
-  Key("train.microbatches", 1, int, "Splits a batch to save memory; the update stays the same."),
-  Key("train.deterministic", True, bool, "On GPUs: only deterministic kernels. CPU and TPU always are."),
-  Key("train.ema", 0.0, float, "Decay of an exponential moving average of the parameters, used by evaluation; 0 = none."),
-  Key("train.mixup", 0.0, float, "Beta(a, a) parameter of image mixup (Zhang et al. 2018); 0 = off."),
-  Key("train.max_skipped", 20, int, "Consecutive non-finite steps (skipped and counted) after which the run ends."),
-  Key("train.rollback", 0, int, "Go back to the last good checkpoint's parameters after so many skipped steps in a row; 0 = never."),
-  Key("train.hang_seconds", 600.0, float,
-      "Longest wait for a step, batch, save or evaluation batch before stacks are dumped and the process ends (compiling: 4 times); 0 = off."),
-  Key("train.on_restart", 10, int, "Restarts after exit code 1 that a launcher may make."),
-  Key("data.dir", "", str, "Folder of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax."),
-  Key("data.mix", "examples", Literal["examples", "steps"],
-      "How sources mix by weight: 'examples' draws every row, 'steps' one source for all rows of a step."),
-  Key("data.modalities", (), tuple, "Modalities of a batch; () = those of model.encoders."),
-  Key("data.missing", "skip", Literal["skip", "mask"],
-      "A record that lacks a modality: its row does not count, or `<modality>.present` says so."),
-  Key("data.label", "none", Literal["none", "label", "labels", "answer"],
-      "Classes of a batch: the record's label, several of them ('a|b'), or the answer to the question that is its text."),
-  Key("data.classes", 0, int, "Classes that a classifier tells apart: at least as many as the sources have."),
-  Key("data.workers", 0, int, "Data processes a host; 0 = threads of the main process."),
-  Key("data.threads", 2, int, "Reading threads a data process."),
-  Key("data.prefetch", 4, int, "Batches prepared ahead."),
-  Key("data.max_unreadable", 100, int, "Unreadable records (kept as rows that do not count) after which the run ends."),
-  Key("data.sources.*.name", "", str, "A data set under data.dir, or 'tars' (WebDataset files read where they are)."),
-  Key("data.sources.*.split", "train", str, "Split, or several: 'train+validation'."),
-  Key("data.sources.*.path", "", str, "For 'tars': a glob or a brace pattern of the tar files."),
-  Key("data.sources.*.languages", ("en",), tuple, "Languages that captions are drawn from; () = all that there are."),
-  Key("data.sources.*.captions", 0, int, "Training draws from so many of the first captions of a language; 0 = from all."),
-  Key("data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."),
-  Key("data.sources.*.modalities", (), tuple, "For mix 'steps': modalities of this source's batches; () = data.modalities."),
-  Key("data.sources.*.group", 1, int, "Neighbouring records that stay together when shuffled, such as one thing in all its motions."),
-  Key("data.sources.*.weight", 1.0, float, "Share of the rows of a batch, relative to the other sources."),
-  Key("data.sources.*.cache", False, bool, "Keep decoded examples in memory (small data sets)."),
-  Key("data.image.size", 224, int, "Height and width in pixels that the model sees."),
-  Key("data.image.resize", "shortest", Literal["shortest", "squash", "longest"],
-      "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad."),
-  Key("data.image.crop", 1.0, float, "Evaluation with 'shortest': share of the shortest side that the centre crop keeps."),
-  Key("data.image.interpolation", "bicubic", Literal["bicubic", "bilinear"], "Resize filter, always antialiased."),
-  Key("data.image.mean", (0.5, 0.5, 0.5), tuple, "Subtracted from pixels in [0, 1], per channel, on the device."),
-  Key("data.image.std", (0.5, 0.5, 0.5), tuple, "Divides pixels after the mean, per channel, on the device."),
-  Key("data.image.augment.crop", (1.0, 1.0), tuple, "Random resized crop: range of the area; (1, 1) = off."),
-  Key("data.image.augment.aspect", (0.75, 1.3333333), tuple, "Random resized crop: range of the aspect ratio."),
-  Key("data.image.augment.flip", 0.0, float, "Probability of a horizontal flip."),
-  Key("data.image.augment.rotate", 0.0, float, "Rotation drawn from +- this many degrees."),
-  Key("data.image.augment.scale", (1.0, 1.0), tuple, "Range of the zoom about the centre; below 1 shrinks."),
-  Key("data.image.augment.shift", 0.0, float, "Shift drawn from +- this share of the size, both ways."),
-  Key("data.image.augment.jitter", (0.0, 0.0, 0.0, 0.0), tuple, "Strengths of brightness, contrast, saturation and hue jitter."),
-  Key("data.image.augment.randaugment", 0, int, "RandAugment: number of operations; 0 = off."),
-  Key("data.image.augment.randaugment_magnitude", 9, int, "RandAugment: magnitude, 0 to 10."),
-  Key("data.image.augment.erase", 0.0, float, "Probability of random erasing."),
-  Key("data.image.augment.fill", 255, int, "Grey level of what rotation, scale and shift uncover."),
-  Key("data.text.tokenizer", "", str, "A tokenizer under data.dir/tokenizers, or a path (.model or tokenizer.json)."),
-  Key("data.text.vocab_size", 4096, int, "Rows of the embedding table; at least the tokenizer's pieces."),
-  Key("data.text.length", 16, int, "Tokens a caption: longer ones are cut (the end token kept), shorter ones padded."),
-  Key("data.text.bos", False, bool, "Put <bos> before a caption."),
-  Key("data.text.eos", True, bool, "Put <eos> after a caption."),
-  Key("data.text.lowercase", False, bool, "Lower-case captions before tokenising."),
-  Key("data.text.punctuation", True, bool, "False: take ASCII punctuation out of captions before tokenising (as SigLIP does)."),
-  Key("data.text.mask_padding", True, bool, "False: padding is seen by the model (as SigLIP was trained)."),
-  Key("data.text.pad_id", -1, int, "Token of the padding; -1 = the tokenizer's own."),
-  Key("data.text.words", False, bool, "Batches also tell which word each token belongs to (whole-word masking)."),
-  Key("data.text.per_example", 1, int, "Texts a row: several questions about one picture, which is then encoded once."),
-  Key("data.text.drop_words", 0.0, float, "Training: probability that a word of a caption is left out (one always stays)."),
-  Key("data.audio.rate", 16_000, int, "Samples a second; files of other rates are resampled."),
-  Key("data.audio.seconds", 2.0, float, "Length of a waveform: longer ones are cut, shorter ones padded."),
-  Key("data.audio.augment.speed", (1.0, 1.0), tuple, "Range of the playing speed (and pitch)."),
-  Key("data.audio.augment.gain", (1.0, 1.0), tuple, "Range of the factor of the loudness."),
-  Key("data.audio.augment.noise", 0.0, float, "White noise of up to this share of the signal's root mean square."),
-  Key("data.audio.augment.shift", 0.0, float, "Silence of up to so many seconds put before the sound."),
-  Key("data.video.size", 64, int, "Height and width of a frame in pixels."),
-  Key("data.video.frames", 8, int, "Frames of a clip."),
-  Key("data.video.sampling", "uniform", Literal["uniform", "random"],
-      "Training: frames evenly over the clip, or one at random in each of its equal parts; evaluation is always uniform."),
-  Key("data.video.augment.crop", (1.0, 1.0), tuple, "Range of the area of a crop that all frames share; (1, 1) = off."),
-  Key("data.video.augment.flip", 0.0, float, "Probability of a horizontal flip of the whole clip."),
-  Key("data.video.augment.temporal", (1.0, 1.0), tuple, "Range of the share of the clip that is kept; (1, 1) = all."),
-  Key("data.series.length", 64, int, "Time steps of a sensor series: longer ones are cut, shorter ones padded."),
-  Key("data.series.channels", 3, int, "Values a time step."),
-  Key("model.name", "dual_encoder", str, "The whole model."),
-  Key("model.encoders", {}, dict, "One encoder a modality."),
-  Key("objectives.*.weight", 1.0, float, "Factor of this objective in the loss."),
-  Key("objectives.*.sources", (), tuple, "For data.mix 'steps': sources whose steps this objective takes; () = all."),
-  Key("optimizer.name", "adamw", str, "The update rule."),
-  Key("optimizer.lr", 1e-3, float, "Peak learning rate."),
-  Key("optimizer.weight_decay", 0.0, float, "Decoupled decay, multiplied by the learning rate."),
-  Key("optimizer.decay", r".*/(kernel|embedding)", str, "Regex of the parameters that decay."),
-  Key("optimizer.clip", 1.0, float, "Clips the global norm of the gradient; 0 = off."),
-  Key("optimizer.rates", (), tuple, "((regex, factor), ...): first match multiplies the learning rate; 0 freezes."),
-  Key("optimizer.state_dtype", "float32", Literal["float32", "bfloat16"], "Dtype of the first moment."),
-  Key("optimizers.*.name", "adamw", str, "The update rule of a group of parameters with an optimizer of its own (adversaries)."),
-  Key("optimizers.*.params", "", str, "Regex of the parameters of the group, which `optimizer` then leaves alone."),
-  *(Key(f"optimizers.*.{key}", default, kind, f"As optimizer.{key}, for this group.") for key, default, kind in (
-    ("lr", 1e-3, float), ("weight_decay", 0.0, float), ("decay", r".*/(kernel|embedding)", str), ("clip", 1.0, float),
-    ("rates", (), tuple), ("state_dtype", "float32", Literal["float32", "bfloat16"]))),
-  Key("schedule.name", "cosine", str, "Learning rate over time."),
-  Key("schedule.warmup", "5%", Duration, "Linear warm-up from zero."),
-  Key("precision.compute", "bfloat16", Literal["float32", "bfloat16"], "Dtype of activations; parameters and losses are float32."),
-  Key("mesh.replica", 1, int, "Devices across slices (gradients only); -1 = what is left."),
-  Key("mesh.data", -1, int, "Devices that split the batch; -1 = what is left."),
-  Key("mesh.fsdp", 1, int, "Devices that split batch and parameters; -1 = what is left."),
-  Key("mesh.tensor", 1, int, "Devices that split heads and hidden units; -1 = what is left."),
-  Key("mesh.context", 1, int, "Devices that split sequences; -1 = what is left."),
-  Key("sharding", "replicated", Literal["replicated", "fsdp", "fsdp_tensor"], "Where parameters live (parallel/rules.py)."),
-  Key("checkpoint.every", "10%", Duration, "Steps between checkpoints."),
-  Key("checkpoint.minutes", 0.0, float, "Also save after this many minutes without one; 0 = off."),
-  Key("checkpoint.keep", 2, int, "Latest checkpoints to keep."),
-  Key("checkpoint.keep_every", 0, Duration, "Keep every checkpoint at a multiple of this for good; 0 = none."),
-  Key("checkpoint.best", "", str, "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'."),
-  Key("checkpoint.best_mode", "max", Literal["max", "min"], "Whether the best is the largest or the smallest."),
-  Key("evaluation.every", "100%", Duration, "Steps between evaluations in the loop; 0 = none."),
-  Key("evaluation.batch_size", 0, int, "Examples an evaluation batch; 0 = train.batch_size."),
-  Key("evaluation.evaluators", {}, dict, "Named evaluators."),
-  Key("log.every", 10, Duration, "Steps between lines of metrics.jsonl."),
-  Key("log.tensorboard", True, bool, "Also write TensorBoard events."),
-  Key("log.wandb", "", str, "Also log to this Weights & Biases project; '' = do not."),
-  Key("init.from", "", str, "Checkpoint (run, step or import folder) that the parameters start from."),
-  Key("init.map", ((".*", r"\g<0>"),), tuple,
-      "((regex of a parameter here, its name there or None for new), ...): the first match decides."),
-)
-
-# One line a kind: group -> name -> "module:function". The function's keyword-only parameters are the settings.
-KINDS: dict[str, dict[str, str]] = {
-  "model": {
-    "dual_encoder": "mmjax.models.dual_encoder:dual_encoder",
-    "fusion_encoder": "mmjax.models.multimodal:fusion_encoder",
-    "captioner": "mmjax.models.multimodal:captioner",
-    "multitask": "mmjax.models.multimodal:multitask",
-    "encoder": "mmjax.models.single_encoder:encoder",
-    "text_to_image_gan": "mmjax.models.gan:text_to_image_gan",
-  },
-  "fusion": {
-    "concat": "mmjax.models.fusion:concat",
-    "weighted_sum": "mmjax.models.fusion:weighted_sum",
-    "gated": "mmjax.models.fusion:gated",
-    "average": "mmjax.models.fusion:average",
-    "cross_attention": "mmjax.models.fusion:cross_attention",
-    "merged_attention": "mmjax.models.fusion:merged_attention",
-    "perceiver": "mmjax.models.fusion:perceiver",
-    "decision": "mmjax.models.fusion:decision",
-  },
-  "encoder": {
-    "vit": "mmjax.models.encoders.image:vit",
-    "naflex": "mmjax.models.encoders.naflex:naflex",
-    "resnet": "mmjax.models.encoders.resnet:resnet",
-    "swin": "mmjax.models.encoders.swin:swin",
-    "transformer": "mmjax.models.encoders.text:transformer",
-    "bert": "mmjax.models.encoders.bert:bert",
-    "whisper": "mmjax.models.encoders.audio:whisper",
-    "ast": "mmjax.models.encoders.audio:ast",
-    "frames": "mmjax.models.encoders.video:frames",
-    "tubelets": "mmjax.models.encoders.video:tubelets",
-    "series": "mmjax.models.encoders.series:series",
-  },
-  "decoder": {
-    "decoder": "mmjax.models.decoder:decoder",
-  },
-  "objective": {
-    "contrastive": "mmjax.objectives.contrastive:contrastive",
-    "matching": "mmjax.objectives.matching:matching",
-    "classification": "mmjax.objectives.classification:classification",
-    "masked_tokens": "mmjax.objectives.masked:masked_tokens",
-    "masked_patches": "mmjax.objectives.masked:masked_patches",
-    "captioning": "mmjax.objectives.captioning:captioning",
-    "autoregressive": "mmjax.objectives.captioning:autoregressive",
-    "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
-    "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
-    "logit_distillation": "mmjax.objectives.distillation:logit_distillation",
-    "modality_adversary": "mmjax.objectives.adversarial:modality_adversary",
-    "gan": "mmjax.objectives.gan:gan",
-  },
-  "optimizer": {
-    "adamw": "mmjax.state.optimizer:adamw",
-    "adafactor": "mmjax.state.optimizer:adafactor",
-    "lion": "mmjax.state.optimizer:lion",
-    "muon": "mmjax.state.optimizer:muon",
-  },
-  "schedule": {
-    "cosine": "mmjax.state.schedule:cosine",
-    "rsqrt": "mmjax.state.schedule:rsqrt",
-    "cooldown": "mmjax.state.schedule:cooldown",
-    "constant": "mmjax.state.schedule:constant",
-  },
-  "evaluator": {
-    "retrieval": "mmjax.evaluation.retrieval:retrieval",
-    "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
-    "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
-    "classification": "mmjax.evaluation.classification:classification",
-    "captions": "mmjax.evaluation.captions:captions",
-    "masked_words": "mmjax.evaluation.masked:masked_words",
-    "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
-    "generated": "mmjax.evaluation.generated:generated",
-  },
-}
-
-# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for one named as its group).
-# An entry that is a setting of another kind (model.fusion) may be None: that model then has none.
-ENTRIES = {
-  "model": ("model", "name"),
-  "model.fusion": ("fusion", "kind"),
-  "model.encoders.*": ("encoder", "kind"),
-  "model.decoder": ("decoder", "kind"),
-  "objectives.*": ("objective", "kind"),
-  "optimizer": ("optimizer", "name"),
-  "optimizers.*": ("optimizer", "name"),
-  "schedule": ("schedule", "name"),
-  "evaluation.evaluators.*": ("evaluator", "kind"),
-}
-COLLECTIONS = ("data.sources", "objectives", "optimizers", "model.encoders", "evaluation.evaluators")
-
-# Keys that a resumed run may change, because they do not alter the numbers of training.
-FREE_ON_RESUME = ("mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
-                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart", "train.hang_seconds")
 
 
 def base() -> ConfigDict:
@@ -371,7 +144,7 @@ def _owner(path: str, config: typing.Mapping) -> str:
       keys = path.split(".")[:pattern.count(".") + 1]
       name = (_get(_plain(config), keys) or {}).get(selector, "")
       return KINDS[group].get(name, name)
-  return "mmjax/config.py"
+  return "mmjax/keys.py"
 
 
 def in_steps(value: int | str, *, steps: int | None, batch_size: int, examples: int | None = None) -> int:
@@ -609,15 +382,20 @@ def _signature(function: typing.Callable) -> dict[str, inspect.Parameter]:
   return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def load_function(target: str) -> typing.Callable:
-  """The function "module:function"; the module may also be a file in the current folder. Raises ConfigError: there is none."""
+def load_function(target: str, what: str = "kind") -> typing.Callable:
+  """The function "module:function"; the module may also be a file in the current folder.
+
+  what: names the setting in the error. Raises ConfigError: there is none, or `target` is not written so.
+  """
+  if not re.fullmatch(r"[\w.]+:\w+", target):
+    raise ConfigError(f"{what} {target!r}: write module:function")
   module, _, name = target.partition(":")
   if "" not in sys.path and os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # a command has only its own folder there
   try:
     return getattr(importlib.import_module(module), name)
   except (ModuleNotFoundError, AttributeError) as error:
-    raise ConfigError(f"kind {target!r}: {error}") from error
+    raise ConfigError(f"{what} {target!r}: {error}") from error
 
 
 def _set_override(tree: dict, path: str, value: Any) -> None:

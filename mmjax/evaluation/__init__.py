@@ -1,8 +1,8 @@
 """Evaluators: named measurements of a model on held-out data, in the loop and by `mmjax eval`.
 
 An evaluator is a kind (see mmjax.config): `evaluator(context, *, settings...) -> Result`. It asks its `Context` for
-data and for embeddings and never sees parameters, a model or a device mesh's axes, so a new one is one file and one
-line of `config.KINDS`.
+data and for rows of any method of the model and never sees parameters, a model or a device mesh's axes, so a new one is one file and one
+line of `keys.KINDS`.
 """
 
 from __future__ import annotations
@@ -204,13 +204,6 @@ def _naming(name: str):
   except UserError as error:
     where = f"evaluation.evaluators.{name}"
     raise error if str(error).startswith(where) else type(error)(f"{where}: {error}") from error
-
-
-def run(
-  config, apply: Apply, variables: Any, mesh: jax.sharding.Mesh, names: str | Sequence[str] | None = None
-) -> dict[str, Result]:
-  """Runs the evaluators of `config` once: {evaluator name: Result}."""
-  return Evaluation(config, apply, mesh).run(variables, names)
 
 
 def pick(config, names: str | Sequence[str] | None) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import collections
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from mmjax.config import UserError
+from mmjax.config import UserError, load_function
 from mmjax.data.text import normalise_caption
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.metrics import text as metrics
@@ -41,7 +40,7 @@ def captions(
   """
   where = f"evaluation.evaluators.{context.name}"
   data = context.data(source, split, languages)
-  judge = _checker(where, check) if check else None
+  judge = load_function(check, f"{where}.check") if check else None
   settings = (tuple(modalities), max_length or context.config.data.text.length, beams, length_penalty)
   tokens, valid = context.apply("write", settings, data.batches(modalities))
   references: dict[int, list[str]] = collections.defaultdict(list)
@@ -90,14 +89,6 @@ def decode(tokenizer, tokens: Sequence[int]) -> str:
       break
     ids.append(token)
   return tokenizer.decode([i for i in ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
-
-
-def _checker(where: str, path: str) -> Callable:
-  module, _, name = path.partition(":")
-  try:
-    return getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(f"{where}.check is {path!r}: {error}. Write module:function") from error
 
 
 def _verdict(answer: bool | dict[str, bool]) -> dict[str, bool]:

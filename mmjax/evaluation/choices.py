@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 
-from mmjax.config import UserError
+from mmjax.config import UserError, load_function
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.zero_shot import confusion
 
@@ -57,8 +55,4 @@ def multiple_choice(
 def _maker(where: str, choices: str):
   if ":" not in choices:
     return lambda facts: facts[choices]
-  module, _, name = choices.partition(":")
-  try:
-    return getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(f"{where}.choices is {choices!r}: {error}. Write module:function") from error
+  return load_function(choices, f"{where}.choices")
