@@ -9,56 +9,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.config import UserError
 from mmjax.models import pooling as pool
+from mmjax.models.encoders.text import TokenEncoder
 from mmjax.models.layers import Dense, Encoded, LayerNorm, constrain, normal, with_axes
-from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
 
 Array = jax.Array
 BertPooling = Literal["pooler", "class", "mean"]
 
 
-class Bert(nn.Module):
+class Bert(TokenEncoder):
   """Call: {"tokens" int32 [B, L], "mask" bool [B, L], "types" int32 [B, L]?, "present" bool [B]?} -> Encoded of width D.
 
   `types` (0 where absent) are BERT's segments. `pooling`: the first token ("class"), that token through a dense layer and a
   tanh ("pooler"), or the "mean" of the real tokens.
   """
 
-  config: TransformerConfig
-  vocab_size: int
-  length: int
   types: int = 2
   pooling: BertPooling = "pooler"
-  mask_padding: bool = True
-
-  def setup(self) -> None:
-    self.embedding = self.param("embedding", with_axes(normal(0.02), ("vocab", "embed")),
-                                (self.vocab_size, self.config.width), jnp.float32)
-
-  def table(self) -> Array:
-    """The token embeddings, float32 [V, D]: what a tied output layer multiplies hidden states with."""
-    return self.embedding
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
-    c = self.config
-    tokens, mask = batch["tokens"], batch.get("mask")
-    if tokens.shape[1] > self.length:
-      raise UserError(f"text of {tokens.shape[1]} tokens for a model of data.text.length {self.length}. Cut it, or change the length")
-    if mask is None or not self.mask_padding:
-      mask = jnp.ones(tokens.shape, bool)
-    if "present" in batch:
-      mask = mask & batch["present"][:, None]
-    position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length, c.width), jnp.float32)
+    c, mask = self.config, self.real(batch)
+    x = self.embed(batch["tokens"], position_stddev=0.02)
     kinds = self.param("token_type", with_axes(normal(0.02), (None, "embed")), (self.types, c.width), jnp.float32)
     kind = jnp.take(kinds, batch["types"], axis=0) if "types" in batch else kinds[0]
-    x = jnp.take(self.embedding, tokens, axis=0) + position[:tokens.shape[1]] + kind
-    x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
+    x = LayerNorm(c.eps, c.dtype, name="input_norm")(x + kind)
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
-    stack = Transformer(c)
-    nn.share_scope(self, stack)  # its parameters are ours: text/layers, not text/Transformer_0/layers
-    x = stack(x, mask, train=train)
+    x = run_stack(self, x, mask, train=train)
     if self.pooling == "mean":
       return Encoded(x, mask, pool.mean(x, mask))
     pooled = x[:, 0]

@@ -18,22 +18,16 @@ Array = jax.Array
 TextPooling = Literal["last", "final", "eos", "highest", "class", "mean", "attention"]
 
 
-class TextTransformer(nn.Module):
-  """Call: {"tokens" int32 [B, L], "mask" bool [B, L], "present" bool [B]?} -> Encoded of width D.
+class TokenEncoder(nn.Module):
+  """What text encoders share: the table of token embeddings, positions, and which tokens are real.
 
-  Position embeddings [length, D] are cut to L. `pooling`: "last" real token, the "final" position (padding or not, as SigLIP
-  does), the first token equal to `eos_id` ("eos"; the last real one where there is none), the token of the highest id
-  ("highest", as CLIP did), the first ("class"), the "mean" of the real ones, or learned "attention". trunk: a transformer
-  shared with other encoders, instead of its own.
+  trunk: a transformer shared with other encoders, instead of its own.
   """
 
   config: TransformerConfig
   vocab_size: int
   length: int
-  pooling: TextPooling = "last"
-  eos_id: int = 2
   mask_padding: bool = True
-  final_norm: bool = True
   trunk: nn.Module | None = None
 
   def setup(self) -> None:
@@ -44,18 +38,37 @@ class TextTransformer(nn.Module):
     """The token embeddings, float32 [V, D]: what a tied output layer multiplies hidden states with."""
     return self.embedding
 
-  @nn.compact
-  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
-    c = self.config
+  def real(self, batch: Mapping[str, Array]) -> Array:
+    """bool [B, L]: the tokens that are there. Raises UserError: a text longer than the model's."""
     tokens, mask = batch["tokens"], batch.get("mask")
     if tokens.shape[1] > self.length:
       raise UserError(f"text of {tokens.shape[1]} tokens for a model of data.text.length {self.length}. Cut it, or change the length")
     if mask is None or not self.mask_padding:
       mask = jnp.ones(tokens.shape, bool)
-    if "present" in batch:
-      mask = mask & batch["present"][:, None]
-    position = self.param("position", with_axes(normal(0.01), ("position", "embed")), (self.length, c.width), jnp.float32)
-    x = jnp.take(self.embedding, tokens, axis=0) + position[:tokens.shape[1]]
+    return mask & batch["present"][:, None] if "present" in batch else mask
+
+  def embed(self, tokens: Array, position_stddev: float) -> Array:
+    """Embeddings and learned positions, float32 [B, L, D]; `position` [length, D] is cut to L."""
+    position = self.param("position", with_axes(normal(position_stddev), ("position", "embed")), (self.length, self.config.width), jnp.float32)
+    return jnp.take(self.embedding, tokens, axis=0) + position[:tokens.shape[1]]
+
+
+class TextTransformer(TokenEncoder):
+  """Call: {"tokens" int32 [B, L], "mask" bool [B, L], "present" bool [B]?} -> Encoded of width D.
+
+  `pooling`: "last" real token, the "final" position (padding or not, as SigLIP does), the first token equal to `eos_id` ("eos"; the
+  last real one where there is none), the token of the highest id ("highest", as CLIP did), the first ("class"), the "mean" of the
+  real ones, or learned "attention".
+  """
+
+  pooling: TextPooling = "last"
+  eos_id: int = 2
+  final_norm: bool = True
+
+  @nn.compact
+  def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
+    c, tokens, mask = self.config, batch["tokens"], self.real(batch)
+    x = self.embed(tokens, position_stddev=0.01)
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype)))
     x = run_stack(self, x, mask, train=train)
     if self.final_norm:
