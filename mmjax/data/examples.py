@@ -131,36 +131,32 @@ class Examples:
     media = {name: self.reader(name).blank(count) for name in modalities if name != "text"}
     present = {name: np.ones(count, bool) for name in modalities}
     for row, (place, rng) in enumerate(zip(places, rngs, strict=True)):
-      source, index, part = place
-      batch["id"][row] = place_of(source, index)
+      batch["id"][row] = place_of(place.source, place.index)
       try:
-        record = source[index]
+        record = place.source[place.index]
         batch["id"][row] = record["id"]
-        asks = getattr(source, "text", "caption") == "question"
-        kept = getattr(source, "cached", False)
         answers: list[str] = []
         for name in ("text", *media):  # texts first: the draws of a row come in this order
           try:
             if name == "text":
-              if asks:
-                texts[row], answers = self._questions(record, part, rng)
-              elif "text" in modalities:
-                texts[row] = [self._caption(record, source, rng) for _ in range(each)]
-              continue
-            for array, value in zip(media[name].values(), self.reader(name).read(record, kept, rng), strict=True):
-              array[row] = value
+              texts[row], answers = self._texts(record, place, rng, wanted="text" in modalities)
+            else:
+              kept = getattr(place.source, "cached", False)
+              for array, value in zip(media[name].values(), self.reader(name).read(record, kept, rng), strict=True):
+                array[row] = value
           except Absent:
             if data.missing == "skip":
               raise
-            present[name][row] = False
+            if name in present:
+              present[name][row] = False
         if labels is not None:
-          self._label(labels[row:row + 1], record, source, answers)
+          self._label(labels[row:row + 1], record, place.source, answers)
         batch["valid"][row] = True
       except UserError as error:
         texts[row] = [""] * each
         for array in (array for arrays in media.values() for array in arrays.values()):
           array[row] = 0
-        batch["unreadable"].append((f"{source.name} {batch['id'][row]}", str(error)))
+        batch["unreadable"].append((f"{place.source.name} {batch['id'][row]}", str(error)))
     batch.update(media)
     if "text" in modalities:
       rows = self.text([text for row in texts for text in row])
@@ -169,6 +165,14 @@ class Examples:
       for name in modalities:
         batch[name] = {**batch[name], "present": present[name]}
     return batch if labels is None else {**batch, "label": labels}
+
+  def _texts(self, record: Record, place: Place, rng: np.random.Generator | None, wanted: bool) -> tuple[list[str], list[str]]:
+    """(texts, answers) of a row, `per_example` each; answers [] where texts are captions. Questions are drawn even if only their
+    answers are wanted. Raises Absent."""
+    each = self.config.data.text.per_example
+    if getattr(place.source, "text", "caption") == "question":
+      return self._questions(record, place.part, rng)
+    return [self._caption(record, place.source, rng) if wanted else "" for _ in range(each)], []
 
   def _caption(self, record: Record, source: Source, rng: np.random.Generator | None) -> str:
     """One of the captions: first a language, then one of its captions, then the words that stay. Without rng: the first."""

@@ -100,6 +100,17 @@ def test_labels_are_those_of_the_records(folder):
     Pipeline(make(folder, **{"data.label": "answer", "data.classes": 2, "data.sources.many.name": "plain"}))
 
 
+def test_a_record_without_questions_is_skipped_or_has_no_answer(folder):
+  changes = {"data.label": "answer", "data.classes": 2, "data.sources.many.text": "question", "data.modalities": ("image",)}
+  empty = [{**record(i), "questions": [] if i % 2 else record(i)["questions"]} for i in range(12)]
+  write_dataset("some", folder, {"train": empty}, fields=("image", "questions"))
+  for missing, counts in (("mask", True), ("skip", False)):
+    batch = Pipeline(make(folder, **changes, **{"data.missing": missing, "data.sources.many.name": "some"})).batch(0)
+    asked = np.array([int(name[1:]) % 2 == 0 for name in batch["id"]])
+    np.testing.assert_array_equal(batch["valid"], asked | counts)
+    np.testing.assert_array_equal(batch["label"] >= 0, asked)
+
+
 def test_questions_and_their_answers_stay_together(folder):
   changes = {"data.label": "answer", "data.classes": 2, "data.sources.many.text": "question", "data.text.per_example": 2, "data.modalities": ("text",), "data.text.length": 24}
   c = make(folder, **changes)
