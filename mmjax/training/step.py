@@ -136,12 +136,8 @@ class Step:
     place = lambda: copy(jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), params, self.params_spec))
     return state.replace(params=place(), ema=place() if self.config.train.ema else None)
 
-  def evaluation_params(self, state: TrainState) -> Any:
-    """What evaluation and export use: the moving average where there is one."""
-    return state.eval_params
-
   def evaluation_variables(self, state: TrainState) -> dict[str, Any]:
-    """What `apply` takes: those parameters, and what else the model keeps."""
+    """What `apply` takes: the parameters that evaluation uses (the moving average where there is one), and what else the model keeps."""
     return {"params": state.eval_params, **state.model_state}
 
   def _variables(self, rng: Array) -> Mapping[str, Any]:
@@ -210,10 +206,6 @@ class Step:
 
       self._appliers[method, args] = jax.jit(run, out_shardings=rules.batch_sharding(self.mesh))
     return self._inside(self._appliers[method, args])(variables, batch)
-
-  def embed(self, params: Any, modality: str, batch: dict) -> Array:
-    """float32 [B, D], split like the batch: embeddings of one modality for evaluation, of a model without other state."""
-    return self.apply({"params": params}, "embedding", (modality,), {modality: batch[modality]})
 
   def _executable(self, batch_spec: Any, source: str) -> jax.stages.Compiled:
     leaves, tree = jax.tree.flatten(batch_spec)

@@ -7,6 +7,7 @@ from mmjax import config as configs
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state.paths import by_name
+from mmjax.training.microbatches import only_valid
 from mmjax.training.step import Step
 
 
@@ -45,3 +46,14 @@ def test_a_step_changes_what_its_objectives_use_and_nothing_else():
     assert any((now[name] != moments[name]).any() for name in now if f"/{mine}/" in name)
     before, moments = after, now
   assert len(step.compile()) == 2 and step.flops_per_step() > 0
+
+
+def test_rows_that_do_not_count_are_not_present_for_batch_statistics():
+  valid = np.array([True, True, False, False])
+  batch = {"valid": valid, "label": np.arange(4), "image": {"pixels": np.ones((4, 2))},
+           "audio": {"present": np.array([True, False, True, False])}, "series": {"present": np.ones((4, 3), bool)}}
+  marked = only_valid(batch)
+  np.testing.assert_array_equal(marked["image"]["present"], valid)
+  np.testing.assert_array_equal(marked["audio"]["present"], [True, False, False, False])
+  np.testing.assert_array_equal(marked["series"]["present"], np.repeat(valid[:, None], 3, 1))
+  assert marked["label"] is batch["label"] and marked["image"]["pixels"] is batch["image"]["pixels"]

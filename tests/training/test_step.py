@@ -168,7 +168,7 @@ def test_the_average_follows_the_parameters(fsdp):
   before = jax.tree.map(np.asarray, state.params)
   state, _ = step.train(state, multihost.to_device(make_batch(), step.mesh))
   want = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * np.asarray(b), before, state.params)
-  assert_close(step.evaluation_params(state), want, 1e-6)
+  assert_close(step.evaluation_variables(state)["params"], want, 1e-6)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(fsdp):
@@ -187,7 +187,7 @@ def test_embeddings_of_a_batch(fsdp):
   params = step.init(0).params
   batch = multihost.to_device(make_batch(), step.mesh)
   for modality in ("image", "text"):
-    x = step.embed(params, modality, batch)
+    x = step.apply({"params": params}, "embedding", (modality,), {modality: batch[modality]})
     assert x.shape == (BATCH, 32) and x.dtype == jnp.float32
     want = step.model.apply({"params": jax.tree.map(np.asarray, params)}, modality, make_batch(), method="embedding")
     np.testing.assert_allclose(x, want, atol=1e-5)
