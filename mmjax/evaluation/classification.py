@@ -54,7 +54,8 @@ def classification(
     values = np.array([str(data.facts[data.places[row][0]].get(by, "")) for row in rows[kept]])
     result.update({f"{v}/accuracy": float(np.mean(predicted[values == v] == labels[values == v])) for v in np.unique(values)})
   result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data.places)]).sum()))
-  return Result(result, {"confusion": confusion(labels, predicted, data.class_names)})
+  names = [*data.class_names, *map(str, range(len(data.class_names), logits.shape[1]))]  # data.classes may leave room
+  return Result(result, {"confusion": confusion(labels, predicted, names)})
 
 
 def _several(logits: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> dict[str, float]:

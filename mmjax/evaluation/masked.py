@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.data.text import TextTransform
 from mmjax.evaluation import Context, Result
 
 
@@ -32,31 +33,23 @@ def masked_words(
   if tokenizer.mask_id < 0:
     raise UserError(f"{where}: the tokenizer has no <mask>. Train one with `mmjax data tokenizer`")
   skipped = {w.lower() for w in skip}
-  right = total = unreadable = 0
-  truths: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+  transform = TextTransform(context.config.data.text, tokenizer)
+  most = int(transform([caption.text for caption in data.captions])["words"].max(initial=-1)) + 1
 
   def batches() -> Iterator[dict]:
+    """Each batch as often as a caption can have words (the same on every process), word w of its rows hidden the w-th time."""
     for batch in data.batches(("text", *context_modalities)):
       tokens, words = batch["text"]["tokens"], batch["text"]["words"]
-      readable = {
-        (row, w)
-        for row in np.flatnonzero(batch["valid"])
-        for w in range(words[row].max() + 1)
-        if tokenizer.decode(tokens[row][words[row] == w]).strip().lower() not in skipped
-      }
-      for w in range(words.max(initial=-1) + 1):
-        hidden = (words == w) & np.array([(row, w) in readable for row in range(len(tokens))])[:, None]
-        if not hidden.any():
-          continue
-        truths.append((hidden, tokens, batch["valid"]))
-        yield {**batch, "text": {**batch["text"], "tokens": np.where(hidden, tokenizer.mask_id, tokens)}}
+      for w in range(most):
+        hidden = words == w
+        for row in np.flatnonzero(hidden.any(1)):
+          hidden[row] &= tokenizer.decode(tokens[row][hidden[row]]).strip().lower() not in skipped
+        text = {**batch["text"], "tokens": np.where(hidden, tokenizer.mask_id, tokens)}
+        yield {**batch, "text": text, "hidden": hidden, "truth": tokens}
 
-  guesses, _ = context.apply("fill", ("text", tuple(context_modalities)), batches())
-  if not truths:
+  guesses, valid, hidden, truth = context.apply("fill", ("text", tuple(context_modalities)), batches(), also=("hidden", "truth"))
+  asked = valid & hidden.any(-1)
+  if not asked.any():
     raise UserError(f"{where}: {source} split {split} has no caption with a word to hide")
-  hidden, tokens, valid = (np.concatenate(parts) for parts in zip(*truths, strict=True))
-  for row in np.flatnonzero(hidden.any(1) & valid):
-    total += 1
-    right += bool((guesses[row] == tokens[row])[hidden[row]].all())
-  unreadable = data.unreadable
-  return Result({"accuracy": right / max(1, total), "words": float(total), "unreadable": float(unreadable)}, {})
+  right = ((guesses == truth) | ~hidden).all(1)[asked]
+  return Result({"accuracy": float(right.mean()), "words": float(asked.sum()), "unreadable": float(data.unreadable)}, {})
