@@ -138,7 +138,7 @@ KEYS = (
   Key("log.every", 10, Duration, "Steps between lines of metrics.jsonl."),
   Key("log.tensorboard", True, bool, "Also write TensorBoard events."),
   Key("log.wandb", "", str, "Also log to this Weights & Biases project; '' = do not."),
-  Key("init.from", "", str, "Checkpoint (run, step or import folder) that the parameters start from."),
+  Key("init.from", "", str, "Checkpoint (run, step or import folder) that parameters and batch statistics start from."),
   Key("init.map", ((".*", r"\g<0>"),), tuple,
       "((regex of a parameter here, its name there or None for new), ...): the first match decides."),
 )

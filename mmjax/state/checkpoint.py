@@ -32,7 +32,7 @@ from mmjax.state import manifest, storage
 from mmjax.state.manifest import Corrupt
 from mmjax.state.storage import DELETED, TEMPORARY, disk_errors, from_main
 from mmjax.state.train_state import TrainState
-from mmjax.state.transfer import transfer
+from mmjax.state.transfer import transfer, transfer_state
 
 log = logging.getLogger("mmjax")
 
@@ -331,13 +331,19 @@ def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | s
       writer.close()
 
 
-def restore_into(params: Any, path: str, rules: tuple = ((".*", r"\g<0>"),)) -> tuple[Any, list[str]]:
+def restore_into(params: Any, path: str, rules: tuple = ((".*", r"\g<0>"),), model_state: Any = None) -> tuple[Any, Any, list[str]]:
   """Starts `params` from the checkpoint at `path` (config.init.from) by the rules of config.init.map; see transfer.py.
 
-  params: initialised arrays, which keep their shardings. Returns them and the report, a line for each that was loaded, resized,
-  new or left. Raises UserError: a rule or a name that matches nothing, or shapes that do not agree.
+  params: initialised arrays, which keep their shardings. model_state: what the model keeps besides them (batch statistics), which
+  follows the parameters of its module. Returns both and the report, a line for each that was loaded, resized, new or left. Raises
+  UserError: a rule or a name that matches nothing, shapes that do not agree, or statistics that are not there.
   """
-  return transfer(params, load_params(path), rules, path)
+  source = load_params(path)
+  loaded, lines = transfer(params, source, rules, path)
+  if model_state:
+    model_state, more = transfer_state(model_state, load_model_state(path), params, source, rules, path)
+    lines += more
+  return loaded, model_state or {}, lines
 
 
 def names_and_shapes(path: str) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,6 +8,8 @@ Tables of positions, leaves called "position" of shape [L, D], fit another lengt
 row by row, after at most one position of a class token: the grid is resized (bicubic, Keys a = -0.5, half-pixel centres,
 antialiased when it shrinks: `jax.image.resize`), the class token's row is copied, or left out where the model has none.
 Elsewhere they count tokens: a shorter table takes the first rows.
+
+What a model keeps besides parameters (batch statistics) goes with the parameters of its module: `transfer_state`.
 """
 
 from __future__ import annotations
@@ -34,9 +36,41 @@ def transfer(params: Any, source: Any, rules: tuple, where: str = "the checkpoin
   for pattern, _ in rules:
     if not any(re.fullmatch(pattern, name) for name in here):
       raise UserError(f"init.map: {pattern!r} matches no parameter of this model; the nearest is {nearest(pattern, here)!r}")
+  return _taken(params, {name: _origin(name, rules, there, where) for name in here}, there, where)
+
+
+def transfer_state(state: Any, source: Any, params: Any, source_params: Any, rules: tuple,
+                   where: str = "the checkpoint") -> tuple[Any, list[str]]:
+  """The same for what a model keeps besides parameters, {collection: nested dict}: batch statistics come from the module that the
+  parameters beside them come from, and stay new where all of those are new.
+
+  Raises UserError: that module has none in the checkpoint, or of another shape; or the parameters come from several modules.
+  """
+  names, there = by_name(source_params), by_name(source)
+  modules: dict[str, set[str]] = {}
+  for name in by_name(params):
+    if (origin := _origin(name, rules, names, where)) is not None:
+      modules.setdefault(_split(name)[0], set()).add(_split(origin)[0])
+  origins: dict[str, str | None] = {}
+  for name in by_name(state):
+    collection, _, rest = name.partition("/")
+    module, leaf = _split(rest)
+    found = sorted(modules.get(module, ()))
+    if len(found) > 1:
+      raise UserError(f"init.map: {name} belongs to parameters that come from several places: {', '.join(found)}. Take all of "
+                      f"{module} from one")
+    origins[name] = "/".join(filter(None, (collection, found[0], leaf))) if found else None
+    if found and origins[name] not in there:
+      raise UserError(f"init.map: {module} comes from {found[0]!r}, but {where} has no {origins[name]}. Map {module}/.* to None to keep "
+                      "it new")
+  return _taken(state, origins, there, where)
+
+
+def _taken(tree: Any, origins: Mapping[str, str | None], there: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
+  """(`tree` with the leaves `there` that `origins` names for it, report lines)."""
   values, lines, used = {}, {"loaded": [], "resized": [], "new": []}, set()
-  for name, leaf in here.items():
-    origin = _origin(name, rules, there, where)
+  for name, leaf in by_name(tree).items():
+    origin = origins[name]
     if origin is None:
       values[name] = leaf
       lines["new"].append(f"new {name} {list(leaf.shape)}")
@@ -48,7 +82,7 @@ def transfer(params: Any, source: Any, rules: tuple, where: str = "the checkpoin
     source_name = f" from {origin}" if origin != name else ""
     lines["resized" if change else "loaded"].append(f"{'resized' if change else 'loaded'} {name}{source_name}{change}{cast}")
   left = [f"left {name} {list(there[name].shape)}" for name in there if name not in used]
-  return map_named(lambda name, _: values[name], params), lines["loaded"] + lines["resized"] + lines["new"] + left
+  return map_named(lambda name, _: values[name], tree), lines["loaded"] + lines["resized"] + lines["new"] + left
 
 
 def resize_grid(table: np.ndarray, length: int) -> np.ndarray | None:
@@ -81,6 +115,12 @@ def _origin(name: str, rules: tuple, there: Mapping[str, Any], where: str) -> st
                         f"{nearest(re.escape(origin), there)!r}. Map it to another name, or to None to keep it new")
       return origin
   raise UserError(f"init.map: no rule covers {name}. Add one, such as ({name!r}, None) to keep it new")
+
+
+def _split(name: str) -> tuple[str, str]:
+  """(module, leaf) of a name."""
+  module, _, leaf = name.rpartition("/")
+  return module, leaf
 
 
 def _fit(name: str, value: np.ndarray, shape: tuple[int, ...], where: str) -> tuple[np.ndarray, str]:

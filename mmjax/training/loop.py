@@ -86,8 +86,8 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
   else:
     state, data, start = step.init(config.seed), {}, 0
     if config.init["from"]:
-      params, lines = checkpoint.restore_into(state.params, config.init["from"], config.init.map)
-      state = step.with_params(state, params)
+      params, model_state, lines = checkpoint.restore_into(state.params, config.init["from"], config.init.map, state.model_state)
+      state = step.with_params(state, params, model_state)
       for line in lines:
         say(line)
   if start >= steps:

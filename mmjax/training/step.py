@@ -130,11 +130,14 @@ class Step:
     """The state before the first step, made where it lives; the same numbers on any mesh."""
     return self._inside(jax.jit(lambda: self._initial_state(jax.random.key(seed)), out_shardings=_shardings(self.state_spec)))()
 
-  def with_params(self, state: TrainState, params: Any) -> TrainState:
-    """The state of a run that starts from other parameters."""
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=_shardings(self.params_spec))
-    place = lambda: copy(jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), params, self.params_spec))
-    return state.replace(params=place(), ema=place() if self.config.train.ema else None)
+  def with_params(self, state: TrainState, params: Any, model_state: Any = None) -> TrainState:
+    """The state of a run that starts from other parameters, and another model state where it is given."""
+    def place(tree: Any, spec: Any) -> Any:
+      copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=_shardings(spec))
+      return copy(jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), tree, spec))
+
+    return state.replace(params=place(params, self.params_spec), ema=place(params, self.params_spec) if self.config.train.ema else None,
+                         model_state=place(model_state, self.model_state_spec) if model_state else state.model_state)
 
   def evaluation_variables(self, state: TrainState) -> dict[str, Any]:
     """What `apply` takes: the parameters that evaluation uses (the moving average where there is one), and what else the model keeps."""

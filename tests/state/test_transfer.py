@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax.config import UserError
 from mmjax.state.checkpoint import restore_into, save_import
-from mmjax.state.transfer import resize_grid, transfer
+from mmjax.state.transfer import resize_grid, transfer, transfer_state
 from tests.state.conftest import mesh_of
 
 RNG = np.random.default_rng(0)
@@ -51,10 +51,33 @@ def test_renaming_from_a_checkpoint_keeps_shardings_and_tells_casts(tmp_path):
   save_import(str(tmp_path / "there"), {"vision": {"kernel": np.arange(16, dtype=np.float16).reshape(8, 2)}}, {}, {})
   sharding = NamedSharding(mesh_of(8), P("fsdp"))
   here = {"image": {"kernel": jax.device_put(np.zeros((8, 2), np.float32), sharding)}}
-  result, report = restore_into(here, str(tmp_path / "there"), (("image/(.*)", r"vision/\1"),))
+  result, state, report = restore_into(here, str(tmp_path / "there"), (("image/(.*)", r"vision/\1"),))
   assert result["image"]["kernel"].sharding == sharding
   np.testing.assert_array_equal(result["image"]["kernel"], np.arange(16).reshape(8, 2))
-  assert report == ["loaded image/kernel from vision/kernel (float16 -> float32)"]
+  assert report == ["loaded image/kernel from vision/kernel (float16 -> float32)"] and state == {}
+
+
+def statistics(value, at="image"):
+  return {"batch_stats": {at: {"norm": {"mean": np.full(3, value, np.float32)}}}}
+
+
+def normed(at="image"):
+  return {at: {"norm": {"scale": np.ones(3, np.float32), "bias": np.ones(3, np.float32)}}}
+
+
+def test_statistics_go_with_the_parameters_of_their_module():
+  take = lambda rules, source=statistics(5.0, "vision"), params=normed(): transfer_state(statistics(0.0), source, params, normed("vision"), rules)
+  state, report = take((("image/(.*)", r"vision/\1"),))
+  np.testing.assert_array_equal(state["batch_stats"]["image"]["norm"]["mean"], [5, 5, 5])
+  assert report == ["loaded batch_stats/image/norm/mean from batch_stats/vision/norm/mean"]
+  state, report = take(((".*", None),))
+  assert not state["batch_stats"]["image"]["norm"]["mean"].any()
+  assert report == ["new batch_stats/image/norm/mean [3]", "left batch_stats/vision/norm/mean [3]"]
+  with pytest.raises(UserError, match="image/norm comes from 'vision/norm', but the checkpoint has no batch_stats/vision/norm/mean"):
+    take((("image/(.*)", r"vision/\1"),), {})
+  two = {**normed("vision"), **normed("other")}
+  with pytest.raises(UserError, match="several places: other/norm, vision/norm"):
+    transfer_state(statistics(0.0), statistics(5.0, "vision"), normed(), two, (("image/(.*)/bias", r"other/\1/bias"), ("image/(.*)", r"vision/\1")))
 
 
 @pytest.mark.parametrize("rules, changes, message", [
