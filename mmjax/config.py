@@ -187,7 +187,8 @@ def flatten(config: typing.Mapping, prefix: str = "") -> list[tuple[str, Any]]:
 def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> None:
   """Refuses contradictions that can be seen without a device; with `device_count`, also a mesh that does not fit it."""
   c = _plain(config)
-  for path in ("train.batch_size", "train.microbatches", "data.image.size", "data.text.length", "data.text.vocab_size"):
+  for path in ("train.batch_size", "train.microbatches", "data.image.size", "data.image.patch", "data.image.tokens", "data.text.length",
+               "data.text.vocab_size"):
     if _get(c, path.split(".")) < 1:
       raise ConfigError(f"{path} is {_get(c, path.split('.'))}, but must be at least 1")
   batch, micro = c["train"]["batch_size"], c["train"]["microbatches"]
@@ -222,7 +223,16 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
             raise ConfigError(f'{group}.{name}.{key} names "{modality}", but model.encoders has {have}. '
                               f"Add an encoder for it or change `{key}`")
   patch = encoders.get("image", {}).get("patch")
-  if patch and c["data"]["image"]["size"] % patch and not encoders["image"].get("crop_edge"):
+  if c["data"]["image"]["resize"] == "naflex":
+    kind, cut = encoders.get("image", {}).get("kind", ""), c["data"]["image"]["patch"]
+    if kind != "naflex" and ":" not in kind:
+      raise ConfigError("data.image.resize 'naflex' gives patches of any aspect ratio, which model.encoders.image "
+                        f"({kind or 'missing'}) does not take. Set its kind to 'naflex', or choose another resize")
+    if patch and patch != cut:
+      raise ConfigError(f"data.image.patch is {cut}, but model.encoders.image.patch is {patch}. Make them equal")
+    if c["train"]["mixup"]:
+      raise ConfigError("train.mixup mixes pictures of one size, but data.image.resize is 'naflex'. Set train.mixup to 0")
+  elif patch and c["data"]["image"]["size"] % patch and not encoders["image"].get("crop_edge"):
     raise ConfigError(f"data.image.size {c['data']['image']['size']} is not divisible by model.encoders.image.patch {patch}; "
                       f"the nearest that is: {_nearest_multiple(c['data']['image']['size'], patch)}")
   if "text" in encoders and c["data"]["sources"] and not c["data"]["text"]["tokenizer"]:

@@ -57,8 +57,11 @@ KEYS = (
   Key("data.sources.*.weight", 1.0, float, "Share of the rows of a batch, relative to the other sources."),
   Key("data.sources.*.cache", False, bool, "Keep decoded examples in memory (small data sets)."),
   Key("data.image.size", 224, int, "Height and width in pixels that the model sees."),
-  Key("data.image.resize", "shortest", Literal["shortest", "squash", "longest"],
-      "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad."),
+  Key("data.image.resize", "shortest", Literal["shortest", "squash", "longest", "naflex"],
+      "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad; naflex: no square, but as many patches at "
+      "the picture's aspect ratio as `tokens` allows (encoder 'naflex'; also in training)."),
+  Key("data.image.patch", 16, int, "With 'naflex': height and width of a patch in pixels; the encoder's."),
+  Key("data.image.tokens", 256, int, "With 'naflex': patches of a picture at most; shorter ones are padded."),
   Key("data.image.crop", 1.0, float, "Evaluation with 'shortest': share of the shortest side that the centre crop keeps."),
   Key("data.image.interpolation", "bicubic", Literal["bicubic", "bilinear"], "Resize filter, always antialiased."),
   Key("data.image.mean", (0.5, 0.5, 0.5), tuple, "Subtracted from pixels in [0, 1], per channel, on the device."),

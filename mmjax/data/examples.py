@@ -11,6 +11,7 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.data.builders import Record
 from mmjax.data.image import ImageTransform, decode
+from mmjax.data.naflex import SequenceTransform, picture_of
 from mmjax.data.sources import Source
 from mmjax.data.text import TextTransform, drop_words, load_tokenizer, split_key
 
@@ -48,12 +49,22 @@ class Reader:
 
 class ImageReader(Reader):
   def __init__(self, data, train: bool):
-    self.transform, size = ImageTransform(data.image, train=train), data.image.size
-    self.shapes = {"pixels": ((size, size, 3), np.uint8), "key": ((2,), np.uint32)}
+    image = data.image
+    if image.resize == "naflex":
+      self.transform = SequenceTransform(image, train=train)
+      self.shapes = {**self.transform.shapes, "key": ((2,), np.uint32)}
+    else:
+      self.transform = ImageTransform(image, train=train)
+      self.shapes = {"pixels": ((image.size, image.size, 3), np.uint8), "key": ((2,), np.uint32)}
 
   def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
-    content = _decoded(record, "image", "picture", kept, decode)
-    return self.transform(content, rng), split_key(record["image_key"])
+    seen = self.transform(_decoded(record, "image", "picture", kept, decode), rng)
+    return (*(seen if isinstance(seen, tuple) else (seen,)), split_key(record["image_key"]))
+
+  def picture(self, content: bytes | np.ndarray) -> np.ndarray:
+    """A picture as the model sees it in evaluation, uint8 [H, W, 3]. Raises UserError (Unreadable)."""
+    seen = self.transform(content)
+    return picture_of(seen) if isinstance(seen, tuple) else seen
 
 
 class AudioReader(Reader):

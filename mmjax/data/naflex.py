@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.resample import resize_exact
+from mmjax.data.augment import Augment
+from mmjax.data.image import Unreadable, decode
+from mmjax.data.resample import resize_exact, resize_fast
 
 _EPS = 1e-5  # how finely the scale of a picture is sought
 
@@ -22,28 +24,69 @@ class PatchSequence(NamedTuple):
   grid: np.ndarray
 
 
-def patch_sequence(pixels: np.ndarray, patch: int, budget: int) -> PatchSequence:
+class SequenceTransform:
+  """The picture transform of a config whose data.image.resize is "naflex": `transform(data, rng) -> PatchSequence`.
+
+  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False nothing is random and `rng` may be None. With it, the
+  operations of augment.py, drawn from `rng` alone; a random crop keeps its own aspect ratio. Raises Unreadable, also for a strip
+  too long for the budget. `shapes`: {array of a PatchSequence: (shape, dtype)}.
+  """
+
+  def __init__(self, config, train: bool):
+    self.patch, self.budget, self.interpolation = int(config.patch), int(config.tokens), config.interpolation
+    self.augment = Augment(**dict(config.augment.items())) if train else None
+    n = self.budget
+    self.shapes = {"patches": ((n, self.patch**2 * 3), np.uint8), "positions": ((n, 2), np.int32), "mask": ((n,), np.bool_),
+                   "grid": ((2,), np.int32)}
+
+  def __call__(self, data: bytes | np.ndarray, rng: np.random.Generator | None = None) -> PatchSequence:
+    pixels = data if isinstance(data, np.ndarray) else decode(data)
+    if self.augment is None:
+      return patch_sequence(pixels, self.patch, self.budget, self.interpolation)
+    draws = self.augment.draw(rng)
+    if self.augment.crops:
+      left, top, right, bottom = self.augment.box(*pixels.shape[:2], draws)
+      pixels = pixels[top:bottom, left:right]
+    rows, columns = fitting_grid(*pixels.shape[:2], self.patch, self.budget)
+    pixels = resize_fast(pixels, (rows * self.patch, columns * self.patch), self.interpolation)
+    return cut(self.augment.apply(pixels, draws, rng), self.patch, self.budget)
+
+
+def patch_sequence(pixels: np.ndarray, patch: int, budget: int,
+                   interpolation: Literal["bicubic", "bilinear"] = "bilinear") -> PatchSequence:
   """A picture uint8 [H, W, 3] resized to as many patches as `budget` allows at (nearly) its aspect ratio; N = budget.
 
-  Patches go row by row, in each rows, columns, channels; the rest is zeros. Resizing is Pillow's antialiased bilinear, as
-  SigLIP 2 prepares pictures (Tschannen et al. 2025, arXiv:2502.14786). Raises UserError: no uint8 RGB picture, no budget.
+  Resizing is Pillow's antialiased one; bilinear is what SigLIP 2 prepares pictures with (Tschannen et al. 2025, arXiv:2502.14786).
+  Raises UserError: no uint8 RGB picture, no budget; Unreadable: a strip too long for the budget.
   """
   if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
     raise UserError(f"a picture must be uint8 of shape [H, W, 3], but is {pixels.dtype} of shape {list(pixels.shape)}")
   rows, columns = fitting_grid(pixels.shape[0], pixels.shape[1], patch, budget)
-  resized = resize_exact(pixels, (rows * patch, columns * patch), "bilinear")
-  cut = resized.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+  return cut(resize_exact(pixels, (rows * patch, columns * patch), interpolation), patch, budget)
+
+
+def cut(pixels: np.ndarray, patch: int, budget: int) -> PatchSequence:
+  """A picture uint8 [rows * patch, columns * patch, 3] as patches, row by row, in each rows, columns, channels; the rest is zeros."""
+  rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+  count = rows * columns
   patches = np.zeros((budget, patch * patch * 3), np.uint8)
   positions = np.zeros((budget, 2), np.int32)
-  patches[:len(cut)] = cut
-  positions[:len(cut)] = np.stack(np.divmod(np.arange(len(cut)), columns), axis=1)
-  return PatchSequence(patches, positions, np.arange(budget) < len(cut), np.array([rows, columns], np.int32))
+  patches[:count] = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(count, -1)
+  positions[:count] = np.stack(np.divmod(np.arange(count), columns), axis=1)
+  return PatchSequence(patches, positions, np.arange(budget) < count, np.array([rows, columns], np.int32))
+
+
+def picture_of(sequence: PatchSequence) -> np.ndarray:
+  """The picture uint8 [rows * p, columns * p, 3] that a sequence was cut from."""
+  (rows, columns), patch = sequence.grid.tolist(), math.isqrt(sequence.patches.shape[1] // 3)
+  cells = sequence.patches[:rows * columns].reshape(rows, columns, patch, patch, 3)
+  return cells.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
 
 
 def fitting_grid(height: int, width: int, patch: int, budget: int) -> tuple[int, int]:
   """(rows, columns) of patches of the largest scale at which a picture, each side rounded up to patches, has at most `budget`.
 
-  Raises UserError: the budget is below 1, or a strip so long that no scale makes it fit.
+  Raises UserError: the budget is below 1; Unreadable: a strip so long that no scale makes it fit.
   """
   if budget < 1 or patch < 1:
     raise UserError(f"a budget of {budget} patches of {patch} pixels: both must be at least 1")
@@ -55,5 +98,5 @@ def fitting_grid(height: int, width: int, patch: int, budget: int) -> tuple[int,
     low, high = (middle, high) if rows * columns <= budget else (low, middle)
   rows, columns = at(low)
   if rows * columns > budget:
-    raise UserError(f"a picture of {width} x {height} pixels does not fit {budget} patches of {patch} at any scale. Crop it")
+    raise Unreadable(f"a picture of {width} x {height} pixels does not fit {budget} patches of {patch} at any scale. Crop it")
   return rows, columns

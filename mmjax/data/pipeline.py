@@ -7,7 +7,9 @@ and threads only decide who does the work, a process can make just its own rows,
 A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B, L], "mask" bool [B, L],
 "key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B]}, "video": {"frames" uint8 [B, T, H, W, 3],
 "mask" bool [B, T]}, "series": {"values" float32 [B, T, C], "mask" bool [B, T]}, "label" int32 [B], "valid" bool [B],
-"id": list of str}, with the modalities that the config asks for. Where data.text.per_example is K > 1, texts are [B, K, ...].
+"id": list of str}, with the modalities that the config asks for. Where data.image.resize is "naflex", the image is {"patches" uint8
+[B, N, p * p * 3], "positions" int32 [B, N, 2], "mask" bool [B, N], "grid" int32 [B, 2], "key"} (naflex.py). Where
+data.text.per_example is K > 1, texts are [B, K, ...].
 """
 
 from __future__ import annotations
@@ -235,7 +237,7 @@ class EvaluationData:
   def picture(self, index: int) -> np.ndarray:
     """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""
     try:
-      return self._examples.reader("image").transform(self.source[index]["image"] or b"", None)
+      return self._examples.reader("image").picture(self.source[index]["image"] or b"")
     except UserError:
       return np.full((self.config.data.image.size,) * 2 + (3,), 255, np.uint8)
 

@@ -16,7 +16,6 @@ from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
 
 Item = str | os.PathLike | bytes | np.ndarray | Image.Image | dict[str, np.ndarray]
-ARRAYS = {"image": ("pixels",), "audio": ("waveform", "length"), "video": ("frames", "mask"), "series": ("values", "mask")}
 _AXES = {"image": 3, "audio": 1, "video": 4, "series": 2}  # of one item that is an array
 
 
@@ -29,7 +28,9 @@ class MediaInputs:
   """
 
   def __init__(self, config, modality: str):
-    self.modality, self.transform = modality, READERS[modality](config.data, False).transform
+    reader = READERS[modality](config.data, False)
+    self.modality, self.transform = modality, reader.transform
+    self.arrays = {name: dtype for name, (_, dtype) in reader.shapes.items() if name != "key"}
 
   def __call__(self, item: Item, name: str = "") -> dict[str, np.ndarray]:
     if isinstance(item, dict):
@@ -39,7 +40,7 @@ class MediaInputs:
     except Unreadable as error:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
     arrays = result if isinstance(result, tuple) else (result,)
-    return {key: np.asarray(x, np.int32 if key == "length" else None) for key, x in zip(ARRAYS[self.modality], arrays, strict=True)}
+    return {name: np.asarray(x, dtype) for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)}
 
   def items(self, given: Item | Iterable[Item]) -> Iterable[Item]:
     """Several items, of one or of several."""

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmjax.config import UserError
+from mmjax.data.naflex import PatchSequence, picture_of
 from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
 from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.models import make_model
@@ -181,9 +182,10 @@ class Predictor:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
   def pixels(self, image: Item, name: str = "") -> np.ndarray:
-    """One picture as the model takes it: uint8 [size, size, 3]. Raises UserError (Unreadable) naming it."""
+    """One picture as the model takes it: uint8 [size, size, 3], or as it was cut into patches. Raises UserError (Unreadable) naming it."""
     self._needs("image")
-    return self.media["image"](image, name)["pixels"]
+    arrays = self.media["image"](image, name)
+    return arrays["pixels"] if "pixels" in arrays else picture_of(PatchSequence(**arrays))
 
   def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """{"tokens" int32 [N, L], "mask" bool [N, L], "key" uint32 [N, 2]} as the model takes them."""

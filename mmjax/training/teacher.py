@@ -71,6 +71,10 @@ class Teacher:
 
   def _check(self, config: FrozenConfigDict, modalities: list[str]) -> None:
     value = lambda c, key: c.data[key.split(".")[0]][key.split(".")[1]]
+    patches = lambda c: c.data.image.resize == "naflex"
+    if "image" in modalities and patches(config) and not patches(self.config):
+      raise UserError(f"teacher {self.path} takes pictures of one size, but data.image.resize is 'naflex' here. Choose another teacher "
+                      "or resize")
     for modality in modalities:
       for key in SAME.get(modality, ()):
         if value(self.config, key) != value(config, key):

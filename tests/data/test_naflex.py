@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.config import UserError
-from mmjax.data.naflex import fitting_grid, patch_sequence
+from mmjax.data.naflex import cut, fitting_grid, patch_sequence
+from tests.inference.tiny import png
 
 
 @settings(max_examples=40, deadline=None)
@@ -44,3 +45,45 @@ def test_what_is_no_picture_is_refused():
     patch_sequence(np.zeros((4, 4)), 2, 4)
   with pytest.raises(UserError, match="at least 1"):
     fitting_grid(4, 4, 2, 0)
+
+
+def test_batches_are_sequences_of_every_aspect_ratio(config, tmp_path):
+  from mmjax.data.builders import write_dataset
+  from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+  from tests.data.conftest import record
+
+  shapes = [(20, 20), (12, 40), (33, 9), (1, 64), (1, 1), (64, 8)]
+  rng = np.random.default_rng(0)
+  pictures = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+  write_dataset("wide", tmp_path, {"train": [record(i, image=png(p)) for i, p in enumerate(pictures)]}, card="# wide\n")
+  c = config(**{"data.image.resize": "naflex", "data.image.patch": 4, "data.image.tokens": 12, "data.image.interpolation": "bilinear",
+                "data.dir": str(tmp_path), "data.sources.tiny.name": "wide", "model.encoders.image.kind": "naflex",
+                "model.encoders.image.patch": 4, "data.modalities": ("image",), "data.image.augment.crop": (0.5, 1.0)})
+  data = EvaluationData(c, c.data.sources.tiny, batch_size=8)
+  (batch,) = data.images()
+  assert batch["valid"].tolist() == [True] * 6 + [False] * 2
+  for i in range(6):
+    want = patch_sequence(pictures[i], 4, 12)
+    for name, value in want._asdict().items():
+      np.testing.assert_array_equal(batch["image"][name][i], value, err_msg=name)
+    shown = data.picture(i)
+    assert shown.shape == (*(4 * want.grid), 3)
+    np.testing.assert_array_equal(cut(shown, 4, 12).patches, want.patches)
+  pipeline, spec = Pipeline(c), batch_spec(c)
+  batch = pipeline.batch(3)
+  assert {name: (x.shape, x.dtype) for name, x in batch["image"].items()} == {name: (x.shape, x.dtype) for name, x in spec["image"].items()}
+  np.testing.assert_array_equal(batch["image"]["mask"].sum(1), batch["image"]["grid"].prod(1))
+  again = Pipeline(c, rows=[5, 2]).batch(3)
+  for name, value in again["image"].items():
+    np.testing.assert_array_equal(value, batch["image"][name][[5, 2]])
+  assert (batch["image"]["patches"] != pipeline.batch(4)["image"]["patches"]).any()
+
+
+@pytest.mark.parametrize("changes, says", [
+  ({"model.encoders.image.kind": "vit"}, "does not take"), ({"data.image.patch": 8}, "data.image.patch is 8, but model.encoders.image.patch is 4"),
+  ({"train.mixup": 0.2}, "train.mixup"), ({"data.image.tokens": 0}, "data.image.tokens is 0")])
+def test_contradictions_are_refused(config, changes, says):
+  naflex = {"data.image.resize": "naflex", "data.image.patch": 4, "model.encoders.image.kind": "naflex", "model.encoders.image.patch": 4}
+  with pytest.raises(UserError, match=says) as error:
+    config(**{**naflex, **changes})
+  assert "\n" not in str(error.value)
