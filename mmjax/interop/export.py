@@ -1,8 +1,9 @@
 """`mmjax export`: a checkpoint as files for other programs: Hugging Face, plain safetensors, StableHLO.
 
-StableHLO: encode_image.stablehlo and encode_text.stablehlo are functions of (parameters, batch) with a free batch
-size, for CPU, CUDA and TPU, with normalisation and projection inside. They, params.npz, the tokenizer and meta.json
-need jax, flatbuffers and NumPy, but not mmjax:
+StableHLO: encode_image.stablehlo, encode_text.stablehlo, classes.stablehlo, write.stablehlo, ... (functions.py) are functions of
+(parameters, arrays) with a free batch size, for CPU, CUDA and TPU, with normalisation, log-mel and projection inside. meta.json
+has, for each of its `functions`, inputs and output, and how media and texts are prepared. They, params.npz, the tokenizer and
+meta.json need jax, flatbuffers and NumPy, but not mmjax:
 
   import json, jax, numpy as np
   from jax import export
@@ -28,13 +29,12 @@ from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmjax import __version__
 from mmjax.config import UserError
 from mmjax.inference.predictor import Predictor
-from mmjax.models import make_model
+from mmjax.interop.functions import functions, lower
 from mmjax.parallel.mesh import single_device_mesh
 
 FORMATS = ("hf", "safetensors", "stablehlo")
@@ -78,53 +78,26 @@ def write_safetensors(predictor: Predictor, folder: Path) -> None:
 
 
 def write_stablehlo(predictor: Predictor, folder: Path) -> None:
-  """encode_image.stablehlo, encode_text.stablehlo (those that the model has), params.npz, meta.json and the
-  tokenizer's files.
-  """
+  """NAME.stablehlo of everything that the model does (functions.py), params.npz, meta.json and the tokenizer's files."""
   params = flat_params(predictor.params)
   params.update(flat_params(predictor.model_state))  # batch statistics, under "batch_stats/..."
-  for name, exported in exported_encoders(predictor.config, params, collections=tuple(predictor.model_state)).items():
-    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+  facts = preprocessing(predictor)
+  facts["functions"] = {}
+  for name, function in functions(predictor.config).items():
+    lowered = lower(function, name, params, PLATFORMS, tuple(predictor.model_state))
+    (folder / f"{name}.stablehlo").write_bytes(lowered.serialize())
+    array = lambda shape, dtype: dict(shape=["b", *shape], dtype=np.dtype(dtype).name)
+    (out,) = lowered.out_avals
+    facts["functions"][name] = dict(
+      inputs=[dict(name=key, **array(*spec)) for key, spec in function.inputs.items()],
+      output=dict(array(out.shape[1:], out.dtype), gives=function.gives))
   np.savez(folder / "params.npz", **params)
-  (folder / "meta.json").write_text(json.dumps(preprocessing(predictor), indent=2))
+  (folder / "meta.json").write_text(json.dumps(facts, indent=2))
   _write_assets(predictor, folder)
 
 
-def exported_encoders(
-  config, params: dict[str, Any], platforms: tuple[str, ...] = PLATFORMS, collections: tuple[str, ...] = ()
-) -> dict[str, jax.export.Exported]:
-  """{"encode_image": (params, pixels uint8 [b, H, W, 3]) -> float32 [b, D],
-  "encode_text": (params, tokens int32 [b, L], mask bool [b, L]) -> float32 [b, D]} with a symbolic b.
-
-  params: {name: array}; only shapes and dtypes are used. collections: top-level names in it that are model state.
-  """
-  from jax import export as jax_export
-
-  model = make_model(_portable(config))
-  weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
-  size, length = config.data.image.size, config.data.text.length
-  arguments = dict(image=(((size, size, 3), jnp.uint8),), text=(((length,), jnp.int32), ((length,), jnp.bool_)))
-  inputs = dict(image=("pixels",), text=("tokens", "mask"))
-
-  def encoder(modality: str):
-    def encode(weights, *arrays):
-      tree = flax.traverse_util.unflatten_dict(weights, sep="/")
-      batch = {modality: dict(zip(inputs[modality], arrays, strict=True))}
-      state = {name: tree.pop(name) for name in collections}
-      return model.apply({"params": tree, **state}, modality, batch, method="embedding").astype(jnp.float32)
-
-    encode.__name__ = f"encode_{modality}"
-    (batch,) = jax_export.symbolic_shape("b")
-    specs = [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in arguments[modality]]
-    return jax_export.export(jax.jit(encode), platforms=platforms)(weights, *specs)
-
-  return {
-    f"encode_{modality}": encoder(modality) for modality in ("image", "text") if modality in config.model.encoders
-  }
-
-
 def preprocessing(predictor: Predictor) -> dict[str, Any]:
-  """What a caller must do to pictures and texts, and how to read the embeddings; JSON-able."""
+  """What a caller must do to media and texts, and how to read what comes out; JSON-able."""
   c = predictor.config
   facts: dict[str, Any] = dict(
     mmjax=__version__,
@@ -134,19 +107,7 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
     scale=predictor.scale,
     bias=predictor.bias,
   )
-  if "image" in c.model.encoders:
-    image = c.data.image
-    facts["image"] = dict(
-      shape=[image.size, image.size, 3],
-      dtype="uint8",
-      resize=image.resize,
-      crop=image.crop,
-      interpolation=image.interpolation,
-      antialias=True,
-      mean=list(image.mean),
-      std=list(image.std),
-      normalised_inside=True,
-    )
+  facts.update({modality: _MEDIA[modality](c.data[modality]) for modality in predictor.media})
   if "text" in c.model.encoders:
     text, transform = c.data.text, predictor.text_transform
     facts["text"] = dict(
@@ -158,7 +119,33 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
       mask_padding=text.mask_padding,
       tokenizer=sorted(transform.tokenizer.to_assets()),
     )
+  if predictor.writes:
+    decoder = c.model.decoder
+    facts["written"] = dict(length=c.data.text.length, eos_id=decoder.eos_id, pad_id=decoder.pad_id,
+                            tokenizer=sorted(name for name in predictor.assets if name.startswith("tokenizer.")))
+  if predictor.class_names:
+    facts["class_names"] = list(predictor.class_names)
   return facts
+
+
+def _image_facts(image) -> dict[str, Any]:
+  common = dict(dtype="uint8", resize=image.resize, interpolation=image.interpolation, antialias=True, mean=list(image.mean),
+                std=list(image.std), normalised_inside=True)
+  if image.resize == "naflex":
+    return dict(common, patch=image.patch, tokens=image.tokens, order="patches row by row; in each rows, columns, channels",
+                positions="(row, column) of each patch", grid="(rows, columns) of patches", padding="zeros, mask false")
+  return dict(shape=[image.size, image.size, 3], crop=image.crop, **common)
+
+
+_MEDIA = {
+  "image": _image_facts,
+  "audio": lambda audio: dict(rate=audio.rate, samples=round(audio.rate * audio.seconds), dtype="int16", channels="mean", scale=32768,
+                              padding="zeros from `length` on", features_inside=True),
+  "video": lambda video: dict(size=video.size, frames=video.frames, dtype="uint8", resize="shortest", interpolation="bicubic",
+                              antialias=True, sampling="the middle frame of each equal part; all of a shorter clip", padding="zeros, mask false",
+                              normalised_inside=True),
+  "series": lambda series: dict(length=series.length, channels=series.channels, dtype="float32", padding="zeros, mask false"),
+}
 
 
 def flat_params(params: Any) -> dict[str, np.ndarray]:
@@ -193,15 +180,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _portable(config):
-  """The config with kernels that every platform can run, whatever machine exports."""
-  tree = config.to_dict()
-  for entry in tree["model"]["encoders"].values():
-    if "kernel" in entry:
-      entry["kernel"] = "xla"
-  return type(config)(tree)
 
 
 def _write_assets(predictor: Predictor, folder: Path) -> None:

@@ -17,11 +17,12 @@ import mmjax
 from mmjax.config import UserError
 from mmjax.interop import export as exports
 from mmjax.interop.export import export
+from mmjax.interop.functions import functions, lower
 from mmjax.parallel.mesh import single_device_mesh
 from tests.inference import tiny
 
 # Runs apart: only jax, what jax itself needs, and flatbuffers may be imported.
-CONSUMER = """
+APART = """
 import sys
 from importlib.machinery import PathFinder
 
@@ -43,6 +44,8 @@ for name in ("mmjax", "flax", "ml_collections", "safetensors"):
     continue
   raise SystemExit(name + " can be imported")
 
+"""
+CONSUMER = """
 LOADER
 
 inputs, out = np.load(sys.argv[1]), {}
@@ -52,6 +55,31 @@ for n in (1, 3, 17):
 np.savez(sys.argv[2], **out)
 print(json.dumps(meta))
 """
+EVERY_FUNCTION = """
+import json, jax, numpy as np
+from jax import export
+inputs, out = np.load(sys.argv[1]), {}
+params = dict(np.load("exported/params.npz"))
+for name, facts in json.load(open("exported/meta.json"))["functions"].items():
+  call = jax.jit(export.deserialize(open(f"exported/{name}.stablehlo", "rb").read()).call)
+  for n in (1, 3):
+    arrays = [inputs[x["name"]][:n] for x in facts["inputs"]]
+    assert [[*a.shape[1:], a.dtype.name] for a in arrays] == [[*x["shape"][1:], x["dtype"]] for x in facts["inputs"]], name
+    out[f"{name}/{n}"] = call(params, *arrays)
+    assert [*out[f"{name}/{n}"].shape[1:], out[f"{name}/{n}"].dtype.name] == [*facts["output"]["shape"][1:], facts["output"]["dtype"]], name
+np.savez(sys.argv[2], **out)
+"""
+
+
+def apart(code, exported, folder):
+  """(what it prints, out.npz) of a program without mmjax that reads `exported` and folder/in.npz."""
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
+  if code is EVERY_FUNCTION:  # which compiles many
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  run = subprocess.run([sys.executable, "-c", (APART + code).replace("exported/", f"{exported}/"), str(folder / "in.npz"), str(folder / "out.npz")],
+                       capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+  assert run.returncode == 0, run.stderr[-2000:]
+  return run.stdout, np.load(folder / "out.npz")
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +102,9 @@ def test_stablehlo_without_mmjax_gives_the_predictors_output(checkpoint, exporte
     tokens=tokens["tokens"],
     mask=tokens["mask"],
   )
-  environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
   loader = textwrap.dedent(exports.__doc__.partition("not mmjax:\n\n")[2])  # the ten lines that users copy
-  code = CONSUMER.replace("LOADER", loader.replace("exported/", f"{exported}/"))
-  run = subprocess.run(
-    [sys.executable, "-c", code, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")],
-    capture_output=True,
-    text=True,
-    cwd=tmp_path,
-    env=environment,
-    timeout=300,
-  )
-  assert run.returncode == 0, run.stderr[-2000:]
-  meta, out = json.loads(run.stdout), np.load(tmp_path / "out.npz")
+  printed, out = apart(CONSUMER.replace("LOADER", loader), exported, tmp_path)
+  meta = json.loads(printed)
   for n in (1, 3, 17):
     np.testing.assert_allclose(out[f"image{n}"], predictor.encode_image(pictures[:n]), atol=2e-6)
     np.testing.assert_allclose(out[f"text{n}"], predictor.encode_text(texts[:n]), atol=2e-6)
@@ -117,8 +135,10 @@ def test_functions_are_for_every_platform_and_any_batch(exported):
 )
 def test_other_models_lower_for_every_platform(image):
   config = tiny.config(**image)
-  params = exports.flat_params(tiny.params(config))
-  assert set(exports.exported_encoders(config, params)) == {"encode_image", "encode_text"}
+  params, found = exports.flat_params(tiny.random_params(config)), functions(config)
+  assert set(found) == {"encode_image", "encode_text"}
+  for name, function in found.items():
+    assert lower(function, name, params, exports.PLATFORMS).platforms == ("cpu", "cuda", "tpu")
 
 
 def test_safetensors_hold_every_parameter_and_what_goes_with_them(checkpoint, tmp_path):

@@ -14,7 +14,8 @@ from PIL import Image
 
 import mmjax
 from mmjax.config import UserError
-from mmjax.interop.export import exported_encoders, flat_params
+from mmjax.interop.export import flat_params
+from mmjax.interop.functions import functions, lower
 from mmjax.interop.huggingface import export_hf, import_hf
 from mmjax.models import make_model
 from mmjax.state import checkpoint as checkpoints
@@ -208,7 +209,7 @@ def test_an_imported_resnet_embeds_prepared_pictures(tmp_path):
   got = predictor.encode_image([picture])
   assert predictor.width == got.shape[1] == 16
   params = flat_params({**predictor.params, **predictor.model_state})
-  exported = exported_encoders(predictor.config, params, ("cpu",), collections=tuple(predictor.model_state))["encode_image"]
+  exported = lower(functions(predictor.config)["encode_image"], "encode_image", params, ("cpu",), tuple(predictor.model_state))
   np.testing.assert_allclose(exported.call(params, predictor.pixels(picture)[None]), got, atol=1e-5)
   for want in outs:
     np.testing.assert_allclose(got, want, atol=0.02)  # pictures are rounded between resizing and cropping there
