@@ -22,7 +22,7 @@ from mmjax.interop.huggingface import mapping, preprocessing, single
 from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
-FAMILIES = ("clip", "siglip", "bert", "vit", "resnet", "swin", "whisper", AST)
+FAMILIES = ("clip", "siglip", "siglip2", "bert", "vit", "resnet", "swin", "whisper", AST)
 DUAL = ("clip", "siglip")  # those that hold two encoders
 ALONE = {"bert": "bert", "vit": "vit", "resnet": "resnet", "swin": "swin", "ast": AST}  # the encoder's kind -> its family
 
@@ -123,11 +123,13 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   candidates = [ALONE[kind] for kind in kinds.values() if kind in ALONE] if name == "encoder" else []
   if name == "dual_encoder" and kinds == {"image": "vit", "text": "transformer"}:
     candidates = DUAL
+  if name == "dual_encoder" and kinds == {"image": "naflex", "text": "transformer"}:
+    candidates = ("siglip2",)
   if name == "captioner" and kinds == {"audio": "whisper"}:
     candidates = ("whisper",)
   if not candidates:
-    raise UserError("transformers has no model for this one: it exports dual encoders with a vit for image and a transformer for text, "
-                    f"single encoders of the kinds {', '.join(ALONE)}, and captioners with whisper for audio alone. Export to "
+    raise UserError("transformers has no model for this one: it exports dual encoders with a vit or naflex for image and a transformer "
+                    f"for text, single encoders of the kinds {', '.join(ALONE)}, and captioners with whisper for audio alone. Export to "
                     "safetensors or stablehlo")
   nearest: tuple[str, list[str]] | None = None
   for name in candidates:

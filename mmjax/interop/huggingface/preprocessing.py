@@ -37,6 +37,10 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
     raise UserError(f"{path}: rescale_factor {facts['rescale_factor']} (do_rescale {facts['do_rescale']}), but pixels are divided by 255 here")
   if "ConvNext" in str(facts.get("image_processor_type") or facts.get("feature_extractor_type")):
     _convnext(facts)
+  mean, std = (facts["image_mean"], facts["image_std"]) if facts["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
+  common = dict(interpolation=FILTERS[resample], mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+  if "max_num_patches" in family.PREPROCESSOR:
+    return dict(resize="naflex", patch=square(facts["patch_size"], f"{path}: patch_size"), tokens=facts["max_num_patches"], **common)
   size = facts["size"]
   shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size if facts["do_center_crop"] else None
   if shortest is None:
@@ -48,9 +52,7 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
     resize, final, share = "shortest", crop, crop / shortest
   if image_size not in (None, final):
     raise UserError(f"{path}: prepares pictures of {final} pixels, but config.json has vision_config.image_size {image_size}")
-  mean, std = (facts["image_mean"], facts["image_std"]) if facts["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
-  return dict(size=final, resize=resize, crop=share, interpolation=FILTERS[resample], mean=tuple(map(float, mean)),
-              std=tuple(map(float, std)))
+  return dict(size=final, resize=resize, crop=share, **common)
 
 
 def _convnext(facts: dict[str, Any]) -> None:
@@ -70,7 +72,8 @@ def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]
     raise UserError("data.image.resize 'longest' cannot be expressed in transformers' preprocessor_config.json")
   size = image["size"]
   sides = {"height": size, "width": size}
-  how = (dict(size={"shortest_edge": round(size / image["crop"])}, do_center_crop=True, crop_size=sides) if image["resize"] == "shortest"
+  how = (dict(patch_size=image["patch"], max_num_patches=image["tokens"]) if image["resize"] == "naflex" else
+         dict(size={"shortest_edge": round(size / image["crop"])}, do_center_crop=True, crop_size=sides) if image["resize"] == "shortest"
          else dict(size=sides, do_center_crop=False))
   resample = {name: number for number, name in FILTERS.items()}[image["interpolation"]]
   whole = dict(processor_class=family.PROCESSOR_CLASS) if family.PROCESSOR_CLASS else {}
@@ -106,7 +109,11 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
     whole.no_truncation()
     bare, framed = (whole.encode("a", add_special_tokens=special).ids for special in (False, True))
     start = framed.index(bare[0]) if bare else 0
-    settings = dict(bos=start > 0, eos=len(framed) > start + len(bare), pad_id=_number(whole.token_to_id(pad)))
+    settings = dict(bos=start > 0, eos=len(framed) > start + len(bare), pad_id=_number(whole.token_to_id(pad)),
+                    lowercase=getattr(family, "LOWERCASES", False))
+    if facts.get("padding_side", getattr(family, "PADDING_SIDE", "right")) != "right" and hasattr(family, "PADDING_SIDE"):
+      raise UserError(f"{folder / 'tokenizer_config.json'}: pads texts on the left (padding_side), but the last position is what this "
+                      "model compares, and texts are padded on the right here. Set it to 'right' if the model was trained so")
   elif (folder / SENTENCEPIECE).exists():
     import sentencepiece
 
@@ -138,6 +145,10 @@ def tokenizer_files(config: Mapping[str, Any], assets: Mapping[str, bytes], fami
                       "sentencepiece model with data.text.punctuation=false and bos=false. Export to safetensors or stablehlo")
     facts = dict(do_lower_case=text["lowercase"])
     files[SENTENCEPIECE] = assets["tokenizer.model"]
+  elif getattr(family, "LOWERCASES", False):
+    if not text["lowercase"] or not text["punctuation"]:
+      raise UserError(f"{family.TOKENIZER_CLASS} lower-cases texts and keeps punctuation: set data.text.lowercase and punctuation to True")
+    facts = dict(padding_side="right")
   elif text["lowercase"] or not text["punctuation"]:
     raise UserError("transformers cannot lower-case or strip punctuation before a tokenizer.json; put it into the file's normalizer")
   inputs = ["input_ids"] + (["attention_mask"] if text["mask_padding"] else [])

@@ -29,29 +29,37 @@ PREPROCESSOR = dict(do_resize=True, size={"height": 224, "width": 224}, resample
 def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """{"model": ..., "image_size": int, "text": settings of data.text} of a config.json."""
   text, vision = clip.towers(facts, TEXT, VISION)
+  image = dict(pooling="attention", input_norm=False, patch_bias=True, **clip.vision_settings(vision))
+  return dict(model=model(text, vision, image, tensors), image_size=clip.square(vision["image_size"], "vision_config.image_size"),
+              text=dict(vocab_size=text["vocab_size"], length=text["max_position_embeddings"]))
+
+
+def model(text: Mapping[str, Any], vision: Mapping[str, Any], image: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Settings of the model with this image encoder, of the two towers of a config.json."""
   width = text["projection_size"] or text["hidden_size"]
   if not vision["vision_use_head"]:
     raise UserError("vision_config.vision_use_head is false: such a model has no picture embedding to compare with texts")
   if width != vision["hidden_size"]:
     raise UserError(f"text_config.projection_size {width} is not vision_config.hidden_size {vision['hidden_size']}: "
                     "texts and pictures cannot be compared")
-  model = dict(
+  return dict(
       name="dual_encoder", width=width, unprojected=("image",), projection_bias=True, bias=True, bias_init=-10.0,
       scale_init=10.0, scale_max=clip.scale_limit(tensors, 1e4),
-      encoders=dict(
-          image=dict(pooling="attention", input_norm=False, patch_bias=True, **clip.vision_settings(vision)),
-          text=dict(kind="transformer", causal=False, norm="pre", final_norm=True, bias=True, pooling="final",
-                    **clip.block_settings(text, "text_config"))))
-  return dict(model=model, image_size=clip.square(vision["image_size"], "vision_config.image_size"),
-              text=dict(vocab_size=text["vocab_size"], length=text["max_position_embeddings"]))
+      encoders=dict(image=image, text=dict(kind="transformer", causal=False, norm="pre", final_norm=True, bias=True, pooling="final",
+                                           **clip.block_settings(text, "text_config"))))
 
 
 def rules(config: Mapping[str, Any]) -> list[Rule]:
   """The weights of a SiglipModel."""
+  patch = config["model"]["encoders"]["image"]["patch"]
+  return [mapping.patches("image/patch/kernel", "vision_model.embeddings.patch_embedding.weight", patch),
+          mapping.same("image/patch/bias", "vision_model.embeddings.patch_embedding.bias"), *after_patches(config)]
+
+
+def after_patches(config: Mapping[str, Any]) -> list[Rule]:
+  """All the weights but those of the patches."""
   image, text = config["model"]["encoders"]["image"], config["model"]["encoders"]["text"]
   return [
-    mapping.patches("image/patch/kernel", "vision_model.embeddings.patch_embedding.weight", image["patch"]),
-    mapping.same("image/patch/bias", "vision_model.embeddings.patch_embedding.bias"),
     mapping.same("image/position", "vision_model.embeddings.position_embedding.weight"),
     *mapping.blocks("image/layers", "vision_model.encoder.layers", image["heads"], image["depth"]),
     *mapping.norm("image/norm", "vision_model.post_layernorm"),
