@@ -156,6 +156,7 @@ class Decoder(nn.Module):
   pad_id: int = 0
   suppress: tuple[int, ...] = ()
   suppress_first: tuple[int, ...] = ()
+  languages: tuple[int, ...] = ()
 
   def setup(self) -> None:
     c = self.config
@@ -242,6 +243,12 @@ class Decoder(nn.Module):
       logits = jnp.where(index == len(self.prompt) - 1, never(self.suppress_first), logits)
     return logits, cache
 
+  def detect_language(self, cache: Cache, memory: Memory | None = None) -> Array:
+    """int32 [B]: the likeliest token of `languages` right after the prompt's first token (Radford et al. 2022, section 2.3)."""
+    start = jnp.full(cache["key"].shape[1], self.prompt[0], jnp.int32)
+    choices = jnp.asarray(self.languages, jnp.int32)
+    return choices[jnp.argmax(self.logits(self.decode_step(start, jnp.int32(0), cache, memory)[0])[:, choices], axis=-1)]
+
   def _memory(self, memory: Array | None, mask: Array | None) -> tuple[Array | None, Array | None]:
     if memory is None or not self.cross:
       return None, None
@@ -276,7 +283,7 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 6, heads: int = 0, mlp: int = 0,
             cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", memory_positions: bool = False,
             project_memory: bool = True, prompt: tuple = (), eos_id: int = 2, pad_id: int = 0, suppress: tuple = (),
-            suppress_first: tuple = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: float = 1e-6,
+            suppress_first: tuple = (), languages: tuple = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: float = 1e-6,
             dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> Decoder:
   """Causal text transformer that attends to a memory in every block (pre-norm, one table for input and output).
 
@@ -290,6 +297,7 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int
   project_memory: a linear layer of its own for each source; False: sources of the decoder's width are taken as they are.
   prompt: tokens that every text follows, without being part of it; () = <bos>, 1. eos_id, pad_id: what ends texts, and fills them up.
   suppress, suppress_first: tokens that are never written, or not as the first of a text.
+  languages: tokens of which the likeliest, by row, stands in the second place of the prompt when a text is written; () = the prompt's.
   activation, bias, eps, dropout: of the blocks.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   """
@@ -297,9 +305,12 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int
       width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, activation=activation, causal=True, bias=bias,
       eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat, scan_unroll=scan_unroll)
   prompt, vocab_size = tuple(prompt) or (1,), data["text"]["vocab_size"]
-  for token in (*prompt, eos_id, pad_id, *suppress, *suppress_first):
+  for token in (*prompt, eos_id, pad_id, *suppress, *suppress_first, *languages):
     if not 0 <= token < vocab_size:
-      raise UserError(f"prompt, eos_id, pad_id, suppress or suppress_first has token {token}, but data.text.vocab_size is {vocab_size}")
+      raise UserError(f"prompt, eos_id, pad_id, suppress, suppress_first or languages has token {token}, but data.text.vocab_size is "
+                      f"{vocab_size}")
+  if languages and len(prompt) < 2:
+    raise UserError(f"languages takes the second place of the prompt, which is {prompt}. Give the prompt one of them there")
   return Decoder(config, vocab_size=vocab_size, length=data["text"]["length"] + len(prompt) - 1, positions=positions, cross=cross,
                  memory_positions=memory_positions, project_memory=project_memory, prompt=prompt, eos_id=eos_id, pad_id=pad_id,
-                 suppress=tuple(suppress), suppress_first=tuple(suppress_first))
+                 suppress=tuple(suppress), suppress_first=tuple(suppress_first), languages=tuple(languages))

@@ -67,14 +67,18 @@ def write(model: nn.Module, variables: Any, source: tuple[str, ...], max_length:
           batch: dict) -> Array:
   """int32 [B, max_length]: what a model with a decoder writes about the source modalities of a batch; greedy, or by beam search.
 
-  Texts follow the decoder's prompt, and end with its <eos> and padding. May run inside jax.jit.
+  Texts follow the decoder's prompt, in the language that it detects where it has several, and end with its <eos> and padding. May
+  run inside jax.jit.
   """
   decoder = model.decoder
   cache, memory = model.apply(variables, tuple(source), batch, length=max_length, method="start_writing")
   step = lambda token, i, cache, memory: model.apply(variables, token, i, cache, memory, method="next_logits")
+  prompt, rows = jnp.asarray(decoder.prompt, jnp.int32), cache["key"].shape[1]
+  if decoder.languages:
+    prompt = jnp.broadcast_to(prompt, (rows, len(prompt))).at[:, 1].set(model.apply(variables, cache, memory, method="detect_language"))
   method = "beam" if beams > 1 else "greedy"
-  return generate(step, cache, memory, rows=cache["key"].shape[1], max_length=max_length, method=method, beams=beams,
-                  length_penalty=length_penalty, prompt=decoder.prompt, eos_id=decoder.eos_id, pad_id=decoder.pad_id)[0]
+  return generate(step, cache, memory, rows=rows, max_length=max_length, method=method, beams=beams,
+                  length_penalty=length_penalty, prompt=prompt, eos_id=decoder.eos_id, pad_id=decoder.pad_id)[0]
 
 
 def restrict(logits: Array, top_k: int, top_p: float) -> Array:

@@ -170,6 +170,10 @@ class Multimodal(DualEncoder):
     """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache with it)."""
     return self.decoder.step_logits(token, index, cache, memory)
 
+  def detect_language(self, cache: Any, memory: Any) -> Array:
+    """int32 [B]: the decoder's language of each row, from what `start_writing` gave."""
+    return self.decoder.detect_language(cache, memory)
+
   def fill(self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
     """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be guessed."""
     hidden, table, bias = self.readout(modality, batch, context=context, train=train)

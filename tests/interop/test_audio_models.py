@@ -135,6 +135,40 @@ def test_the_prompt_is_that_of_the_generation_config(generation, want):
   assert whisper_decoder.prompt(dict(decoder_start_token_id=50, **generation)) == want
 
 
+def test_the_language_is_detected_in_each_sound(whisper_folder, tmp_path):
+  folder = whisper_folder[0]
+  theirs = transformers.WhisperForConditionalGeneration.from_pretrained(folder / "hf").eval()
+  languages = {f"<|l{token}|>": token for token in (10, 21, 22, 35)}
+  facts = dict(lang_to_id=languages, task_to_id=dict(transcribe=38), is_multilingual=True, forced_decoder_ids=[[1, None], [2, 38]])
+  for name, value in facts.items():
+    setattr(theirs.generation_config, name, value)
+  theirs.save_pretrained(tmp_path / "hf")
+  (tmp_path / "hf" / "preprocessor_config.json").write_bytes((folder / "hf" / "preprocessor_config.json").read_bytes())
+  import_hf(tmp_path / "hf", tmp_path / "mmjax")
+  decoder = checkpoints.load_config(str(tmp_path / "mmjax")).model.decoder
+  assert decoder.languages == (10, 21, 22, 35) and decoder.prompt == (1, 10, 38, 39)
+  model, variables = loaded(tmp_path / "mmjax")
+
+  @jax.jit
+  def run(variables, batch):
+    return model.apply(variables, *model.apply(variables, ("audio",), batch, length=9, method="start_writing"), method="detect_language"), write(
+      model, variables, ("audio",), 9, 1, 1.0, batch)
+
+  scores = np.random.default_rng(0).normal(size=(2, *FLOATS.shape[1:])) * 0.3
+  batch = dict(audio=dict(waveform=np.concatenate([WAVEFORM, (scores * 32767).clip(-32768, 32767).astype(np.int16)]),
+                          length=np.concatenate([LENGTHS, np.full(2, FLOATS.shape[1], np.int32)])))
+  found, tokens = jax.device_get(run(variables, batch))
+  extractor = transformers.AutoFeatureExtractor.from_pretrained(folder / "hf")
+  rows = [(wave[:n] / 32768).astype(np.float32) for wave, n in zip(batch["audio"]["waveform"], batch["audio"]["length"], strict=True)]
+  inputs = extractor(rows, sampling_rate=RATE, return_tensors="pt")["input_features"]
+  export_hf(tmp_path / "mmjax", tmp_path / "back")
+  for net in (theirs, transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "back").eval()):
+    assert net.detect_language(inputs).tolist() == found.tolist()
+    for row, language, ours in zip(net.generate(inputs, max_new_tokens=9).tolist(), found, tokens.tolist(), strict=True):
+      text = row[4:] if row[:4] == [1, language, 38, 39] else row
+      assert [t for t in text if t not in (PAD, EOS)] == [t for t in ours if t not in (PAD, EOS)]
+
+
 @pytest.mark.parametrize("classes", [5, 0])
 def test_ast_is_equal_both_ways(classes, tmp_path):
   config = transformers.ASTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_length=112,

@@ -37,7 +37,7 @@ def settings(facts: Mapping[str, Any], generation: Mapping[str, Any] | None = No
   for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
     if not isinstance(known[key], int):
       raise UserError(f"{key} is {known[key]!r}, but one token is needed")
-  decoder.update(prompt=prompt(known), eos_id=known["eos_token_id"], pad_id=known["pad_token_id"],
+  decoder.update(prompt=prompt(known), languages=languages(known), eos_id=known["eos_token_id"], pad_id=known["pad_token_id"],
                  suppress=tuple(known.get("suppress_tokens") or ()), suppress_first=tuple(known.get("begin_suppress_tokens") or ()))
   length = known["max_target_positions"] - len(decoder["prompt"]) + 1
   return dict(decoder=decoder, text=dict(vocab_size=known["vocab_size"], length=length))
@@ -46,8 +46,8 @@ def settings(facts: Mapping[str, Any], generation: Mapping[str, Any] | None = No
 def prompt(known: Mapping[str, Any]) -> tuple[int, ...]:
   """The tokens that transformers starts a transcription without time stamps from.
 
-  The start token, then the forced ones, or language and task. Where a multilingual model states no language, transformers
-  detects it in each sound; here it is English. Other languages and tasks: change model.decoder.prompt.
+  The start token, then the forced ones, or language and task. Where a multilingual model states no language it is detected in each
+  sound (`languages`), and English stands in its place. One language, or another task: change model.decoder.languages and prompt.
   """
   start, languages, tasks = known["decoder_start_token_id"], known.get("lang_to_id") or {}, known.get("task_to_id") or {}
   stated = known.get("language") or known.get("task")
@@ -64,6 +64,13 @@ def prompt(known: Mapping[str, Any]) -> tuple[int, ...]:
   return tuple(out if silent is None or silent in out else [*out, silent])
 
 
+def languages(known: Mapping[str, Any]) -> tuple[int, ...]:
+  """The tokens among which a model that states no language detects it; () where it states one, or knows one alone."""
+  tokens = tuple(sorted((known.get("lang_to_id") or {}).values()))
+  forced = () if known.get("task") else [token for _, token in known.get("forced_decoder_ids") or ()]
+  return () if known.get("language") or set(forced) & set(tokens) else tokens
+
+
 def refusals(decoder: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   """(key, value, values that would do) of what a decoder of Whisper must have."""
   wanted = dict(positions="learned", cross=True, bias=True, eps=EPS, activation="gelu", memory_positions=False, project_memory=False)
@@ -73,6 +80,8 @@ def refusals(decoder: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 def token_facts(decoder: Mapping[str, Any]) -> dict[str, Any]:
   """The keys of config.json and generation_config.json that say which tokens start and end a text."""
   start, *rest = tuple(decoder["prompt"]) or (1,)
+  if decoder["languages"]:
+    rest[0] = None  # transformers detects it
   return dict(decoder_start_token_id=start, bos_token_id=start, eos_token_id=decoder["eos_id"], pad_token_id=decoder["pad_id"],
               forced_decoder_ids=[[1 + i, token] for i, token in enumerate(rest)] or None,
               suppress_tokens=list(decoder["suppress"]) or None, begin_suppress_tokens=list(decoder["suppress_first"]) or None)
@@ -84,6 +93,8 @@ def generation_facts(decoder: Mapping[str, Any], text: Mapping[str, Any], known:
   prompt = tuple(decoder["prompt"])
   if known.get("no_timestamps_token_id") in prompt:  # transformers adds it to every prompt that lacks it
     rest["no_timestamps_token_id"] = known["no_timestamps_token_id"]
+  if decoder["languages"]:
+    rest.setdefault("lang_to_id", {f"<|{token}|>": token for token in decoder["languages"]})
   return {**rest, **token_facts(decoder), "max_length": text["length"] + len(prompt or (1,)) - 1, "return_timestamps": False}
 
 
