@@ -50,5 +50,6 @@ def build(folder: pathlib.Path, names: tuple[str, ...]) -> None:
       for name in names:
         if not find_version(folder, name):
           assert cli.main(["data", "build", name]) == 0
-          pieces = {"spoken_emoji": "512", "easy_vqa": "512", "emoji_scenes": "640", "moving_emoji": "1024"}[name]
-          assert cli.main(["data", "tokenizer", "--source", name, "--name", name, "--vocab-size", pieces]) == 0
+          pieces = {"spoken_emoji": "512", "easy_vqa": "512", "emoji_scenes": "640", "moving_emoji": "1024", "openmoji": "1024"}[name]
+          named = ["--name", "quickstart", "--languages", "en"] if name == "openmoji" else ["--name", name]
+          assert cli.main(["data", "tokenizer", "--source", name, *named, "--vocab-size", pieces]) == 0
