@@ -27,7 +27,7 @@ from mmjax.config import UserError
 
 log = logging.getLogger("mmjax")
 
-_EXTRAS = dict(s3="s3", gs="gcs")
+_STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
 _LISTING = ".listing.json"
 _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
@@ -42,8 +42,8 @@ def as_path(path: str | os.PathLike) -> epath.Path:
   if not is_url(path):
     return epath.Path(path).expanduser().absolute()
   protocol = os.fspath(path).split("://")[0]
-  if protocol not in _EXTRAS:
-    raise UserError(f"{path}: no such kind of store. Write {' or '.join(f'{name}://bucket/folder' for name in _EXTRAS)}, or a path of this machine")
+  if protocol not in _STORES:
+    raise UserError(f"{path}: no such kind of store. Write {' or '.join(f'{name}://bucket/folder' for name in _STORES)}, or a path of this machine")
   for name in ("s3", "gs", "gcs"):  # other processes, and TensorStore in this one, write too: a listing that is remembered is wrong
     fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
   return epath.Path(path)

@@ -32,7 +32,7 @@ def object_store(tmp_path_factory):
 
   server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
   server.start()
-  address = "http://127.0.0.1:{}".format(server.get_host_and_port()[1])
+  address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
   with pytest.MonkeyPatch.context() as patch:
     for name, value in dict(AWS_ENDPOINT_URL_S3=address, AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_REGION="us-east-1",
                             AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true", AWS_CONFIG_FILE=os.devnull,

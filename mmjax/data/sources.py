@@ -117,11 +117,11 @@ class ArrayRecordSource:
       if language not in there:
         raise UserError(f"data set {name!r} has no captions in {language!r}; its languages: {', '.join(there)}{_nearest(language, there)}")
     self.languages = self._languages or tuple(there)
-    files = []
+    shards = []
     for part in split.split("+"):
-      files += _shards(folder, info, part.strip())
-    self._records = ArrayRecordDataSource(files)
-    mark = hashlib.blake2b(json.dumps([content, files and [os.path.basename(f) for f in files]]).encode(), digest_size=6).hexdigest()
+      shards += _shards(folder, info, part.strip())
+    self._records = ArrayRecordDataSource(shards)
+    mark = hashlib.blake2b(json.dumps([content, [os.path.basename(f) for f in shards]]).encode(), digest_size=6).hexdigest()
     self.fingerprint = f"{name}/{folder.name}/{split}: {len(self)} examples, content {mark}"
 
   def __len__(self) -> int:

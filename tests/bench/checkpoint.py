@@ -6,7 +6,8 @@ The state holds that many megabytes of float32 parameters in the shapes of a sta
 besides). Steps run on a small state of their own kind, so that their time is not that of touching a gigabyte: what is measured is
 `Checkpointer.save` against `wait`, and steps with and without a save beside them. A restore, checksums verified, is compared with a
 plain sequential read of the same files into memory, the page cache in the same state for both: warm, or with --cold dropped
-file by file (posix_fadvise; the files are synced before). Nothing is asserted; run it on an idle machine.
+file by file (posix_fadvise; the files are synced before). Huge pages for malloc as `mmjax train` has them (--hugepages none: without).
+Nothing is asserted; run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -68,7 +69,12 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--adam", action="store_true")
   parser.add_argument("--cold", action="store_true")
+  parser.add_argument("--hugepages", choices=("malloc", "none"), default="malloc")
   args = parser.parse_args()
+  if args.hugepages == "malloc":
+    from mmjax import cli
+
+    cli._use_huge_pages()
   import jax
   import jax.numpy as jnp
 
