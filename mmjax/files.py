@@ -65,7 +65,9 @@ def reason(error: Exception) -> str:
   if isinstance(error, ImportError):
     return f"{str(error).splitlines()[0]}; pip install 'mmjax[s3]' or 'mmjax[gcs]'"
   text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0] or type(error).__name__
-  return f"{text.rstrip('.')}. Check the bucket's name and permissions, this machine's credentials and AWS_ENDPOINT_URL_S3"
+  if isinstance(error, FileNotFoundError) and "exist" not in text:
+    text = f"nothing there ({text})"
+  return f"{text.rstrip('.')}. Check the bucket's name and permissions, and this machine's credentials and endpoint"
 
 
 def sizes(folder: str | os.PathLike) -> dict[str, int]:

@@ -201,7 +201,7 @@ def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
   """The files that a glob, brace pattern, folder, file or a list of these names. Raises UserError: there is none."""
   if not isinstance(path, (str, os.PathLike)):
     return [file for part in path for file in expand(part)]
-  files: list[str] = []
+  paths: list[str] = []
   for pattern in _braces(os.fspath(path)):
     if files.is_url(pattern):
       found = files.find(pattern if pattern.endswith(".tar") else f"{pattern.rstrip('/')}/*.tar")
@@ -210,8 +210,8 @@ def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
       found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern))
     if not found:
       raise UserError(f"{pattern}: no such tar" + (f" (from the pattern {path})" if pattern != os.fspath(path) else ""))
-    files += found
-  return files
+    paths += found
+  return paths
 
 
 def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
