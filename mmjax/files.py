@@ -49,6 +49,12 @@ def as_path(path: str | os.PathLike) -> epath.Path:
   return epath.Path(path)
 
 
+def make_folder(path: Path | epath.Path) -> None:
+  """Makes a folder and those above it; in a store there are none, and an attempt to make one could make a bucket."""
+  if not is_url(path):
+    path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def store_errors(what: str) -> Iterator[None]:
   """Turns what an object store, or the way there, says into one line."""

@@ -1,6 +1,7 @@
 """Eight simulated CPU devices in every test process, a compilation cache and the embedded data shared by the run."""
 
 import fcntl
+import logging
 import os
 import pathlib
 import tempfile
@@ -30,6 +31,7 @@ def object_store(tmp_path_factory):
   import fsspec
   from moto.server import ThreadedMotoServer
 
+  logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it notes every request
   server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
   server.start()
   address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"

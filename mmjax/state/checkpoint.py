@@ -59,7 +59,7 @@ class Checkpointer:
     self.protected = 0  # a step that is never deleted, 0 = none
     if jax.process_index() == 0:
       with disk_errors(f"cannot write checkpoints to {self._root}"):
-        self._make_root()
+        files.make_folder(self._root)
         (self._root / ".writable").write_text("")
         (self._root / ".writable").unlink()
 
@@ -187,16 +187,15 @@ class Checkpointer:
                   f"checkpoint {gone[0]} is" if len(gone) == 1 else f"checkpoints {', '.join(map(str, gone))} are", "it" if len(gone) == 1 else "them")
       self._present -= set(gone)
     with disk_errors(f"cannot write checkpoints to {self._root}"):
-      self._make_root()
-
-  def _make_root(self) -> None:
-    if not files.is_url(self._root):  # there are no folders in a store, and making one could make a bucket
-      self._root.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self._root)
 
   @contextlib.contextmanager
   def _saving(self, step: int) -> Iterator[None]:
-    latest = self.latest_step()
-    safe = f"checkpoint {latest} is intact" if latest is not None else "there is no earlier checkpoint"
+    try:
+      latest = self.latest_step()
+      safe = f"checkpoint {latest} is intact" if latest is not None else "there is no earlier checkpoint"
+    except UserError:  # a store that does not answer
+      safe = "earlier checkpoints are intact"
     hint = f"; {safe}. Free space or mend the folder, then start again"
     with disk_errors(f"cannot save checkpoint {self._root / str(step)}", hint):
       try:
@@ -339,8 +338,7 @@ def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | s
       if not path.is_dir() or any(path.iterdir()):
         raise UserError(f"{folder}: exists and is not empty. Choose another folder, or storage.delete it")
       path.rmdir()
-    if not files.is_url(path):
-      path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     writer = storage.Writer(path)
     items = dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets))
     if model_state:

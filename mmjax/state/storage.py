@@ -208,7 +208,8 @@ def _kvstore(build: Callable[..., dict], directory: str, *args: Any, **settings:
 def _as_s3(spec: Any) -> Any:
   """A TensorStore spec with s3 in the place of gcs.
 
-  TensorStore finds credentials as AWS's tools do, but does not look at the variables that name another store than AWS's.
+  TensorStore finds credentials as AWS's tools do (loudly: those of the environment are named here, so that it looks no further), but does
+  not look at the variables that name another store than AWS's.
   """
   if isinstance(spec, list):
     return [_as_s3(part) for part in spec]
@@ -218,7 +219,8 @@ def _as_s3(spec: Any) -> Any:
     return {name: _as_s3(part) for name, part in spec.items()}
   endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
   region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-  return spec | dict(driver="s3") | (dict(endpoint=endpoint.rstrip("/"), aws_region=region) if endpoint else {})
+  facts = dict(driver="s3") | (dict(endpoint=endpoint.rstrip("/"), aws_region=region) if endpoint else {})
+  return spec | facts | (dict(aws_credentials=dict(type="environment")) if os.environ.get("AWS_ACCESS_KEY_ID") else {})
 
 
 def _quiet() -> None:

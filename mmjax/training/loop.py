@@ -58,9 +58,7 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
 
 def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, watchdog: Watchdog, begin: float, allow_change: bool,
            profile: str) -> int:
-  say = print_main
-
-  workdir = mirror.place
+  say, workdir = print_main, mirror.place
 
   # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
   mesh = make_mesh(config)
@@ -283,8 +281,7 @@ class Outputs:
 def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
   """Makes the run folder, or checks that the run in it is this one. Raises UserError otherwise."""
   try:
-    if not files.is_url(workdir):
-      workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     probe = workdir / f".writable-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()

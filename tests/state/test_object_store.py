@@ -7,6 +7,7 @@ import logging
 import jax
 import numpy as np
 import pytest
+import requests
 
 from mmjax import config as configs
 from mmjax import files
@@ -86,3 +87,19 @@ def test_a_bucket_that_is_missing_is_one_line(object_store):
     checkpoint.find_checkpoint("s3://nobody/run")
   with pytest.raises(UserError, match="ftp://nobody/run: no such kind of store"):
     checkpoint.find_checkpoint("ftp://nobody/run")
+
+
+def test_a_store_that_refuses_in_the_middle_leaves_what_was_saved(object_store, saver, make_state, spec_on):
+  writer = saver()
+  writer.save(1, make_state(1), force=True)
+  writer.wait()
+  writer.save(2, make_state(2), force=True)
+  requests.post(f"{object_store}/moto-api/reset-auth", data="0", timeout=10)  # from now on credentials count, and nobody knows these
+  try:
+    with pytest.raises(UserError, match=f"cannot save checkpoint {saver.url}/checkpoints/2: .* intact. Free space or mend the folder"):
+      writer.close()
+    with pytest.raises(UserError, match=f"cannot write checkpoints to {saver.url}/checkpoints: The AWS Access Key Id"):
+      saver().save(3, make_state(3), force=True)
+  finally:
+    requests.post(f"{object_store}/moto-api/reset-auth", data="inf", timeout=10)
+  assert saver().restore(spec_on(8))[2] == 1
