@@ -26,6 +26,7 @@ setup(
         "flax>=0.12.5,<0.13",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "etils[epath]>=1.9",
         "tensorflow-datasets>=4.9.9,<4.10",
         "array_record>=0.8,<0.9",
         "importlib_resources>=6",

@@ -16,8 +16,8 @@ from mmjax.training import evaluate, loop
 from mmjax.training.metrics import MetricsFile
 from tests.e2e.commands import QUICKSTART, SMALL, metrics, parameters, read_until, run, run_processes, start
 
-FEW = [word.removeprefix("--") for word in SMALL] + ["config.train.steps=8", "config.evaluation.every=8", "config.log.tensorboard=True",
-                                                    "config.data.threads=1"]
+FEW = [word.removeprefix("--") for word in SMALL] + ["config.train.steps=6", "config.checkpoint.every=3", "config.evaluation.every=0",
+                                                    "config.log.tensorboard=True"]
 
 
 def copy(url, folder):
@@ -45,20 +45,20 @@ def test_a_run_that_fails_and_goes_on_in_a_store_equals_one_on_the_disk(data, tm
   write = MetricsFile.write
 
   def fail(self, row):
-    if row["step"] == 6:
+    if row["step"] == 5:
       raise KeyboardInterrupt
     write(self, row)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(MetricsFile, "write", fail)
     loop.train(config, url)
-  assert [row["step"] for row in metrics(copy(url, tmp_path / "broken"))] == [1, 2, 3, 4, 5]
+  assert [row["step"] for row in metrics(copy(url, tmp_path / "broken"))] == [1, 2, 3, 4]
   assert loop.train(config, url) == 0
-  assert "resume s3://bucket/runs/a at step 4 of 8" in capsys.readouterr().out
+  assert "resume s3://bucket/runs/a at step 3 of 6" in capsys.readouterr().out
   there = copy(url, tmp_path / "there")
   assert metrics(there) == metrics(tmp_path / "here")
   assert parameters(url) == parameters(tmp_path / "here")
-  assert {"config.json", "eval.json", "goodput.json", "metrics.jsonl", "report.html", "tensorboard"} <= set(os.listdir(there))
+  assert {"config.json", "goodput.json", "metrics.jsonl", "report.html", "tensorboard"} <= set(os.listdir(there))
   assert json.loads((there / "goodput.json").read_text())["seconds"]["stopped"] > 0
   assert loop.train(config, url) == 0 and "is complete" in capsys.readouterr().out
 
@@ -66,7 +66,6 @@ def test_a_run_that_fails_and_goes_on_in_a_store_equals_one_on_the_disk(data, tm
   table = evaluate.evaluate(url, suite="zero_shot/*")
   assert json.loads((files.as_path(url) / "eval.json").read_text()) == {"other": {"a": 1.0}} | table
   assert "wrote s3://bucket/runs/a/eval.json and s3://bucket/runs/a/report.html" in capsys.readouterr().out
-  assert cli.main(["export", "--checkpoint", url, "--to", "safetensors", "--out", str(tmp_path / "exported")]) == 0
   with pytest.raises(UserError, match="s3://bucket/runs/a holds a run with other settings: optimizer.lr"):
     loop.train(configs.load(QUICKSTART, [*FEW, "config.optimizer.lr=0.5"]), url)
 
@@ -109,7 +108,7 @@ def test_killed_in_a_store_equals_the_unbroken_run_on_the_disk(data, object_stor
 def test_two_processes_write_what_one_reads(data, object_store, tmp_path):
   run("train", "--config", QUICKSTART, "--workdir", str(tmp_path / "here"), *SMALL)
   url, cache = "s3://bucket/runs/two", dict(MMJAX_CACHE=os.environ["MMJAX_CACHE"])
-  words = ("train", "--config", QUICKSTART, "--workdir", url, *SMALL, f"--config.data.dir={data}", "--config.schedule.name=constant")
+  words = ("train", "--config", QUICKSTART, "--workdir", url, *SMALL, f"--config.data.dir={data}", "--allow-change")
   run_processes(2, *words, "--config.train.steps=12", "--config.mesh.fsdp=-1", "--config.sharding=fsdp", devices=2, **cache)
   assert sum("ocdbt.process_1/d/" in name for name in files.sizes(f"{url}/checkpoints/12")) > 0
   run(*words, **cache)
