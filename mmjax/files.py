@@ -43,7 +43,7 @@ def as_path(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path).expanduser().absolute()
   protocol = os.fspath(path).split("://")[0]
   if protocol not in _STORES:
-    raise UserError(f"{path}: no such kind of store. Write {' or '.join(f'{name}://bucket/folder' for name in _STORES)}, or a path of this machine")
+    raise UserError(f"{path}: no such kind of store. Write s3://bucket/folder, gs://bucket/folder or a path of this machine")
   for name in ("s3", "gs", "gcs"):  # other processes, and TensorStore in this one, write too: a listing that is remembered is wrong
     fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
   return epath.Path(path)

@@ -52,7 +52,8 @@ def test_an_error_of_the_run_is_not_hidden_by_one_of_the_store(object_store):
     mirror.fetch()
     (mirror.folder / "a").write_text("")
     raise ZeroDivisionError
-  with pytest.raises(UserError, match="s3://nobody/run cannot be written: The specified bucket does not exist"), files.Mirror("s3://nobody/run") as mirror:
+  told = pytest.raises(UserError, match="s3://nobody/run cannot be written: The specified bucket does not exist")
+  with told, files.Mirror("s3://nobody/run") as mirror:
     mirror.fetch()
     (mirror.folder / "a").write_text("")
 

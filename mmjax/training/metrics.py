@@ -84,7 +84,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-  """The same as a Weights & Biases run, which a resumed run goes on with; named after `workdir`. Raises UserError: wandb is not installed."""
+  """The same as a Weights & Biases run, which a resumed run goes on with; named after `workdir`. Raises UserError: no wandb."""
 
   def __init__(self, project: str, workdir: Path, folder: Path, config: Mapping[str, Any]):
     name = workdir if is_url(workdir) else workdir.resolve()

@@ -3,12 +3,12 @@
   python tests/bench/checkpoint.py --workdir /tmp/bench [--megabytes 1000] [--rounds 3] [--adam] [--cold]
 
 The state holds that many megabytes of float32 parameters in the shapes of a stacked transformer (--adam: two moments of each
-besides). `Checkpointer.save` (what blocks) is measured against the whole save, and steps with and without one beside them: a step does eight
-matrix products and changes every parameter in place. The first one beside a save gets new memory for them, since the old is
-still being written; that is its extra time, besides the cores that it shares. A restore, checksums verified, is compared with a
+besides). `Checkpointer.save` (what blocks) is measured against the whole save, and steps with and without one beside them: a step
+does eight matrix products and changes every parameter in place. The first one beside a save gets new memory for them, since the
+old is still being written; that is its extra time, besides the cores that it shares. A restore, checksums verified, is compared with a
 plain sequential read of the same files into memory, the page cache in the same state for both: warm, or with --cold dropped
 file by file (posix_fadvise; the files are synced before). Huge pages for malloc as `mmjax train` has them (--hugepages none: without).
-Nothing is asserted; run it on an idle machine.
+Nothing is asserted; run it on an idle machine: a restore needs processors, a plain read hardly any.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def state_of(megabytes: int, adam: bool):
   from mmjax.state.train_state import TrainState
 
   width = 64 * round((megabytes * 1e6 / 4 / (12 * 12 + 32)) ** 0.5 / 64)
-  shapes = dict(query=(12, width, width), key=(12, width, width), value=(12, width, width), out=(12, width, width), up=(12, width, 4 * width),
-                down=(12, 4 * width, width), table=(32 * width, width))
+  shapes = dict.fromkeys(("query", "key", "value", "out"), (12, width, width))
+  shapes |= dict(up=(12, width, 4 * width), down=(12, 4 * width, width), table=(32 * width, width))
   params = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
   moments = (jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params)) if adam else ()
   return jax.block_until_ready(TrainState(step=jnp.int32(1), params=params, model_state={}, opt_states={"main": moments}))
@@ -90,7 +90,8 @@ def main() -> None:
   shutil.rmtree(workdir, ignore_errors=True)
   state = state_of(args.megabytes, args.adam)
   size = sum(x.nbytes for x in jax.tree.leaves(state))
-  print(f"{sum(x.nbytes for x in jax.tree.leaves(state.params)) / 1e9:.2f} GB of parameters, {size / 1e9:.2f} GB of state, {jax.devices()[0].device_kind}")
+  parameters = sum(x.nbytes for x in jax.tree.leaves(state.params))
+  print(f"{parameters / 1e9:.2f} GB of parameters, {size / 1e9:.2f} GB of state, {jax.devices()[0].device_kind}")
 
   work = jax.random.normal(jax.random.key(0), (1024, 1024))
 
@@ -119,8 +120,8 @@ def main() -> None:
       beside.append(step())
     saver.wait()
     whole = time.perf_counter() - begin
-    print(f"save {turn}{' (first: warms up)' if not turn else ''}: blocks {blocking:.3f} s of {whole:.2f} s = {100 * blocking / whole:.1f}%; "
-          f"{size / whole / 1e9:.2f} GB/s; a step {alone:.3f} s alone, beside it the first {beside[0]:.3f} s, median of {len(beside)} "
+    print(f"save {turn}{' (first: warms up)' if not turn else ''}: blocks {blocking:.3f} s of {whole:.2f} s = "
+          f"{100 * blocking / whole:.1f}%; {size / whole / 1e9:.2f} GB/s; a step {alone:.3f} s alone, beside it the first {beside[0]:.3f} s, median of {len(beside)} "
           f"{statistics.median(beside):.3f} s (+{100 * (statistics.median(beside) / alone - 1):.0f}%)")
 
   spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -132,12 +133,12 @@ def main() -> None:
     drop(folder) if args.cold else read_all(folder)
     count, plain = read_all(folder)
     drop(folder) if args.cold else None
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), time.process_time()
     restored = jax.block_until_ready(saver.restore(spec)[0])
-    seconds = time.perf_counter() - begin
+    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
     del restored
-    print(f"restore {turn}, {'cold' if args.cold else 'warm'} cache: {count / seconds / 1e9:.2f} GB/s ({seconds:.2f} s), plain read "
-          f"{count / plain / 1e9:.2f} GB/s: {count / seconds / (count / plain):.2f} of it")
+    print(f"restore {turn}, {'cold' if args.cold else 'warm'} cache: {count / seconds / 1e9:.2f} GB/s ({seconds:.2f} s, "
+          f"{processor:.2f} s of processors), plain read {count / plain / 1e9:.2f} GB/s: {count / seconds / (count / plain):.2f} of it")
   saver.close()
   shutil.rmtree(workdir, ignore_errors=True)
 
