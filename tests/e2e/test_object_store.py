@@ -109,7 +109,8 @@ def test_two_processes_write_what_one_reads(data, object_store, tmp_path):
   run("train", "--config", QUICKSTART, "--workdir", str(tmp_path / "here"), *SMALL)
   url, cache = "s3://bucket/runs/two", dict(MMJAX_CACHE=os.environ["MMJAX_CACHE"])
   words = ("train", "--config", QUICKSTART, "--workdir", url, *SMALL, f"--config.data.dir={data}", "--allow-change")
-  run_processes(2, *words, "--config.train.steps=12", "--config.mesh.fsdp=-1", "--config.sharding=fsdp", devices=2, **cache)
+  run_processes(2, *words, "--config.train.steps=12", "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.sharding=fsdp",
+                devices=2, **cache)
   assert sum("ocdbt.process_1/d/" in name for name in files.sizes(f"{url}/checkpoints/12")) > 0
   run(*words, **cache)
   ids = lambda rows: [(row["step"], row["ids_crc32"]) for row in rows if "ids_crc32" in row]
