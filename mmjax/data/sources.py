@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.builders import BUILDERS, Record, example_class, find_version, parse_record, split_sizes
 
@@ -61,16 +62,30 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
 def data_dir(config=None) -> Path:
   """The folder of the data sets: `data.dir` of the config, else $MMJAX_DATA, else ~/.cache/mmjax.
 
-  `config`: a config, its `data` part, a path, or None.
+  `config`: a config, its `data` part, a path, or None. For a URL (s3://bucket/data) it is the folder of this machine to which data sets and
+  tokenizers are copied when they are opened.
   """
   if config is not None and not isinstance(config, (str, os.PathLike)):
     config = config.get("data", config).get("dir", "")
-  return Path(config or os.environ.get("MMJAX_DATA") or "~/.cache/mmjax").expanduser()
+  place = config or os.environ.get("MMJAX_DATA") or "~/.cache/mmjax"
+  return files.cached(place) if files.is_url(place) else Path(place).expanduser()
+
+
+def local_data_dir(config=None) -> Path:
+  """`data_dir`, to write data sets in. Raises UserError: it is a URL."""
+  root = data_dir(config)
+  if url := files.origin(root):
+    raise UserError(f"{url}: data sets are made on this machine and copied to a store then: name a local folder with --data-dir, and copy "
+                    f"what is made there, as with `aws s3 cp --recursive FOLDER {url}`")
+  return root
 
 
 def list_datasets(root: str | os.PathLike) -> list[str]:
   """Names of the finished data sets under `root`, sorted."""
   root = Path(root)
+  if url := files.origin(root):
+    with files.store_errors(f"{url} cannot be read"):
+      return sorted({name.split("/")[0] for name in files.sizes(url) if name.endswith("/dataset_info.json")})
   return sorted(path.name for path in root.iterdir() if find_version(root, path.name)) if root.is_dir() else []
 
 
@@ -89,7 +104,7 @@ class ArrayRecordSource:
     example_class()
     folder = find_version(root, name)
     if folder is None:
-      raise UserError(f"no data set {name!r} under {root}{_how_to_get(root, name)}")
+      raise UserError(f"no data set {name!r} under {files.origin(root) or root}{_how_to_get(root, name)}")
     self.name, self._languages = name, tuple(languages)
     info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     try:
@@ -102,11 +117,11 @@ class ArrayRecordSource:
       if language not in there:
         raise UserError(f"data set {name!r} has no captions in {language!r}; its languages: {', '.join(there)}{_nearest(language, there)}")
     self.languages = self._languages or tuple(there)
-    files = []
+    shards = []
     for part in split.split("+"):
-      files += _shards(folder, info, part.strip())
-    self._records = ArrayRecordDataSource(files)
-    mark = hashlib.blake2b(json.dumps([content, files and [os.path.basename(f) for f in files]]).encode(), digest_size=6).hexdigest()
+      shards += _shards(folder, info, part.strip())
+    self._records = ArrayRecordDataSource(shards)
+    mark = hashlib.blake2b(json.dumps([content, [os.path.basename(f) for f in shards]]).encode(), digest_size=6).hexdigest()
     self.fingerprint = f"{name}/{folder.name}/{split}: {len(self)} examples, content {mark}"
 
   def __len__(self) -> int:

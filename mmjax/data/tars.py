@@ -30,12 +30,14 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.media import ENDINGS, media_key
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 _VERSION = 2  # of the index files
 _PLACES = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.places
+_NEAR = 1 << 16  # bytes between members of a key that are read in vain rather than asked for one by one
 _KINDS = {"txt": "txt", "json": "json", "cls": "cls", **{ending: name for name, endings in ENDINGS.items() for ending in endings}}
 _MEDIA = [_PLACES.index(name) for name in ("image", "audio", "video")]
 _TEXTS = [_PLACES.index(name) for name in ("txt", "json", "cls")]
@@ -59,7 +61,7 @@ class TarIndex:
 
   def read(self, row: int, language: str = "en") -> dict[str, Any]:
     """Record `row`, its captions taken to be in `language` unless its JSON says otherwise. Raises UserError."""
-    parts = {name: self._part(row, number) for number, name in enumerate(_PLACES)}
+    parts = self._parts(row)
     name = f"{Path(self.path).stem}/{self.keys[row]}"
     try:
       facts = json.loads(parts["json"]) if parts["json"] else {}
@@ -82,19 +84,28 @@ class TarIndex:
     """Whether any key has this part ("image", "audio", "video", "txt", "json", "cls")."""
     return bool((self.places[:, _PLACES.index(part), 1] >= 0).any())
 
-  def _part(self, row: int, number: int) -> bytes | None:
-    offset, size = self.places[row, number].tolist()
-    if size < 0:
-      return None
+  def _parts(self, row: int) -> dict[str, bytes | None]:
+    """{part: its bytes, None = absent}. At a URL members that lie together are read at once: a request costs more than a few kilobytes."""
+    places = {name: place for name, place in zip(_PLACES, self.places[row].tolist(), strict=True) if place[1] >= 0}
+    first, last = min(offset for offset, _ in places.values()), max(offset + size for offset, size in places.values())
+    together = files.is_url(self.path) and last - first <= sum(size for _, size in places.values()) + _NEAR
+    span = self._bytes(first, last - first) if together else b""
+    parts: dict[str, bytes | None] = dict.fromkeys(_PLACES)
+    for name, (offset, size) in places.items():
+      parts[name] = span[offset - first:offset - first + size] if together else self._bytes(offset, size)
+      if len(parts[name]) != size:
+        raise UserError(f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. "
+                        f"Start again to index it anew")
+    return parts
+
+  def _bytes(self, offset: int, size: int) -> bytes:
+    if files.is_url(self.path):
+      return files.read_range(self.path, offset, size)
     try:
       with open(self.path, "rb", buffering=0) as file:
-        data = os.pread(file.fileno(), size, offset)
+        return os.pread(file.fileno(), size, offset)
     except OSError as error:
       raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
-    if len(data) != size:
-      raise UserError(f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. "
-                      f"Start again to index it anew")
-    return data
 
 
 class TarSource:
@@ -161,12 +172,12 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
   """The index of one tar, from data_dir/tar_index if it is still right. Raises UserError: no tar, or no pair in it."""
   from mmjax.data.sources import data_dir as default_dir
 
-  path = os.path.abspath(path)
+  path = os.fspath(path) if files.is_url(path) else os.path.abspath(path)
   try:
-    stat = os.stat(path)
+    size, changed = files.size_and_mark(path)
   except OSError as error:
     raise UserError(f"{path}: no such tar ({error.strerror})") from error
-  stamp = np.array([_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
+  stamp = np.array([_VERSION, size, changed], np.int64)
   name = hashlib.blake2b(path.encode(), digest_size=12).hexdigest()
   cache = default_dir(data_dir or None) / "tar_index" / f"{name}.npz"
   try:
@@ -176,7 +187,7 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
         return TarIndex(path, saved["keys"], saved["places"], skipped)
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     pass  # absent, or not one of ours: made again below
-  index = _scan(path, stat.st_size)
+  index = _scan(path, size)
   out = io.BytesIO()
   np.savez(out, stamp=stamp, keys=index.keys, places=index.places, skipped=np.array(json.dumps(index.skipped)))
   try:
@@ -190,14 +201,17 @@ def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
   """The files that a glob, brace pattern, folder, file or a list of these names. Raises UserError: there is none."""
   if not isinstance(path, (str, os.PathLike)):
     return [file for part in path for file in expand(part)]
-  files: list[str] = []
+  paths: list[str] = []
   for pattern in _braces(os.fspath(path)):
-    pattern = os.path.expanduser(pattern)
-    found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern))
+    if files.is_url(pattern):
+      found = files.find(pattern if pattern.endswith(".tar") else f"{pattern.rstrip('/')}/*.tar")
+    else:
+      pattern = os.path.expanduser(pattern)
+      found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern))
     if not found:
       raise UserError(f"{pattern}: no such tar" + (f" (from the pattern {path})" if pattern != os.fspath(path) else ""))
-    files += found
-  return files
+    paths += found
+  return paths
 
 
 def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
@@ -253,7 +267,8 @@ def _scan(path: str, size: int) -> TarIndex:
   samples: dict[str, np.ndarray] = {}
   skipped: list[tuple[str, str]] = []
   try:
-    with tarfile.open(path, "r:") as tar:  # "r:": plain tars only, random access needs them
+    # "r:": plain tars only, random access needs them
+    with files.open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
       for member in _members(tar, skipped):
         name = member.name
         if not member.isfile() or member.issparse():
@@ -283,7 +298,7 @@ def _scan(path: str, size: int) -> TarIndex:
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:
     if isinstance(error, PermissionError):
       raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    with open(path, "rb") as file:
+    with files.open_binary(path) as file:
       zipped = file.read(2) == b"\x1f\x8b"
     hint = "compressed: make it a plain .tar with gunzip" if zipped else "an empty file" if not size else str(error)
     raise UserError(f"{path}: not a readable tar ({hint})") from error

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.sources import data_dir, list_tokenizers, open_source
 
@@ -215,7 +216,7 @@ def train_tokenizer_from_source(source: str, *, split: str = "train", languages:
   """
   from mmjax.data import sources
 
-  root = sources.data_dir(data_dir)
+  root = sources.local_data_dir(data_dir)
   opened = open_source(dict(name=source, split=split, languages=tuple(languages), path=path), root)
   captions = (text for i in range(len(opened)) for text in _texts(opened[i]))
   out = train_tokenizer(captions, root / "tokenizers" / f"{name or source}.model", vocab_size)
@@ -308,6 +309,8 @@ class _HuggingFace(Tokenizer):
 
 def _find_tokenizer(name: str, root: Path) -> Path:
   """The file (or folder) of a tokenizer, by path or by name. Raises UserError."""
+  if files.origin(root):
+    files.bring(root / "tokenizers")
   for path in (root / "tokenizers" / f"{name}.model", root / "tokenizers" / f"{name}.json", Path(name).expanduser()):
     if name and path.exists():
       return path
@@ -317,7 +320,7 @@ def _find_tokenizer(name: str, root: Path) -> Path:
   near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
   hint = f" Did you mean {near[0]!r}?" if near else ""
   make = "" if re.search(r"[/.]", name) else f" `mmjax data tokenizer --source DATASET --name {name}` makes one"
-  raise UserError(f"data.text.tokenizer: no tokenizer {name!r} under {root / 'tokenizers'} (there: {', '.join(there) or 'none'}).{hint}{make}")
+  raise UserError(f"data.text.tokenizer: no tokenizer {name!r} under {files.origin(root) or root}/tokenizers (there: {', '.join(there) or 'none'}).{hint}{make}")
 
 
 def _read_assets(path: Path) -> dict[str, bytes]:

@@ -6,7 +6,8 @@ import folder has the items params, config and assets, and model_state where the
 so that a checkpoint restores onto any mesh and into any program that knows the names.
 
 A save is written to STEP.orbax-checkpoint-tmp and renamed when everything, the manifest last, is in it: killed at any moment, a
-process leaves the earlier checkpoints as they were. In runs of several processes all of them call `save` and `restore`;
+process leaves the earlier checkpoints as they were. At a URL of an object store, which has no rename, a folder STEP counts from when it
+has its manifest. In runs of several processes all of them call `save` and `restore`;
 process 0 alone lists, checks, renames and deletes.
 """
 
@@ -27,6 +28,7 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from mmjax import files
 from mmjax.config import UserError, from_json, in_steps
 from mmjax.state import manifest, storage
 from mmjax.state.manifest import Corrupt
@@ -44,7 +46,7 @@ class Checkpointer:
 
   def __init__(self, workdir: str, config: FrozenConfigDict, *, steps: int, examples: int | None = None):
     """`steps`: length of the run, for durations in percent; `examples`: of an epoch. Raises UserError: unwritable folder."""
-    self._root = storage.as_path(workdir) / "checkpoints"
+    self._root = files.as_path(workdir) / "checkpoints"
     convert = lambda value: in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
     self._options = config.checkpoint
     self._every, self._keep_every = convert(self._options.every), convert(self._options.keep_every)
@@ -57,7 +59,7 @@ class Checkpointer:
     self.protected = 0  # a step that is never deleted, 0 = none
     if jax.process_index() == 0:
       with disk_errors(f"cannot write checkpoints to {self._root}"):
-        self._root.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self._root)
         (self._root / ".writable").write_text("")
         (self._root / ".writable").unlink()
 
@@ -87,7 +89,7 @@ class Checkpointer:
     items = dict(params=state.params, rest=_rest(state), data=dict(data or {}), config=storage.config_dict(config),
                  assets=storage.encode(assets))
     with self._saving(step):
-      self._writer = self._writer or storage.Writer()
+      self._writer = self._writer or storage.Writer(self._root)
       self._writer.start(self._root / str(step), items, facts)
     self._saved_at = time.monotonic()
     self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
@@ -105,7 +107,7 @@ class Checkpointer:
     steps = from_main(sorted(self._steps(), reverse=True) if jax.process_index() == 0 else [])
     steps = [step for step in steps if only in (None, step)]
     for path in self._listing() if jax.process_index() == 0 else []:
-      if path.name.endswith(TEMPORARY):
+      if self._is_half_written(path):
         log.warning("checkpoint %s is half-written (the run ended meanwhile); it is not used", path)
     for step in steps:
       folder = self._root / str(step)
@@ -185,19 +187,22 @@ class Checkpointer:
                   f"checkpoint {gone[0]} is" if len(gone) == 1 else f"checkpoints {', '.join(map(str, gone))} are", "it" if len(gone) == 1 else "them")
       self._present -= set(gone)
     with disk_errors(f"cannot write checkpoints to {self._root}"):
-      self._root.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self._root)
 
   @contextlib.contextmanager
   def _saving(self, step: int) -> Iterator[None]:
-    latest = self.latest_step()
-    safe = f"checkpoint {latest} is intact" if latest is not None else "there is no earlier checkpoint"
+    try:
+      latest = self.latest_step()
+      safe = f"checkpoint {latest} is intact" if latest is not None else "there is no earlier checkpoint"
+    except UserError:  # a store that does not answer
+      safe = "earlier checkpoints are intact"
     hint = f"; {safe}. Free space or mend the folder, then start again"
     with disk_errors(f"cannot save checkpoint {self._root / str(step)}", hint):
       try:
         yield
       except BaseException:
         if jax.process_index() == 0:
-          storage.delete(self._root / f"{step}{TEMPORARY}", patience=5.0)
+          storage.delete(self._root / (str(step) if files.is_url(self._root) else f"{step}{TEMPORARY}"), patience=5.0)
         raise
 
   def _finish(self, step: int) -> None:
@@ -216,7 +221,7 @@ class Checkpointer:
     keep = kept(self._steps(), self._known_metrics(), keep=self._options.keep, keep_every=self._keep_every,
                 mode=self._options.best_mode) | {self.protected}
     for path in self._listing():
-      if path.name.endswith((TEMPORARY, DELETED)) or (path.name.isdigit() and int(path.name) not in keep):
+      if self._is_half_written(path) or path.name.endswith(DELETED) or (path.name.isdigit() and int(path.name) not in keep):
         storage.delete(path)
     self._present = set(self._steps())
 
@@ -230,10 +235,18 @@ class Checkpointer:
     return value if value is not None and math.isfinite(value) else None
 
   def _listing(self) -> list[epath.Path]:
-    return list(self._root.iterdir()) if self._root.exists() else []
+    with disk_errors(f"cannot read {self._root}"):
+      return list(self._root.iterdir()) if self._root.exists() else []
+
+  def _is_half_written(self, path: epath.Path) -> bool:
+    """Whether a save of this checkpoint was not finished."""
+    if files.is_url(path):
+      return path.name.isdigit() and not (path / manifest.NAME).exists()
+    return path.name.endswith(TEMPORARY)
 
   def _steps(self) -> list[int]:
-    return [int(path.name) for path in self._listing() if path.name.isdigit() and int(path.name) not in self._bad]
+    return [int(path.name) for path in self._listing()
+            if path.name.isdigit() and int(path.name) not in self._bad and not self._is_half_written(path)]
 
 
 def kept(steps: list[int], metrics: Mapping[int, float], *, keep: int, keep_every: int, mode: str) -> set[int]:
@@ -253,7 +266,12 @@ def find_checkpoint(path: str) -> epath.Path:
 
   Raises UserError: there is none, or none that is intact. Corrupt ones that are passed over are named in a warning.
   """
-  root = storage.as_path(path)
+  root = files.as_path(path)
+  with files.store_errors(f"{path} cannot be read") if files.is_url(path) else contextlib.nullcontext():
+    return _find_checkpoint(path, root)
+
+
+def _find_checkpoint(path: str, root: epath.Path) -> epath.Path:
   steps_root = next((r for r in (root / "checkpoints", root) if r.is_dir() and any(p.name.isdigit() for p in r.iterdir())), None)
   if steps_root is None:
     if not (root / manifest.NAME).exists() and not (root / "params").exists():
@@ -314,14 +332,14 @@ def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | s
   model_state: what the model keeps besides parameters, {collection: nested dict}; an item of its own where there is any.
   Raises UserError: the folder exists and is not empty, or cannot be written.
   """
-  path = storage.as_path(folder)
+  path = files.as_path(folder)
   with disk_errors(f"cannot write {folder}"):
     if path.exists():
       if not path.is_dir() or any(path.iterdir()):
         raise UserError(f"{folder}: exists and is not empty. Choose another folder, or storage.delete it")
       path.rmdir()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = storage.Writer()
+    files.make_folder(path.parent)
+    writer = storage.Writer(path)
     items = dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets))
     if model_state:
       items["model_state"] = model_state

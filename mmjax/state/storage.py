@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mmjax import files
 from mmjax.config import UserError
 from mmjax.state import manifest
 from mmjax.state.paths import by_name, map_named
@@ -29,20 +31,21 @@ TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted"
 _DISK_ERROR = re.compile(r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS error")
 
 
-def as_path(path: str) -> epath.Path:
-  """An absolute local path, or a URL (gs://, s3://) as it is."""
-  return epath.Path(path) if "://" in str(path) else epath.Path(path).expanduser().absolute()
-
-
 class Writer(ocp.AsyncCheckpointer):
-  """Writes one folder at a time in the background, with the manifest as its last file before the final rename."""
+  """Writes one folder at a time in the background, with the manifest as its last file before the final rename.
 
-  def __init__(self):
-    _quiet()
+  At a URL there is no rename: the folder is written in its place, and counts from when it has its manifest.
+  """
+
+  def __init__(self, place: epath.Path):
+    _prepare(place)
+    mode = ocp.options.AtomicityMode.COMMIT_FILE if files.is_url(place) else ocp.options.AtomicityMode.AUTO
+    atomicity = ocp.options.AtomicityOptions(mode=mode)
     arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
     handlers = dict(params=arrays(), rest=arrays(), model_state=arrays(), data=ocp.JsonCheckpointHandler(), config=ocp.JsonCheckpointHandler(),
                     assets=ocp.JsonCheckpointHandler())
-    super().__init__(ocp.CompositeCheckpointHandler(**handlers),
+    super().__init__(ocp.CompositeCheckpointHandler(
+                         composite_options=ocp.CompositeOptions(atomicity_options=atomicity), **handlers), atomicity_options=atomicity,
                      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
                      checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False))
 
@@ -71,7 +74,7 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
       if getattr(leaf, "sharding", None) is not None else ocp.RestoreArgs(restore_type=np.ndarray)
       for name, leaf in wanted.items()}
   item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
-  _quiet()
+  _prepare(folder)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.restore(folder, args=ocp.args.PyTreeRestore(
         item=nest(item), restore_args=nest(restore_args), partial_restore=bool(only)))
@@ -83,7 +86,7 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
 
 def stored_leaves(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """{name: shape and dtype} of an item, without reading the values."""
-  _quiet()
+  _prepare(folder)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.metadata(folder).item_metadata.tree
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()}
@@ -113,12 +116,14 @@ def from_main(values: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def disk_errors(what: str, hint: str = "") -> Iterator[None]:
-  """Turns what the disk says (Orbax wraps it in many types) into one line."""
+  """Turns what the disk or the object store says (Orbax wraps it in many types) into one line."""
   try:
     yield
   except UserError:
     raise
   except Exception as error:
+    if "://" in what:
+      raise UserError(f"{what}: {files.reason(error)}{hint}") from error
     match = _DISK_ERROR.search(str(error))
     if not isinstance(error, OSError) and not match:
       raise
@@ -127,21 +132,31 @@ def disk_errors(what: str, hint: str = "") -> Iterator[None]:
 
 
 def delete(path: epath.Path, *, patience: float = 0.0) -> None:
-  """Deletes a folder; a checkpoint is renamed first, so that a kill never leaves half of one under a step's name.
+  """Deletes a folder; a checkpoint is renamed first (at a URL: loses its manifest), so that a kill never leaves half of one.
 
   patience: seconds to try for, while what is left of a failed save may still add files. What cannot be deleted stays: the next
   save tries again.
   """
   end = time.monotonic() + patience
-  with contextlib.suppress(OSError):
-    if "://" not in str(path) and path.name.isdigit():
+  with contextlib.suppress(Exception):
+    if files.is_url(path):
+      (path / manifest.NAME).unlink(missing_ok=True)
+    elif path.name.isdigit():
       path = path.rename(path.parent / (path.name + DELETED))
-  while path.exists():
-    with contextlib.suppress(OSError):
+  while _exists(path):
+    with contextlib.suppress(Exception):
       path.rmtree()
     if time.monotonic() >= end:
       return
     time.sleep(0.05)
+
+
+def _exists(path: epath.Path) -> bool:
+  """Whether a path exists; a store that does not answer has nothing that can be deleted."""
+  try:
+    return path.exists()
+  except Exception:
+    return False
 
 
 def nested(tree: Any) -> dict:
@@ -166,6 +181,46 @@ def config_dict(config: FrozenConfigDict | Mapping | str | None) -> dict:
 def encode(assets: Mapping[str, bytes] | None) -> dict[str, str]:
   return {name: base64.b64encode(content).decode() for name, content in (assets or {}).items()}
 
+
+def _prepare(folder: epath.Path) -> None:
+  """Makes Orbax quiet, and able to write and read `folder`.
+
+  Orbax 0.12 has TensorStore's drivers for this machine's disk and gs://, not the one for s3://. The one function in which it
+  names a driver gets it here: what it would say of gs://, said of s3://.
+  """
+  _quiet()
+  if not str(folder).startswith("s3://"):
+    return
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  build = tensorstore_utils.build_kvstore_tspec
+  if not isinstance(build, functools.partial):
+    tensorstore_utils.build_kvstore_tspec = functools.partial(_kvstore, build)
+
+
+def _kvstore(build: Callable[..., dict], directory: str, *args: Any, **settings: Any) -> dict:
+  """`build(directory, ...)`, Orbax's TensorStore spec, also of s3://."""
+  if not str(directory).startswith("s3:"):
+    return build(directory, *args, **settings)
+  return _as_s3(build(re.sub("^s3:/*", "gs://", str(directory)), *args, **settings))
+
+
+def _as_s3(spec: Any) -> Any:
+  """A TensorStore spec with s3 in the place of gcs.
+
+  TensorStore finds credentials as AWS's tools do (loudly: those of the environment are named here, so that it looks no further), but does
+  not look at the variables that name another store than AWS's.
+  """
+  if isinstance(spec, list):
+    return [_as_s3(part) for part in spec]
+  if not isinstance(spec, dict):
+    return spec
+  if not str(spec.get("driver")).startswith("gcs"):
+    return {name: _as_s3(part) for name, part in spec.items()}
+  endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+  region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+  facts = dict(driver="s3") | (dict(endpoint=endpoint.rstrip("/"), aws_region=region) if endpoint else {})
+  return spec | facts | (dict(aws_credentials=dict(type="environment")) if os.environ.get("AWS_ACCESS_KEY_ID") else {})
 
 
 def _quiet() -> None:

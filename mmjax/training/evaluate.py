@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from mmjax import config as configs
-from mmjax import evaluation
+from mmjax import evaluation, files
 from mmjax.config import UserError
 from mmjax.evaluation import report
 from mmjax.parallel import multihost
@@ -42,18 +42,19 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
     params = checkpoint.load_params(found, step.params_spec)
     results = evaluation.Evaluation(config, step.apply, mesh, assets=checkpoint.load_assets(found)).run(
       {"params": params, **checkpoint.load_model_state(found)}, names=suite)
-  folder = Path(out) if out else run_folder(Path(path))
   if multihost.is_main():
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluation.write_eval_json(folder, results)
-    page = report.write_report(folder, config, results, folder / "metrics.jsonl")
-    for name, result in results.items():
-      print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
-    print(f"wrote {folder / 'eval.json'} and {page}")
+    with files.Mirror(out or run_folder(path)) as mirror:
+      mirror.fetch("metrics.jsonl", "eval.json")
+      mirror.folder.mkdir(parents=True, exist_ok=True)
+      written = evaluation.write_eval_json(mirror.folder, results)
+      page = report.write_report(mirror.folder, config, results, mirror.folder / "metrics.jsonl")
+      for name, result in results.items():
+        print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
+    print(f"wrote {mirror.name(written)} and {mirror.name(page)}")
   return {name: result.metrics for name, result in results.items()}
 
 
-def run_folder(path: Path) -> Path:
+def run_folder(path: str | os.PathLike) -> Path:
   """The run folder of a step folder (RUN/checkpoints/STEP), else the path itself."""
-  path = path.absolute()
+  path = files.as_path(path)
   return path.parent.parent if path.parent.name == "checkpoints" else path

@@ -20,7 +20,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from mmjax import config as configs
-from mmjax import evaluation
+from mmjax import evaluation, files
 from mmjax.config import UserError
 from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
@@ -51,13 +51,14 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   multihost.initialize(config)
   watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
                       processes=jax.process_count())
-  with StopSignal() as stop, watchdog:  # from here on: a signal that comes while compiling is not lost
-    return _train(config, Path(workdir), stop, watchdog, begin, allow_change, profile)
+  # From here on: a signal that comes while compiling is not lost.
+  with StopSignal() as stop, watchdog, files.Mirror(workdir, active=multihost.is_main()) as mirror:
+    return _train(config, mirror, stop, watchdog, begin, allow_change, profile)
 
 
-def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: Watchdog, begin: float, allow_change: bool,
+def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, watchdog: Watchdog, begin: float, allow_change: bool,
            profile: str) -> int:
-  say = print_main
+  say, workdir = print_main, mirror.place
 
   # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
   mesh = make_mesh(config)
@@ -69,6 +70,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
   every = {name: configs.in_steps(value, steps=steps, **units) for name, value in (
     ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
   open_workdir(workdir, config, allow_change)
+  mirror.fetch("metrics.jsonl", "goodput.json", "eval.json")
   watchdog.start(workdir)
 
   step = Step(config, mesh, steps=steps, examples=pipeline.examples)
@@ -94,14 +96,14 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
     say(f"{workdir} is complete: {start} of {steps} steps. Raise train.steps to go on, or choose another --workdir.")
     saver.close()
     return DONE
-  tracer = Profile(profile, workdir, first=start + 1, last=steps, active=multihost.is_main())
-  clock = Clock(workdir if multihost.is_main() else None, begin, start, productive=data.get("productive", 0.0), notify=watchdog.at)
+  tracer = Profile(profile, mirror.folder, first=start + 1, last=steps, active=multihost.is_main())
+  clock = Clock(mirror.folder if multihost.is_main() else None, begin, start, productive=data.get("productive", 0.0), notify=watchdog.at)
   faults = Faults.of(data)
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   say(f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} {jax.devices()[0].platform} device(s), "
       f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
   if multihost.is_main():
-    write_atomically(workdir / "config.json", configs.to_json(config))
+    write_atomically(mirror.folder / "config.json", configs.to_json(config))
 
   # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
   moment = time.monotonic()
@@ -116,7 +118,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
     return STOPPED
 
   # -- The loop ----------------------------------------------------------------------------------------------------------
-  outputs = Outputs(workdir, start, config) if multihost.is_main() else None
+  outputs = Outputs(mirror, start, config) if multihost.is_main() else None
   progress = Progress(start, steps) if multihost.is_main() else None
   assets = inference_assets(config, pipeline)
   flops = step.flops_per_step()
@@ -152,10 +154,9 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
       settle(0)
       faults.saving(at, every["checkpoint"])
       saver.protected = faults.good if config.train.rollback else 0
-      if outputs:
-        outputs.sync()
       position = dict(step=at, steps=steps, fingerprint=pipeline.fingerprint(), productive=clock.productive, **dataclasses.asdict(faults))
       with clock.measure("checkpoint", at):
+        outputs and outputs.sync()
         saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
 
   try:
@@ -170,7 +171,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
           with clock.measure("compute", at):
             state, metrics = step.train(state, batch, pipeline.source_of(at - 1))
         if folder := tracer.after(at, metrics):
-          say(f"step {at}: trace written to {folder}")
+          say(f"step {at}: trace written to {mirror.name(folder)}")
         pending.append((at, metrics))
         settle(1)
         if faults.decides_now(config):
@@ -245,12 +246,12 @@ class StopSignal:
 class Outputs:
   """Everything that the main process writes into the run folder while training."""
 
-  def __init__(self, workdir: Path, step: int, config: FrozenConfigDict):
-    self.workdir = workdir
-    self._file = MetricsFile(workdir, step)
-    self._boards = [TensorBoard(workdir, step)] if config.log.tensorboard else []
+  def __init__(self, mirror: files.Mirror, step: int, config: FrozenConfigDict):
+    self._mirror = mirror
+    self._file = MetricsFile(mirror.folder, step)
+    self._boards = [TensorBoard(mirror.folder, step)] if config.log.tensorboard else []
     if config.log.wandb:
-      self._boards.append(WeightsAndBiases(config.log.wandb, workdir, config.to_dict()))
+      self._boards.append(WeightsAndBiases(config.log.wandb, mirror.place, mirror.folder, config.to_dict()))
 
   def write(self, row: dict) -> None:
     self._file.write(row)
@@ -261,13 +262,15 @@ class Outputs:
     self.write(dict(step=step, time=time.time(), **evaluation.flat_metrics(results)))
 
   def sync(self) -> None:
+    """Everything that was written is on the disk, or at the URL: before a checkpoint that stands for it."""
     self._file.sync()
+    self._mirror.push()
 
   def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
     self.sync()
     if results:
-      evaluation.write_eval_json(self.workdir, results)
-    report.write_report(self.workdir, config, results or {}, self._file.path)
+      evaluation.write_eval_json(self._mirror.folder, results)
+    report.write_report(self._mirror.folder, config, results or {}, self._file.path)
 
   def close(self) -> None:
     self._file.close()
@@ -278,11 +281,15 @@ class Outputs:
 def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
   """Makes the run folder, or checks that the run in it is this one. Raises UserError otherwise."""
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     probe = workdir / f".writable-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()
-  except OSError as error:
+  except Exception as error:
+    if files.is_url(workdir):
+      raise UserError(f"--workdir {workdir} cannot be written: {files.reason(error)}") from error
+    if not isinstance(error, OSError):
+      raise
     raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}. Choose another folder or free it") from error
   if config.log.wandb:
     import_wandb()

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from mmjax.config import UserError
+from mmjax.files import is_url
 
 # Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors' data sheets).
 PEAK_FLOPS = {
@@ -83,10 +84,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-  """The same as a Weights & Biases run, which a resumed run goes on with. Raises UserError: wandb is not installed."""
+  """The same as a Weights & Biases run, which a resumed run goes on with; named after `workdir`. Raises UserError: no wandb."""
 
-  def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
-    name = folder.resolve()
+  def __init__(self, project: str, workdir: Path, folder: Path, config: Mapping[str, Any]):
+    name = workdir if is_url(workdir) else workdir.resolve()
     self._run = import_wandb().init(project=project, name=name.name, id=f"{name.name}-{zlib.crc32(str(name).encode()):08x}", resume="allow",
                                     dir=str(folder), config=dict(config))
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from mmjax.state import storage
+from mmjax import files
 
 PATIENCE = {"the compiler": 4, "start-up (opening data, restoring)": 4}  # times the bound, for what may well take long
 _BEAT = 10.0  # seconds between heartbeats, at most
@@ -44,7 +44,7 @@ class Watchdog:
 
   def start(self, workdir: str | os.PathLike) -> None:
     """From now on, with stacks and heartbeats under `workdir` (a folder or URL that exists)."""
-    self._folder = storage.as_path(workdir)
+    self._folder = files.as_path(workdir)
     self.at(self._now[0])
     if self._seconds:
       loops = [self._watch, self._exchange] if self._processes > 1 else [self._watch]

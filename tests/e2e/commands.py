@@ -53,12 +53,12 @@ def read_until(process: subprocess.Popen, words: str) -> list[str]:
   return lines
 
 
-def run_processes(count: int, *words: str, devices: int) -> list[str]:
+def run_processes(count: int, *words: str, devices: int, **extra: str) -> list[str]:
   """Runs one job in `count` real processes (gloo), each with `devices` simulated devices; returns what each printed."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  jobs = [start(*words, devices=devices, MMJAX_COORDINATOR=f"localhost:{port}", MMJAX_PROCESSES=str(count), MMJAX_PROCESS_ID=str(i))
+  jobs = [start(*words, devices=devices, MMJAX_COORDINATOR=f"localhost:{port}", MMJAX_PROCESSES=str(count), MMJAX_PROCESS_ID=str(i), **extra)
           for i in range(count)]
   printed = [job.communicate(timeout=600)[0] for job in jobs]
   assert all(job.returncode == 0 for job in jobs), "\n".join(printed)[-4000:]

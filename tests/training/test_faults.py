@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mmjax import config as configs
+from mmjax import files
 from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
 from mmjax.parallel import multihost
@@ -138,7 +139,7 @@ def test_weights_and_biases(tmp_path, monkeypatch, config):
     "  return Run()\n")
   monkeypatch.syspath_prepend(tmp_path / "modules")
   for _ in range(2):  # a run that is started again goes on with the same one
-    outputs = Outputs(tmp_path, 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]))
+    outputs = Outputs(files.Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]))
     outputs.write(dict(step=3, time=1.0, loss=2.5, mfu=None))
     outputs.close()
   calls = sys.modules["wandb"].calls

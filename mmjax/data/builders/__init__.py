@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax import files
 from mmjax.config import UserError, load_function
 from mmjax.data.builders.schema import (
   Record,
@@ -55,9 +56,9 @@ def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None
     near = difflib.get_close_matches(name, BUILDERS, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else "`mmjax data convert` makes one from your own files"
     raise UserError(f"no builder for data set {name!r}; there are: {', '.join(BUILDERS)}. {hint}")
-  from mmjax.data.sources import data_dir as usual_dir
+  from mmjax.data.sources import local_data_dir
 
-  data_dir = usual_dir(data_dir)
+  data_dir = local_data_dir(data_dir)
   start = time.perf_counter()
   make = load_function(target)
   there = find_version(data_dir, name) if name in BUILDERS else None
@@ -150,11 +151,26 @@ def is_complete(folder: Path) -> bool:
 def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
   """The newest finished version of data set NAME under `data_dir`, or None."""
   root = Path(data_dir) / name
+  if name and files.origin(root):
+    return _bring_version(root)
   found = []
   for folder in root.iterdir() if name and root.is_dir() else ():
     if folder.name.replace(".", "").isdigit() and is_complete(folder):
       found.append((tuple(int(part) for part in folder.name.split(".")), folder))
   return max(found)[1] if found else None
+
+
+def _bring_version(root: Path) -> Path | None:
+  """`find_version` of a data set that is kept at a URL: copies it to this machine, unless that has it."""
+  with files.store_errors(f"{files.origin(root)} cannot be read"):
+    there = files.sizes(files.origin(root))
+  versions = [name.split("/")[0] for name in there if name.endswith("/dataset_info.json")]
+  versions = [name for name in versions if name.replace(".", "").isdigit() and f"{name}/features.json" in there]
+  if not versions:
+    return None
+  newest = root / max(versions, key=lambda name: tuple(int(part) for part in name.split(".")))
+  files.bring(newest)
+  return newest
 
 
 def split_sizes(folder: Path) -> dict[str, int]:

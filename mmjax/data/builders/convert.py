@@ -34,7 +34,7 @@ from mmjax.data.builders import Record, _quiet_tfds, canonical, features, find_v
 from mmjax.data.builders.readers import Skip, open_reader
 from mmjax.data.builders.schema import check_fields
 from mmjax.data.image import Unreadable
-from mmjax.data.sources import data_dir as default_data_dir
+from mmjax.data.sources import local_data_dir
 from mmjax.data.tars import write_atomic
 
 SHARD_ROWS = 2000
@@ -80,7 +80,7 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
     raise UserError(f"a split cannot be called {split!r}: use small letters, digits and _, a letter first")
   if workers < 0 or shard_rows < 1:
     raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
-  root = Path(default_data_dir(data_dir or None)) / name
+  root = local_data_dir(data_dir or None) / name
   reader = open_reader(format, source, columns, language, cache=root.parent)
   rows, skipped = reader.rows()
   rows, duplicates = _unique(rows)

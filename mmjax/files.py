@@ -1,0 +1,270 @@
+"""Paths of this machine and URLs of object stores (gs://, s3://), behind one door.
+
+An object store knows whole objects: no folders, no appending, no renaming. What needs those is done in a folder of this machine:
+`Mirror` copies a run's small files to their URL, `bring` copies data from its URL. Everything else goes to the URL directly, through
+etils and fsspec (extras `s3` and `gcs`), which find endpoint and credentials as the stores' own tools do (AWS_ENDPOINT_URL_S3,
+AWS_ACCESS_KEY_ID, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS, ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+from etils import epath
+
+from mmjax.config import UserError
+
+log = logging.getLogger("mmjax")
+
+_STORES = ("s3", "gs")
+_SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
+_LISTING = ".listing.json"
+_origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
+
+
+def is_url(path: str | os.PathLike) -> bool:
+  return "://" in os.fspath(path)
+
+
+def as_path(path: str | os.PathLike) -> epath.Path:
+  """An absolute path of this machine, or a URL as it is. Raises UserError: a store that is not known."""
+  if not is_url(path):
+    return epath.Path(path).expanduser().absolute()
+  protocol = os.fspath(path).split("://")[0]
+  if protocol not in _STORES:
+    raise UserError(f"{path}: no such kind of store. Write s3://bucket/folder, gs://bucket/folder or a path of this machine")
+  for name in ("s3", "gs", "gcs"):  # other processes, and TensorStore in this one, write too: a listing that is remembered is wrong
+    fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+  return epath.Path(path)
+
+
+def make_folder(path: Path | epath.Path) -> None:
+  """Makes a folder and those above it; in a store there are none, and an attempt to make one could make a bucket."""
+  if not is_url(path):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def store_errors(what: str) -> Iterator[None]:
+  """Turns what an object store, or the way there, says into one line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+  """Why a store did not do what it was asked, and how to mend it."""
+  if isinstance(error, ImportError):
+    return f"{str(error).splitlines()[0]}; pip install 'mmjax[s3]' or 'mmjax[gcs]'"
+  text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0] or type(error).__name__
+  if isinstance(error, FileNotFoundError) and "exist" not in text:
+    text = f"nothing there ({text})"
+  return f"{text.rstrip('.')}. Check the bucket's name and permissions, and this machine's credentials and endpoint"
+
+
+def sizes(folder: str | os.PathLike) -> dict[str, int]:
+  """{name relative to `folder`: bytes} of every file below it, sorted; {} where there is none."""
+  return {name: size for name, (size, _) in _listing(folder).items()}
+
+
+def _listing(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
+  """{name: (bytes, mark)}, see `size_and_mark`."""
+  fs, root = fsspec.core.url_to_fs(str(as_path(folder)))
+  root = root.rstrip("/") + "/"
+  found = {path[len(root):]: _facts(info) for path, info in fs.find(root, detail=True).items()
+           if path.startswith(root) and not path.endswith("/")}
+  return dict(sorted(found.items()))
+
+
+def _facts(info: dict) -> tuple[int, int]:
+  mark = next((str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if info.get(name)), "")
+  return int(info["size"]), int(hashlib.blake2b(mark.encode(), digest_size=6).hexdigest(), 16)
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+  """`size` bytes of an object from `offset` on; fewer where it ends before.
+
+  Raises OSError, not UserError: a store that does not answer is no reason to go on without a record.
+  """
+  fs, name = fsspec.core.url_to_fs(str(as_path(path)))
+  try:
+    return fs.cat_file(name, start=offset, end=offset + size)
+  except Exception as error:
+    raise OSError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def open_binary(path: str | os.PathLike) -> BinaryIO:
+  """A file or object to read from, with seeking."""
+  return open(path, "rb") if not is_url(path) else fsspec.core.url_to_fs(os.fspath(as_path(path)))[0].open(os.fspath(path), "rb")
+
+
+def size_and_mark(path: str | os.PathLike) -> tuple[int, int]:
+  """(bytes, a number that changes when the content does: the time in ns, or what the store says).
+
+  Raises OSError: no such file of this machine. Raises UserError: no such object, or the store cannot be read.
+  """
+  if not is_url(path):
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+  fs, name = fsspec.core.url_to_fs(str(as_path(path)))
+  with store_errors(f"{path} cannot be read"):
+    return _facts(fs.info(name))
+
+
+def find(pattern: str) -> list[str]:
+  """The URLs that a pattern with *, ? and [] names, sorted. Raises UserError: the store cannot be read."""
+  fs, name = fsspec.core.url_to_fs(str(as_path(pattern)))
+  with store_errors(f"{pattern} cannot be read"):
+    return sorted(fs.unstrip_protocol(found) for found in fs.glob(name))
+
+
+def cache_dir() -> Path:
+  """Where this machine keeps what belongs to URLs."""
+  return Path(os.environ.get("MMJAX_CACHE") or "~/.cache/mmjax").expanduser()
+
+
+# -- What a run writes ------------------------------------------------------------------------------------------------------
+
+
+class Mirror:
+  """`folder`: where to write the files of a place. The place itself, or for a URL a folder of this machine that is copied there.
+
+  `push` copies what has changed, and so does a thread from time to time; leaving `with` pushes for the last time.
+  active: False = this process writes nothing.
+  """
+
+  def __init__(self, place: str | os.PathLike, *, active: bool = True):
+    self.place = as_path(place) if is_url(place) else Path(place)
+    self.folder, self._remote = Path(place), is_url(place) and active
+    if self._remote:
+      self.folder = cache_dir() / "runs" / _key(self.place) / self.place.name
+    self._seen: dict[Path, tuple[int, int]] = {}
+    self._lock, self._over, self._thread = threading.Lock(), threading.Event(), None
+
+  def __enter__(self) -> Mirror:
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if self._thread is None:
+      return
+    self._over.set()
+    self._thread.join(timeout=10)
+    with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
+      self.push()
+      shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+  def fetch(self, *names: str) -> None:
+    """Call it first: brings the files of these names that the place has already. Raises UserError: the store cannot be read."""
+    if not self._remote:
+      return
+    try:
+      shutil.rmtree(self.folder.parent, ignore_errors=True)
+      self.folder.mkdir(parents=True)
+    except OSError as error:
+      raise UserError(f"{self.folder}: cannot be written ({error.strerror}), where files for {self.place} are made. "
+                      "Set MMJAX_CACHE to another folder") from error
+    with store_errors(f"{self.place} cannot be read"):
+      for name in names:
+        if (self.place / name).exists():
+          (self.folder / name).write_bytes((self.place / name).read_bytes())
+          self._seen[self.folder / name] = _stamp(self.folder / name)
+    self._thread = threading.Thread(target=self._push_often, name="mirror", daemon=True)
+    self._thread.start()
+
+  def push(self) -> None:
+    """Copies what is new or has changed; returns when the store has it. Raises UserError."""
+    if self._thread is None:
+      return
+    with self._lock, store_errors(f"{self.place} cannot be written"):
+      fs = fsspec.core.url_to_fs(str(self.place))[0]
+      for path in sorted(self.folder.rglob("*")):
+        if path.name.startswith(".") or path.name.endswith(".tmp") or not path.is_file():
+          continue
+        stamp = _stamp(path)  # before the copy: what is added meanwhile goes with the next
+        if self._seen.get(path) != stamp:
+          fs.put_file(str(path), str(self.place / path.relative_to(self.folder).as_posix()))
+          self._seen[path] = stamp
+
+  def name(self, path: str | os.PathLike) -> str:
+    """A path in the folder as the user knows it."""
+    return str(self.place / Path(path).relative_to(self.folder).as_posix()) if self._remote else str(path)
+
+  def _push_often(self) -> None:
+    while not self._over.wait(_SECONDS):
+      with contextlib.suppress(UserError, OSError):  # a store that stays away ends the run at the next checkpoint
+        self.push()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+  stat = path.stat()
+  return stat.st_size, stat.st_mtime_ns
+
+
+# -- Data -------------------------------------------------------------------------------------------------------------------
+
+
+def cached(url: str) -> Path:
+  """The folder of this machine that stands for a URL with data; `bring` fills it."""
+  place = as_path(url)
+  root = cache_dir() / "remote" / f"{place.name}-{_key(place)}"
+  _origins[root] = place
+  return root
+
+
+def origin(path: str | os.PathLike) -> epath.Path | None:
+  """The URL that a path below a folder of `cached` stands for; None for any other path."""
+  path = Path(path)
+  return next((url / path.relative_to(root).as_posix() for root, url in _origins.items() if path.is_relative_to(root)), None)
+
+
+def bring(folder: Path) -> None:
+  """Makes a folder below one of `cached` equal to its URL: nothing is copied if it is so already, once a machine if it is not.
+
+  Raises UserError: the store cannot be read, or the disk not be written.
+  """
+  url = origin(folder)
+  with store_errors(f"{url} cannot be read"):
+    there = _listing(url)
+  if not there:
+    return
+  text = json.dumps(there)
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:  # of several processes of a machine one copies
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if (folder / _LISTING).is_file() and (folder / _LISTING).read_text() == text:
+        return
+      partial = folder.with_name(f".{folder.name}.partial")
+      shutil.rmtree(partial, ignore_errors=True)
+      log.info("copying %s (%.1f MB) to %s", url, sum(size for size, _ in there.values()) / 1e6, folder)
+      for name in there:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+      fs, root = fsspec.core.url_to_fs(str(url))
+      with store_errors(f"{url} cannot be copied to {folder}"):
+        fs.get([f"{root.rstrip('/')}/{name}" for name in there], [str(partial / name) for name in there])
+      for name, (size, _) in there.items():
+        if (partial / name).stat().st_size != size:
+          raise UserError(f"{url}/{name}: changed while it was copied. Start again")
+      (partial / _LISTING).write_text(text)
+      shutil.rmtree(folder, ignore_errors=True)
+      os.replace(partial, folder)
+  except OSError as error:
+    raise UserError(f"{folder}: cannot be written ({error.strerror}). Free space or set MMJAX_CACHE to another folder") from error
+
+
+def _key(path: epath.Path) -> str:
+  return hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()

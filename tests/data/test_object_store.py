@@ -1,0 +1,84 @@
+"""Data sets, tokenizers and tars at a URL: the same records as from the local folder."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from mmjax import files
+from mmjax.config import UserError
+from mmjax.data import builders, sources
+from mmjax.data.builders import convert
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.sources import data_dir, list_datasets, open_source
+from mmjax.data.text import load_tokenizer
+from tests.data.test_tars import pairs, write_tar
+
+
+def records(source):
+  return [source[i] for i in range(len(source))]
+
+
+@pytest.fixture(scope="module")
+def remote(object_store, tiny):
+  """The URL of a copy of `tiny`."""
+  url = files.as_path("s3://bucket/datasets")
+  for path in tiny.rglob("*"):
+    if path.is_file():
+      (url / path.relative_to(tiny).as_posix()).write_bytes(path.read_bytes())
+  return str(url)
+
+
+def test_records_and_tokenizer_equal_the_local_ones(remote, tiny, config, monkeypatch):
+  there = open_source(dict(name="tiny", split="train+test"), remote)
+  here = open_source(dict(name="tiny", split="train+test"), tiny)
+  assert there.fingerprint == here.fingerprint and records(there) == records(here)
+  assert list_datasets(data_dir(remote)) == ["broken", "tiny"]
+  local, distant = config(), config(**{"data.dir": remote})
+  assert load_tokenizer(distant.data).to_assets() == load_tokenizer(local.data).to_assets()
+  assert Pipeline(distant).fingerprint() == Pipeline(local).fingerprint()
+  monkeypatch.setenv("MMJAX_DATA", remote)
+  assert open_source(dict(name="tiny", split="test"))[0] == open_source(dict(name="tiny", split="test"), tiny)[0]
+
+
+def test_the_newest_whole_version_is_taken_and_a_change_is_seen(remote, tiny):
+  url = files.as_path(remote)
+  for path in (tiny / "tiny" / "1.0.0").iterdir():
+    (url / "changing" / "1.0.0" / path.name).write_bytes(path.read_bytes())
+  (url / "changing" / "1.1.0" / "dataset_info.json").write_text("{}")  # not finished: no features.json
+  folder = builders.find_version(data_dir(remote), "changing")
+  assert folder.name == "1.0.0"
+  assert {p.name for p in folder.iterdir() if p.name[0] != "."} == set(os.listdir(tiny / "tiny" / "1.0.0"))
+  (url / "changing" / "1.0.0" / "README.md").write_text("# another\n")
+  assert (builders.find_version(data_dir(remote), "changing") / "README.md").read_text() == "# another\n"
+  assert builders.find_version(data_dir(remote), "nothing") is None
+
+
+def test_what_is_missing_names_the_url_and_nothing_is_made_there(remote, tmp_path):
+  with pytest.raises(UserError, match=r"no data set 'tinny' under s3://bucket/datasets .*Did you mean 'tiny'"):
+    open_source(dict(name="tinny"), remote)
+  with pytest.raises(UserError, match="s3://nobody/data/tiny cannot be read|no data set 'tiny' under s3://nobody/data"):
+    open_source(dict(name="tiny"), "s3://nobody/data")
+  for make in (lambda: builders.build("openmoji", remote), lambda: convert.convert("folder", str(tmp_path), "mine", remote),
+               lambda: sources.local_data_dir(remote)):
+    with pytest.raises(UserError, match="s3://bucket/datasets: data sets are made on this machine"):
+      make()
+
+
+def test_tars_equal_the_local_ones(object_store, tmp_path, monkeypatch):
+  monkeypatch.setenv("MMJAX_DATA", str(tmp_path / "data"))
+  url = files.as_path("s3://bucket/shards")
+  for shard in range(2):
+    path = write_tar(tmp_path / f"{shard:05d}.tar", pairs(shard * 10, 5))
+    (url / f"{shard:05d}.tar").write_bytes((tmp_path / f"{shard:05d}.tar").read_bytes())
+  here = open_source(dict(name="tars", path=str(tmp_path / "*.tar")))
+  for pattern in (f"{url}/{{00000..00001}}.tar", f"{url}/*.tar", str(url)):
+    there = open_source(dict(name="tars", path=pattern))
+    assert there.fingerprint == here.fingerprint and records(there) == records(here)
+  with pytest.raises(UserError, match="s3://bucket/shards/7.tar: no such tar"):
+    open_source(dict(name="tars", path=f"{url}/7.tar"))
+  (url / "00001.tar").write_bytes(open(path, "rb").read()[:4096])  # shorter now, and indexed anew
+  assert len(open_source(dict(name="tars", path=str(url)))) == 6
+  with pytest.raises(OSError, match="s3://bucket/shards/gone.tar cannot be read"):
+    files.read_range(f"{url}/gone.tar", 0, 10)

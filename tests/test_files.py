@@ -1,0 +1,77 @@
+"""Files of a run that are copied to an object store, and data that is copied from one."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmjax import files
+from mmjax.config import UserError
+
+
+def test_a_mirror_of_a_folder_is_the_folder(tmp_path):
+  with files.Mirror(tmp_path) as mirror:
+    mirror.fetch("a")
+    assert mirror.folder == mirror.place == tmp_path
+    mirror.push()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mirror_copies_what_changed_and_goes_on_with_what_was_there(object_store):
+  url = "s3://bucket/mirror/run"
+  with files.Mirror(url) as mirror:
+    mirror.fetch("metrics.jsonl")
+    (mirror.folder / "metrics.jsonl").write_text("1\n")
+    (mirror.folder / "metrics.jsonl.tmp").write_text("half")
+    (mirror.folder / "tensorboard").mkdir()
+    (mirror.folder / "tensorboard" / "events").write_bytes(b"\0")
+    mirror.push()
+    assert files.sizes(url) == {"metrics.jsonl": 2, "tensorboard/events": 1}
+    (mirror.folder / "metrics.jsonl").write_text("1\n2\n")
+  assert (files.as_path(url) / "metrics.jsonl").read_text() == "1\n2\n"
+  assert not mirror.folder.exists()
+  with files.Mirror(url) as mirror:
+    mirror.fetch("metrics.jsonl", "eval.json")
+    assert (mirror.folder / "metrics.jsonl").read_text() == "1\n2\n" and not (mirror.folder / "eval.json").exists()
+    assert mirror.name(mirror.folder / "eval.json") == url + "/eval.json"
+
+
+def test_a_mirror_pushes_by_itself(object_store, monkeypatch):
+  monkeypatch.setattr(files, "_SECONDS", 0.05)
+  with files.Mirror("s3://bucket/often/run") as mirror:
+    mirror.fetch()
+    (mirror.folder / "goodput.json").write_text("{}")
+    for _ in range(200):
+      if files.sizes("s3://bucket/often"):
+        break
+      mirror._over.wait(0.05)
+    assert files.sizes("s3://bucket/often") == {"run/goodput.json": 2}
+
+
+def test_an_error_of_the_run_is_not_hidden_by_one_of_the_store(object_store):
+  with pytest.raises(ZeroDivisionError), files.Mirror("s3://nobody/run") as mirror:
+    mirror.fetch()
+    (mirror.folder / "a").write_text("")
+    raise ZeroDivisionError
+  told = pytest.raises(UserError, match="s3://nobody/run cannot be written: The specified bucket does not exist")
+  with told, files.Mirror("s3://nobody/run") as mirror:
+    mirror.fetch()
+    (mirror.folder / "a").write_text("")
+
+
+def test_data_is_copied_once_and_again_when_it_changes(object_store, monkeypatch):
+  url = files.as_path("s3://bucket/brought/data")
+  (url / "set" / "1.0.0" / "a").write_bytes(b"one")
+  root = files.cached(str(url))
+  assert files.origin(root / "set") == url / "set" and files.origin("/tmp") is None
+  files.bring(root / "set")
+  assert (root / "set" / "1.0.0" / "a").read_bytes() == b"one"
+  before = (root / "set").stat().st_ino
+  files.bring(root / "set")
+  assert (root / "set").stat().st_ino == before
+  (url / "set" / "1.0.0" / "a").write_bytes(b"two")
+  files.bring(root / "set")
+  assert (root / "set" / "1.0.0" / "a").read_bytes() == b"two"
+  files.bring(root / "absent")
+  assert not (root / "absent").exists()
+  with pytest.raises(UserError, match="no such kind of store"):
+    files.cached("hdfs://a/b")
