@@ -31,7 +31,8 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
   them; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM, Open MPI and TPU pods, which JAX detects.
   MMJAX_COORDINATOR=auto leaves all to JAX (a TPU VM says nothing in its environment, only to those who ask its metadata server).
   MMJAX_CPU_DEVICES sets the number of simulated CPU devices a process; MMJAX_HEARTBEAT_SECONDS (60) after how long without a
-  sign of life a process counts as dead, which ends the others. Raises UserError: a variable is missing or wrong.
+  sign of life a process counts as dead, which ends the others. Compiled programs are kept in JAX_COMPILATION_CACHE_DIR (a folder or
+  bucket that hosts may share: process 0 writes), else ~/.cache/mmjax/compiled. Raises UserError: a variable is missing or wrong.
   """
   del config  # nothing of a run's numbers depends on it
   if jax.distributed.is_initialized():
@@ -39,6 +40,8 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
   environment = os.environ
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mmjax/compiled"))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves out evaluators
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
   if jax.config.jax_num_cpu_devices > 1:

@@ -7,6 +7,7 @@ started again writes what an unbroken run writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,18 +30,22 @@ from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
+from mmjax.state.storage import disk_errors
 from mmjax.training.goodput import Clock
 from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, WeightsAndBiases, import_wandb, memory_in_use
 from mmjax.training.profile import Profile, parse
 from mmjax.training.recovery import Faults
 from mmjax.training.step import Step
+from mmjax.training.summary import Estimate, Summary
 from mmjax.training.watchdog import Watchdog
 
 DONE, STOPPED = 0, 75
 
 
-def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False, profile: str = "") -> int:
+def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False, profile: str = "",
+          estimate: Estimate | None = None) -> int:
   """Trains `config` in `workdir`, from its newest checkpoint if there is one. profile: steps to trace, "START:STOP".
+  estimate: says how long a step should take on TPUs (the planner; it stands above this floor).
 
   Returns: 0 when the run is complete, 75 when SIGTERM or Ctrl-C ended it early with a checkpoint saved.
   Ends the process with exit code 1 when it hangs (train.hang_seconds), or waits for one that does.
@@ -52,11 +57,11 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
                       processes=jax.process_count())
   with StopSignal() as stop, watchdog:  # from here on: a signal that comes while compiling is not lost
-    return _train(config, Path(workdir), stop, watchdog, begin, allow_change, profile)
+    return _train(config, Path(workdir), stop, watchdog, begin, allow_change, profile, estimate)
 
 
 def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: Watchdog, begin: float, allow_change: bool,
-           profile: str) -> int:
+           profile: str, estimate: Estimate | None) -> int:
   say = print_main
 
   # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
@@ -106,8 +111,9 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
   # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
   moment = time.monotonic()
   with clock.measure("compilation"):
-    step.compile()
+    summary = Summary(step, step.compile(), estimate)
   say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")
+  say(summary.memory())
   with clock.measure("agreement"):
     stopping = multihost.any_process(stop.received)
   if stopping:
@@ -119,7 +125,6 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
   outputs = Outputs(workdir, start, config) if multihost.is_main() else None
   progress = Progress(start, steps) if multihost.is_main() else None
   assets = inference_assets(config, pipeline)
-  flops = step.flops_per_step()
   pending: deque = deque()
 
   def settle(keep: int) -> None:
@@ -142,7 +147,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
         if config.train.rollback:
           row["rollbacks"] = faults.rollbacks
         row["ids_crc32"] = zlib.crc32("\n".join(map(str, pipeline.ids(at - 1))).encode())
-        row.update(clock.row(at, batch_size, flops), memory=memory_in_use())
+        row.update(clock.row(at, batch_size, summary.flops), memory=memory_in_use())
         outputs.write(row)
         progress.log(row)
 
@@ -173,6 +178,8 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
           say(f"step {at}: trace written to {folder}")
         pending.append((at, metrics))
         settle(1)
+        if outputs and at == min(start + 2, steps):  # the first step is told; the devices compute the second
+          say(summary.work())
         if faults.decides_now(config):
           settle(0)
         if faults.rollback_due(config) and faults.good:
@@ -204,16 +211,19 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
       with clock.measure("checkpoint", steps):
         saver.wait()
     if outputs:
+      progress.close()
+      say(summary.compare(clock.step_seconds, workdir))
       with clock.measure("report"):
         outputs.finish(config, results)
-      progress.close()
     say(f"done: {steps} steps in {workdir} ({time.monotonic() - begin:.0f} s)")
     return DONE
   finally:
-    progress and progress.close()
-    outputs and outputs.close()
-    clock.write()
-    saver.close()
+    with contextlib.ExitStack() as ends:  # each of them, whatever the others raise
+      ends.callback(saver.close)
+      ends.callback(clock.write)
+      if outputs:
+        ends.callback(outputs.close)
+        ends.callback(progress.close)
 
 
 # -- Parts of the story ---------------------------------------------------------------------------------------------------
@@ -253,15 +263,17 @@ class Outputs:
       self._boards.append(WeightsAndBiases(config.log.wandb, workdir, config.to_dict()))
 
   def write(self, row: dict) -> None:
-    self._file.write(row)
-    for board in self._boards:
-      board.write(row)
+    with self._disk_errors():
+      self._file.write(row)
+      for board in self._boards:
+        board.write(row)
 
   def evaluated(self, step: int, results: dict) -> None:
     self.write(dict(step=step, time=time.time(), **evaluation.flat_metrics(results)))
 
   def sync(self) -> None:
-    self._file.sync()
+    with self._disk_errors():
+      self._file.sync()
 
   def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
     self.sync()
@@ -270,9 +282,12 @@ class Outputs:
     report.write_report(self.workdir, config, results or {}, self._file.path)
 
   def close(self) -> None:
-    self._file.close()
-    for board in self._boards:
-      board.close()
+    with self._disk_errors(), contextlib.ExitStack() as ends:
+      for output in (self._file, *self._boards):
+        ends.callback(output.close)
+
+  def _disk_errors(self):
+    return disk_errors(f"{self.workdir}: metrics cannot be written", ". What was saved is intact: free space or mend the folder, then start again")
 
 
 def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
