@@ -106,7 +106,7 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
   say(f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} {jax.devices()[0].platform} device(s), "
       f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
   if multihost.is_main():
-    write_atomically(workdir / "config.json", configs.to_json(config))
+    evaluation.replace_file(workdir / "config.json", configs.to_json(config))
 
   # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
   moment = time.monotonic()
@@ -257,8 +257,9 @@ class Outputs:
 
   def __init__(self, workdir: Path, step: int, config: FrozenConfigDict):
     self.workdir = workdir
-    self._file = MetricsFile(workdir, step)
-    self._boards = [TensorBoard(workdir, step)] if config.log.tensorboard else []
+    with self._disk_errors():
+      self._file = MetricsFile(workdir, step)
+      self._boards = [TensorBoard(workdir, step)] if config.log.tensorboard else []
     if config.log.wandb:
       self._boards.append(WeightsAndBiases(config.log.wandb, workdir, config.to_dict()))
 
@@ -338,12 +339,6 @@ def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: in
   if not schedule.same_past(past, future, start):
     raise UserError(f"train.steps {data['steps']} -> {steps} would change the learning rate of steps that are done "
                     f"(schedule.name={config.schedule.name}). Keep train.steps, use schedule.name=constant, or pass --allow-change")
-
-
-def write_atomically(path: Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
-  os.replace(temporary, path)
 
 
 def print_main(text: str) -> None:
