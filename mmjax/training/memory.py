@@ -27,9 +27,11 @@ def state_bytes(step: Step) -> dict[str, float]:
 def compiled_bytes(compiled: jax.stages.Compiled, *, peak_known: bool = True) -> dict[str, float]:
   """Bytes on one device by the compiler's count; arguments: state and batch; temporaries: activations, gradients.
 
-  peak_known: the compiler knows what is alive at once (TPU); otherwise everything is added up.
+  peak_known: the compiler knows what is alive at once (TPU); otherwise everything is added up. Zeros where it tells nothing.
   """
   analysis = compiled.memory_analysis()
+  if analysis is None:
+    return dict(arguments=0.0, temporaries=0.0, output=0.0, peak=0.0)
   arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
   output = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
   peak = getattr(analysis, "peak_memory_in_bytes", 0) if peak_known else 0

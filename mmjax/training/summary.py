@@ -6,6 +6,7 @@ RUN/summary.json keeps the figures, and report.html shows the last line. Nothing
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mmjax.training.memory import compiled_bytes, gib, state_bytes
 from mmjax.training.metrics import memory_in_use, utilisation
 from mmjax.training.step import Step
 
+log = logging.getLogger("mmjax")
 NAME = "summary.json"
 # (step, executable, source) -> seconds of a step on the devices that it was compiled for; None where nothing tells.
 Estimate = Callable[[Step, jax.stages.Compiled, str], float | None]
@@ -42,11 +44,14 @@ class Summary:
     return f"memory of a device: {parts}; peak {gib(self.bytes['peak'])}" + (f" of {gib(limit)}" if limit else "")
 
   def work(self) -> str:
-    """The second line. It takes a moment: call it while the devices compute the first step."""
+    """The second line. It takes a moment: call it while the devices compute."""
     self.flops = self._step.flops_per_step()
     if self._estimate and self._device.platform == "tpu":
-      each = [self._estimate(self._step, *pair) for pair in zip(self._compiled, self._step.sources, strict=True)]
-      self.seconds = None if None in each else self._step.mean_over_kinds(dict(zip(self._step.sources, each, strict=True)).get)
+      try:
+        each = {source: self._estimate(self._step, one, source) for one, source in zip(self._compiled, self._step.sources, strict=True)}
+        self.seconds = None if None in each.values() else self._step.mean_over_kinds(each.get)
+      except Exception as error:  # a run does not end because a plan of it cannot be made
+        log.warning("no estimate of the time of a step: %s: %s", type(error).__name__, error)
     text = f"a step: {_flop(self.flops)} of the model"
     return f"{text}; estimated {self.seconds * 1e3:.1f} ms{_mfu(utilisation(self.flops, self.seconds))}" if self.seconds else text
 

@@ -39,6 +39,13 @@ def test_on_a_tpu_the_plan_has_a_time_and_a_utilisation(devices, monkeypatch, tm
   assert written["measured"]["examples_per_second"] == pytest.approx(32 / seconds)
 
 
+def test_an_estimate_that_fails_and_a_compiler_that_tells_nothing_end_no_run(devices, monkeypatch, caplog):
+  monkeypatch.setattr(jax, "local_devices", lambda: [CHIP])
+  told = Summary(make_step(devices=1), [SimpleNamespace(memory_analysis=lambda: None)], lambda *of: {}["cycles"])
+  assert told.memory().endswith("peak 0.0 MiB of 16.00 GiB") and told.work().endswith("FLOP of the model")
+  assert "no estimate of the time of a step: KeyError: 'cycles'" in caplog.text
+
+
 def test_without_an_estimate_or_rows_it_says_what_there_is(devices, tmp_path):
   told = Summary(make_step(devices=1), [executable(3)], lambda *of: pytest.fail("asked on a CPU"))
   assert told.memory().endswith("peak 4.00 GiB")  # arguments, temporaries and 8 bytes
