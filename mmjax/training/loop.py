@@ -53,7 +53,7 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   """
   begin = time.monotonic()
   profile and parse(profile)
-  multihost.initialize(config)
+  multihost.initialize(config, shared=str(workdir))
   watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
                       processes=jax.process_count())
   with StopSignal() as stop, watchdog:  # from here on: a signal that comes while compiling is not lost
@@ -112,10 +112,9 @@ def _train(config: FrozenConfigDict, workdir: Path, stop: StopSignal, watchdog: 
   moment = time.monotonic()
   with clock.measure("compilation"):
     summary = Summary(step, step.compile(), estimate)
+    stopping = multihost.any_process(stop.received)  # waits for the other processes' compilers
   say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")
   say(summary.memory())
-  with clock.measure("agreement"):
-    stopping = multihost.any_process(stop.received)
   if stopping:
     saver.close()
     say(f"stopped by {stop.name} before step {start + 1} of {steps}. The same command goes on from here.")
