@@ -76,7 +76,12 @@ def _train(options) -> int:
   resolved = config.load(options.config, options.overrides)
 
   from mmjax.training import loop
-  return loop.train(resolved, options.workdir, allow_change=options.allow_change, profile=options.profile)
+  return loop.train(resolved, options.workdir, allow_change=options.allow_change, profile=options.profile, estimate=_estimate)
+
+
+def _estimate(*step):
+  from mmjax import plan
+  return plan.estimate(*step)
 
 
 def _eval(options) -> int:

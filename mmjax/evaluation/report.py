@@ -56,7 +56,7 @@ def write_report(
     .from_string(PAGE)
     .render(
       title=workdir.resolve().name or "run",
-      facts=_facts(config, rows),
+      facts=[*_facts(config, rows), *_measured(workdir)],
       tiles=[_tile(name, metrics) for name, metrics in scores.items()],
       tables=[(name, [(k, number(v)) for k, v in metrics.items()]) for name, metrics in scores.items()],
       charts=training_charts(rows),
@@ -137,6 +137,14 @@ def _facts(config: Any, rows: list[dict]) -> list[tuple[str, str]]:
   facts.append(("Model", str(config["model"].get("name", ""))))
   facts.append(("Encoders", ", ".join(f"{m}: {e.get('kind')}" for m, e in config["model"].get("encoders", {}).items())))
   return facts
+
+
+def _measured(workdir: Path) -> list[tuple[str, str]]:
+  """What the run's steps took beside what was planned, as its last line said."""
+  try:
+    return [("Measured", str(json.loads((workdir / "summary.json").read_text())["text"]).removeprefix("measured: "))]
+  except (OSError, ValueError, KeyError, TypeError):
+    return []
 
 
 def _duration(seconds: float) -> str:

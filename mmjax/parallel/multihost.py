@@ -24,21 +24,23 @@ _LOCAL = ("MMJAX_COORDINATOR", "MMJAX_PROCESSES", "MMJAX_PROCESS_ID")
 _HEARTBEAT_SECONDS = 60
 
 
-def initialize(config: FrozenConfigDict | None = None) -> None:
+def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> None:
   """Joins the other processes of this run, if there are any. Call it before the first use of a device; again is harmless.
 
   Looked at in turn: MMJAX_COORDINATOR (host:port), MMJAX_PROCESSES, MMJAX_PROCESS_ID, as launch/local_multiprocess.sh sets
   them; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM, Open MPI and TPU pods, which JAX detects.
   MMJAX_COORDINATOR=auto leaves all to JAX (a TPU VM says nothing in its environment, only to those who ask its metadata server).
   MMJAX_CPU_DEVICES sets the number of simulated CPU devices a process; MMJAX_HEARTBEAT_SECONDS (60) after how long without a
-  sign of life a process counts as dead, which ends the others. Raises UserError: a variable is missing or wrong.
+  sign of life a process counts as dead, which ends the others. Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, else in
+  `shared`/compiled where there are several processes (only 0 writes, and all should read), else in ~/.cache/mmjax/compiled.
+  shared: a folder or bucket that all processes see. Raises UserError: a variable is missing or wrong.
   """
   del config  # nothing of a run's numbers depends on it
   if jax.distributed.is_initialized():
     return
   environment = os.environ
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mmjax/compiled"))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves out evaluators
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
   if jax.config.jax_num_cpu_devices > 1:
@@ -63,6 +65,9 @@ def initialize(config: FrozenConfigDict | None = None) -> None:
           **{k: _count(name, environment[name], least=0) for k, name in numbers.items() if environment.get(name)})
   elif _cluster_processes(environment) > 1:
     _join()
+  if not jax.config.jax_compilation_cache_dir:
+    together = shared and jax.distributed.is_initialized()
+    jax.config.update("jax_compilation_cache_dir", f"{shared}/compiled" if together else os.path.expanduser("~/.cache/mmjax/compiled"))
 
 
 def leave(code: int) -> None:

@@ -26,6 +26,7 @@ from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
 from mmjax.plan import cost, hlo, memory, topology
 from mmjax.plan.kernels import kernels_of
 from mmjax.training.flops import count_flops
+from mmjax.training.memory import compiled_bytes, state_bytes
 from mmjax.training.step import Step
 
 Say = Callable[[str], None]
@@ -105,7 +106,7 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
       refusal = memory.out_of_memory(str(error))
       if refusal is None:
         raise UserError(f"{target.name}: the compiler refuses this step: {' '.join(str(error).split())[:400]}") from error
-      chip = {part: count * target.chip.devices for part, count in memory.state_bytes(step).items()}
+      chip = {part: count * target.chip.devices for part, count in state_bytes(step).items()}
       return {
         **head,
         "fits": False,
@@ -160,7 +161,7 @@ def analyse(
   """The figures of a compiled step. timed: the compiler estimates cycles (TPU); else memory only. source: the kind of step."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
   per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
-  used = per_chip({**memory.state_bytes(step), **memory.compiled_bytes(compiled, peak_known=timed)})
+  used = per_chip({**state_bytes(step), **compiled_bytes(compiled, peak_known=timed)})
   result: dict[str, Any] = dict(
     fits=used["peak"] <= chip.memory, memory={**used, "over": max(0, used["peak"] - chip.memory)}
   )
@@ -187,12 +188,7 @@ def analyse(
       "versions that jax[tpu] installs may"
     )
   elif timed:
-    kernels = []
-    if "tpu_custom_call" in text:
-      with rules.use(step.mesh, step.rules):
-        update = functools.partial(step.update, source=source)
-        kernels = kernels_of(jax.make_jaxpr(update)(step.state_spec, step.batch_spec_of(source), step.taught_spec).jaxpr)
-    spent = cost.cost(module, chip, kernels)
+    spent = _spent(step, module, text, chip, source)
     seconds = spent.pop("seconds")
     result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
     links = cost.link_seconds(found, chip)
@@ -217,6 +213,23 @@ def analyse(
     )
   result["left_out"] = left_out
   return result
+
+
+def _spent(step: Step, module: hlo.Module, text: str, chip: topology.Chip, source: str) -> dict[str, Any]:
+  kernels = []
+  if "tpu_custom_call" in text:
+    with rules.use(step.mesh, step.rules):
+      update = functools.partial(step.update, source=source)
+      kernels = kernels_of(jax.make_jaxpr(update)(step.state_spec, step.batch_spec_of(source), step.taught_spec).jaxpr)
+  return cost.cost(module, chip, kernels)
+
+
+def estimate(step: Step, compiled: jax.stages.Compiled, source: str = "") -> float | None:
+  """Seconds of a compiled step by the compiler's cycles; None where they are not known (no TPU, or no text)."""
+  kind = step.mesh.devices.flat[0].device_kind
+  chip = next((chip for chip in topology.CHIPS.values() if kind in chip.kinds), None)
+  text = _text(compiled) if chip else ""
+  return _spent(step, hlo.parse(text), text, chip, source)["seconds"] or None if text else None
 
 
 def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) -> list[str]:

@@ -1,49 +1,17 @@
-"""Memory of a step on one chip: what the state takes, what the compiler adds, and by how much it does not fit."""
+"""Memory of a step that the compiler refuses or that holds too much: by how much it does not fit, and what is whole on every chip."""
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
 import jax
-import numpy as np
 
-from mmjax.plan.topology import GIB
+from mmjax.training.memory import local_bytes
 from mmjax.training.step import Step
 
 LARGE = 64 * 2**20  # bytes from which a parameter that every chip holds whole deserves a line
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def state_bytes(step: Step) -> dict[str, float]:
-  """Bytes on one device, padding not counted: parameters, optimizer, average (EMA), model_state, batch."""
-  state = step.state_spec
-  parts = dict(
-    parameters=state.params,
-    optimizer=state.opt_states,
-    average=state.ema,
-    model_state=state.model_state,
-    batch=step.batch_spec,
-  )
-  return {name: float(sum(map(_local_bytes, jax.tree.leaves(tree)))) for name, tree in parts.items()}
-
-
-def compiled_bytes(compiled: jax.stages.Compiled, *, peak_known: bool = True) -> dict[str, float]:
-  """Bytes on one device by the compiler's count; arguments: state and batch; temporaries: activations, gradients.
-
-  peak_known: the compiler knows what is alive at once (TPU); otherwise everything is added up.
-  """
-  analysis = compiled.memory_analysis()
-  arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-  output = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-  peak = getattr(analysis, "peak_memory_in_bytes", 0) if peak_known else 0
-  return dict(
-    arguments=float(arguments),
-    temporaries=float(temporaries),
-    output=float(output),
-    peak=float(peak if peak >= arguments else arguments + temporaries + output),
-  )
 
 
 def out_of_memory(message: str) -> dict[str, Any] | None:
@@ -77,24 +45,12 @@ def replicated(step: Step) -> list[str]:
   lines = []
   for part, tree in (("parameter", step.params_spec), ("optimizer state", step.state_spec.opt_states)):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      if leaf.sharding.is_fully_replicated and _local_bytes(leaf) >= LARGE:
+      if leaf.sharding.is_fully_replicated and local_bytes(leaf) >= LARGE:
         lines.append(
           f"{part} {jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.dtype}{list(leaf.shape)} "
-          f"({_local_bytes(leaf) / 2**20:.0f} MiB) is whole on every chip: no axis of it is divisible by the mesh"
+          f"({local_bytes(leaf) / 2**20:.0f} MiB) is whole on every chip: no axis of it is divisible by the mesh"
         )
   return lines
-
-
-def gib(count: float | None) -> str:
-  if count is None:
-    return "?"
-  return f"{count / GIB:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
-
-
-def _local_bytes(leaf: Any) -> float:
-  dtype = leaf.dtype
-  width = np.dtype(dtype).itemsize if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else 8
-  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * width
 
 
 def _bytes(number: str, unit: str) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 
 from mmjax import config as configs
 from mmjax.plan import CACHE, plan, topology
-from mmjax.plan.memory import gib
 from mmjax.plan.sweep import sweep
+from mmjax.training.memory import gib
 
 
 def command(

@@ -28,6 +28,7 @@ from mmjax.state import manifest
 from mmjax.state.paths import by_name, map_named
 
 TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted"
+_PATIENCE = 30 * 24 * 3600  # seconds; Orbax's 20 minutes go by the wall clock, which may jump. The watchdog bounds a save.
 _DISK_ERROR = re.compile(r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS error")
 
 
@@ -46,7 +47,7 @@ class Writer(ocp.AsyncCheckpointer):
                     assets=ocp.JsonCheckpointHandler())
     super().__init__(ocp.CompositeCheckpointHandler(
                          composite_options=ocp.CompositeOptions(atomicity_options=atomicity), **handlers), atomicity_options=atomicity,
-                     async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                     async_options=ocp.options.AsyncOptions(timeout_secs=_PATIENCE, post_finalization_callback=self._seal),
                      checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False))
 
   def start(self, folder: epath.Path, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

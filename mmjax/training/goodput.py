@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ class Clock:
     self._computing = 0.0  # seconds of compute that belong to steps whose outcome is not known yet
     self._parts = dict.fromkeys(PARTS, 0.0)
     self._row_at, self._row_step, self._laps, self._written = time.monotonic(), step, 0, -math.inf
+    self._step_seconds: list[float] = []
 
   @contextlib.contextmanager
   def measure(self, cause: str, step: int = 0, *, busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -88,6 +90,11 @@ class Clock:
     return self.seconds["productive"]
 
   @property
+  def step_seconds(self) -> float | None:
+    """Seconds a step of this process, evaluation left out: the median over the rows; None before there are two."""
+    return statistics.median(self._step_seconds) if self._step_seconds else None
+
+  @property
   def wall(self) -> float:
     """Seconds since the first start of the run."""
     return self._wall + time.monotonic() - self._begin
@@ -98,6 +105,8 @@ class Clock:
     now, steps, parts = time.monotonic(), max(1, step - self._row_step), self._parts
     seconds = max(now - self._row_at - parts["evaluation"], 1e-9)
     known = self._laps > 0
+    if known:
+      self._step_seconds.append(seconds / steps)
     row: dict[str, Any] = dict(examples_per_second=steps * batch_size / seconds if known else None,
                                mfu=utilisation(flops, seconds / steps) if known else None,
                                data_wait_fraction=min(1.0, parts["data"] / seconds) if known else None)

@@ -7,6 +7,7 @@ started again writes what an unbroken run writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,18 +30,22 @@ from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
+from mmjax.state.storage import disk_errors
 from mmjax.training.goodput import Clock
 from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, WeightsAndBiases, import_wandb, memory_in_use
 from mmjax.training.profile import Profile, parse
 from mmjax.training.recovery import Faults
 from mmjax.training.step import Step
+from mmjax.training.summary import Estimate, Summary
 from mmjax.training.watchdog import Watchdog
 
 DONE, STOPPED = 0, 75
 
 
-def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False, profile: str = "") -> int:
+def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False, profile: str = "",
+          estimate: Estimate | None = None) -> int:
   """Trains `config` in `workdir`, from its newest checkpoint if there is one. profile: steps to trace, "START:STOP".
+  estimate: says how long a step should take on TPUs (the planner; it stands above this floor).
 
   Returns: 0 when the run is complete, 75 when SIGTERM or Ctrl-C ended it early with a checkpoint saved.
   Ends the process with exit code 1 when it hangs (train.hang_seconds), or waits for one that does.
@@ -48,16 +53,16 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   """
   begin = time.monotonic()
   profile and parse(profile)
-  multihost.initialize(config)
+  multihost.initialize(config, shared=str(workdir))
   watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
                       processes=jax.process_count())
   # From here on: a signal that comes while compiling is not lost.
   with StopSignal() as stop, watchdog, files.Mirror(workdir, active=multihost.is_main()) as mirror:
-    return _train(config, mirror, stop, watchdog, begin, allow_change, profile)
+    return _train(config, mirror, stop, watchdog, begin, allow_change, profile, estimate)
 
 
 def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, watchdog: Watchdog, begin: float, allow_change: bool,
-           profile: str) -> int:
+           profile: str, estimate: Estimate | None) -> int:
   say, workdir = print_main, mirror.place
 
   # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
@@ -103,15 +108,15 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
   say(f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} {jax.devices()[0].platform} device(s), "
       f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
   if multihost.is_main():
-    write_atomically(mirror.folder / "config.json", configs.to_json(config))
+    evaluation.replace_file(mirror.folder / "config.json", configs.to_json(config))
 
   # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
   moment = time.monotonic()
   with clock.measure("compilation"):
-    step.compile()
+    summary = Summary(step, step.compile(), estimate)
+    stopping = multihost.any_process(stop.received)  # waits for the other processes' compilers
   say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")
-  with clock.measure("agreement"):
-    stopping = multihost.any_process(stop.received)
+  say(summary.memory())
   if stopping:
     saver.close()
     say(f"stopped by {stop.name} before step {start + 1} of {steps}. The same command goes on from here.")
@@ -121,7 +126,6 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
   outputs = Outputs(mirror, start, config) if multihost.is_main() else None
   progress = Progress(start, steps) if multihost.is_main() else None
   assets = inference_assets(config, pipeline)
-  flops = step.flops_per_step()
   pending: deque = deque()
 
   def settle(keep: int) -> None:
@@ -144,7 +148,7 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
         if config.train.rollback:
           row["rollbacks"] = faults.rollbacks
         row["ids_crc32"] = zlib.crc32("\n".join(map(str, pipeline.ids(at - 1))).encode())
-        row.update(clock.row(at, batch_size, flops), memory=memory_in_use())
+        row.update(clock.row(at, batch_size, summary.flops), memory=memory_in_use())
         outputs.write(row)
         progress.log(row)
 
@@ -174,6 +178,8 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
           say(f"step {at}: trace written to {mirror.name(folder)}")
         pending.append((at, metrics))
         settle(1)
+        if outputs and at == min(start + 2, steps):  # the first step is told; the devices compute the second
+          say(summary.work())
         if faults.decides_now(config):
           settle(0)
         if faults.rollback_due(config) and faults.good:
@@ -205,16 +211,19 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
       with clock.measure("checkpoint", steps):
         saver.wait()
     if outputs:
+      progress.close()
+      say(summary.compare(clock.step_seconds, mirror.folder))
       with clock.measure("report"):
         outputs.finish(config, results)
-      progress.close()
     say(f"done: {steps} steps in {workdir} ({time.monotonic() - begin:.0f} s)")
     return DONE
   finally:
-    progress and progress.close()
-    outputs and outputs.close()
-    clock.write()
-    saver.close()
+    with contextlib.ExitStack() as ends:  # each of them, whatever the others raise
+      ends.callback(saver.close)
+      ends.callback(clock.write)
+      if outputs:
+        ends.callback(outputs.close)
+        ends.callback(progress.close)
 
 
 # -- Parts of the story ---------------------------------------------------------------------------------------------------
@@ -248,22 +257,25 @@ class Outputs:
 
   def __init__(self, mirror: files.Mirror, step: int, config: FrozenConfigDict):
     self._mirror = mirror
-    self._file = MetricsFile(mirror.folder, step)
-    self._boards = [TensorBoard(mirror.folder, step)] if config.log.tensorboard else []
+    with self._disk_errors():
+      self._file = MetricsFile(mirror.folder, step)
+      self._boards = [TensorBoard(mirror.folder, step)] if config.log.tensorboard else []
     if config.log.wandb:
       self._boards.append(WeightsAndBiases(config.log.wandb, mirror.place, mirror.folder, config.to_dict()))
 
   def write(self, row: dict) -> None:
-    self._file.write(row)
-    for board in self._boards:
-      board.write(row)
+    with self._disk_errors():
+      self._file.write(row)
+      for board in self._boards:
+        board.write(row)
 
   def evaluated(self, step: int, results: dict) -> None:
     self.write(dict(step=step, time=time.time(), **evaluation.flat_metrics(results)))
 
   def sync(self) -> None:
     """Everything that was written is on the disk, or at the URL: before a checkpoint that stands for it."""
-    self._file.sync()
+    with self._disk_errors():
+      self._file.sync()
     self._mirror.push()
 
   def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
@@ -273,9 +285,12 @@ class Outputs:
     report.write_report(self._mirror.folder, config, results or {}, self._file.path)
 
   def close(self) -> None:
-    self._file.close()
-    for board in self._boards:
-      board.close()
+    with self._disk_errors(), contextlib.ExitStack() as ends:
+      for output in (self._file, *self._boards):
+        ends.callback(output.close)
+
+  def _disk_errors(self):
+    return disk_errors(f"{self._mirror.place}: metrics cannot be written", ". What was saved is intact: free space or mend the folder, then start again")
 
 
 def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
@@ -330,12 +345,6 @@ def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: in
   if not schedule.same_past(past, future, start):
     raise UserError(f"train.steps {data['steps']} -> {steps} would change the learning rate of steps that are done "
                     f"(schedule.name={config.schedule.name}). Keep train.steps, use schedule.name=constant, or pass --allow-change")
-
-
-def write_atomically(path: Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
-  os.replace(temporary, path)
 
 
 def print_main(text: str) -> None:

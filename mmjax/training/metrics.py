@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +68,49 @@ class MetricsFile:
 
 
 class TensorBoard:
-  """The numbers of metrics.jsonl as TensorBoard events; events past the restored step are purged."""
+  """The numbers of metrics.jsonl as TensorBoard events; events past the restored step are purged.
+
+  Written by the caller's own thread: the SummaryWriter of tensorboardX has one that dies when the disk is full, and then waits for it.
+  """
 
   def __init__(self, folder: Path, step: int):
-    from tensorboardX import SummaryWriter
+    with _without("torch", "boto3", "google.cloud.storage"):
+      from tensorboardX.event_file_writer import EventsWriter
+      from tensorboardX.proto import event_pb2, summary_pb2
 
-    self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10)
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+    self._writer = EventsWriter(str(folder / "tensorboard" / "events"))
+    if step:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._writer.write_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
+    self._flushed = -math.inf
 
   def write(self, row: Mapping[str, Any]) -> None:
-    for name, value in row.items():
-      if isinstance(value, (int, float)) and name not in ("step", "time"):
-        self._writer.add_scalar(name, value, row["step"])
+    numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+    values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+    self._writer.write_event(self._event(step=row["step"], wall_time=row["time"], summary=self._summary(value=values)))
+    if time.monotonic() - self._flushed > 10:
+      self._writer.flush()
+      self._flushed = time.monotonic()
 
   def close(self) -> None:
     self._writer.close()
+
+
+@contextlib.contextmanager
+def _without(*modules: str) -> Iterator[None]:
+  """Within it these modules cannot be imported: tensorboardX imports PyTorch and cloud clients where they are installed, which
+  takes seconds, for nothing here."""
+  kept = {name: sys.modules.get(name) for name in modules}
+  sys.modules.update(dict.fromkeys(modules))
+  try:
+    yield
+  finally:
+    for name, module in kept.items():
+      del sys.modules[name]
+      if module is not None:
+        sys.modules[name] = module
 
 
 class WeightsAndBiases:

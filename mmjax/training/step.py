@@ -7,7 +7,7 @@ is a mean over what is real in the batch, whatever the mesh and however many mic
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -75,6 +75,7 @@ class Step:
     # The kinds of step: one, or one a source where each step has its own.
     self.sources = tuple(n for n, e in config.data.sources.items() if e.weight) if config.data.mix == "steps" else ("",)
     self._batch_specs = {n: place(spec_of_config(config, source=n)) if n else self.batch_spec for n in self.sources}
+    self._variables = jax.jit(self._new_variables, inline=True)  # traced once, though asked for three times
     variables = dict(self._inside(jax.eval_shape)(self._variables, jax.random.key(0)))
     boxed = variables.pop("params")
     self.axes = rules.param_axes(boxed)
@@ -143,7 +144,7 @@ class Step:
     """What `apply` takes: the parameters that evaluation uses (the moving average where there is one), and what else the model keeps."""
     return {"params": state.eval_params, **state.model_state}
 
-  def _variables(self, rng: Array) -> Mapping[str, Any]:
+  def _new_variables(self, rng: Array) -> Mapping[str, Any]:
     """Boxed parameters and model state. What the model does with the (empty) batch is dropped by the compiler."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.batch_spec)
     return self.model.init({"params": stream(rng, "params"), "dropout": stream(rng, "dropout")}, batch)
@@ -190,6 +191,10 @@ class Step:
       return 3 * self._inside(count_flops)(
         forward, self.params_spec, self.model_state_spec, self._batch_specs[source], self.taught_spec)
 
+    return self.mean_over_kinds(of)
+
+  def mean_over_kinds(self, of: Callable[[str], float]) -> float:
+    """The mean of a figure of each kind of step, by how often there is one."""
     weights = [self.config.data.sources[source].weight if source else 1.0 for source in self.sources]
     return sum(w * of(source) for w, source in zip(weights, self.sources, strict=True)) / sum(weights)
 

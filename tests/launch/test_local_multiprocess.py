@@ -1,42 +1,16 @@
 """launch/local_multiprocess.sh with real processes: equal to one process, stopped, killed, restarted."""
 
 import os
-import pathlib
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 
-from tests.e2e.commands import QUICKSTART, SMALL, environment, metrics, read_until, run, start
-from tests.launch.fakes import LAUNCH, ROOT
+from tests.e2e.commands import QUICKSTART, SMALL, metrics, read_until, run, start
+from tests.launch.jobs import Launcher, newest_step, training_processes
 
 SHORT = (*SMALL, "--config.train.steps=12", "--config.checkpoint.every=4", "--config.evaluation.every=12")
 TRAIN = ("--config", QUICKSTART, *SHORT)
-
-
-class Launcher:
-  """Starts launch/local_multiprocess.sh 2 with an `mmjax` on PATH that is this interpreter's."""
-
-  def __init__(self, folder: pathlib.Path):
-    self.bin = folder / "bin"
-    self.bin.mkdir()
-    program = self.bin / "mmjax"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mmjax.cli "$@"\n')
-    program.chmod(0o755)
-
-  def start(self, workdir, *options: str, extra: tuple[str, ...] = ()) -> subprocess.Popen:
-    env = environment(PYTHONUNBUFFERED="1", PATH=f"{self.bin}:{os.environ['PATH']}")
-    words = ("2", "--backoff", "0", *options, *TRAIN, "--workdir", str(workdir), *extra)
-    return subprocess.Popen(["bash", str(LAUNCH / "local_multiprocess.sh"), *words], env=env, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-  def run(self, workdir, *options: str, code: int = 0, **settings) -> str:
-    process = self.start(workdir, *options, **settings)
-    printed = process.communicate(timeout=500)[0]
-    assert process.returncode == code, f"exit code {process.returncode}\n{printed[-4000:]}"
-    return printed
 
 
 pytestmark = pytest.mark.slow  # minutes of real processes
@@ -44,7 +18,7 @@ pytestmark = pytest.mark.slow  # minutes of real processes
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory, embedded_data):
-  return Launcher(tmp_path_factory.mktemp("launcher"))
+  return Launcher(tmp_path_factory.mktemp("launcher"), SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +28,12 @@ def unbroken(launcher, tmp_path_factory):
   return folder, launcher.run(folder)
 
 
-def training_processes(workdir) -> dict[int, int]:
-  """{process number: id} of the processes that train in this folder."""
-  found = {}
-  for path in pathlib.Path("/proc").glob("[0-9]*"):
-    try:
-      words = (path / "cmdline").read_bytes().split(b"\0")
-      variables = (path / "environ").read_bytes().split(b"\0")
-    except OSError:
-      continue
-    if b"mmjax.cli" in words and os.fsencode(str(workdir)) in words:
-      found.update({int(v.split(b"=")[1]): int(path.name) for v in variables if v.startswith(b"MMJAX_PROCESS_ID=")})
-  return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path):
   """Ends what a failed test has left."""
   yield
   for pid in training_processes(tmp_path).values():
     os.kill(pid, signal.SIGKILL)
-
-
-def newest_step(workdir) -> int:
-  return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def test_two_processes_train_as_one_process_with_two_devices_does(unbroken, tmp_path):

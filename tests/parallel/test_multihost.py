@@ -73,6 +73,24 @@ def test_auto_leaves_the_rest_to_jax_and_sets_the_bound_on_silence(monkeypatch):
   assert calls == [dict(heartbeat_timeout_seconds=60)]
 
 
+def test_several_processes_keep_compiled_programs_where_all_see_them(monkeypatch):
+  before, joined = jax.config.jax_compilation_cache_dir, []
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: bool(joined))
+  monkeypatch.setattr(multihost, "_join", lambda **settings: joined.append(settings))
+  try:
+    multihost.initialize(shared="/runs/a")
+    assert jax.config.jax_compilation_cache_dir == before  # as JAX_COMPILATION_CACHE_DIR says
+    jax.config.update("jax_compilation_cache_dir", None)
+    multihost.initialize(shared="/runs/a")
+    assert jax.config.jax_compilation_cache_dir == os.path.expanduser("~/.cache/mmjax/compiled")
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("MMJAX_COORDINATOR", "auto")
+    multihost.initialize(shared="gs://bucket/runs/a")
+    assert jax.config.jax_compilation_cache_dir == "gs://bucket/runs/a/compiled"
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 WORKER = """
 import json, sys
 sys.path.insert(0, {tests!r})

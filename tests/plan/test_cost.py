@@ -1,11 +1,14 @@
 """Reading compiled text: small programs written by hand, with sums done by hand."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from mmjax.plan import cost, hlo, kernels, memory
+from mmjax.plan import cost, estimate, hlo, kernels, memory
 from mmjax.plan.topology import CHIPS, GIB
 
 V5E = CHIPS["v5e"]
@@ -240,3 +243,11 @@ Total hbm usage >= 21.77G:
     dict(bytes=GIB / 2, shape="f32[12,768,3072]", source=""),
   ]
   assert memory.out_of_memory("INTERNAL: something else") is None
+
+
+def test_a_run_on_chips_of_a_known_kind_gets_the_seconds_of_its_step():
+  text = NESTED.replace("tpu_custom_call", "another")
+  on = lambda kind: SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)])))
+  compiled = lambda text: SimpleNamespace(as_text=lambda: text)
+  assert estimate(on("TPU v5 lite"), compiled(text)) == cost.cost(hlo.parse(text), V5E)["seconds"] > 0
+  assert estimate(on("cpu"), compiled(text)) is None and estimate(on("TPU v5 lite"), compiled("")) is None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import resource
+import shutil
 import sys
 import threading
 import time
@@ -21,6 +24,7 @@ from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint
 from mmjax.training import loop
+from mmjax.training.loop import Outputs
 from mmjax.training.profile import parse
 from mmjax.training.step import Step
 from mmjax.training.watchdog import Watchdog
@@ -64,6 +68,8 @@ def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on
   printed = capsys.readouterr().out
   assert "step 9: 4 steps in a row were not finite (train.rollback); back to the parameters of checkpoint 4, on with step 10" in printed
   assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb")) and "step 3: trace written to" in printed
+  for words in ("memory of a device: parameters ", "a step: ", "FLOP of the model", "measured: ", " ms a step, ", "of the whole process (planned "):
+    assert words in printed
   rows = metrics(tmp_path / "whole")
   assert [row["step"] for row in rows] == list(range(1, 13))  # nothing is taken back
   assert [row["rollbacks"] for row in rows] == [0] * 9 + [1] * 3 and rows[-1]["skipped_total"] == 4
@@ -95,7 +101,11 @@ def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on
   same(checkpoint.load_params(str(tmp_path / "broken"), average=False), checkpoint.load_params(str(tmp_path / "whole"), average=False))
   kept = json.loads((tmp_path / "broken" / "goodput.json").read_text())
   assert kept["seconds"]["steps"] > 0 and min(kept["seconds"].values()) >= 0 and kept["wall"] < 600
-  assert "Where the time went" in (tmp_path / "broken" / "report.html").read_text()
+  page = (tmp_path / "broken" / "report.html").read_text()
+  assert "Where the time went" in page and "Measured" in page
+  told = json.loads((tmp_path / "broken" / "summary.json").read_text())
+  assert told["planned"]["flops"] == step.flops_per_step() and told["text"].removeprefix("measured: ") in page
+  assert told["planned"]["memory"]["parameters"] == sum(x.nbytes for x in jax.tree.leaves(state.params)) < told["measured"]["memory"]
 
 
 def same(a, b):
@@ -122,8 +132,51 @@ def test_a_data_source_that_hangs_ends_the_run(embedded_data, tmp_path, monkeypa
   assert "in iterate" in stacks.read_text()
 
 
+def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(embedded_data, tmp_path, monkeypatch, caplog):
+  config = configs.load(QUICKSTART, [*OVERRIDES, "config.checkpoint.minutes=60", "config.checkpoint.keep=5", "config.train.hang_seconds=60.0"])
+  codes, ahead, clock, real = [], [0.0], time.time, Step.train
+  monkeypatch.setattr(loop, "Watchdog", functools.partial(Watchdog, end=codes.append))
+  monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
+
+  def train(self, state, batch, source=""):
+    ahead[0] = -1e5 if int(state.step) % 4 else 1e5  # two days forth when a checkpoint has begun to be written, then back
+    if int(state.step) == 7:  # the checkpoint of step 4 is written, the one of step 8 is not begun
+      for thread in threading.enumerate():
+        thread.name == "checkpoint" and thread.join()
+      shutil.rmtree(tmp_path / "checkpoints" / "4")
+    return real(self, state, batch, source)
+
+  monkeypatch.setattr(Step, "train", train)
+  assert loop.train(config, tmp_path) == loop.DONE and not codes
+  assert "checkpoint 4 is no longer there, though this run did not delete it; the next save is whole again" in caplog.text
+  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [8, 12]  # and none by the clock
+  assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 13)) and checkpoint.load_params(str(tmp_path))
+  account = json.loads((tmp_path / "goodput.json").read_text())
+  assert min(account["seconds"].values()) >= 0 and account["wall"] < 600
+
+
+def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path):
+  outputs = Outputs(tmp_path, 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))
+  row = dict(loss=1.0, **{f"metric/{i}": float(i) for i in range(50)})
+  outputs.write(dict(step=1, time=0.0, **row))
+  outputs.sync()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # every longer file fails to be written
+  try:
+    with pytest.raises(UserError, match=f"{tmp_path}: metrics cannot be written: .*What was saved is intact: free space"):
+      for step in range(2, 60):
+        outputs.write(dict(step=step, time=0.0, **row))
+    with contextlib.suppress(UserError):
+      outputs.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  outputs = Outputs(tmp_path, 1, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))  # the unfinished line goes
+  outputs.write(dict(step=2, time=0.0, **row))
+  outputs.close()
+  assert metrics(tmp_path) == [dict(step=1, **row), dict(step=2, **row)]
+
+
 def test_weights_and_biases(tmp_path, monkeypatch, config):
-  from mmjax.training.loop import Outputs
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="package wandb is not installed. `pip install wandb`"):
     loop.open_workdir(tmp_path, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]), False)
