@@ -38,10 +38,15 @@ def test_parameters_tokens_and_flops_are_the_published_ones(models):
     products = 2 * tokens * sum(p.numel() for name, p in tower.named_parameters() if "layers." in name and p.ndim == 2)
     return products + layers * 4 * tokens**2 * tower.config.hidden_size
 
+  def pooling(tower, tokens):  # one query over the tokens, then an MLP of one vector
+    width, head = tower.config.hidden_size, tower.head
+    mlp = sum(p.numel() for p in head.mlp.parameters() if p.ndim == 2)
+    return 2 * (2 * tokens * width**2 + 2 * width**2 + mlp) + 4 * tokens * width
+
   vision, text = theirs.vision_model, theirs.text_model
   layers = vision.config.num_hidden_layers
   patches = 2 * tokens * vision.embeddings.patch_embedding.weight.numel()
-  want = dict(image=6 * (flops(vision, tokens, layers) + patches), text=6 * flops(text, 64, layers))
+  want = dict(image=6 * (flops(vision, tokens, layers) + patches + pooling(vision, tokens)), text=6 * flops(text, 64, layers))
   found = model_flops(step)
   for modality, value in want.items():
     assert found[modality] == pytest.approx(value, rel=0.01)
