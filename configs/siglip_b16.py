@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
   c.data.text.mask_padding = False
   c.data.text.punctuation = False
 
-  tower = dict(width=768, depth=12, heads=12, mlp=3072, remat="dots_no_batch")
+  tower = dict(width=768, depth=12, heads=12, mlp=3072, remat="full")
   c.model = dict(
     name="dual_encoder",
     width=768,

@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
   c.data.text.mask_padding = False
   c.data.text.punctuation = False
 
-  tower = dict(width=1152, depth=27, heads=16, mlp=4304, remat="dots_no_batch")
+  tower = dict(width=1152, depth=27, heads=16, mlp=4304, remat="full")
   c.model = dict(
     name="dual_encoder",
     width=1152,

@@ -32,6 +32,8 @@ KEYS = (
   Key("train.rollback", 0, int, "Go back to the last good checkpoint's parameters after so many skipped steps in a row; 0 = never."),
   Key("train.hang_seconds", 600.0, float,
       "Longest wait for a step, batch, save or evaluation batch before stacks are dumped and the process ends (compiling: 4 times); 0 = off."),
+  Key("train.compiler", "auto", Literal["auto", "none", "data", "fsdp", "tiles"],
+      "Options of the TPU compiler (parallel/compiler.py); auto = by the sharding."),
   Key("train.on_restart", 10, int, "Restarts after exit code 1 that a launcher may make."),
   Key("data.dir", "", str, "Folder or URL (s3://, gs://) of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax."),
   Key("data.mix", "examples", Literal["examples", "steps"],
@@ -237,4 +239,4 @@ COLLECTIONS = ("data.sources", "objectives", "optimizers", "model.encoders", "ev
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
 FREE_ON_RESUME = ("mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
-                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart", "train.hang_seconds")
+                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart", "train.hang_seconds", "train.compiler")

@@ -13,16 +13,17 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from mmjax.config import UserError
+from mmjax.models.fused_attention import LONGEST, TILE, fused_attention
 from mmjax.models.layers import Dense, with_axes, xavier
 from mmjax.models.platform import materialise, platform
 
 Array = jax.Array
 
-KERNELS = ("auto", "xla", "sdpa", "flash", "splash", "cudnn")
-PLATFORMS = {"xla": ("cpu", "tpu", "gpu"), "sdpa": ("cpu", "tpu", "gpu"), "flash": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu",)}
+KERNELS = ("auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn")
+PLATFORMS = {"xla": ("cpu", "tpu", "gpu"), "sdpa": ("cpu", "tpu", "gpu"), "fused": ("tpu",), "flash": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu",)}
 LONG = 1024  # keys from which a blockwise kernel is chosen over writing the logits out
 
 
@@ -37,9 +38,22 @@ def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None,
   kernel = choose(kernel, query, key, mask)
   scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
   run = _RUN[kernel]
+  if kernel == "fused":
+    b, length, heads, channels = query.shape
+    packed = jnp.stack([query, key, value], axis=2).reshape(b * length, 3, heads, channels)
+    return _fused(packed, None, mask, length, causal=causal, scale=scale).reshape(query.shape)
   if kernel in ("flash", "splash", "cudnn"):
     return _per_shard(functools.partial(run, causal=causal, scale=scale), query, key, value, mask)
   return run(query, key, value, mask, causal=causal, scale=scale)
+
+
+def fuses(kernel: str, query: Array, mask: Array | None) -> bool:
+  """Whether a sequence, query [B, L, H, K], attends to itself by the kernel "fused", which takes its projections in one array."""
+  if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
+    return False
+  if kernel == "auto":
+    return platform() == "tpu" and _fits_fused(query, query, mask)
+  return choose(kernel, query, query, mask) == "fused"
 
 
 def choose(kernel: str, query: Array, key: Array, mask: Array | None) -> str:
@@ -52,6 +66,8 @@ def choose(kernel: str, query: Array, key: Array, mask: Array | None) -> str:
       raise UserError(f"attention kernel {kernel!r} runs on {' and '.join(PLATFORMS[kernel])}, not on {where}. Use 'auto'")
     if kernel == "cudnn" and not _fits_cudnn(query, key):
       raise UserError("attention kernel 'cudnn' needs bfloat16, heads of at most 128 channels in multiples of 8, and even lengths. Use 'auto'")
+    if kernel == "fused" and not _fits_fused(query, key, mask):
+      raise UserError(f"attention kernel 'fused' takes a sequence to itself, of at most {LONGEST} tokens in multiples of {TILE}, without a mask of pairs [B, L, S]. Use 'auto'")
     if kernel == "splash" and mask is not None and mask.ndim == 3:
       raise UserError("attention kernel 'splash' takes masks of keys [B, S], not of pairs [B, L, S]. Use 'flash' or 'auto'")
     return kernel
@@ -60,6 +76,10 @@ def choose(kernel: str, query: Array, key: Array, mask: Array | None) -> str:
   if where == "gpu" and _fits_cudnn(query, key) and key.shape[1] >= LONG:
     return "cudnn"
   return "xla"
+
+
+def _fits_fused(query: Array, key: Array, mask: Array | None) -> bool:
+  return query.shape == key.shape and query.shape[1] <= LONGEST and not query.shape[1] % TILE and (mask is None or mask.ndim == 2)
 
 
 def _fits_cudnn(query: Array, key: Array) -> bool:
@@ -189,22 +209,50 @@ _RUN: dict[str, Callable[..., Array]] = {
 }
 
 
-def _per_shard(run: Callable[..., Array], query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-  """Runs a kernel that XLA cannot partition on each device's share of the batch and the heads.
+def _fused(qkv: Array, bias: Array | None, mask: Array | None, length: int, *, causal: bool, scale: float) -> Array:
+  """`fused_attention` of [B * L, 3, H, K] on each device's share of the batch and the heads: [B * L, H, K]. bias: [3, H, K]."""
+  rows, _, heads, channels = qkv.shape
+  batch, split = _split(rows // length, heads)
 
-  The logical rules in force say which mesh axes split them; without a mesh the kernel runs on the whole arrays.
-  """
+  def run(qkv: Array, bias: Array | None, mask: Array | None) -> Array:
+    flat = lambda x: x if x.ndim < 3 else x.reshape(*x.shape[:x.ndim - 3], -1)
+    out = fused_attention(flat(qkv), bias if bias is None else flat(bias), mask, channels=channels, length=length, causal=causal, scale=scale)
+    return out if qkv.ndim == 2 else out.reshape(out.shape[0], -1, channels)
+
+  if split is None:  # all of it as matrices: the compiler may not choose another layout for [B * L, 3, H, K] where devices meet
+    qkv, bias = qkv.reshape(rows, -1), bias if bias is None else bias.reshape(-1)
+    out = _per_device(run, (qkv, P(batch)), (bias, P()), (mask, P(batch)), out=P(batch))
+    return out.reshape(rows, heads, channels)
+  return _per_device(run, (qkv, P(batch, None, split)), (bias, P(None, split)), (mask, P(batch)), out=P(batch, split))
+
+
+def _per_shard(run: Callable[..., Array], query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+  """Runs a kernel that XLA cannot partition on each device's share of the batch and the heads."""
+  batch, heads = _split(query.shape[0], query.shape[2])
+  spec = P(batch, None, heads)
+  return _per_device(run, (query, spec), (key, spec), (value, spec), (mask, P(batch)), out=spec)
+
+
+def _split(batch: int, heads: int) -> tuple:
+  """The mesh axes that split so many examples and heads, by the logical rules in force; None where they do not divide them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = nn.logical_to_mesh_axes(("batch", "heads"))
+  return tuple(names if not mesh.empty and _divides(mesh, names, n) else None for names, n in zip(axes, (batch, heads), strict=True))
+
+
+def _per_device(run: Callable[..., Array], *operands: tuple[Array | None, P], out: P) -> Array:
+  """`run` on the shares of its operands that a device holds, given with their layout; without a mesh, on the whole arrays."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-    return run(query, key, value, mask)
-  spec = nn.logical_to_mesh_axes(("batch", None, "heads", "kv"))
-  spec = PartitionSpec(*(axes if _divides(mesh, axes, n) else None for axes, n in zip(spec, query.shape, strict=True)))
-  specs, operands = [spec, spec, spec], [query, key, value]
-  if mask is not None:
-    specs.append(PartitionSpec(spec[0], *(None,) * (mask.ndim - 1)))
-    operands.append(mask)
-  body = lambda q, k, v, m=None: run(q, k, v, m)
-  return jax.shard_map(body, in_specs=tuple(specs), out_specs=spec, check_vma=False)(*operands)
+    return run(*(x for x, _ in operands))
+  there = [x is not None for x, _ in operands]
+
+  def body(*shares: Array) -> Array:
+    shares = iter(shares)
+    return run(*(next(shares) if given else None for given in there))
+
+  given = [(x, spec) for x, spec in operands if x is not None]
+  return jax.shard_map(body, in_specs=tuple(spec for _, spec in given), out_specs=out, check_vma=False)(*(x for x, _ in given))
 
 
 def _divides(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None, size: int) -> bool:
@@ -216,6 +264,7 @@ class Attention(nn.Module):
   """Multi-head attention with its projections. Call: x [B, L, D], context [B, S, D] or None (x itself) -> [B, L, D].
 
   One parameter holds the three input projections: qkv/kernel [D, 3, H, K]; out/kernel [H, K, D]. mask: as in `attend`.
+  length: L where x is given as rows [B * L, D], and returned so, for a kernel that `fuses`.
   """
 
   heads: int
@@ -225,17 +274,21 @@ class Attention(nn.Module):
   use_bias: bool = True
 
   @nn.compact
-  def __call__(self, x: Array, context: Array | None = None, *, mask: Array | None = None) -> Array:
+  def __call__(self, x: Array, context: Array | None = None, *, mask: Array | None = None, length: int = 0) -> Array:
     width = x.shape[-1]
     shape = (3, self.heads, width // self.heads)
-    if context is None:
-      qkv = Dense(shape, ("embed", "qkv", "heads", "kv"), self.dtype, xavier(width, width), self.use_bias, name="qkv")(x)
-      qkv = jax.lax.split(materialise(qkv, forward=False), (1, 1, 1), axis=qkv.ndim - 3)
-      query, key, value = (part[..., 0, :, :] for part in qkv)
+    projection = functools.partial(Dense, shape, ("embed", "qkv", "heads", "kv"), self.dtype, xavier(width, width), self.use_bias, name="qkv")
+    if length:
+      out = _fused(*projection(apart=True)(x), mask, length, causal=self.causal, scale=1 / math.sqrt(shape[-1]))
     else:
-      query, key, value = CrossProjection(shape, self.dtype, self.use_bias, name="qkv")(x, context)
-    out = attend(query, key, value, mask=mask, causal=self.causal, kernel=self.kernel)
-    out = nn.with_logical_constraint(out, ("batch", "length", "heads", "kv"))
+      if context is None:
+        qkv = projection()(x)
+        qkv = jax.lax.split(materialise(qkv, forward=False), (1, 1, 1), axis=qkv.ndim - 3)
+        query, key, value = (part[..., 0, :, :] for part in qkv)
+      else:
+        query, key, value = CrossProjection(shape, self.dtype, self.use_bias, name="qkv")(x, context)
+      out = attend(query, key, value, mask=mask, causal=self.causal, kernel=self.kernel)
+      out = nn.with_logical_constraint(out, ("batch", "length", "heads", "kv"))
     return Dense((width,), ("heads", "kv", "embed"), self.dtype, xavier(width, width), self.use_bias, name="out")(out)
 
 

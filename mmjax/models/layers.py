@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from mmjax.models.platform import materialise, on_lone_cpu
+from mmjax.models.platform import materialise, on_lone_cpu, platform
 
 Array = jax.Array
 Init = Callable[..., Array]
@@ -50,7 +52,8 @@ class Dense(nn.Module):
   """y = x @ kernel + bias over the last dimensions of x, computed in `dtype`; parameters are float32.
 
   Call: x [..., *inputs] -> [..., *features]. kernel [*inputs, *features]. `axes` names the kernel's dimensions; the bias
-  takes the last ones. A kernel of several output dimensions is never reshaped, so tensor sharding of heads passes through.
+  takes the last ones. For rematerialisation, results of `affine` are named "dense". apart: returns (x @ kernel, bias or None)
+  for a caller that adds the bias itself.
   """
 
   features: tuple[int, ...]
@@ -58,6 +61,7 @@ class Dense(nn.Module):
   dtype: jnp.dtype
   kernel_init: Init | None = None
   use_bias: bool = True
+  apart: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -68,22 +72,30 @@ class Dense(nn.Module):
     bias = None
     if self.use_bias:
       bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32).astype(self.dtype)
-    return affine(x.astype(self.dtype), kernel.astype(self.dtype), bias, n)
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    return (affine(x, kernel, None, n), bias) if self.apart else affine(x, kernel, bias, n)
 
 
 def affine(x: Array, kernel: Array, bias: Array | None, n: int) -> Array:
   """x [..., *inputs] times kernel [*inputs, *features] over the `n` dimensions of inputs, plus bias [*features]: [..., *features].
 
   On a lone CPU device all are flattened to matrices first: XLA's CPU backend transposes whole activations in memory for the
-  kernel's gradient when it has to contract over several dimensions. Elsewhere nothing is reshaped, so shardings pass through.
+  kernel's gradient when it has to contract over several dimensions. So are rows [N, ...] on TPUs, where no axis splits the
+  features: the result then has the one layout that kernels read without a copy. Elsewhere nothing is reshaped, so that shardings
+  pass through.
   """
-  if not on_lone_cpu():
+  cpu, rows, columns = on_lone_cpu(), x.shape[:x.ndim - n], kernel.shape[n:]
+  whole = len(rows) == 1 and platform() == "tpu" and jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1
+  if not (cpu or whole):
     y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
-    return y if bias is None else y + bias
-  rows, columns = x.shape[:x.ndim - n], kernel.shape[n:]
-  y = _matmul(x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns)))
-  y = y if bias is None else y + bias.reshape(-1)
-  return y.reshape(*rows, *columns)
+    return checkpoint_name(y if bias is None else y + bias, "dense")
+  x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns))
+  if cpu:
+    y = _matmul(x, kernel)
+    y = y if bias is None else y + bias.reshape(-1)
+  else:
+    y = _row_major(x, kernel, None if bias is None else bias.reshape(-1))
+  return checkpoint_name(y, "dense").reshape(*rows, *columns)
 
 
 @jax.custom_vjp
@@ -101,6 +113,22 @@ def _matmul_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array
 _matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
 
 
+@jax.custom_vjp
+def _row_major(x: Array, kernel: Array, bias: Array | None) -> Array:
+  """x [N, I] @ kernel [I, O] + bias [O] on TPUs. The kernel's gradient is asked for row by row: in the layout of a parameter such as
+  [D, 3, H, K], which the compiler stores with D innermost, it would have the cotangent of all rows transposed in memory."""
+  return x @ kernel if bias is None else x @ kernel + bias
+
+
+def _row_major_backward(kept: tuple[Array, Array, Array | None], cotangent: Array) -> tuple[Array, Array, Array | None]:
+  x, kernel, bias = kept
+  slope = None if bias is None else cotangent.astype(jnp.float32).sum(0).astype(bias.dtype)
+  return cotangent @ kernel.T, with_layout_constraint(x.T @ cotangent, Layout((0, 1))), slope
+
+
+_row_major.defvjp(lambda x, kernel, bias: (_row_major(x, kernel, bias), (x, kernel, bias)), _row_major_backward)
+
+
 class LayerNorm(nn.Module):
   """Layer normalisation (Ba et al. 2016) with float32 statistics. Call: x [..., D] -> [..., D] in `dtype`."""
 
@@ -111,22 +139,29 @@ class LayerNorm(nn.Module):
   def __call__(self, x: Array) -> Array:
     scale = self.param("scale", with_axes(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32)
     bias = self.param("bias", with_axes(nn.initializers.zeros, ("embed",)), (x.shape[-1],), jnp.float32)
-    return materialise(normalise(x.astype(jnp.float32), scale, bias, self.eps).astype(self.dtype))
+    return materialise(normalise(x.astype(jnp.float32), scale, bias, self.eps, x.dtype == jnp.bfloat16).astype(self.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalise(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-  """(x - mean) / sqrt(variance + eps) * scale + bias over the last dimension. The backward pass keeps x and two numbers a row."""
-  return _normalise_forward(x, scale, bias, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(x: Array, scale: Array, bias: Array, eps: float, coarse: bool = False) -> Array:
+  """(x - mean) / sqrt(variance + eps) * scale + bias over the last dimension. The backward pass keeps x and two numbers a row.
+
+  coarse: x was bfloat16, whose rounding is larger than that of E[x^2] - E[x]^2 in float32; both means then take one pass.
+  """
+  return _normalise_forward(x, scale, bias, eps, coarse)[0]
 
 
-def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
+def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float, coarse: bool) -> tuple[Array, tuple[Array, ...]]:
   mean = x.mean(-1, keepdims=True)
-  inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+  if coarse:
+    variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
+  else:
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(variance + eps)
   return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
 
 
-def _normalise_backward(eps: float, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
+def _normalise_backward(eps: float, coarse: bool, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
   x, mean, inverse, scale = kept
   rows = tuple(range(x.ndim - 1))
   unit = (x - mean) * inverse
@@ -157,9 +192,18 @@ def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
 
 
 def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
+  if name == "gelu_tanh" and platform() == "tpu":
+    return ((cotangent * _gelu_tanh_derivative(x.astype(jnp.float32))).astype(x.dtype),)
   x = materialise(x)  # or the CPU compiler would keep the forward pass's intermediates, several times the size of x
   _, derivative = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
   return (materialise(cotangent * derivative),)
+
+
+def _gelu_tanh_derivative(x: Array) -> Array:
+  """In half the operations of automatic differentiation; a TPU's vector unit is the slower part of the products it is fused with."""
+  square, a, b = jnp.square(x), math.sqrt(2 / math.pi), 0.044715 * math.sqrt(2 / math.pi)
+  share = 0.5 + 0.5 * jnp.tanh(x * (a + b * square))  # gelu_tanh(x) / x
+  return share * (1 + (x - x * share) * (2 * a + 6 * b * square))
 
 
 activate.defvjp(_activate_forward, _activate_backward)

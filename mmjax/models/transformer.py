@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.config import UserError
-from mmjax.models.attention import Attention
+from mmjax.models.attention import Attention, fuses
+from mmjax.models.fused_attention import TILE
 from mmjax.models.layers import LayerNorm, Mlp, constrain
 from mmjax.models.platform import platform
 
 Array = jax.Array
-Remat = Literal["none", "full", "dots", "dots_no_batch", "attention"]
+Remat = Literal["none", "full", "dots", "dense", "dots_no_batch", "attention"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
-Kernel = Literal["auto", "xla", "sdpa", "flash", "splash", "cudnn"]
+Kernel = Literal["auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn"]
 
 _POLICIES = jax.checkpoint_policies
 # What the forward pass keeps for the backward pass; everything else of a block is computed again.
@@ -27,6 +28,7 @@ REMAT: dict[str, Callable[..., Any] | None] = {
   "none": None,  # no rematerialisation
   "full": _POLICIES.nothing_saveable,  # only the inputs of the blocks
   "dots": _POLICIES.dots_saveable,  # results of every matrix product, attention logits among them
+  "dense": _POLICIES.save_only_these_names("dense"),  # results of the dense layers, biases added: norms, activations, attention anew
   "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,  # results of the dense layers, not of attention
   "attention": _POLICIES.save_only_these_names("attention"),  # the outputs of attention
 }
@@ -59,19 +61,22 @@ class TransformerConfig:
 
 
 class Block(nn.Module):
-  """Attention and MLP with residuals, normalised before ("pre") or after ("post"). Call: x [B, L, D] -> [B, L, D]."""
+  """Attention and MLP with residuals, normalised before ("pre") or after ("post"). Call: x [B, L, D] -> [B, L, D].
+
+  length: L where x is given as rows [B * L, D], and returned so.
+  """
 
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None, *, train: bool = False) -> Array:
+  def __call__(self, x: Array, mask: Array | None, *, train: bool = False, length: int = 0) -> Array:
     c = self.config
     norm = lambda name: LayerNorm(c.eps, c.dtype, name=name)
     drop = nn.Dropout(c.dropout, deterministic=not train)
     attention = Attention(c.heads, c.dtype, c.causal, c.kernel, c.bias, name="attention")
     mlp = Mlp(c.mlp, c.activation, c.dtype, c.bias, name="mlp")
     x = constrain(x)
-    attended = lambda x: drop(checkpoint_name(attention(x, mask=mask), "attention"))
+    attended = lambda x: drop(checkpoint_name(attention(x, mask=mask, length=length), "attention"))
     if c.norm == "pre":
       x = x + attended(norm("attention_norm")(x))
       x = x + drop(mlp(norm("mlp_norm")(x)))
@@ -93,11 +98,12 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, x: Array, mask: Array | None = None, *, train: bool = False) -> Array:
     c = self.config
-    x = x.astype(c.dtype)
+    shape, x = x.shape, x.astype(c.dtype)
+    x, mask, length = self._rows(x, mask)
     block = Block(c, parent=None)
 
     def init(key: Array) -> Any:
-      stacked = jax.vmap(lambda k: block.init(k, x[:1], None if mask is None else mask[:1])["params"])(
+      stacked = jax.vmap(lambda k: block.init(k, jnp.zeros((1, 1, c.width), c.dtype), None)["params"])(
           jax.random.split(key, c.depth))
       return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
 
@@ -108,11 +114,25 @@ class Transformer(nn.Module):
 
     def run(x: Array, layer: tuple[Any, Array | None]) -> Array:
       params, key = layer
-      return block.apply({"params": params}, x, mask, train=train, rngs=None if key is None else {"dropout": key})
+      return block.apply({"params": params}, x, mask, train=train, length=length, rngs=None if key is None else {"dropout": key})
 
     if c.remat != "none":
       run = jax.checkpoint(run, policy=REMAT[c.remat], prevent_cse=unroll > 1)
-    return jax.lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, keys), unroll=unroll)[0]
+    x = jax.lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, keys), unroll=unroll)[0]
+    return x.reshape(shape[0], length, c.width)[:, :shape[1]] if length else x
+
+  def _rows(self, x: Array, mask: Array | None) -> tuple[Array, Array | None, int]:
+    """(x, mask, 0), or, where attention is fused, (x as rows [B * L, D], mask, L), with L filled up to whole tiles of a TPU by
+    tokens that nothing may see: activations then have one layout only, and nothing is copied before or after a kernel."""
+    c, (b, real, _) = self.config, x.shape
+    head = jax.ShapeDtypeStruct((b, real + -real % TILE, c.heads, c.width // c.heads), c.dtype)
+    if not fuses(c.kernel, head, mask):
+      return x, mask, 0
+    length = head.shape[1]
+    if length != real:
+      mask = jnp.ones((b, real), bool) if mask is None else mask
+      x, mask = jnp.pad(x, ((0, 0), (0, length - real), (0, 0))), jnp.pad(mask, ((0, 0), (0, length - real)))
+    return x.reshape(b * length, c.width), mask, length
 
 
 def run_stack(encoder: nn.Module, x: Array, mask: Array | None, *, train: bool) -> Array:

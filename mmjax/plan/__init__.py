@@ -34,6 +34,7 @@ CACHE = "~/.cache/mmjax/plans"
 LEAST_MEMORY = (
   "none",
   "dots",
+  "dense",
   "dots_no_batch",
   "attention",
   "full",
@@ -101,7 +102,7 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
   for source in step.sources:  # one kind of step, or one a source (data.mix "steps")
     try:
       with topology.quiet():
-        compiled = step.lower(source=source).compile()
+        compiled = step.compiled(step.lower(source=source))
     except jax.errors.JaxRuntimeError as error:
       refusal = memory.out_of_memory(str(error))
       if refusal is None:
@@ -298,6 +299,7 @@ def settings_of(config: FrozenConfigDict, step: Step | None = None) -> dict[str,
     mesh={axis: size for axis, size in mesh.items() if size != 1},
     remat=remat_of(config),
     optimizer=config.optimizer.name,
+    compiler=config.train.compiler,
   )
 
 

@@ -22,7 +22,7 @@ from mmjax.config import in_steps, kind_function, settings
 from mmjax.models import make_model
 from mmjax.models.generation import write
 from mmjax.objectives import Losses
-from mmjax.parallel import rules
+from mmjax.parallel import compiler, rules
 from mmjax.state.optimizer import Optimizers, keep_unused, make_optimizers, state_axes
 from mmjax.state.train_state import TrainState
 from mmjax.training.flops import count_flops
@@ -181,6 +181,10 @@ class Step:
                    out_shardings=(_shardings(state), rules.replicated(self.mesh)))
     return self._inside(step.lower)(state, self._batch_specs[source] if batch_spec is None else batch_spec, self.taught_spec)
 
+  def compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The executable of `lower`, with the compiler options of the config."""
+    return lowered.compile(compiler_options=compiler.options(self.config, self.mesh))
+
   def flops_per_step(self) -> float:
     """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted.
     The mean over the kinds of step."""
@@ -219,7 +223,7 @@ class Step:
     leaves, tree = jax.tree.flatten(batch_spec)
     signature = (tree, tuple((x.shape, str(x.dtype)) for x in leaves), tuple(o.name for o in self._active(source)))
     if signature not in self._executables:
-      self._executables[signature] = self.lower(batch_spec, source).compile()
+      self._executables[signature] = self.compiled(self.lower(batch_spec, source))
     return self._executables[signature]
 
   def _active(self, source: str) -> tuple[Objective, ...]:
