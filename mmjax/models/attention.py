@@ -1,7 +1,7 @@
 """Attention: one function, several kernels, one result.
 
 Every kernel computes softmax(scale * query key^T + masks) value with the softmax in float32, and gives exactly zero
-output and zero gradient for a query that no key is open to.
+output and zero gradient for a query that no key is open to. Where the mesh splits sequences, ring attention does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mmjax.config import UserError
-from mmjax.models.layers import Dense, with_axes, xavier
+from mmjax.models.layers import Dense, constrain, devices_along, places, with_axes, xavier
 from mmjax.models.platform import materialise, platform
+from mmjax.models.ring_attention import Ring, ring_attention
 
 Array = jax.Array
 
@@ -33,9 +34,13 @@ def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None,
   query [B, L, H, K], key and value [B, S, H, K] -> [B, L, H, K] in the dtype of `value`. mask: bool [B, S] or [B, L, S],
   True = may be seen. `causal` lets query i see keys up to i (counted from the start). scale: default 1 / sqrt(K).
   kernel: "auto" picks by platform and shape; a named one that this platform or mask cannot have raises UserError.
+  Where the logical axis "length" is split over n devices, ring attention takes the kernel's place (ring_attention.py);
+  lengths L or S that n does not divide are gathered as far as the kernel needs them.
   """
   kernel = choose(kernel, query, key, mask)
   scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+  if (spec := _places(query, "length")) and (devices := devices_along(spec[1])) > 1 and key.shape[1] % devices == 0:
+    return ring_attention(query, key, value, mask, Ring(spec, devices, causal, scale))
   run = _RUN[kernel]
   if kernel in ("flash", "splash", "cudnn"):
     return _per_shard(functools.partial(run, causal=causal, scale=scale), query, key, value, mask)
@@ -194,11 +199,9 @@ def _per_shard(run: Callable[..., Array], query: Array, key: Array, value: Array
 
   The logical rules in force say which mesh axes split them; without a mesh the kernel runs on the whole arrays.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+  spec = _places(query, None)
+  if spec is None:
     return run(query, key, value, mask)
-  spec = nn.logical_to_mesh_axes(("batch", None, "heads", "kv"))
-  spec = PartitionSpec(*(axes if _divides(mesh, axes, n) else None for axes, n in zip(spec, query.shape, strict=True)))
   specs, operands = [spec, spec, spec], [query, key, value]
   if mask is not None:
     specs.append(PartitionSpec(spec[0], *(None,) * (mask.ndim - 1)))
@@ -207,9 +210,12 @@ def _per_shard(run: Callable[..., Array], query: Array, key: Array, value: Array
   return jax.shard_map(body, in_specs=tuple(specs), out_specs=spec, check_vma=False)(*operands)
 
 
-def _divides(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None, size: int) -> bool:
-  names = (axes,) if isinstance(axes, str) else axes or ()
-  return size % math.prod(mesh.shape[name] for name in names) == 0
+def _places(query: Array, length: str | None) -> PartitionSpec | None:
+  """Which mesh axes split query [B, L, H, K], its second dimension being of the logical axis `length`; None where nothing does."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return None
+  return places(query.shape, ("batch", length, "heads", "kv"))
 
 
 class Attention(nn.Module):
@@ -235,7 +241,7 @@ class Attention(nn.Module):
     else:
       query, key, value = CrossProjection(shape, self.dtype, self.use_bias, name="qkv")(x, context)
     out = attend(query, key, value, mask=mask, causal=self.causal, kernel=self.kernel)
-    out = nn.with_logical_constraint(out, ("batch", "length", "heads", "kv"))
+    out = constrain(out, ("batch", "length", "heads", "kv"))
     return Dense((width,), ("heads", "kv", "embed"), self.dtype, xavier(width, width), self.use_bias, name="out")(out)
 
 

@@ -35,7 +35,9 @@ LEAST_MEMORY = (
   "dots",
   "dots_no_batch",
   "attention",
+  "offload_dots",
   "full",
+  "offload",
 )  # remat policies, each keeps less than the one before
 
 
