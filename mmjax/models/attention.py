@@ -39,7 +39,8 @@ def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None,
   """
   kernel = choose(kernel, query, key, mask)
   scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-  if (spec := _places(query, "length")) and (devices := devices_along(spec[1])) > 1 and key.shape[1] % devices == 0:
+  spec = _places(query, "length")
+  if spec is not None and (devices := devices_along(spec[1])) > 1 and key.shape[1] % devices == 0:
     return ring_attention(query, key, value, mask, Ring(spec, devices, causal, scale))
   run = _RUN[kernel]
   if kernel in ("flash", "splash", "cudnn"):
