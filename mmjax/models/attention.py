@@ -1,7 +1,7 @@
 """Attention: one function, several kernels, one result.
 
 Every kernel computes softmax(scale * query key^T + masks) value with the softmax in float32, and gives exactly zero
-output and zero gradient for a query that no key is open to.
+output and zero gradient for a query that no key is open to. Where the mesh splits sequences, ring attention does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax.config import UserError
 from mmjax.models.fused_attention import LONGEST, TILE, fused_attention
-from mmjax.models.layers import Dense, with_axes, xavier
+from mmjax.models.layers import Dense, constrain, devices_along, places, with_axes, xavier
 from mmjax.models.platform import materialise, platform
+from mmjax.models.ring_attention import Ring, ring_attention
 
 Array = jax.Array
 
@@ -34,9 +35,14 @@ def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None,
   query [B, L, H, K], key and value [B, S, H, K] -> [B, L, H, K] in the dtype of `value`. mask: bool [B, S] or [B, L, S],
   True = may be seen. `causal` lets query i see keys up to i (counted from the start). scale: default 1 / sqrt(K).
   kernel: "auto" picks by platform and shape; a named one that this platform or mask cannot have raises UserError.
+  Where the logical axis "length" is split over n devices, ring attention takes the kernel's place (ring_attention.py);
+  lengths L or S that n does not divide are gathered as far as the kernel needs them.
   """
   kernel = choose(kernel, query, key, mask)
   scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+  spec = _places(query.shape, ("batch", "length", "heads", "kv"))
+  if spec is not None and (devices := devices_along(spec[1])) > 1 and key.shape[1] % devices == 0:
+    return ring_attention(query, key, value, mask, Ring(spec, devices, causal, scale))
   run = _RUN[kernel]
   if kernel == "fused":
     b, length, heads, channels = query.shape
@@ -212,13 +218,13 @@ _RUN: dict[str, Callable[..., Array]] = {
 def _fused(qkv: Array, bias: Array | None, mask: Array | None, length: int, *, causal: bool, scale: float) -> Array:
   """`fused_attention` of [B * L, 3, H, K] on each device's share of the batch and the heads: [B * L, H, K]. bias: [3, H, K]."""
   rows, _, heads, channels = qkv.shape
-  batch, split = _split(rows // length, heads)
 
   def run(qkv: Array, bias: Array | None, mask: Array | None) -> Array:
     flat = lambda x: x if x.ndim < 3 else x.reshape(*x.shape[:x.ndim - 3], -1)
     out = fused_attention(flat(qkv), bias if bias is None else flat(bias), mask, channels=channels, length=length, causal=causal, scale=scale)
     return out if qkv.ndim == 2 else out.reshape(out.shape[0], -1, channels)
 
+  batch, split = _places((rows // length, heads), ("batch", "heads")) or (None, None)
   if split is None:  # all of it as matrices: the compiler may not choose another layout for [B * L, 3, H, K] where devices meet
     qkv, bias = qkv.reshape(rows, -1), bias if bias is None else bias.reshape(-1)
     out = _per_device(run, (qkv, P(batch)), (bias, P()), (mask, P(batch)), out=P(batch))
@@ -228,16 +234,8 @@ def _fused(qkv: Array, bias: Array | None, mask: Array | None, length: int, *, c
 
 def _per_shard(run: Callable[..., Array], query: Array, key: Array, value: Array, mask: Array | None) -> Array:
   """Runs a kernel that XLA cannot partition on each device's share of the batch and the heads."""
-  batch, heads = _split(query.shape[0], query.shape[2])
-  spec = P(batch, None, heads)
-  return _per_device(run, (query, spec), (key, spec), (value, spec), (mask, P(batch)), out=spec)
-
-
-def _split(batch: int, heads: int) -> tuple:
-  """The mesh axes that split so many examples and heads, by the logical rules in force; None where they do not divide them."""
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = nn.logical_to_mesh_axes(("batch", "heads"))
-  return tuple(names if not mesh.empty and _divides(mesh, names, n) else None for names, n in zip(axes, (batch, heads), strict=True))
+  spec = _places(query.shape, ("batch", None, "heads", "kv")) or P(None)
+  return _per_device(run, (query, spec), (key, spec), (value, spec), (mask, P(spec[0])), out=spec)
 
 
 def _per_device(run: Callable[..., Array], *operands: tuple[Array | None, P], out: P) -> Array:
@@ -255,9 +253,10 @@ def _per_device(run: Callable[..., Array], *operands: tuple[Array | None, P], ou
   return jax.shard_map(body, in_specs=tuple(spec for _, spec in given), out_specs=out, check_vma=False)(*(x for x, _ in given))
 
 
-def _divides(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None, size: int) -> bool:
-  names = (axes,) if isinstance(axes, str) else axes or ()
-  return size % math.prod(mesh.shape[name] for name in names) == 0
+def _places(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
+  """Which mesh axes split the dimensions of these logical names, as the rules in force say; None where nothing does."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else places(shape, names)
 
 
 class Attention(nn.Module):
@@ -288,7 +287,7 @@ class Attention(nn.Module):
       else:
         query, key, value = CrossProjection(shape, self.dtype, self.use_bias, name="qkv")(x, context)
       out = attend(query, key, value, mask=mask, causal=self.causal, kernel=self.kernel)
-      out = nn.with_logical_constraint(out, ("batch", "length", "heads", "kv"))
+      out = constrain(out, ("batch", "length", "heads", "kv"))
     return Dense((width,), ("heads", "kv", "embed"), self.dtype, xavier(width, width), self.use_bias, name="out")(out)
 
 

@@ -33,7 +33,7 @@ class CrossBlock(nn.Module):
     norm = lambda name, x: LayerNorm(c.eps, c.dtype, name=name)(x)
     drop = nn.Dropout(c.dropout, deterministic=not train)
     attention = lambda name: Attention(c.heads, c.dtype, c.causal, c.kernel, c.bias, name=name)
-    x = constrain(x)
+    x = checkpoint_name(constrain(x), "block")
     x = x + drop(checkpoint_name(attention("attention")(norm("attention_norm", x), mask=mask), "attention"))
     crossed = attention("cross_attention")(norm("cross_attention_norm", x), context, mask=context_mask)
     crossed = checkpoint_name(crossed, "attention")

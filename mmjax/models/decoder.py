@@ -97,7 +97,7 @@ class DecoderAttention(nn.Module):
     return self._out(attend(query, key, value, mask=seen, kernel="xla")), key, value
 
   def _out(self, x: Array) -> Array:
-    return self.out(nn.with_logical_constraint(x, ("batch", "length", "heads", "kv")))
+    return self.out(constrain(x, ("batch", "length", "heads", "kv")))
 
 
 class DecoderBlock(nn.Module):
@@ -117,7 +117,7 @@ class DecoderBlock(nn.Module):
   def __call__(self, x: Array, mask: Array | None, memory: Array | None, memory_mask: Array | None, train: bool = False) -> Array:
     """x [B, L, D], mask bool [B, L], memory [B, S, D], memory_mask bool [B, S] -> [B, L, D]."""
     drop = lambda x: self.dropout(x, deterministic=not train)
-    x = constrain(x)
+    x = checkpoint_name(constrain(x), "block")
     x = x + drop(checkpoint_name(self.attention(self.attention_norm(x), mask), "attention"))
     if memory is not None:
       key, value = self.cross_attention.memory(memory)

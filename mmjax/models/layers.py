@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 
 from mmjax.models.platform import materialise, on_lone_cpu, platform
 
@@ -33,9 +34,28 @@ def with_axes(init: Init, axes: Sequence[str | None]) -> Init:
   return nn.with_logical_partitioning(init, tuple(axes))
 
 
-def constrain(x: Array) -> Array:
-  """Activations [B, L, D] (or [B, D]) laid out by the logical axes batch, length, embed."""
-  return nn.with_logical_constraint(x, ("batch", "length", "embed") if x.ndim == 3 else ("batch", "embed"))
+def constrain(x: Array, axes: tuple[str | None, ...] | None = None) -> Array:
+  """Activations laid out by their logical axes; None: batch, length, embed for [B, L, D], batch, embed for [B, D].
+
+  A dimension that its devices do not divide (a text of 77 tokens over two devices) is held whole by each of them.
+  """
+  if not nn.get_logical_axis_rules() or jax.sharding.get_abstract_mesh().empty:
+    return x
+  axes = axes or (("batch", "length", "embed") if x.ndim == 3 else ("batch", "embed"))
+  return jax.lax.with_sharding_constraint(x, places(x.shape, axes))
+
+
+def places(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+  """Which mesh axes split an array of these logical axes, None where they would not split it evenly."""
+  spec = nn.logical_to_mesh_axes(axes)
+  return PartitionSpec(*(entry if size % devices_along(entry) == 0 else None for entry, size in zip(spec, shape, strict=True)))
+
+
+def devices_along(entry: str | tuple[str, ...] | None) -> int:
+  """Devices of the mesh in use that an entry of a PartitionSpec names; 1 for None, or without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  names = (entry,) if isinstance(entry, str) else entry or ()
+  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
 def normal(stddev: float) -> Init:

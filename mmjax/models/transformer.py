@@ -18,11 +18,12 @@ from mmjax.models.layers import LayerNorm, Mlp, constrain
 from mmjax.models.platform import platform
 
 Array = jax.Array
-Remat = Literal["none", "full", "dots", "dense", "dots_no_batch", "attention"]
+Remat = Literal["none", "full", "dots", "dense", "dots_no_batch", "attention", "offload", "offload_dots"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 Kernel = Literal["auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn"]
 
 _POLICIES = jax.checkpoint_policies
+_TO_HOST = dict(offload_src="device", offload_dst="pinned_host")
 # What the forward pass keeps for the backward pass; everything else of a block is computed again.
 REMAT: dict[str, Callable[..., Any] | None] = {
   "none": None,  # no rematerialisation
@@ -31,6 +32,11 @@ REMAT: dict[str, Callable[..., Any] | None] = {
   "dense": _POLICIES.save_only_these_names("dense"),  # results of the dense layers, biases added: norms, activations, attention anew
   "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,  # results of the dense layers, not of attention
   "attention": _POLICIES.save_only_these_names("attention"),  # the outputs of attention
+  # As "full", and the inputs wait in the memory of the host: nothing on the chip grows with depth, for deep stacks of long
+  # sequences. A block moves 2 bytes a channel (bfloat16) and computes some 24 D FLOPs on it, which hides the way from D = 1024 on.
+  "offload": _POLICIES.save_and_offload_only_these_names(names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], **_TO_HOST),
+  # As "dots_no_batch" in the memory of "full": no product is computed twice, but nine times as much goes to the host and back.
+  "offload_dots": _POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
@@ -75,7 +81,7 @@ class Block(nn.Module):
     drop = nn.Dropout(c.dropout, deterministic=not train)
     attention = Attention(c.heads, c.dtype, c.causal, c.kernel, c.bias, name="attention")
     mlp = Mlp(c.mlp, c.activation, c.dtype, c.bias, name="mlp")
-    x = constrain(x)
+    x = checkpoint_name(constrain(x), "block")
     attended = lambda x: drop(checkpoint_name(attention(x, mask=mask, length=length), "attention"))
     if c.norm == "pre":
       x = x + attended(norm("attention_norm")(x))

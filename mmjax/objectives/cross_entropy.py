@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mmjax.parallel.mesh import BATCH_AXES
+from mmjax.parallel.mesh import ROW_AXES
 
 Array = jax.Array
 
@@ -29,7 +29,7 @@ def token_cross_entropy(hidden: Array, table: Array, targets: Array, *, bias: Ar
   hidden [N, D], table [V, D], targets int32 [N] (-1 = the row does not count, whatever it holds), bias [V] or None.
   logits = hidden table^T + bias; the loss of a row is -sum_v q_v log softmax(logits)_v in nats, with q = (1 - e) onehot(target)
   + e / V for label smoothing e (Szegedy et al. 2016, arXiv:1512.00567, section 7). Products in the dtype of `hidden`, sums in float32.
-  chunk: rows of a device whose logits are held at once; 0 = by size. Rows split over the batch axes and a table split along V
+  chunk: rows of a device whose logits are held at once; 0 = by size. Rows split over the batch and context axes and a table split along V
   stay where they are. Only the loss has a derivative.
   """
   loss, right = row_cross_entropy(hidden, table, targets, bias=bias, label_smoothing=label_smoothing, chunk=chunk)
@@ -71,9 +71,9 @@ def _plan(rows: int, vocabulary: int, chunk: int) -> _Plan:
 
 
 def _shards() -> int:
-  """Pieces that the current mesh cuts a batch into; 1 without one, and where the caller has cut it already."""
+  """Pieces that the current mesh cuts the tokens of a batch into; 1 without one, and where the caller has cut it already."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def _split(x: Array, plan: _Plan) -> Array:
@@ -82,11 +82,11 @@ def _split(x: Array, plan: _Plan) -> Array:
 
 
 def _over_devices(x: Array, axis: int) -> Array:
-  """`x` with `axis` split over the batch axes of the mesh, the others as XLA likes."""
+  """`x` with `axis` split over the batch and context axes of the mesh, the others as XLA likes."""
   if _shards() == 1:
     return x
   spec = [P.UNCONSTRAINED] * x.ndim
-  spec[axis] = BATCH_AXES
+  spec[axis] = ROW_AXES
   return jax.lax.with_sharding_constraint(x, P(*spec))
 
 

@@ -19,6 +19,7 @@ from mmjax.config import UserError, mesh_shape
 
 AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("replica", "data", "fsdp")  # a batch is split over these, in this order
+ROW_AXES = (*BATCH_AXES, "context")  # and tokens that are rows of their own over these
 
 
 def make_mesh(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -2,7 +2,9 @@
 
 Models name the axes of every parameter (`embed`, `mlp`, `heads`, ...) and of activations (`batch`, `length`, `embed`, ...);
 a strategy is a row of `RULES` and nothing else. Rules apply in order and a mesh axis is used once an array, so that
-`batch` comes first: in an activation it takes `fsdp`, and `embed` then stays whole.
+`batch` comes first: in an activation it takes `fsdp`, and `embed` then stays whole. Under every strategy sequences are split
+over `context`, where it divides their length (models/layers.py `constrain`), and attention runs as a ring over it
+(models/ring_attention.py); a sequence that it does not divide is whole on each of these devices, which repeat the work.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from mmjax.parallel.mesh import BATCH_AXES
 
 Rules = tuple[tuple[str, Any], ...]
 
-_BATCH = (("batch", BATCH_AXES),)
+_ACTIVATIONS = (("batch", BATCH_AXES), ("length", "context"))
 RULES: dict[str, Rules] = {
-  # Every device holds every parameter; only the batch is split.
-  "replicated": _BATCH,
+  # Every device holds every parameter; only the batch is split, and sequences.
+  "replicated": _ACTIVATIONS,
   # Parameters and optimizer state split along their model width, gathered layer by layer when they are used.
-  "fsdp": _BATCH + (("embed", "fsdp"),),
+  "fsdp": _ACTIVATIONS + (("embed", "fsdp"),),
   # The same, and heads, hidden units and vocabulary split over `tensor` (Megatron-LM, arXiv:1909.08053, section 3).
-  "fsdp_tensor": _BATCH + (("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"), ("embed", "fsdp")),
+  "fsdp_tensor": _ACTIVATIONS + (("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"), ("embed", "fsdp")),
 }
 SMALL = 4096  # elements (of one layer) below which a parameter is held whole: moving it costs more than keeping it
 

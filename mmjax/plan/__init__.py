@@ -37,7 +37,9 @@ LEAST_MEMORY = (
   "dense",
   "dots_no_batch",
   "attention",
+  "offload_dots",
   "full",
+  "offload",
 )  # remat policies, each keeps less than the one before
 
 
