@@ -95,10 +95,9 @@ def test_the_first_losses_agree_under_every_strategy(devices, recipe):
 
 
 def test_sequences_split_over_devices_change_no_loss(devices):
-  """Text, pictures, a fusion whose length does not divide, and a decoder, in one model."""
-  model = {key: value for name in ("captioning", "masked") for key, value in RECIPES[name][0].items()}
-  objectives = {name: entry for _, entries in RECIPES.values() for name, entry in entries.items()}
-  recipe = dict(model, name="multitask", joint=True), objectives
+  """Text, pictures, a decoder, and a fusion whose length does not divide, in one model."""
+  (captioner, caption), (fused, words) = RECIPES["captioning"], RECIPES["masked"]
+  recipe = {**captioner, **fused, "name": "multitask"}, {**caption, **words}
   want = losses_of(make_step(*recipe, 1), 3)
   got = losses_of(make_step(*recipe, 4, *STRATEGIES["context"][4]), 3)
   np.testing.assert_allclose(got, want, rtol=1e-5)
