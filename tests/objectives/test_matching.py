@@ -132,7 +132,7 @@ def gradients(step, params):
 
 
 @pytest.mark.parametrize("objectives, overrides", [
-  pytest.param(COUPLED, ("train.microbatches=2",), id="microbatches"),
+  pytest.param(COUPLED, ("train.microbatches=2",), id="microbatches", marks=pytest.mark.slow),
   pytest.param(EVERY, (), id="devices", marks=pytest.mark.slow),  # gradients too; values of each: tests/models/test_properties.py
 ])
 def test_microbatches_and_devices_change_nothing(objectives, overrides):

@@ -40,6 +40,7 @@ def make(root):
   return configs.resolve(c)
 
 
+@pytest.mark.slow
 def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embeds(tmp_path, monkeypatch):
   records = [record(i, image=png(picture(i))) for i in range(24)]
   write_dataset("wide", tmp_path, {"train": records[:16], "test": records[16:]}, card="# wide\n")
