@@ -43,7 +43,7 @@ def get_config(arg: str = ""):
   c.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip=1.0, state_dtype="bfloat16")
   c.schedule = dict(name="rsqrt", warmup=20_000, timescale=10_000, cooldown=50_000)
   c.precision.compute = "bfloat16"
-  c.mesh.data, c.mesh.fsdp = 1, -1
+  c.mesh.data, c.mesh.fsdp = -1, 64  # 64 divides the width of 1,152
   c.sharding = "fsdp"
   c.checkpoint.every = 5000
   c.checkpoint.minutes = 30.0

@@ -1,0 +1,26 @@
+"""Presets of compiler options: chosen by the sharding, for the chips that take them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import mmjax.config as configs
+from mmjax.parallel import compiler
+
+
+def mesh_of(platform, kind):
+  return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=kind)]))
+
+
+@pytest.mark.parametrize("platform, kind, sharding, preset, want", [
+  ("cpu", "cpu", "fsdp", "auto", None),
+  ("tpu", "TPU v5 lite", "replicated", "auto", compiler.PRESETS["data"]),
+  ("tpu", "TPU v5 lite", "fsdp", "auto", compiler.PRESETS["fsdp"]),
+  ("tpu", "TPU v5", "fsdp", "auto", compiler.PRESETS["data"]),
+  ("tpu", "TPU v5 lite", "fsdp", "none", None),
+])
+def test_a_preset_is_chosen(platform, kind, sharding, preset, want):
+  config = configs.base()
+  config.sharding, config.train.compiler = sharding, preset
+  assert compiler.options(config, mesh_of(platform, kind)) == want
