@@ -55,7 +55,7 @@ def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None,
 
 def fuses(kernel: str, query: Array, mask: Array | None) -> bool:
   """Whether a sequence, query [B, L, H, K], attends to itself by the kernel "fused", which takes its projections in one array."""
-  if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
+  if devices_along(nn.logical_to_mesh_axes(("length",))[0]) > 1:
     return False
   if kernel == "auto":
     return platform() == "tpu" and _fits_fused(query, query, mask)
