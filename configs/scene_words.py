@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
   c = mmjax.config.base()
   c.train.steps = 800
   c.train.batch_size = 64
-  c.data.sources.scenes = dict(name="emoji_scenes", cache=True)
+  c.data.sources.scenes = dict(name="emoji_scenes", captions=1, cache=True)  # the one in reading order
   c.data.image.size = 64
   c.data.text.tokenizer = "emoji_scenes"
   c.data.text.vocab_size = 640
@@ -23,13 +23,15 @@ def get_config(arg: str = ""):
 
   context = () if arg == "blind" else ("image",)
   c.data.modalities = ("text", *context)
-  encoders = dict(text=dict(kind="transformer", depth=2, heads=4, pooling="mean"))
+  encoders = dict(text=dict(kind="transformer", depth=1, heads=4, pooling="mean"))
   if context:
-    encoders["image"] = dict(kind="vit", stem="convolution", patch=8, depth=1, heads=4)
-  c.model = dict(name="fusion_encoder", width=128, joint=False, masked_text=True, encoders=encoders,
-                 fusion=dict(kind="merged_attention", depth=2, heads=4))
+    encoders["image"] = dict(kind="vit", stem="convolution", patch=8, depth=2, heads=4)
+  c.model = dict(name="fusion_encoder", width=128, joint=True, masked_text=True, scale_init=10.0, encoders=encoders,
+                 fusion=dict(kind="cross_attention", depth=2, heads=4))
   c.precision.compute = "float32"
-  c.objectives.words = dict(kind="masked_tokens", context=context)
+  c.objectives.words = dict(kind="masked_tokens", context=context, rate=0.4)
+  if context:  # what a picture shows is learned from whole captions; which word it is, from the hidden ones (ALBEF)
+    c.objectives.align = dict(kind="contrastive", between=("image", "text"), weight=0.1)
   c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
   c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 

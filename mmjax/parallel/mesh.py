@@ -70,8 +70,9 @@ def _arrange(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
   if devices[0].platform != "tpu":
     return np.array(devices).reshape(sizes)
   if slices == 1:
-    return mesh_utils.create_device_mesh(sizes, devices)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   if sizes[0] % slices:
     raise UserError(f"mesh.replica is {sizes[0]}, but there are {slices} slices, joined by a slow network. "
                     f"Set mesh.replica to a multiple of {slices}")
-  return mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1, 1), devices)
+  return mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1, 1), devices,
+                                             allow_split_physical_axes=True)

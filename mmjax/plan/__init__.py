@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,9 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
   kinds = {}
   for source in step.sources:  # one kind of step, or one a source (data.mix "steps")
     try:
-      with topology.quiet():
-        compiled = step.compiled(step.lower(source=source))
+      with topology.quiet(), tempfile.TemporaryDirectory() as dump:
+        compiled = step.compiled(step.lower(source=source), dump=dump if real else "")
+        text = _text(compiled, dump)
     except jax.errors.JaxRuntimeError as error:
       refusal = memory.out_of_memory(str(error))
       if refusal is None:
@@ -116,7 +118,7 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
         "memory": {**chip, **refusal, "peak": refusal["used"]},
         "warnings": memory.replicated(step),
       }
-    kinds[source] = analyse(step, compiled, target.chip, steps=length, dump_hlo=dump_hlo, timed=real, source=source)
+    kinds[source] = analyse(step, compiled, target.chip, text=text, steps=length, dump_hlo=dump_hlo, timed=real, source=source)
   return {**head, **_together(config, kinds)}
 
 
@@ -156,19 +158,20 @@ def analyse(
   compiled: jax.stages.Compiled,
   chip: topology.Chip,
   *,
+  text: str | None = None,
   steps: int | None = None,
   dump_hlo: str = "",
   timed: bool = True,
   source: str = "",
 ) -> dict[str, Any]:
-  """The figures of a compiled step. timed: the compiler estimates cycles (TPU); else memory only. source: the kind of step."""
+  """The figures of a compiled step. text: the program, where it is known. timed: the compiler estimates cycles (TPU); else memory only. source: the kind of step."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
   per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
   used = per_chip({**state_bytes(step), **compiled_bytes(compiled, peak_known=timed)})
   result: dict[str, Any] = dict(
     fits=used["peak"] <= chip.memory, memory={**used, "over": max(0, used["peak"] - chip.memory)}
   )
-  text = _text(compiled)
+  text = _text(compiled) if text is None else text
   if dump_hlo:
     Path(dump_hlo).write_text(text)
   module = hlo.parse(text)
@@ -363,13 +366,16 @@ def _key(config: FrozenConfigDict, target: topology.Slice) -> str:
   return digest.hexdigest()[:32]
 
 
-def _text(compiled: jax.stages.Compiled) -> str:
-  """The compiled program as text; "" where this JAX cannot read what its compiler wrote."""
+def _text(compiled: jax.stages.Compiled, dump: str = "") -> str:
+  """The compiled program as text, from the compiler's own `dump` where this JAX cannot read what it
+  made; "" where that is not there either."""
   try:
-    with topology.quiet():
-      return compiled.as_text() or ""
+    if text := compiled.as_text():
+      return text
   except jax.errors.JaxRuntimeError:
-    return ""
+    pass
+  found = sorted(Path(dump).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size) if dump else []
+  return found[-1].read_text() if found else ""
 
 
 def _summary(config: FrozenConfigDict) -> str:

@@ -181,9 +181,12 @@ class Step:
                    out_shardings=(_shardings(state), rules.replicated(self.mesh)))
     return self._inside(step.lower)(state, self._batch_specs[source] if batch_spec is None else batch_spec, self.taught_spec)
 
-  def compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The executable of `lower`, with the compiler options of the config."""
-    return lowered.compile(compiler_options=compiler.options(self.config, self.mesh))
+  def compiled(self, lowered: jax.stages.Lowered, *, dump: str = "") -> jax.stages.Compiled:
+    """The executable of `lower`, with the compiler options of the config. dump: folder where the compiler leaves its program as text."""
+    options = compiler.options(self.config, self.mesh) or {}
+    if dump:
+      options |= dict(xla_dump_to=dump, xla_dump_hlo_as_text=True)
+    return lowered.compile(compiler_options=options or None)
 
   def flops_per_step(self) -> float:
     """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted.
