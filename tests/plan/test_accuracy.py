@@ -1,0 +1,60 @@
+"""What the planner makes of programs whose cost is known: a stack of matrix products, and a flash-attention kernel."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from mmjax.models import attention
+from mmjax.plan import cost, hlo, topology
+from mmjax.plan.kernels import kernels_of
+
+pytestmark = pytest.mark.slow  # seconds, but they need libtpu, which the tests do not install
+
+
+@pytest.fixture(scope="module")
+def place():
+  """One v5e chip that exists for the compiler alone."""
+  pytest.importorskip("libtpu")
+  mesh = jax.sharding.Mesh(np.array(topology.devices(topology.parse("v5e-1"))), ("data",), axis_types=(AxisType.Auto,))
+  return jax.NamedSharding(mesh, jax.P())
+
+
+def cycles_of(function, place, *shapes):
+  """(the planner's figures, cycles that one FLOP takes at peak)."""
+  args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+  with jax.set_mesh(place.mesh), topology.quiet():
+    kernels = kernels_of(jax.make_jaxpr(function)(*args).jaxpr)
+    text = jax.jit(function).lower(*args).compile().as_text()
+  chip = topology.CHIPS["v5e"]
+  return cost.cost(hlo.parse(text), chip, kernels), chip.clock / chip.peak
+
+
+def test_a_stack_of_matrix_products_takes_its_flops_at_peak(place):
+  n, layers = 4096, 8
+
+  def stack(x, *kernels):
+    for kernel in kernels:
+      x = x @ kernel
+    return x
+
+  spent, each = cycles_of(stack, place, *[(n, n)] * (layers + 1))
+  assert spent["cycles"] == pytest.approx(2 * layers * n**3 * each, rel=0.1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_flash_attention_takes_its_flops_at_peak(place, backward):
+  b, length, heads, channels = 4, 4096, 8, 128
+  run = lambda q, k, v: attention.attend(q, k, v, kernel="flash")
+  loss = lambda q, k, v: run(q, k, v).astype(jnp.float32).sum()
+  spent, each = cycles_of(jax.grad(loss, argnums=(0, 1, 2)) if backward else run, place, *[(b, length, heads, channels)] * 3)
+  # Two products forward; backward, the logits once more in each of two kernels, and five products of their own and of theirs.
+  products = 2 + 2 * 2 + 3 if backward else 2
+  flops = 2.0 * products * b * heads * length**2 * channels
+  assert spent["custom_call_cycles"] == pytest.approx(flops * each, rel=0.25)
+  assert math.isfinite(spent["seconds"]) and all(row["basis"] == "blocks of the kernel" for row in spent["custom_calls"])
