@@ -49,7 +49,7 @@ def test_equals_the_plain_formula_with_gradients(batch, tiles, heads, channels, 
 
 def test_a_transformer_gives_what_it_gives_on_cpus(monkeypatch):
   """Lengths that are no whole tiles are filled up by tokens that change nothing."""
-  model = Transformer(TransformerConfig(width=32, depth=2, heads=2, mlp=64, remat="dense", scan_unroll=1))
+  model = Transformer(TransformerConfig(width=32, depth=2, heads=2, mlp=64, activation="gelu_tanh", remat="dense", scan_unroll=1))
   rng = np.random.default_rng(0)
   x, mask = rng.standard_normal((3, 13, 32)).astype(np.float32), rng.random((3, 13)) < 0.7
   params = model.init(jax.random.key(0), x, mask)
@@ -62,6 +62,12 @@ def test_a_transformer_gives_what_it_gives_on_cpus(monkeypatch):
   assert "pallas_call" in str(jax.make_jaxpr(loss)(params, x))
   got = value()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+
+
+def test_one_pass_over_bfloat16_gives_the_same_norm():
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 96)) * 3 + 20, jnp.bfloat16).astype(jnp.float32)
+  scale, bias = jnp.full(96, 1.5), jnp.full(96, 0.5)
+  np.testing.assert_allclose(layers.normalise(x, scale, bias, 1e-6, True), layers.normalise(x, scale, bias, 1e-6), atol=1e-4)
 
 
 @pytest.mark.parametrize("split", [None, "tensor"])
