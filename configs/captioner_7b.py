@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     name="captioner",
     width=4096,
     encoders=dict(image=dict(kind="vit", patch=14, width=1024, depth=24, heads=16, mlp=4096, remat="full")),
-    decoder=dict(depth=32, heads=32, mlp=11008, bias=False, remat="full"),
+    decoder=dict(depth=32, heads=32, mlp=11008, bias=False, remat="dots_no_batch"),
   )
   c.objectives.caption = dict(kind="captioning", source=("image",))
   c.optimizer = dict(name="adamw", lr=3e-4, b2=0.95, weight_decay=0.1, clip=1.0, state_dtype="bfloat16")

@@ -26,6 +26,7 @@ Array = jax.Array
 KERNELS = ("auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn")
 PLATFORMS = {"xla": ("cpu", "tpu", "gpu"), "sdpa": ("cpu", "tpu", "gpu"), "fused": ("tpu",), "flash": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu",)}
 LONG = 1024  # keys from which a blockwise kernel is chosen over writing the logits out
+MANY = LONG**2 // 2  # pairs of query and key, likewise
 
 
 def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None, causal: bool = False,
@@ -77,9 +78,10 @@ def choose(kernel: str, query: Array, key: Array, mask: Array | None) -> str:
     if kernel == "splash" and mask is not None and mask.ndim == 3:
       raise UserError("attention kernel 'splash' takes masks of keys [B, S], not of pairs [B, L, S]. Use 'flash' or 'auto'")
     return kernel
-  if where == "tpu" and key.shape[1] >= LONG and (mask is None or mask.ndim == 2):
+  many = key.shape[1] >= LONG or query.shape[1] * key.shape[1] >= MANY
+  if where == "tpu" and many and (mask is None or mask.ndim == 2):
     return "flash"
-  if where == "gpu" and _fits_cudnn(query, key) and key.shape[1] >= LONG:
+  if where == "gpu" and _fits_cudnn(query, key) and many:
     return "cudnn"
   return "xla"
 
