@@ -18,12 +18,13 @@ from mmjax.models.layers import LayerNorm, Mlp, constrain
 from mmjax.models.platform import platform
 
 Array = jax.Array
-Remat = Literal["none", "full", "dots", "dense", "dots_no_batch", "attention", "offload", "offload_dots"]
+Remat = Literal["none", "full", "dots", "dense", "dots_no_batch", "attention", "offload", "offload_dense"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 Kernel = Literal["auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn"]
 
 _POLICIES = jax.checkpoint_policies
-_TO_HOST = dict(offload_src="device", offload_dst="pinned_host")
+_offload = lambda name: _POLICIES.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[name], offload_src="device", offload_dst="pinned_host")
 # What the forward pass keeps for the backward pass; everything else of a block is computed again.
 REMAT: dict[str, Callable[..., Any] | None] = {
   "none": None,  # no rematerialisation
@@ -34,9 +35,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
   "attention": _POLICIES.save_only_these_names("attention"),  # the outputs of attention
   # As "full", and the inputs wait in the memory of the host: nothing on the chip grows with depth, for deep stacks of long
   # sequences. A block moves 2 bytes a channel (bfloat16) and computes some 24 D FLOPs on it, which hides the way from D = 1024 on.
-  "offload": _POLICIES.save_and_offload_only_these_names(names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], **_TO_HOST),
-  # As "dots_no_batch" in the memory of "full": no product is computed twice, but nine times as much goes to the host and back.
-  "offload_dots": _POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host"),
+  "offload": _offload("block"),
+  # As "dense" in the memory of "full": no product is computed twice, but nine times as much goes to the host and back.
+  "offload_dense": _offload("dense"),
 }
 
 

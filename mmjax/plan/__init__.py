@@ -38,7 +38,7 @@ LEAST_MEMORY = (
   "dense",
   "dots_no_batch",
   "attention",
-  "offload_dots",
+  "offload_dense",
   "full",
   "offload",
 )  # remat policies, each keeps less than the one before

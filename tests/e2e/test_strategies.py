@@ -37,8 +37,7 @@ WITHIN = dict(replicated=1e-5, fsdp=1e-5, fsdp_tensor=1e-4, context=1e-4)
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
   """Machine code as the compiler first writes it; how arrays are split and what travels is decided before."""
-  compile_it = jax.stages.Lowered.compile
-  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_it(lowered, QUICK))
+  monkeypatch.setattr(Step, "compiled", lambda step, lowered: lowered.compile(QUICK))
 
 
 def make_step(model, objectives, devices, *overrides):

@@ -32,9 +32,9 @@ def peak(folder, policy, *overrides):
 @pytest.mark.slow
 def test_offloaded_blocks_leave_the_chip(tmp_path):
   pytest.importorskip("libtpu")
-  kept = {policy: peak(tmp_path, policy)[0] for policy in ("none", "dots_no_batch", "offload_dots", "full", "offload")}
+  kept = {policy: peak(tmp_path, policy)[0] for policy in ("dense", "offload_dense", "full", "offload")}
   print({policy: f"{count / 2**20:.0f} MiB" for policy, count in kept.items()})
-  assert kept["offload"] < kept["full"] < kept["dots_no_batch"] < kept["none"] and kept["offload_dots"] < kept["dots_no_batch"]
+  assert kept["offload"] < kept["full"] < kept["dense"] and kept["offload_dense"] < kept["dense"]
 
 
 @pytest.mark.slow
