@@ -30,8 +30,7 @@ STRATEGIES = {
               8: ("mesh.data=1", "mesh.fsdp=2", "mesh.context=4", "sharding=fsdp")},
 }
 QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)  # compiling takes longer than the steps
-# Float32 sums are split over tensor and context, and so rounded otherwise; data and fsdp split them too, over the batch.
-WITHIN = dict(replicated=1e-5, fsdp=1e-5, fsdp_tensor=1e-4, context=1e-4)
+WITHIN = 1e-5  # relative, float32; one device against eight differs by 2e-6 at most after 200 steps, whatever splits the sums
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +89,7 @@ def test_the_first_losses_agree_under_every_strategy(devices, recipe):
     for count, overrides in meshes.items():
       found[strategy, count] = gap(losses_of(make_step(*RECIPES[recipe], count, *overrides), STEPS), reference)
       print(f"{recipe}: {strategy} on {count}: {found[strategy, count][0]:.1e} at step {found[strategy, count][1]}", flush=True)
-  assert not {key: value for key, value in found.items() if value[0] > WITHIN[key[0]]}
+  assert not {key: value for key, value in found.items() if value[0] > WITHIN}
 
 
 def test_sequences_split_over_devices_change_no_loss(devices):
