@@ -23,15 +23,16 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 Kernel = Literal["auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn"]
 
 _POLICIES = jax.checkpoint_policies
+_DENSE = _POLICIES.save_only_these_names("dense")  # by name: policies of products do not see into functions with their own derivatives
 _offload = lambda name: _POLICIES.save_and_offload_only_these_names(
     names_which_can_be_saved=[], names_which_can_be_offloaded=[name], offload_src="device", offload_dst="pinned_host")
 # What the forward pass keeps for the backward pass; everything else of a block is computed again.
 REMAT: dict[str, Callable[..., Any] | None] = {
   "none": None,  # no rematerialisation
   "full": _POLICIES.nothing_saveable,  # only the inputs of the blocks
-  "dots": _POLICIES.dots_saveable,  # results of every matrix product, attention logits among them
-  "dense": _POLICIES.save_only_these_names("dense"),  # results of the dense layers, biases added: norms, activations, attention anew
-  "dots_no_batch": _POLICIES.dots_with_no_batch_dims_saveable,  # results of the dense layers, not of attention
+  "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _DENSE),  # results of every matrix product, attention logits among them
+  "dense": _DENSE,  # results of the dense layers, biases added: norms, activations, attention anew
+  "dots_no_batch": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _DENSE),  # results of the dense layers, not of attention
   "attention": _POLICIES.save_only_these_names("attention"),  # the outputs of attention
   # As "full", and the inputs wait in the memory of the host: nothing on the chip grows with depth, for deep stacks of long
   # sequences. A block moves 2 bytes a channel (bfloat16) and computes some 24 D FLOPs on it, which hides the way from D = 1024 on.

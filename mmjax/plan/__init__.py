@@ -325,7 +325,7 @@ def _remedies(config: FrozenConfigDict, target: topology.Slice, cache: str | Non
   what was tried, in that order."""
   tried = []
   kept = min((LEAST_MEMORY.index(policy) for policy in remat_of(config).values()), default=len(LEAST_MEMORY))
-  least = with_remat(config, "full")
+  least = with_remat(config, max("full", LEAST_MEMORY[min(kept, len(LEAST_MEMORY) - 1)], key=LEAST_MEMORY.index))
   changes = [with_remat(config, policy) for policy in ("dots_no_batch", "full") if LEAST_MEMORY.index(policy) > kept]
   changes += [[*least, f"train.microbatches={n}"] for n in (2, 4, 8, 16) if n > config.train.microbatches]
   if config.optimizer.state_dtype == "float32":
