@@ -32,6 +32,7 @@ FULL = [
   ("speech_recognition", {"transcripts/test_voices": {"word_error_rate": 0.36}, "transcripts/test_phrases": {"word_error_rate": 0.27}}),  # hoped: 0.08, 0.30
   ("video_text:transformer", {"direction/test": {"accuracy": 0.78}, "direction/new_objects": {"accuracy": 0.67}}),  # hoped: 0.95
   ("video_captions", {"captions/test": {"right/motion": 0.95, "right": 0.2}}),  # hoped: 0.80 right in both; objects are the hard part
+  ("scene_words", {"words/test": {"accuracy": 0.75}}),  # 0.854 measured, 0.501 for the same model without pictures (`:blind`)
   ("image_audio", {"retrieval/image_audio": {"image_to_audio/R@1": 0.04}}),
   ("emoji_gan", {"generated/combinations": {"accuracy": 0.55, "real/accuracy": 0.8}}),
 ]
