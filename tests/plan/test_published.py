@@ -23,7 +23,7 @@ def models(request):
   text = dict(tower, vocab_size=32000, max_position_embeddings=64)
   with torch.device("meta"):
     theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
-  config = configs.resolve(configs.load(f"configs/{name}.py", ()), ("train.batch_size=2",))
+  config = configs.resolve(configs.load(f"configs/{name}.py", ()), ("train.batch_size=2", "mesh.data=1", "mesh.fsdp=1"))
   return Step(config, single_device_mesh(), steps=10), theirs, tokens
 
 

@@ -20,6 +20,7 @@ from mmjax import config as configs
 from mmjax import files
 from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
+from mmjax.files import Mirror
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint
@@ -156,7 +157,7 @@ def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(embedded_data, t
 
 
 def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path):
-  outputs = Outputs(tmp_path, 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))
+  outputs = Outputs(Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))
   row = dict(loss=1.0, **{f"metric/{i}": float(i) for i in range(50)})
   outputs.write(dict(step=1, time=0.0, **row))
   outputs.sync()
@@ -170,7 +171,7 @@ def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path
       outputs.close()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  outputs = Outputs(tmp_path, 1, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))  # the unfinished line goes
+  outputs = Outputs(Mirror(tmp_path), 1, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))  # the unfinished line goes
   outputs.write(dict(step=2, time=0.0, **row))
   outputs.close()
   assert metrics(tmp_path) == [dict(step=1, **row), dict(step=2, **row)]
