@@ -41,7 +41,7 @@ def test_only_parallel_names_mesh_axes():
     if path.relative_to(PACKAGE).parts[0] in ("parallel", "config.py", "keys.py"):
       continue
     words = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    if words & {"fsdp", "replica", "context"}:
+    if words & {"fsdp", "replica", "context", "tensor"}:
       wrong.append(str(path.relative_to(PACKAGE)))
   assert not wrong
 

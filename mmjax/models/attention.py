@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mmjax.config import UserError
-from mmjax.models.fused_attention import LONGEST, TILE, fused_attention
-from mmjax.models.layers import Dense, constrain, devices_along, places, with_axes, xavier
+from mmjax.models.fused_attention import LONGEST, TILE, fits, fused_attention
+from mmjax.models.layers import Dense, constrain, with_axes, xavier
 from mmjax.models.platform import materialise, platform
 from mmjax.models.ring_attention import Ring, ring_attention
+from mmjax.parallel.rules import devices_along, places
 
 Array = jax.Array
 
@@ -44,11 +45,11 @@ def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None,
   spec = _places(query.shape, ("batch", "length", "heads", "kv"))
   if spec is not None and (devices := devices_along(spec[1])) > 1 and key.shape[1] % devices == 0:
     return ring_attention(query, key, value, mask, Ring(spec, devices, causal, scale))
-  run = _RUN[kernel]
   if kernel == "fused":
     b, length, heads, channels = query.shape
     packed = jnp.stack([query, key, value], axis=2).reshape(b * length, 3, heads, channels)
     return _fused(packed, None, mask, length, causal=causal, scale=scale).reshape(query.shape)
+  run = _RUN[kernel]
   if kernel in ("flash", "splash", "cudnn"):
     return _per_shard(functools.partial(run, causal=causal, scale=scale), query, key, value, mask)
   return run(query, key, value, mask, causal=causal, scale=scale)
@@ -74,7 +75,7 @@ def choose(kernel: str, query: Array, key: Array, mask: Array | None) -> str:
     if kernel == "cudnn" and not _fits_cudnn(query, key):
       raise UserError("attention kernel 'cudnn' needs bfloat16, heads of at most 128 channels in multiples of 8, and even lengths. Use 'auto'")
     if kernel == "fused" and not _fits_fused(query, key, mask):
-      raise UserError(f"attention kernel 'fused' takes a sequence to itself, of at most {LONGEST} tokens in multiples of {TILE}, without a mask of pairs [B, L, S]. Use 'auto'")
+      raise UserError(f"attention kernel 'fused' takes a sequence to itself, of at most {LONGEST} tokens in multiples of {TILE} (fewer where a chip's vector memory is small), without a mask of pairs [B, L, S]. Use 'auto'")
     if kernel == "splash" and mask is not None and mask.ndim == 3:
       raise UserError("attention kernel 'splash' takes masks of keys [B, S], not of pairs [B, L, S]. Use 'flash' or 'auto'")
     return kernel
@@ -87,7 +88,9 @@ def choose(kernel: str, query: Array, key: Array, mask: Array | None) -> str:
 
 
 def _fits_fused(query: Array, key: Array, mask: Array | None) -> bool:
-  return query.shape == key.shape and query.shape[1] <= LONGEST and not query.shape[1] % TILE and (mask is None or mask.ndim == 2)
+  _, length, heads, channels = query.shape
+  return (query.shape == key.shape and not length % TILE and (mask is None or mask.ndim == 2)
+          and fits(length, heads, channels, query.dtype.itemsize))
 
 
 def _fits_cudnn(query: Array, key: Array) -> bool:

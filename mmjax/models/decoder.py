@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,8 @@ class Projections(nn.Module):
                         (self.width, *shape), jnp.float32)
     bias = self.param("bias", with_axes(nn.initializers.zeros, ("qkv", "heads", "kv")), shape, jnp.float32) if self.use_bias else None
     chosen = slice(parts[0], parts[-1] + 1)
-    y = affine(x.astype(self.dtype), kernel[:, chosen].astype(self.dtype), None if bias is None else bias[chosen].astype(self.dtype), 1)
+    y = affine(x.astype(self.dtype), kernel[:, chosen].astype(self.dtype), None if bias is None else bias[chosen].astype(self.dtype), 1,
+               ("qkv", "heads", "kv"))
     split = jax.lax.split(materialise(y, forward=False), (1,) * len(parts), axis=y.ndim - 3)
     return [part[..., 0, :, :] for part in split]
 
@@ -259,7 +261,8 @@ class Decoder(nn.Module):
   def _init_layers(self, key: Array) -> Any:
     x = jnp.zeros((1, 1, self.config.width), self.config.dtype)
     seen = jnp.ones((1, 1), bool)
-    stacked = jax.vmap(lambda k: self._block().init(k, x, seen, x if self.cross else None, seen)["params"])(
+    plain = DecoderBlock(dataclasses.replace(self.config, kernel="xla"), self.cross, parent=None)  # kernels refuse a single token
+    stacked = jax.vmap(lambda k: plain.init(k, x, seen, x if self.cross else None, seen)["params"])(
         jax.random.split(key, self.config.depth))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
 

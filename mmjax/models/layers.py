@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import PartitionSpec
 
 from mmjax.models.platform import materialise, on_lone_cpu, platform
+from mmjax.parallel.rules import places
 
 Array = jax.Array
 Init = Callable[..., Array]
@@ -43,19 +43,6 @@ def constrain(x: Array, axes: tuple[str | None, ...] | None = None) -> Array:
     return x
   axes = axes or (("batch", "length", "embed") if x.ndim == 3 else ("batch", "embed"))
   return jax.lax.with_sharding_constraint(x, places(x.shape, axes))
-
-
-def places(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
-  """Which mesh axes split an array of these logical axes, None where they would not split it evenly."""
-  spec = nn.logical_to_mesh_axes(axes)
-  return PartitionSpec(*(entry if size % devices_along(entry) == 0 else None for entry, size in zip(spec, shape, strict=True)))
-
-
-def devices_along(entry: str | tuple[str, ...] | None) -> int:
-  """Devices of the mesh in use that an entry of a PartitionSpec names; 1 for None, or without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  names = (entry,) if isinstance(entry, str) else entry or ()
-  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
 def normal(stddev: float) -> Init:
@@ -92,20 +79,21 @@ class Dense(nn.Module):
     bias = None
     if self.use_bias:
       bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32).astype(self.dtype)
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    return (affine(x, kernel, None, n), bias) if self.apart else affine(x, kernel, bias, n)
+    x, kernel, axes = x.astype(self.dtype), kernel.astype(self.dtype), self.axes[n:]
+    return (affine(x, kernel, None, n, axes), bias) if self.apart else affine(x, kernel, bias, n, axes)
 
 
-def affine(x: Array, kernel: Array, bias: Array | None, n: int) -> Array:
+def affine(x: Array, kernel: Array, bias: Array | None, n: int, axes: tuple[str | None, ...]) -> Array:
   """x [..., *inputs] times kernel [*inputs, *features] over the `n` dimensions of inputs, plus bias [*features]: [..., *features].
+  axes: logical names of the features.
 
   On a lone CPU device all are flattened to matrices first: XLA's CPU backend transposes whole activations in memory for the
-  kernel's gradient when it has to contract over several dimensions. So are rows [N, ...] on TPUs, where no axis splits the
-  features: the result then has the one layout that kernels read without a copy. Elsewhere nothing is reshaped, so that shardings
+  kernel's gradient when it has to contract over several dimensions. So are rows [N, ...] on TPUs, where no device axis splits
+  the features: the result then has the one layout that kernels read without a copy. Elsewhere nothing is reshaped, so that shardings
   pass through.
   """
   cpu, rows, columns = on_lone_cpu(), x.shape[:x.ndim - n], kernel.shape[n:]
-  whole = len(rows) == 1 and platform() == "tpu" and jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1
+  whole = len(rows) == 1 and platform() == "tpu" and not any(places((*rows, *columns), ("batch", *axes))[1:])
   if not (cpu or whole):
     y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
     return checkpoint_name(y if bias is None else y + bias, "dense")

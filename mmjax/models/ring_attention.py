@@ -4,7 +4,7 @@ query has met every key (Liu et al. 2023, arXiv:2310.01889).
 A device holds its own queries and one block of keys and values at a time, with a running softmax in float32 (Milakov and
 Gimelshein 2018, arXiv:1805.02867). The backward pass sends the blocks round once more and computes their weights again, and
 the gradients of a block travel with it until they are home. So neither pass ever holds logits of more than its own queries
-against TILE keys. Rows without a key that they may see give exactly zero, and take and give no gradient.
+against AT_ONCE keys. Rows without a key that they may see give exactly zero, and take and give no gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 
-TILE = 1024  # keys of a visiting block whose logits are held at once, where its length has such a divisor
+AT_ONCE = 1024  # keys of a visiting block whose logits are held at once, where its length has such a divisor
 
 
 class Ring(NamedTuple):
@@ -170,7 +170,7 @@ def _over_tiles(meet: Callable, state: tuple, block: tuple) -> tuple:
   """`meet(state, at, (key, value, mask))` with a block's tiles, one after the other; `at`: the first key of the tile in the block."""
   key, value, mask = block
   keys = key.shape[2]
-  tile = max(n for n in range(1, min(keys, TILE) + 1) if keys % n == 0)
+  tile = max(n for n in range(1, min(keys, AT_ONCE) + 1) if keys % n == 0)
   if tile in (1, keys):
     return meet(state, 0, block)
 

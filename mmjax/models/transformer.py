@@ -37,7 +37,7 @@ REMAT: dict[str, Callable[..., Any] | None] = {
   # As "full", and the inputs wait in the memory of the host: nothing on the chip grows with depth, for deep stacks of long
   # sequences. A block moves 2 bytes a channel (bfloat16) and computes some 24 D FLOPs on it, which hides the way from D = 1024 on.
   "offload": _offload("block"),
-  # As "dense" in the memory of "full": no product is computed twice, but nine times as much goes to the host and back.
+  # As "dense" in the memory of "full": no dense product is computed twice, but nine times as much goes to the host and back.
   "offload_dense": _offload("dense"),
 }
 
@@ -109,9 +109,10 @@ class Transformer(nn.Module):
     shape, x = x.shape, x.astype(c.dtype)
     x, mask, length = self._rows(x, mask)
     block = Block(c, parent=None)
+    plain = Block(dataclasses.replace(c, kernel="xla"), parent=None)  # the same parameters; kernels refuse a single token
 
     def init(key: Array) -> Any:
-      stacked = jax.vmap(lambda k: block.init(k, jnp.zeros((1, 1, c.width), c.dtype), None)["params"])(
+      stacked = jax.vmap(lambda k: plain.init(k, jnp.zeros((1, 1, c.width), c.dtype), None)["params"])(
           jax.random.split(key, c.depth))
       return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
 

@@ -102,6 +102,20 @@ def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> 
   return P(*(_fits(axes, n, mesh) for axes, n in zip(spec, shape, strict=True)))
 
 
+def places(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P:
+  """Which mesh axes split an array of these logical axes, by the rules in use; None where they would not split it evenly."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not nn.get_logical_axis_rules():
+    return P(*(None for _ in shape))
+  return P(*(_fits(axes, n, mesh) for axes, n in zip(nn.logical_to_mesh_axes(names), shape, strict=True)))
+
+
+def devices_along(axes: Any) -> int:
+  """Devices of the mesh in use that an entry of a PartitionSpec names; 1 for None, or without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else _count(axes, mesh)
+
+
 def gather_parameters(params: Any, spec: Any, axes: Any) -> Any:
   """Parameters outside layer stacks, whole along `fsdp`, as every device needs them; their gradients are scattered again.
 
@@ -134,8 +148,10 @@ def _is_names(x: Any) -> bool:
   return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
-def _fits(axes: Any, size: int, mesh: Mesh) -> Any:
-  if axes is None:
-    return None
-  names = axes if isinstance(axes, tuple) else (axes,)
-  return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+def _fits(axes: Any, size: int, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
+  return axes if size % _count(axes, mesh) == 0 else None
+
+
+def _count(axes: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+  """Devices along an entry of a PartitionSpec: a name, several, or None."""
+  return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))

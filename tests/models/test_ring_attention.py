@@ -64,7 +64,7 @@ def test_any_shape_and_mask_equals_the_dense_formula(devices, case):
     out, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, causal=causal), q, k, v)
     return out, *back(jnp.asarray(cotangent))
 
-  with rules.use(mesh_of(**sizes), rules.RULES["fsdp_tensor"]), mock.patch.object(ring_attention, "TILE", tile):
+  with rules.use(mesh_of(**sizes), rules.RULES["fsdp_tensor"]), mock.patch.object(ring_attention, "AT_ONCE", tile):
     compiled = jax.jit(both).lower(q, k, v, mask).compile(QUICK)
     got = compiled(q, k, v, mask)
   travels = length % sizes["context"] == keys % sizes["context"] == 0

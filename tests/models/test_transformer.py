@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from mmjax.config import UserError
+from mmjax.models.decoder import Decoder
 from mmjax.models.layers import ACTIVATIONS, activate, resize_positions, sincos_positions
 from mmjax.models.platform import materialise, platform
 from mmjax.models.transformer import REMAT, Block, Transformer, TransformerConfig
@@ -55,6 +57,21 @@ def test_remat_and_unrolling_change_no_number(params, change):
 
   want, got = gradient(CONFIG), gradient(dataclasses.replace(CONFIG, **change))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "flash"])
+@pytest.mark.parametrize("model", [Transformer, Decoder])
+def test_a_stack_is_made_with_any_kernel(model, kernel):
+  """Parameters are made from a single token, which most kernels refuse."""
+  config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, kernel=kernel)
+  device = jax.sharding.AbstractDevice(platform="tpu", device_kind="TPU v5 lite", num_cores=None)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)):
+    if model is Transformer:
+      shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((2, 8, 16), jnp.bfloat16))
+    else:
+      decoder = Decoder(dataclasses.replace(config, causal=True), vocab_size=16, length=8, cross=False)
+      shapes = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((2, 8), jnp.int32), None)
+  assert jax.tree.leaves(shapes)
 
 
 def test_remat_keeps_less(params):
