@@ -16,12 +16,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mmjax.models.platform import vector_memory
+
 Array = jax.Array
 
-LONGEST = 768  # tokens up to which a sequence, its logits and its gradients fit into vector memory
+LONGEST = 768  # tokens from which whole rows of logits are too long to be worth it
 TILE = 8  # rows of a tile: lengths are multiples of it
 _ROWS = 512  # tokens of one block: examples of short sequences travel together
 _LOW = -1e30
+
+
+def fits(length: int, heads: int, channels: int, itemsize: int) -> bool:
+  """Whether the backward pass of one sequence fits into vector memory: projections, cotangent and gradients, each twice (one on its
+  way while the other is worked on), and the logits of a head and what is computed from them in float32."""
+  return length <= LONGEST and 14 * length * heads * channels * itemsize + 24 * length**2 <= vector_memory()
 
 
 def fused_attention(qkv: Array, bias: Array | None, mask: Array | None, *, channels: int, length: int, causal: bool, scale: float,
@@ -72,7 +80,8 @@ def _call(settings: _Settings, kernel, arrays: tuple[Array, ...], bias: Array, s
   """`kernel` over blocks of examples. Arrays [B * L, ...] or one row an example, [B, 1, ...]; bias [1, ...]; seen float32 [B, 1, L]."""
   length = settings.length
   b = arrays[0].shape[0] // length
-  block = next(n for n in range(max(1, _ROWS // length), 0, -1) if b % n == 0)
+  few = lambda n: n * length <= _ROWS and fits(n * length, settings.heads, settings.channels, arrays[0].dtype.itemsize)
+  block = next(n for n in range(max(1, _ROWS // length), 0, -1) if n == 1 or b % n == 0 and few(n))
   spec = lambda x: (pl.BlockSpec((block * length, x.shape[1]), lambda i: (i, 0)) if len(x.shape) == 2 else
                     pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, 0, 0)))
   operands = arrays if seen is None else (*arrays, seen)
@@ -80,7 +89,7 @@ def _call(settings: _Settings, kernel, arrays: tuple[Array, ...], bias: Array, s
   return pl.pallas_call(
       body, grid=(b // block,), in_specs=[pl.BlockSpec(bias.shape, lambda i: (0, 0)), *map(spec, operands)],
       out_specs=[spec(x) for x in out], out_shape=out,
-      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=96 * 2**20),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vector_memory()),
       interpret=settings.interpret, name=kernel.__name__.strip("_"))(bias, *operands)
 
 

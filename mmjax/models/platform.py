@@ -11,6 +11,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 Array = jax.Array
+_VECTOR_MEMORY = {"TPU v4": 16 * 2**20, "TPU v5": 64 * 2**20, "TPU v5p": 64 * 2**20, "TPU7x": 64 * 2**20}  # v5e and v6e: 128 MiB
 
 
 def platform() -> str:
@@ -20,6 +21,13 @@ def platform() -> str:
   if "tpu" in kind:
     return "tpu"
   return "cpu" if "cpu" in kind else "gpu"
+
+
+def vector_memory() -> int:
+  """Bytes of vector memory that a TPU kernel may use: three quarters of what a core of the mesh's chip has (jax's tpu_info.py)."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  kind = device.device_kind if device is not None else ""
+  return 3 * _VECTOR_MEMORY.get(kind, 128 * 2**20) // 4
 
 
 def on_lone_cpu() -> bool:

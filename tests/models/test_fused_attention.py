@@ -112,3 +112,11 @@ def test_chosen_for_short_sequences_on_tpus_alone():
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)):
     of = lambda length, mask=None: transformer.fuses("auto", jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32), mask)
     assert of(64) and of(200) and not of(2048) and not of(197) and not of(64, np.ones((2, 64, 64), bool))
+
+
+@pytest.mark.parametrize("kind, fitting", [("TPU v4", False), ("TPU v5", True), ("TPU v5 lite", True)])
+def test_not_chosen_where_a_chip_has_too_little_vector_memory(kind, fitting):
+  """The 584 tokens of a ViT-L/14 at 336 pixels take 16.7 MB before any logits; a v4 core has 16 MiB."""
+  device = jax.sharding.AbstractDevice(platform="tpu", device_kind=kind, num_cores=None)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)):
+    assert transformer.fuses("auto", jax.ShapeDtypeStruct((2, 584, 16, 64), jnp.bfloat16), None) == fitting
