@@ -21,7 +21,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.examples import READERS
-from mmjax.models import make_model
+from mmjax.models import make_model, with_plain_kernels
 from mmjax.models.generation import write
 
 Array = jax.Array
@@ -39,7 +39,7 @@ class Function(NamedTuple):
 
 def functions(config) -> dict[str, Function]:
   """{name: function} of a resolved config's model, whose kernels run on every platform. Raises UserError: it does nothing of these."""
-  config = _portable(config)
+  config = with_plain_kernels(config)
   model, found = make_model(config), {}
   if getattr(model, "joint", True):
     for modality in model.encoders:
@@ -125,15 +125,3 @@ def _draws(model: nn.Module):
 
 def _named(name: str, sets: tuple[tuple[str, ...], ...]) -> list[tuple[str, tuple[str, ...]]]:
   return [(name if len(sets) == 1 else "_".join((name, *chosen)), chosen) for chosen in sets]
-
-
-def _portable(config):
-  """The config with kernels that every platform can run, whatever machine exports."""
-  def plain(entry: Any) -> Any:
-    if not isinstance(entry, dict):
-      return entry
-    return {name: "xla" if name == "kernel" else plain(value) for name, value in entry.items()}
-
-  tree = config.to_dict()
-  tree["model"] = plain(tree["model"])
-  return type(config)(tree)

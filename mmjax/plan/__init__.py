@@ -1,7 +1,7 @@
 """`mmjax plan`: compiles the real train step for chips that are not there, and says what it takes.
 
-Read `plan` first: name -> devices -> Step -> the compiler -> figures. `analyse` alone makes figures of any compiled
-step, so that a run on real chips can print the same summary.
+Read `plan` first: name -> devices -> Step -> the compiler -> figures. `estimate` gives the
+time of a step that a run on real chips has compiled anyway.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ml_collections import FrozenConfigDict
 
 from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
+from mmjax.models import NESTED
 from mmjax.models.transformer import REMAT
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
@@ -35,8 +36,8 @@ CACHE = "~/.cache/mmjax/plans"
 LEAST_MEMORY = (
   "none",
   "dots",
-  "dense",
   "dots_no_batch",
+  "dense",
   "attention",
   "offload_dense",
   "full",
@@ -164,7 +165,8 @@ def analyse(
   timed: bool = True,
   source: str = "",
 ) -> dict[str, Any]:
-  """The figures of a compiled step. text: the program, where it is known. timed: the compiler estimates cycles (TPU); else memory only. source: the kind of step."""
+  """The figures of a compiled step. text: the program, where it is known. timed: the compiler estimates cycles (TPU), else memory
+  only. source: the kind of step."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
   per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
   used = per_chip({**state_bytes(step), **compiled_bytes(compiled, peak_known=timed)})
@@ -217,6 +219,8 @@ def analyse(
       "time: without libtpu the step is compiled for simulated CPU devices, whose kernels and buffers differ; memory "
       "is rough. pip install 'mmjax[tpu]' works on machines without TPUs"
     )
+  if any(policy.startswith("offload") for policy in remat_of(step.config).values()):
+    left_out.append("activations on their way to the memory of the host and back (remat offload)")
   result["left_out"] = left_out
   return result
 
@@ -232,8 +236,7 @@ def _spent(step: Step, module: hlo.Module, text: str, chip: topology.Chip, sourc
 
 def estimate(step: Step, compiled: jax.stages.Compiled, source: str = "") -> float | None:
   """Seconds of a compiled step by the compiler's cycles; None where they are not known (no TPU, or no text)."""
-  kind = step.mesh.devices.flat[0].device_kind
-  chip = next((chip for chip in topology.CHIPS.values() if kind in chip.kinds), None)
+  chip = topology.chip_of(step.mesh.devices.flat[0])
   text = _text(compiled) if chip else ""
   return _spent(step, hlo.parse(text), text, chip, source)["seconds"] or None if text else None
 
@@ -261,15 +264,9 @@ def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) 
 
 
 def model_flops(step: Step) -> dict[str, float]:
-  """FLOPs of one step over all devices, three times the forward pass: {modality: ..., "objectives": ..., "total": ...}.
-
-  Counted on the plain attention formula: kernels pad sequences, and padding is no work of the model.
-  """
-  plain = [
-    f"model.encoders.{m}.kernel=xla" for m, entry in step.config.model.get("encoders", {}).items() if "kernel" in entry
-  ]
-  counted = step.like(configs.resolve(step.config, plain)) if plain else step
-  total, by_part = counted.flops_per_step(), {}
+  """FLOPs of one step over all devices, three times the forward pass: {modality: ..., "objectives": ..., "total": ...}."""
+  counted = step.counted
+  total, by_part = step.flops_per_step(), {}
   for modality in step.config.model.get("encoders", {}):
     if modality in counted.batch_spec:
       forward = lambda params, state, batch, modality=modality: counted.model.apply(
@@ -309,12 +306,15 @@ def settings_of(config: FrozenConfigDict, step: Step | None = None) -> dict[str,
 
 
 def remat_of(config: FrozenConfigDict) -> dict[str, str]:
-  return {m: entry["remat"] for m, entry in config.model.get("encoders", {}).items() if "remat" in entry}
+  """{"encoders.image", "fusion", "decoder", ...: remat policy} of every stack of the model."""
+  encoders = {f"encoders.{modality}": entry for modality, entry in config.model.get("encoders", {}).items()}
+  stacks = {**encoders, **{name: config.model.get(name) or {} for name in NESTED}}
+  return {path: entry["remat"] for path, entry in stacks.items() if "remat" in entry}
 
 
 def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:
-  """Overrides that give every encoder a remat policy."""
-  return [f"model.encoders.{modality}.remat={policy}" for modality in remat_of(config)]
+  """Overrides that give every stack of the model a remat policy."""
+  return [f"model.{path}.remat={policy}" for path in remat_of(config)]
 
 
 # -- Where it does not fit ---------------------------------------------------------------------------------------------
