@@ -50,6 +50,7 @@ def get_config(arg: str = ""):
   c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
   c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 
+  # Settings are those of scene_captions.py and its like; nothing was compared on these.
   evaluators = dict(
     captions=("captions/test", dict(kind="captions", source="emoji_scenes", check="mmjax.data.builders.emoji_scenes:check_caption")),
     questions=("answers/test", dict(kind="classification", source="easy_vqa", modalities=("text", "image"), text="question")),

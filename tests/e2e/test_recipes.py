@@ -34,7 +34,7 @@ FULL = [
   ("video_captions", {"captions/test": {"right/motion": 0.95, "right": 0.2}}),  # hoped: 0.80 right in both; objects are the hard part
   ("scene_words", {"words/test": {"accuracy": 0.75}}),  # 0.854 measured, 0.501 for the same model without pictures (`:blind`)
   ("image_audio", {"retrieval/image_audio": {"image_to_audio/R@1": 0.04}}),
-  ("emoji_gan", {"generated/combinations": {"accuracy": 0.55, "real/accuracy": 0.8}}),
+  ("emoji_gan", {"generated/combinations": {"mean_class_accuracy": 0.2}}),
 ]
 AT_MOST = ("word_error_rate",)  # bars of these are from above
 # Every recipe that trains on its own: (config, data sets).
