@@ -82,7 +82,8 @@ def eight(tmp_path_factory, embedded_data):
   return whole, half
 
 
-@pytest.mark.parametrize(("processes", "devices", "workers"), [(1, 1, 3), (1, 4, 2), (2, 1, 0), (4, 1, 0)])
+@pytest.mark.parametrize(("processes", "devices", "workers"), [
+  (1, 1, 3), (1, 4, 2), pytest.param(2, 1, 0, marks=pytest.mark.slow), (4, 1, 0)])
 def test_resumed_elsewhere_sees_the_same_ids_in_the_same_order(eight, tmp_path, processes, devices, workers):
   whole, half = eight
   folder = tmp_path / "run"
