@@ -30,6 +30,7 @@ log = logging.getLogger("mmjax")
 _STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
 _LISTING = ".listing.json"
+_BUGS = (TypeError, AttributeError, NameError, LookupError, ArithmeticError, AssertionError, MemoryError)  # no store is to blame
 _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
 
 
@@ -56,14 +57,19 @@ def make_folder(path: Path | epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def store_errors(what: str) -> Iterator[None]:
-  """Turns what an object store, or the way there, says into one line."""
+def store_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterator[None]:
+  """Turns what the store of `place`, or the way there, says into one line, UserError "WHAT: REASON HINT".
+
+  Errors at paths of this machine, and those of a program, stay what they are.
+  """
   try:
     yield
-  except UserError:
+  except (UserError, *_BUGS):
     raise
   except Exception as error:
-    raise UserError(f"{what}: {reason(error)}") from error
+    if not is_url(place):
+      raise
+    raise UserError(f"{what}: {reason(error)}{hint}") from error
 
 
 def reason(error: Exception) -> str:
@@ -121,14 +127,14 @@ def size_and_mark(path: str | os.PathLike) -> tuple[int, int]:
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
   fs, name = fsspec.core.url_to_fs(str(as_path(path)))
-  with store_errors(f"{path} cannot be read"):
+  with store_errors(path, f"{path} cannot be read"):
     return _facts(fs.info(name))
 
 
 def find(pattern: str) -> list[str]:
   """The URLs that a pattern with *, ? and [] names, sorted. Raises UserError: the store cannot be read."""
   fs, name = fsspec.core.url_to_fs(str(as_path(pattern)))
-  with store_errors(f"{pattern} cannot be read"):
+  with store_errors(pattern, f"{pattern} cannot be read"):
     return sorted(fs.unstrip_protocol(found) for found in fs.glob(name))
 
 
@@ -177,7 +183,7 @@ class Mirror:
     except OSError as error:
       raise UserError(f"{self.folder}: cannot be written ({error.strerror}), where files for {self.place} are made. "
                       "Set MMJAX_CACHE to another folder") from error
-    with store_errors(f"{self.place} cannot be read"):
+    with store_errors(self.place, f"{self.place} cannot be read"):
       for name in names:
         if (self.place / name).exists():
           (self.folder / name).write_bytes((self.place / name).read_bytes())
@@ -189,7 +195,7 @@ class Mirror:
     """Copies what is new or has changed; returns when the store has it. Raises UserError."""
     if self._thread is None:
       return
-    with self._lock, store_errors(f"{self.place} cannot be written"):
+    with self._lock, store_errors(self.place, f"{self.place} cannot be written"):
       fs = fsspec.core.url_to_fs(str(self.place))[0]
       for path in sorted(self.folder.rglob("*")):
         if path.name.startswith(".") or path.name.endswith(".tmp") or not path.is_file():
@@ -237,7 +243,7 @@ def bring(folder: Path) -> None:
   Raises UserError: the store cannot be read, or the disk not be written.
   """
   url = origin(folder)
-  with store_errors(f"{url} cannot be read"):
+  with store_errors(url, f"{url} cannot be read"):
     there = _listing(url)
   if not there:
     return
@@ -254,7 +260,7 @@ def bring(folder: Path) -> None:
       for name in there:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
       fs, root = fsspec.core.url_to_fs(str(url))
-      with store_errors(f"{url} cannot be copied to {folder}"):
+      with store_errors(url, f"{url} cannot be copied to {folder}"):
         fs.get([f"{root.rstrip('/')}/{name}" for name in there], [str(partial / name) for name in there])
       for name, (size, _) in there.items():
         if (partial / name).stat().st_size != size:

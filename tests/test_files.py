@@ -6,6 +6,7 @@ import pytest
 
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.state.storage import disk_errors
 
 
 def test_a_mirror_of_a_folder_is_the_folder(tmp_path):
@@ -75,3 +76,16 @@ def test_data_is_copied_once_and_again_when_it_changes(object_store, monkeypatch
   assert not (root / "absent").exists()
   with pytest.raises(UserError, match="no such kind of store"):
     files.cached("hdfs://a/b")
+
+
+@pytest.mark.parametrize("errors", [files.store_errors, disk_errors])
+def test_only_the_store_of_a_url_is_blamed_and_only_for_its_own_errors(errors, tmp_path):
+  def told(error, place, what="http://docs cannot be written"):
+    with pytest.raises(Exception) as raised, errors(place, what):
+      raise error
+    return raised.value
+
+  assert "http://docs cannot be written: Forbidden. Check the bucket's name" in str(told(PermissionError("Forbidden"), "s3://bucket/run"))
+  for mistake in (TypeError("x"), MemoryError(), KeyError("x")):
+    assert told(mistake, "s3://bucket/run") is mistake
+  assert "bucket" not in str(told(PermissionError(13, "Permission denied"), tmp_path))

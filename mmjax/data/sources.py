@@ -84,7 +84,7 @@ def list_datasets(root: str | os.PathLike) -> list[str]:
   """Names of the finished data sets under `root`, sorted."""
   root = Path(root)
   if url := files.origin(root):
-    with files.store_errors(f"{url} cannot be read"):
+    with files.store_errors(url, f"{url} cannot be read"):
       return sorted({name.split("/")[0] for name in files.sizes(url) if name.endswith("/dataset_info.json")})
   return sorted(path.name for path in root.iterdir() if find_version(root, path.name)) if root.is_dir() else []
 

@@ -58,7 +58,7 @@ class Checkpointer:
     self._present: set[int] = set()  # as this process last left them
     self.protected = 0  # a step that is never deleted, 0 = none
     if jax.process_index() == 0:
-      with disk_errors(f"cannot write checkpoints to {self._root}"):
+      with disk_errors(self._root, f"cannot write checkpoints to {self._root}"):
         files.make_folder(self._root)
         (self._root / ".writable").write_text("")
         (self._root / ".writable").unlink()
@@ -80,7 +80,7 @@ class Checkpointer:
     decision = self._decide(step, metrics or {}, force) if jax.process_index() == 0 else ""
     decision = ("", "note", "save")[from_main([("", "note", "save").index(decision)])[0]]
     if decision == "note" and jax.process_index() == 0:
-      with disk_errors(f"cannot note metrics in {self._root / str(step)}"):
+      with disk_errors(self._root, f"cannot note metrics in {self._root / str(step)}"):
         manifest.update(self._root / str(step), metrics=_plain_metrics(metrics))
       self._prune()
     if decision != "save":
@@ -186,7 +186,7 @@ class Checkpointer:
       log.warning("%s: %s no longer there, though this run did not delete %s; the next save is whole again", self._root,
                   f"checkpoint {gone[0]} is" if len(gone) == 1 else f"checkpoints {', '.join(map(str, gone))} are", "it" if len(gone) == 1 else "them")
       self._present -= set(gone)
-    with disk_errors(f"cannot write checkpoints to {self._root}"):
+    with disk_errors(self._root, f"cannot write checkpoints to {self._root}"):
       files.make_folder(self._root)
 
   @contextlib.contextmanager
@@ -197,7 +197,7 @@ class Checkpointer:
     except UserError:  # a store that does not answer
       safe = "earlier checkpoints are intact"
     hint = f"; {safe}. Free space or mend the folder, then start again"
-    with disk_errors(f"cannot save checkpoint {self._root / str(step)}", hint):
+    with disk_errors(self._root, f"cannot save checkpoint {self._root / str(step)}", hint):
       try:
         yield
       except BaseException:
@@ -235,7 +235,7 @@ class Checkpointer:
     return value if value is not None and math.isfinite(value) else None
 
   def _listing(self) -> list[epath.Path]:
-    with disk_errors(f"cannot read {self._root}"):
+    with disk_errors(self._root, f"cannot read {self._root}"):
       return list(self._root.iterdir()) if self._root.exists() else []
 
   def _is_half_written(self, path: epath.Path) -> bool:
@@ -267,7 +267,7 @@ def find_checkpoint(path: str) -> epath.Path:
   Raises UserError: there is none, or none that is intact. Corrupt ones that are passed over are named in a warning.
   """
   root = files.as_path(path)
-  with files.store_errors(f"{path} cannot be read") if files.is_url(path) else contextlib.nullcontext():
+  with files.store_errors(path, f"{path} cannot be read"):
     return _find_checkpoint(path, root)
 
 
@@ -333,7 +333,7 @@ def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | s
   Raises UserError: the folder exists and is not empty, or cannot be written.
   """
   path = files.as_path(folder)
-  with disk_errors(f"cannot write {folder}"):
+  with disk_errors(path, f"cannot write {folder}"):
     if path.exists():
       if not path.is_dir() or any(path.iterdir()):
         raise UserError(f"{folder}: exists and is not empty. Choose another folder, or storage.delete it")

@@ -116,15 +116,14 @@ def from_main(values: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def disk_errors(what: str, hint: str = "") -> Iterator[None]:
-  """Turns what the disk or the object store says (Orbax wraps it in many types) into one line."""
+def disk_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterator[None]:
+  """Turns what the disk or the object store of `place` says (Orbax wraps it in many types) into one line."""
   try:
-    yield
+    with files.store_errors(place, what, hint):
+      yield
   except UserError:
     raise
   except Exception as error:
-    if "://" in what:
-      raise UserError(f"{what}: {files.reason(error)}{hint}") from error
     match = _DISK_ERROR.search(str(error))
     if not isinstance(error, OSError) and not match:
       raise

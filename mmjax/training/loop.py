@@ -290,22 +290,17 @@ class Outputs:
         ends.callback(output.close)
 
   def _disk_errors(self):
-    return disk_errors(f"{self._mirror.place}: metrics cannot be written", ". What was saved is intact: free space or mend the folder, then start again")
+    return disk_errors(self._mirror.folder, f"{self._mirror.place}: metrics cannot be written",
+                       ". What was saved is intact: free space or mend the folder, then start again")
 
 
 def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
   """Makes the run folder, or checks that the run in it is this one. Raises UserError otherwise."""
-  try:
+  with disk_errors(workdir, f"--workdir {workdir} cannot be written"):
     files.make_folder(workdir)
     probe = workdir / f".writable-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()
-  except Exception as error:
-    if files.is_url(workdir):
-      raise UserError(f"--workdir {workdir} cannot be written: {files.reason(error)}") from error
-    if not isinstance(error, OSError):
-      raise
-    raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}. Choose another folder or free it") from error
   if config.log.wandb:
     import_wandb()
   written = workdir / "config.json"

@@ -162,8 +162,9 @@ def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
 
 def _bring_version(root: Path) -> Path | None:
   """`find_version` of a data set that is kept at a URL: copies it to this machine, unless that has it."""
-  with files.store_errors(f"{files.origin(root)} cannot be read"):
-    there = files.sizes(files.origin(root))
+  url = files.origin(root)
+  with files.store_errors(url, f"{url} cannot be read"):
+    there = files.sizes(url)
   versions = [name.split("/")[0] for name in there if name.endswith("/dataset_info.json")]
   versions = [name for name in versions if name.replace(".", "").isdigit() and f"{name}/features.json" in there]
   if not versions:
