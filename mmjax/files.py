@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
+import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -32,6 +35,10 @@ _SECONDS = 30.0  # between copies of what a run writes, besides those that a che
 _LISTING = ".listing.json"
 _BUGS = (TypeError, AttributeError, NameError, LookupError, ArithmeticError, AssertionError, MemoryError)  # no store is to blame
 _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
+
+
+class StoreError(OSError):
+  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on without it."""
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -74,12 +81,28 @@ def store_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterato
 
 def reason(error: Exception) -> str:
   """Why a store did not do what it was asked, and how to mend it."""
+  if isinstance(error, StoreError):
+    return str(error)
   if isinstance(error, ImportError):
     return f"{str(error).splitlines()[0]}; pip install 'mmjax[s3]' or 'mmjax[gcs]'"
   text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0] or type(error).__name__
   if isinstance(error, FileNotFoundError) and "exist" not in text:
     text = f"nothing there ({text})"
   return f"{text.rstrip('.')}. Check the bucket's name and permissions, and this machine's credentials and endpoint"
+
+
+@contextlib.contextmanager
+def _asking(path: str | os.PathLike) -> Iterator[None]:
+  """Turns what the store of a URL, or the way there, says into FileNotFoundError, which is an answer, or StoreError."""
+  try:
+    yield
+  except (StoreError, *_BUGS):
+    raise
+  except Exception as error:
+    if not is_url(path):
+      raise
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else StoreError
+    raise kind(f"{path} cannot be read: {reason(error)}") from error
 
 
 def sizes(folder: str | os.PathLike) -> dict[str, int]:
@@ -102,40 +125,72 @@ def _facts(info: dict) -> tuple[int, int]:
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-  """`size` bytes of an object from `offset` on; fewer where it ends before.
-
-  Raises OSError, not UserError: a store that does not answer is no reason to go on without a record.
-  """
-  fs, name = fsspec.core.url_to_fs(str(as_path(path)))
-  try:
+  """`size` bytes of an object from `offset` on; fewer where it ends before. Raises FileNotFoundError, StoreError."""
+  with _asking(path):
+    fs, name = fsspec.core.url_to_fs(str(as_path(path)))
     return fs.cat_file(name, start=offset, end=offset + size)
-  except Exception as error:
-    raise OSError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def open_binary(path: str | os.PathLike) -> BinaryIO:
-  """A file or object to read from, with seeking."""
-  return open(path, "rb") if not is_url(path) else fsspec.core.url_to_fs(os.fspath(as_path(path)))[0].open(os.fspath(path), "rb")
+  """A file or object to read from, with seeking. It and its methods raise OSError; of an object FileNotFoundError or StoreError."""
+  return _Object(path) if is_url(path) else open(path, "rb")
+
+
+class _Object(io.RawIOBase):
+  def __init__(self, path: str | os.PathLike):
+    with _asking(path):
+      fs, name = fsspec.core.url_to_fs(str(as_path(path)))
+      self._path, self._file = path, fs.open(name, "rb")
+
+  def readinto(self, buffer) -> int:
+    with _asking(self._path):
+      return self._file.readinto(buffer)
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    return self._file.seek(offset, whence)
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
 
 
 def size_and_mark(path: str | os.PathLike) -> tuple[int, int]:
   """(bytes, a number that changes when the content does: the time in ns, or what the store says).
 
-  Raises OSError: no such file of this machine. Raises UserError: no such object, or the store cannot be read.
+  Raises OSError; of an object FileNotFoundError or StoreError.
   """
   if not is_url(path):
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
-  fs, name = fsspec.core.url_to_fs(str(as_path(path)))
-  with store_errors(path, f"{path} cannot be read"):
+  with _asking(path):
+    fs, name = fsspec.core.url_to_fs(str(as_path(path)))
     return _facts(fs.info(name))
 
 
 def find(pattern: str) -> list[str]:
-  """The URLs that a pattern with *, ? and [] names, sorted. Raises UserError: the store cannot be read."""
-  fs, name = fsspec.core.url_to_fs(str(as_path(pattern)))
+  """The URLs that a pattern with *, ? and [] names, sorted. Raises UserError: the store cannot be read.
+
+  Not by fsspec's glob, which takes a folder that cannot be listed for an empty one.
+  """
   with store_errors(pattern, f"{pattern} cannot be read"):
-    return sorted(fs.unstrip_protocol(found) for found in fs.glob(name))
+    fs, name = fsspec.core.url_to_fs(str(as_path(pattern)))
+    bucket, *parts = name.split("/")
+    found = [bucket]
+    for part in parts:
+      if glob.has_magic(part):
+        found = [path for folder in found for path in _ls(fs, folder) if fnmatch.fnmatchcase(path, f"{glob.escape(folder)}/{part}")]
+      else:
+        found = [f"{folder}/{part}" for folder in found]
+    return sorted(fs.unstrip_protocol(path) for path in found if glob.has_magic(parts[-1]) or fs.exists(path))
+
+
+def _ls(fs, folder: str) -> list[str]:
+  try:
+    return [path.rstrip("/") for path in fs.ls(folder, detail=False)]
+  except FileNotFoundError:
+    return []
 
 
 def cache_dir() -> Path:

@@ -158,7 +158,7 @@ class TarSource:
 
 
 def index_tars(paths: Sequence[str], data_dir: str | os.PathLike | None = None) -> Iterator[TarIndex | UserError]:
-  """The index of each tar in order, or the UserError about it."""
+  """The index of each tar in order, or the UserError about it. Raises StoreError."""
   def one(path: str) -> TarIndex | UserError:
     try:
       return index_tar(path, data_dir)
@@ -169,14 +169,16 @@ def index_tars(paths: Sequence[str], data_dir: str | os.PathLike | None = None) 
 
 
 def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> TarIndex:
-  """The index of one tar, from data_dir/tar_index if it is still right. Raises UserError: no tar, or no pair in it."""
+  """The index of one tar, from data_dir/tar_index if it is still right. Raises UserError: no tar, or no pair in it; StoreError."""
   from mmjax.data.sources import data_dir as default_dir
 
   path = os.fspath(path) if files.is_url(path) else os.path.abspath(path)
   try:
     size, changed = files.size_and_mark(path)
+  except files.StoreError:
+    raise
   except OSError as error:
-    raise UserError(f"{path}: no such tar ({error.strerror})") from error
+    raise UserError(f"{path}: no such tar ({error.strerror or error})") from error
   stamp = np.array([_VERSION, size, changed], np.int64)
   name = hashlib.blake2b(path.encode(), digest_size=12).hexdigest()
   cache = default_dir(data_dir or None) / "tar_index" / f"{name}.npz"
@@ -295,6 +297,8 @@ def _scan(path: str, size: int) -> TarIndex:
           skipped.append((name, "duplicate id"))
         else:
           place[column] = member.offset_data, member.size
+  except files.StoreError:  # not "truncated": nothing of this is kept
+    raise
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:
     if isinstance(error, PermissionError):
       raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -323,6 +327,8 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
   while True:
     try:
       member = tar.next()
+    except files.StoreError:
+      raise
     except (tarfile.TarError, OSError, ValueError, EOFError):
       if not count:
         raise

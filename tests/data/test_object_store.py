@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from s3fs import S3File, S3FileSystem
 
 from mmjax import files
 from mmjax.config import UserError
@@ -80,5 +81,34 @@ def test_tars_equal_the_local_ones(object_store, tmp_path, monkeypatch):
     open_source(dict(name="tars", path=f"{url}/7.tar"))
   (url / "00001.tar").write_bytes(open(path, "rb").read()[:4096])  # shorter now, and indexed anew
   assert len(open_source(dict(name="tars", path=str(url)))) == 6
-  with pytest.raises(OSError, match="s3://bucket/shards/gone.tar cannot be read"):
+  with pytest.raises(FileNotFoundError, match="s3://bucket/shards/gone.tar cannot be read"):
     files.read_range(f"{url}/gone.tar", 0, 10)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2, 20])  # the size, the first header, a header, one far in
+def test_a_store_that_does_not_answer_costs_no_record(object_store, tmp_path, monkeypatch, reads):
+  monkeypatch.setenv("MMJAX_DATA", str(tmp_path / "data"))
+  url = files.as_path(f"s3://bucket/hiccup{reads}")
+  for shard in range(2):
+    (url / "a" / f"{shard}.tar").write_bytes(open(write_tar(tmp_path / "x.tar", pairs(shard * 10, 5)), "rb").read())
+  real, left = S3File.read, [reads]
+
+  def read(self, length=-1):
+    left[0] -= 1
+    if left[0] < 0:
+      raise PermissionError("Forbidden")
+    return real(self, length)
+
+  def refuse(*_, **__):
+    raise PermissionError("Forbidden")
+
+  entry = dict(name="tars", path=f"{url}/*/*.tar")
+  with monkeypatch.context() as patch, pytest.raises(files.StoreError, match=r"s3://bucket/hiccup.*/[01].tar cannot be read: Forbidden"):
+    patch.setattr(*((S3File, "read", read) if reads else (files, "_facts", refuse)))
+    open_source(entry)
+  with monkeypatch.context() as patch, pytest.raises(UserError, match=r"\*.tar cannot be read: Forbidden"):
+    listing = S3FileSystem._lsdir
+    patch.setattr(S3FileSystem, "_lsdir", lambda self, path, *words, **named: (
+      refuse() if path.endswith("/a") else listing(self, path, *words, **named)))
+    open_source(entry)
+  assert len(open_source(entry)) == 10
