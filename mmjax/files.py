@@ -112,10 +112,11 @@ def sizes(folder: str | os.PathLike) -> dict[str, int]:
 
 def _listing(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
   """{name: (bytes, mark)}, see `size_and_mark`."""
-  fs, root = fsspec.core.url_to_fs(str(as_path(folder)))
-  root = root.rstrip("/") + "/"
-  found = {path[len(root):]: _facts(info) for path, info in fs.find(root, detail=True).items()
-           if path.startswith(root) and not path.endswith("/")}
+  with _asking(folder):
+    fs, root = fsspec.core.url_to_fs(str(as_path(folder)))
+    root = root.rstrip("/") + "/"
+    found = {path[len(root):]: _facts(info) for path, info in fs.find(root, detail=True).items()
+             if path.startswith(root) and not path.endswith("/")}
   return dict(sorted(found.items()))
 
 

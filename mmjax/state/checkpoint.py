@@ -241,7 +241,8 @@ class Checkpointer:
   def _is_half_written(self, path: epath.Path) -> bool:
     """Whether a save of this checkpoint was not finished."""
     if files.is_url(path):
-      return path.name.isdigit() and not (path / manifest.NAME).exists()
+      with disk_errors(self._root, f"cannot read {path}"):
+        return path.name.isdigit() and not (path / manifest.NAME).exists()
     return path.name.endswith(TEMPORARY)
 
   def _steps(self) -> list[int]:

@@ -7,15 +7,17 @@ checksums of their own, and reading a checkpoint twice costs there: of a large o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
 from mmjax import files as places
+from mmjax.config import UserError
 
 NAME = "manifest.json"
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the manifest, for object stores
@@ -43,10 +45,10 @@ def update(folder: epath.Path, **facts: Any) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-  """The facts and {"files": {name: [size, CRC-32]}}. Raises Corrupt."""
-  path = folder / NAME
+  """The facts and {"files": {name: [size, CRC-32]}}; of a large object [size, None]. Raises Corrupt, UserError."""
   try:
-    content = json.loads(path.read_text())
+    with _opened(folder / NAME) as file:
+      content = json.loads(file.read())
     body = content["content"]
     if content["crc32"] != zlib.crc32(_canonical(body)):
       raise Corrupt(f"{NAME} is damaged")
@@ -60,16 +62,18 @@ def read(folder: epath.Path) -> dict[str, Any]:
 
 
 def verify(folder: epath.Path, items: Sequence[str] | None = None) -> None:
-  """Reads every file (of the named items, sub-folders of the checkpoint) and compares. Raises Corrupt."""
+  """Reads every file (of the named items, sub-folders of the checkpoint) and compares. Raises Corrupt, UserError."""
   check_content(folder, check_structure(folder, items))
 
 
 def check_structure(folder: epath.Path, items: Sequence[str] | None = None) -> list[str]:
   """Compares names, sizes, and the content of small files: after it, the checkpoint can be read without surprises.
 
-  Returns the names of the large files, whose content remains to be checked by `check_content`. Raises Corrupt.
+  Returns the names of the large files, whose content remains to be checked by `check_content`. Raises Corrupt, UserError.
   """
-  files, sizes = read(folder)["files"], places.sizes(folder)
+  files = read(folder)["files"]
+  with places.store_errors(folder, f"checkpoint {folder} cannot be read"):
+    sizes = places.sizes(folder)
   names = [name for name in files if items is None or name.split("/")[0] in items]
   large = [name for name in names if files[name][0] > SMALL]
   for name in names:
@@ -82,13 +86,15 @@ def check_structure(folder: epath.Path, items: Sequence[str] | None = None) -> l
 
 
 def check_content(folder: epath.Path, names: Sequence[str]) -> None:
-  """Compares the checksums of the named files. Raises Corrupt."""
+  """Compares the checksums of the named files, but of large objects, which have none. Raises Corrupt, UserError."""
   files = read(folder)["files"]
 
   def check(name: str) -> None:
     try:
       if _sum(folder / name) != files[name]:
         raise Corrupt(f"{name} is damaged: its checksum differs")
+    except FileNotFoundError as error:
+      raise Corrupt(f"{name} is missing") from error
     except OSError as error:
       raise Corrupt(f"{name} cannot be read ({error.strerror or error})") from error
 
@@ -110,10 +116,20 @@ def _sum(path: epath.Path) -> list[int]:
   """[size, CRC-32] of a file."""
   size = crc = 0
   buffer = memoryview(bytearray(_CHUNK))  # one for the whole file: memory that is new for each part costs more than its sum
-  with places.open_binary(path) as file:
+  with _opened(path) as file:
     while count := file.readinto(buffer):
       size, crc = size + count, zlib.crc32(buffer[:count], crc)
   return [size, crc]
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[BinaryIO]:
+  """A file of a checkpoint, to read. Raises OSError; UserError: the store does not answer, which says nothing of the checkpoint."""
+  try:
+    with places.open_binary(path) as file:
+      yield file
+  except places.StoreError as error:
+    raise UserError(str(error)) from error
 
 
 def _canonical(content: Any) -> bytes:

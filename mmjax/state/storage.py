@@ -76,7 +76,7 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
       for name, leaf in wanted.items()}
   item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
   _prepare(folder)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  with files.store_errors(folder, f"{folder} cannot be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.restore(folder, args=ocp.args.PyTreeRestore(
         item=nest(item), restore_args=nest(restore_args), partial_restore=bool(only)))
   if spec is None:
@@ -88,7 +88,7 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
 def stored_leaves(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """{name: shape and dtype} of an item, without reading the values."""
   _prepare(folder)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  with files.store_errors(folder, f"{folder} cannot be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.metadata(folder).item_metadata.tree
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()}
 
@@ -169,7 +169,8 @@ def nest(flat: Mapping[str, Any]) -> dict:
 
 
 def read_json(folder: epath.Path) -> dict:
-  return json.loads((folder / "metadata").read_text())
+  with files.store_errors(folder, f"{folder} cannot be read"):
+    return json.loads((folder / "metadata").read_text())
 
 
 def config_dict(config: FrozenConfigDict | Mapping | str | None) -> dict:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import requests
+from s3fs import S3File
 
 from mmjax import config as configs
 from mmjax import files
@@ -73,6 +74,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saver, make_st
   with caplog.at_level(logging.WARNING, "mmjax"):
     assert saver().restore(spec_on(8))[2] == 1
   assert "rest/_METADATA has 2 bytes" in caplog.text
+
+
+def test_a_store_that_does_not_answer_makes_no_checkpoint_corrupt(saver, make_state, spec_on, monkeypatch):
+  writer = saver()
+  for step in (1, 2):
+    writer.save(step, make_state(step), force=True)
+  writer.close()
+  real = S3File._fetch_range
+
+  def told(name, ask):
+    def refuse(self, start, end):
+      if self.path.endswith(f"/2/{name}"):
+        raise PermissionError("Forbidden")
+      return real(self, start, end)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{saver.url}/checkpoints/2/{name} cannot be read: Forbidden"):
+      patch.setattr(S3File, "_fetch_range", refuse)
+      ask()
+
+  for name in (manifest.NAME, "params/_METADATA"):
+    told(name, lambda: saver().restore(spec_on(8)))
+    told(name, lambda: checkpoint.find_checkpoint(saver.url))
+  told(manifest.NAME, lambda: saver().save(2, make_state(3), force=True))
+  assert saver().restore(spec_on(8))[2] == 2
 
 
 def test_an_import_goes_to_a_store(saver, make_state):
