@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,18 @@ def make_folder(path: Path | epath.Path) -> None:
   """Makes a folder and those above it; in a store there are none, and an attempt to make one could make a bucket."""
   if not is_url(path):
     path.mkdir(parents=True, exist_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+  """Writes a file of this machine so that it is there whole or not at all: readers see the old one or the new one. Raises OSError."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+  try:
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 @contextlib.contextmanager
@@ -205,17 +218,17 @@ def cache_dir() -> Path:
 class Mirror:
   """`folder`: where to write the files of a place. The place itself, or for a URL a folder of this machine that is copied there.
 
-  `push` copies what has changed, and so does a thread from time to time; leaving `with` pushes for the last time.
+  `push` copies what has changed, and so does a thread from time to time; leaving `with` pushes for the last time. Each has a folder
+  of its own, for several may write to one place (a run and `mmjax eval` of it); what a killed one left goes with the next.
   active: False = this process writes nothing.
   """
 
   def __init__(self, place: str | os.PathLike, *, active: bool = True):
     self.place = as_path(place) if is_url(place) else Path(place)
     self.folder, self._remote = Path(place), is_url(place) and active
-    if self._remote:
-      self.folder = cache_dir() / "runs" / _key(self.place) / self.place.name
     self._seen: dict[Path, tuple[int, int]] = {}
     self._lock, self._over, self._thread = threading.Lock(), threading.Event(), None
+    self._alive: BinaryIO | None = None  # locked as long as the folder is in use
 
   def __enter__(self) -> Mirror:
     return self
@@ -228,24 +241,42 @@ class Mirror:
     with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
       self.push()
       shutil.rmtree(self.folder.parent, ignore_errors=True)
+      self._alive.close()
 
   def fetch(self, *names: str) -> None:
-    """Call it first: brings the files of these names that the place has already. Raises UserError: the store cannot be read."""
+    """Brings the files of these names that the place has: first of all, and again those that others write too.
+
+    Raises UserError: the store cannot be read.
+    """
     if not self._remote:
       return
-    try:
-      shutil.rmtree(self.folder.parent, ignore_errors=True)
-      self.folder.mkdir(parents=True)
-    except OSError as error:
-      raise UserError(f"{self.folder}: cannot be written ({error.strerror}), where files for {self.place} are made. "
-                      "Set MMJAX_CACHE to another folder") from error
-    with store_errors(self.place, f"{self.place} cannot be read"):
+    if self._thread is None:
+      self._make_folder()
+      self._thread = threading.Thread(target=self._push_often, name="mirror", daemon=True)
+      self._thread.start()
+    with self._lock, store_errors(self.place, f"{self.place} cannot be read"):
       for name in names:
         if (self.place / name).exists():
-          (self.folder / name).write_bytes((self.place / name).read_bytes())
+          write_whole(self.folder / name, (self.place / name).read_bytes())
           self._seen[self.folder / name] = _stamp(self.folder / name)
-    self._thread = threading.Thread(target=self._push_often, name="mirror", daemon=True)
-    self._thread.start()
+
+  def _make_folder(self) -> None:
+    root = cache_dir() / "runs" / _key(self.place)
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+      with open(root / ".lock", "w") as making:
+        fcntl.flock(making, fcntl.LOCK_EX)
+        for left in root.glob("*/.alive"):
+          with open(left) as other, contextlib.suppress(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+        self.folder = Path(tempfile.mkdtemp(dir=root)) / self.place.name
+        self.folder.mkdir()
+        self._alive = open(self.folder.parent / ".alive", "wb")
+        fcntl.flock(self._alive, fcntl.LOCK_EX)
+    except OSError as error:
+      raise UserError(f"{root}: cannot be written ({error.strerror}), where files for {self.place} are made. "
+                      "Set MMJAX_CACHE to another folder") from error
 
   def push(self) -> None:
     """Copies what is new or has changed; returns when the store has it. Raises UserError."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from mmjax import files
@@ -34,6 +38,31 @@ def test_a_mirror_copies_what_changed_and_goes_on_with_what_was_there(object_sto
     mirror.fetch("metrics.jsonl", "eval.json")
     assert (mirror.folder / "metrics.jsonl").read_text() == "1\n2\n" and not (mirror.folder / "eval.json").exists()
     assert mirror.name(mirror.folder / "eval.json") == url + "/eval.json"
+
+
+def test_mirrors_of_one_place_leave_each_other_alone(object_store):
+  url = "s3://bucket/shared/run"
+  with files.Mirror(url) as run:
+    run.fetch()
+    (run.folder / "metrics.jsonl").write_text("1\n")
+    run.push()
+    with files.Mirror(url) as evaluation:
+      evaluation.fetch("metrics.jsonl")
+      (evaluation.folder / "eval.json").write_text("{}")
+    assert (run.folder / "metrics.jsonl").read_text() == "1\n"
+    run.fetch("eval.json")
+    assert (run.folder / "eval.json").read_text() == "{}"
+  assert files.sizes(url) == {"eval.json": 2, "metrics.jsonl": 2}
+
+
+def test_what_a_killed_mirror_left_goes_with_the_next(object_store, tmp_path, monkeypatch):
+  monkeypatch.setenv("MMJAX_CACHE", str(tmp_path))
+  code = "import os, signal\nfrom mmjax import files\nfiles.Mirror('s3://bucket/killed/run').fetch()\nos.kill(os.getpid(), signal.SIGKILL)"
+  assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+  (left,) = (tmp_path / "runs").glob("*/*/run")
+  with files.Mirror("s3://bucket/killed/run") as mirror:
+    mirror.fetch()
+    assert mirror.folder.is_dir() and not left.exists()
 
 
 def test_a_mirror_pushes_by_itself(object_store, monkeypatch):

@@ -19,7 +19,7 @@ from mmjax.data import image, show_media
 from mmjax.data.resample import resize_exact
 from mmjax.data.sources import Source, list_datasets, open_source
 from mmjax.data.sources import data_dir as default_data_dir
-from mmjax.data.tars import write_atomic
+from mmjax.files import write_whole
 
 THUMBNAIL = 320  # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
 _RIGHT_TO_LEFT = {"ar", "fa", "he", "ur"}
@@ -98,7 +98,7 @@ def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLi
   page = _PAGE.format(title=html.escape(title), style=_STYLE, facts="".join(f"<li>{fact}</li>" for fact in facts),
                       languages=_chips("Languages", languages), labels=_chips("Labels", labels), tiles="\n".join(tiles))
   try:
-    write_atomic(Path(out_html).absolute(), page.encode("utf-8"))
+    write_whole(Path(out_html).absolute(), page.encode("utf-8"))
   except OSError as error:
     raise UserError(f"{out_html}: cannot be written ({error.strerror})") from error
   return Path(out_html)

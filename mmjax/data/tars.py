@@ -20,7 +20,6 @@ import logging
 import os
 import re
 import tarfile
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -193,7 +192,7 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
   out = io.BytesIO()
   np.savez(out, stamp=stamp, keys=index.keys, places=index.places, skipped=np.array(json.dumps(index.skipped)))
   try:
-    write_atomic(cache, out.getvalue())
+    files.write_whole(cache, out.getvalue())
   except OSError as error:
     _log.warning("cannot keep the index of %s in %s (%s)", path, cache.parent, error.strerror)
   return index
@@ -250,18 +249,6 @@ def questions_of(questions: Any, answers: Any = None) -> list[tuple[str, str]]:
     pairs = [(q.get("question"), q.get("answer")) if isinstance(q, dict) else q for q in questions]
   pairs = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0].strip()]
   return [(question.strip(), "" if answer is None else str(answer).strip()) for question, answer in pairs]
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-  """Writes a file so that it is there whole or not at all. Raises OSError."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-  try:
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
 
 
 def _scan(path: str, size: int) -> TarIndex:

@@ -198,11 +198,8 @@ def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size:
   except Exception as error:
     raise UserError(f"the tokenizer cannot be trained: {' '.join(str(error).split())}") from error
   out = Path(out)
-  temporary = out.with_name(f".{out.name}.{os.getpid()}")
   try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, out)
+    files.write_whole(out, model.getvalue())
   except OSError as error:
     raise UserError(f"{out}: the tokenizer cannot be written ({error.strerror or error})") from error
   return out

@@ -13,7 +13,6 @@ import difflib
 import fnmatch
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from mmjax import config as config_lib
+from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.pipeline import EvaluationData
 from mmjax.data.sources import open_source
@@ -253,15 +253,10 @@ def read_eval_json(workdir: str | Path) -> dict[str, dict[str, float]]:
 
 
 def replace_file(path: Path, text: str) -> None:
-  """Writes a text file beside its place and renames it there: readers see the old one or the new one, whole."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  """`files.write_whole`. Raises UserError."""
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    files.write_whole(path, text)
   except OSError as error:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
     raise UserError(
       f"{path}: cannot be written ({error.strerror or error}). Free space or give another folder"
     ) from error

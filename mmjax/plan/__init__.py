@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from mmjax import config as configs
+from mmjax import files
 from mmjax.config import ConfigError, UserError
 from mmjax.models import NESTED
 from mmjax.models.transformer import REMAT
@@ -74,10 +74,7 @@ def plan(
   if not result["fits"] and remedies:
     result["tried"] = _remedies(config, target, cache, say)
   if path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result))
-    os.replace(temporary, path)
+    files.write_whole(path, json.dumps(result))
   return {**result, "cached": False}
 
 

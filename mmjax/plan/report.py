@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmjax import config as configs
+from mmjax import files
 from mmjax.plan import CACHE, plan, topology
 from mmjax.plan.sweep import sweep
 from mmjax.training.memory import gib
@@ -40,11 +40,7 @@ def command(
   if sweep_all:
     result["sweep"] = sweep(config, target.name, cache=cache, say=say)
   if out:
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    files.write_whole(Path(out), json.dumps(result, indent=2) + "\n")
   print(json.dumps(result, indent=2) if as_json else describe(result), flush=True)
   return 0
 

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -107,9 +108,7 @@ def _put(folder: epath.Path, content: dict[str, Any]) -> None:
   if places.is_url(folder):  # an object store writes a whole object or none
     (folder / NAME).write_text(text)
     return
-  temporary = folder / (NAME + ".tmp")
-  temporary.write_text(text)
-  temporary.replace(folder / NAME)
+  places.write_whole(Path(folder / NAME), text)
 
 
 def _sum(path: epath.Path) -> list[int]:

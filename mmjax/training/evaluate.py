@@ -44,7 +44,7 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
       {"params": params, **checkpoint.load_model_state(found)}, names=suite)
   if multihost.is_main():
     with files.Mirror(out or run_folder(path)) as mirror:
-      mirror.fetch("metrics.jsonl", "eval.json")
+      mirror.fetch("metrics.jsonl", "eval.json", "summary.json")
       mirror.folder.mkdir(parents=True, exist_ok=True)
       written = evaluation.write_eval_json(mirror.folder, results)
       page = report.write_report(mirror.folder, config, results, mirror.folder / "metrics.jsonl")

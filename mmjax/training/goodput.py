@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmjax import files
 from mmjax.training.metrics import utilisation
 
 NAME = "goodput.json"
@@ -127,9 +127,7 @@ class Clock:
     self._written = time.monotonic()
     text = json.dumps(dict(wall=self.wall, seen=time.time(), seconds=self.seconds), indent=2) + "\n"
     with contextlib.suppress(OSError):
-      temporary = self._path.with_name(f".{NAME}.tmp")
-      temporary.write_text(text)
-      os.replace(temporary, self._path)
+      files.write_whole(self._path, text)
 
 
 def _read(path: Path | None) -> dict[str, Any]:

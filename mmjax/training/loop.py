@@ -281,6 +281,7 @@ class Outputs:
   def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
     self.sync()
     if results:
+      self._mirror.fetch("eval.json")
       evaluation.write_eval_json(self._mirror.folder, results)
     report.write_report(self._mirror.folder, config, results or {}, self._file.path)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 
+from mmjax import files
 from mmjax.config import UserError
-from mmjax.files import is_url
 
 # Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors' data sheets).
 PEAK_FLOPS = {
@@ -44,10 +44,7 @@ class MetricsFile:
           continue
         if isinstance(row, dict) and row.get("step", step + 1) <= step:
           kept.append(line)
-    # Written beside and renamed, so that a crash here loses nothing that was logged.
-    temporary = self.path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, self.path)
+    files.write_whole(self.path, "".join(line + "\n" for line in kept))
     self.last = {k: v for k, v in json.loads(kept[-1]).items()} if kept else {}
     self._file = open(self.path, "a")
 
@@ -117,7 +114,7 @@ class WeightsAndBiases:
   """The same as a Weights & Biases run, which a resumed run goes on with; named after `workdir`. Raises UserError: no wandb."""
 
   def __init__(self, project: str, workdir: Path, folder: Path, config: Mapping[str, Any]):
-    name = workdir if is_url(workdir) else workdir.resolve()
+    name = workdir if files.is_url(workdir) else workdir.resolve()
     self._run = import_wandb().init(project=project, name=name.name, id=f"{name.name}-{zlib.crc32(str(name).encode()):08x}", resume="allow",
                                     dir=str(folder), config=dict(config))
 

@@ -35,7 +35,7 @@ from mmjax.data.builders.readers import Skip, open_reader
 from mmjax.data.builders.schema import check_fields
 from mmjax.data.image import Unreadable
 from mmjax.data.sources import local_data_dir
-from mmjax.data.tars import write_atomic
+from mmjax.files import write_whole
 
 SHARD_ROWS = 2000
 _FORM = 2  # of the shards: another number starts a conversion anew
@@ -124,7 +124,7 @@ def _write_shards(reader, rows: list, fields: tuple, split: str, staging: Path, 
   if not plan_file.is_file() or plan_file.read_text() != plan:
     for path in staging.glob("shard-*"):
       path.unlink()
-    write_atomic(plan_file, plan.encode())
+    write_whole(plan_file, plan.encode())
   for path in (*staging.glob("*.tmp"), *staging.glob(".shard-*")):
     path.unlink()
   parts = [rows[at:at + shard_rows] for at in range(0, len(rows), shard_rows)]
@@ -204,7 +204,7 @@ def _write_shard(reader, rows: list, fields: tuple, split: str, staging: Path, n
   os.replace(temporary, staging / f"shard-{number:05d}")
   facts = dict(count=count, bytes=size, size=length, content=content.hexdigest(), labels=sorted(labels - {""}),
                languages=sorted(languages), answers=sorted(answers), skipped=skipped)
-  write_atomic(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: now the shard counts
+  write_whole(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: now the shard counts
   return facts
 
 
