@@ -404,7 +404,7 @@ def load_function(target: str, what: str = "kind") -> typing.Callable:
     sys.path.append(os.getcwd())  # a command has only its own folder there
   try:
     return getattr(importlib.import_module(module), name)
-  except (ModuleNotFoundError, AttributeError) as error:
+  except (ImportError, AttributeError) as error:
     raise ConfigError(f"{what} {target!r}: {error}") from error
 
 

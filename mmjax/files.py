@@ -33,7 +33,6 @@ log = logging.getLogger("mmjax")
 
 _STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
-_LISTING = ".listing.json"
 _BUGS = (TypeError, AttributeError, NameError, LookupError, ArithmeticError, AssertionError, MemoryError)  # no store is to blame
 _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
 
@@ -324,39 +323,40 @@ def origin(path: str | os.PathLike) -> epath.Path | None:
   return next((url / path.relative_to(root).as_posix() for root, url in _origins.items() if path.is_relative_to(root)), None)
 
 
-def bring(folder: Path) -> None:
-  """Makes a folder below one of `cached` equal to its URL: nothing is copied if it is so already, once a machine if it is not.
+def bring(folder: Path) -> Path:
+  """The folder of this machine with what the URL of a folder below one of `cached` holds; copied once a machine.
 
+  It is named by content: what a process reads stays as it is when the URL gets other files. Returns `folder` where the URL has none.
   Raises UserError: the store cannot be read, or the disk not be written.
   """
   url = origin(folder)
   with store_errors(url, f"{url} cannot be read"):
     there = _listing(url)
   if not there:
-    return
-  text = json.dumps(there)
+    return folder
+  root = folder.parent / hashlib.blake2b(json.dumps(there).encode(), digest_size=6).hexdigest()
+  copy, partial = root / folder.name, root.with_name(f".{root.name}.partial")
   try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:  # of several processes of a machine one copies
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.with_name(f".{root.name}.lock"), "w") as lock:  # of several processes of a machine one copies
       fcntl.flock(lock, fcntl.LOCK_EX)
-      if (folder / _LISTING).is_file() and (folder / _LISTING).read_text() == text:
-        return
-      partial = folder.with_name(f".{folder.name}.partial")
+      if copy.is_dir():
+        return copy
       shutil.rmtree(partial, ignore_errors=True)
-      log.info("copying %s (%.1f MB) to %s", url, sum(size for size, _ in there.values()) / 1e6, folder)
-      for name in there:
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-      fs, root = fsspec.core.url_to_fs(str(url))
-      with store_errors(url, f"{url} cannot be copied to {folder}"):
-        fs.get([f"{root.rstrip('/')}/{name}" for name in there], [str(partial / name) for name in there])
+      log.info("copying %s (%.1f MB) to %s", url, sum(size for size, _ in there.values()) / 1e6, copy)
+      places = {name: partial / folder.name / name for name in there}
+      for place in places.values():
+        place.parent.mkdir(parents=True, exist_ok=True)
+      with store_errors(url, f"{url} cannot be copied to {copy}"):
+        fs, path = fsspec.core.url_to_fs(str(url))
+        fs.get([f"{path.rstrip('/')}/{name}" for name in there], [str(place) for place in places.values()])
       for name, (size, _) in there.items():
-        if (partial / name).stat().st_size != size:
+        if places[name].stat().st_size != size:
           raise UserError(f"{url}/{name}: changed while it was copied. Start again")
-      (partial / _LISTING).write_text(text)
-      shutil.rmtree(folder, ignore_errors=True)
-      os.replace(partial, folder)
+      os.replace(partial, root)
   except OSError as error:
-    raise UserError(f"{folder}: cannot be written ({error.strerror}). Free space or set MMJAX_CACHE to another folder") from error
+    raise UserError(f"{copy}: cannot be written ({error.strerror}). Free space or set MMJAX_CACHE to another folder") from error
+  return copy
 
 
 def _key(path: epath.Path) -> str:

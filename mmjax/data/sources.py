@@ -6,6 +6,7 @@ the entry's languages. Adding a kind of source is one class and one line in `ope
 
 from __future__ import annotations
 
+import collections
 import difflib
 import hashlib
 import json
@@ -16,7 +17,15 @@ from typing import Any, Protocol
 
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.data.builders import BUILDERS, Record, example_class, find_version, parse_record, split_sizes
+from mmjax.data.builders import (
+  BUILDERS,
+  Record,
+  example_class,
+  find_version,
+  finished_versions,
+  parse_record,
+  split_sizes,
+)
 
 
 class Source(Protocol):
@@ -85,13 +94,16 @@ def list_datasets(root: str | os.PathLike) -> list[str]:
   root = Path(root)
   if url := files.origin(root):
     with files.store_errors(url, f"{url} cannot be read"):
-      return sorted({name.split("/")[0] for name in files.sizes(url) if name.endswith("/dataset_info.json")})
+      there = collections.defaultdict(list)
+      for path in files.sizes(url):
+        name, _, rest = path.partition("/")
+        there[name].append(rest)
+    return sorted(name for name, rest in there.items() if finished_versions(rest))
   return sorted(path.name for path in root.iterdir() if find_version(root, path.name)) if root.is_dir() else []
 
 
-def list_tokenizers(root: str | os.PathLike) -> list[str]:
-  """Names of the tokenizers under `root`/tokenizers, sorted."""
-  folder = Path(root) / "tokenizers"
+def list_tokenizers(folder: Path) -> list[str]:
+  """Names of the tokenizers in a folder, sorted."""
   return sorted(path.stem for path in folder.iterdir() if path.suffix in (".model", ".json")) if folder.is_dir() else []
 
 

@@ -306,14 +306,15 @@ class _HuggingFace(Tokenizer):
 
 def _find_tokenizer(name: str, root: Path) -> Path:
   """The file (or folder) of a tokenizer, by path or by name. Raises UserError."""
-  if files.origin(root):
-    files.bring(root / "tokenizers")
-  for path in (root / "tokenizers" / f"{name}.model", root / "tokenizers" / f"{name}.json", Path(name).expanduser()):
+  folder = root / "tokenizers"
+  if files.origin(folder):
+    folder = files.bring(folder)
+  for path in (folder / f"{name}.model", folder / f"{name}.json", Path(name).expanduser()):
     if name and path.exists():
       return path
   if not name:
     raise UserError("data.text.tokenizer is empty. Make one with `mmjax data tokenizer --source DATASET --name NAME` and name it")
-  there = list_tokenizers(root)
+  there = list_tokenizers(folder)
   near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
   hint = f" Did you mean {near[0]!r}?" if near else ""
   make = "" if re.search(r"[/.]", name) else f" `mmjax data tokenizer --source DATASET --name {name}` makes one"

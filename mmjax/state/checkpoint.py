@@ -357,10 +357,11 @@ def restore_into(params: Any, path: str, rules: tuple = ((".*", r"\g<0>"),), mod
   follows the parameters of its module. Returns both and the report, a line for each that was loaded, resized, new or left. Raises
   UserError: a rule or a name that matches nothing, shapes that do not agree, or statistics that are not there.
   """
-  source = load_params(path)
+  folder = find_checkpoint(path)  # once: a run that goes on may save a newer one meanwhile
+  source = load_params(folder)
   loaded, lines = transfer(params, source, rules, path)
   if model_state:
-    model_state, more = transfer_state(model_state, load_model_state(path), params, source, rules, path)
+    model_state, more = transfer_state(model_state, load_model_state(folder), params, source, rules, path)
     lines += more
   return loaded, model_state or {}, lines
 

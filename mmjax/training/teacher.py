@@ -37,7 +37,8 @@ class Teacher:
   """
 
   def __init__(self, path: str, config: FrozenConfigDict, mesh: Mesh, batch: Mapping[str, Any]):
-    self.path, self.config = path, checkpoint.load_config(path)
+    self.path = checkpoint.find_checkpoint(path)  # once: a run that goes on may save a newer one meanwhile
+    self.config = checkpoint.load_config(self.path)
     self.model = make_model(self.config)
     self._check(config, [modality for modality in self.config.model.encoders if modality in batch])
     table = rules.logical_rules(config)

@@ -145,5 +145,5 @@ def test_the_folder_of_the_data(monkeypatch, tiny, config):
   assert data_dir(config()) == tiny and data_dir(config().data) == tiny
   monkeypatch.delenv("MMJAX_DATA")
   assert str(data_dir(None)).endswith(".cache/mmjax")
-  assert list_datasets(tiny) == ["broken", "tiny"] and list_tokenizers(tiny) == ["tiny"]
+  assert list_datasets(tiny) == ["broken", "tiny"] and list_tokenizers(tiny / "tokenizers") == ["tiny"]
   assert sources.list_datasets(tiny / "nowhere") == []

@@ -71,6 +71,11 @@ def metrics(folder: pathlib.Path) -> list[dict]:
   return [{k: v for k, v in row.items() if k not in TIMING and not k.startswith(("time/", "lost/"))} for row in rows]
 
 
+def example_ids(rows: list[dict]) -> list[tuple[int, int]]:
+  """(step, checksum of the ids of its batch) of the lines of steps."""
+  return [(row["step"], row["ids_crc32"]) for row in rows if "loss" in row]
+
+
 def parameters(folder: pathlib.Path) -> dict[str, bytes]:
   """The bytes of every parameter of the newest checkpoint."""
   import jax

@@ -14,7 +14,17 @@ from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.training import evaluate, loop
 from mmjax.training.metrics import MetricsFile
-from tests.e2e.commands import QUICKSTART, SMALL, metrics, parameters, read_until, run, run_processes, start
+from tests.e2e.commands import (
+  QUICKSTART,
+  SMALL,
+  example_ids,
+  metrics,
+  parameters,
+  read_until,
+  run,
+  run_processes,
+  start,
+)
 
 FEW = [word.removeprefix("--") for word in SMALL] + ["config.train.steps=6", "config.checkpoint.every=3", "config.evaluation.every=0",
                                                     "config.log.tensorboard=True"]
@@ -113,5 +123,4 @@ def test_two_processes_write_what_one_reads(data, object_store, tmp_path):
                 devices=2, **cache)
   assert sum("ocdbt.process_1/d/" in name for name in files.sizes(f"{url}/checkpoints/12")) > 0
   run(*words, **cache)
-  ids = lambda rows: [(row["step"], row["ids_crc32"]) for row in rows if "ids_crc32" in row]
-  assert ids(metrics(copy(url, tmp_path / "there"))) == ids(metrics(tmp_path / "here"))
+  assert example_ids(metrics(copy(url, tmp_path / "there"))) == example_ids(metrics(tmp_path / "here"))

@@ -8,7 +8,17 @@ import subprocess
 
 import pytest
 
-from tests.e2e.commands import QUICKSTART, SMALL, metrics, parameters, read_until, run, run_processes, start
+from tests.e2e.commands import (
+  QUICKSTART,
+  SMALL,
+  example_ids,
+  metrics,
+  parameters,
+  read_until,
+  run,
+  run_processes,
+  start,
+)
 
 
 def train(workdir, *extra):
@@ -93,8 +103,7 @@ def test_resumed_elsewhere_sees_the_same_ids_in_the_same_order(eight, tmp_path, 
     run_processes(processes, *words, devices=devices)
   else:
     run(*words, devices=devices)
-  ids = lambda rows: [(row["step"], row["ids_crc32"]) for row in rows if "ids_crc32" in row]
-  assert ids(metrics(folder)) == ids(metrics(whole))
+  assert example_ids(metrics(folder)) == example_ids(metrics(whole))
   for mine, theirs in zip(metrics(folder), metrics(whole), strict=True):
     if "loss" in mine:
       assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

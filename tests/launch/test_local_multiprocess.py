@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from tests.e2e.commands import QUICKSTART, SMALL, metrics, read_until, run, start
+from tests.e2e.commands import QUICKSTART, SMALL, example_ids, metrics, read_until, run, start
 from tests.launch.jobs import Launcher, newest_step, training_processes
 
 SHORT = (*SMALL, "--config.train.steps=12", "--config.checkpoint.every=4", "--config.evaluation.every=12")
@@ -29,11 +29,10 @@ def unbroken(launcher, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(tmp_path):
+def nothing_left(launcher):
   """Ends what a failed test has left."""
   yield
-  for pid in training_processes(tmp_path).values():
-    os.kill(pid, signal.SIGKILL)
+  launcher.end()
 
 
 def test_two_processes_train_as_one_process_with_two_devices_does(unbroken, tmp_path):
@@ -41,7 +40,7 @@ def test_two_processes_train_as_one_process_with_two_devices_does(unbroken, tmp_
   assert {line[:4] for line in printed.splitlines() if line} == {"[0] ", "[1] "} and "[0] done: 12 steps" in printed
   run("train", *TRAIN, "--workdir", tmp_path, devices=2)
   ours, theirs = metrics(folder), metrics(tmp_path)
-  assert [(row["step"], row.get("ids_crc32")) for row in ours] == [(row["step"], row.get("ids_crc32")) for row in theirs]
+  assert example_ids(ours) == example_ids(theirs)
   for mine, other in zip(ours, theirs, strict=True):
     if "loss" in mine:
       assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)

@@ -8,6 +8,7 @@ A new data set is one file with a `build(data_dir, log)` function and one line i
 
 from __future__ import annotations
 
+import collections
 import difflib
 import hashlib
 import itertools
@@ -34,6 +35,8 @@ from mmjax.data.builders.schema import (
 
 __all__ = ["BUILDERS", "Record", "build", "canonical", "example_class", "features", "find_version", "is_complete", "parse_record",
            "split_sizes", "to_example", "write_dataset"]
+
+_FINISHED = ("dataset_info.json", "features.json")  # TFDS writes them last
 
 # Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the version that it built.
 BUILDERS = {
@@ -145,33 +148,32 @@ def write_dataset(
 
 def is_complete(folder: Path) -> bool:
   """Whether `folder` (data_dir/NAME/VERSION) holds a finished data set; a build that was cut short never does."""
-  return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
+  return all((folder / name).is_file() for name in _FINISHED)
+
+
+def finished_versions(names: Iterable[str]) -> list[str]:
+  """The versions, oldest first, that are complete by the names VERSION/FILE of what a data set's folder holds."""
+  folders = collections.defaultdict(set)
+  for name in names:
+    folder, _, file = name.partition("/")
+    folders[folder].add(file)
+  found = [folder for folder, there in folders.items() if folder.replace(".", "").isdigit() and there.issuperset(_FINISHED)]
+  return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 
 
 def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
-  """The newest finished version of data set NAME under `data_dir`, or None."""
+  """The newest finished version of data set NAME under `data_dir`, or None; that of a URL is copied to this machine."""
   root = Path(data_dir) / name
-  if name and files.origin(root):
-    return _bring_version(root)
-  found = []
-  for folder in root.iterdir() if name and root.is_dir() else ():
-    if folder.name.replace(".", "").isdigit() and is_complete(folder):
-      found.append((tuple(int(part) for part in folder.name.split(".")), folder))
-  return max(found)[1] if found else None
-
-
-def _bring_version(root: Path) -> Path | None:
-  """`find_version` of a data set that is kept at a URL: copies it to this machine, unless that has it."""
-  url = files.origin(root)
-  with files.store_errors(url, f"{url} cannot be read"):
-    there = files.sizes(url)
-  versions = [name.split("/")[0] for name in there if name.endswith("/dataset_info.json")]
-  versions = [name for name in versions if name.replace(".", "").isdigit() and f"{name}/features.json" in there]
+  url = files.origin(root) if name else None
+  if url:
+    with files.store_errors(url, f"{url} cannot be read"):
+      names = list(files.sizes(url))
+  else:
+    names = [f"{path.parent.name}/{path.name}" for path in root.glob("*/*.json")] if name else ()
+  versions = finished_versions(names)
   if not versions:
     return None
-  newest = root / max(versions, key=lambda name: tuple(int(part) for part in name.split(".")))
-  files.bring(newest)
-  return newest
+  return files.bring(root / versions[-1]) if url else root / versions[-1]
 
 
 def split_sizes(folder: Path) -> dict[str, int]:

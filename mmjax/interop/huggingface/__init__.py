@@ -76,8 +76,9 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
   out = Path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"{out}: exists and is not empty. Choose another folder")
-  config = _filled(checkpoints.load_config(str(checkpoint)).to_dict())
-  assets = checkpoints.load_assets(str(checkpoint))
+  found = checkpoints.find_checkpoint(os.fspath(checkpoint))
+  config = _filled(checkpoints.load_config(found).to_dict())
+  assets = checkpoints.load_assets(found)
   family = _expressed_by(config)
   special, facts = {}, {}
   tokenizes = "text" in config["model"]["encoders"] or "tokenizer.json" in assets
@@ -90,7 +91,7 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
   facts["config.json"] = json.dumps(family.facts(config, special), indent=2).encode()
   if hasattr(family, "files"):
     facts.update({name: json.dumps(content, indent=2).encode() for name, content in family.files(config, assets).items()})
-  variables = {**checkpoints.load_params(str(checkpoint)), **checkpoints.load_model_state(str(checkpoint))}
+  variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}
   tensors = single.with_prefix(mapping.to_tensors(variables, family.rules(config)), family.PREFIX)
   if hasattr(family, "constants"):
     tensors.update(family.constants(config))
