@@ -247,9 +247,9 @@ def check_classes(config, sources: Sequence[Source]) -> None:
 
 
 def class_names(source: Source, label: str) -> tuple[str, ...]:
-  """The classes of a source in the order of their numbers, for data.label `label`."""
+  """The classes of a source in the order of their numbers, for data.label `label`; answers only where its texts are questions."""
   if label == "answer":
-    return tuple(getattr(source, "answers", ()))
+    return tuple(getattr(source, "answers", ())) if getattr(source, "text", "caption") == "question" else ()
   if label == "labels":
     return tuple(sorted({name for names in source.labels for name in names.split("|") if name}))
   return tuple(source.labels)

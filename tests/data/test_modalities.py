@@ -98,6 +98,17 @@ def test_labels_are_those_of_the_records(folder):
     Pipeline(make(folder, **{"data.label": "label", "data.classes": 2}))
   with pytest.raises(UserError, match="no source has such classes"):
     Pipeline(make(folder, **{"data.label": "answer", "data.classes": 2, "data.sources.many.name": "plain"}))
+  with pytest.raises(UserError, match="no source has such classes"):  # its texts are captions: nobody answers
+    Pipeline(make(folder, **{"data.label": "answer", "data.classes": 2}))
+
+
+def test_only_sources_of_questions_have_answers(folder):
+  """As in configs/multitask.py: a source of captions may have questions, which are not asked."""
+  changes = {"data.label": "answer", "data.mix": "steps", "data.modalities": ("image",), "data.sources.many.text": "question",
+             "data.sources.plain.name": "many"}
+  pipeline = Pipeline(make(folder, **changes, **{"data.classes": 2}))
+  labels = {pipeline.source_of(step): pipeline.batch(step)["label"] for step in range(2)}
+  assert (labels["many"] >= 0).all() and (labels["plain"] == -1).all()
 
 
 def test_a_record_without_questions_is_skipped_or_has_no_answer(folder):
