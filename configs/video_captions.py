@@ -10,7 +10,7 @@ import mmjax
 
 def get_config(arg: str = ""):
   c = mmjax.config.base()
-  c.train.steps = 700
+  c.train.steps = 550
   c.train.batch_size = 96
   c.data.sources.clips = dict(name="moving_emoji", cache=True)
   c.data.modalities = ("video", "text")
@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
   c.data.text.vocab_size = 1024
   c.data.text.length = 20
 
-  video = dict(kind="frames", stem="convolution", channels=24, temporal="transformer", depth=2, heads=4)
+  video = dict(kind="frames", stem="convolution", channels=(24, 36, 96), temporal="transformer", depth=2, heads=4)
   c.model = dict(name="captioner", width=128, encoders=dict(video=video), decoder=dict(depth=2, heads=4, memory_positions=True))
   c.precision.compute = "float32"
   c.objectives.caption = dict(kind="captioning", source=("video",))

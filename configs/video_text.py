@@ -12,7 +12,7 @@ import mmjax
 def get_config(arg: str = "transformer"):
   """arg: "transformer" or "mean", what is done with the frames."""
   c = mmjax.config.base()
-  c.train.steps = 700
+  c.train.steps = 500
   c.train.batch_size = 98  # 14 groups of one emoji in all 7 motions, so that captions differ in the motion alone
   c.data.sources.clips = dict(name="moving_emoji", cache=True, group=7)
   c.data.video.size = 48
@@ -21,7 +21,7 @@ def get_config(arg: str = "transformer"):
   c.data.text.vocab_size = 1024
   c.data.text.length = 20
 
-  video = dict(kind="frames", stem="convolution", channels=24, temporal=arg or "transformer", depth=2, heads=4)
+  video = dict(kind="frames", stem="convolution", channels=(24, 36, 96), temporal=arg or "transformer", depth=2, heads=4)
   c.model = dict(name="dual_encoder", width=128, scale_init=10.0, encoders=dict(
     video=video, text=dict(kind="transformer", depth=2, heads=4, pooling="mean")))
   c.precision.compute = "float32"

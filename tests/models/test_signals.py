@@ -32,7 +32,7 @@ CASES = {
   "ast": ("audio", dict(kind="ast", mels=12, patch=6, stride=4, **SMALL), 2 + 2 * 11),
   "ast mean": ("audio", dict(kind="ast", mels=12, patch=6, stride=4, frames=60, pooling="mean", **SMALL), 2 + 2 * 14),
   "frames mean": ("video", dict(kind="frames", patch=4, temporal="mean", frame_depth=1, **SMALL), 4),
-  "frames transformer": ("video", dict(kind="frames", stem="convolution", channels=4, **SMALL), 4),
+  "frames transformer": ("video", dict(kind="frames", stem="convolution", channels=(4, 8), **SMALL), 4),
   "tubelets": ("video", dict(kind="tubelets", patch=4, time=2, pooling="attention", **SMALL), 2 * 4),
   "series": ("series", dict(kind="series", patch=4, **SMALL), 3),
   "series norm": ("series", dict(kind="series", patch=3, instance_norm=True, **SMALL), 4),

@@ -48,19 +48,21 @@ class FrameEncoder(nn.Module):
       return pooled(self, x, mask, self.pooling)
     if length > self.length:
       raise UserError(f"video of {length} frames for a model of data.video.frames {self.length}. Use fewer, or change the number")
-    position = self.param("position", with_axes(normal(0.02), ("position", "embed")), (self.length, c.width), jnp.float32)
+    # As large as what a frame gives: the order counts from the first step.
+    position = self.param("position", with_axes(normal(0.5), ("position", "embed")), (self.length, c.width), jnp.float32)
     x = x + drop_and_run(self, x + position[:length].astype(c.dtype), mask, train=train)
     return pooled(self, LayerNorm(c.eps, c.dtype, name="norm")(x), mask, self.pooling)
 
 
 class ConvolutionFrame(nn.Module):
-  """Two 3x3 convolutions of stride 2, all that is left flattened, a linear layer: small, and exact about places.
+  """3x3 convolutions of stride 2, and of what is left: all of it flattened, which tells where a thing is, plus each channel's maximum,
+  which tells what it is wherever it is; a linear layer each. For small frames.
 
-  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by 4.
+  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by 2 to the number of convolutions.
   """
 
   width: int
-  channels: int
+  channels: tuple[int, ...]
   pixel_mean: tuple[float, ...]
   pixel_std: tuple[float, ...]
   activation: str
@@ -69,14 +71,15 @@ class ConvolutionFrame(nn.Module):
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Array:
-    x = normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype)
-    if x.shape[1] % 4 or x.shape[2] % 4:
-      raise UserError(f"two convolutions of stride 2 need frames whose sides 4 divides, not {x.shape[2]}x{x.shape[1]}")
-    for i in range(2):
-      x = Dense((self.channels,), ("patch", "mlp"), self.dtype, nn.initializers.he_normal(), name=f"convolution_{i}")(
+    x, whole = normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype), 2**len(self.channels)
+    if x.shape[1] % whole or x.shape[2] % whole:
+      raise UserError(f"{len(self.channels)} convolutions of stride 2 need frames whose sides {whole} divides, not {x.shape[2]}x{x.shape[1]}")
+    for i, channels in enumerate(self.channels):
+      x = Dense((channels,), ("patch", "mlp"), self.dtype, nn.initializers.he_normal(), name=f"convolution_{i}")(
           materialise(neighbours(x)))
       x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
-    return Dense((self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name="out")(x.reshape(x.shape[0], -1))
+    linear = lambda name: Dense((self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name=name)
+    return linear("where")(x.reshape(x.shape[0], -1)) + linear("what")(x.max(axis=(1, 2)))
 
 
 class TubeletTransformer(nn.Module):
@@ -134,16 +137,16 @@ def _mask(batch: Mapping[str, Array]) -> Array:
 
 def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Literal["vit", "convolution"] = "vit",
            temporal: Temporal = "transformer", patch: int = 16, frame_depth: int = 12, frame_stem: Stem = "patch",
-           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: int = 16, mean: tuple = MIDDLE,
+           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: tuple = (16, 24, 64), mean: tuple = MIDDLE,
            std: tuple = MIDDLE, width: int = 0, depth: int = 4, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean",
            activation: Activation = "gelu_tanh", eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto",
            remat: Remat = "none", scan_unroll: int = 0) -> FrameEncoder:
   """Every frame a vector, then time (reads batch["video"]).
 
-  stem: of a frame: vit, or convolution (two of stride 2, flattened: for small frames).
+  stem: of a frame: vit, or convolution (some of stride 2, flattened and pooled: for small frames).
   temporal: mean (order is not seen) or transformer over the frames.
   patch, frame_depth, frame_stem, frame_pooling, positions: of the frame's vit, as the kind "vit" has them.
-  channels: of the two convolutions.
+  channels: of the convolutions.
   mean, std: of pixels in [0, 1], per channel.
   width: channels; 0 = the model's width.
   depth: blocks over time.
@@ -157,7 +160,7 @@ def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Liter
   config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
                         dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
   if stem == "convolution":
-    frame: nn.Module = ConvolutionFrame(width, channels, tuple(mean), tuple(std), activation, eps, config.dtype)
+    frame: nn.Module = ConvolutionFrame(width, tuple(channels), tuple(mean), tuple(std), activation, eps, config.dtype)
   else:
     if size % patch:
       raise UserError(f"data.video.size {size} is not divisible by model.encoders.video.patch {patch}. Change one")
