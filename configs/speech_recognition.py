@@ -1,7 +1,7 @@
 """Speech recognition: an encoder-decoder (Whisper's, small) on spoken names of emoji, by voices that were never heard.
 
   mmjax data build spoken_emoji
-  mmjax data tokenizer --source spoken_emoji --name spoken_emoji --vocab-size 1024
+  mmjax data tokenizer --source spoken_emoji --name spoken_letters --vocab-size 384   # letters and a few syllables
   mmjax train --config configs/speech_recognition.py --workdir runs/speech_recognition
 """
 
@@ -17,15 +17,15 @@ def get_config(arg: str = ""):
   c.data.audio.seconds = 2.6
   c.data.audio.augment.speed = (0.85, 1.18)
   c.data.audio.augment.noise = 0.05
-  c.data.text.tokenizer = "spoken_emoji"
-  c.data.text.vocab_size = 1024
-  c.data.text.length = 24
+  c.data.text.tokenizer = "spoken_letters"
+  c.data.text.vocab_size = 384
+  c.data.text.length = 42
 
   audio = dict(kind="whisper", mels=40, strides=(2, 2), normalisation="utterance", depth=3, heads=4,
-               time_masks=1, time_width=12, frequency_masks=1, frequency_width=6, time_warp=0.1, frequency_warp=0.1)
+               time_masks=1, time_width=12, frequency_masks=1, frequency_width=6, time_warp=0.1, frequency_warp=0.15)
   c.model = dict(name="captioner", width=128, encoders=dict(audio=audio), decoder=dict(depth=2, heads=4))
   c.precision.compute = "float32"
-  c.objectives.transcribe = dict(kind="captioning", source=("audio",), label_smoothing=0.05)
+  c.objectives.transcribe = dict(kind="captioning", source=("audio",), label_smoothing=0.05, ctc=0.5)
   c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
   c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 

@@ -141,6 +141,10 @@ class Multimodal(DualEncoder):
   def decode(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
     """(hidden [B, L, D], table [V, D]): hidden[:, l] predicts token l of batch["text"] from the tokens before it and the
     tokens of the source modalities; source () = from the text alone."""
+    return self.transcribe(source, batch, train=train)[:2]
+
+  def transcribe(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
+    """What `decode` gives, and what the decoder attends to: tokens [B, S, D], which are real bool [B, S]."""
     if self.decoder is None:
       raise UserError("the model has no decoder: give config.model.decoder, such as dict(depth=4)")
     text = one_text_a_row(batch["text"])
@@ -150,7 +154,8 @@ class Multimodal(DualEncoder):
       memory, memory_mask = repeat_rows(memory, times), repeat_rows(memory_mask, times)
     tokens, start = shift_right(text["tokens"], self.decoder.prompt), len(self.decoder.prompt)
     mask = jnp.concatenate([jnp.ones((tokens.shape[0], start), bool), text["mask"][:, :-1]], axis=1)
-    return self.decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1:], self.decoder.table()
+    hidden = self.decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1:]
+    return hidden, self.decoder.table(), memory, memory_mask
 
   def memory(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
     """What the decoder attends to: tokens of the source modalities [B, S, decoder width], one after the other, mask [B, S]."""

@@ -6,22 +6,26 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.objectives import Forward, Losses, objective
+from mmjax.objectives.alignment import ctc as alignment_loss
 from mmjax.objectives.cross_entropy import row_cross_entropy
 
 Array = jax.Array
 
 
 @objective(couples_examples=False)
-def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("image",), label_smoothing: float = 0.0) -> Losses:
+def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("image",), label_smoothing: float = 0.0,
+               ctc: float = 0.0, eos_id: int = 2) -> Losses:
   """Cross-entropy of each token of the text given the source and the tokens before it (Vinyals et al. 2015, arXiv:1411.4555,
   equation 2; the captioning loss of CoCa, Yu et al. 2022, arXiv:2205.01917, equation 2).
 
   source: modalities that the decoder attends to. label_smoothing: share of the target that is spread over the vocabulary.
+  ctc: what the decoder attends to spells the text too, by the decoder's table with <pad> for the blank, and this many times that loss
+  is added (Watanabe et al. 2017, hybrid CTC/attention): for speech, whose order is that of its text. eos_id: the end, which nobody says.
   Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is a mean over real tokens,
   <eos> among them. "accuracy": share of tokens that are the likeliest one; "sequence_accuracy": share of texts where all are,
   each given the true tokens before it. Rows with `valid` False, or without the source or the text, do not count.
   """
-  hidden, table = forward("decode", tuple(source))
+  hidden, table, *spelled = forward("transcribe" if ctc else "decode", tuple(source))
   rows, length, width = hidden.shape
   text = batch["text"]
   counted = jnp.repeat(_counted(batch, (*source, "text")), rows // text["tokens"].shape[0])
@@ -31,7 +35,14 @@ def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("i
   weight = lambda x: x.sum(dtype=jnp.float32)
   some = real.any(-1)
   whole = (right.reshape(rows, length) | ~real).all(-1) & some
-  return {"loss": (loss, weight(real)), "accuracy": (weight(right), weight(real)), "sequence_accuracy": (weight(whole), weight(some))}
+  out = {"accuracy": (weight(right), weight(real)), "sequence_accuracy": (weight(whole), weight(some))}
+  if not ctc:
+    return {"loss": (loss, weight(real)), **out}
+  frames, heard = spelled
+  tokens = text["tokens"].reshape(rows, length)
+  said = real & (tokens != eos_id)
+  alignment, aligned = alignment_loss(frames, heard & counted[:, None], table, tokens, said)
+  return {"loss": (loss + ctc * alignment, weight(real)), "ctc": (alignment, weight(said & aligned[:, None])), **out}
 
 
 @objective(couples_examples=False)

@@ -41,7 +41,7 @@ def smaller() -> Iterator[None]:
 
 
 def build(folder: pathlib.Path, names: tuple[str, ...]) -> None:
-  """Builds these data sets and a tokenizer for each under `folder`, once for all test processes of a run."""
+  """Builds these data sets and their tokenizers under `folder`, once for all test processes of a run."""
   from mmjax import cli
 
   with open(folder.parent / "data.lock", "w") as lock:
@@ -53,3 +53,5 @@ def build(folder: pathlib.Path, names: tuple[str, ...]) -> None:
           pieces = {"spoken_emoji": "512", "easy_vqa": "512", "emoji_scenes": "640", "moving_emoji": "1024", "openmoji": "1024"}[name]
           named = ["--name", "quickstart", "--languages", "en"] if name == "openmoji" else ["--name", name]
           assert cli.main(["data", "tokenizer", "--source", name, *named, "--vocab-size", pieces]) == 0
+          if name == "spoken_emoji":
+            assert cli.main(["data", "tokenizer", "--source", name, "--name", "spoken_letters", "--vocab-size", "384"]) == 0
