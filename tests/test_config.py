@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import mmjax
 from mmjax import config as configs
+from mmjax.models import make_model
 
 
 def small():
@@ -104,3 +105,15 @@ def test_shipped_configs_resolve_to_their_golden_copies(path):
   """A changed default shows up as a diff in review: `mmjax config show CONFIG > tests/golden/NAME.txt` renews the copy."""
   golden = pathlib.Path(__file__).parent / "golden" / f"{path.stem}.txt"
   assert configs.describe(configs.load(str(path))) + "\n" == golden.read_text()
+
+
+ARGUMENTS = {
+  "easy_vqa": ("cross_attention", "merged_attention", "perceiver", "concat", "gated", "weighted_sum", "average", "decision", "question"),
+  "emoji_groups": ("linear", "scratch"), "multitask": ("captions", "questions", "names"), "quickstart": ("validation",),
+  "scene_words": ("blind",), "video_text": ("mean",),
+}
+
+
+@pytest.mark.parametrize(("name", "arg"), [(name, arg) for name, args in ARGUMENTS.items() for arg in args])
+def test_every_argument_of_a_shipped_config_names_a_model(name, arg):
+  assert make_model(configs.load(str(pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py:{arg}")))
