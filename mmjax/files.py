@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,7 +38,11 @@ _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for 
 
 
 class StoreError(OSError):
-  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on without it."""
+  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on without it. why: the reason alone."""
+
+  def __init__(self, text: str, why: str = ""):  # of the text alone when it comes from another process
+    super().__init__(text)
+    self.why = why or text
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -76,45 +80,47 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def store_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterator[None]:
-  """Turns what the store of `place`, or the way there, says into one line, UserError "WHAT: REASON HINT".
-
-  Errors at paths of this machine, and those of a program, stay what they are.
-  """
+def _turned(place: str | os.PathLike, turn: Callable[[Exception], Exception]) -> Iterator[None]:
+  """Raises `turn(error)` for what the store of `place`, or the way there, says. Errors at paths of this machine, and those of a
+  program, stay what they are."""
   try:
     yield
   except (UserError, *_BUGS):
     raise
   except Exception as error:
-    if not is_url(place):
+    told = turn(error) if is_url(place) else error
+    if told is error:
       raise
-    raise UserError(f"{what}: {reason(error)}{hint}") from error
+    raise told from error
+
+
+def store_errors(place: str | os.PathLike, what: str, hint: str = "") -> contextlib.AbstractContextManager:
+  """Turns what the store of `place`, or the way there, says into one line, UserError "WHAT: REASON HINT"."""
+  return _turned(place, lambda error: UserError(f"{what}: {reason(error)}{hint}"))
+
+
+def _asking(path: str | os.PathLike) -> contextlib.AbstractContextManager:
+  """Turns what the store of a URL, or the way there, says into FileNotFoundError, which is an answer, or StoreError."""
+  def turn(error: Exception) -> Exception:
+    if isinstance(error, StoreError):
+      return error
+    why = reason(error)
+    text = f"{path} cannot be read: {why}"
+    return FileNotFoundError(text) if isinstance(error, FileNotFoundError) else StoreError(text, why)
+
+  return _turned(path, turn)
 
 
 def reason(error: Exception) -> str:
   """Why a store did not do what it was asked, and how to mend it."""
   if isinstance(error, StoreError):
-    return str(error)
+    return error.why
   if isinstance(error, ImportError):
     return f"{str(error).splitlines()[0]}; pip install 'mmjax[s3]' or 'mmjax[gcs]'"
   text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0] or type(error).__name__
   if isinstance(error, FileNotFoundError) and "exist" not in text:
     text = f"nothing there ({text})"
   return f"{text.rstrip('.')}. Check the bucket's name and permissions, and this machine's credentials and endpoint"
-
-
-@contextlib.contextmanager
-def _asking(path: str | os.PathLike) -> Iterator[None]:
-  """Turns what the store of a URL, or the way there, says into FileNotFoundError, which is an answer, or StoreError."""
-  try:
-    yield
-  except (StoreError, *_BUGS):
-    raise
-  except Exception as error:
-    if not is_url(path):
-      raise
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else StoreError
-    raise kind(f"{path} cannot be read: {reason(error)}") from error
 
 
 def sizes(folder: str | os.PathLike) -> dict[str, int]:

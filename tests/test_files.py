@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 import subprocess
 import sys
@@ -113,6 +114,9 @@ def test_only_the_store_of_a_url_is_blamed_and_only_for_its_own_errors(errors, t
       raise error
     return raised.value
 
+  refused = files.StoreError("s3://bucket/run/a cannot be read: Forbidden", "Forbidden")
+  assert str(told(refused, "s3://bucket/run")) == "http://docs cannot be written: Forbidden"  # once
+  assert str(pickle.loads(pickle.dumps(refused))) == str(refused)  # data workers send it
   assert "http://docs cannot be written: Forbidden. Check the bucket's name" in str(told(PermissionError("Forbidden"), "s3://bucket/run"))
   for mistake in (TypeError("x"), MemoryError(), KeyError("x")):
     assert told(mistake, "s3://bucket/run") is mistake
