@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mmjax.config import UserError
 from mmjax.objectives import Forward, Losses, objective
 from mmjax.objectives.alignment import ctc as alignment_loss
 from mmjax.objectives.cross_entropy import row_cross_entropy
@@ -23,8 +24,11 @@ def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("i
   is added (Watanabe et al. 2017, hybrid CTC/attention): for speech, whose order is that of its text. eos_id: the end, which nobody says.
   Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is a mean over real tokens,
   <eos> among them. "accuracy": share of tokens that are the likeliest one; "sequence_accuracy": share of texts where all are,
-  each given the true tokens before it. Rows with `valid` False, or without the source or the text, do not count.
+  each given the true tokens before it; with `ctc` also "ctc", that loss a token. Rows with `valid` False, or without the source or the
+  text, do not count; for "ctc" neither do those whose source has fewer tokens than the text. Raises UserError: ctc without a source.
   """
+  if ctc and not source:
+    raise UserError("captioning: ctc spells a text from its source, but `source` names none. Name one, or set ctc to 0")
   hidden, table, *spelled = forward("transcribe" if ctc else "decode", tuple(source))
   rows, length, width = hidden.shape
   text = batch["text"]

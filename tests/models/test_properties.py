@@ -146,7 +146,7 @@ def test_encoders_give_the_same_on_eight_devices(kind):
 
 OBJECTIVES = {
   "contrastive": {}, "contrastive sigmoid": dict(loss="sigmoid"), "matching": dict(negatives="hardest"),
-  "classification": dict(modalities=("image", "text")), "captioning": {}, "autoregressive": {}, "masked_tokens": dict(context=("image",), rate=0.5),
+  "classification": dict(modalities=("image", "text")), "captioning": {}, "captioning ctc": dict(ctc=0.5), "autoregressive": {}, "masked_tokens": dict(context=("image",), rate=0.5),
   "masked_patches": dict(context=("text",), ratio=1.0), "modality_adversary": {}, "embedding_distillation": dict(teacher="t", modalities=("image", "text")),
   "similarity_distillation": dict(teacher="t"), "logit_distillation": dict(teacher="t", modalities=("image", "text")),
 }
@@ -207,6 +207,7 @@ def test_objectives_do_not_depend_on_order_padding_or_rows_that_do_not_count(see
   batch, order = examples(seed), np.array(order)
   losses = run(variables, batch)
   assert all(float(part["loss"][1]) > 0 and np.isfinite(part["loss"][0]) for part in losses.values())
+  assert float(losses["captioning ctc"]["ctc"][1]) > 0
   close(run(variables, examples(seed, noise=1)), losses)
   moved = run(variables, jax.tree.map(lambda x: x[order], batch))
   keep = lambda losses: {name: part for name, part in losses.items() if name not in BY_PLACE}

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.config import UserError
 from mmjax.objectives.alignment import ctc
 from mmjax.objectives.captioning import captioning
 
@@ -31,7 +32,7 @@ def by_torch(frames, real, table, labels, spoken):
   if counts.any():
     total.backward()
   gradient = lambda x: np.zeros_like(x.detach().numpy()) if x.grad is None else x.grad.numpy()
-  return float(total), counts.numpy(), (gradient(frames), gradient(table))
+  return total.item(), counts.numpy(), (gradient(frames), gradient(table))
 
 
 @settings(max_examples=25, deadline=None)
@@ -69,6 +70,8 @@ def test_captioning_adds_it_for_texts_without_their_end():
   alone, rows = ctc(frames, real, table, tokens, np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool))
   assert rows.all() and float(both["loss"][0]) == pytest.approx(float(plain["loss"][0] + 0.5 * alone), rel=1e-6)
   assert both["loss"][1] == plain["loss"][1] == 5 and both["ctc"][1] == 3 and float(both["ctc"][0]) == pytest.approx(float(alone))
+  with pytest.raises(UserError, match="`source` names none"):
+    captioning(None, batch, None, source=(), ctc=0.5)
   batch["valid"] = np.array([True, False])
   alone, _ = ctc(frames[:1], real[:1], table, tokens[:1], np.array([[1, 1, 0, 0]], bool))
   assert float(told(ctc=1.0)["ctc"][0]) == pytest.approx(float(alone), rel=1e-6)
