@@ -7,7 +7,7 @@
 
 import mmjax
 
-FUSIONS = ("cross_attention", "merged_attention", "perceiver", "concat", "gated", "weighted_sum", "average", "decision")
+ATTENDING = ("cross_attention", "merged_attention", "perceiver")  # the others: concat, gated, weighted_sum, average, decision
 
 
 def get_config(arg: str = "cross_attention"):
@@ -32,7 +32,7 @@ def get_config(arg: str = "cross_attention"):
   c.data.modalities = modalities
   c.model = dict(name="multitask", width=96, joint=False, encoders=dict(text=text) if blind else dict(text=text, image=image))
   if not blind:
-    c.model.fusion = dict(kind=arg, heads=4, depth=2) if arg in FUSIONS[:3] else dict(kind=arg)
+    c.model.fusion = dict(kind=arg, heads=4, depth=2) if arg in ATTENDING else dict(kind=arg)
   c.precision.compute = "float32"
   c.objectives.answer = dict(kind="classification", modalities=modalities)
   c.optimizer = dict(name="adamw", lr=1.5e-3, weight_decay=0.05)

@@ -84,8 +84,7 @@ def test_the_full_run_reaches_its_score(recipe, bars, embedded_data, tmp_path):
     run("data", "build", name)
   tokenizer = config.data.text.tokenizer
   if tokenizer and not (embedded_data / "tokenizers" / f"{tokenizer}.model").exists():
-    source = "spoken_emoji" if tokenizer == "spoken_letters" else tokenizer
-    run("data", "tokenizer", "--source", source, "--name", tokenizer, "--vocab-size", str(config.data.text.vocab_size))
+    run("data", "tokenizer", "--source", next(iter(config.data.sources.values())).name, "--name", tokenizer, "--vocab-size", str(config.data.text.vocab_size))
   assert train(config, tmp_path / "run") == 0
   check(tmp_path / "run", bars)
 
