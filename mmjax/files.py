@@ -37,8 +37,9 @@ _BUGS = (TypeError, AttributeError, NameError, LookupError, ArithmeticError, Ass
 _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
 
 
-class StoreError(OSError):
-  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on without it. why: the reason alone."""
+class StoreError(Exception):
+  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on without it.
+  Not an OSError, which is caught where files may be missing or broken. why: the reason alone."""
 
   def __init__(self, text: str, why: str = ""):  # of the text alone when it comes from another process
     super().__init__(text)
@@ -151,7 +152,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 
 def open_binary(path: str | os.PathLike) -> BinaryIO:
-  """A file or object to read from, with seeking. It and its methods raise OSError; of an object FileNotFoundError or StoreError."""
+  """A file or object to read from, with seeking. It and its methods raise OSError; of an object FileNotFoundError, StoreError."""
   return _Object(path) if is_url(path) else open(path, "rb")
 
 

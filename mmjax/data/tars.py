@@ -174,8 +174,6 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
   path = os.fspath(path) if files.is_url(path) else os.path.abspath(path)
   try:
     size, changed = files.size_and_mark(path)
-  except files.StoreError:
-    raise
   except OSError as error:
     raise UserError(f"{path}: no such tar ({error.strerror or error})") from error
   stamp = np.array([_VERSION, size, changed], np.int64)
@@ -284,8 +282,6 @@ def _scan(path: str, size: int) -> TarIndex:
           skipped.append((name, "duplicate id"))
         else:
           place[column] = member.offset_data, member.size
-  except files.StoreError:  # not "truncated": nothing of this is kept
-    raise
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:
     if isinstance(error, PermissionError):
       raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -314,8 +310,6 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
   while True:
     try:
       member = tar.next()
-    except files.StoreError:
-      raise
     except (tarfile.TarError, OSError, ValueError, EOFError):
       if not count:
         raise
