@@ -42,6 +42,8 @@ def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp("modalities")
   write_dataset("many", root, {"train": map(record, range(12))}, fields=("image", "audio", "series", "questions", "facts"))
   write_dataset("few", root, {"train": ({**record(i), "id": f"f{i}"} for i in range(12))}, fields=("image", "questions"))
+  write_dataset("others", root, {"train": ({**record(i), "id": f"o{i}", "questions": [("what is it?", "a cat")]} for i in range(4))},
+                fields=("image", "questions"))
   write_dataset("plain", root, {"train": ({**record(i), "id": f"p{i}"} for i in range(4))})
   train_tokenizer([WORDS, "is it yes no?"] * 20, root / "tokenizers" / "t.model", 360)
   return root
@@ -105,7 +107,7 @@ def test_labels_are_those_of_the_records(folder):
 def test_only_sources_of_questions_have_answers(folder):
   """As in configs/multitask.py: a source of captions may have questions, which are not asked."""
   changes = {"data.label": "answer", "data.mix": "steps", "data.modalities": ("image",), "data.sources.many.text": "question",
-             "data.sources.plain.name": "many"}
+             "data.sources.plain.name": "others"}
   pipeline = Pipeline(make(folder, **changes, **{"data.classes": 2}))
   labels = {pipeline.source_of(step): pipeline.batch(step)["label"] for step in range(2)}
   assert (labels["many"] >= 0).all() and (labels["plain"] == -1).all()
