@@ -375,8 +375,10 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
     return float(value)
   if plain is tuple and isinstance(value, (list, tuple)):
     if isinstance(default, tuple) and default and all(isinstance(d, (int, float)) for d in default):
-      if len(value) != len(default) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-        raise ConfigError(f"{path} is {tuple(value)!r}, but must be {len(default)} numbers, such as {default!r}")
+      any_length = typing.get_args(kind)[1:] == (...,)
+      numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+      if not value or not numbers or (len(value) != len(default) and not any_length):
+        raise ConfigError(f"{path} is {tuple(value)!r}, but must be {'' if any_length else f'{len(default)} '}numbers, such as {default!r}")
     return _tuples(value)
   if plain is dict and isinstance(value, dict):
     return value

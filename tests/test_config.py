@@ -73,6 +73,14 @@ def test_mistakes_are_refused_with_one_line_that_names_key_and_remedy(override, 
   assert "\n" not in message and all(word in message for word in words), message
 
 
+def test_settings_of_any_length_take_one_number_or_more():
+  file = pathlib.Path(__file__).parent.parent / "configs/video_text.py"
+  assert configs.load(str(file), ["model.encoders.video.channels=(8, 16)"]).model.encoders.video.channels == (8, 16)
+  for value in ("()", "('a',)"):
+    with pytest.raises(configs.ConfigError, match="channels is .* but must be numbers, such as"):
+      configs.load(str(file), [f"model.encoders.video.channels={value}"])
+
+
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():
   with pytest.raises(configs.ConfigError, match="8 devices"):
     configs.check(configs.resolve(small(), ["mesh.data=1", "mesh.tensor=3"]), device_count=8)

@@ -137,16 +137,16 @@ def _mask(batch: Mapping[str, Array]) -> Array:
 
 def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Literal["vit", "convolution"] = "vit",
            temporal: Temporal = "transformer", patch: int = 16, frame_depth: int = 12, frame_stem: Stem = "patch",
-           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: tuple = (16, 24, 64), mean: tuple = MIDDLE,
-           std: tuple = MIDDLE, width: int = 0, depth: int = 4, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean",
-           activation: Activation = "gelu_tanh", eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto",
-           remat: Remat = "none", scan_unroll: int = 0) -> FrameEncoder:
+           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: tuple[int, ...] = (16, 24, 64),
+           mean: tuple = MIDDLE, std: tuple = MIDDLE, width: int = 0, depth: int = 4, heads: int = 0, mlp: int = 0,
+           pooling: SequencePooling = "mean", activation: Activation = "gelu_tanh", eps: float = 1e-6, dropout: float = 0.0,
+           kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> FrameEncoder:
   """Every frame a vector, then time (reads batch["video"]).
 
   stem: of a frame: vit, or convolution (some of stride 2, flattened and pooled: for small frames).
   temporal: mean (order is not seen) or transformer over the frames.
   patch, frame_depth, frame_stem, frame_pooling, positions: of the frame's vit, as the kind "vit" has them.
-  channels: of the convolutions.
+  channels: of the convolutions, one after the other.
   mean, std: of pixels in [0, 1], per channel.
   width: channels; 0 = the model's width.
   depth: blocks over time.
