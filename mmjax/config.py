@@ -378,7 +378,8 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
       any_length = typing.get_args(kind)[1:] == (...,)
       numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
       if not value or not numbers or (len(value) != len(default) and not any_length):
-        raise ConfigError(f"{path} is {tuple(value)!r}, but must be {'' if any_length else f'{len(default)} '}numbers, such as {default!r}")
+        wanted = "numbers" if any_length else f"{len(default)} numbers"
+        raise ConfigError(f"{path} is {tuple(value)!r}, but must be {wanted}, such as {default!r}")
     return _tuples(value)
   if plain is dict and isinstance(value, dict):
     return value
