@@ -41,7 +41,8 @@ def get_config(arg: str = ""):
   ), fusion=dict(kind="cross_attention", depth=1, heads=4), decoder=dict(depth=2, heads=4, memory_positions=True))
   c.precision.compute = "float32"
   # By gradients in the encoder that all share: those of the names are some ten times those of the captions, which then never learn what
-  # stands where. Four choices of these weights were compared on the scores below.
+  # stands where. Four choices of these weights were compared on test scores; the captions of validation rank them alike, names have no
+  # validation here: they train on it.
   objectives = dict(
     captions=dict(kind="captioning", source=("image",), sources=("captions",), weight=8.0),
     questions=dict(kind="classification", modalities=("text", "image"), sources=("questions",)),
@@ -53,12 +54,14 @@ def get_config(arg: str = ""):
   c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 
   # All other settings are those of scene_captions.py and its like; nothing was compared on these.
+  captions = dict(kind="captions", source="emoji_scenes", check="mmjax.data.builders.emoji_scenes:check_caption")
+  answers = dict(kind="classification", source="easy_vqa", modalities=("text", "image"), text="question")
   evaluators = dict(
-    captions=("captions/test", dict(kind="captions", source="emoji_scenes", check="mmjax.data.builders.emoji_scenes:check_caption")),
-    questions=("answers/test", dict(kind="classification", source="easy_vqa", modalities=("text", "image"), text="question")),
-    names=("retrieval/combinations", dict(kind="retrieval", source="openmoji", split="test_combinations")),
+    captions={"captions/validation": dict(**captions, split="validation"), "captions/test": dict(**captions, split="test")},
+    questions={"answers/validation": dict(**answers, split="validation"), "answers/test": dict(**answers, split="test")},
+    names={"retrieval/combinations": dict(kind="retrieval", source="openmoji", split="test_combinations")},
   )
   for task in tasks:
-    name, entry = evaluators[task]
-    c.evaluation.evaluators[name] = entry
+    for name, entry in evaluators[task].items():
+      c.evaluation.evaluators[name] = entry
   return c
