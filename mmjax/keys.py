@@ -55,6 +55,7 @@ KEYS = (
   Key("data.sources.*.captions", 0, int, "Training draws from so many of the first captions of a language; 0 = from all."),
   Key("data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."),
   Key("data.sources.*.modalities", (), tuple, "For mix 'steps': modalities of this source's batches; () = data.modalities."),
+  Key("data.sources.*.length", 0, int, "For mix 'steps': tokens a text of this source's batches; 0 = data.text.length, the most."),
   Key("data.sources.*.group", 1, int, "Neighbouring records that stay together when shuffled, such as one thing in all its motions."),
   Key("data.sources.*.weight", 1.0, float, "Share of the rows of a batch, relative to the other sources."),
   Key("data.sources.*.cache", False, bool, "Keep decoded examples in memory (small data sets)."),

@@ -134,7 +134,7 @@ class Examples:
     return self._readers[modality]
 
   def __call__(self, places: Sequence[Place], rngs: Iterable[np.random.Generator | None],
-               modalities: Sequence[str] | None = None) -> Batch:
+               modalities: Sequence[str] | None = None, length: int = 0) -> Batch:
     data, modalities, count = self.config.data, modalities or self.modalities, len(places)
     batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": []}
     each = data.text.per_example
@@ -170,7 +170,7 @@ class Examples:
         batch["unreadable"].append((f"{place.source.name} {batch['id'][row]}", str(error)))
     batch.update(media)
     if "text" in modalities:
-      rows = self.text([text for row in texts for text in row])
+      rows = self.text([text for row in texts for text in row], length)
       batch["text"] = {k: v.reshape(count, each, *v.shape[1:]) if each > 1 else v for k, v in rows.items()}
     if data.missing == "mask":
       for name in modalities:
@@ -265,16 +265,17 @@ def blank_labels(config, count: int) -> np.ndarray | None:
   return np.full((count, each) if kind == "answer" and each > 1 else count, -1, np.int32)
 
 
-def row_spec(config, modalities: Sequence[str]) -> dict[str, Any]:
-  """{modality: {array: (shape of an example, dtype)}}, and "label" where the config has one."""
+def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, Any]:
+  """{modality: {array: (shape of an example, dtype)}}, and "label" where the config has one. length: tokens; 0 = data.text.length."""
   data, spec = config.data, {}
+  length = length or data.text.length
   for name in modalities:
     if name == "text":
       each = (data.text.per_example,) if data.text.per_example > 1 else ()
-      spec[name] = {"tokens": ((*each, data.text.length), np.int32), "mask": ((*each, data.text.length), np.bool_),
+      spec[name] = {"tokens": ((*each, length), np.int32), "mask": ((*each, length), np.bool_),
                     "key": ((*each, 2), np.uint32)}
       if data.text.words:
-        spec[name]["words"] = ((*each, data.text.length), np.int32)
+        spec[name]["words"] = ((*each, length), np.int32)
     else:
       spec[name] = dict(READERS[name](data, False).shapes)
     if data.missing == "mask":

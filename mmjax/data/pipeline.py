@@ -52,8 +52,8 @@ def batch_spec(config, batch_size: int | None = None, source: str = "") -> dict[
 
   size = batch_size or config.train.batch_size
   entry = config.data.sources[source] if source and config.data.mix == "steps" else None
-  spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x[0]), x[1]), row_spec(config, modalities_of(config, entry)),
-                      is_leaf=lambda x: isinstance(x, tuple))
+  rows = row_spec(config, modalities_of(config, entry), entry.length if entry else 0)
+  spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x[0]), x[1]), rows, is_leaf=lambda x: isinstance(x, tuple))
   return {**spec, "valid": jax.ShapeDtypeStruct((size,), np.bool_)}
 
 
@@ -73,7 +73,7 @@ class Pipeline:
     entries = list(config.data.sources.items())
     self.sources = [_named(name, entry, config) for name, entry in entries]
     check_classes(config, self.sources)
-    self._modalities = [modalities_of(config, entry if config.data.mix == "steps" else None) for _, entry in entries]
+    self._kinds = [(modalities_of(config, entry), entry.length) if config.data.mix == "steps" else () for _, entry in entries]
     self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size,
                        whole_steps=config.data.mix == "steps", groups=[entry.group for _, entry in entries])
     self._examples = Examples(config, train=True)
@@ -145,8 +145,7 @@ class Pipeline:
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
     places = [Place(self.sources[source[row]], int(index[row])) for row in rows]
-    modalities = self._modalities[source[0]] if self.order.whole_steps else None
-    return self._examples(places, streams(self.config.seed, step, rows), modalities)
+    return self._examples(places, streams(self.config.seed, step, rows), *self._kinds[source[0]])
 
   def _settle(self, batch: Batch) -> Batch:
     """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""

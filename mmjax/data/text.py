@@ -96,7 +96,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class TextTransform:
   """Captions as arrays: TextTransform(config.data.text, tokenizer)(captions) -> dict of
 
-  tokens int32 [N, L] (cut with <eos> kept, padded), mask bool [N, L] (True = real), key uint32 [N, 2] (`text_key`), and with
+  tokens int32 [N, L], L = `length` if given (cut with <eos> kept, padded), mask bool [N, L] (True = real), key uint32 [N, 2] (`text_key`), and with
   data.text.words: words int32 [N, L], the number of the word of each token (-1 = none).
   """
 
@@ -114,12 +114,12 @@ class TextTransform:
     if len(self.start) + len(self.end) > self.length:
       raise UserError(f"data.text.length is {self.length}: no room for <bos> and <eos>")
 
-  def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-    tokens = np.full((len(captions), self.length), self.pad_id, np.int32)
+  def __call__(self, captions: Sequence[str], length: int = 0) -> dict[str, np.ndarray]:
+    tokens = np.full((len(captions), length or self.length), self.pad_id, np.int32)
     mask = np.full(tokens.shape, not self.mask_padding)
     words = np.full(tokens.shape, -1, np.int32)
     for row, caption in enumerate(captions):
-      ids = self.encode(caption)
+      ids = self.encode(caption, length)
       tokens[row, :len(ids)] = ids
       mask[row, :len(ids)] = True
       if self.words:
@@ -136,14 +136,14 @@ class TextTransform:
       out[place] = word
     return out
 
-  def encode(self, caption: str) -> list[int]:
-    """At most `length` ids, with <bos> and <eos> as configured."""
+  def encode(self, caption: str, length: int = 0) -> list[int]:
+    """At most `length` ids (0 = data.text.length), with <bos> and <eos> as configured."""
     if self.lowercase:
       caption = caption.lower()
     if not self.punctuation:
       caption = " ".join(caption.translate(_NO_PUNCTUATION).split())
     ids = self.tokenizer.encode(caption)
-    return self.start + ids[:self.length - len(self.start) - len(self.end)] + self.end
+    return self.start + ids[:(length or self.length) - len(self.start) - len(self.end)] + self.end
 
 
 def normalise_caption(caption: str) -> str:

@@ -166,7 +166,7 @@ def test_words_number_the_pieces_between_spaces(folder):
 
 def test_whole_steps_of_a_source(folder):
   changes = {"data.mix": "steps", "data.sources.many.modalities": ("audio", "text"), "data.sources.many.weight": 2.0, "data.missing": "mask",
-             "data.sources.few": dict(name="few", modalities=("image", "text"))}
+             "data.sources.few": dict(name="few", modalities=("image", "text"), length=3)}
   c = make(folder, **changes)
   pipeline = Pipeline(c)
   sources = [pipeline.source_of(step) for step in range(9)]
@@ -175,9 +175,14 @@ def test_whole_steps_of_a_source(folder):
   for step, source in enumerate(sources):
     batch = pipeline.batch(step)
     assert shapes(batch) == shapes(batch_spec(c, source=source)) and {n[0] for n in batch["id"]} == {source[0]}
+    assert batch["text"]["tokens"].shape[1] == (3 if source == "few" else c.data.text.length)
     seen[source] += batch["id"]
   assert len(set(seen["many"][:12])) == 12 and len(set(seen["few"][:12])) == 12, "each source goes through its own epochs"
   assert set(batch_spec(c)) == {"image", "text", "audio", "series", "valid"}, "without a source: every modality"
+  with pytest.raises(UserError, match="data.sources.few.length is 99"):
+    make(folder, **{**changes, "data.sources.few.length": 99})
+  with pytest.raises(UserError, match="unless data.mix is 'steps'"):
+    make(folder, **{**changes, "data.mix": "examples"})
 
 
 @settings(max_examples=40, deadline=None)
