@@ -10,7 +10,7 @@ import mmjax
 
 def get_config(arg: str = ""):
   c = mmjax.config.base()
-  c.train.steps = 600
+  c.train.steps = 560
   c.train.batch_size = 96
   c.data.sources.clips = dict(name="moving_emoji", cache=True)
   c.data.modalities = ("video", "text")

@@ -24,7 +24,7 @@ from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import Catalogue, caption, catalogue, key_of, sprite, stem
 from mmjax.data.builders.unicode_groups import group_of
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 SIZE, FRAMES, FRAMES_A_SECOND = 48, 12, 8
 MOTIONS = ("left", "right", "up", "down", "grow", "shrink", "still")
 REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
@@ -38,7 +38,8 @@ WORDINGS = {
   "still": ("{a} stands still", "{a} not moving"),
 }
 KNOWN, NEW = 150, 40  # emoji of train, validation and test; of test_objects
-GROUPS = {"train": (KNOWN, 4), "validation": (50, 1), "test": (100, 1), "test_objects": (NEW, 2)}  # split -> (emoji, groups an emoji)
+# Of 4 groups an emoji, captioners learned the pictures by heart: 0.76 of the captions of new clips were right, of 8 0.87.
+GROUPS = {"train": (KNOWN, 8), "validation": (50, 1), "test": (100, 1), "test_objects": (NEW, 2)}  # split -> (emoji, groups an emoji)
 KINDS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 DRAWN, DISTRACTOR = 96, 8  # pixels: what sprites are scaled down from; the distractor, smaller than what moves
 NOISE, OFFSET = 0.02, 0.1  # of the sensor, in parts of the frame: standard deviation, largest constant offset
