@@ -12,7 +12,7 @@ import mmjax
 def get_config(arg: str = ""):
   """arg "blind": the same model is never shown the picture."""
   c = mmjax.config.base()
-  c.train.steps = 800
+  c.train.steps = 620
   c.train.batch_size = 64
   c.data.sources.scenes = dict(name="emoji_scenes", captions=1, cache=True)  # the one in reading order
   c.data.image.size = 64

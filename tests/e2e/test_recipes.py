@@ -21,6 +21,8 @@ SHORT = [
   ("motion_series", ("train.steps=100",), ("moving_emoji",), {"motion/test": {"accuracy": 0.9}, "motion/new_objects": {"accuracy": 0.9}}),
   ("easy_vqa:cross_attention", ("train.steps=90", "evaluation.evaluators.answers/test.split=validation"), ("easy_vqa",),
    {"answers/test": {"accuracy": 0.7}}),
+  ("speech_text", ("train.steps=60", "train.batch_size=40", "model.width=64", "model.encoders.audio.depth=1", "model.encoders.text.depth=1"),
+   ("spoken_emoji",), {"retrieval/test_voices": {"audio_to_text/R@1": 0.5}}),  # of 40 phrases
 ]
 # In full: what was measured (README), less a margin for other machines. Where that is below what was hoped for, the hope stands beside it.
 FULL = [
@@ -32,7 +34,7 @@ FULL = [
   ("speech_recognition", {"transcripts/test_voices": {"word_error_rate": 0.09}, "transcripts/test_phrases": {"word_error_rate": 0.18}}),
   ("video_text:transformer", {"direction/test": {"accuracy": 0.95}, "direction/new_objects": {"accuracy": 0.95}}),
   ("video_captions", {"captions/test": {"right/motion": 0.95, "right": 0.8}}),
-  ("scene_words", {"words/test": {"accuracy": 0.75}}),  # 0.854 measured, 0.501 for the same model without pictures (`:blind`)
+  ("scene_words", {"words/test": {"accuracy": 0.7}}),  # 0.772 measured, 0.490 for the same model without pictures (`:blind`)
   ("multitask", {"captions/test": {"right": 0.8}, "answers/test": {"accuracy": 0.83}, "retrieval/combinations": {"image_to_text/R@1": 0.53}}),
   ("image_audio", {"retrieval/image_audio": {"image_to_audio/R@1": 0.04}}),
   ("emoji_gan", {"generated/combinations": {"mean_class_accuracy": 0.2}}),
@@ -41,7 +43,7 @@ AT_MOST = ("word_error_rate",)  # bars of these are from above
 # Every recipe that trains on its own: (config, data sets).
 KILLED = [
   *((name, data) for name, _, data, _ in SHORT),
-  ("speech_text", ("spoken_emoji",)), ("speech_recognition", ("spoken_emoji",)), ("video_text:transformer", ("moving_emoji",)), ("video_captions", ("moving_emoji",)),
+  ("speech_recognition", ("spoken_emoji",)), ("video_text:transformer", ("moving_emoji",)), ("video_captions", ("moving_emoji",)),
   ("scene_captions", ("emoji_scenes",)), ("scene_words", ("emoji_scenes",)), ("image_audio", ("openmoji", "spoken_emoji")),
   ("multitask", ("openmoji", "emoji_scenes", "easy_vqa")), ("emoji_gan", ("openmoji",)), ("emoji_groups:scratch", ("openmoji",)),
 ]
