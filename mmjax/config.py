@@ -259,10 +259,11 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
       raise ConfigError(f"data.sources.{name}.name is empty: name a data set, or 'tars' with a path")
     if entry["weight"] < 0:
       raise ConfigError(f"data.sources.{name}.weight is {entry['weight']}, but must not be negative")
-    if entry["length"] and c["data"]["mix"] != "steps":
-      raise ConfigError(f"data.sources.{name}.length is {entry['length']}, but the rows of a batch are of one length unless data.mix is 'steps'")
-    if entry["length"] and not 2 <= entry["length"] <= c["data"]["text"]["length"]:
-      raise ConfigError(f"data.sources.{name}.length is {entry['length']}, but must be from 2 to data.text.length {c['data']['text']['length']}, or 0")
+    length, most = entry["length"], c["data"]["text"]["length"]
+    if length and c["data"]["mix"] != "steps":
+      raise ConfigError(f"data.sources.{name}.length is {length}, but the rows of a batch are of one length unless data.mix is 'steps'")
+    if length and not 2 <= length <= most:
+      raise ConfigError(f"data.sources.{name}.length is {length}, but must be from 2 to data.text.length {most}, or 0")
 
 
 def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[str, int]:

@@ -51,10 +51,15 @@ def batch_spec(config, batch_size: int | None = None, source: str = "") -> dict[
   import jax
 
   size = batch_size or config.train.batch_size
-  entry = config.data.sources[source] if source and config.data.mix == "steps" else None
-  rows = row_spec(config, modalities_of(config, entry), entry.length if entry else 0)
+  rows = row_spec(config, *_made_of(config, source))
   spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x[0]), x[1]), rows, is_leaf=lambda x: isinstance(x, tuple))
   return {**spec, "valid": jax.ShapeDtypeStruct((size,), np.bool_)}
+
+
+def _made_of(config, source: str) -> tuple[list[str], int]:
+  """(modalities, tokens a text; 0 = data.text.length) of a source's batches; of all batches for "" and where sources mix within one."""
+  entry = config.data.sources[source] if source and config.data.mix == "steps" else None
+  return modalities_of(config, entry), entry.length if entry else 0
 
 
 class Pipeline:
@@ -73,7 +78,7 @@ class Pipeline:
     entries = list(config.data.sources.items())
     self.sources = [_named(name, entry, config) for name, entry in entries]
     check_classes(config, self.sources)
-    self._kinds = [(modalities_of(config, entry), entry.length) if config.data.mix == "steps" else () for _, entry in entries]
+    self._made_of = [_made_of(config, name) for name, _ in entries]
     self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size,
                        whole_steps=config.data.mix == "steps", groups=[entry.group for _, entry in entries])
     self._examples = Examples(config, train=True)
@@ -145,7 +150,7 @@ class Pipeline:
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
     places = [Place(self.sources[source[row]], int(index[row])) for row in rows]
-    return self._examples(places, streams(self.config.seed, step, rows), *self._kinds[source[0]])
+    return self._examples(places, streams(self.config.seed, step, rows), *self._made_of[source[0]])
 
   def _settle(self, batch: Batch) -> Batch:
     """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""

@@ -94,10 +94,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class TextTransform:
-  """Captions as arrays: TextTransform(config.data.text, tokenizer)(captions) -> dict of
+  """Captions as arrays: TextTransform(config.data.text, tokenizer)(captions, length) -> dict of
 
-  tokens int32 [N, L], L = `length` if given (cut with <eos> kept, padded), mask bool [N, L] (True = real), key uint32 [N, 2] (`text_key`), and with
-  data.text.words: words int32 [N, L], the number of the word of each token (-1 = none).
+  tokens int32 [N, L] (cut with <eos> kept, padded; L = length, 0 = data.text.length), mask bool [N, L] (True = real), key uint32 [N, 2]
+  (`text_key`), and with data.text.words: words int32 [N, L], the number of the word of each token (-1 = none).
   """
 
   def __init__(self, config, tokenizer: Tokenizer):
