@@ -243,9 +243,9 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--seed", type=int, default=0)
   sub.add_argument("--out", default="sample.html", metavar="FILE")
   _data_dir(sub)
-  sub = command(data, "tokenizer", _data_tokenizer, "Train a sentencepiece tokenizer on a data set's captions.",
+  sub = command(data, "tokenizer", _data_tokenizer, "Train a sentencepiece tokenizer on the captions and questions of data sets.",
                 "mmjax data tokenizer --source openmoji --name mine --vocab-size 4096")
-  sub.add_argument("--source", required=True, metavar="NAME", help="data set")
+  sub.add_argument("--source", required=True, metavar="NAME[,NAME]", help="data set, or several that share the pieces")
   sub.add_argument("--name", required=True, help="name of the tokenizer, for data.text.tokenizer")
   sub.add_argument("--split", default="train")
   sub.add_argument("--languages", default="", help="comma-separated; default: all that there are")

@@ -207,18 +207,20 @@ def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size:
 
 def train_tokenizer_from_source(source: str, *, split: str = "train", languages: Sequence[str] = (), vocab_size: int = 4096,
                                 name: str = "", data_dir: str = "", path: str = "", log=print) -> Path:
-  """Trains on the captions and questions of a data set (`languages`: () = all) and writes DATA_DIR/tokenizers/NAME.model (NAME: that of the source).
+  """Trains on the captions and questions of data sets and writes DATA_DIR/tokenizers/NAME.model (NAME: those of the sources, joined by "_").
 
-  `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
+  source: a data set, or several, separated by commas: for a mix, whose texts then share their pieces. `languages`: those of each, () = all
+  that it has. `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
   """
   from mmjax.data import sources
 
   root = sources.local_data_dir(data_dir)
-  opened = open_source(dict(name=source, split=split, languages=tuple(languages), path=path), root)
-  captions = (text for i in range(len(opened)) for text in _texts(opened[i]))
-  out = train_tokenizer(captions, root / "tokenizers" / f"{name or source}.model", vocab_size)
-  log(f"tokenizer {out}: {Tokenizer.from_assets(_read_assets(out)).vocab_size} pieces from {source} {split}, "
-      f"languages {', '.join(opened.languages)}")
+  opened = [open_source(dict(name=one.strip(), split=split, languages=tuple(languages), path=path), root) for one in source.split(",")]
+  captions = (text for one in opened for i in range(len(one)) for text in _texts(one[i]))
+  out = train_tokenizer(captions, root / "tokenizers" / f"{name or '_'.join(one.name for one in opened)}.model", vocab_size)
+  spoken = sorted({language for one in opened for language in one.languages})
+  log(f"tokenizer {out}: {Tokenizer.from_assets(_read_assets(out)).vocab_size} pieces from {', '.join(one.name for one in opened)} {split}, "
+      f"languages {', '.join(spoken)}")
   return out
 
 

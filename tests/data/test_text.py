@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.config import UserError
+from mmjax.data.builders import write_dataset
 from mmjax.data.text import (
   TextTransform,
   Tokenizer,
@@ -19,6 +20,7 @@ from mmjax.data.text import (
   train_tokenizer,
   train_tokenizer_from_source,
 )
+from tests.data.conftest import record
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,21 @@ def test_a_tokenizer_from_a_data_set(tiny, tmp_path):
                                      log=lines.append)
   assert path == tiny / "tokenizers" / "english.model" and "380 pieces from tiny train+test, languages en" in lines[0]
   path.unlink()
-  with pytest.raises(UserError, match="no data set"):
-    train_tokenizer_from_source("nothing", data_dir=str(tiny))
+  with pytest.raises(UserError, match="no data set 'nothing'"):
+    train_tokenizer_from_source("tiny,nothing", data_dir=str(tiny))
+
+
+def test_a_tokenizer_from_several_data_sets(tmp_path):
+  words = {"fruit": "apple pear quince plum", "tools": "hammer chisel plane saw"}
+  for name, text in words.items():
+    write_dataset(name, tmp_path, {"train": [record(i, captions={"en": [" ".join(np.roll(text.split(), i)[:1 + i % 3])]}) for i in range(400)]})
+  lines, pieces = [], {}
+  for source in ("fruit", "fruit, tools"):
+    path = train_tokenizer_from_source(source, vocab_size=420, data_dir=str(tmp_path), log=lines.append)
+    tokenizer = Tokenizer.from_assets({"tokenizer.model": path.read_bytes()})
+    pieces[source] = [len(tokenizer.encode(text)) for text in words.values()]
+  assert path.name == "fruit_tools.model" and "pieces from fruit, tools train, languages en" in lines[1]
+  assert pieces["fruit"][1] > 2 * pieces["fruit, tools"][1]  # tools have pieces of their own now
 
 
 def test_captions_become_rows(config):
