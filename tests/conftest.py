@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices in every test process, a compilation cache and the embedded data shared by the run."""
+"""Eight simulated CPU devices in every test process, quick compilation, a compilation cache and the embedded data shared by the run."""
 
 import fcntl
 import logging
@@ -16,6 +16,15 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+  """Without the slow tests most of the time is compiling, so programs of the test processes themselves are hardly optimised.
+
+  Commands, which run in processes of their own, are, and so is everything with `launch/test.sh --all`.
+  """
+  if "not slow" in config.option.markexpr:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
