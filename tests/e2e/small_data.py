@@ -1,4 +1,4 @@
-"""Small versions of the embedded data sets, by their own builders, for recipes that train within a test."""
+"""The data of the recipes, by the commands that they name; and small versions of it, by the same builders, for what trains within a test."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import contextlib
 import fcntl
 import os
 import pathlib
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 from mmjax.data.builders import emoji_scenes, find_version, moving_emoji, spoken_emoji
 from mmjax.data.builders.spoken_emoji import HEARD, plan
+from tests.e2e.commands import ROOT
 
 SCENES = {"train": 3000, "validation": 60, "test": 120, "test_many": 10}
+COUNTS = {1: 1.0}  # objects of a scene
 CLIPS = {"train": (30, 4), "validation": (10, 1), "test": (20, 1), "test_objects": (5, 1)}
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
 
@@ -35,23 +38,29 @@ def few_utterances(emoji) -> dict[str, list]:
 
 @contextlib.contextmanager
 def smaller() -> Iterator[None]:
-  with mock.patch.object(emoji_scenes, "SPLITS", SCENES), mock.patch.object(moving_emoji, "GROUPS", CLIPS), \
+  with mock.patch.object(emoji_scenes, "SPLITS", SCENES), mock.patch.object(emoji_scenes, "COUNTS", COUNTS), mock.patch.object(moving_emoji, "GROUPS", CLIPS), \
        mock.patch.object(spoken_emoji, "plan", few_utterances):
     yield
 
 
-def build(folder: pathlib.Path, names: tuple[str, ...]) -> None:
-  """Builds these data sets and their tokenizers under `folder`, once for all test processes of a run."""
+def commands(recipe: str) -> Iterator[list[str]]:
+  """The words of the `mmjax data` commands at the top of configs/RECIPE.py, and of launch/quickstart.sh where that is named there."""
+  text = (ROOT / "configs" / f"{recipe}.py").read_text().split('"""')[1]
+  if "launch/quickstart.sh" in text:
+    text += (ROOT / "launch" / "quickstart.sh").read_text()
+  for line in text.splitlines():
+    if line.strip().startswith("mmjax data "):
+      for command in line.split(" && "):
+        yield shlex.split(command, comments=True)[1:]
+
+
+def build(folder: pathlib.Path, recipes: Sequence[str], small: bool = True) -> None:
+  """Makes what these recipes need in `folder`, by the commands that they name, once for all test processes of a run."""
   from mmjax import cli
 
   with open(folder.parent / "data.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with smaller(), mock.patch.dict(os.environ, MMJAX_DATA=str(folder)):
-      for name in names:
-        if not find_version(folder, name):
-          assert cli.main(["data", "build", name]) == 0
-          pieces = {"spoken_emoji": "512", "easy_vqa": "512", "emoji_scenes": "640", "moving_emoji": "1024", "openmoji": "1024"}[name]
-          named = ["--name", "quickstart", "--languages", "en"] if name == "openmoji" else ["--name", name]
-          assert cli.main(["data", "tokenizer", "--source", name, *named, "--vocab-size", pieces]) == 0
-          if name == "spoken_emoji":
-            assert cli.main(["data", "tokenizer", "--source", name, "--name", "spoken_letters", "--vocab-size", "384"]) == 0
+    with smaller() if small else contextlib.nullcontext(), mock.patch.dict(os.environ, MMJAX_DATA=str(folder)):
+      for words in (words for recipe in recipes for words in commands(recipe)):
+        made = find_version(folder, words[2]) if words[1] == "build" else (folder / "tokenizers" / f"{words[words.index('--name') + 1]}.model").exists()
+        assert made or cli.main(words) == 0
