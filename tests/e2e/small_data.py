@@ -38,14 +38,17 @@ def few_utterances(emoji) -> dict[str, list]:
 
 @contextlib.contextmanager
 def smaller() -> Iterator[None]:
-  with mock.patch.object(emoji_scenes, "SPLITS", SCENES), mock.patch.object(emoji_scenes, "COUNTS", COUNTS), mock.patch.object(moving_emoji, "GROUPS", CLIPS), \
-       mock.patch.object(spoken_emoji, "plan", few_utterances):
+  with (mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS), mock.patch.object(moving_emoji, "GROUPS", CLIPS),
+        mock.patch.object(spoken_emoji, "plan", few_utterances)):
     yield
 
 
 def commands(recipe: str) -> Iterator[list[str]]:
-  """The words of the `mmjax data` commands at the top of configs/RECIPE.py, and of launch/quickstart.sh where that is named there."""
-  text = (ROOT / "configs" / f"{recipe}.py").read_text().split('"""')[1]
+  """The words of the `mmjax data` commands at the top of the recipe's config, and of launch/quickstart.sh where that is named there.
+
+  recipe: the name of a config, with its argument or without: "easy_vqa:concat".
+  """
+  text = (ROOT / "configs" / f"{recipe.partition(':')[0]}.py").read_text().split('"""')[1]
   if "launch/quickstart.sh" in text:
     text += (ROOT / "launch" / "quickstart.sh").read_text()
   for line in text.splitlines():
@@ -58,9 +61,14 @@ def build(folder: pathlib.Path, recipes: Sequence[str], small: bool = True) -> N
   """Makes what these recipes need in `folder`, by the commands that they name, once for all test processes of a run."""
   from mmjax import cli
 
+  def made(words: list[str]) -> bool:
+    if words[1] == "build":
+      return find_version(folder, words[2]) is not None
+    return (folder / "tokenizers" / f"{words[words.index('--name') + 1]}.model").exists()
+
   with open(folder.parent / "data.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     with smaller() if small else contextlib.nullcontext(), mock.patch.dict(os.environ, MMJAX_DATA=str(folder)):
-      for words in (words for recipe in recipes for words in commands(recipe)):
-        made = find_version(folder, words[2]) if words[1] == "build" else (folder / "tokenizers" / f"{words[words.index('--name') + 1]}.model").exists()
-        assert made or cli.main(words) == 0
+      for recipe in recipes:
+        for words in commands(recipe):
+          assert made(words) or cli.main(words) == 0
