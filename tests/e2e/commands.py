@@ -30,9 +30,9 @@ def command(*words: str) -> list[str]:
   return [sys.executable, "-m", "mmjax.cli", *map(str, words)]
 
 
-def run(*words: str, devices: int = 1, code: int | None = 0, **extra: str) -> subprocess.CompletedProcess:
-  """Runs `mmjax WORDS`, checks its exit code, returns what it printed."""
-  done = subprocess.run(command(*words), env=environment(devices, **extra), capture_output=True, text=True, timeout=600)
+def run(*words: str, devices: int = 1, code: int | None = 0, seconds: float = 600, **extra: str) -> subprocess.CompletedProcess:
+  """Runs `mmjax WORDS` for at most `seconds`, checks its exit code, returns what it printed."""
+  done = subprocess.run(command(*words), env=environment(devices, **extra), capture_output=True, text=True, timeout=seconds)
   assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
   return done
 
