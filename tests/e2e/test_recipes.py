@@ -44,7 +44,7 @@ SHORT = [
   ("emoji_gan", ("train.steps=40", "train.batch_size=16"), {"generated/combinations": {"nearest_train": 0.35}}),  # noise: 0.47
 ]
 BESIDE = {"speech_recognition": ("speech_text",)}  # shortened, it takes the tokenizer of that recipe
-# In full: what was measured (README), less a margin for other machines. Where that is below what was hoped for, the hope stands beside it.
+# In full: what was measured (README), less a margin for other machines.
 FULL = [
   ("quickstart", {"retrieval/combinations": {"image_to_text/R@1": 0.48, "text_to_image/R@1": 0.48}, "zero_shot/groups": {"accuracy": 0.28}}),
   ("motion_series", {"motion/test": {"accuracy": 0.95}, "motion/new_objects": {"accuracy": 0.95}}),
