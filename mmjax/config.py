@@ -245,8 +245,10 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   if "main" in groups:
     raise ConfigError("optimizers.main: that is the group of `optimizer` itself. Choose another name")
   owners = ["optimizer", *(f"optimizers.{name}" for name in groups)]
-  for path in (f"{owner}.decay" for owner in owners):
-    _check_regex(path, _get(c, path.split(".")))
+  for owner in owners:
+    _check_regex(f"{owner}.decay", _get(c, f"{owner}.decay".split(".")))
+    if _get(c, f"{owner}.moments".split(".")) == "source" and c["data"]["mix"] != "steps":
+      raise ConfigError(f"{owner}.moments 'source' needs steps of one source each: set data.mix to 'steps', or leave moments 'shared'")
   for name, entry in groups.items():
     _check_regex(f"optimizers.{name}.params", entry["params"])
   for path in (*(f"{owner}.rates" for owner in owners), "init.map"):

@@ -64,6 +64,7 @@ def test_a_resolved_config_survives_json():
   ("data.text.tokenizer=''", ["tokenizer", "mmjax data tokenizer"]),
   ("optimizer.decay='('", ["optimizer.decay", "regular expression"]),
   ("optimizer.rates=(1,)", ["optimizer.rates"]),
+  ("optimizer.moments=source", ["optimizer.moments", "data.mix", "'steps'"]),
   ("sharding=fsdpp", ["'fsdpp'", "'fsdp'"]),
 ])
 def test_mistakes_are_refused_with_one_line_that_names_key_and_remedy(override, words):

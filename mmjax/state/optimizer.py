@@ -9,6 +9,10 @@ rule, decoupled weight decay, the rate of each parameter (rules, schedule, peak)
 
 Layers are stored stacked, and a stack gets the update that its layers would get alone: leaves whose first logical axis is
 "layers" are handled a layer at a time wherever a rule looks at more than single elements (adafactor, muon).
+
+Where each step has a source of its own (data.mix "steps"), `moments` "source" gives every source moments of its own: a step's
+direction then comes from its own task's gradients alone, and tasks whose gradients differ in scale need no weights (AdaTask,
+Yang et al. 2023, arXiv:2211.15055).
 """
 
 from __future__ import annotations
@@ -34,8 +38,8 @@ StateDtype = Literal["float32", "bfloat16"]
 
 
 class Optimizer(NamedTuple):
-  """tx: `init(params)`, `update(gradients, state, params, *, step=None) -> (updates, state)`; apply with
-  `optax.apply_updates`. Without `step` the schedule follows the number of updates made.
+  """tx: `init(params)`, `update(gradients, state, params, *, step=None, source="") -> (updates, state)`; apply with
+  `optax.apply_updates`. Without `step` the schedule follows the number of updates made. source: whose moments are used.
   schedule: step -> the learning rate (peak times factor) that `update` applies where no rule changes it.
   trained: tree of bool like the parameters; False where no slice of the leaf is ever changed."""
   tx: optax.GradientTransformationExtraArgs
@@ -46,7 +50,7 @@ class Optimizer(NamedTuple):
 class Optimizers(NamedTuple):
   """The optimizers of a run by group of parameters, "main" first; each parameter belongs to one.
 
-  init(params) -> {group: state}; update(gradients, states, params, *, step) -> (updates, states).
+  init(params) -> {group: state}; update(gradients, states, params, *, step, source) -> (updates, states).
   trained: as of an Optimizer, of all groups together."""
   groups: dict[str, Optimizer]
   trained: Any
@@ -54,14 +58,17 @@ class Optimizers(NamedTuple):
   def init(self, params: Any) -> dict[str, OptimizerState]:
     return {name: optimizer.tx.init(params) for name, optimizer in self.groups.items()}
 
-  def update(self, gradients: Any, states: Mapping[str, Any], params: Any, *, step: Any = None) -> tuple[Any, dict[str, Any]]:
-    results = {name: optimizer.tx.update(gradients, states[name], params, step=step) for name, optimizer in self.groups.items()}
+  def update(self, gradients: Any, states: Mapping[str, Any], params: Any, *, step: Any = None,
+             source: str = "") -> tuple[Any, dict[str, Any]]:
+    results = {name: optimizer.tx.update(gradients, states[name], params, step=step, source=source)
+               for name, optimizer in self.groups.items()}
     updates = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *(part for part, _ in results.values()))  # zero but of one
     return updates, {name: state for name, (_, state) in results.items()}
 
 
 class OptimizerState(NamedTuple):
-  """count: int32, updates made. rule: state of the kind, over the leaves (and slices of stacks) that are trained."""
+  """count: int32, updates made. rule: state of the kind, over the leaves (and slices of stacks) that are trained; {source: state}
+  where each source has moments of its own."""
   count: jax.Array
   rule: Any
 
@@ -242,7 +249,8 @@ def per_layer(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTra
 # -- what all kinds share ------------------------------------------------------------------------------------------------
 
 
-def make_optimizers(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int, examples: int | None = None) -> Optimizers:
+def make_optimizers(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int, examples: int | None = None,
+                    sources: tuple[str, ...] = ()) -> Optimizers:
   """The optimizers of a run: config.optimizer as "main", and config.optimizers; see `make_optimizer` for the arguments.
 
   Raises UserError: as `make_optimizer`; two groups match the same parameter; "main" or another is left with nothing."""
@@ -258,19 +266,20 @@ def make_optimizers(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, s
       owners[name] = group
   if "main" not in owners.values():
     raise UserError("optimizers: their `params` match every parameter, which leaves nothing to `optimizer`. Leave one of them out")
-  groups = {group: make_optimizer(config, axes, params_spec, steps=steps, examples=examples, group=group,
+  groups = {group: make_optimizer(config, axes, params_spec, steps=steps, examples=examples, group=group, sources=sources,
                                   owned={name for name, owner in owners.items() if owner == group})
             for group in ("main", *config.optimizers)}
   return Optimizers(groups, jax.tree.map(lambda *trained: any(trained), *(optimizer.trained for optimizer in groups.values())))
 
 
 def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int, examples: int | None = None,
-                   group: str = "main", owned: set[str] | None = None) -> Optimizer:
+                   group: str = "main", owned: set[str] | None = None, sources: tuple[str, ...] = ()) -> Optimizer:
   """The optimizer of config.optimizer (or config.optimizers[group]) and config.schedule for a run of `steps`.
 
   axes: logical axes of each parameter. params_spec: tree of ShapeDtypeStruct (or arrays), unboxed. `examples`: of an epoch.
   owned: names of the parameters it trains (None = all); the others are frozen to it. A rate of 0 (optimizer.rates) freezes: such leaves, or slices of a stack, have no optimizer state, are not decayed, get an
-  update of exactly zero, and do not count in the clipped norm.
+  update of exactly zero, and do not count in the clipped norm. sources: those that take turns, a step each; with
+  `moments` "source" each has a state of its own.
 
   Raises UserError: a regex matches no parameter (the nearest is named), or everything is frozen.
   """
@@ -312,13 +321,17 @@ def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, st
   factor = make_schedule(config, steps=steps, examples=examples)
   schedule = lambda step: entry.lr * factor(step)
 
-  def init(params):
-    return OptimizerState(jnp.zeros((), jnp.int32), rule.init(view(params)))
+  own = sources if entry.moments == "source" else ()
 
-  def update(gradients, state, params, *, step=None, **unused):
+  def init(params):
+    new = lambda: rule.init(view(params))  # anew for each: buffers that are donated must not be the same
+    return OptimizerState(jnp.zeros((), jnp.int32), {source: new() for source in own} if own else new())
+
+  def update(gradients, state, params, *, step=None, source="", **unused):
     del unused
     kept = view(params)
-    updates, rule_state = rule.update(view(gradients), state.rule, kept)
+    updates, rule_state = rule.update(view(gradients), state.rule[source] if own else state.rule, kept)
+    rule_state = {**state.rule, source: rule_state} if own else rule_state
     rate = -schedule(state.count if step is None else step)
 
     def scale(name, update, param):

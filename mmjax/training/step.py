@@ -97,7 +97,8 @@ class Step:
     and `examples` is not known."""
     steps = self._steps or in_steps(self.config.train.steps, steps=None, batch_size=self.config.train.batch_size,
                                     examples=self._examples)
-    return make_optimizers(self.config, self.axes, self.params_spec, steps=steps, examples=self._examples)
+    return make_optimizers(self.config, self.axes, self.params_spec, steps=steps, examples=self._examples,
+                           sources=self.sources if len(self.sources) > 1 else ())
 
   @functools.cached_property
   def teachers(self) -> dict[str, Teacher]:
@@ -265,7 +266,7 @@ class Step:
     gradient_norm = optax.tree.norm(gradients)
 
     # The next parameters, each group by its own optimizer.
-    updates, opt_states = self.optimizer.update(gradients, state.opt_states, state.params, step=state.step)
+    updates, opt_states = self.optimizer.update(gradients, state.opt_states, state.params, step=state.step, source=source)
     if len(self.sources) > 1:  # what this step's objectives do not use stays as it is, moments and all
       used = self._used_by(batch, objectives)
       updates = jax.tree.map(lambda update, is_used: update if is_used else jnp.zeros_like(update), updates, used)
