@@ -13,7 +13,7 @@ ATTENDING = ("cross_attention", "merged_attention", "perceiver")  # the others: 
 def get_config(arg: str = "cross_attention"):
   """arg: the kind of fusion, or "question" for a model that is never shown the picture."""
   c = mmjax.config.base()
-  c.train.steps = 800
+  c.train.steps = 1600
   c.train.batch_size = 64  # pictures, with 4 questions each: every picture is encoded once
   c.data.sources.vqa = dict(name="easy_vqa", text="question", cache=True)
   c.data.image.size = 64
