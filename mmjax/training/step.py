@@ -98,7 +98,7 @@ class Step:
     steps = self._steps or in_steps(self.config.train.steps, steps=None, batch_size=self.config.train.batch_size,
                                     examples=self._examples)
     return make_optimizers(self.config, self.axes, self.params_spec, steps=steps, examples=self._examples,
-                           sources=self.sources if len(self.sources) > 1 else ())
+                           sources=self.sources)
 
   @functools.cached_property
   def teachers(self) -> dict[str, Teacher]:
