@@ -1,6 +1,6 @@
 """`mmjax data convert`: pictures, sounds and videos with texts from elsewhere into a data set, in parallel and resumable.
 
-  convert("folder", "photos/", "mine")     folder | jsonl | webdataset | parquet (see readers.py)
+  convert("folder", "photos/", "mine")     folder | jsonl | webdataset | parquet (see mmjax/data/readers)
 
 The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor the bytes depend on
 the number of workers. A finished shard is kept with its facts in DIR/NAME/converting-SPLIT/; after a kill, the same
@@ -31,9 +31,10 @@ from typing import Any
 from mmjax.config import UserError
 from mmjax.data import media
 from mmjax.data.builders import Record, _quiet_tfds, canonical, features, find_version, to_example
-from mmjax.data.builders.readers import Skip, open_reader
 from mmjax.data.builders.schema import check_fields
 from mmjax.data.image import Unreadable
+from mmjax.data.readers import open_reader
+from mmjax.data.readers.rows import Skip
 from mmjax.data.sources import local_data_dir
 from mmjax.files import write_whole
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
 
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
+from mmjax.data.readers.rows import MEDIA, Row, Skip, Where
 from mmjax.data.tars import captions_of, questions_of
 
-Row = tuple[str, Any]
 COLUMNS = {  # what a column may be called, most likely first
   "image": ("image", "file_name", "filename", "image_path", "file", "path", "img", "picture", "jpg", "png",
             "image_bytes", "bytes"),
@@ -26,29 +24,7 @@ COLUMNS = {  # what a column may be called, most likely first
   "label": ("label", "class", "category"),
   "language": ("language", "lang"),
 }
-
-
-MEDIA = ("image", "audio", "video")  # columns of these hold media
 TEXTS = ("caption", "question", "label")  # at least one of these is needed
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-  """Why a row is left out: a short reason that is counted, and what exactly was wrong."""
-  reason: str
-  detail: str = ""
-
-
-class Where(NamedTuple):
-  """A row of a folder or a table: {modality: file}, captions by language (None = in files beside it), label, questions.
-
-  `captioned`: the table has captions, so that a row without them is left out although it has a label.
-  """
-  media: dict[str, str]
-  captions: dict[str, list[str]] | None
-  label: str = ""
-  questions: tuple[tuple[str, str], ...] = ()
-  captioned: bool = True
 
 
 def read_table(path: str) -> Iterator[tuple[int, dict | Skip]]:
