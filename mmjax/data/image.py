@@ -1,7 +1,16 @@
 """Encoded picture -> uint8 [size, size, 3]: decoding, cropping, resizing, augmentation. NumPy and OpenCV, no JAX.
 
-`ImageTransform(config.data.image, train)` is what the pipeline calls. Decoding honours the EXIF orientation, composites
-transparency on white, takes the first frame, and brings grey, palette, 16-bit and CMYK pictures to 8-bit RGB.
+`ImageTransform(config.data.image, train)` is what the pipeline calls. A file is what its first bytes say, whatever its
+ending: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC (with the package pillow-heif). It becomes 8-bit RGB:
+
+  orientation     as EXIF, TIFF and HEIF say, so that the picture stands upright
+  transparency    composited on white: alpha channels, transparent colours of palettes and of RGB
+  16 and 12 bits  scaled to 8 (v * 255 / 65535, rounded for grey, cut for RGB, as Pillow does); 32 bits, floats and
+                  values with signs have no agreed white and are refused
+  grey, CMYK      as Pillow converts them, colour profiles ignored
+  several frames  the first frame of an animation, the first page of a TIFF
+  bytes after it  ignored (a phone's video behind a JPEG)
+
 Whatever cannot be decoded whole is `Unreadable`, and so is a picture whose header announces more than 100 megapixels:
 nothing of it is decoded.
 
@@ -20,7 +29,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from mmjax.config import UserError
 from mmjax.data.augment import Augment
@@ -29,7 +38,9 @@ from mmjax.data.resample import Box, resize_exact, resize_fast
 MAX_PIXELS = 100_000_000
 _KEEP = 1.5  # a JPEG is decoded smaller only while the crop stays this many times as large as the output
 _MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),
-          (b"BM", "BMP"))
+          (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"))
+_AVIF = (b"avif", b"avis")  # brands of an ISO file
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow warns from 89 megapixels on
 cv2.setNumThreads(0)  # pictures run in parallel, one a thread or process: threads of OpenCV would get in the way
@@ -171,11 +182,9 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _header(data: bytes) -> tuple[str, int, int]:
   """(format, height, width) without decoding. Raises Unreadable: unknown, cut within the header, too large."""
-  kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
-  if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-    kind = "WEBP"
+  kind = _kind(data)
   if kind is None:
-    raise Unreadable("empty file" if not data else "not a JPEG, PNG, WebP, GIF or BMP picture")
+    raise Unreadable("empty file" if not data else "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC picture")
   try:
     if kind == "JPEG":
       height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
@@ -184,7 +193,9 @@ def _header(data: bytes) -> tuple[str, int, int]:
     elif kind == "WEBP":
       width, height = _webp_size(data)
     else:
-      width, height = Image.open(io.BytesIO(data), formats=[kind]).size
+      width, height = _open(data, kind).size
+  except Unreadable:
+    raise
   except Exception as error:  # a decoder may raise anything on bytes from anywhere
     raise Unreadable(f"broken or cut {kind} header{_detail(error)}") from error
   if height * width > MAX_PIXELS:
@@ -193,6 +204,47 @@ def _header(data: bytes) -> tuple[str, int, int]:
   if height < 1 or width < 1:
     raise Unreadable(f"{kind} without pixels ({width} x {height})")
   return kind, height, width
+
+
+def _kind(data: bytes) -> str | None:
+  """The format by the first bytes, by Pillow's name; None = none that is read."""
+  if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+    return "WEBP"
+  if data[4:8] == b"ftyp":
+    length = min(int.from_bytes(data[:4], "big"), 256)
+    brands = [data[8:12], *(data[at:at + 4] for at in range(16, length, 4))]
+    if any(brand in _AVIF for brand in brands):
+      return "AVIF"
+    return "HEIF" if brands[0] in _HEIF else None
+  return next((name for magic, name in _MAGIC if data.startswith(magic)), None)
+
+
+def _open(data: bytes, kind: str) -> Image.Image:
+  """The picture, not decoded yet. Raises Unreadable: no decoder is installed, a TIFF of huge tiles; what Pillow raises."""
+  if kind == "HEIF":
+    try:
+      import pillow_heif
+    except ImportError as error:
+      raise Unreadable("a HEIC picture; reading these needs pillow-heif: pip install 'mmjax[heic]'") from error
+    pillow_heif.options.DECODE_THREADS = 1
+    pillow_heif.register_heif_opener(thumbnails=False)
+  if kind == "AVIF":
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+  picture = Image.open(io.BytesIO(data), formats=[kind])
+  if kind == "TIFF" and picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0) > MAX_PIXELS:  # of a tile
+    raise Unreadable(f"TIFF whose tiles have more than {MAX_PIXELS // 10**6} megapixels")
+  return picture
+
+
+def _png_end(data: bytes) -> int:
+  """Where the last chunk of a PNG ends; 0 where it has no end."""
+  at = 8
+  while at + 12 <= len(data):
+    length, name = struct.unpack(">I4s", data[at:at + 8])
+    at += length + 12
+    if name == b"IEND":
+      return at
+  return 0
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -223,23 +275,37 @@ def _decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.nda
 
 def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
   """(RGB uint8 [H, W, 3], EXIF orientation) of the first frame."""
-  if kind == "PNG" and b"IEND" not in data[-1024:]:
+  if kind == "PNG" and not _png_end(data):
     raise Unreadable("truncated PNG (its end is missing)")
   try:
-    image = Image.open(io.BytesIO(data), formats=[kind])
+    image = _open(data, kind)
     image.load()
     orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
-    if image.mode.startswith("I;16"):
-      grey = np.asarray(image).astype(np.uint32)
-      return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2), orientation
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-      image = image.convert("RGBA")
-      white = Image.new("RGB", image.size, "white")
-      white.paste(image, mask=image.getchannel("A"))
-      image = white
-    return np.asarray(image.convert("RGB")), orientation
+    return to_rgb(image), orientation
+  except Unreadable:
+    raise
   except Exception as error:  # as above
-    raise Unreadable(f"truncated {kind}" if "truncated" in str(error) else f"broken {kind}{_detail(error)}") from error
+    cut = any(word in str(error).lower() for word in ("truncated", "end of file"))
+    raise Unreadable(f"truncated {kind}" if cut else f"broken {kind}{_detail(error)}") from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+  """RGB uint8 [H, W, 3] of a picture of any mode, as the module's docstring says; not turned. Raises Unreadable."""
+  if image.mode.startswith("I;16"):
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF: 12 or 16
+    white = (1 << bits) - 1
+    grey = np.asarray(image).astype(np.uint32)
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF whose 0 is white
+      grey = white - np.minimum(grey, white)
+    return np.repeat(((grey * 255 + white // 2) // white).astype(np.uint8)[..., None], 3, axis=2)
+  if image.mode in ("I", "F"):
+    raise Unreadable(f"a picture of 32 bits a channel or with signs ({image.mode}): which value is white? Save it with 8 or 16 bits")
+  if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    image = white
+  return np.asarray(image.convert("RGB"))
 
 
 def _orientation(data: bytes) -> int:

@@ -11,17 +11,37 @@ from mmjax.data import image
 from mmjax.data.image import Unreadable
 
 ENDINGS = {  # small, without the dot; a GIF counts as a picture, of which its first frame is used
-  "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp"),
-  "audio": ("wav", "flac", "ogg", "oga", "opus", "mp3"),
-  "video": ("mp4", "m4v", "mkv", "webm", "mov", "avi"),
+  "image": ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
+  "audio": ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "m4b", "aac", "aif", "aiff", "au", "caf", "wma", "mka"),
+  "video": ("mp4", "m4v", "mkv", "webm", "mov", "avi", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "mts", "m2ts"),
+}
+UNREAD = {  # media that nothing here decodes: a file of these is left out, counted and named
+  "image": ("svg", "svgz", "jxl", "jp2", "j2k", "ico", "icns", "psd", "xcf", "eps", "tga", "dds", "exr", "hdr", "ppm", "pgm",
+            "pbm", "pnm", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "raw", "dcm"),
+  "audio": ("mid", "midi", "amr", "ape", "wv", "spx", "ac3", "dsf", "ra", "sph"),
+  "video": ("ts", "vob", "rm", "rmvb", "mxf", "asf", "divx", "y4m", "swf"),
 }
 WORDS = {"image": "picture", "audio": "sound", "video": "video", "series": "sensor series", "text": "text"}
 
 
-def modality_of(name: str | os.PathLike) -> str | None:
-  """"image", "audio" or "video" by the ending of a file name; None for any other."""
-  ending = os.fspath(name).rpartition(".")[2].lower()
-  return next((modality for modality, endings in ENDINGS.items() if ending in endings), None)
+def modality_of(name: str | os.PathLike, column: str = "") -> str | None:
+  """"image", "audio" or "video" by the ending of a file name; None for any other.
+
+  column: the modality of the column that names it, "" = none. It decides where the ending says nothing, and a video in a
+  column of sounds is its sound track.
+  """
+  found = _by_ending(name, ENDINGS)
+  return column if column and (found is None or (column, found) == ("audio", "video")) else found
+
+
+def unread_modality_of(name: str | os.PathLike) -> str | None:
+  """What kind of media a file is, by an ending that is known but not read (.svg, .jxl, .mid); None for any other."""
+  return _by_ending(name, UNREAD)
+
+
+def _by_ending(name: str | os.PathLike, table: Mapping[str, tuple[str, ...]]) -> str | None:
+  ending = os.path.splitext(os.fspath(name))[1][1:].lower()
+  return next((modality for modality, endings in table.items() if ending in endings), None)
 
 
 def media_key(record: Mapping[str, Any]) -> int:

@@ -31,10 +31,10 @@ import numpy as np
 
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.data.media import ENDINGS, media_key
+from mmjax.data.media import ENDINGS, media_key, unread_modality_of
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
-_VERSION = 2  # of the index files
+_VERSION = 3  # of the index files
 _PLACES = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.places
 _NEAR = 1 << 16  # bytes between members of a key that are read in vain rather than asked for one by one
 _KINDS = {"txt": "txt", "json": "json", "cls": "cls", **{ending: name for name, endings in ENDINGS.items() for ending in endings}}
@@ -272,6 +272,8 @@ def _scan(path: str, size: int) -> TarIndex:
           skipped.append((name, "pickle"))
         what = _KINDS.get(kind)
         if what is None or not stem:
+          if unread_modality_of(name):
+            skipped.append((name, "format not read"))
           continue
         column = _PLACES.index(what)
         if member.offset_data + member.size > size:

@@ -25,7 +25,6 @@ from mmjax.data.text import text_key
 from mmjax.inference.predictor import Predictor, in_threads
 
 FILES = {modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()}
-FILES["image"] += (".tif", ".tiff")
 _NOUNS = {"image": "pictures", "audio": "sounds", "video": "videos", "series": "series"}
 Index = dict[str, np.ndarray]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 
+import cv2
 import numpy as np
+import pillow_heif
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -16,6 +19,7 @@ from mmjax.data import augment, image
 from mmjax.data.augment import Augment
 from mmjax.data.resample import resize_exact, resize_fast
 
+pillow_heif.register_heif_opener()
 PHOTOS = ("astronaut", "chelsea", "coffee")
 
 
@@ -58,6 +62,10 @@ FORMATS = {
   "png-rgb-transparent": encode(SMALL, "PNG", transparency=SMALL.getpixel((0, 0))),
   "webp": encode(SMALL, "WEBP"), "webp-lossless-alpha": encode(with_alpha(SMALL), "WEBP", lossless=True),
   "gif": encode(SMALL, "GIF"), "bmp": encode(SMALL, "BMP"),
+  "tiff": encode(SMALL, "TIFF"), "tiff-lzw-cmyk": encode(SMALL.convert("CMYK"), "TIFF", compression="tiff_lzw"),
+  "tiff-alpha": encode(with_alpha(SMALL), "TIFF"), "tiff-big": encode(SMALL, "TIFF", big_tiff=True),
+  "avif": encode(SMALL, "AVIF", quality=90), "avif-alpha": encode(with_alpha(SMALL), "AVIF", quality=90),
+  "heic": encode(SMALL, "HEIF", quality=90), "heic-alpha": encode(with_alpha(SMALL), "HEIF", quality=90),
 }
 
 
@@ -76,9 +84,77 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
   assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
+DEEP = np.kron(np.random.default_rng(0).integers(0, 65536, (6, 8, 3)).astype(np.uint16), np.ones((4, 4, 1), np.uint16))
+
+
+def tiff(pixels, **options) -> bytes:
+  out = io.BytesIO()
+  tifffile.imwrite(out, pixels, **options)
+  return out.getvalue()
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_sixteen_bit_tiffs_are_scaled_whichever_end_is_white(photometric):
+  grey = DEEP[..., 0] if photometric == "minisblack" else 65535 - DEEP[..., 0]
+  pixels = image.decode(tiff(DEEP[..., 0], photometric=photometric))
+  assert np.abs(pixels[..., 0] - grey / 257.0).max() <= 0.5 + 1e-6
+
+
+def test_sixteen_bit_colours_are_scaled_and_their_alpha_is_on_white():
+  deep, alpha = np.dstack([DEEP, DEEP[..., :1]]), DEEP[..., :1] / 65535
+  pngs = [cv2.imencode(".png", pixels)[1].tobytes() for pixels in (DEEP[..., ::-1], deep[..., [2, 1, 0, 3]])]
+  for plain in (pngs[0], tiff(DEEP, photometric="rgb")):
+    assert np.abs(image.decode(plain) - DEEP / 257.0).max() < 1
+  for clear in (pngs[1], tiff(deep, photometric="rgb", extrasamples=["unassalpha"])):
+    assert np.abs(image.decode(clear) - (DEEP / 257.0 * alpha + 255 * (1 - alpha))).max() < 2
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.int16])
+def test_a_picture_without_an_agreed_white_is_refused(kind):
+  with pytest.raises(image.Unreadable, match="which value is white"):
+    image.decode(tiff(DEEP[..., 0].astype(kind)))
+
+
+def test_the_first_page_of_a_tiff_is_taken():
+  pages = np.stack([DEEP >> 8, 255 - (DEEP >> 8)]).astype(np.uint8)
+  np.testing.assert_array_equal(image.decode(tiff(pages, photometric="rgb")), pages[0])
+
+
+def test_a_tiff_of_huge_tiles_is_refused_before_it_is_decoded():
+  data = bytearray(tiff((DEEP >> 8).astype(np.uint8), photometric="rgb", tile=(16, 16)))
+  for tag in (322, 323):  # width and length of a tile
+    at = data.index(tag.to_bytes(2, "little")) + 2
+    data[at:at + 10] = (4).to_bytes(2, "little") + (1).to_bytes(4, "little") + (1 << 15).to_bytes(4, "little")
+  with pytest.raises(image.Unreadable, match="tiles"):
+    image.decode(bytes(data))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_after_the_end_of_a_picture_are_ignored(name):
+  want = image.decode(FORMATS[name])
+  for junk in (b"\0", b"a film" * 2000):
+    np.testing.assert_array_equal(image.decode(FORMATS[name] + junk), want)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_tiff_avif_and_heic_is_honoured(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  want = image.decode(encode(SMALL, "PNG", exif=exif.tobytes()))
+  assert difference(image.decode(encode(SMALL, "TIFF", tiffinfo={0x0112: orientation})), want) < 0.5
+  for kind in ("AVIF", "HEIF"):
+    assert difference(image.decode(encode(SMALL, kind, quality=95, exif=exif.tobytes())), want) < 4
+
+
+def test_heic_without_its_package_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+  with pytest.raises(image.Unreadable, match=r"mmjax\[heic\]"):
+    image.decode(FORMATS["heic"])
+
+
 def test_the_first_frame_of_an_animation_is_taken():
   frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
-  for kind in ("GIF", "WEBP"):
+  for kind in ("GIF", "WEBP", "AVIF"):
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
     assert difference(image.decode(data), np.full((10, 20, 3), (255, 0, 0))) < 3
 
@@ -101,7 +177,7 @@ def test_a_turned_jpeg_gives_the_crop_of_the_upright_one():
   assert difference(a, b) < 2
 
 
-@pytest.mark.parametrize("name", ["jpeg", "jpeg-cmyk", "png", "png-alpha", "webp", "webp-lossless-alpha", "gif", "bmp"])
+@pytest.mark.parametrize("name", ["jpeg", "jpeg-cmyk", "png", "png-alpha", "webp", "webp-lossless-alpha", "gif", "bmp", "tiff", "avif", "heic"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.98])
 def test_a_cut_file_is_refused(name, share):
   data = FORMATS[name]
@@ -122,7 +198,7 @@ def test_damaged_bytes_decode_or_are_unreadable_but_nothing_else(name, place, ju
     assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBP", b"\0" * 100])
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBP", b"II*\0", b"\0\0\0\x18ftypavif", b"\0\0\0\x18ftypheic", b"\0\0\0\x18ftypisom", b"\0" * 100])
 def test_what_is_no_picture_is_unreadable(data):
   with pytest.raises(image.Unreadable):
     image.decode(data)
@@ -141,7 +217,14 @@ def test_more_than_100_megapixels_are_refused_from_the_header(monkeypatch):
   webp, gif, bmp = bytearray(FORMATS["webp"]), bytearray(FORMATS["gif"]), bytearray(FORMATS["bmp"])
   webp[26:30] = gif[6:10] = (12000).to_bytes(2, "little") * 2
   bmp[18:26] = (12000).to_bytes(4, "little") * 2
-  for data in (png, jpeg, webp, gif, bmp):
+  tif, heic, avif = bytearray(FORMATS["tiff"]), bytearray(FORMATS["heic"]), bytearray(FORMATS["avif"])
+  for tag in (256, 257):  # width and height
+    at = tif.index(tag.to_bytes(2, "little") + (4).to_bytes(2, "little")) + 8
+    tif[at:at + 4] = (12000).to_bytes(4, "little")
+  for data in (heic, avif):
+    for at in [n for n in range(len(data)) if data[n:n + 4] == b"ispe"]:
+      data[at + 8:at + 16] = (12000).to_bytes(4, "big") * 2
+  for data in (png, jpeg, webp, gif, bmp, tif, heic, avif):
     with pytest.raises(image.Unreadable, match="megapixels"):
       image.decode(bytes(data))
 
