@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
+from mmjax.models.pooling import keep_rows
 
 Array = jax.Array
 
@@ -18,6 +19,7 @@ Array = jax.Array
 class SingleEncoder(nn.Module):
   """Exactly one encoder, and heads for what it was trained with. `embedding` is its pooled output, of length one.
 
+  `projected`: the pooled output goes through a linear layer to `width` channels first, as CLIP's towers have it.
   `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it has a layer norm before it.
   `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
   """
@@ -29,6 +31,8 @@ class SingleEncoder(nn.Module):
   activation: str = "gelu"
   eps: float = 1e-12
   classifier_norm: bool = False
+  projected: bool = False
+  projection_bias: bool = False
 
   shared_methods = ("temperature",)  # methods whose result does not depend on examples
 
@@ -38,6 +42,8 @@ class SingleEncoder(nn.Module):
     if self.classes:
       self.classifier = (NormedClassifier(self.classes, self.eps) if self.classifier_norm
                          else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02)))
+    if self.projected:
+      self.projection = Dense((self.width,), ("embed", "joint"), jnp.float32, nn.initializers.lecun_normal(), self.projection_bias)
     if self.masked_tokens:
       self.masked_head = MaskedTokenHead(self.activation, self.eps)
 
@@ -60,10 +66,15 @@ class SingleEncoder(nn.Module):
 
   def embedding(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Array:
     """float32 [B, width] of length 1; zeros for a row where the modality is missing."""
-    x = self.encode(modality, batch, train=train).pooled.astype(jnp.float32)
+    x = self._pooled(modality, batch, train).astype(jnp.float32)
     if x.shape[-1] != self.width:
       raise UserError(f"model.width is {self.width}, but the encoder of {modality} gives {x.shape[-1]} channels. Set it to that")
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+  def _pooled(self, modality: str, batch: Mapping[str, Any], train: bool) -> Array:
+    """[B, width]: the pooled output, projected if the model does so."""
+    encoded = self.encode(modality, batch, train=train)
+    return keep_rows(self.projection(encoded.pooled), encoded.mask) if self.projected else encoded.pooled
 
   def temperature(self) -> tuple[Array, Array]:
     """(1, 0), float32 scalars: a single encoder compares by the cosine itself."""
@@ -74,7 +85,7 @@ class SingleEncoder(nn.Module):
     if not self.classes:
       raise UserError("this model has no classifier: set model.classes")
     (modality,) = modalities
-    return self.classifier(self.encode(modality, batch, train=train).pooled)
+    return self.classifier(self._pooled(modality, batch, train))
 
   def readout(self, modality: str, batch: Mapping[str, Any], *, context: tuple[str, ...] = (),
               train: bool = False) -> tuple[Array, Array, Array]:
@@ -115,12 +126,14 @@ class MaskedTokenHead(nn.Module):
 
 
 def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
-            classes: int = 0, classifier_norm: bool = False, masked_tokens: bool = False) -> SingleEncoder:
+            classes: int = 0, classifier_norm: bool = False, masked_tokens: bool = False, projection: bool = False,
+            projection_bias: bool = False) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.
   classes: outputs of a linear classifier; 0 = none. classifier_norm: a layer norm before it, as AST has.
   masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text alone).
+  projection: a linear layer from the pooled output to `width` channels; projection_bias: it has a bias.
   """
   if len(encoders) != 1:
     raise UserError(f"model.name 'encoder' takes exactly one encoder, but model.encoders has {', '.join(sorted(encoders)) or 'none'}")
@@ -130,4 +143,5 @@ def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precisio
   if classifier_norm and not hasattr(module, "config"):
     raise UserError(f"model.classifier_norm needs an encoder that is a transformer, not {type(module).__name__}")
   settings = dict(activation=module.config.activation, eps=module.config.eps) if masked_tokens or classifier_norm else {}
-  return SingleEncoder(dict(encoders), width, classes, masked_tokens, classifier_norm=classifier_norm, **settings)
+  return SingleEncoder(dict(encoders), width, classes, masked_tokens, classifier_norm=classifier_norm,
+                       projected=projection, projection_bias=projection_bias, **settings)

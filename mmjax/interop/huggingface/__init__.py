@@ -22,9 +22,15 @@ from mmjax.interop.huggingface import mapping, preprocessing, single
 from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
-FAMILIES = ("clip", "siglip", "siglip2", "bert", "vit", "resnet", "swin", "whisper", AST)
+FAMILIES = {  # model_type -> the module of this package that reads and writes it
+  **{name: name for name in ("clip", "siglip", "siglip2", "bert", "vit", "resnet", "swin", "whisper")}, AST: "ast",
+  **{f"{tower}_model": tower for tower in ("clip_vision", "clip_text", "siglip_vision", "siglip_text")},
+}
 DUAL = ("clip", "siglip")  # those that hold two encoders
-ALONE = {"bert": "bert", "vit": "vit", "resnet": "resnet", "swin": "swin", "ast": AST}  # the encoder's kind -> its family
+ALONE = {  # an encoder's kind -> the families that it alone may be
+  "bert": ("bert",), "transformer": ("clip_text_model", "siglip_text_model"), "vit": ("vit", "clip_vision_model", "siglip_vision_model"),
+  "resnet": ("resnet",), "swin": ("swin",), "ast": (AST,),
+}
 
 
 def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -114,14 +120,14 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
 def _family(model_type: str, where: Path) -> ModuleType:
   if model_type not in FAMILIES:
     raise UserError(f"{where / 'config.json'}: model_type {model_type!r} is not known here; there are: {', '.join(FAMILIES)}")
-  return importlib.import_module(f"mmjax.interop.huggingface.{'ast' if model_type == AST else model_type}")
+  return importlib.import_module(f"mmjax.interop.huggingface.{FAMILIES[model_type]}")
 
 
 def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   """The family whose architecture the config has. Raises UserError naming what stands in the way of the nearest one."""
   name = config["model"]["name"]
   kinds = {modality: encoder["kind"] for modality, encoder in config["model"]["encoders"].items()}
-  candidates = [ALONE[kind] for kind in kinds.values() if kind in ALONE] if name == "encoder" else []
+  candidates = [family for kind in kinds.values() for family in ALONE.get(kind, ())] if name == "encoder" else []
   if name == "dual_encoder" and kinds == {"image": "vit", "text": "transformer"}:
     candidates = DUAL
   if name == "dual_encoder" and kinds == {"image": "naflex", "text": "transformer"}:

@@ -45,7 +45,7 @@ def towers(facts: Mapping[str, Any], text_defaults: Mapping, vision_defaults: Ma
 def block_settings(tower: Mapping[str, Any], where: str) -> dict[str, Any]:
   """The settings that both of our transformers share. Raises UserError for an activation that is not here."""
   if tower["hidden_act"] not in ACTIVATIONS:
-    raise UserError(f"{where}.hidden_act {tower['hidden_act']!r} is not supported; there are: {', '.join(ACTIVATIONS)}")
+    raise UserError(f"{where}hidden_act {tower['hidden_act']!r} is not supported; there are: {', '.join(ACTIVATIONS)}")
   return dict(width=tower["hidden_size"], depth=tower["num_hidden_layers"], heads=tower["num_attention_heads"],
               mlp=tower["intermediate_size"], activation=ACTIVATIONS[tower["hidden_act"]], eps=tower["layer_norm_eps"])
 
@@ -58,28 +58,33 @@ def square(value: Any, what: str) -> int:
   return int(sides[0])
 
 
-def vision_settings(vision: Mapping[str, Any]) -> dict[str, Any]:
+def vision_settings(vision: Mapping[str, Any], where: str = "vision_config.") -> dict[str, Any]:
+  """The settings of a tower of pictures; `where` stands before names in errors."""
   if vision["num_channels"] != 3:
-    raise UserError(f"vision_config.num_channels is {vision['num_channels']}, but pictures have 3 here")
-  patch, size = square(vision["patch_size"], "vision_config.patch_size"), square(vision["image_size"], "vision_config.image_size")
+    raise UserError(f"{where}num_channels is {vision['num_channels']}, but pictures have 3 here")
+  patch, size = square(vision["patch_size"], f"{where}patch_size"), square(vision["image_size"], f"{where}image_size")
   return dict(kind="vit", patch=patch, crop_edge=bool(size % patch), positions="learned", stem="patch", norm="pre",
-              final_norm=True, bias=True, **block_settings(vision, "vision_config"))
+              final_norm=True, bias=True, **block_settings(vision, where))
+
+
+def text_settings(text: Mapping[str, Any], where: str = "text_config.") -> dict[str, Any]:
+  """The settings of a tower of texts; `where` stands before names in errors."""
+  eos = text["eos_token_id"]
+  if isinstance(eos, (list, tuple)):
+    raise UserError(f"{where}eos_token_id is {eos}, but one token is needed for pooling")
+  pooling = dict(pooling="highest") if eos == LEGACY_EOS else dict(pooling="eos", eos_id=eos)
+  return dict(kind="transformer", causal=True, norm="pre", final_norm=True, bias=True, **pooling, **block_settings(text, where))
 
 
 def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """{"model": ..., "image_size": int, "text": settings of data.text} of a config.json."""
   text, vision = towers(facts, TEXT, VISION)
-  eos = text["eos_token_id"]
-  if isinstance(eos, (list, tuple)):
-    raise UserError(f"text_config.eos_token_id is {eos}, but one token is needed for pooling")
-  pooling = dict(pooling="highest") if eos == LEGACY_EOS else dict(pooling="eos", eos_id=eos)
   model = dict(
       name="dual_encoder", width={**TOP, **facts}["projection_dim"], projection_bias=False, bias=False,
       scale_init=float(np.exp(facts.get("logit_scale_init_value", 2.6592))), scale_max=scale_limit(tensors, 100.0),
       encoders=dict(
           image=dict(pooling="class", input_norm=True, patch_bias=False, **vision_settings(vision)),
-          text=dict(kind="transformer", causal=True, norm="pre", final_norm=True, bias=True, **pooling,
-                    **block_settings(text, "text_config"))))
+          text=text_settings(text)))
   return dict(model=model, image_size=square(vision["image_size"], "vision_config.image_size"),
               text=dict(vocab_size=text["vocab_size"], length=text["max_position_embeddings"]))
 
@@ -94,44 +99,62 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
   """The weights of a CLIPModel."""
   image, text = config["model"]["encoders"]["image"], config["model"]["encoders"]["text"]
   return [
-    mapping.same("image/class", "vision_model.embeddings.class_embedding"),
-    mapping.patches("image/patch/kernel", "vision_model.embeddings.patch_embedding.weight", image["patch"]),
-    mapping.same("image/position", "vision_model.embeddings.position_embedding.weight"),
-    *mapping.norm("image/input_norm", "vision_model.pre_layrnorm"),
-    *mapping.blocks("image/layers", "vision_model.encoder.layers", image["heads"], image["depth"]),
-    *mapping.norm("image/norm", "vision_model.post_layernorm"),
-    *mapping.linear("image_projection", "visual_projection", bias=False),
-    mapping.same("text/embedding", "text_model.embeddings.token_embedding.weight"),
-    mapping.same("text/position", "text_model.embeddings.position_embedding.weight"),
-    *mapping.blocks("text/layers", "text_model.encoder.layers", text["heads"], text["depth"]),
-    *mapping.norm("text/norm", "text_model.final_layer_norm"),
-    *mapping.linear("text_projection", "text_projection", bias=False),
+    *image_rules(image, "vision_model."), *mapping.linear("image_projection", "visual_projection", bias=False),
+    *text_rules(text, "text_model."), *mapping.linear("text_projection", "text_projection", bias=False),
     mapping.scalar("log_scale", "logit_scale", ()),
   ]
 
 
+def image_rules(image: Mapping[str, Any], theirs: str = "") -> list[Rule]:
+  """The weights of the tower of pictures, whose names begin with `theirs`."""
+  return [
+    mapping.same("image/class", f"{theirs}embeddings.class_embedding"),
+    mapping.patches("image/patch/kernel", f"{theirs}embeddings.patch_embedding.weight", image["patch"]),
+    mapping.same("image/position", f"{theirs}embeddings.position_embedding.weight"),
+    *mapping.norm("image/input_norm", f"{theirs}pre_layrnorm"),
+    *mapping.blocks("image/layers", f"{theirs}encoder.layers", image["heads"], image["depth"]),
+    *mapping.norm("image/norm", f"{theirs}post_layernorm"),
+  ]
+
+
+def text_rules(text: Mapping[str, Any], theirs: str = "") -> list[Rule]:
+  """The weights of the tower of texts, whose names begin with `theirs`."""
+  return [
+    mapping.same("text/embedding", f"{theirs}embeddings.token_embedding.weight"),
+    mapping.same("text/position", f"{theirs}embeddings.position_embedding.weight"),
+    *mapping.blocks("text/layers", f"{theirs}encoder.layers", text["heads"], text["depth"]),
+    *mapping.norm("text/norm", f"{theirs}final_layer_norm"),
+  ]
+
+
 def block_refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
-  """(key, value, what transformers can express) of the settings that CLIP and SigLIP share."""
-  encoders = config["model"]["encoders"]
-  image, text = encoders["image"], encoders["text"]
-  checks = [("model.encoders.image.positions", image["positions"], ("learned",)),
-            ("model.encoders.image.stem", image["stem"], ("patch",)), ("model.unprojected", "text" in config["model"]["unprojected"], (False,))]
-  for modality, encoder in (("image", image), ("text", text)):
-    checks += [(f"model.encoders.{modality}.{key}", encoder[key], (value,))
-               for key, value in (("norm", "pre"), ("final_norm", True), ("bias", True))]
+  """(key, value, what transformers can express) of the settings that the towers of CLIP and SigLIP share."""
+  checks = []
+  for modality, encoder in config["model"]["encoders"].items():
+    wanted = dict(norm="pre", final_norm=True, bias=True)
+    if modality == "image":
+      wanted.update(positions="learned", stem="patch", pooler=False)
+    checks += [(f"model.encoders.{modality}.{key}", encoder[key], (value,)) for key, value in wanted.items()]
   return checks
+
+
+def image_refusals(image: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
+  """What CLIP's tower of pictures must have beside."""
+  wanted = dict(pooling="class", input_norm=True, patch_bias=False)
+  return [(f"model.encoders.image.{key}", image[key], (value,)) for key, value in wanted.items()]
+
+
+def text_refusals(text: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
+  """What CLIP's tower of texts must have beside."""
+  poolings = ("eos", "highest") if text["eos_id"] != LEGACY_EOS else ("highest",)
+  return [("model.encoders.text.pooling", text["pooling"], poolings), ("model.encoders.text.causal", text["causal"], (True,))]
 
 
 def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   """(key, value, values that would do) of what a CLIPModel must have."""
-  model, image, text = config["model"], config["model"]["encoders"]["image"], config["model"]["encoders"]["text"]
-  poolings = ("eos", "highest") if text["eos_id"] != LEGACY_EOS else ("highest",)
-  return [("model.encoders.image.pooling", image["pooling"], ("class",)),
-          ("model.encoders.text.pooling", text["pooling"], poolings),
-          ("model.encoders.text.causal", text["causal"], (True,)),
-          ("model.encoders.image.input_norm", image["input_norm"], (True,)),
-          ("model.encoders.image.patch_bias", image["patch_bias"], (False,)),
-          ("model.unprojected", "image" in model["unprojected"], (False,)),
+  model = config["model"]
+  return [*image_refusals(model["encoders"]["image"]), *text_refusals(model["encoders"]["text"]),
+          ("model.unprojected", tuple(model["unprojected"]), ((),)),
           ("model.projection_bias", model["projection_bias"], (False,)), ("model.bias", model["bias"], (False,)),
           *block_refusals(config)]
 
@@ -144,15 +167,24 @@ def tower_facts(encoder: Mapping[str, Any], model_type: str) -> dict[str, Any]:
               layer_norm_eps=encoder["eps"], attention_dropout=0.0)
 
 
+def image_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The config.json of the tower of pictures alone."""
+  image = config["model"]["encoders"]["image"]
+  return dict(tower_facts(image, "clip_vision_model"), image_size=config["data"]["image"]["size"], patch_size=image["patch"],
+              num_channels=3, projection_dim=config["model"]["width"])
+
+
+def text_facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
+  """The config.json of the tower of texts alone. special: the tokenizer's pad_token_id, bos_token_id and eos_token_id."""
+  text, data = config["model"]["encoders"]["text"], config["data"]["text"]
+  eos = LEGACY_EOS if text["pooling"] == "highest" else text["eos_id"]
+  return dict(tower_facts(text, "clip_text_model"), vocab_size=data["vocab_size"], max_position_embeddings=data["length"],
+              projection_dim=config["model"]["width"], **{**special, "eos_token_id": eos})
+
+
 def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
-  """The config.json of a CLIPModel. special: the tokenizer's pad_token_id, bos_token_id and eos_token_id."""
-  encoders, data = config["model"]["encoders"], config["data"]
-  eos = LEGACY_EOS if encoders["text"]["pooling"] == "highest" else encoders["text"]["eos_id"]
-  width = config["model"]["width"]
+  """The config.json of a CLIPModel. special: as in `text_facts`."""
   return dict(
-      model_type="clip", architectures=[ARCHITECTURE], projection_dim=width, torch_dtype="float32",
+      model_type="clip", architectures=[ARCHITECTURE], projection_dim=config["model"]["width"], torch_dtype="float32",
       logit_scale_init_value=math.log(config["model"]["scale_init"]),
-      text_config=dict(tower_facts(encoders["text"], "clip_text_model"), vocab_size=data["text"]["vocab_size"],
-                       max_position_embeddings=data["text"]["length"], projection_dim=width, **{**special, "eos_token_id": eos}),
-      vision_config=dict(tower_facts(encoders["image"], "clip_vision_model"), image_size=data["image"]["size"],
-                         patch_size=encoders["image"]["patch"], num_channels=3, projection_dim=width))
+      text_config=text_facts(config, special), vision_config=image_facts(config))

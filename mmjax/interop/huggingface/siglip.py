@@ -46,54 +46,75 @@ def model(text: Mapping[str, Any], vision: Mapping[str, Any], image: dict[str, A
       name="dual_encoder", width=width, unprojected=("image",), projection_bias=True, bias=True, bias_init=-10.0,
       scale_init=10.0, scale_max=clip.scale_limit(tensors, 1e4),
       encoders=dict(image=image, text=dict(kind="transformer", causal=False, norm="pre", final_norm=True, bias=True, pooling="final",
-                                           **clip.block_settings(text, "text_config"))))
+                                           **clip.block_settings(text, "text_config."))))
 
 
 def rules(config: Mapping[str, Any]) -> list[Rule]:
   """The weights of a SiglipModel."""
-  patch = config["model"]["encoders"]["image"]["patch"]
-  return [mapping.patches("image/patch/kernel", "vision_model.embeddings.patch_embedding.weight", patch),
-          mapping.same("image/patch/bias", "vision_model.embeddings.patch_embedding.bias"), *after_patches(config)]
+  return [*patch_rules(config["model"]["encoders"]["image"], "vision_model."), *after_patches(config)]
 
 
 def after_patches(config: Mapping[str, Any]) -> list[Rule]:
   """All the weights but those of the patches."""
   image, text = config["model"]["encoders"]["image"], config["model"]["encoders"]["text"]
+  return [*image_rules(image, "vision_model."), *clip.text_rules(text, "text_model."),
+          *mapping.linear("text_projection", "text_model.head"),
+          mapping.scalar("log_scale", "logit_scale", (1,)), mapping.scalar("bias", "logit_bias", (1,))]
+
+
+def patch_rules(image: Mapping[str, Any], theirs: str = "") -> list[Rule]:
+  """The weights of the patches of a tower whose names begin with `theirs`."""
+  return [mapping.patches("image/patch/kernel", f"{theirs}embeddings.patch_embedding.weight", image["patch"]),
+          mapping.same("image/patch/bias", f"{theirs}embeddings.patch_embedding.bias")]
+
+
+def image_rules(image: Mapping[str, Any], theirs: str = "") -> list[Rule]:
+  """The other weights of the tower of pictures."""
   return [
-    mapping.same("image/position", "vision_model.embeddings.position_embedding.weight"),
-    *mapping.blocks("image/layers", "vision_model.encoder.layers", image["heads"], image["depth"]),
-    *mapping.norm("image/norm", "vision_model.post_layernorm"),
-    *mapping.attention_pool("image/pool", "vision_model.head", image["heads"]),
-    mapping.same("text/embedding", "text_model.embeddings.token_embedding.weight"),
-    mapping.same("text/position", "text_model.embeddings.position_embedding.weight"),
-    *mapping.blocks("text/layers", "text_model.encoder.layers", text["heads"], text["depth"]),
-    *mapping.norm("text/norm", "text_model.final_layer_norm"),
-    *mapping.linear("text_projection", "text_model.head"),
-    mapping.scalar("log_scale", "logit_scale", (1,)),
-    mapping.scalar("bias", "logit_bias", (1,)),
+    mapping.same("image/position", f"{theirs}embeddings.position_embedding.weight"),
+    *mapping.blocks("image/layers", f"{theirs}encoder.layers", image["heads"], image["depth"]),
+    *mapping.norm("image/norm", f"{theirs}post_layernorm"),
+    *(mapping.attention_pool("image/pool", f"{theirs}head", image["heads"]) if image["pooling"] == "attention" else ()),
   ]
 
 
 def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   """(key, value, values that would do) of what a SiglipModel must have."""
-  model, image, text = config["model"], config["model"]["encoders"]["image"], config["model"]["encoders"]["text"]
-  poolings = ("final",) if config["data"]["text"]["mask_padding"] else ("final", "last")
-  return [("model.encoders.image.pooling", image["pooling"], ("attention",)),
-          ("model.encoders.text.pooling", text["pooling"], poolings),
-          ("model.encoders.text.causal", text["causal"], (False,)),
-          ("model.encoders.image.input_norm", image["input_norm"], (False,)),
-          ("model.encoders.image.patch_bias", image["patch_bias"], (True,)),
+  model, image = config["model"], config["model"]["encoders"]["image"]
+  return [("model.encoders.image.pooling", image["pooling"], ("attention",)), *image_refusals(image),
+          *text_refusals(model["encoders"]["text"], config["data"]["text"]["mask_padding"]),
           ("model.unprojected", tuple(model["unprojected"]), (("image",),)),
           ("model.projection_bias", model["projection_bias"], (True,)), ("model.bias", model["bias"], (True,)),
           *clip.block_refusals(config)]
 
 
+def image_refusals(image: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
+  """What SigLIP's tower of pictures must have beside."""
+  wanted = dict(input_norm=False, patch_bias=True)
+  return [(f"model.encoders.image.{key}", image[key], (value,)) for key, value in wanted.items()]
+
+
+def text_refusals(text: Mapping[str, Any], mask_padding: bool) -> list[tuple[str, Any, tuple]]:
+  """What SigLIP's tower of texts must have beside."""
+  return [("model.encoders.text.pooling", text["pooling"], ("final",) if mask_padding else ("final", "last")),
+          ("model.encoders.text.causal", text["causal"], (False,))]
+
+
+def image_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The config.json of the tower of pictures alone."""
+  image = config["model"]["encoders"]["image"]
+  return dict(clip.tower_facts(image, "siglip_vision_model"), image_size=config["data"]["image"]["size"], num_channels=3,
+              patch_size=image["patch"], vision_use_head=image["pooling"] == "attention")
+
+
+def text_facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
+  """The config.json of the tower of texts alone. special: the tokenizer's pad_token_id, bos_token_id and eos_token_id."""
+  text, data = config["model"]["encoders"]["text"], config["data"]["text"]
+  return dict(clip.tower_facts(text, "siglip_text_model"), vocab_size=data["vocab_size"], max_position_embeddings=data["length"],
+              projection_size=config["model"]["width"], **special)
+
+
 def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
-  """The config.json of a SiglipModel. special: the tokenizer's pad_token_id, bos_token_id and eos_token_id."""
-  encoders, data = config["model"]["encoders"], config["data"]
-  return dict(
-      model_type="siglip", architectures=[ARCHITECTURE], torch_dtype="float32",
-      text_config=dict(clip.tower_facts(encoders["text"], "siglip_text_model"), vocab_size=data["text"]["vocab_size"],
-                       max_position_embeddings=data["text"]["length"], projection_size=config["model"]["width"], **special),
-      vision_config=dict(clip.tower_facts(encoders["image"], "siglip_vision_model"), image_size=data["image"]["size"],
-                         patch_size=encoders["image"]["patch"], num_channels=3, vision_use_head=True))
+  """The config.json of a SiglipModel. special: as in `text_facts`."""
+  return dict(model_type="siglip", architectures=[ARCHITECTURE], torch_dtype="float32", text_config=text_facts(config, special),
+              vision_config=image_facts(config))

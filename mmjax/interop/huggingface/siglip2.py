@@ -35,7 +35,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   if grid**2 != vision["num_patches"]:
     raise UserError(f"vision_config.num_patches is {vision['num_patches']}, but positions are a square here")
   patch = clip.square(vision["patch_size"], "vision_config.patch_size")
-  image = dict(kind="naflex", patch=patch, grid=grid, pooling="attention", bias=True, **clip.block_settings(vision, "vision_config"))
+  image = dict(kind="naflex", patch=patch, grid=grid, pooling="attention", bias=True, **clip.block_settings(vision, "vision_config."))
   return dict(model=siglip.model(text, vision, image, tensors), image_size=None,
               text=dict(vocab_size=text["vocab_size"], length=text["max_position_embeddings"]))
 

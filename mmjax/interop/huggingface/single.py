@@ -14,7 +14,7 @@ from mmjax.interop.huggingface.clip import ACTIVATIONS, square
 from mmjax.interop.huggingface.mapping import Rule
 
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-HEADS = ("classifier.", "cls.")  # names that never carry the encoder's prefix
+HEADS = ("classifier.", "cls.", "visual_projection.", "text_projection.")  # names that never carry the encoder's prefix
 STATISTICS = "batch_stats"
 
 
@@ -22,6 +22,21 @@ def model(tensors: Mapping[str, np.ndarray], encoders: Mapping[str, Any], width:
   """Settings of `model` for one encoder, with the classifier that a file holds."""
   weight = next((x for name, x in tensors.items() if re.fullmatch(r"classifier(\.\d)?\.weight", name)), None)
   return dict(name="encoder", width=width, classes=0 if weight is None else int(weight.shape[0]), encoders=dict(encoders), **heads)
+
+
+def projected(tensors: Mapping[str, np.ndarray], weight: str, encoders: Mapping[str, Any], width: int, **more: Any) -> dict[str, Any]:
+  """Settings of `model` for one encoder of `width` channels, with the projection whose weight a file may hold."""
+  found = tensors.get(weight)
+  settings = {} if found is None else dict(projection=True, **more)
+  return dict(name="encoder", width=width if found is None else int(found.shape[0]), classes=0, encoders=dict(encoders), **settings)
+
+
+def headless(config: Mapping[str, Any], projection: bool = True, projection_bias: bool = False) -> list[tuple[str, Any, tuple]]:
+  """What a tower alone must have: no head but, at most, a projection."""
+  model = config["model"]
+  return [("model.classes", model["classes"], (0,)), ("model.masked_tokens", model["masked_tokens"], (False,)),
+          ("model.projection", model["projection"], (True, False) if projection else (False,)),
+          ("model.projection_bias", model["projection_bias"], (projection_bias,) if model["projection"] else (True, False))]
 
 
 def classifier(config: Mapping[str, Any], theirs: str = "classifier") -> list[Rule]:
