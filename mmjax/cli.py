@@ -126,9 +126,9 @@ def _data_tokenizer(options) -> None:
 
 
 def _config_show(options) -> None:
-  from mmjax import config
+  from mmjax import config, describe
   resolved = config.load(options.file, options.overrides)
-  print(config.to_json(resolved) if options.json else config.describe(resolved, docs=options.docs))
+  print(config.to_json(resolved) if options.json else describe.describe(resolved, docs=options.docs))
 
 
 def _import(options) -> None:

@@ -12,23 +12,26 @@ for each; `kind="my_package.my_file:my_function"` uses one of your own without a
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import fnmatch
 import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ml_collections
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mmjax.keys import COLLECTIONS, ENTRIES, FREE_ON_RESUME, KEYS, KINDS, Duration, Key
+from mmjax.keys import COLLECTIONS, ENTRIES, FREE_ON_RESUME, KEYS, KINDS, Key
+from mmjax.ranges import Duration
 
 
 class UserError(Exception):
@@ -109,7 +112,7 @@ def settings(entry: typing.Mapping, group: str | None = None, *, without: typing
   group: where the kind stands in KINDS; needed where groups have kinds of the same name.
   """
   function = kind_function(entry, group)
-  names = _signature(function)
+  names = kind_settings(function)
   return {k: v for k, v in _plain(entry).items() if k in names and k not in without}
 
 
@@ -123,28 +126,6 @@ def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Cal
   if name and ":" in name:
     return load_function(name)
   raise ConfigError(f"unknown kind {name!r}{_nearest(name, [k for g in groups for k in KINDS[g]])}")
-
-
-def describe(config: FrozenConfigDict, *, docs: bool = False) -> str:
-  """The resolved config as lines `key = value`, with `docs` each followed by the meaning of the key."""
-  meanings = {key.path: key.doc for key in KEYS}
-  lines = []
-  for path, value in flatten(config):
-    doc = meanings.get(path) or next((d for p, d in meanings.items() if "*" in p and fnmatch.fnmatchcase(path, p)), "")
-    if not doc and docs:
-      doc = f"see {_owner(path, config)}"
-    lines.append(f"{path} = {value!r}" + (f"  # {doc}" if docs else ""))
-  return "\n".join(lines)
-
-
-def _owner(path: str, config: typing.Mapping) -> str:
-  """The "module:function" whose docstring explains the setting at `path`."""
-  for pattern, (group, selector) in sorted(ENTRIES.items(), key=lambda item: -len(item[0])):
-    if fnmatch.fnmatchcase(path, pattern + ".*"):
-      keys = path.split(".")[:pattern.count(".") + 1]
-      name = (_get(_plain(config), keys) or {}).get(selector, "")
-      return KINDS[group].get(name, name)
-  return "mmjax/keys.py"
 
 
 def in_steps(value: int | str, *, steps: int | None, batch_size: int, examples: int | None = None) -> int:
@@ -173,6 +154,17 @@ def changed_on_resume(old: FrozenConfigDict, new: FrozenConfigDict) -> list[str]
   return lines
 
 
+@contextlib.contextmanager
+def mistakes() -> typing.Iterator[None]:
+  """Within, what a model, an objective or an optimizer refuses is a mistake in the config: exit code 2, not 1."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except UserError as error:
+    raise ConfigError(str(error)) from error
+
+
 def flatten(config: typing.Mapping, prefix: str = "") -> list[tuple[str, Any]]:
   """[(dotted path, value)] in the order of the config."""
   rows = []
@@ -187,10 +179,6 @@ def flatten(config: typing.Mapping, prefix: str = "") -> list[tuple[str, Any]]:
 def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> None:
   """Refuses contradictions that can be seen without a device; with `device_count`, also a mesh that does not fit it."""
   c = _plain(config)
-  for path in ("train.batch_size", "train.microbatches", "data.image.size", "data.image.patch", "data.image.tokens", "data.text.length",
-               "data.text.vocab_size"):
-    if _get(c, path.split(".")) < 1:
-      raise ConfigError(f"{path} is {_get(c, path.split('.'))}, but must be at least 1")
   batch, micro = c["train"]["batch_size"], c["train"]["microbatches"]
   if batch % micro:
     raise ConfigError(f"train.batch_size {batch} is not divisible by train.microbatches {micro}; "
@@ -209,19 +197,24 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   if not 0 <= c["train"]["rollback"] < max(1, c["train"]["max_skipped"]):
     raise ConfigError(f"train.rollback is {c['train']['rollback']}, but must be 0 or less than train.max_skipped ({c['train']['max_skipped']}), "
                       "after which the run ends")
-  if c["train"]["hang_seconds"] < 0:
-    raise ConfigError(f"train.hang_seconds is {c['train']['hang_seconds']}, but must be 0 (off) or more")
-  if not 0 < c["data"]["image"]["crop"] <= 1:
-    raise ConfigError(f"data.image.crop is {c['data']['image']['crop']}, but must be above 0 and at most 1")
   encoders = c["model"].get("encoders", {})
-  have = ", ".join(sorted(encoders)) or "none"
-  for group in ("objectives", "evaluation.evaluators"):
-    for name, entry in _get(c, group.split(".")).items():
-      for key in ("between", "modalities", "context"):
-        for modality in entry.get(key) or ():
-          if modality not in encoders:
-            raise ConfigError(f'{group}.{name}.{key} names "{modality}", but model.encoders has {have}. '
-                              f"Add an encoder for it or change `{key}`")
+  _check_modalities(c, encoders)
+  _check_widths(c["model"], encoders)
+  if "scale_max" in c["model"] and c["model"]["scale_init"] > c["model"]["scale_max"]:
+    raise ConfigError(f"model.scale_init {c['model']['scale_init']} is above model.scale_max {c['model']['scale_max']}")
+  audio = encoders.get("audio", {})
+  if audio.get("frequency_width", 0) > audio.get("mels", math.inf):
+    raise ConfigError(f"model.encoders.audio.frequency_width {audio['frequency_width']} is above mels {audio['mels']}")
+  for name, entry in c["objectives"].items():
+    if entry["kind"] == "classification" and c["data"]["label"] == "none":
+      raise ConfigError(f"objectives.{name} classifies, but data.label is 'none'. Set it to 'label', 'labels' or 'answer'")
+  best = c["checkpoint"]["best"]
+  evaluators = c["evaluation"]["evaluators"]
+  if best and not any(best.startswith(f"{name}/") for name in evaluators):
+    raise ConfigError(f"checkpoint.best {best!r} is no metric of evaluation.evaluators, which has "
+                      f"{', '.join(evaluators) or 'none'}. Write EVALUATOR/METRIC")
+  if "%" in str(c["train"]["steps"]):
+    raise ConfigError(f"train.steps {c['train']['steps']!r} is a share of itself. Write steps, '2 epochs' or '1e6 examples'")
   patch = encoders.get("image", {}).get("patch")
   if c["data"]["image"]["resize"] == "naflex":
     kind, cut = encoders.get("image", {}).get("kind", ""), c["data"]["image"]["patch"]
@@ -256,16 +249,47 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
       if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ConfigError(f"{path} must be ((regex, value), ...), not {pair!r}")
       _check_regex(path, pair[0])
-  for name, entry in c["data"]["sources"].items():
+  sources = c["data"]["sources"]
+  if sources and not any(entry["weight"] for entry in sources.values()):
+    raise ConfigError(f"data.sources.{next(iter(sources))}.weight: every source has weight 0, so nothing would be read")
+  for name, entry in sources.items():
     if not entry["name"]:
       raise ConfigError(f"data.sources.{name}.name is empty: name a data set, or 'tars' with a path")
-    if entry["weight"] < 0:
-      raise ConfigError(f"data.sources.{name}.weight is {entry['weight']}, but must not be negative")
     length, most = entry["length"], c["data"]["text"]["length"]
     if length and c["data"]["mix"] != "steps":
       raise ConfigError(f"data.sources.{name}.length is {length}, but the rows of a batch are of one length unless data.mix is 'steps'")
     if length and not 2 <= length <= most:
       raise ConfigError(f"data.sources.{name}.length is {length}, but must be from 2 to data.text.length {most}, or 0")
+
+
+def _check_modalities(c: dict, encoders: dict) -> None:
+  """Every modality that a setting names has an encoder."""
+  have = ", ".join(sorted(encoders)) or "none"
+  named = [(f"model.{key}", c["model"].get(key)) for key in ("unprojected", "masked_patches")]
+  if "query" in (c["model"].get("fusion") or {}):
+    named.append(("model.fusion.query", c["model"]["fusion"]["query"]))
+  for name, entry in c["objectives"].items():
+    named += [(f"objectives.{name}.{key}", entry.get(key)) for key in
+              ("between", "modalities", "context", "source", "modality")]
+  for name, entry in c["evaluation"]["evaluators"].items():
+    named += [(f"evaluation.evaluators.{name}.{key}", entry.get(key)) for key in
+              ("between", "modalities", "context_modalities", "modality")]
+  for path, modalities in named:
+    for modality in (modalities,) if isinstance(modalities, str) else modalities or ():
+      if modality not in encoders:
+        raise ConfigError(f'{path} names "{modality}", but model.encoders has {have}. '
+                          f"Add an encoder for it or change `{path.rpartition('.')[2]}`")
+
+
+def _check_widths(model: dict, encoders: dict) -> None:
+  """Heads divide the width that they share."""
+  entries = {f"encoders.{name}": entry for name, entry in encoders.items()}
+  entries |= {name: model[name] for name in ("fusion", "decoder") if model.get(name)}
+  for name, entry in entries.items():
+    width, heads = entry.get("width") or model.get("width", 512), entry.get("heads")
+    if isinstance(heads, int) and heads and width % heads:
+      raise ConfigError(f"model.{name}: width {width} is not divisible by {heads} heads; "
+                        f"the nearest that is: {_nearest_multiple(width, heads)}")
 
 
 def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[str, int]:
@@ -325,7 +349,7 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
     if not isinstance(name, str) or (name not in KINDS[group] and ":" not in name):
       raise ConfigError(f"{prefix}{selector} is {name!r}, which is no {group}{_nearest(str(name), KINDS[group])}")
     known[selector] = (str, name)
-    for setting, parameter in _signature(kind_function({"kind": name}, group)).items():
+    for setting, parameter in kind_settings(kind_function({"kind": name}, group)).items():
       default = None if parameter.default is inspect.Parameter.empty else parameter.default
       known.setdefault(setting, (parameter.annotation, default))
   out = {}
@@ -348,7 +372,14 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
 
 
 def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
-  """`value` as `kind`, or a ConfigError. Ints pass as floats, lists as tuples."""
+  """`value` as `kind`, or a ConfigError: also out of the range that `kind` states. Ints pass as floats, lists as tuples."""
+  if typing.get_origin(kind) is Annotated:
+    bare, *ranges = typing.get_args(kind)
+    value = _typed(value, bare, path, default)
+    for wanted in ranges:
+      if not wanted.holds(value):
+        raise ConfigError(f"{path} is {value!r}, but must be {wanted}")
+    return value
   if kind in (inspect.Parameter.empty, Any):
     return _jsonable(value)
   origin = typing.get_origin(kind)
@@ -376,10 +407,14 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
       in_steps(value, steps=1, batch_size=1, examples=1)
     except ConfigError as error:
       raise ConfigError(f"{path}: {error}") from error
+    if isinstance(value, str) and "%" in value and in_steps(value, steps=1000, batch_size=1) > 1000:
+      raise ConfigError(f"{path} is {value!r}, but must be at most 100%")
     return value
   plain = origin or kind
   if plain is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    value = float(value)
+  if plain is float and isinstance(value, float) and not math.isfinite(value):
+    raise ConfigError(f"{path} is {value!r}, but must be a finite number")
   if plain is tuple and isinstance(value, (list, tuple)):
     if isinstance(default, tuple) and default and all(isinstance(d, (int, float)) for d in default):
       any_length = typing.get_args(kind)[1:] == (...,)
@@ -396,7 +431,7 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   raise ConfigError(f"{path} is {value!r} ({type(value).__name__}), but must be {_article(plain.__name__)}{hint}")
 
 
-def _signature(function: typing.Callable) -> dict[str, inspect.Parameter]:
+def kind_settings(function: typing.Callable) -> dict[str, inspect.Parameter]:
   """The keyword-only parameters of a kind's function, annotations evaluated."""
   parameters = inspect.signature(function, eval_str=True).parameters
   return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}

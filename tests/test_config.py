@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import mmjax
 from mmjax import config as configs
+from mmjax.describe import describe
 from mmjax.models import make_model
 
 
@@ -113,7 +114,7 @@ def test_every_key_is_documented_and_there_are_fewer_than_150():
 def test_shipped_configs_resolve_to_their_golden_copies(path):
   """A changed default shows up as a diff in review: `mmjax config show CONFIG > tests/golden/NAME.txt` renews the copy."""
   golden = pathlib.Path(__file__).parent / "golden" / f"{path.stem}.txt"
-  assert configs.describe(configs.load(str(path))) + "\n" == golden.read_text()
+  assert describe(configs.load(str(path))) + "\n" == golden.read_text()
 
 
 ARGUMENTS = {

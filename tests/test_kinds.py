@@ -50,7 +50,7 @@ def test_a_kind_resolves_with_its_defaults(group, name):
   _, settings = parameters(kind_function({"kind": name}, group))
   needed = {p.name: "something" for p in settings if p.default is p.empty}
   config["optimizers"] = {p.default: dict(params=f"{p.default}/.*") for p in settings if p.name == "group"}
-  config["data"]["classes"] = 3
+  config["data"]["classes"], config["data"]["label"] = 3, "label"
   config["data"]["text"]["tokenizer"] = "any"
   config["model"]["encoders"] = {m: dict(kind=k) for m, k in dict(image="vit", text="transformer", audio="whisper", video="frames", series="series").items()}
   if pattern.startswith("model."):

@@ -11,6 +11,7 @@ from mmjax.config import UserError, load_function
 from mmjax.data.text import normalise_caption
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.metrics import text as metrics
+from mmjax.ranges import Count, Few, Finite
 
 
 def captions(
@@ -20,12 +21,12 @@ def captions(
   split: str = "test",
   languages: tuple = ("en",),
   modalities: tuple = ("image",),
-  max_length: int = 0,
-  beams: int = 1,
-  length_penalty: float = 1.0,
+  max_length: Count = 0,
+  beams: Few = 1,
+  length_penalty: Finite = 1.0,
   check: str = "",
   by: str = "",
-  examples: int = 12,
+  examples: Count = 12,
 ) -> Result:
   """What the decoder writes about each example, against its captions.
 

@@ -14,6 +14,7 @@ from mmjax.config import UserError
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.linear_probe import GRID, choose, part_of, ridge
 from mmjax.evaluation.zero_shot import confusion, mean_class_accuracy
+from mmjax.ranges import Count, Seed
 
 PATCH, FILTERS, THRESHOLD, GRID_SIDE = 6, 192, 0.5, 3
 SAMPLES = 20_000  # patches that the whitening is estimated from
@@ -26,8 +27,8 @@ def generated(
   split: str = "test",
   train_split: str = "train",
   languages: tuple = ("en",),
-  seed: int = 0,
-  examples: int = 60,
+  seed: Seed = 0,
+  examples: Count = 60,
 ) -> Result:
   """Draws a picture for each example's caption in `split`, and a second one with other noise.
 

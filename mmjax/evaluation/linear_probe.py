@@ -12,6 +12,7 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.zero_shot import confusion, mean_class_accuracy
+from mmjax.ranges import Strengths
 
 GRID = tuple(10.0**power for power in range(-6, 3))
 
@@ -22,7 +23,7 @@ def linear_probe(
   source: str,
   split: str = "test",
   train_split: str = "train",
-  grid: tuple = (),
+  grid: Strengths = (),
 ) -> Result:
   """Accuracy on `split` of a linear classifier fitted to the embeddings of `train_split`.
 

@@ -22,6 +22,7 @@ from mmjax.config import UserError
 from mmjax.evaluation import Context, Result
 from mmjax.parallel import multihost, rules
 from mmjax.parallel.mesh import batch_shards
+from mmjax.ranges import Count
 
 TIE = 1e-6  # cosine; float32 rounding of a dot product of unit vectors stays below it
 BLOCK = (1024, 4096)  # queries x gallery items of similarity held at once, over all devices
@@ -35,7 +36,7 @@ def retrieval(
   languages: tuple = ("en",),
   between: tuple = ("image", "text"),
   by: str = "",
-  examples: int = 8,
+  examples: Count = 8,
 ) -> Result:
   """R@1, R@5, R@10 and the median rank, from one modality to another and back, over a whole split as the gallery.
 

@@ -17,6 +17,7 @@ from mmjax.models.attention import attend
 from mmjax.models.layers import Dense, LayerNorm, Mlp, affine, constrain, normal, with_axes, xavier
 from mmjax.models.platform import materialise, platform
 from mmjax.models.transformer import REMAT, Activation, Kernel, Remat, TransformerConfig
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, TokenId, TokenIds, Width
 
 Array = jax.Array
 Cache = dict[str, Array]  # {"key", "value"}: [layers, B, T, H, K], the tokens read so far
@@ -283,11 +284,11 @@ def sinusoids(length: int, width: int) -> np.ndarray:
   return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 6, heads: int = 0, mlp: int = 0,
+def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 6, heads: Heads = 0, mlp: Width = 0,
             cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", memory_positions: bool = False,
-            project_memory: bool = True, prompt: tuple = (), eos_id: int = 2, pad_id: int = 0, suppress: tuple = (),
-            suppress_first: tuple = (), languages: tuple = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: float = 1e-6,
-            dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> Decoder:
+            project_memory: bool = True, prompt: TokenIds = (), eos_id: TokenId = 2, pad_id: TokenId = 0, suppress: TokenIds = (),
+            suppress_first: TokenIds = (), languages: TokenIds = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: Epsilon = 1e-6,
+            dropout: Dropout = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Decoder:
   """Causal text transformer that attends to a memory in every block (pre-norm, one table for input and output).
 
   width: channels; 0 = the model's width.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.layers import Dense, Encoded, activate, with_axes
+from mmjax.ranges import Count, Finite, Positive, Width
 
 Array = jax.Array
 
@@ -112,8 +113,8 @@ class Discriminator(nn.Module):
 
 
 def dual_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *,
-                 width: int = 512, unprojected: tuple = (), projection_bias: bool = False, scale_init: float = 1 / 0.07,
-                 scale_max: float = 100.0, bias: bool = False, bias_init: float = -10.0, discriminator: int = 0) -> DualEncoder:
+                 width: Width = 512, unprojected: tuple = (), projection_bias: bool = False, scale_init: Positive = 1 / 0.07,
+                 scale_max: Positive = 100.0, bias: bool = False, bias_init: Finite = -10.0, discriminator: Count = 0) -> DualEncoder:
   """One encoder a modality, compared by a scaled cosine in a shared space.
 
   width: channels of the shared space, and of encoders that do not say theirs.

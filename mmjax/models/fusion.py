@@ -18,6 +18,7 @@ from mmjax.models.cross import CrossTransformer
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
 from mmjax.models.pooling import keep_rows
 from mmjax.models.transformer import Kernel, Remat, Transformer, TransformerConfig
+from mmjax.ranges import Count, Depth, Dropout, Heads, Size, Width
 
 Array = jax.Array
 Parts = dict[str, Encoded]
@@ -247,8 +248,8 @@ def _config(precision: Mapping[str, Any], width: int, *, depth: int = 1, heads: 
                            dropout=dropout, dtype=jnp.dtype(precision["compute"]), **more)
 
 
-def concat(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, mlp: int = 0,
-           dropout: float = 0.0) -> Concat:
+def concat(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, mlp: Width = 0,
+           dropout: Dropout = 0.0) -> Concat:
   """An MLP of the pooled vectors side by side.
 
   width: channels; 0 = the model's. mlp: hidden units; 0 = 4 * width. dropout: of the hidden units.
@@ -256,24 +257,24 @@ def concat(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, A
   return Concat(modalities, _config(precision, width, heads=1, mlp=mlp, dropout=dropout))
 
 
-def weighted_sum(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0) -> WeightedSum:
+def weighted_sum(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0) -> WeightedSum:
   """A mean of the pooled vectors with learned weights, one a modality. width: channels; 0 = the model's."""
   return WeightedSum(modalities, _config(precision, width, heads=1))
 
 
-def gated(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0) -> Gated:
+def gated(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0) -> Gated:
   """A sum of the pooled vectors with gates computed from all of them, example by example. width: channels; 0 = the model's."""
   return Gated(modalities, _config(precision, width, heads=1))
 
 
-def average(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0) -> Average:
+def average(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0) -> Average:
   """The mean of the projected pooled vectors. width: channels; 0 = the model's."""
   return Average(modalities, _config(precision, width, heads=1))
 
 
 def cross_attention(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, query: str = "text",
-                    width: int = 0, depth: int = 2, heads: int = 0, mlp: int = 0, dropout: float = 0.0,
-                    kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> CrossAttention:
+                    width: Width = 0, depth: Depth = 2, heads: Heads = 0, mlp: Width = 0, dropout: Dropout = 0.0,
+                    kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> CrossAttention:
   """The tokens of one modality attend to those of the others.
 
   query: the modality that attends. width: channels; 0 = the model's. depth: blocks. heads: 0 = width / 64. mlp: hidden
@@ -286,18 +287,18 @@ def cross_attention(modalities: tuple, data: Mapping[str, Any], precision: Mappi
   return CrossAttention(modalities, config, query=query)
 
 
-def merged_attention(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0,
-                     depth: int = 2, heads: int = 0, mlp: int = 0, dropout: float = 0.0, kernel: Kernel = "auto",
-                     remat: Remat = "none", scan_unroll: int = 0) -> MergedAttention:
+def merged_attention(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0,
+                     depth: Depth = 2, heads: Heads = 0, mlp: Width = 0, dropout: Dropout = 0.0, kernel: Kernel = "auto",
+                     remat: Remat = "none", scan_unroll: Count = 0) -> MergedAttention:
   """One transformer over the tokens of all modalities. Settings: see `cross_attention`."""
   config = _config(precision, width, depth=depth, heads=heads, mlp=mlp, dropout=dropout, kernel=kernel, remat=remat,
                    scan_unroll=scan_unroll)
   return MergedAttention(modalities, config)
 
 
-def perceiver(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, latents: int = 16, width: int = 0,
-              depth: int = 2, heads: int = 0, mlp: int = 0, dropout: float = 0.0, kernel: Kernel = "auto",
-              remat: Remat = "none", scan_unroll: int = 0) -> Perceiver:
+def perceiver(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, latents: Size = 16, width: Width = 0,
+              depth: Depth = 2, heads: Heads = 0, mlp: Width = 0, dropout: Dropout = 0.0, kernel: Kernel = "auto",
+              remat: Remat = "none", scan_unroll: Count = 0) -> Perceiver:
   """A fixed number of learned queries read the tokens of all modalities.
 
   latents: queries. The other settings: see `cross_attention`.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mmjax.config import UserError
 from mmjax.models.layers import Dense
 from mmjax.models.platform import materialise
+from mmjax.ranges import Size, Sizes, Width
 
 Array = jax.Array
 SLOPE = 0.2  # of the leaky rectifiers
@@ -147,8 +148,8 @@ def unit(x: Array) -> Array:
   return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-8)).astype(x.dtype)
 
 
-def text_to_image_gan(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 128,
-                      noise: int = 16, channels: tuple = (), discriminator: tuple = ()) -> TextToImageGan:
+def text_to_image_gan(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 128,
+                      noise: Size = 16, channels: Sizes = (), discriminator: Sizes = ()) -> TextToImageGan:
   """A generator of small pictures from texts, and its opponent: for the objective "gan". Takes a text encoder alone.
 
   width: channels of a text encoder that does not say its own. noise: dimensions of the noise.

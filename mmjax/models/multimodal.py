@@ -18,6 +18,7 @@ from mmjax.models.decoder import shift_right
 from mmjax.models.dual_encoder import DualEncoder
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, with_axes
 from mmjax.models.transformer import Transformer
+from mmjax.ranges import Count, Finite, Positive, Width
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -281,10 +282,10 @@ def repeat_rows(x: Array, times: int) -> Array:
 
 
 def fusion_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *,
-                   width: int = 512, fusion: nn.Module | None = None, match: bool = False, masked_text: bool = False,
+                   width: Width = 512, fusion: nn.Module | None = None, match: bool = False, masked_text: bool = False,
                    masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
-                   projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-                   bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
+                   projection_bias: bool = False, scale_init: Positive = 1 / 0.07, scale_max: Positive = 100.0, bias: bool = False,
+                   bias_init: Finite = -10.0, discriminator: Count = 0) -> Multimodal:
   """Encoders and a fusion of their outputs (FLAVA, Singh et al. 2022, arXiv:2112.04482; ALBEF). Settings: see `multitask`."""
   if fusion is None:
     raise UserError("model.fusion is missing: name one, such as dict(kind='merged_attention'), or use another model")
@@ -294,10 +295,10 @@ def fusion_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], p
                    discriminator=discriminator)
 
 
-def captioner(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
+def captioner(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
               decoder: nn.Module | None = None, shared: bool = False, joint: bool = False, unprojected: tuple = (),
-              projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-              bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
+              projection_bias: bool = False, scale_init: Positive = 1 / 0.07, scale_max: Positive = 100.0, bias: bool = False,
+              bias_init: Finite = -10.0, discriminator: Count = 0) -> Multimodal:
   """Encoders and a text decoder that attends to them; with `joint` and a text encoder also embeddings (CoCa, Yu et al. 2022,
   arXiv:2205.01917). Settings: see `multitask`."""
   if decoder is None:
@@ -307,11 +308,11 @@ def captioner(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precis
                    discriminator=discriminator)
 
 
-def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
+def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
               fusion: nn.Module | None = None, decoder: nn.Module | None = None, match: bool = False, masked_text: bool = False,
               masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
-              projection_bias: bool = False, scale_init: float = 1 / 0.07, scale_max: float = 100.0, bias: bool = False,
-              bias_init: float = -10.0, discriminator: int = 0) -> Multimodal:
+              projection_bias: bool = False, scale_init: Positive = 1 / 0.07, scale_max: Positive = 100.0, bias: bool = False,
+              bias_init: Finite = -10.0, discriminator: Count = 0) -> Multimodal:
   """Encoders with any of: a shared space, a fusion, a decoder, heads. With data.classes, also a classifier.
 
   width: channels of the shared space, and of encoders, fusion and decoder that do not say theirs.

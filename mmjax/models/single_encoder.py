@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mmjax.config import UserError
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
 from mmjax.models.pooling import keep_rows
+from mmjax.ranges import Count, Width
 
 Array = jax.Array
 
@@ -125,8 +126,8 @@ class MaskedTokenHead(nn.Module):
     return x, self.param("bias", with_axes(nn.initializers.zeros, ("vocab",)), (vocab_size,), jnp.float32)
 
 
-def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 512,
-            classes: int = 0, classifier_norm: bool = False, masked_tokens: bool = False, projection: bool = False,
+def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
+            classes: Count = 0, classifier_norm: bool = False, masked_tokens: bool = False, projection: bool = False,
             projection_bias: bool = False) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 

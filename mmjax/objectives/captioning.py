@@ -9,13 +9,14 @@ from mmjax.config import UserError
 from mmjax.objectives import Forward, Losses, objective
 from mmjax.objectives.alignment import ctc as alignment_loss
 from mmjax.objectives.cross_entropy import row_cross_entropy
+from mmjax.ranges import Dropout, NonNegative, TokenId
 
 Array = jax.Array
 
 
 @objective(couples_examples=False)
-def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("image",), label_smoothing: float = 0.0,
-               ctc: float = 0.0, eos_id: int = 2) -> Losses:
+def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("image",), label_smoothing: Dropout = 0.0,
+               ctc: NonNegative = 0.0, eos_id: TokenId = 2) -> Losses:
   """Cross-entropy of each token of the text given the source and the tokens before it (Vinyals et al. 2015, arXiv:1411.4555,
   equation 2; the captioning loss of CoCa, Yu et al. 2022, arXiv:2205.01917, equation 2).
 
@@ -50,7 +51,7 @@ def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("i
 
 
 @objective(couples_examples=False)
-def autoregressive(forward: Forward, batch: dict, rng: Array, *, source: tuple = (), label_smoothing: float = 0.0) -> Losses:
+def autoregressive(forward: Forward, batch: dict, rng: Array, *, source: tuple = (), label_smoothing: Dropout = 0.0) -> Losses:
   """Language modelling: cross-entropy of each token given those before it (Bengio et al. 2003). See `captioning`."""
   return captioning(forward, batch, rng, source=source, label_smoothing=label_smoothing)
 

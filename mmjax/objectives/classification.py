@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.ranges import Dropout
 
 Array = jax.Array
 
 
 @objective(couples_examples=False)
-def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tuple = ("image",), label_smoothing: float = 0.0) -> Losses:
+def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tuple = ("image",), label_smoothing: Dropout = 0.0) -> Losses:
   """Cross-entropy of the classes given the modalities.
 
   One label a row, batch["label"] int32 [B] (-1 = none), or [B, K] for K texts a row: softmax, in nats. Targets are (1 - e)

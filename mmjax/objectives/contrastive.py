@@ -15,13 +15,14 @@ from jax import Array
 
 from mmjax.objectives import Forward, Losses, counted, objective
 from mmjax.parallel.collectives import Ring, make_ring, pad_rows, per_device
+from mmjax.ranges import Size
 
 _LOW = -1e30  # logit of a pair that does not count; finite, so that differences of two stay finite
 
 
 @objective(couples_examples=True)
 def contrastive(forward: Forward, batch: dict, rng: Array, *, between: tuple = ("image", "text"),
-                loss: Literal["softmax", "sigmoid"] = "softmax", chunk: int = 8) -> Losses:
+                loss: Literal["softmax", "sigmoid"] = "softmax", chunk: Size = 8) -> Losses:
   """Pulls the two sides of an example together and pushes different examples apart, over the global batch.
 
   With embeddings x_i, y_j [B, D] of the two modalities in `between`, s_ij = x_i . y_j and positives P_ij in [0, 1]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.ranges import Positive
 
 Array = jax.Array
 
@@ -52,7 +53,7 @@ def similarity_distillation(forward: Forward, batch: dict, rng: Array, *, teache
 
 @objective(couples_examples=False)
 def logit_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",),
-                       temperature: float = 2.0) -> Losses:
+                       temperature: Positive = 2.0) -> Losses:
   """T^2 KL(softmax(teacher / T) || softmax(own / T)) of the logits of a classifier (Hinton et al. 2015, arXiv:1503.02531, section 2).
 
   T^2 keeps the gradient's size whatever the temperature T, so that a `classification` objective beside it weighs the same. No

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.ranges import NonNegative, Share, Size
 
 Array = jax.Array
 
 
 @objective(couples_examples=True)
-def gan(forward: Forward, batch: dict, rng: Array, *, group: str = "discriminator", noise: int = 16, r1: float = 1.0,
-        r1_rows: int = 4, shift: float = 0.125, contrast: float = 1.0, reconstruction: float = 0.0) -> Losses:
+def gan(forward: Forward, batch: dict, rng: Array, *, group: str = "discriminator", noise: Size = 16, r1: NonNegative = 1.0,
+        r1_rows: Size = 4, shift: Share = 0.125, contrast: NonNegative = 1.0, reconstruction: NonNegative = 0.0) -> Losses:
   """Non-saturating losses (Goodfellow et al. 2014, arXiv:1406.2661, section 3) of a text-conditional generator and its discriminator.
 
   D(picture, text) is a logit. "loss", the generator's: softplus(-D(fake, text)) + contrast * the cross-entropy in nats of the text

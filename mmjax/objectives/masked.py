@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from mmjax.objectives import Forward, Losses, counted, objective
 from mmjax.objectives.cross_entropy import token_cross_entropy
+from mmjax.ranges import Dropout, Part, Portion, TokenIds
 
 Array = jax.Array
 
 
 @objective(couples_examples=False)
-def masked_tokens(forward: Forward, batch: dict, rng: Array, *, context: tuple = (), rate: float = 0.15,
-                  special: tuple = (0, 1, 2, 3, 4), label_smoothing: float = 0.0) -> Losses:
+def masked_tokens(forward: Forward, batch: dict, rng: Array, *, context: tuple = (), rate: Portion = 0.15,
+                  special: TokenIds = (0, 1, 2, 3, 4), label_smoothing: Dropout = 0.0) -> Losses:
   """Masked language modelling (Devlin et al. 2019, arXiv:1810.04805, section 3.1, task 1): see `hide_tokens`.
 
   context: modalities that the tokens see through the fusion. rate: share of the words that are hidden; whole words where the
@@ -58,7 +59,7 @@ def hide_tokens(tokens: Array, mask: Array, words: Array | None, rng: Array, *, 
 
 
 @objective(couples_examples=False)
-def masked_patches(forward: Forward, batch: dict, rng: Array, *, modality: str = "image", context: tuple = (), ratio: float = 0.6,
+def masked_patches(forward: Forward, batch: dict, rng: Array, *, modality: str = "image", context: tuple = (), ratio: Part = 0.6,
                    normalise: bool = True) -> Losses:
   """Masked autoencoding: squared error of hidden patches, mean over a patch's values (He et al. 2022, arXiv:2111.06377, MAE;
   with mask tokens in the encoder and a linear head as SimMIM, Xie et al. 2022, arXiv:2111.09886).

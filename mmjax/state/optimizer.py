@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError, kind_function, settings
+from mmjax.ranges import Decay, Depth, Epsilon, NonNegative, Positive, Share, Size
 from mmjax.state.paths import by_name, map_named, matches, nearest
 from mmjax.state.schedule import Schedule, make_schedule
 
@@ -76,7 +77,7 @@ class OptimizerState(NamedTuple):
 # -- kinds --------------------------------------------------------------------------------------------------------------
 
 
-def adamw(axes: Axes, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+def adamw(axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.999, eps: Epsilon = 1e-8,
           state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
   """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is `optimizer.weight_decay`.
 
@@ -86,7 +87,7 @@ def adamw(axes: Axes, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
   return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype)
 
 
-def lion(axes: Axes, *, b1: float = 0.9, b2: float = 0.99, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
+def lion(axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.99, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
   """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times below AdamW's.
 
   b1: share of the momentum in the update. b2: its decay.
@@ -95,8 +96,8 @@ def lion(axes: Axes, *, b1: float = 0.9, b2: float = 0.99, state_dtype: StateDty
   return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=state_dtype)
 
 
-def adafactor(axes: Axes, *, decay_rate: float = 0.8, max_decay: float = 0.999, min_factored: int = 32,
-              update_clip: float = 1.0, momentum: float = 0.9, parameter_scale: bool = False,
+def adafactor(axes: Axes, *, decay_rate: Share = 0.8, max_decay: Decay = 0.999, min_factored: Size = 32,
+              update_clip: NonNegative = 1.0, momentum: Decay = 0.9, parameter_scale: bool = False,
               state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
   """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), by default as Zhai et al. 2022 (arXiv:2106.04560) use it for vision.
 
@@ -116,9 +117,9 @@ def adafactor(axes: Axes, *, decay_rate: float = 0.8, max_decay: float = 0.999, 
   return optax.chain(*parts)
 
 
-def muon(axes: Axes, *, beta: float = 0.95, nesterov: bool = True, iterations: int = 5,
-         newton_schulz: Literal["float32", "bfloat16"] = "float32", rms: float = 0.2, b1: float = 0.9, b2: float = 0.999,
-         eps: float = 1e-8, adam_rate: float = 1.0, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
+def muon(axes: Axes, *, beta: Decay = 0.95, nesterov: bool = True, iterations: Depth = 5,
+         newton_schulz: Literal["float32", "bfloat16"] = "float32", rms: Positive = 0.2, b1: Decay = 0.9, b2: Decay = 0.999,
+         eps: Epsilon = 1e-8, adam_rate: NonNegative = 1.0, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
   """Muon (Jordan et al. 2024): momentum of a matrix, orthogonalised; everything else by Adam, at `adam_rate` times the rate.
 
   `matrix_axes` says which leaves are matrices: kernels, one matrix a layer, and query, key and value each for itself.

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import ConfigError, Duration, in_steps, kind_function, settings
+from mmjax.config import ConfigError, in_steps, kind_function, settings
+from mmjax.ranges import Share, Steps, StepsOrNever, is_duration
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
-def cosine(steps: int, warmup: int, *, final: float = 0.0) -> Schedule:
+def cosine(steps: int, warmup: int, *, final: Share = 0.0) -> Schedule:
   """Half a cosine from 1 to `final` (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts)."""
   def factor(step):
     done = _progress(step, warmup, steps)
@@ -28,7 +29,7 @@ def cosine(steps: int, warmup: int, *, final: float = 0.0) -> Schedule:
   return factor
 
 
-def rsqrt(steps: int, warmup: int, *, timescale: Duration = 10_000, cooldown: Duration = 0) -> Schedule:
+def rsqrt(steps: int, warmup: int, *, timescale: Steps = 10_000, cooldown: StepsOrNever = 0) -> Schedule:
   """sqrt(timescale / (timescale + steps since the warm-up)) (Zhai et al. 2022, arXiv:2106.04560, appendix B).
 
   `cooldown`: linear to zero over the last steps; the part before it does not depend on the length of the run.
@@ -39,8 +40,8 @@ def rsqrt(steps: int, warmup: int, *, timescale: Duration = 10_000, cooldown: Du
   return factor
 
 
-def cooldown(steps: int, warmup: int, *, cooldown: Duration = "20%", shape: Literal["linear", "sqrt"] = "linear",
-             final: float = 0.0) -> Schedule:
+def cooldown(steps: int, warmup: int, *, cooldown: StepsOrNever = "20%", shape: Literal["linear", "sqrt"] = "linear",
+             final: Share = 0.0) -> Schedule:
   """Constant, then down to `final` over the last `cooldown` steps; shape: linear, or 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392)."""
   def factor(step):
     done = _progress(step, steps - cooldown, steps)
@@ -63,7 +64,7 @@ def make_schedule(config: FrozenConfigDict, *, steps: int, examples: int | None 
   entry, kind = config.schedule, kind_function(config.schedule, "schedule")
   convert = lambda value: in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
   parameters = inspect.signature(kind, eval_str=True).parameters
-  arguments = {name: convert(value) if parameters[name].annotation is Duration else value
+  arguments = {name: convert(value) if is_duration(parameters[name].annotation) else value
                for name, value in settings(entry).items()}
   warmup = convert(entry.warmup)
   if warmup + arguments.get("cooldown", 0) > steps:

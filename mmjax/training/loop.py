@@ -78,7 +78,9 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
   mirror.fetch("metrics.jsonl", "goodput.json", "eval.json")
   watchdog.start(workdir)
 
-  step = Step(config, mesh, steps=steps, examples=pipeline.examples)
+  with configs.mistakes():
+    step = Step(config, mesh, steps=steps, examples=pipeline.examples)
+    step.optimizer  # noqa: B018  made now, for what it refuses
   evaluators = evaluation.Evaluation(config, step.apply, mesh, poll=watchdog.alive) if config.evaluation.evaluators and every["evaluation"] else None
   if evaluators:
     evaluators.check_sources()
@@ -112,7 +114,7 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
 
   # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
   moment = time.monotonic()
-  with clock.measure("compilation"):
+  with configs.mistakes(), clock.measure("compilation"):
     summary = Summary(step, step.compile(), estimate)
     stopping = multihost.any_process(stop.received)  # waits for the other processes' compilers
   say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")

@@ -18,6 +18,7 @@ from mmjax.models.encoders.spectrogram import Normalisation, SpecAugment, kaldi_
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, hide_patches, normal, resize_positions, with_axes
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Finite, Heads, Positive, Share, Side, Sizes, Width
 
 Array = jax.Array
 AstPooling = Literal["class", "mean", "attention"]
@@ -168,12 +169,12 @@ def sinusoids(length: int, channels: int) -> np.ndarray:
   return np.concatenate([np.sin(angles), np.cos(angles)], 1)
 
 
-def whisper(data: Mapping[str, Any], precision: Mapping[str, Any], *, mels: int = 80, n_fft: int = 400, hop: int = 160,
-            strides: tuple = (1, 2), normalisation: Normalisation = "whisper", mask_padding: bool = True, width: int = 0,
-            depth: int = 4, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean", activation: Activation = "gelu",
-            time_masks: int = 0, time_width: int = 0, frequency_masks: int = 0, frequency_width: int = 0,
-            time_warp: float = 0.0, frequency_warp: float = 0.0, eps: float = 1e-5, dropout: float = 0.0,
-            kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> WhisperEncoder:
+def whisper(data: Mapping[str, Any], precision: Mapping[str, Any], *, mels: Side = 80, n_fft: Side = 400, hop: Side = 160,
+            strides: Sizes = (1, 2), normalisation: Normalisation = "whisper", mask_padding: bool = True, width: Width = 0,
+            depth: Depth = 4, heads: Heads = 0, mlp: Width = 0, pooling: SequencePooling = "mean", activation: Activation = "gelu",
+            time_masks: Count = 0, time_width: Count = 0, frequency_masks: Count = 0, frequency_width: Count = 0,
+            time_warp: Share = 0.0, frequency_warp: Share = 0.0, eps: Epsilon = 1e-5, dropout: Dropout = 0.0,
+            kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> WhisperEncoder:
   """Convolutions over a log-mel spectrogram, then a transformer (reads batch["audio"]).
 
   mels, n_fft, hop: of the spectrogram: channels, and samples of a window and between two.
@@ -197,12 +198,12 @@ def whisper(data: Mapping[str, Any], precision: Mapping[str, Any], *, mels: int 
                         normalisation=normalisation, mask_padding=mask_padding, pooling=pooling, augment=augment)
 
 
-def ast(data: Mapping[str, Any], precision: Mapping[str, Any], *, mels: int = 128, patch: int = 16, stride: int = 10,
-        frames: int = 0, mean: float = -4.2677393, std: float = 4.5689974, mask_padding: bool = True, width: int = 0,
-        depth: int = 12, heads: int = 0, mlp: int = 0, pooling: AstPooling = "class", activation: Activation = "gelu",
-        time_masks: int = 0, time_width: int = 0, frequency_masks: int = 0, frequency_width: int = 0,
-        time_warp: float = 0.0, frequency_warp: float = 0.0, eps: float = 1e-6, dropout: float = 0.0,
-        kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> SpectrogramTransformer:
+def ast(data: Mapping[str, Any], precision: Mapping[str, Any], *, mels: Side = 128, patch: Side = 16, stride: Side = 10,
+        frames: Count = 0, mean: Finite = -4.2677393, std: Positive = 4.5689974, mask_padding: bool = True, width: Width = 0,
+        depth: Depth = 12, heads: Heads = 0, mlp: Width = 0, pooling: AstPooling = "class", activation: Activation = "gelu",
+        time_masks: Count = 0, time_width: Count = 0, frequency_masks: Count = 0, frequency_width: Count = 0,
+        time_warp: Share = 0.0, frequency_warp: Share = 0.0, eps: Epsilon = 1e-6, dropout: Dropout = 0.0,
+        kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> SpectrogramTransformer:
   """Transformer on patches of a spectrogram (reads batch["audio"]).
 
   mels: channels of the spectrogram (Kaldi's, 100 frames a second).

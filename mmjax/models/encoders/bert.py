@@ -13,6 +13,7 @@ from mmjax.models import pooling as pool
 from mmjax.models.encoders.text import TokenEncoder
 from mmjax.models.layers import Dense, Encoded, LayerNorm, constrain, normal, with_axes
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Size, Width
 
 Array = jax.Array
 BertPooling = Literal["pooler", "class", "mean"]
@@ -45,9 +46,9 @@ class Bert(TokenEncoder):
     return Encoded(x, mask, pool.keep_rows(pooled, mask))
 
 
-def bert(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 12, heads: int = 0,
-         mlp: int = 0, types: int = 2, pooling: BertPooling = "pooler", activation: Activation = "gelu", eps: float = 1e-12,
-         dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> Bert:
+def bert(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 12, heads: Heads = 0,
+         mlp: Width = 0, types: Size = 2, pooling: BertPooling = "pooler", activation: Activation = "gelu", eps: Epsilon = 1e-12,
+         dropout: Dropout = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Bert:
   """BERT (reads batch["text"]).
 
   width: channels; 0 = the model's width.

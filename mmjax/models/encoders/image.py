@@ -25,6 +25,7 @@ from mmjax.models.layers import (
 )
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
 
 Array = jax.Array
 ImagePooling = Literal["class", "mean", "attention", "last"]
@@ -199,12 +200,12 @@ def drop_tokens(x: Array, rate: float, key: Array) -> Array:
   return jnp.take_along_axis(x, jnp.sort(order, axis=-1)[..., None], axis=1)
 
 
-def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 16, width: int = 0, depth: int = 12,
-        heads: int = 0, mlp: int = 0, pooling: ImagePooling = "mean", positions: Positions = "learned", stem: Stem = "patch",
-        patch_dropout: float = 0.0, patch_bias: bool = True, crop_edge: bool = False, input_norm: bool = False,
+def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 16, width: Width = 0, depth: Depth = 12,
+        heads: Heads = 0, mlp: Width = 0, pooling: ImagePooling = "mean", positions: Positions = "learned", stem: Stem = "patch",
+        patch_dropout: Dropout = 0.0, patch_bias: bool = True, crop_edge: bool = False, input_norm: bool = False,
         norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
-        bias: bool = True, eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
-        scan_unroll: int = 0, pooler: bool = False) -> VisionTransformer:
+        bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
+        scan_unroll: Count = 0, pooler: bool = False) -> VisionTransformer:
   """Vision transformer (reads batch["image"]).
 
   patch: height and width of a patch in pixels.

@@ -15,6 +15,7 @@ from mmjax.models import pooling as pool
 from mmjax.models.encoders.image import normalise, patchify
 from mmjax.models.layers import Dense, Encoded, LayerNorm, constrain, normal, with_axes
 from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
 
 Array = jax.Array
 FlexiblePooling = Literal["mean", "attention"]
@@ -91,10 +92,10 @@ def sequences(pixels: Array, patch: int) -> dict[str, Array]:
               grid=jnp.broadcast_to(jnp.array([rows, columns]), (b, 2)), mask=jnp.ones((b, rows * columns), bool))
 
 
-def naflex(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 16, grid: int = 16, width: int = 0,
-           depth: int = 12, heads: int = 0, mlp: int = 0, pooling: FlexiblePooling = "attention",
-           activation: Activation = "gelu_tanh", bias: bool = True, eps: float = 1e-6, dropout: float = 0.0,
-           kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> FlexibleVisionTransformer:
+def naflex(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 16, grid: Side = 16, width: Width = 0,
+           depth: Depth = 12, heads: Heads = 0, mlp: Width = 0, pooling: FlexiblePooling = "attention",
+           activation: Activation = "gelu_tanh", bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0,
+           kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> FlexibleVisionTransformer:
   """Vision transformer on patches of pictures of any aspect ratio (reads batch["image"]).
 
   patch: height and width of a patch in pixels.

@@ -13,6 +13,7 @@ from mmjax.config import UserError
 from mmjax.models import pooling as pool
 from mmjax.models.encoders.image import normalise
 from mmjax.models.layers import Encoded, with_axes
+from mmjax.ranges import Positive, Sizes
 
 Array = jax.Array
 Stem = Literal["imagenet", "small"]
@@ -150,7 +151,7 @@ def _statistics(x: Array, present: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def resnet(data: Mapping[str, Any], precision: Mapping[str, Any], *, layers: Literal[18, 34, 50, 101, 152] = 50,
-           blocks: tuple = (), multiplier: float = 1.0, stem: Stem = "imagenet") -> ResNet:
+           blocks: Sizes = (), multiplier: Positive = 1.0, stem: Stem = "imagenet") -> ResNet:
   """Residual convolutional network (reads batch["image"]), with batch statistics of the whole global batch.
 
   layers: 18 and 34 have blocks of two 3x3 convolutions; 50, 101 and 152 have bottlenecks.

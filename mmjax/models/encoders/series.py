@@ -14,6 +14,7 @@ from mmjax.models.encoders.sequence import SequencePooling, encode_sequence, rea
 from mmjax.models.layers import Dense, Encoded, hide_patches, normal, with_axes
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
 
 Array = jax.Array
 
@@ -58,10 +59,10 @@ class SeriesTransformer(nn.Module):
     return x, real(mask.reshape(rows, -1, self.patch).any(-1), batch)
 
 
-def series(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 8, instance_norm: bool = False, width: int = 0,
-           depth: int = 4, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean", activation: Activation = "gelu_tanh",
-           eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
-           scan_unroll: int = 0) -> SeriesTransformer:
+def series(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 8, instance_norm: bool = False, width: Width = 0,
+           depth: Depth = 4, heads: Heads = 0, mlp: Width = 0, pooling: SequencePooling = "mean", activation: Activation = "gelu_tanh",
+           eps: Epsilon = 1e-6, dropout: Dropout = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
+           scan_unroll: Count = 0) -> SeriesTransformer:
   """Transformer on patches of time (reads batch["series"]).
 
   patch: steps of a patch.

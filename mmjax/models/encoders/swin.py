@@ -18,6 +18,7 @@ from mmjax.models.encoders.image import normalise, patchify
 from mmjax.models.layers import Dense, Encoded, LayerNorm, Mlp, normal, with_axes, xavier
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation
+from mmjax.ranges import Dropout, Epsilon, Positive, Side, Sizes, Width
 
 Array = jax.Array
 EPS = 1e-5  # of the norms after the patches and before a merge, whatever `eps` the blocks have
@@ -174,9 +175,9 @@ def _fill(x: Array, multiple: int) -> Array:
   return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x
 
 
-def swin(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 4, width: int = 96, depths: tuple = (),
-         heads: tuple = (), window: int = 7, mlp_ratio: float = 4.0, activation: Activation = "gelu", eps: float = 1e-5,
-         drop_path: float = 0.0) -> SwinTransformer:
+def swin(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 4, width: Width = 96, depths: Sizes = (),
+         heads: Sizes = (), window: Side = 7, mlp_ratio: Positive = 4.0, activation: Activation = "gelu", eps: Epsilon = 1e-5,
+         drop_path: Dropout = 0.0) -> SwinTransformer:
   """Swin transformer (reads batch["image"]): attention within windows of a map that is halved from stage to stage.
 
   patch: height and width of a patch in pixels.

@@ -13,6 +13,7 @@ from mmjax.config import UserError
 from mmjax.models import pooling as pool
 from mmjax.models.layers import Encoded, LayerNorm, constrain, normal, with_axes
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, TokenId, Width
 
 Array = jax.Array
 TextPooling = Literal["last", "final", "eos", "highest", "class", "mean", "attention"]
@@ -89,11 +90,11 @@ class TextTransformer(TokenEncoder):
     return {"last": pool.last, "class": pool.first, "mean": pool.mean}[self.pooling](x, mask)
 
 
-def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: int = 0, depth: int = 12, heads: int = 0,
-                mlp: int = 0, causal: bool = False, pooling: TextPooling = "last", eos_id: int = 2,
+def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 12, heads: Heads = 0,
+                mlp: Width = 0, causal: bool = False, pooling: TextPooling = "last", eos_id: TokenId = 2,
                 norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
-                bias: bool = True, eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto",
-                remat: Remat = "none", scan_unroll: int = 0) -> TextTransformer:
+                bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0, kernel: Kernel = "auto",
+                remat: Remat = "none", scan_unroll: Count = 0) -> TextTransformer:
   """Text transformer (reads batch["text"]).
 
   width: channels; 0 = the model's width.

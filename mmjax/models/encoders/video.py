@@ -15,6 +15,7 @@ from mmjax.models.encoders.sequence import SequencePooling, drop_and_run, encode
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, hide_patches, normal, resize_positions, with_axes
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+from mmjax.ranges import Count, Depth, Deviations, Dropout, Epsilon, Heads, Means, Side, Size, Width, Widths
 
 Array = jax.Array
 Temporal = Literal["mean", "transformer"]
@@ -136,11 +137,11 @@ def _mask(batch: Mapping[str, Array]) -> Array:
 
 
 def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Literal["vit", "convolution"] = "vit",
-           temporal: Temporal = "transformer", patch: int = 16, frame_depth: int = 12, frame_stem: Stem = "patch",
-           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: tuple[int, ...] = (16, 24, 64),
-           mean: tuple = MIDDLE, std: tuple = MIDDLE, width: int = 0, depth: int = 4, heads: int = 0, mlp: int = 0,
-           pooling: SequencePooling = "mean", activation: Activation = "gelu_tanh", eps: float = 1e-6, dropout: float = 0.0,
-           kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: int = 0) -> FrameEncoder:
+           temporal: Temporal = "transformer", patch: Side = 16, frame_depth: Depth = 12, frame_stem: Stem = "patch",
+           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: Widths = (16, 24, 64),
+           mean: Means = MIDDLE, std: Deviations = MIDDLE, width: Width = 0, depth: Depth = 4, heads: Heads = 0, mlp: Width = 0,
+           pooling: SequencePooling = "mean", activation: Activation = "gelu_tanh", eps: Epsilon = 1e-6, dropout: Dropout = 0.0,
+           kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> FrameEncoder:
   """Every frame a vector, then time (reads batch["video"]).
 
   stem: of a frame: vit, or convolution (some of stride 2, flattened and pooled: for small frames).
@@ -172,10 +173,10 @@ def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Liter
   return FrameEncoder(config, frame, length=video["frames"], temporal=temporal, pooling=pooling)
 
 
-def tubelets(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: int = 16, time: int = 2, mean: tuple = MIDDLE,
-             std: tuple = MIDDLE, width: int = 0, depth: int = 12, heads: int = 0, mlp: int = 0, pooling: SequencePooling = "mean",
-             activation: Activation = "gelu_tanh", eps: float = 1e-6, dropout: float = 0.0, kernel: Kernel = "auto",
-             remat: Remat = "none", scan_unroll: int = 0) -> TubeletTransformer:
+def tubelets(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 16, time: Size = 2, mean: Means = MIDDLE,
+             std: Deviations = MIDDLE, width: Width = 0, depth: Depth = 12, heads: Heads = 0, mlp: Width = 0, pooling: SequencePooling = "mean",
+             activation: Activation = "gelu_tanh", eps: Epsilon = 1e-6, dropout: Dropout = 0.0, kernel: Kernel = "auto",
+             remat: Remat = "none", scan_unroll: Count = 0) -> TubeletTransformer:
   """Joint attention over patches of space and time (reads batch["video"]).
 
   patch, time: a tubelet's height and width in pixels, and its frames.
