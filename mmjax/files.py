@@ -9,6 +9,7 @@ AWS_ACCESS_KEY_ID, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS, ...).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import fnmatch
 import glob
@@ -18,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from mmjax.config import UserError
 
 log = logging.getLogger("mmjax")
 
+LARGEST = 2**31 - 2**20  # bytes of a file that is read whole: a record of a data set cannot hold more
 _STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
 _BUGS = (TypeError, AttributeError, NameError, LookupError, ArithmeticError, AssertionError, MemoryError)  # no store is to blame
@@ -153,7 +156,34 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 def open_binary(path: str | os.PathLike) -> BinaryIO:
   """A file or object to read from, with seeking. It and its methods raise OSError; of an object FileNotFoundError, StoreError."""
-  return _Object(path) if is_url(path) else open(path, "rb")
+  return _Object(path) if is_url(path) else open_file(path)
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+  """A regular file of this machine, links followed. Raises OSError: also for a pipe, socket or device, which could block for good."""
+  descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  try:
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode):
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+      raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+  except OSError:
+    os.close(descriptor)
+    raise
+  return open(descriptor, "rb")
+
+
+def read_file(path: str | os.PathLike, most: int = LARGEST) -> bytes:
+  """The bytes of a regular file. Raises OSError: as `open_file`, and (EFBIG) for more than `most` bytes."""
+  with open_file(path) as file:
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+      raise OSError(errno.EFBIG, f"{size / 2**20:.0f} MiB, more than {most / 2**20:.0f} MiB", os.fspath(path))
+    data = file.read(most + 1)
+  if len(data) > most:  # it grew, or is one of those that do not know their size
+    raise OSError(errno.EFBIG, f"more than {most / 2**20:.0f} MiB", os.fspath(path))
+  return data
 
 
 class _Object(io.RawIOBase):

@@ -37,6 +37,8 @@ PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 _VERSION = 3  # of the index files
 _PLACES = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.places
 _NEAR = 1 << 16  # bytes between members of a key that are read in vain rather than asked for one by one
+_MOST_NAMES = 1_000_000  # of one pattern
+_BRACE = r"\{([^{}]*)\}"
 _KINDS = {"txt": "txt", "json": "json", "cls": "cls", **{ending: name for name, endings in ENDINGS.items() for ending in endings}}
 _MEDIA = [_PLACES.index(name) for name in ("image", "audio", "video")]
 _TEXTS = [_PLACES.index(name) for name in ("txt", "json", "cls")]
@@ -101,7 +103,7 @@ class TarIndex:
     if files.is_url(self.path):
       return files.read_range(self.path, offset, size)
     try:
-      with open(self.path, "rb", buffering=0) as file:
+      with files.open_file(self.path) as file:
         return os.pread(file.fileno(), size, offset)
     except OSError as error:
       raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
@@ -254,8 +256,12 @@ def _scan(path: str, size: int) -> TarIndex:
   samples: dict[str, np.ndarray] = {}
   skipped: list[tuple[str, str]] = []
   try:
+    opened = files.open_binary(path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+  try:
     # "r:": plain tars only, random access needs them
-    with files.open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with opened as file, tarfile.open(fileobj=file, mode="r:") as tar:
       for member in _members(tar, skipped):
         name = member.name
         if not member.isfile() or member.issparse():
@@ -285,8 +291,6 @@ def _scan(path: str, size: int) -> TarIndex:
         else:
           place[column] = member.offset_data, member.size
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-    if isinstance(error, PermissionError):
-      raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     with files.open_binary(path) as file:
       zipped = file.read(2) == b"\x1f\x8b"
     hint = "compressed: make it a plain .tar with gunzip" if zipped else "an empty file" if not size else str(error)
@@ -325,17 +329,27 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
 
 
 def _braces(pattern: str) -> list[str]:
-  """Expands {00000..00010} (keeping leading zeros) and {a,b}."""
-  match = re.search(r"\{([^{}]*)\}", pattern)
-  if not match:
-    return [pattern]
-  inner = match[1]
-  if span := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+  """Expands {00000..00010} (keeping leading zeros) and {a,b}. Raises UserError: it cannot be read, or names too many files."""
+  names = [pattern]
+  while re.search(_BRACE, names[0]):  # the innermost first, so that all names have the same braces left
+    expanded, characters = [], 0
+    for name in names:
+      match = re.search(_BRACE, name)
+      options = _options(match[1], pattern)
+      characters += len(options) * len(name)
+      if len(expanded) + len(options) > _MOST_NAMES or characters > 256 * _MOST_NAMES:
+        raise UserError(f"{pattern[:200]}: names more than {_MOST_NAMES:,} files. Name fewer, or the folder that they are in")
+      width = len(match[1].partition("..")[0]) if isinstance(options, range) else 0
+      expanded += [name[:match.start()] + str(option).zfill(width) + name[match.end():] for option in options]
+    names = expanded
+  return names
+
+
+def _options(inner: str, pattern: str) -> range | list[str]:
+  """What stands between two braces: 000..010 as numbers, or a,b."""
+  if span := re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inner):
     first, last = int(span[1]), int(span[2])
-    step = 1 if first <= last else -1
-    options = [str(number).zfill(len(span[1])) for number in range(first, last + step, step)]
-  elif "," in inner:
-    options = inner.split(",")
-  else:
-    raise UserError(f"{pattern}: cannot read {match[0]!r}; write {{00000..00010}} or {{a,b}}")
-  return [rest for option in options for rest in _braces(pattern[:match.start()] + option + pattern[match.end():])]
+    return range(first, last + 1) if first <= last else range(first, last - 1, -1)
+  if "," in inner:
+    return inner.split(",")
+  raise UserError(f"{pattern[:200]}: cannot read {{{inner[:80]}}}; write {{00000..00010}} or {{a,b}}")

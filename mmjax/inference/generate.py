@@ -64,7 +64,7 @@ def _expand(file: str | os.PathLike, predictor: Predictor) -> list[str]:
   path = Path(file)
   if not path.is_dir():
     return [os.fspath(file)]
-  found = sorted(str(p) for p in path.rglob("*") if p.is_file() and modality_of(p) in predictor.media)
+  found = sorted(str(p) for p in path.rglob("*") if not p.is_dir() and modality_of(p) in predictor.media)
   if not found:
     raise UserError(f"{file} has no files of {', '.join(sorted(predictor.media))} in it")
   return found

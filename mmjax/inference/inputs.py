@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image, ImageOps
 from mmjax.data.examples import READERS
 from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
+from mmjax.files import read_file
 
 Item = str | os.PathLike | bytes | np.ndarray | Image.Image | dict[str, np.ndarray]
 _AXES = {"image": 3, "audio": 1, "video": 4, "series": 2}  # of one item that is an array
@@ -51,7 +51,7 @@ class MediaInputs:
     """What the transform takes. Raises Unreadable."""
     if isinstance(item, (str, os.PathLike)):
       try:
-        item = Path(item).read_bytes()
+        item = read_file(item)
       except OSError as error:
         raise Unreadable(f"cannot be opened ({error.strerror or error})") from error
     if self.modality == "series":

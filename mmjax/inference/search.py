@@ -22,6 +22,7 @@ from mmjax.data.image import Unreadable
 from mmjax.data.media import ENDINGS, WORDS, bytes_key
 from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
+from mmjax.files import read_file
 from mmjax.inference.predictor import Predictor, in_threads
 
 FILES = {modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()}
@@ -125,7 +126,7 @@ def embed_folder(
   if not root.is_dir():
     raise UserError(f"{folder} is no folder. Give a folder of {noun}")
   names = sorted(
-    path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file()
+    path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in endings and not path.is_dir()
   )
   if not names:
     raise UserError(f"{folder} has no {noun} ({' '.join(endings)})")
@@ -206,7 +207,7 @@ def load_index(path: str | os.PathLike, predictor: Predictor | None = None) -> I
 def read_lines(path: str | os.PathLike) -> list[str]:
   """The lines of a UTF-8 text file that are not blank. Raises UserError."""
   try:
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_file(path).decode("utf-8").splitlines()]
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
   except UnicodeDecodeError as error:
@@ -277,7 +278,7 @@ def _option(modality: str) -> str:
 
 def _from_file(root: Path, name: str) -> tuple[str, bytes, int]:
   try:
-    data = (root / name).read_bytes()
+    data = read_file(root / name)
   except OSError as error:
     raise Unreadable(f"{name}: cannot be opened ({error.strerror or error})") from error
   return name, data, bytes_key(data)

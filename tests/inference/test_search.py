@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,16 @@ def test_a_folder_is_embedded_whole_and_broken_pictures_are_named(predictor, fol
     index["image_embeddings"], predictor.encode_image([folder / n for n in index["image_ids"]]), atol=1e-6
   )
   assert (float(index["scale"]), str(index["model"])) == (np.float32(predictor.scale), predictor.fingerprint)
+
+
+def test_a_pipe_among_the_pictures_is_named(predictor, folder, tmp_path):
+  os.mkfifo(folder / "pipe.png")
+  lines = []
+  index = np.load(embed(predictor, tmp_path / "index.npz", images=str(folder), log=lines.append), allow_pickle=False)
+  assert index["skipped"].tolist() == ["broken.jpg", "pipe.png"]
+  assert any("skipped pipe.png" in line and "not a regular file" in line for line in lines)
+  with pytest.raises(UserError, match="not a regular file"):
+    predictor.encode_image([folder / "pipe.png"])
 
 
 def test_search_by_picture_and_by_words(predictor, folder, tmp_path):

@@ -12,6 +12,7 @@ from mmjax.data.media import modality_of
 from mmjax.data.readers.rows import MEDIA, Row, Skip, Where, file_record, find_files, stems
 from mmjax.data.readers.table import choose_columns
 from mmjax.data.tars import captions_of, questions_of
+from mmjax.files import open_file
 
 
 class ParquetReader:
@@ -111,6 +112,7 @@ class ParquetReader:
     except ImportError as error:
       raise UserError("reading parquet needs pyarrow: pip install pyarrow") from error
     try:
+      open_file(path).close()  # Arrow would wait for a pipe
       return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
       raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())[:120]})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from mmjax.config import UserError
 from mmjax.data.media import media_key
 from mmjax.data.tars import expand
+from mmjax.files import read_file
 
 Row = tuple[str, Any]
 MEDIA = ("image", "audio", "video")  # columns of these hold media
@@ -41,12 +43,11 @@ def read_inside(root: str, path: str) -> bytes | Skip:
     base, full = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([base, full]) != base:
       return Skip("outside the source folder", path)
-    with open(full, "rb") as file:
-      return file.read()
+    return read_file(full)
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
     return Skip("missing file", path)
   except OSError as error:
-    return Skip("unreadable", f"{path} ({error.strerror})")
+    return Skip("too large" if error.errno == errno.EFBIG else "unreadable", f"{path} ({error.strerror})")
 
 
 def file_record(root: str, name: str, where: Where, media: Mapping[str, bytes] | None = None) -> dict | Skip:

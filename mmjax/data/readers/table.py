@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from mmjax.config import UserError
 from mmjax.data.media import modality_of
 from mmjax.data.readers.rows import MEDIA, Row, Skip, Where
 from mmjax.data.tars import captions_of, questions_of
+from mmjax.files import open_file
 
 COLUMNS = {  # what a column may be called, most likely first
   "image": ("image", "file_name", "filename", "image_path", "file", "path", "img", "picture", "jpg", "png",
@@ -31,7 +33,8 @@ def read_table(path: str) -> Iterator[tuple[int, dict | Skip]]:
   """(line number, row) of a .csv, .tsv or .jsonl file; a line that cannot be read is a Skip. Raises UserError."""
   try:
     tabular = path.endswith((".csv", ".tsv"))
-    with open(path, encoding="utf-8-sig", errors="replace", newline="" if tabular else None) as file:
+    newline = "" if tabular else None
+    with io.TextIOWrapper(open_file(path), "utf-8-sig", errors="replace", newline=newline) as file:
       if tabular:
         for row in (reader := csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")):
           yield reader.line_num, {key: value for key, value in row.items() if key}
