@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.config import UserError
 from mmjax.models.attention import attend
+from mmjax.models.encoders.text import enough_positions
 from mmjax.models.layers import Dense, LayerNorm, Mlp, affine, constrain, normal, with_axes, xavier
 from mmjax.models.platform import materialise, platform
 from mmjax.models.transformer import REMAT, Activation, Kernel, Remat, TransformerConfig
@@ -288,7 +289,7 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
             cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", memory_positions: bool = False,
             project_memory: bool = True, prompt: TokenIds = (), eos_id: TokenId = 2, pad_id: TokenId = 0, suppress: TokenIds = (),
             suppress_first: TokenIds = (), languages: TokenIds = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: Epsilon = 1e-6,
-            dropout: Dropout = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Decoder:
+            dropout: Dropout = 0.0, max_positions: Count = 0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Decoder:
   """Causal text transformer that attends to a memory in every block (pre-norm, one table for input and output).
 
   width: channels; 0 = the model's width.
@@ -303,6 +304,7 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
   suppress, suppress_first: tokens that are never written, or not as the first of a text.
   languages: tokens of which the likeliest, by row, stands in the second place of the prompt when a text is written; () = the prompt's.
   activation, bias, eps, dropout: of the blocks.
+  max_positions: places for tokens, the prompt's among them; 0 = as many as the prompt and data.text.length need.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   """
   config = TransformerConfig(
@@ -315,6 +317,7 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
                       f"{vocab_size}")
   if languages and len(prompt) < 2:
     raise UserError(f"languages takes the second place of the prompt, which is {prompt}. Give the prompt one of them there")
-  return Decoder(config, vocab_size=vocab_size, length=data["text"]["length"] + len(prompt) - 1, positions=positions, cross=cross,
+  needed = data["text"]["length"] + len(prompt) - 1
+  return Decoder(config, vocab_size=vocab_size, length=enough_positions(max_positions, needed) or needed, positions=positions, cross=cross,
                  memory_positions=memory_positions, project_memory=project_memory, prompt=prompt, eos_id=eos_id, pad_id=pad_id,
                  suppress=tuple(suppress), suppress_first=tuple(suppress_first), languages=tuple(languages))

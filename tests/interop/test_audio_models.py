@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ def spoken_by(model, folder):
 def test_whisper_logits_and_texts_are_equal(whisper_folder):
   folder, theirs = whisper_folder
   config = checkpoints.load_config(str(folder / "mmjax"))
-  assert config.model.decoder.prompt == PROMPT and config.data.text.length == 14 and config.data.modalities == ("audio", "text")
+  assert config.model.decoder.prompt == PROMPT and config.data.text.length == 13 and config.data.modalities == ("audio", "text")
   assert not config.data.text.bos and config.data.text.eos and config.data.audio.seconds == 1.0
   model, variables = loaded(folder / "mmjax")
   assert set(variables["params"]) == {"audio", "decoder"}
@@ -90,7 +91,7 @@ def test_whisper_logits_and_texts_are_equal(whisper_folder):
     want = theirs(input_features=features(folder / "hf")["input_features"], decoder_input_ids=torch.tensor(inputs).long()).logits[:, 2:]
   real = TEXT > 0
   np.testing.assert_allclose((hidden @ table.T)[real], want.numpy()[real], atol=1e-4)
-  tokens = np.asarray(jax.jit(lambda v, b: write(model, v, ("audio",), 13, 1, 1.0, b))(variables, dict(audio=AUDIO)))
+  tokens = np.asarray(jax.jit(lambda v, b: write(model, v, ("audio",), config.data.text.length, 1, 1.0, b))(variables, dict(audio=AUDIO)))
   ours = [row[:row.index(EOS)] if EOS in row else row for row in tokens.tolist()]
   assert ours == spoken_by(theirs, folder / "hf")
   assert all(len(row) > 3 and row[0] != 9 and not {PAD, 7, 8} & set(row) for row in ours) and len(set(ours[0])) > 1
@@ -123,16 +124,56 @@ def test_a_whisper_without_a_tokenizer_and_a_trained_one(tmp_path):
     export_hf(tmp_path / "other", tmp_path / "no")
 
 
-@pytest.mark.parametrize("generation, want", [
-  ({}, (50,)),
-  (dict(forced_decoder_ids=[[1, 62]]), (50, 62)),
-  (dict(lang_to_id={"<|en|>": 51, "<|de|>": 52}, task_to_id=dict(transcribe=58, translate=57), no_timestamps_token_id=62), (50, 51, 58, 62)),
-  (dict(lang_to_id={"<|en|>": 51, "<|de|>": 52}, task_to_id=dict(transcribe=58, translate=57), no_timestamps_token_id=62,
-        forced_decoder_ids=[[1, None], [2, 58]]), (50, 51, 58, 62)),
-  (dict(lang_to_id={"<|en|>": 51, "<|de|>": 52}, task_to_id=dict(transcribe=58, translate=57), no_timestamps_token_id=62,
-        language="de", task="translate", forced_decoder_ids=[[1, 51], [2, 58]]), (50, 52, 57, 62))])
-def test_the_prompt_is_that_of_the_generation_config(generation, want):
-  assert whisper_decoder.prompt(dict(decoder_start_token_id=50, **generation)) == want
+LANGUAGES, TASKS = {"<|en|>": 10, "<|de|>": 21, "<|fr|>": 22}, dict(transcribe=38, translate=37)
+MANY = dict(lang_to_id=LANGUAGES, task_to_id=TASKS, no_timestamps_token_id=39, is_multilingual=True)
+GENERATIONS = [
+  {}, dict(forced_decoder_ids=[[1, 5]]), dict(forced_decoder_ids=[[1, None], [2, 38]]), MANY, dict(MANY, task="translate"),
+  dict(lang_to_id=LANGUAGES, no_timestamps_token_id=39), dict(MANY, forced_decoder_ids=[[1, None], [2, 38]]),
+  dict(MANY, forced_decoder_ids=[[1, None], [2, 38], [3, 39]]), dict(MANY, forced_decoder_ids=[[1, 21], [2, 38]]),
+  dict(MANY, language="german"), dict(MANY, language="<|de|>", task="translate"),
+  dict(MANY, language="fr", forced_decoder_ids=[[1, 21], [2, 38]]), dict(task_to_id=TASKS, no_timestamps_token_id=39, task="translate"),
+  dict(no_timestamps_token_id=39, is_multilingual=False, forced_decoder_ids=[[1, 39]]),
+  dict(no_timestamps_token_id=39, is_multilingual=False), dict(no_timestamps_token_id=39, forced_decoder_ids=[[2, 39]]),
+  dict(max_length=16), dict(max_length=5), dict(max_length=100), dict(max_new_tokens=4), dict(MANY, max_new_tokens=4, max_length=16),
+]
+
+
+def test_prompt_and_length_are_those_of_transformers_and_go_back(tmp_path):
+  """English-only and multilingual models; language and task stated, forced, or neither; every kind of limit."""
+  net = whisper_model()
+  transformers.WhisperFeatureExtractor(chunk_length=1).save_pretrained(tmp_path)
+  inputs, facts = features(tmp_path)["input_features"], json.loads(net.config.to_json_string())
+
+  def written(generation):
+    net.generation_config = transformers.GenerationConfig(**generation)
+    out = net.generate(inputs, return_dict_in_generate=True, force_unique_generate_call=True)  # with the prompt
+    return json.loads(net.generation_config.to_json_string()), out.sequences
+
+  for generation in GENERATIONS:
+    ids = dict(decoder_start_token_id=1, bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, suppress_tokens=[EOS, PAD])
+    stated, sequences = written({**ids, **generation})  # never ends before its limit
+    found = whisper_decoder.settings(facts, stated)
+    start, limit = found["decoder"]["prompt"], found["text"]["length"]
+    want = sequences[:, :len(start)].clone()
+    if found["decoder"]["languages"]:
+      assert set(want[:, 1].tolist()) <= set(found["decoder"]["languages"]) == set(LANGUAGES.values())
+      want[:, 1] = start[1]
+    assert want.tolist() == [list(start)] * 2, generation
+    assert sequences.shape[1] - len(start) == limit, generation
+    back = written(whisper_decoder.generation_facts(found["decoder"], found["text"], stated))[1]
+    assert torch.equal(back, sequences), generation
+
+
+def test_what_a_generation_config_asks_and_is_not_kept_is_said(whisper_folder, tmp_path):
+  shutil.copytree(whisper_folder[0] / "hf", tmp_path / "hf")
+  path, lines = tmp_path / "hf" / "generation_config.json", []
+  facts = json.loads(path.read_text())
+  path.write_text(json.dumps(dict(facts, return_timestamps=True, num_beams=5, no_repeat_ngram_size=3)))
+  import_hf(tmp_path / "hf", tmp_path / "mmjax", lines.append)
+  assert len(lines) == 1 and "num_beams 5, no_repeat_ngram_size 3, return_timestamps True, which is not kept" in lines[0]
+  path.write_text(json.dumps(dict(facts, lang_to_id={"<|en|>": 5}, language="klingon")))
+  with pytest.raises(UserError, match="language 'klingon' is not in lang_to_id, which has: <|en|>"):
+    import_hf(tmp_path / "hf", tmp_path / "other")
 
 
 def test_the_language_is_detected_in_each_sound(whisper_folder, tmp_path):

@@ -10,7 +10,8 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,8 +34,13 @@ ALONE = {  # an encoder's kind -> the families that it alone may be
 }
 
 
-def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
-  """Makes the import folder `out` (params, config, tokenizer) of a transformers folder.
+def _warn(line: str) -> None:
+  print(f"mmjax: {line}", file=sys.stderr)
+
+
+def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[str], None] = _warn) -> None:
+  """Makes the import folder `out` (params, config, tokenizer) of a transformers folder. log: takes a line for each thing that
+  the folder holds and the import leaves out.
 
   Raises UserError: a file is missing or damaged, the model is of no family that is known here, its weights lack tensors or
   hold some that its config does not explain, or its preprocessing cannot be expressed.
@@ -72,6 +78,8 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike) -> None:
   params = mapping.to_params(tensors, family.rules(config), str(folder))
   state = {name: params.pop(name) for name in (single.STATISTICS,) if name in params}
   checkpoints.save_import(str(out), params, config, assets, state)
+  for note in found.get("notes", ()):
+    log(f"{folder}: {note}")
 
 
 def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:

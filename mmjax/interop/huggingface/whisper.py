@@ -33,10 +33,11 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   """{"model": ..., "audio": settings of data.audio, "text": of data.text} of a config.json and the files beside it."""
   preprocessor = facts.get("preprocessor_config.json", {})
   take_positions(tensors)  # or it says what is wrong with them
-  found = whisper_decoder.settings(facts, facts.get("generation_config.json", {}))
+  found = whisper_decoder.settings(facts, facts.get("generation_config.json"))
   model = dict(name="captioner", width=found["decoder"]["width"], encoders=dict(audio=encoder_settings(facts, preprocessor)),
                decoder=dict(found["decoder"], project_memory=False))
-  return dict(model=model, audio=audio_settings(facts, preprocessor), text=dict(found["text"], bos=False, eos=True))
+  return dict(model=model, audio=audio_settings(facts, preprocessor), text=dict(found["text"], bos=False, eos=True),
+              notes=found["notes"])
 
 
 def rules(config: Mapping[str, Any]) -> list[Rule]:

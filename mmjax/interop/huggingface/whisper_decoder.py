@@ -17,11 +17,36 @@ DEFAULTS = dict(vocab_size=51865, d_model=384, decoder_layers=4, decoder_attenti
                 max_target_positions=448, activation_function="gelu", scale_embedding=False, tie_word_embeddings=True,
                 decoder_start_token_id=50257, eos_token_id=50256, pad_token_id=50256)
 EPS = 1e-5  # torch's LayerNorm; config.json does not say
+LIMITS, NEVER = ("max_length", "max_new_tokens"), ("suppress_tokens", "begin_suppress_tokens")
+# How texts are written here: with other values transformers writes others.
+GREEDY = dict(do_sample=False, num_beams=1, min_length=0, min_new_tokens=0, repetition_penalty=1.0, no_repeat_ngram_size=0,
+              encoder_no_repeat_ngram_size=0, encoder_repetition_penalty=1.0, bad_words_ids=None, sequence_bias=None,
+              forced_bos_token_id=None, forced_eos_token_id=None, exponential_decay_length_penalty=None, num_beam_groups=1,
+              penalty_alpha=None, guidance_scale=None, no_speech_threshold=None, return_timestamps=False)
+# Whisper's languages and their codes, other names of some after them.
+CODES = dict(pair.split("=") for pair in """
+english=en, chinese=zh, german=de, spanish=es, russian=ru, korean=ko, french=fr, japanese=ja,
+portuguese=pt, turkish=tr, polish=pl, catalan=ca, dutch=nl, arabic=ar, swedish=sv, italian=it,
+indonesian=id, hindi=hi, finnish=fi, vietnamese=vi, hebrew=he, ukrainian=uk, greek=el, malay=ms,
+czech=cs, romanian=ro, danish=da, hungarian=hu, tamil=ta, norwegian=no, thai=th, urdu=ur,
+croatian=hr, bulgarian=bg, lithuanian=lt, latin=la, maori=mi, malayalam=ml, welsh=cy, slovak=sk,
+telugu=te, persian=fa, latvian=lv, bengali=bn, serbian=sr, azerbaijani=az, slovenian=sl,
+kannada=kn, estonian=et, macedonian=mk, breton=br, basque=eu, icelandic=is, armenian=hy,
+nepali=ne, mongolian=mn, bosnian=bs, kazakh=kk, albanian=sq, swahili=sw, galician=gl, marathi=mr,
+punjabi=pa, sinhala=si, khmer=km, shona=sn, yoruba=yo, somali=so, afrikaans=af, occitan=oc,
+georgian=ka, belarusian=be, tajik=tg, sindhi=sd, gujarati=gu, amharic=am, yiddish=yi, lao=lo,
+uzbek=uz, faroese=fo, haitian creole=ht, pashto=ps, turkmen=tk, nynorsk=nn, maltese=mt,
+sanskrit=sa, luxembourgish=lb, myanmar=my, tibetan=bo, tagalog=tl, malagasy=mg, assamese=as,
+tatar=tt, hawaiian=haw, lingala=ln, hausa=ha, bashkir=ba, javanese=jw, sundanese=su,
+cantonese=yue, burmese=my, valencian=ca, flemish=nl, haitian=ht, letzeburgesch=lb, pushto=ps,
+panjabi=pa, moldavian=ro, moldovan=ro, sinhalese=si, castilian=es, mandarin=zh
+""".replace("\n", " ").strip().split(", "))
 
 
 def settings(facts: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """{"decoder": settings of model.decoder, "text": of data.text} of a config.json and a generation_config.json.
+  """{"decoder": settings of model.decoder, "text": of data.text} of a config.json and a generation_config.json (None = no such file).
 
+  data.text.length is the number of tokens that transformers writes at most; the table of positions may be longer.
   Raises UserError: the config has something that our decoder cannot express.
   """
   known = {**DEFAULTS, **facts}
@@ -32,43 +57,96 @@ def settings(facts: Mapping[str, Any], generation: Mapping[str, Any] | None = No
       raise UserError(f"{key} is {known[key]!r}, but only {value} is supported")
   decoder = dict(kind="decoder", width=known["d_model"], depth=known["decoder_layers"], heads=known["decoder_attention_heads"],
                  mlp=known["decoder_ffn_dim"], activation=ACTIVATIONS[known["activation_function"]], eps=EPS, bias=True, cross=True,
-                 positions="learned")
-  known.update({key: value for key, value in (generation or {}).items() if value is not None})
+                 positions="learned", max_positions=known["max_target_positions"])
+  known = decoding(known, generation)
   for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
     if not isinstance(known[key], int):
       raise UserError(f"{key} is {known[key]!r}, but one token is needed")
+  never = {key: tuple(token for token in known.get(key) or () if 0 <= token < known["vocab_size"])
+           for key in NEVER}
   decoder.update(prompt=prompt(known), languages=languages(known), eos_id=known["eos_token_id"], pad_id=known["pad_token_id"],
-                 suppress=tuple(known.get("suppress_tokens") or ()), suppress_first=tuple(known.get("begin_suppress_tokens") or ()))
-  length = known["max_target_positions"] - len(decoder["prompt"]) + 1
-  return dict(decoder=decoder, text=dict(vocab_size=known["vocab_size"], length=length))
+                 suppress=never["suppress_tokens"], suppress_first=never["begin_suppress_tokens"])
+  length = longest(known, len(decoder["prompt"]), known["max_target_positions"])
+  other = [f"{key} {known[key]!r}" for key, value in GREEDY.items() if known.get(key, value) not in (value, None)]
+  notes = [f"generation_config.json has {', '.join(other)}, which is not kept: texts are written by the likeliest token each time, "
+           "or with as many beams as the caller asks for, and without time stamps"] if other else []
+  return dict(decoder=decoder, text=dict(vocab_size=known["vocab_size"], length=length), notes=notes)
+
+
+def decoding(known: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+  """What decides how texts are written: of a generation_config.json where there is one, else of config.json.
+
+  Beside a generation_config.json, config.json decides about forced_decoder_ids and the ids of start, end and padding alone.
+  """
+  if generation is None:
+    return {"begin_suppress_tokens": (220, 50256), **known}
+  rest = {key: value for key, value in known.items() if key not in (*NEVER, *LIMITS, *GREEDY)}
+  return {**rest, **{key: value for key, value in generation.items() if value is not None}}
+
+
+def longest(known: Mapping[str, Any], start: int, positions: int) -> int:
+  """Tokens that transformers writes at most after a prompt of `start`: max_new_tokens, else what max_length leaves. It adds the
+  prompt to max_length, and the last token takes a place too. Without either, as many as there are places for."""
+  room = positions - start
+  if known.get("max_new_tokens") is not None:
+    if known["max_new_tokens"] > room:
+      raise UserError(f"max_new_tokens is {known['max_new_tokens']}, but max_target_positions {positions} leaves {room} after the prompt")
+    return known["max_new_tokens"]
+  if known.get("max_length") is None:
+    return room
+  return min(known["max_length"] + min(positions // 2 - 1, start), positions) - start
 
 
 def prompt(known: Mapping[str, Any]) -> tuple[int, ...]:
   """The tokens that transformers starts a transcription without time stamps from.
 
-  The start token, then the forced ones, or language and task. Where a multilingual model states no language it is detected in each
-  sound (`languages`), and English stands in its place. One language, or another task: change model.decoder.languages and prompt.
+  The start token, then those of language and task where they are stated, else the forced ones. Where no language is stated it is
+  detected in each sound (`languages`); the first one stands in its place. A task is there only where it, or a language, is stated.
+  Raises UserError: a language or task that the generation_config.json does not list.
   """
-  start, languages, tasks = known["decoder_start_token_id"], known.get("lang_to_id") or {}, known.get("task_to_id") or {}
-  stated = known.get("language") or known.get("task")
-  forced = {} if stated else {place: token for place, token in known.get("forced_decoder_ids") or ()}
-  out = [start, *(forced[place] for place in sorted(forced) if forced[place] is not None and forced[place] not in languages.values())]
-  if languages:
-    named = [token for token in forced.values() if token in languages.values()]
-    language = str(known.get("language") or "en")
-    known_names = (language, f"<|{language}|>", "<|en|>")
-    out.insert(1, named[0] if named else next((languages[name] for name in known_names if name in languages), min(languages.values())))
-    if tasks and not set(tasks.values()) & set(out):
-      out.insert(2, tasks.get(known.get("task") or "transcribe", min(tasks.values())))
+  out: list[int | None] = [known["decoder_start_token_id"], *_forced(known)]
+  detected, tasks = languages(known), known.get("task_to_id") or {}
+  language, task = known.get("language"), known.get("task")
+  if language is not None or detected:
+    out[1:2] = [detected[0] if detected else language_token(language, known)]
+  if task is not None or (language is not None and tasks):
+    if (task or "transcribe") not in tasks:
+      raise UserError(f"task {task or 'transcribe'!r} is not in task_to_id, which has: {', '.join(tasks) or 'none'}")
+    out.append(tasks[task or "transcribe"])
   silent = known.get("no_timestamps_token_id")
-  return tuple(out if silent is None or silent in out else [*out, silent])
+  if silent is not None and out[-1] != silent:
+    out.append(silent)
+  return tuple(token for token in out if token is not None)
 
 
 def languages(known: Mapping[str, Any]) -> tuple[int, ...]:
   """The tokens among which a model that states no language detects it; () where it states one, or knows one alone."""
-  tokens = tuple(sorted((known.get("lang_to_id") or {}).values()))
-  forced = () if known.get("task") else [token for _, token in known.get("forced_decoder_ids") or ()]
-  return () if known.get("language") or set(forced) & set(tokens) else tokens
+  forced = _forced(known)
+  detects = known.get("language") is None and (not forced or forced[0] is None)
+  return tuple(sorted((known.get("lang_to_id") or {}).values())) if detects else ()
+
+
+def language_token(language: str, known: Mapping[str, Any]) -> int:
+  """The token of a language given as "german", "de" or "<|de|>". Raises UserError: the model does not list it."""
+  tokens, name = known.get("lang_to_id") or {}, str(language).lower()
+  code = CODES.get(name, name)
+  for spelling in (name, f"<|{code}|>"):
+    if spelling in tokens:
+      return tokens[spelling]
+  raise UserError(f"language {language!r} is not in lang_to_id, which has: {', '.join(sorted(tokens)) or 'none'}")
+
+
+def _forced(known: Mapping[str, Any]) -> list[int | None]:
+  """forced_decoder_ids from place 1 on; language and task override them."""
+  if known.get("language") is not None or known.get("task") is not None:
+    return []
+  pairs = [tuple(pair) for pair in known.get("forced_decoder_ids") or ()]
+  places = [place for place, _ in pairs]
+  if places and places[0] != 1:
+    return []  # transformers leaves them out
+  if places != list(range(1, len(places) + 1)):
+    raise UserError(f"forced_decoder_ids has the places {places}, but they must count up from 1")
+  return [token for _, token in pairs]
 
 
 def refusals(decoder: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
@@ -95,14 +173,22 @@ def generation_facts(decoder: Mapping[str, Any], text: Mapping[str, Any], known:
     rest["no_timestamps_token_id"] = known["no_timestamps_token_id"]
   if decoder["languages"]:
     rest.setdefault("lang_to_id", {f"<|{token}|>": token for token in decoder["languages"]})
-  return {**rest, **token_facts(decoder), "max_length": text["length"] + len(prompt or (1,)) - 1, "return_timestamps": False}
+  rest = {key: value for key, value in rest.items() if key not in LIMITS and key not in GREEDY}
+  start, positions = len(prompt or (1,)), target_positions(decoder, text)
+  limit = min(text["length"], positions - start)  # the last token takes a place there, not here
+  return {**rest, **token_facts(decoder), "max_length": limit + start - min(positions // 2 - 1, start), "return_timestamps": False}
+
+
+def target_positions(decoder: Mapping[str, Any], text: Mapping[str, Any]) -> int:
+  """Rows of the table of positions."""
+  return decoder["max_positions"] or text["length"] + max(0, len(decoder["prompt"]) - 1)
 
 
 def facts(decoder: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
   """The decoder's keys of config.json, from model.decoder (width, heads, mlp filled in) and data.text; see `refusals`."""
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   return dict(vocab_size=text["vocab_size"], d_model=decoder["width"], decoder_layers=decoder["depth"],
-              decoder_attention_heads=decoder["heads"], decoder_ffn_dim=decoder["mlp"], max_target_positions=text["length"] + max(0, len(decoder["prompt"]) - 1),
+              decoder_attention_heads=decoder["heads"], decoder_ffn_dim=decoder["mlp"], max_target_positions=target_positions(decoder, text),
               activation_function=names[decoder["activation"]], scale_embedding=False, tie_word_embeddings=True)
 
 

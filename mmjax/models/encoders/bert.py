@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import pooling as pool
-from mmjax.models.encoders.text import TokenEncoder
+from mmjax.models.encoders.text import TokenEncoder, enough_positions
 from mmjax.models.layers import Dense, Encoded, LayerNorm, constrain, normal, with_axes
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Size, Width
@@ -48,7 +48,7 @@ class Bert(TokenEncoder):
 
 def bert(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 12, heads: Heads = 0,
          mlp: Width = 0, types: Size = 2, pooling: BertPooling = "pooler", activation: Activation = "gelu", eps: Epsilon = 1e-12,
-         dropout: Dropout = 0.0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Bert:
+         dropout: Dropout = 0.0, max_positions: Count = 0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Bert:
   """BERT (reads batch["text"]).
 
   width: channels; 0 = the model's width.
@@ -58,10 +58,11 @@ def bert(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width 
   types: token types (segments) that the model knows; a text without batch["text"]["types"] is all 0.
   pooling: pooler (first token, dense layer, tanh), class (first token) or mean.
   activation, eps, dropout: of the blocks.
+  max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   """
   config = TransformerConfig(
       width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, norm="post", activation=activation,
       eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat, scan_unroll=scan_unroll)
   return Bert(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], types=types, pooling=pooling,
-              mask_padding=data["text"]["mask_padding"])
+              mask_padding=data["text"]["mask_padding"], max_positions=enough_positions(max_positions, data["text"]["length"]))

@@ -22,6 +22,7 @@ TextPooling = Literal["last", "final", "eos", "highest", "class", "mean", "atten
 class TokenEncoder(nn.Module):
   """What text encoders share: the table of token embeddings, positions, and which tokens are real.
 
+  max_positions: rows of the table of positions; 0 = `length`.
   trunk: a transformer shared with other encoders, instead of its own.
   """
 
@@ -29,6 +30,7 @@ class TokenEncoder(nn.Module):
   vocab_size: int
   length: int
   mask_padding: bool = True
+  max_positions: int = 0
   trunk: nn.Module | None = None
 
   def setup(self) -> None:
@@ -39,19 +41,32 @@ class TokenEncoder(nn.Module):
     """The token embeddings, float32 [V, D]: what a tied output layer multiplies hidden states with."""
     return self.embedding
 
+  def positions(self) -> int:
+    """The longest text that the encoder can take."""
+    return self.max_positions or self.length
+
   def real(self, batch: Mapping[str, Array]) -> Array:
     """bool [B, L]: the tokens that are there. Raises UserError: a text longer than the model's."""
     tokens, mask = batch["tokens"], batch.get("mask")
-    if tokens.shape[1] > self.length:
-      raise UserError(f"text of {tokens.shape[1]} tokens for a model of data.text.length {self.length}. Cut it, or change the length")
+    if tokens.shape[1] > self.positions():
+      raise UserError(f"text of {tokens.shape[1]} tokens for a model of {self.positions()} positions (data.text.length, or "
+                      "max_positions). Cut it, or change the length")
     if mask is None or not self.mask_padding:
       mask = jnp.ones(tokens.shape, bool)
     return mask & batch["present"][:, None] if "present" in batch else mask
 
   def embed(self, tokens: Array, position_stddev: float) -> Array:
-    """Embeddings and learned positions, float32 [B, L, D]; `position` [length, D] is cut to L."""
-    position = self.param("position", with_axes(normal(position_stddev), ("position", "embed")), (self.length, self.config.width), jnp.float32)
+    """Embeddings and learned positions, float32 [B, L, D]; `position` [positions, D] is cut to L."""
+    position = self.param("position", with_axes(normal(position_stddev), ("position", "embed")),
+                          (self.positions(), self.config.width), jnp.float32)
     return jnp.take(self.embedding, tokens, axis=0) + position[:tokens.shape[1]]
+
+
+def enough_positions(max_positions: int, length: int) -> int:
+  """`max_positions` itself. Raises UserError: texts of `length` tokens need more (0 = as many as they need)."""
+  if max_positions and max_positions < length:
+    raise UserError(f"max_positions is {max_positions}, but texts take {length} positions. Set data.text.length lower")
+  return max_positions
 
 
 class TextTransformer(TokenEncoder):
@@ -93,7 +108,7 @@ class TextTransformer(TokenEncoder):
 def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 12, heads: Heads = 0,
                 mlp: Width = 0, causal: bool = False, pooling: TextPooling = "last", eos_id: TokenId = 2,
                 norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
-                bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0, kernel: Kernel = "auto",
+                bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0, max_positions: Count = 0, kernel: Kernel = "auto",
                 remat: Remat = "none", scan_unroll: Count = 0) -> TextTransformer:
   """Text transformer (reads batch["text"]).
 
@@ -106,6 +121,7 @@ def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width:
   eos_id: the token that pooling "eos" looks for; tokenizers of this project have 2.
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
+  max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   """
   config = TransformerConfig(
@@ -113,4 +129,5 @@ def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width:
       causal=causal, bias=bias, eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat,
       scan_unroll=scan_unroll)
   return TextTransformer(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], pooling=pooling,
-                         eos_id=eos_id, mask_padding=data["text"]["mask_padding"], final_norm=final_norm)
+                         eos_id=eos_id, mask_padding=data["text"]["mask_padding"], final_norm=final_norm,
+                         max_positions=enough_positions(max_positions, data["text"]["length"]))
