@@ -21,6 +21,7 @@ from mmjax.models.generation import write
 from mmjax.state import checkpoint as checkpoints
 from tests.interop.test_audio_families import FLOATS, LENGTHS, RATE, WAVEFORM, randomised
 
+torch.set_num_threads(1)  # tiny models: threads that wait for each other take longer
 PROMPT, EOS, PAD = (1, 5, 39), 4, 0
 AUDIO = dict(waveform=WAVEFORM, length=LENGTHS)
 TEXT = np.array([[11, 12, 13, 4], [14, 15, 4, 0]], np.int32)
