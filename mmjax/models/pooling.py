@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from mmjax.models.layers import LayerNorm, Mlp, with_axes, xavier
 from mmjax.models.transformer import TransformerConfig
 
 Array = jax.Array
+SentencePooling = Literal["class", "max", "mean", "mean_sqrt", "weighted_mean", "last"]
 
 
 class AttentionPool(nn.Module):
@@ -37,6 +41,27 @@ def mean(tokens: Array, mask: Array) -> Array:
   weights = mask.astype(jnp.float32)
   weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)
   return jnp.einsum("bl,bld->bd", weights, tokens.astype(jnp.float32), precision="highest")
+
+
+def sentence(tokens: Array, mask: Array, kinds: Sequence[SentencePooling]) -> Array:
+  """What sentence-transformers pools, one kind beside the other: [B, L, D], bool [B, L] -> [B, len(kinds) * D] float32.
+
+  weighted_mean: the l-th real token counts l times. mean_sqrt: the sum over the root of the number of tokens. Zeros where there is none.
+  """
+  count = mask.sum(-1, keepdims=True, dtype=jnp.float32)
+  found = []
+  for kind in kinds:
+    if kind == "max":
+      found.append(keep_rows(jnp.where(mask[..., None], tokens.astype(jnp.float32), -jnp.inf).max(1), mask))
+    elif kind == "mean_sqrt":
+      found.append(mean(tokens, mask) * jnp.sqrt(count))
+    elif kind == "weighted_mean":
+      weights = jnp.where(mask, jnp.arange(1, mask.shape[1] + 1, dtype=jnp.float32), 0)
+      weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)
+      found.append(jnp.einsum("bl,bld->bd", weights, tokens.astype(jnp.float32), precision="highest"))
+    else:
+      found.append({"mean": mean, "class": first, "last": last}[kind](tokens, mask).astype(jnp.float32))
+  return jnp.concatenate(found, axis=-1)
 
 
 def first(tokens: Array, mask: Array) -> Array:

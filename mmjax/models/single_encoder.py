@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -11,15 +12,20 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
-from mmjax.models.pooling import keep_rows
-from mmjax.ranges import Count, Width
+from mmjax.models.pooling import SentencePooling, keep_rows, sentence
+from mmjax.ranges import Count, Sizes, Width
 
 Array = jax.Array
+DenseActivation = Literal["identity", "tanh", "relu", "gelu", "sigmoid", "silu"]
+DENSE_ACTIVATIONS = {"identity": jnp.asarray, "tanh": jnp.tanh, "relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False),
+                     "sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
 
 
 class SingleEncoder(nn.Module):
   """Exactly one encoder, and heads for what it was trained with. `embedding` is its pooled output, of length one.
 
+  `sentence_pooling`: pools the encoder's tokens in place of its own pooling, and `dense` are layers after it, each of so many
+  channels and with a function of `dense_activations`, as sentence-transformers has them.
   `projected`: the pooled output goes through a linear layer to `width` channels first, as CLIP's towers have it.
   `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it has a layer norm before it.
   `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
@@ -34,6 +40,10 @@ class SingleEncoder(nn.Module):
   classifier_norm: bool = False
   projected: bool = False
   projection_bias: bool = False
+  sentence_pooling: tuple[SentencePooling, ...] = ()
+  dense: tuple[int, ...] = ()
+  dense_activations: tuple[DenseActivation, ...] = ()
+  dense_bias: bool = True
 
   shared_methods = ("temperature",)  # methods whose result does not depend on examples
 
@@ -45,6 +55,7 @@ class SingleEncoder(nn.Module):
                          else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02)))
     if self.projected:
       self.projection = Dense((self.width,), ("embed", "joint"), jnp.float32, nn.initializers.lecun_normal(), self.projection_bias)
+    self.dense_layer = [Dense((width,), ("embed", "embed_out"), jnp.float32, use_bias=self.dense_bias) for width in self.dense]
     if self.masked_tokens:
       self.masked_head = MaskedTokenHead(self.activation, self.eps)
 
@@ -63,7 +74,13 @@ class SingleEncoder(nn.Module):
     """tokens [B, L, D], mask [B, L], pooled [B, D]."""
     if modality not in self.encoders:
       raise UserError(f"the model has no encoder for {modality!r}; it has {', '.join(self.encoders)}")
-    return getattr(self, modality)(batch[modality], train=train)
+    encoded = getattr(self, modality)(batch[modality], train=train)
+    if not self.sentence_pooling:
+      return encoded
+    pooled = sentence(encoded.tokens, encoded.mask, self.sentence_pooling)
+    for layer, name in zip(self.dense_layer, self.dense_activations, strict=True):
+      pooled = DENSE_ACTIVATIONS[name](layer(pooled))
+    return encoded._replace(pooled=keep_rows(pooled, encoded.mask))
 
   def embedding(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Array:
     """float32 [B, width] of length 1; zeros for a row where the modality is missing."""
@@ -128,12 +145,16 @@ class MaskedTokenHead(nn.Module):
 
 def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
             classes: Count = 0, classifier_norm: bool = False, masked_tokens: bool = False, projection: bool = False,
-            projection_bias: bool = False) -> SingleEncoder:
+            projection_bias: bool = False, sentence_pooling: tuple = (), dense: Sizes = (), dense_activations: tuple = (),
+            dense_bias: bool = True) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.
   classes: outputs of a linear classifier; 0 = none. classifier_norm: a layer norm before it, as AST has.
   masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text alone).
+  sentence_pooling: what is pooled of the tokens of a text, side by side, in place of the encoder's own pooling: class, max, mean,
+  mean_sqrt, weighted_mean, last; () = that one.
+  dense: widths of layers after it; dense_activations: of each, identity, tanh, relu, gelu, sigmoid or silu; dense_bias: they have one.
   projection: a linear layer from the pooled output to `width` channels; projection_bias: it has a bias.
   """
   if len(encoders) != 1:
@@ -143,6 +164,19 @@ def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precisio
     raise UserError("model.masked_tokens needs a text encoder (transformer or bert)")
   if classifier_norm and not hasattr(module, "config"):
     raise UserError(f"model.classifier_norm needs an encoder that is a transformer, not {type(module).__name__}")
+  _check_sentence(module, sentence_pooling, dense, dense_activations)
   settings = dict(activation=module.config.activation, eps=module.config.eps) if masked_tokens or classifier_norm else {}
   return SingleEncoder(dict(encoders), width, classes, masked_tokens, classifier_norm=classifier_norm,
-                       projected=projection, projection_bias=projection_bias, **settings)
+                       projected=projection, projection_bias=projection_bias, sentence_pooling=tuple(sentence_pooling),
+                       dense=tuple(dense), dense_activations=tuple(dense_activations), dense_bias=dense_bias, **settings)
+
+
+def _check_sentence(module: nn.Module, poolings: Sequence[str], dense: Sequence[int], activations: Sequence[str]) -> None:
+  """Raises UserError: unknown kinds, layers without a pooling, or an encoder of no text."""
+  for name, values, known in (("sentence_pooling", poolings, get_args(SentencePooling)), ("dense_activations", activations, DENSE_ACTIVATIONS)):
+    if unknown := [value for value in values if value not in known]:
+      raise UserError(f"model.{name} has {unknown[0]!r}; there are: {', '.join(known)}")
+  if (dense and not poolings) or len(dense) != len(activations):
+    raise UserError(f"model.dense is {tuple(dense)}, which needs model.sentence_pooling and as many model.dense_activations")
+  if poolings and not hasattr(module, "table"):
+    raise UserError("model.sentence_pooling needs a text encoder")

@@ -19,7 +19,7 @@ from typing import Any
 import mmjax.config
 from mmjax.config import UserError
 from mmjax.interop import safetensors
-from mmjax.interop.huggingface import mapping, preprocessing, single
+from mmjax.interop.huggingface import mapping, preprocessing, sentences, single
 from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
@@ -48,6 +48,9 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
   folder = Path(folder)
   if not folder.is_dir():
     raise UserError(f"{folder}: no such folder")
+  around = sentences.read(folder)
+  if around:
+    folder = around.encoder
   facts = safetensors.read_json(folder / "config.json")
   family = _family(str(facts.get("model_type")), folder)
   files = getattr(family, "BESIDE", ())
@@ -55,8 +58,13 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
   if files and files[0] not in facts:
     raise UserError(f"{folder}: no {files[0]}, so how its input was prepared is unknown. Copy it too")
   tensors = single.without_prefix(safetensors.read_folder(folder), family.PREFIX)
+  if around:
+    tensors = sentences.text_tensors(tensors)
   try:
     found = family.settings(facts, tensors)
+    if around:
+      sentences.add(found["model"], around)
+      tensors.update(around.tensors)
   except UserError as error:
     raise UserError(f"{folder / 'config.json'}: {error}") from error
   c, assets = mmjax.config.base(), {}
@@ -72,13 +80,19 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
       text, assets = preprocessing.text_settings(folder, family)
       text["tokenizer"] = str(folder.resolve())
     c.data.text.update({**text, **found["text"]} if "decoder" in c.model else {**found["text"], **text})
+  if "text" in c.model.encoders:
+    length = found["text"]["length"]
+    limit = around.length if around and around.length else preprocessing.longest_text(assets)
+    if 0 < limit < length:
+      c.model.encoders["text"]["max_positions"], c.data.text.length = length, limit
+    c.data.text.lowercase = c.data.text.lowercase or bool(around and around.lowercase)
   assets.update({name: (folder / name).read_bytes() for name in files[1:] if name in facts})
   c.precision.compute = "float32"
   config = mmjax.config.resolve(c)
-  params = mapping.to_params(tensors, family.rules(config), str(folder))
+  params = mapping.to_params(tensors, [*family.rules(config), *sentences.rules(config)], str(folder))
   state = {name: params.pop(name) for name in (single.STATISTICS,) if name in params}
   checkpoints.save_import(str(out), params, config, assets, state)
-  for note in found.get("notes", ()):
+  for note in (*found.get("notes", ()), *(around.notes if around else ())):
     log(f"{folder}: {note}")
 
 
@@ -95,26 +109,38 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
   assets = checkpoints.load_assets(found)
   family = _expressed_by(config)
   special, facts = {}, {}
+  is_sentence = bool(config["model"].get("sentence_pooling"))
   tokenizes = "text" in config["model"]["encoders"] or "tokenizer.json" in assets
   if tokenizes:
     tokenizer = preprocessing.Tokenizer.from_assets(assets)
     special = {f"{name}_token_id": number for name in ("pad", "bos", "eos") if (number := getattr(tokenizer, f"{name}_id")) >= 0}
-    facts = preprocessing.tokenizer_files(config, assets, family)
+    facts = preprocessing.tokenizer_files(config, assets, family, lowercases=is_sentence)
   if "image" in config["model"]["encoders"]:
     facts["preprocessor_config.json"] = json.dumps(preprocessing.image_facts(config, family), indent=2).encode()
   facts["config.json"] = json.dumps(family.facts(config, special), indent=2).encode()
   if hasattr(family, "files"):
     facts.update({name: json.dumps(content, indent=2).encode() for name, content in family.files(config, assets).items()})
   variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}
-  tensors = single.with_prefix(mapping.to_tensors(variables, family.rules(config)), family.PREFIX)
+  tensors = mapping.to_tensors(variables, [*family.rules(config), *sentences.rules(config)])
+  weights = {}
+  if is_sentence:
+    for name, content in sentences.files(config, tensors).items():
+      if name.endswith(".safetensors"):
+        weights[name] = content
+      else:
+        facts[name] = json.dumps(content, indent=2).encode()
+  weights["model.safetensors"] = single.with_prefix(tensors, family.PREFIX)
   if hasattr(family, "constants"):
-    tensors.update(family.constants(config))
+    weights["model.safetensors"].update(family.constants(config))
   partial = out.with_name(f".{out.name}.{os.getpid()}")
   try:
     partial.mkdir(parents=True)
+    for name in (*facts, *weights):
+      (partial / name).parent.mkdir(exist_ok=True)
     for name, content in facts.items():
       (partial / name).write_bytes(content)
-    safetensors.write(partial / "model.safetensors", tensors)
+    for name, tensors in weights.items():
+      safetensors.write(partial / name, tensors)
     if out.exists():
       out.rmdir()
     partial.rename(out)
@@ -150,7 +176,7 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   for name in candidates:
     family = _family(name, Path())
     reasons = [f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
-               for key, value, allowed in family.refusals(config) if value not in allowed]
+               for key, value, allowed in (*family.refusals(config), *sentences.refusals(config)) if value not in allowed]
     if not reasons:
       return family
     if nearest is None or len(reasons) < len(nearest[1]):

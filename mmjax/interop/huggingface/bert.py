@@ -81,5 +81,5 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
       model_type="bert", architectures=[name], torch_dtype="float32", vocab_size=data["text"]["vocab_size"],
       hidden_size=text["width"], num_hidden_layers=text["depth"], num_attention_heads=text["heads"],
       intermediate_size=text["mlp"], hidden_act=single.activation_name(text["activation"]), layer_norm_eps=text["eps"],
-      max_position_embeddings=data["text"]["length"], type_vocab_size=text["types"], hidden_dropout_prob=text["dropout"],
+      max_position_embeddings=text["max_positions"] or data["text"]["length"], type_vocab_size=text["types"], hidden_dropout_prob=text["dropout"],
       attention_probs_dropout_prob=0.0, tie_word_embeddings=True, pad_token_id=special.get("pad_token_id", 0), **single.labels(config))

@@ -178,7 +178,7 @@ def text_facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[st
   """The config.json of the tower of texts alone. special: the tokenizer's pad_token_id, bos_token_id and eos_token_id."""
   text, data = config["model"]["encoders"]["text"], config["data"]["text"]
   eos = LEGACY_EOS if text["pooling"] == "highest" else text["eos_id"]
-  return dict(tower_facts(text, "clip_text_model"), vocab_size=data["vocab_size"], max_position_embeddings=data["length"],
+  return dict(tower_facts(text, "clip_text_model"), vocab_size=data["vocab_size"], max_position_embeddings=text["max_positions"] or data["length"],
               projection_dim=config["model"]["width"], **{**special, "eos_token_id": eos})
 
 

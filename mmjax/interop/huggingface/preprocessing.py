@@ -130,12 +130,19 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
   return settings, assets
 
 
+def longest_text(assets: Mapping[str, bytes]) -> int:
+  """The most tokens that transformers cuts texts to, by tokenizer_config.json; 0 = it does not say."""
+  limit = json.loads(assets.get("tokenizer_config.json", b"{}")).get("model_max_length")
+  return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 0  # larger: "no limit"
+
+
 def _number(piece: int | None) -> int:
   return -1 if piece is None else piece
 
 
-def tokenizer_files(config: Mapping[str, Any], assets: Mapping[str, bytes], family: ModuleType) -> dict[str, bytes]:
-  """The tokenizer's files for transformers. Raises UserError: there is no tokenizer that it reads."""
+def tokenizer_files(config: Mapping[str, Any], assets: Mapping[str, bytes], family: ModuleType, lowercases: bool = False) -> dict[str, bytes]:
+  """The tokenizer's files for transformers. lowercases: another file says whether texts are lower-cased before it.
+  Raises UserError: there is no tokenizer that it reads."""
   files = {name: assets[name] for name in TOKENIZER_FILES if name in assets}
   facts: dict[str, Any] = {}
   text = config["data"]["text"]
@@ -149,7 +156,7 @@ def tokenizer_files(config: Mapping[str, Any], assets: Mapping[str, bytes], fami
     if not text["lowercase"] or not text["punctuation"]:
       raise UserError(f"{family.TOKENIZER_CLASS} lower-cases texts and keeps punctuation: set data.text.lowercase and punctuation to True")
     facts = dict(padding_side="right")
-  elif text["lowercase"] or not text["punctuation"]:
+  elif (text["lowercase"] and not lowercases) or not text["punctuation"]:
     raise UserError("transformers cannot lower-case or strip punctuation before a tokenizer.json; put it into the file's normalizer")
   inputs = ["input_ids"] + (["attention_mask"] if text["mask_padding"] else [])
   facts = {"tokenizer_class": family.TOKENIZER_CLASS, **json.loads(files.get("tokenizer_config.json", b"{}")), **facts,

@@ -110,7 +110,7 @@ def image_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 def text_facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
   """The config.json of the tower of texts alone. special: the tokenizer's pad_token_id, bos_token_id and eos_token_id."""
   text, data = config["model"]["encoders"]["text"], config["data"]["text"]
-  return dict(clip.tower_facts(text, "siglip_text_model"), vocab_size=data["vocab_size"], max_position_embeddings=data["length"],
+  return dict(clip.tower_facts(text, "siglip_text_model"), vocab_size=data["vocab_size"], max_position_embeddings=text["max_positions"] or data["length"],
               projection_size=config["model"]["width"], **special)
 
 

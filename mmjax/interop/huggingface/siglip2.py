@@ -63,6 +63,6 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
   return dict(
       model_type="siglip2", architectures=[ARCHITECTURE], torch_dtype="float32",
       text_config=dict(clip.tower_facts(encoders["text"], "siglip2_text_model"), vocab_size=text["vocab_size"],
-                       max_position_embeddings=text["length"], projection_size=config["model"]["width"], **special),
+                       max_position_embeddings=encoders["text"]["max_positions"] or text["length"], projection_size=config["model"]["width"], **special),
       vision_config=dict(clip.tower_facts(encoders["image"], "siglip2_vision_model"), num_patches=encoders["image"]["grid"]**2,
                          patch_size=encoders["image"]["patch"], num_channels=3, vision_use_head=True))
