@@ -1,8 +1,9 @@
 """Encoded sound -> int16 [rate * seconds] and how much of it is real: decoding, resampling, augmentation. NumPy, no JAX.
 
 `AudioTransform(config.data.audio, train)` is what the pipeline calls. Files are what libsndfile opens (WAV, FLAC, OGG, MP3,
-AIFF, ...), of any sample rate, depth and number of channels; channels are averaged. What is longer than `seconds` keeps its
-beginning. Augmentation, in this order, each with a draw of its own, so that switching one on leaves the others as they were:
+AIFF, ...), else the first sound track of what FFmpeg opens (M4A, AAC, WMA, a video), of any sample rate, depth and number of
+channels; channels are averaged. A WAV whose header was never filled in and an MP3 behind zeros are read. A file that is
+shorter than it says is `Unreadable` (see container.py). What is longer than `seconds` keeps its beginning. Augmentation, in this order, each with a draw of its own, so that switching one on leaves the others as they were:
 
   1. speed   played faster by a factor from the range, pitch and all (Ko et al. 2015, Interspeech)
   2. shift   begins up to this many seconds later, after silence
@@ -14,16 +15,21 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable, Iterator
 
+import av
 import numpy as np
 import soundfile
 import soxr
 
+from mmjax.data.container import STREAMED, check_whole, is_iso, open_container
 from mmjax.data.image import Unreadable
 
 MAX_SECONDS = 3600  # of a file
 MAX_SAMPLES = 1 << 29  # of a file, over all channels: 2 GB of float32
 _BLOCK = 1 << 18
+_MAX_RATE = 1_000_000
+_MP3_LENGTH = (b"Xing", b"Info", b"VBRI")  # in the first frame: then an MP3 says how long it is
 
 
 class AudioTransform:
@@ -56,27 +62,100 @@ def decode_audio(data: bytes, rate: int) -> np.ndarray:
 
 
 def read_audio(data: bytes) -> tuple[np.ndarray, int]:
-  """(mono float32 [n] in [-1, 1], its rate) of a sound file. Raises Unreadable as `decode_audio`."""
+  """(mono float32 [n] in [-1, 1], its rate) of a sound file, or of the sound track of a video. Raises Unreadable as
+  `decode_audio`."""
   if not data:
     raise Unreadable("empty file")
+  check_whole(data)
   try:
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-      found, channels = file.samplerate, file.channels
-      limit = min(MAX_SECONDS * found, MAX_SAMPLES // max(1, channels))
-      blocks, count = [], 0
-      while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-        blocks.append(block[:, 0] if channels == 1 else block.mean(1))
-        count += len(block)
-        if count > limit:
-          raise Unreadable(f"audio of more than {limit // found} seconds")
-  except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:  # what libsndfile and its binding raise
-    raise Unreadable(f"not a sound file that libsndfile opens, or damaged{_detail(error)}") from error
-  if not count:
+    x, found = _by_libsndfile(data)
+  except soundfile.LibsndfileError as error:  # not a format that it knows
+    try:
+      x, found = _by_ffmpeg(data)
+    except (av.error.FFmpegError, ValueError, IndexError, MemoryError) as other:
+      raise Unreadable(f"not a sound file that libsndfile or FFmpeg opens, or damaged{_detail(error)}") from other
+  if not len(x):
     raise Unreadable("audio of zero length")
-  x = np.concatenate(blocks)
   if not np.isfinite(x).all():
     raise Unreadable("audio with samples that are not numbers")
   return x, found
+
+
+def _by_libsndfile(data: bytes) -> tuple[np.ndarray, int]:
+  """As `read_audio`, by libsndfile. Raises LibsndfileError: it does not open the file; Unreadable."""
+  if data[:4] == b"RIFF":
+    data = _with_size(data)
+  elif data[:1] == b"\0" and not is_iso(data):
+    data = data.lstrip(b"\0")
+  file = soundfile.SoundFile(io.BytesIO(data))
+  try:
+    with file:
+      found, channels = file.samplerate, file.channels
+      x = _joined((block.mean(1) if channels > 1 else block[:, 0] for block in _blocks(file)), found, channels)
+      announced = file.frames if file.format != "MP3" or any(mark in data[:8192] for mark in _MP3_LENGTH) else 0
+  except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:  # what libsndfile and its binding raise
+    raise Unreadable(f"damaged sound file{_detail(error)}") from error
+  if len(x) < 0.99 * announced - found / 10:  # encoders count their padding differently
+    raise Unreadable(f"cut within its data: {len(x) / found:.1f} s of the {announced / found:.1f} s that its header announces")
+  return x, found
+
+
+def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+  """float32 [n, channels], block after block."""
+  while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+    yield block
+
+
+def _by_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
+  """As `read_audio`, by FFmpeg. Raises Unreadable, and what PyAV raises."""
+  with open_container(data) as container:
+    if not container.streams.audio:
+      raise Unreadable("no sound track in the file")
+    stream = container.streams.audio[0]
+    stream.codec_context.thread_count = 1  # sounds run in parallel, one a thread or process
+    found, channels = stream.rate, stream.channels
+    if not 0 < found <= _MAX_RATE:
+      raise Unreadable(f"a sound track of {found} samples a second")
+    resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=found)
+    frames = (part for frame in _frames(container, stream) for part in resampler.resample(frame))
+    return _joined((frame.to_ndarray().mean(0) for frame in frames), found, channels), found
+
+
+def _frames(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
+  """The frames of a track. Raises FFmpegError: one cannot be decoded, unless it is the last, of a file that ends within it."""
+  broken = None
+  for packet in container.demux(stream):
+    if broken and packet.size:
+      raise broken
+    try:
+      yield from packet.decode()
+    except av.error.InvalidDataError as error:
+      broken = error
+
+
+def _joined(blocks: Iterable[np.ndarray], rate: int, channels: int) -> np.ndarray:
+  """Blocks float32 [n] as one. Raises Unreadable: there is more than the limit."""
+  limit, kept, count = min(MAX_SECONDS * rate, MAX_SAMPLES // max(1, channels)), [], 0
+  for block in blocks:
+    kept.append(block)
+    count += len(block)
+    if count > limit:
+      raise Unreadable(f"audio of more than {limit // rate} seconds")
+  return np.concatenate(kept) if kept else np.zeros(0, np.float32)
+
+
+def _with_size(data: bytes) -> bytes:
+  """A WAV whose data chunk says 0 although more follows (a recorder that was streaming), with the size filled in."""
+  at, announced = 12, int.from_bytes(data[4:8], "little") + 8
+  while at + 8 <= len(data):
+    size = int.from_bytes(data[at + 4:at + 8], "little")
+    if data[at:at + 4] == b"data":
+      if size or not at + 8 < len(data) or len(data) <= announced < STREAMED:
+        return data
+      rest = (len(data) - at - 8).to_bytes(4, "little")
+      return data[:4] + (len(data) - 8).to_bytes(4, "little") + data[8:at + 4] + rest + data[at + 8:]
+    at += 8 + size + size % 2
+  return data
 
 
 def resample(x: np.ndarray, old: float, new: float) -> np.ndarray:

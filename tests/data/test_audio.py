@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -71,12 +73,97 @@ def test_the_waveform_is_exact_cut_and_padded():
   np.testing.assert_array_equal(transform()(np.array([2.0, -2.0], np.float32))[0][:2], [32767, -32768])
 
 
+PLAYLIST = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n"  # FFmpeg would listen there
+
+
+def by_ffmpeg(x, container, codec, film=False, **options):
+  """float32 [n] at RATE, encoded by FFmpeg; film: with a video track before the sound."""
+  out = io.BytesIO()
+  with av.open(out, "w", format=container, options=options) as file:
+    pictures = file.add_stream("mpeg4", rate=10) if film else None
+    stream = file.add_stream(codec, rate=RATE, layout="mono")
+    if film:
+      pictures.width = pictures.height = 16
+      frames = [av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24") for _ in range(5)]
+      file.mux([packet for frame in (*frames, None) for packet in pictures.encode(frame)])
+    frame = av.AudioFrame.from_ndarray(x[None], format="fltp", layout="mono")
+    frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
+    resampler = av.AudioResampler(format=stream.format, layout="mono", rate=RATE)
+    for part in (*resampler.resample(frame), None):
+      file.mux(stream.encode(part))
+  return out.getvalue()
+
+
+def silent_film():
+  from tests.data.test_video import clip
+  from tests.data.test_video import encode as film
+
+  return film(clip(2))
+
+
+def chirp(seconds=1.0):
+  at = np.arange(round(seconds * RATE)) / RATE
+  return (0.5 * np.sin(2 * np.pi * (300 + 600 * at) * at)).astype(np.float32)
+
+
+@pytest.mark.parametrize("container, codec, film", (
+    ("mp4", "aac", False), ("adts", "aac", False), ("mp4", "alac", False), ("matroska", "flac", False), ("mp4", "aac", True),
+    ("matroska", "aac", True), ("avi", "mp3", True), ("mpegts", "aac", True)))
+def test_what_ffmpeg_opens_is_read_and_of_a_video_the_sound_track(container, codec, film):
+  x = chirp()
+  got = decode_audio(by_ffmpeg(x, container, codec, film=film), RATE)
+  assert got.dtype == np.float32 and abs(len(got) - len(x)) <= 4096
+  lag = np.correlate(np.pad(got, (0, 4096))[:len(x) + 4096], x[2000:-2000], "valid").argmax() - 2000
+  assert 0 <= lag <= 2200  # what encoders put before the sound, where a container cannot say so
+  got = np.pad(got, (0, 8192))[lag:lag + len(x)]
+  assert np.corrcoef(got[500:-500], x[500:-500])[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("codec, kind", (("flac", "FLAC"), ("libmp3lame", "MP3"), ("pcm_s16le", "WAV")))
+def test_libsndfile_and_ffmpeg_decode_the_same(codec, kind):
+  data = encode(chirp(), kind=kind)
+  (ours, rate), (theirs, other) = audio._by_libsndfile(data), audio._by_ffmpeg(data)
+  assert rate == other == RATE and abs(len(ours) - len(theirs)) <= 1152
+  shared = min(len(ours), len(theirs)) - 1200
+  np.testing.assert_allclose(ours[:shared], theirs[:shared], atol=2e-3)
+
+
+@pytest.mark.parametrize("riff, size", ((0, 0), (36, 0), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x7FFFFFFF, 0x7FFFFFDB), (0x80000024, 0x80000000)))
+def test_a_wav_whose_header_was_never_filled_in_is_read(riff, size):
+  data = bytearray(encode(tone(), subtype="PCM_16"))
+  at = data.index(b"data") + 4
+  data[4:8], data[at:at + 4] = riff.to_bytes(4, "little"), size.to_bytes(4, "little")
+  np.testing.assert_allclose(decode_audio(bytes(data), RATE), tone(), atol=1e-4)
+
+
+@pytest.mark.parametrize("zeros", (1, 100, 70_000))
+def test_an_mp3_behind_zeros_is_the_mp3(zeros):
+  data = encode(tone(2.0), kind="MP3")
+  np.testing.assert_array_equal(decode_audio(b"\0" * zeros + data, RATE), decode_audio(data, RATE))
+
+
+def test_a_sound_cut_within_its_data_is_refused_where_its_header_tells():
+  x = np.concatenate([chirp()] * 20)
+  whole = {"wav": encode(x), "flac": encode(x, kind="FLAC"), "aiff": encode(x, kind="AIFF"), "mp3": encode(x, kind="MP3"),
+           "m4a": by_ffmpeg(x, "mp4", "aac", movflags="empty_moov"), "mka": by_ffmpeg(x, "matroska", "flac"),
+           "mp4": by_ffmpeg(x, "mp4", "aac", film=True)}
+  for name, data in whole.items():
+    assert len(decode_audio(data, RATE)) >= len(x), name
+    for share in (0.3, 0.7, 0.95):
+      with pytest.raises(Unreadable, match="cut within its data|damaged"):
+        decode_audio(data[:int(len(data) * share)], RATE)
+  for data in (encode(x, kind="OGG"), by_ffmpeg(x, "adts", "aac")):  # do not say how long they are
+    assert 0.5 * len(x) < len(decode_audio(data[:int(len(data) * 0.7)], RATE)) < 0.9 * len(x)
+
+
 def damaged():
   good, flac = encode(tone()), encode(tone(2.0), kind="FLAC")
   noise = np.random.default_rng(0).integers(0, 256, len(flac) // 2, dtype=np.uint8).tobytes()
   return {
     "empty": (b"", "empty file"), "not sound": (b"<html>not a sound</html>" * 9, "not a sound file"),
-    "header alone": (good[:44], "zero length"), "cut header": (good[:20], "not a sound file"),
+    "header alone": (good[:44], "cut within its data"), "cut header": (good[:20], "cut within its data"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" * 9, "not a sound file"), "a playlist": (PLAYLIST, "not a sound file"),
+    "a video without sound": (silent_film(), "no sound track"),
     "no samples": (encode(np.zeros(0, np.float32)), "zero length"), "no samples, flac": (encode(np.zeros(0, np.float32), kind="FLAC"), "."),
     "garbage after the header": (flac[:len(flac) // 2] + noise, "damaged|not a sound"),
     "not numbers": (encode(np.full(99, np.nan, np.float32), subtype="FLOAT"), "not numbers")}
