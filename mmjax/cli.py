@@ -109,7 +109,7 @@ def _data_convert(options) -> None:
   log = (lambda line: print(line, file=sys.stderr)) if options.json else print
   columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair) or None
   summary = convert.convert(options.format, options.source, options.name, options.data_dir, workers=options.workers, split=options.split,
-                            language=options.language, columns=columns, log=log)
+                            language=options.language, columns=columns, media=options.media, encoding=options.encoding, log=log)
   if options.json:
     print(json.dumps(summary.to_dict(), indent=2))
 
@@ -227,12 +227,17 @@ def _parser() -> argparse.ArgumentParser:
   _data_dir(sub)
   sub = command(data, "convert", _data_convert, "Convert pictures, sounds and videos with captions, questions or labels into a data set.",
                 "mmjax data convert webdataset 'shards/{00000..00009}.tar' --name laion")
-  sub.add_argument("format", choices=("folder", "jsonl", "webdataset", "parquet"))
+  sub.add_argument("format", metavar="FORMAT", choices=("folder", "csv", "json", "jsonl", "coco", "vqa", "conversations", "webdataset", "parquet"),
+                   help="folder (media with .txt each, with tables, or a folder a class), csv (and TSV), json (lines, an array or a document: "
+                        "jsonl, coco, vqa and conversations of LLaVA or OpenAI are the same), webdataset (tars), parquet")
   sub.add_argument("source", metavar="SRC", help="folder, file, or a pattern of files")
   sub.add_argument("--name", required=True, help="name of the new data set")
   sub.add_argument("--split", default="train")
   sub.add_argument("--language", default="en", help="language of the captions")
-  sub.add_argument("--columns", default="", help="columns of a table by role (image, audio, video, caption, question, answer, label, id, language), e.g. image=jpg,caption=alt")
+  sub.add_argument("--columns", default="", help="columns of a table by role (image, audio, video, caption, question, answer, label, id, image_id, language, conversation), "
+                   "e.g. image=jpg,caption=alt; caption=a+b reads both")
+  sub.add_argument("--media", default="", metavar="FOLDER", help="where the files lie that annotations name; default: beside them")
+  sub.add_argument("--encoding", default="", help="of texts that are not UTF-8 and have no byte order mark, e.g. cp1252")
   sub.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
   sub.add_argument("--json", action="store_true", help="print the summary as JSON")
   _data_dir(sub)

@@ -13,7 +13,7 @@ from mmjax.data.builders import Record
 from mmjax.data.image import ImageTransform, decode
 from mmjax.data.naflex import SequenceTransform, picture_of
 from mmjax.data.sources import Source
-from mmjax.data.text import TextTransform, drop_words, load_tokenizer, split_key
+from mmjax.data.text import TextTransform, check_texts, drop_words, load_tokenizer, split_key
 
 Batch = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -151,6 +151,7 @@ class Examples:
           try:
             if name == "text":
               texts[row], answers = self._texts(record, place, rng, wanted="text" in modalities)
+              check_texts(texts[row])
             else:
               kept = getattr(place.source, "cached", False)
               for array, value in zip(media[name].values(), self.reader(name).read(record, kept, rng), strict=True):

@@ -31,10 +31,11 @@ import numpy as np
 
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.data.media import ENDINGS, media_key, unread_modality_of
+from mmjax.data.media import ENDINGS
+from mmjax.data.readers.cells import Skip, annotate, broken_text
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
-_VERSION = 3  # of the index files
+_VERSION = 4  # of the index files
 _PLACES = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.places
 _NEAR = 1 << 16  # bytes between members of a key that are read in vain rather than asked for one by one
 _MOST_NAMES = 1_000_000  # of one pattern
@@ -43,6 +44,14 @@ _KINDS = {"txt": "txt", "json": "json", "cls": "cls", **{ending: name for name, 
 _MEDIA = [_PLACES.index(name) for name in ("image", "audio", "video")]
 _TEXTS = [_PLACES.index(name) for name in ("txt", "json", "cls")]
 _log = logging.getLogger(__name__)
+
+
+class BadSample(UserError):
+  """A key whose texts are of no use; `skip` says why."""
+
+  def __init__(self, message: str, skip: Skip):
+    super().__init__(message)
+    self.skip = skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +75,23 @@ class TarIndex:
     name = f"{Path(self.path).stem}/{self.keys[row]}"
     try:
       facts = json.loads(parts["json"]) if parts["json"] else {}
-      text = parts["txt"].decode() if parts["txt"] is not None else None
+      text = parts["txt"].decode("utf-8-sig") if parts["txt"] is not None else None
       label = parts["cls"].decode().strip() if parts["cls"] else ""
     except (ValueError, RecursionError) as error:
-      raise UserError(f"{self.path}: {self.keys[row]} has a broken .txt, .json or .cls ({error})") from error
+      raise self._bad(row, Skip("broken row", f".txt, .json or .cls: {error}")) from error
     facts = facts if isinstance(facts, dict) else {}
-    texts = facts.get("captions") or (text if text is not None else facts.get("caption"))
-    captions = captions_of(texts, facts.get("language") or language)
-    label = label or str(facts.get("label") or "")
-    questions = questions_of(facts.get("questions", facts.get("question")), facts.get("answers", facts.get("answer")))
-    if not (captions or questions or (label and text is None)):
-      raise UserError(f"{self.path}: {self.keys[row]} has no caption")
-    record = {name: parts[name] for name in ("image", "audio", "video") if name == "image" or parts[name] is not None}
-    record |= dict(id=name, captions=captions, label=label, image_key=media_key(record))
-    return record | {"questions": questions} if questions else record
+    cells = {role: facts.get(f"{role}s", facts.get(role)) for role in ("question", "answer", "conversation")}
+    cells |= {"conversation": cells["conversation"] or facts.get("messages"), "label": label or facts.get("label"), "language": facts.get("language")}
+    captions = facts.get("captions") or (text if text is not None else facts.get("caption"))
+    if captions or text is not None:
+      cells["caption"] = captions
+    said = annotate(cells, language)
+    if isinstance(said, Skip):
+      raise self._bad(row, said)
+    return said.record(name, {name: parts[name] for name in ("image", "audio", "video") if parts[name] is not None})
+
+  def _bad(self, row: int, skip: Skip) -> BadSample:
+    return BadSample(f"{self.path}: {self.keys[row]}: {skip.reason}{skip.detail and f' ({skip.detail})'}", skip)
 
   def has(self, part: str) -> bool:
     """Whether any key has this part ("image", "audio", "video", "txt", "json", "cls")."""
@@ -215,45 +227,11 @@ def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
   return paths
 
 
-def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
-  """{language: captions} of a text, a list of texts, or a mapping from languages to either; without blank ones."""
-  if isinstance(value, dict):
-    groups = [(str(name), texts) for name, texts in value.items()]
-  else:
-    groups = [(str(language), value)]
-  out: dict[str, list[str]] = {}
-  for name, texts in groups:
-    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, (list, tuple)) else []
-    texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if texts:
-      out[name] = texts
-  return out
-
-
-def questions_of(questions: Any, answers: Any = None) -> list[tuple[str, str]]:
-  """[(question, answer)] of a list of pairs or of {"question", "answer"}, of two lists, or of one of each; without blank questions.
-
-  Of one question with several answers the commonest counts.
-  """
-  if isinstance(questions, dict):
-    questions, answers = questions.get("question"), questions.get("answer")
-  if isinstance(questions, str):
-    if isinstance(answers, (list, tuple)) and answers:
-      answers = Counter(map(str, answers)).most_common(1)[0][0]
-    pairs = [(questions, answers)]
-  elif not isinstance(questions, (list, tuple)):
-    return []
-  elif isinstance(answers, (list, tuple)):
-    pairs = list(zip(questions, answers, strict=False))
-  else:
-    pairs = [(q.get("question"), q.get("answer")) if isinstance(q, dict) else q for q in questions]
-  pairs = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0].strip()]
-  return [(question.strip(), "" if answer is None else str(answer).strip()) for question, answer in pairs]
-
-
 def _scan(path: str, size: int) -> TarIndex:
   """Reads the headers of a tar."""
   samples: dict[str, np.ndarray] = {}
+  taken: dict[tuple[str, int], str] = {}  # (key, column) -> member
+  several: set[str] = set()
   skipped: list[tuple[str, str]] = []
   try:
     opened = files.open_binary(path)
@@ -274,22 +252,29 @@ def _scan(path: str, size: int) -> TarIndex:
         folder, _, base = name.removeprefix("./").rpartition("/")
         stem, _, kind = base.partition(".")
         kind = kind.lower()
-        if kind.rpartition(".")[2] in PICKLES:
-          skipped.append((name, "pickle"))
-        what = _KINDS.get(kind)
-        if what is None or not stem:
-          if unread_modality_of(name):
-            skipped.append((name, "format not read"))
+        if not stem:
+          continue  # hidden
+        last = kind.rpartition(".")[2]
+        if last in PICKLES or last not in _KINDS:
+          skipped.append((name, "pickle" if last in PICKLES else "ending not read"))
           continue
-        column = _PLACES.index(what)
         if member.offset_data + member.size > size:
           skipped.append((name, "truncated tar"))
           continue
-        place = samples.setdefault(f"{folder}/{stem}".lstrip("/"), np.full((len(_PLACES), 2), -1, np.int64))
-        if place[column, 1] >= 0:
-          skipped.append((name, "duplicate id"))
-        else:
-          place[column] = member.offset_data, member.size
+        key, column = f"{folder}/{stem}".lstrip("/"), _PLACES.index(_KINDS[last])
+        before = taken.setdefault((key, column), name)
+        if key in samples and samples[key][column, 1] >= 0:
+          if _dotted(name) and _dotted(before) and name != before:
+            several.add(key)
+            continue
+          if _dotted(name) or not _dotted(before):
+            reason = "ending not read" if _dotted(name) and name != before else "duplicate id"
+            skipped.append((name, reason))
+            continue
+          skipped.append((before, "ending not read"))  # a.jpg is the picture of `a`, not a.mask.png
+          taken[key, column] = name
+        place = samples.setdefault(key, np.full((len(_PLACES), 2), -1, np.int64))
+        place[column] = member.offset_data, member.size
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:
     with files.open_binary(path) as file:
       zipped = file.read(2) == b"\x1f\x8b"
@@ -297,7 +282,11 @@ def _scan(path: str, size: int) -> TarIndex:
     raise UserError(f"{path}: not a readable tar ({hint})") from error
   pairs = []
   for key, place in samples.items():
-    if (place[_MEDIA, 1] < 0).all():
+    if broken_text(key):
+      skipped.append((key, "broken text"))
+    elif key in several:
+      skipped.append((key, "several files of a kind"))
+    elif (place[_MEDIA, 1] < 0).all():
       skipped.append((key, "missing file"))
     elif (place[_TEXTS, 1] < 0).all():
       skipped.append((key, "no caption"))
@@ -308,6 +297,11 @@ def _scan(path: str, size: int) -> TarIndex:
     left_out = f"; left out: {what}" if what else ""
     raise UserError(f"{path}: no pair of a picture, sound or video and a caption (KEY.jpg with KEY.txt or KEY.json){left_out}")
   return TarIndex(path, np.array(pairs), np.stack([samples[key] for key in pairs]), tuple(skipped))
+
+
+def _dotted(member: str) -> bool:
+  """Whether more than an ending stands after the key: a.mask.png."""
+  return member.rpartition("/")[2].count(".") > 1
 
 
 def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:

@@ -14,13 +14,14 @@ import os
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.data.readers.cells import broken_text, printable
 from mmjax.data.sources import data_dir, list_tokenizers, open_source
 
 RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>", "<mask>")
@@ -28,7 +29,7 @@ SPARE = tuple(f"<spare_{number}>" for number in range(64))
 
 
 class Tokenizer:
-  """Text to ids. `encode(text) -> list[int]` adds no special tokens; ids that the tokenizer lacks are -1.
+  """Text to ids. `encode(text) -> list[int]` adds no special tokens and raises UserError for half a character; ids that the tokenizer lacks are -1.
 
   Attributes: vocab_size, pad_id, bos_id, eos_id, unk_id, mask_id. Made by `load_tokenizer` or `Tokenizer.from_assets`.
   """
@@ -151,6 +152,13 @@ def normalise_caption(caption: str) -> str:
   return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
 
 
+def check_texts(texts: Iterable[str]) -> None:
+  """Raises UserError: a text that UTF-8 cannot hold (half an emoji), on which tokenizers end in errors of their own."""
+  for text in texts:
+    if bad := broken_text(text):
+      raise UserError(f"broken text: {bad}")
+
+
 def text_key(caption: str) -> tuple[int, int]:
   """Hash of the normalised caption as two uint32, high half first: equal captions have equal keys."""
   return split_key(int.from_bytes(hashlib.blake2b(normalise_caption(caption).encode(), digest_size=8).digest(), "big"))
@@ -177,12 +185,12 @@ def drop_words(caption: str, probability: float, rng: np.random.Generator) -> st
 def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size: int) -> Path:
   """Trains a sentencepiece unigram model (Kudo 2018, arXiv:1804.10959) and writes it to `out`, whole or not at all.
 
-  Deterministic: the same captions give the same bytes. Few captions may give fewer than `vocab_size` pieces.
+  Captions that UTF-8 cannot hold are passed over. Deterministic: the same captions give the same bytes. Few captions may give fewer than `vocab_size` pieces.
   Raises UserError: no captions, or vocab_size is too small for the reserved pieces and the 256 bytes.
   """
   import sentencepiece
 
-  texts = [text for caption in captions if (text := " ".join(caption.split()))]
+  texts = [text for caption in captions if (text := " ".join(caption.split())) and not broken_text(text)]
   if not texts:
     raise UserError("no captions to train a tokenizer on")
   fixed = len(RESERVED) + len(SPARE) + 256
@@ -216,12 +224,28 @@ def train_tokenizer_from_source(source: str, *, split: str = "train", languages:
 
   root = sources.local_data_dir(data_dir)
   opened = [open_source(dict(name=one.strip(), split=split, languages=tuple(languages), path=path), root) for one in source.split(",")]
-  captions = (text for one in opened for i in range(len(one)) for text in _texts(one[i]))
+  unreadable: dict[str, str] = {}
+  captions = (text for one in opened for text in _readable_texts(one, unreadable))
   out = train_tokenizer(captions, root / "tokenizers" / f"{name or '_'.join(one.name for one in opened)}.model", vocab_size)
   spoken = sorted({language for one in opened for language in one.languages})
   log(f"tokenizer {out}: {Tokenizer.from_assets(_read_assets(out)).vocab_size} pieces from {', '.join(one.name for one in opened)} {split}, "
       f"languages {', '.join(spoken)}")
+  if unreadable:
+    name, why = next(iter(unreadable.items()))
+    log(f"left out {len(unreadable):,} unreadable records, such as {printable(name)}: {printable(why)}")
   return out
+
+
+def _readable_texts(source, unreadable: dict[str, str]) -> Iterator[str]:
+  """The texts of the records of a source; {name: why} of the others goes into `unreadable`."""
+  for index in range(len(source)):
+    try:
+      texts = _texts(source[index])
+      check_texts(texts)
+    except UserError as error:
+      unreadable[f"{source.name}[{index}]"] = str(error)
+      continue
+    yield from texts
 
 
 def _texts(record) -> list[str]:
@@ -248,6 +272,7 @@ class _SentencePiece(Tokenizer):
     self.mask_id = mask if mask != self.unk_id else -1
 
   def encode(self, text: str) -> list[int]:
+    check_texts([text])
     return self._model.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -294,6 +319,7 @@ class _HuggingFace(Tokenizer):
     return -1
 
   def encode(self, text: str) -> list[int]:
+    check_texts([text])
     return self._model.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:

@@ -71,7 +71,8 @@ def test_a_folder_with_a_table(tmp_path, table):
       writer.writeheader()
       writer.writerows(rows)
   summary = run(tmp_path, "folder", root)
-  assert summary.examples == 2 and summary.skipped == {"no caption": 2}
+  assert summary.examples == 2 and summary.rows == 3
+  assert summary.skipped == {"no caption": 2, "ending not read": 4}, "the table speaks for the folder, the .txt do not"
   assert source(tmp_path)[0]["captions"] == {"en": ["one", "one again"]} and source(tmp_path)[1]["captions"] == {"en": ['tw"o, or so']}
   assert source(tmp_path).labels == ("x", "y")
 

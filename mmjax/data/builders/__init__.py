@@ -128,7 +128,7 @@ def write_dataset(
           seen_answers.update(answer for _, answer in record.get("questions") or ())
         content.update(canonical(split, record, fields))
         yield number, to_example(record, fields)
-      facts.update(labels=sorted(seen_labels - {""}), languages=sorted(seen_languages), answers=sorted(seen_answers),
+      facts.update(labels=sorted(seen_labels - {""}), languages=sorted(seen_languages), answers=sorted(seen_answers - {""}),
                    fields=list(fields), content=content.hexdigest())
 
   ids: set[str] = set()

@@ -1,6 +1,6 @@
 """`mmjax data convert`: pictures, sounds and videos with texts from elsewhere into a data set, in parallel and resumable.
 
-  convert("folder", "photos/", "mine")     folder | jsonl | webdataset | parquet (see mmjax/data/readers)
+  convert("folder", "photos/", "mine")     the formats are those of mmjax/data/readers
 
 The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor the bytes depend on
 the number of workers. A finished shard is kept with its facts in DIR/NAME/converting-SPLIT/; after a kill, the same
@@ -34,17 +34,24 @@ from mmjax.data.builders import Record, _quiet_tfds, canonical, features, find_v
 from mmjax.data.builders.schema import check_fields
 from mmjax.data.image import Unreadable
 from mmjax.data.readers import open_reader
-from mmjax.data.readers.rows import Skip
+from mmjax.data.readers.cells import Skip, broken_text, printable
+from mmjax.data.readers.rows import Row
 from mmjax.data.sources import local_data_dir
 from mmjax.files import write_whole
 
 SHARD_ROWS = 2000
-_FORM = 2  # of the shards: another number starts a conversion anew
+_ENDING = "ending not read"
+Entry = tuple[str, str, str, int]  # of what is left out: id, reason, detail, how many rows of the source
+_FORM = 3  # of the shards: another number starts a conversion anew
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a conversion made: examples of the split, {reason: count} of what was left out and the first names of each."""
+  """What a conversion made: examples of the split, from how many rows of the source, {reason: count} of the rows that were
+  left out and the first names of each (of files whose ending is not read: the endings), and how the source was understood.
+
+  Rows about one medium are one example: `rows` and the counts in `skipped` add up to all rows and files of the source.
+  """
   name: str
   split: str
   folder: str
@@ -52,25 +59,32 @@ class Summary:
   skipped: dict[str, int]
   first_skipped: dict[str, list[str]]
   seconds: float
+  rows: int = 0
+  notes: tuple[str, ...] = ()
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
 
   def __str__(self) -> str:
-    lines = [f"{self.folder}: {self.examples:,} examples in split {self.split!r}, {self.seconds:.0f} s"]
+    joined = f" from {self.rows:,} rows" if self.rows > self.examples else ""
+    lines = [f"{self.folder}: {self.examples:,} examples{joined} in split {self.split!r}, {self.seconds:.0f} s"]
+    lines += [f"  {note}" for note in self.notes]
     for reason, count in self.skipped.items():
-      names = ", ".join(self.first_skipped[reason])
-      more = ", ..." if count > len(self.first_skipped[reason]) else ""
+      first = self.first_skipped[reason]
+      names = ", ".join(first)
+      more = ", ..." if count > len(first) and reason != _ENDING or len(first) == 5 else ""
       lines.append(f"  left out {count:,}: {reason} ({names}{more})")
     return "\n".join(lines)
 
 
 def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | os.PathLike | None = None, *,
             workers: int = 1, split: str = "train", language: str = "en", columns: Mapping[str, str] | None = None,
-            shard_rows: int = SHARD_ROWS, log: Callable[[str], None] = print) -> Summary:
+            media: str | os.PathLike = "", encoding: str = "", shard_rows: int = SHARD_ROWS,
+            log: Callable[[str], None] = print) -> Summary:
   """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default folder).
 
-  `language`: of captions that do not say. `columns`: {"image", "audio", "video", "caption", "question", "answer", "id", "label", "language": column}.
+  `language`: of captions that do not say. `columns`: {role: column}, the roles being those of readers.columns.COLUMNS.
+  `media`: the folder of the files that annotations name ("" = that of the annotations). `encoding`: of texts that are not UTF-8.
   `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version, which holds all.
   Raises UserError: bad arguments, nothing to convert, or everything was left out.
   """
@@ -82,13 +96,14 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
   if workers < 0 or shard_rows < 1:
     raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
   root = local_data_dir(data_dir or None) / name
-  reader = open_reader(format, source, columns, language, cache=root.parent)
-  rows, skipped = reader.rows()
+  reader = open_reader(format, source, columns, language, media=media, encoding=encoding, cache=root.parent)
+  rows, left = reader.rows()
   rows, duplicates = _unique(rows)
-  skipped = [(row, skip.reason, skip.detail) for row, skip in skipped + duplicates]
+  skipped = [_entry(name, skip) for name, skip in left] + duplicates
   if not rows:
     raise UserError(f"{source}: nothing to convert{_reasons(skipped)}")
-  plan = _plan_hash([_FORM, format, split, language, columns, shard_rows], reader, rows)
+  settings = [_FORM, format, split, language, columns, os.fspath(media), encoding, shard_rows]
+  plan = _plan_hash(settings, reader, rows)
   done = _already(root.parent, name, split, plan, source)
   if done:
     log(f"{done.folder} holds split {split!r} of this source already")
@@ -103,14 +118,17 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
         skipped += map(tuple, fact["skipped"])
       if not sum(fact["count"] for fact in facts):
         shutil.rmtree(staging)
-        raise UserError(f"{source}: all {len(rows):,} rows were left out{_reasons(skipped)}")
-      origin = dict(plan=plan, format=format, source=os.fspath(source))
+        count = sum(row.count for row in rows)
+        raise UserError(f"{source}: all {count:,} rows were left out{_reasons(skipped)}")
+      origin = dict(plan=plan, format=format, source=printable(os.fspath(source)),
+                    rows=sum(fact["rows"] for fact in facts), notes=list(reader.notes))
       folder = _assemble(root, name, split, staging, facts, fields, skipped, origin)
       shutil.rmtree(staging)
   except OSError as error:
     raise UserError(f"{root}: cannot be written ({error.strerror or error}). "
                     f"Start the same command again to go on, or set $MMJAX_DATA") from error
-  summary = _summary(name, split, folder, sum(fact["count"] for fact in facts), skipped, time.perf_counter() - start)
+  origin["examples"] = sum(fact["count"] for fact in facts)
+  summary = _summary(name, split, folder, origin, skipped, time.perf_counter() - start)
   log(str(summary))
   return summary
 
@@ -176,20 +194,20 @@ def _die_with_parent() -> None:
 
 
 def _write_shard(reader, rows: list, fields: tuple, split: str, staging: Path, number: int) -> dict[str, Any]:
-  """Writes shard-NUMBER and then its facts: {count, bytes, size, content, labels, languages, answers, skipped}."""
+  """Writes shard-NUMBER and then its facts: {count, rows, bytes, size, content, labels, languages, answers, skipped}."""
   from tensorflow_datasets.core import example_serializer
   from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
 
   schema = features(fields)
   serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
-  content, skipped, count, size = hashlib.blake2b(digest_size=16), [], 0, 0
+  content, skipped, count, size, read = hashlib.blake2b(digest_size=16), [], 0, 0, 0
   labels, languages, answers = set(), set(), set()
   temporary = staging / f"shard-{number:05d}.tmp"
   with _record_writer(temporary) as writer:
-    for name, record in reader.read(rows):
+    for name, record, joined in reader.read(rows):
       fault = record if isinstance(record, Skip) else _fault(record)
       if fault:
-        skipped.append((name, fault.reason, fault.detail))
+        skipped.append(_entry(name, fault, joined))
         continue
       data = serializer.serialize_example(schema.encode_example(to_example(record, fields)))
       data = Example.FromString(data).SerializeToString(deterministic=True)  # else fields come in the order of a map
@@ -197,14 +215,15 @@ def _write_shard(reader, rows: list, fields: tuple, split: str, staging: Path, n
       content.update(canonical(split, record, fields))
       labels.add(record["label"])
       languages.update(record["captions"])
-      answers.update(answer for _, answer in record.get("questions", ()))
-      count, size = count + 1, size + len(data)
+      if "conversations" not in record.get("facts", ()):  # whose answers are no classes
+        answers.update(answer for _, answer in record.get("questions", ()))
+      count, size, read = count + 1, size + len(data), read + joined
   with open(temporary, "rb") as file:
     os.fsync(file.fileno())
     length = os.fstat(file.fileno()).st_size
   os.replace(temporary, staging / f"shard-{number:05d}")
-  facts = dict(count=count, bytes=size, size=length, content=content.hexdigest(), labels=sorted(labels - {""}),
-               languages=sorted(languages), answers=sorted(answers), skipped=skipped)
+  facts = dict(count=count, rows=read, bytes=size, size=length, content=content.hexdigest(), labels=sorted(labels - {""}),
+               languages=sorted(languages), answers=sorted(answers - {""}), skipped=skipped)
   write_whole(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: now the shard counts
   return facts
 
@@ -235,7 +254,9 @@ def _finished(staging: Path, number: int) -> dict[str, Any] | None:
 
 
 def _fault(record: Record) -> Skip | None:
-  """Why a record is no use, by decoding all of its media."""
+  """Why a record is no use: by its texts, and by decoding all of its media."""
+  if bad := broken_text([record["id"], record["captions"], record["label"], record.get("questions"), record.get("facts")]):
+    return Skip("broken text", bad)
   try:
     media.check(record)
   except Unreadable as error:
@@ -247,7 +268,7 @@ def _fault(record: Record) -> Skip | None:
 
 
 def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict], fields: tuple,
-              skipped: list, origin: dict) -> Path:
+              skipped: list[Entry], origin: dict) -> Path:
   """Makes root/VERSION from the shards and from the splits that the version before it has; it appears at once."""
   import tensorflow_datasets as tfds
 
@@ -274,14 +295,15 @@ def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict
         _link(path, new / path.name)
   splits[split] = ([fact["count"] for _, fact in whole], sum(fact["bytes"] for _, fact in whole))
   contents = "".join([meta["content"], *(fact["content"] for fact in facts)])
-  counts = dict(Counter(reason for _, reason, _ in skipped).most_common())
+  counts = _counts(skipped)
   converted = meta.get("converted", {}) | {split: origin | {"examples": sum(splits[split][0]), "skipped": counts}}
   meta |= {what: sorted({*meta[what], *(name for fact in facts for name in fact[what])}) for what in ("labels", "languages", "answers")}
   meta["fields"] = list(check_fields({*meta["fields"], *fields}))
   meta |= dict(content=hashlib.blake2b(contents.encode(), digest_size=16).hexdigest(), converted=converted)
   with open(new / f"skipped-{split}.jsonl", "w", encoding="utf-8") as file:
-    for row, reason, detail in skipped:
-      file.write(json.dumps(dict(id=row, reason=reason, detail=detail), ensure_ascii=False) + "\n")
+    for row, reason, detail, count in skipped:
+      line = dict(id=row, reason=reason, detail=detail) | ({"rows": count} if count > 1 else {})
+      file.write(json.dumps(line, ensure_ascii=False) + "\n")
   (new / "README.md").write_text(_card(name, meta), encoding="utf-8")
   with _quiet_tfds():
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -305,6 +327,7 @@ def _card(name: str, meta: dict) -> str:
            f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}.", ""]
   for split, facts in meta["converted"].items():
     lines.append(f"- `{split}`: {facts['examples']:,} examples, from {facts['format']} `{facts['source']}`")
+    lines += [f"  - {note}" for note in facts.get("notes", ())]
     lines += [f"  - left out {count:,}: {reason}" for reason, count in facts["skipped"].items()]
   return "\n".join(lines) + "\n"
 
@@ -326,27 +349,45 @@ def _already(data_dir: Path, name: str, split: str, plan: str, source) -> Summar
     raise UserError(f"{folder} has a split {split!r} already, not from {source} as it is now. "
                     f"Choose another name or split, or delete {folder.parent}")
   with open(folder / f"skipped-{split}.jsonl", encoding="utf-8") as file:
-    skipped = [(row["id"], row["reason"], row["detail"]) for row in map(json.loads, file)]
-  return _summary(name, split, folder, facts["examples"], skipped, 0.0)
+    skipped = [(row["id"], row["reason"], row["detail"], row.get("rows", 1)) for row in map(json.loads, file)]
+  return _summary(name, split, folder, facts, skipped, 0.0)
 
 
-def _summary(name: str, split: str, folder: Path, examples: int, skipped: list, seconds: float) -> Summary:
-  counts = Counter(reason for _, reason, _ in skipped)
-  first = {reason: [row for row, why, _ in skipped if why == reason][:3] for reason in counts}
-  return Summary(name, split, os.fspath(folder), examples, dict(counts.most_common()), first, seconds)
+def _summary(name: str, split: str, folder: Path, origin: Mapping[str, Any], skipped: list[Entry], seconds: float) -> Summary:
+  counts, first = _counts(skipped), {}
+  for reason in counts:
+    names = [row for row, why, *_ in skipped if why == reason]
+    if reason == _ENDING:
+      endings = Counter(os.path.splitext(name)[1].lower() or "none" for name in names)
+      names = [f"{ending} {count:,}" for ending, count in endings.most_common()]
+    first[reason] = names[:5 if reason == _ENDING else 3]
+  return Summary(name, split, os.fspath(folder), origin["examples"], counts, first, seconds,
+                 origin.get("rows", origin["examples"]), tuple(origin.get("notes", ())))
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
-def _unique(rows: list) -> tuple[list, list]:
+def _entry(name: str, skip: Skip, count: int = 1) -> Entry:
+  return printable(name), skip.reason, printable(skip.detail), count
+
+
+def _counts(skipped: list[Entry]) -> dict[str, int]:
+  """{reason: how many rows}, the most first."""
+  counts: Counter[str] = Counter()
+  for _, reason, _, count in skipped:
+    counts[reason] += count
+  return dict(counts.most_common())
+
+
+def _unique(rows: list[Row]) -> tuple[list[Row], list[Entry]]:
   seen: set[str] = set()
   kept, duplicates = [], []
   for row in rows:
-    if row[0] in seen:
-      duplicates.append((row[0], Skip("duplicate id")))
+    if row.name in seen:
+      duplicates.append(_entry(row.name, Skip("duplicate id"), row.count))
     else:
-      seen.add(row[0])
+      seen.add(row.name)
       kept.append(row)
   return kept, duplicates
 
@@ -383,10 +424,10 @@ def _link(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _reasons(skipped: list) -> str:
+def _reasons(skipped: list[Entry]) -> str:
   """' (3 missing file, such as a.jpg; ...)', or ''."""
   parts = []
-  for reason, count in Counter(reason for _, reason, _ in skipped).most_common(4):
-    row, _, detail = next(entry for entry in skipped if entry[1] == reason)
+  for reason, count in list(_counts(skipped).items())[:4]:
+    row, _, detail, _ = next(entry for entry in skipped if entry[1] == reason)
     parts.append(f"{count} {reason}, such as {row}" + (f": {detail}" if detail and detail != row else ""))
   return f" ({'; '.join(parts)})" if parts else ""

@@ -1,39 +1,60 @@
-"""What `mmjax data convert` reads: folders with captions, JSONL + files, WebDataset tars, parquet.
+"""What `mmjax data convert` reads, one file a form of annotation.
 
 A reader lists its rows once, in an order that depends on the source alone, and reads any run of them, in any process:
 
-  rows() -> (rows, skipped)     rows: [(id, where)], ids unique; skipped: what is left out without looking at a picture
-  read(rows) -> iterator        of (id, record) or (id, Skip), one for each row
+  rows() -> (rows, left out)    rows.Row: id (unique), place, how many rows of the source it joins; (name, Skip) of the others
+  read(rows) -> iterator        of (id, record or Skip, how many rows of the source that is), in order
   files(rows) -> iterator       of the paths that the result depends on (a conversion goes on only while none changes)
   fields(rows) -> set           of the optional fields (schema.FIELDS) that records may have
+  notes                         what a user should know of how the source was understood
 
-A record has a picture, a sound, a video or several of them, and captions, questions or a label. A media file must lie inside the
-folder of the source, links resolved; its ending tells what it is, and where that says nothing, its column. Nothing is decoded here.
+Every row of the source is read or left out with a reason: the counts of both add up to all of them. Rows about one medium are one
+record (`rows.join`), so that none of its captions and questions is lost. A record has a picture, a sound, a video or several of them,
+and captions, questions or a label. A media file must lie inside the folder of the source, links resolved; its ending tells
+what it is, and where that says nothing, its column. Nothing is decoded here.
+
+A new form is a file here and a line in FORMATS; most only turn their files into rows of a table (`columns.part_of`).
 """
 
 from __future__ import annotations
 
+import codecs
+import importlib
 import os
 from collections.abc import Mapping
 
 from mmjax.config import UserError
-from mmjax.data.readers.folder import FolderReader
-from mmjax.data.readers.json_lines import JsonlReader
-from mmjax.data.readers.parquet import ParquetReader
-from mmjax.data.readers.table import COLUMNS
-from mmjax.data.readers.webdataset import TarReader
 
-READERS = {"folder": FolderReader, "jsonl": JsonlReader, "webdataset": TarReader, "parquet": ParquetReader}
+FORMATS = {  # the modules are imported when they are needed: tars.py, which one of them imports, uses `cells`
+  "folder": "folder:FolderReader",
+  "csv": "table:TableReader",
+  "json": "json_lines:JsonReader",
+  "jsonl": "json_lines:JsonReader",
+  "coco": "json_lines:JsonReader",
+  "vqa": "json_lines:JsonReader",
+  "conversations": "json_lines:JsonReader",
+  "webdataset": "webdataset:TarReader",
+  "parquet": "parquet:ParquetReader",
+}
 
 
-def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, str] | None = None, language: str = "en",
-                cache: str | os.PathLike | None = None):
-  """The reader of a format. `cache`: the folder for indices of tars. Raises UserError."""
-  if format not in READERS:
-    raise UserError(f"no format {format!r}; there are: {', '.join(READERS)}")
+def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, str] | None = None, language: str = "en", *,
+                media: str | os.PathLike = "", encoding: str = "", cache: str | os.PathLike | None = None):
+  """The reader of a format; see rows.Options. Raises UserError."""
+  if format not in FORMATS:
+    raise UserError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
+  module, _, name = FORMATS[format].partition(":")
+  from mmjax.data.readers.columns import COLUMNS
+  from mmjax.data.readers.rows import Options
+
   for what in columns or ():
     if what not in COLUMNS:
       raise UserError(f"columns names {what!r}, but only {', '.join(COLUMNS)} can be named")
-  reader = READERS[format](os.fspath(source), dict(columns or {}), language)
-  reader.cache = cache
-  return reader
+  if media and not os.path.isdir(media):
+    raise UserError(f"{os.fspath(media)}: no such folder of media")
+  try:
+    codecs.lookup(encoding or "utf-8")
+  except LookupError as error:
+    raise UserError(f"no encoding {encoding!r}: write one that Python knows, such as utf-8, utf-16, cp1252, shift_jis") from error
+  options = Options(dict(columns or {}), language, os.fspath(media), encoding, cache)
+  return getattr(importlib.import_module(f"{__name__}.{module}"), name)(os.fspath(source), options)

@@ -1,108 +1,146 @@
-"""Media in folders, with a table or with a text file each."""
+"""Media in folders: with a table each (captions.csv, metadata.jsonl, ...: file_name, caption, ...), or with a NAME.txt each.
+
+A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. NAME.png, NAME.wav and NAME.mp4 are one record. A table
+speaks of the files in its folder and below, where no other table lies, by their paths from there. Where nothing says
+anything of any file, the name of its folder is its label. Every file counts, except hidden ones.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
-from mmjax.data.readers.rows import MEDIA, Row, Skip, Where, fields_of, file_record, read_inside
-from mmjax.data.readers.table import read_table, table_rows
-from mmjax.data.tars import captions_of
+from mmjax.data.readers import json_lines, table
+from mmjax.data.readers.cells import Annotation, Skip, broken_text, captions_of, encoding_of
+from mmjax.data.readers.columns import MEDIA, Part
+from mmjax.data.readers.rows import Left, ListedReader, Record, Row, Where, file_record, join, read_inside
 
-TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "metadata.jsonl", "metadata.csv", "metadata.tsv")
+TABLES = tuple(f"{name}{ending}" for name, endings in (
+  ("captions", (".csv", ".tsv", ".jsonl", ".json")), ("metadata", (".jsonl", ".csv", ".tsv", ".json"))) for ending in endings)
 
 
-class FolderReader:
-  """Media with a table (captions.csv, metadata.jsonl, ...: file_name, caption, ...), or with a NAME.txt each.
+class FolderReader(ListedReader):
 
-  A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. NAME.png, NAME.wav and NAME.mp4 are one record. A table
-  may name a file in several rows.
-  """
-
-  def __init__(self, source: str, columns: dict[str, str], language: str):
+  def find(self, source: str) -> list[str]:
     if not os.path.isdir(source):
       raise UserError(f"{source}: no such folder" + (" (it is a file)" if os.path.exists(source) else ""))
-    self.root, self.columns, self.language = os.path.abspath(source), columns, language
-    tables = (os.path.join(self.root, name) for name in TABLES)
-    self.tables = [path for path in tables if os.path.isfile(path)][:1]
+    return [os.path.join(os.path.abspath(source), "")]  # the root is its folder
 
-  def rows(self) -> tuple[list[Row], list[tuple[str, Skip]]]:
-    records = self._walk()
-    if not self.tables:
-      return [(next(iter(media.values())), Where(media, None)) for media in records], []
-    rows, skipped = table_rows(read_table(self.tables[0]), self.tables[0], self.columns, self.language)
-    named = {os.path.normpath(path) for _, where in rows for path in where.media.values()}
-    table = os.path.basename(self.tables[0])
-    files = sorted(path for media in records for path in media.values())
-    return rows, skipped + [(path, Skip("no caption", f"not in {table}")) for path in files if path not in named]
+  def rows(self) -> tuple[list[Row], list[Left]]:
+    parts: list[Part | Left] = []
+    alone: list[Row] = []
+    left: list[Left] = []
+    files: list[tuple[str, str]] = []  # (file, its table)
+    governing: dict[str, str] = {}  # folder -> table
+    self.paths = []
+    for folder, names in _walk(self.root):
+      governing[folder] = governing.get(os.path.dirname(folder), "") if folder else ""
+      if own := next((name for name in TABLES if name in names), ""):
+        names.remove(own)
+        governing[folder] = os.path.join(folder, own)
+        self.paths.append(os.path.join(self.root, folder, own))
+        parts += self._table_parts(self.paths[-1], folder)
+      media = [name for name in names if modality_of(name)]
+      if governing[folder]:
+        files += [(os.path.join(folder, name), governing[folder]) for name in media]
+      others = [name for name in names if name not in set(media)]
+      if not governing[folder]:
+        found, others = self._records(folder, media, others)
+        alone += found
+      left += [(os.path.join(folder, name), _not_read(name, governing[folder])) for name in others]
+    rows, skipped = join(parts)
+    named = {os.path.normpath(path) for row in rows for path in row.where.media.values()}
+    left += [(path, Skip("no caption", f"not in {owner}")) for path, owner in files if path not in named]
+    return rows + self._classes(alone), skipped + left
 
-  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, dict | Skip]]:
-    for name, where in rows:
-      if where.captions is None:
-        captions = self._sidecars(next(iter(where.media.values())))
-        if isinstance(captions, Skip):
-          yield name, captions
-          continue
-        where = where._replace(captions=captions)
-      yield name, file_record(self.root, name, where)
+  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
+    for row in rows:
+      where = row.where
+      if where.said is None:
+        said = self._captions(where.texts)
+        where = where._replace(said=said)
+      if bad := broken_text([row.name, *where.media.values()]):
+        yield row.name, Skip("broken text", bad), row.count
+      elif isinstance(where.said, Skip):
+        yield row.name, where.said, row.count
+      else:
+        yield row.name, file_record(self.root, row.name, where), row.count
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
-    yield from self.tables
-    for _, where in rows:
-      yield from (os.path.join(self.root, path) for path in where.media.values())
-      if where.captions is None:
-        yield from (os.path.join(self.root, text) for text, _ in self._texts(next(iter(where.media.values()))))
+    yield from super().files(rows)
+    for row in rows:
+      yield from (os.path.join(self.root, text) for text, _ in row.where.texts)
 
-  def fields(self, rows: Iterable[Row]) -> set[str]:
-    return fields_of(rows)
+  def _table_parts(self, path: str, folder: str) -> Iterator[Part | Left]:
+    if path.endswith(table.ENDINGS):
+      yield from table.table_parts(path, folder, self.options)
+    else:
+      objects = json_lines.read_json(path, self.options.encoding)
+      objects = json_lines.objects_of(objects, path) if isinstance(objects, dict) else objects
+      yield from json_lines.object_parts(objects, path, folder, self.options)
 
-  def __getstate__(self) -> dict[str, Any]:
-    return {name: value for name, value in self.__dict__.items() if name != "_listings"}  # workers list what they need
+  def _records(self, folder: str, media: list[str], others: list[str]) -> tuple[list[Row], list[str]]:
+    """A row for the files that differ in their endings alone, in the order of their names, and the files that none takes."""
+    stems: dict[str, dict[str, list[str]]] = {}
+    for name in media:
+      stems.setdefault(os.path.splitext(name)[0], {}).setdefault(modality_of(name), []).append(os.path.join(folder, name))
+    texts: dict[str, list[tuple[str, str]]] = {}
+    taken = set()
+    for name in (name for name in others if name.lower().endswith(".txt")):
+      stem, language = name[:-4], self.options.language
+      if stem not in stems:
+        stem, _, language = stem.rpartition(".")
+        if stem not in stems or not (2 <= len(language) <= 3 and language.isalpha()):
+          continue
+      found = (os.path.join(folder, name), language)
+      texts.setdefault(stem, []).insert(0 if stem == name[:-4] else len(texts.get(stem, ())), found)
+      taken.add(name)
+    rows = []
+    for stem, there in stems.items():
+      for number in range(max(map(len, there.values()))):
+        files = {kind: there[kind][number] for kind in MEDIA if number < len(there.get(kind, ()))}
+        rows.append(Row(next(iter(files.values())), Where(files, None, tuple(texts.get(stem, ())))))
+    return rows, [name for name in others if name not in taken]
 
-  def _walk(self) -> list[dict[str, str]]:
-    """{modality: file} of each record, in the order of their names: files that differ in their endings alone are one record."""
-    records = []
-    for folder, folders, files in os.walk(self.root):
-      folders.sort()
-      stems: dict[str, dict[str, list[str]]] = {}
-      for file in sorted(files):
-        modality = modality_of(file)
-        if modality and not file.startswith("."):
-          path = os.path.relpath(os.path.join(folder, file), self.root)
-          stems.setdefault(os.path.splitext(file)[0], {}).setdefault(modality, []).append(path)
-      for there in stems.values():
-        for number in range(max(map(len, there.values()))):
-          records.append({name: there[name][number] for name in MEDIA if number < len(there.get(name, ()))})
-    return records
-
-  def _texts(self, path: str) -> list[tuple[str, str]]:
-    """[(sidecar file, language)] of a media file."""
-    if not hasattr(self, "_listings"):
-      self._listings: dict[str, dict[str, list[tuple[str, str]]]] = {}
-    folder, base = os.path.split(path)
-    if folder not in self._listings:
-      texts: dict[str, list[tuple[str, str]]] = {}
-      for file in sorted(os.listdir(os.path.join(self.root, folder))):
-        if file.lower().endswith(".txt"):
-          stem, _, language = file[:-4].rpartition(".")
-          texts.setdefault(file[:-4], []).insert(0, (os.path.join(folder, file), self.language))
-          if stem and 2 <= len(language) <= 3 and language.isalpha():
-            texts.setdefault(stem, []).append((os.path.join(folder, file), language))
-      self._listings[folder] = texts
-    return self._listings[folder].get(os.path.splitext(base)[0], [])
-
-  def _sidecars(self, path: str) -> dict[str, list[str]] | Skip:
+  def _captions(self, texts: Iterable[tuple[str, str]]) -> Annotation | Skip:
     captions: dict[str, list[str]] = {}
-    for file, language in self._texts(path):
+    for file, language in texts:
       data = read_inside(self.root, file)
       if isinstance(data, Skip):
         return data
       try:
-        for name, texts in captions_of(data.decode("utf-8-sig").splitlines(), language).items():
-          captions.setdefault(name, []).extend(texts)
-      except UnicodeDecodeError:
-        return Skip("broken row", f"{file} is not UTF-8")
-    return captions
+        lines = data.decode(encoding_of(data, self.options.encoding)).splitlines()
+      except UnicodeError as error:
+        return Skip("broken text", f"{file} is not {error.encoding}; --encoding names another, such as cp1252")
+      for name, found in captions_of(lines, language).items():
+        captions.setdefault(name, []).extend(found)
+    return Annotation(captions) if captions else Skip("no caption")
+
+  def _classes(self, rows: list[Row]) -> list[Row]:
+    """The rows, with their folders as labels where no file of any has a text or a table."""
+    if self.paths or any(row.where.texts for row in rows):
+      return rows
+    labels = [os.path.basename(os.path.dirname(next(iter(row.where.media.values())))) for row in rows]
+    names = sorted(set(labels) - {""})
+    if names:
+      shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+      self.notes.append(f"no captions: the folder of a file is its label ({len(names)} classes: {shown})")
+    return [row._replace(where=row.where._replace(said=Annotation({}, (label,)))) if label else row
+            for row, label in zip(rows, labels, strict=True)]
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+  """(folder below root, names of its files) in order; hidden ones are passed over."""
+  for folder, folders, files in os.walk(root):
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    below = os.path.relpath(folder, root)
+    yield "" if below == "." else below, sorted(name for name in files if not name.startswith("."))
+
+
+def _not_read(name: str, table: str) -> Skip:
+  """Why a file that is neither a medium nor its text is left out."""
+  if name.lower().endswith(".txt") and not table:
+    return Skip("text without a file", "no picture, sound or video has its name")
+  return Skip("ending not read", f"{table} is read" if table else "")

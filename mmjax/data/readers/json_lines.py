@@ -1,42 +1,149 @@
-"""JSON lines that name files of media."""
+"""JSON: an object a line, one array of objects, or a document: {"data": [...]}, COCO's, VQA's, {"a.jpg": "its caption"}.
+
+Objects name files of media relative to the file that they are in. Conversations (LLaVA, OpenAI) are objects too.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from mmjax.data.readers.rows import Row, Skip, fields_of, file_record, find_files
-from mmjax.data.readers.table import read_table, table_rows
+from mmjax.config import UserError
+from mmjax.data.media import modality_of
+from mmjax.data.readers import coco, vqa
+from mmjax.data.readers.cells import Skip, printable, text_of
+from mmjax.data.readers.columns import COLUMNS, MEDIA, Part, cells_of, choose_columns, part_of
+from mmjax.data.readers.json_stream import values
+from mmjax.data.readers.rows import Left, ListedReader
+from mmjax.data.readers.table import lines, open_text
+
+ENDINGS = (".jsonl", ".json", ".ndjson")
+_HEAVY = ("segmentation", "keypoints")  # of COCO's objects: not read, and most of a file
+Object = tuple[str, dict[str, Any] | Skip]  # where it stands, and what it is
 
 
-class JsonlReader:
-  """JSON lines with paths of media (relative to the file), captions or questions or a label, and optionally id, language."""
+class JsonReader(ListedReader):
+  """Files of any of these forms; those of VQA are read together, since questions and answers lie in two."""
 
-  def __init__(self, source: str, columns: dict[str, str], language: str):
-    self.paths = find_files(source, (".jsonl", ".json", ".ndjson"))
-    self.columns, self.language = columns, language
-    self.root = os.path.dirname(os.path.abspath(self.paths[0]))
+  endings = ENDINGS
 
-  def rows(self) -> tuple[list[Row], list[tuple[str, Skip]]]:
-    rows, skipped = [], []
+  def parts(self) -> Iterator[Part | Left]:
+    questions, answers = [], []
     for path in self.paths:
-      more, left = table_rows(read_table(path), path, self.columns, self.language)
-      folder = os.path.relpath(os.path.dirname(os.path.abspath(path)), self.root)
-      for name, where in more:
-        if folder != ".":
-          where = where._replace(media={modality: os.path.join(folder, file) for modality, file in where.media.items()})
-        rows.append((name, where))
-      skipped += left
-    return rows, skipped
+      document = read_json(path, self.options.encoding)
+      if not isinstance(document, dict):
+        yield from object_parts(document, path, self.folder_of(path), self.options)
+      elif vqa.is_questions(document):
+        questions.append((path, document))
+      elif vqa.is_answers(document):
+        answers.append((path, document))
+      else:
+        yield from object_parts(objects_of(document, path), path, self.folder_of(path), self.options)
+    if questions or answers:
+      yield from self._vqa_parts(questions, answers)
 
-  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, dict | Skip]]:
-    for name, where in rows:
-      yield name, file_record(self.root, name, where)
+  def _vqa_parts(self, questions: list, answers: list) -> Iterator[Part | Left]:
+    chosen = {role: (role,) for role in ("image", "image_id", "question", "answer")}
+    find = vqa.pictures_by_id(self.root)
+    for at, row in vqa.rows(questions, answers):
+      if isinstance(row, Skip):
+        yield at, row
+        continue
+      row["image"] = row.get("image") or find(row["image_id"])
+      part = part_of(cells_of(row, chosen), at, "", self.options.language)
+      yield part if isinstance(part, Part) else (at, part)
 
-  def files(self, rows: Iterable[Row]) -> Iterator[str]:
-    yield from self.paths
-    for _, where in rows:
-      yield from (os.path.join(self.root, path) for path in where.media.values())
 
-  def fields(self, rows: Iterable[Row]) -> set[str]:
-    return fields_of(rows)
+def read_json(path: str, encoding: str = "") -> dict[str, Any] | Iterator[Object]:
+  """The document in a file (without what is not read), or its objects one by one where it is an array or lines. Raises UserError."""
+  base = os.path.basename(path)
+  if _is_lines(path, encoding):
+    return _lines(path, encoding)
+  with open_text(path, encoding) as file:
+    first = next(values(file, path), None)
+  if first is None or first[0] is None:
+    return _items(path, encoding, base)
+  document: dict[str, Any] = {}
+  with open_text(path, encoding) as file:
+    for key, value in values(file, path):
+      if isinstance(value, dict) and isinstance(document.get(key), list):
+        value = {name: what for name, what in value.items() if name not in _HEAVY}
+      if isinstance(document.get(key), list):
+        document[key].append(value)
+      else:
+        document[key] = value
+  return document
+
+
+def object_parts(objects: Iterator[Object], path: str, folder: str, options) -> Iterator[Part | Left]:
+  """The parts that objects are, which may differ in their keys. Raises UserError: the first says of no medium what it shows."""
+  chosen: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
+  for at, row in objects:
+    if isinstance(row, Skip):
+      yield at, row
+      continue
+    there = tuple(row)
+    if there not in chosen:
+      named = {role: name for role, name in options.columns.items()
+               if not chosen or name in row or set(name.split("+")) <= set(row)}
+      try:
+        chosen[there] = choose_columns(row, named, path)
+      except UserError as error:
+        if not chosen:
+          raise
+        yield at, Skip("broken row", printable(str(error)))
+        continue
+    part = part_of(cells_of(row, chosen[there]), at, folder, options.language)
+    yield part if isinstance(part, Part) else (text_of(row.get(chosen[there].get("id", ("",))[0])) or at, part)
+
+
+def _lines(path: str, encoding: str) -> Iterator[Object]:
+  with open_text(path, encoding) as file:
+    for number, line in lines(file, path):
+      at = f"{os.path.basename(path)}:{number}"
+      try:
+        row = line if isinstance(line, Skip) else json.loads(line)
+      except (ValueError, RecursionError) as error:
+        row = Skip("broken row", f"line {number}: {error}")
+      yield at, row if isinstance(row, (dict, Skip)) else Skip("broken row", f"line {number} is no JSON object")
+
+
+def _items(path: str, encoding: str, base: str) -> Iterator[Object]:
+  with open_text(path, encoding) as file:
+    for number, (_, item) in enumerate(values(file, path)):
+      yield f"{base}[{number}]", item if isinstance(item, dict) else Skip("broken row", "no JSON object")
+
+
+def _is_lines(path: str, encoding: str) -> bool:
+  """Whether a file holds an object a line. A document of one line is a line too, unless it is called .json."""
+  if not path.lower().endswith(".json"):
+    return True
+  with open_text(path, encoding) as file:
+    found = lines(file, path)
+    _, first = next(found, (0, ""))
+    if isinstance(first, Skip) or next(found, None) is None:
+      return False
+  try:
+    return isinstance(json.loads(first), dict)
+  except (ValueError, RecursionError):
+    return False
+
+
+def objects_of(document: Mapping[str, Any], path: str) -> Iterator[Object]:
+  """The objects of a document that is not of VQA. Raises UserError."""
+  base = os.path.basename(path)
+  if coco.is_coco(document):
+    return coco.rows(document, base)
+  if document and all(modality_of(key) for key in document):
+    return ((f"{base}[{printable(key)}]", {"file_name": key, **(value if isinstance(value, dict) else {"caption": value})})
+            for key, value in document.items())
+  lists = [key for key, value in document.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+  names = {"conversations", "messages", *(name for role in MEDIA for name in COLUMNS[role] if isinstance(document.get(name), str))}
+  if not lists or names & set(document):
+    return iter([(f"{base}[0]", dict(document))])
+  if len(lists) > 1:
+    raise UserError(f"{path}: which of {', '.join(lists)} are the rows? Keep one, or write an object a line")
+  return ((f"{base}[{number}]", item if isinstance(item, dict) else Skip("broken row", "no JSON object"))
+          for number, item in enumerate(document[lists[0]]))

@@ -1,4 +1,7 @@
-"""Parquet files."""
+"""Parquet as Hugging Face writes it: columns of media (bytes, {bytes, path} or paths), captions, questions and labels.
+
+Rows of one `image_id` become one record, if their pictures are equal. Cells are read when a record is, not before.
+"""
 
 from __future__ import annotations
 
@@ -8,111 +11,170 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmjax.config import UserError
-from mmjax.data.media import modality_of
-from mmjax.data.readers.rows import MEDIA, Row, Skip, Where, file_record, find_files, stems
-from mmjax.data.readers.table import choose_columns
-from mmjax.data.tars import captions_of, questions_of
+from mmjax.data.media import media_key, modality_of
+from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, text_of
+from mmjax.data.readers.columns import MEDIA, cells_of, choose_columns
+from mmjax.data.readers.rows import Left, Options, Record, Row, find_files, read_inside, stems
 from mmjax.files import open_file
+
+Place = tuple[int, int, int]  # number of the file, of the row group, of the row in it
 
 
 class ParquetReader:
-  """Parquet as Hugging Face writes it: columns of media (bytes, {bytes, path} or paths), captions, questions and labels."""
 
-  def __init__(self, source: str, columns: dict[str, str], language: str):
-    self.paths, self.language = [os.path.abspath(path) for path in find_files(source, (".parquet",))], language
-    self.root = os.path.dirname(self.paths[0])
-    self.label_names: list[str] = []
-    schema = self._open(self.paths[0]).schema_arrow
-    self.columns = choose_columns(schema.names, columns, self.paths[0])
-    self.path_columns = [what for what in MEDIA if what in self.columns and str(schema.field(self.columns[what]).type) in ("string", "large_string")]
-    facts = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = facts.get("info", {}).get("features", {}).get(self.columns.get("label"), {})
-    if isinstance(feature, dict):
-      self.label_names = list(feature.get("names") or ())
+  def __init__(self, source: str, options: Options):
+    self.paths = [os.path.abspath(path) for path in find_files(source, (".parquet",))]
+    self.options, self.notes = options, []
+    self.root = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
+    schema = self._open(0).schema_arrow
+    self.chosen = choose_columns(schema.names, options.columns, self.paths[0])
+    self.columns = sorted({name for names in self.chosen.values() for name in names} | ({"multiple_choice_answer"} & set(schema.names)))
+    self.path_columns = [role for role in MEDIA if role in self.chosen and
+                         str(schema.field(self.chosen[role][0]).type) in ("string", "large_string")]
+    self.label_names = _class_names(schema.metadata, self.chosen.get("label", ("",))[0])
 
-  def rows(self) -> tuple[list[Row], list[tuple[str, Skip]]]:
-    rows: list[Row] = []
-    skipped: list[tuple[str, Skip]] = []
-    for path, stem in zip(self.paths, stems(self.paths), strict=True):
-      file = self._open(path)
-      missing = sorted(set(self.columns.values()) - set(file.schema_arrow.names))
-      if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}, which {self.paths[0]} has. Convert one kind at a time")
-      number = 0
-      for group in range(file.num_row_groups):
-        names = None
-        if "id" in self.columns:
-          names = file.read_row_group(group, columns=[self.columns["id"]]).column(0).to_pylist()
-        for within in range(file.metadata.row_group(group).num_rows):
-          name = names[within] if names else None
-          rows.append((f"{stem}/{number:06d}" if name is None else str(name), (path, group, within)))
-          number += 1
-    return rows, skipped
+  def rows(self) -> tuple[list[Row], list[Left]]:
+    keys = [role for role in ("id", "image_id", *self.path_columns) if role in self.chosen]
+    found: dict[tuple, Row] = {}
+    owner: dict[str, tuple] = {}
+    skipped: list[Left] = []
+    for number, stem in enumerate(stems(self.paths)):
+      for at, (place, cells) in enumerate(self._cells(number, keys)):
+        name = f"{stem}/{at:06d}"
+        if cells is None:
+          skipped.append((name, Skip("broken text", "its text is not UTF-8")))
+          continue
+        files = tuple(os.path.normpath(cells[role]) for role in self.path_columns if cells.get(role))
+        about, own = text_of(cells.get("image_id")), text_of(cells.get("id"))
+        key = files if files and (about or not own) else (about or own, *files) if about or own else (name,)
+        name = about if about and not files else name if about else own or name
+        if owner.setdefault(name, key) != key or (own and not about and not files and key in found):
+          skipped.append((name, Skip("duplicate id", f"row {at} of {self.paths[number]}")))
+        elif key in found:
+          found[key] = found[key]._replace(where=(*found[key].where, place), count=found[key].count + 1)
+        else:
+          found[key] = Row(name, (place,))
+    return list(found.values()), skipped
 
-  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, dict | Skip]]:
-    pending: list[Row] = []
-    for row in rows:
-      if pending and row[1][:2] != pending[0][1][:2]:
-        yield from self._read_group(pending)
-        pending = []
-      pending.append(row)
-    if pending:
-      yield from self._read_group(pending)
+  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
+    """A record once all its rows are read; rows that add nothing to it are left out on their own."""
+    rows = list(rows)
+    owners = {place: number for number, row in enumerate(rows) for place in row.where}
+    left = [row.count for row in rows]
+    made: list[list[tuple[Annotation, dict[str, bytes]]]] = [[] for _ in rows]
+    faults: list[list[Skip]] = [[] for _ in rows]
+    at = 0
+    for place, cells in self._rows_at(sorted(owners)):
+      number = owners[place]
+      part = self._part(cells)
+      if not isinstance(part, Skip) and made[number] and media_key(part[1]) != media_key(made[number][0][1]):
+        part = Skip("duplicate id", "another picture has its image_id")
+      if isinstance(part, Skip):
+        faults[number].append(part)
+      else:  # the media of the first alone are kept
+        made[number].append(part if not made[number] else (part[0], made[number][0][1]))
+      left[number] -= 1
+      while at < len(rows) and not left[at]:
+        yield from ((rows[at].name, fault, 1) for fault in faults[at])
+        if made[at]:
+          said = made[at][0][0]
+          for other, _ in made[at][1:]:
+            said = said.joined(other)
+          yield rows[at].name, said.record(rows[at].name, made[at][0][1]), len(made[at])
+        made[at] = []
+        at += 1
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.paths
 
-  def _read_group(self, rows: list[Row]) -> Iterator[tuple[str, dict | Skip]]:
-    """Rows of one row group, in small batches: a group of many gigabytes does not have to fit in memory."""
-    path, group, _ = rows[0][1]
-    start, wanted = 0, iter(rows)
-    row = next(wanted)
-    for batch in self._open(path).iter_batches(64, row_groups=[group], columns=sorted(set(self.columns.values()))):
-      while row is not None and row[1][2] < start + batch.num_rows:
-        yield row[0], self._record(row[0], batch.slice(row[1][2] - start, 1).to_pylist()[0])
-        row = next(wanted, None)
-      start += batch.num_rows
-      if row is None:
-        return
-
-  def _record(self, name: str, row: dict[str, Any]) -> dict | Skip:
-    cell = lambda what: row.get(self.columns.get(what, ""))
-    media, files = {}, {}
-    for modality in MEDIA:
-      content = cell(modality)
-      if isinstance(content, dict):
-        content = content.get("bytes") or content.get("path")
-      if isinstance(content, bytes) and content:
-        media[modality] = content
-      elif isinstance(content, str) and content:
-        files[modality_of(content) or modality if modality in self.path_columns else modality] = content
-    label = cell("label")
-    if isinstance(label, int) and 0 <= label < len(self.label_names):
-      label = self.label_names[label]
-    where = Where(files, captions_of(cell("caption"), cell("language") or self.language), "" if label is None else str(label),
-                  tuple(questions_of(cell("question"), cell("answer"))), "caption" in self.columns)
-    return file_record(self.root, name, where, media)
-
   def fields(self, rows: Iterable[Row]) -> set[str]:
-    found = {"questions"} if "question" in self.columns else set()
-    for modality in MEDIA:
-      if modality in self.columns:
-        found |= {modality_of(path) or modality for path in self._paths(modality)} if modality in self.path_columns else {modality}
+    found = {"questions", "facts"} if {"question", "conversation"} & set(self.chosen) else set()
+    for role in MEDIA:
+      if role in self.path_columns:
+        cells = (cells for number in range(len(self.paths)) for _, cells in self._cells(number, [role]))
+        found |= {modality_of(cell[role], role) for cell in cells if cell and cell[role]}
+      elif role in self.chosen:
+        found.add(role)
     return found
 
-  def _paths(self, modality: str) -> Iterator[str]:
-    for path in self.paths:
-      for batch in self._open(path).iter_batches(columns=[self.columns[modality]]):
-        yield from filter(None, batch.column(0).to_pylist())
+  def _part(self, row: dict[str, Any] | None) -> tuple[Annotation, dict[str, bytes]] | Skip:
+    """What a row says and the media that it says it of."""
+    if row is None:
+      return Skip("broken text", "its text is not UTF-8")
+    cells = cells_of(row, self.chosen)
+    media: dict[str, bytes] = {}
+    for role in MEDIA:
+      content = cells.get(role)
+      if isinstance(content, list) and len(content) > 1:
+        return Skip("several pictures" if role == "image" else "several media", f"{len(content)} in one row, of which a record holds one")
+      content = content[0] if isinstance(content, list) and content else content
+      if isinstance(content, dict):
+        content = content.get("bytes") or content.get("path")
+      modality = role
+      if isinstance(content, str) and content:
+        modality = modality_of(content, role) if role in self.path_columns else role
+        content = Skip("broken text", bad) if (bad := broken_text(content)) else read_inside(self.root, content)
+      if isinstance(content, Skip):
+        return content
+      if isinstance(content, bytes) and content:
+        media[modality] = content
+    if not media:
+      return Skip("missing file", "no picture, sound or video in this row")
+    said = annotate(cells, self.options.language, self.label_names)
+    return said if isinstance(said, Skip) else (said, media)
 
-  def _open(self, path: str):
+  def _cells(self, number: int, roles: list[str]) -> Iterator[tuple[Place, dict[str, Any] | None]]:
+    """The place and the cells in these roles (None: not UTF-8) of each row of a file. Raises UserError."""
+    file = self._open(number)
+    missing = sorted(set(self.columns) - set(file.schema_arrow.names))
+    if missing:
+      raise UserError(f"{self.paths[number]} has no column {missing[0]!r}, which {self.paths[0]} has. Convert one kind at a time")
+    columns = sorted({self.chosen[role][0] for role in roles})
+    for group in range(file.num_row_groups):
+      count = file.metadata.row_group(group).num_rows
+      table = _rows(file.read_row_group(group, columns=columns)) if columns else [{}] * count
+      for within, row in enumerate(table):
+        yield (number, group, within), row if row is None else {role: row[self.chosen[role][0]] for role in roles}
+
+  def _rows_at(self, places: list[Place]) -> Iterator[tuple[Place, dict[str, Any] | None]]:
+    """Rows, read in small batches: a row group of many gigabytes does not have to fit in memory."""
+    at = 0
+    while at < len(places):
+      number, group, _ = places[at]
+      start = 0
+      for batch in self._open(number).iter_batches(64, row_groups=[group], columns=self.columns):
+        while at < len(places) and places[at][:2] == (number, group) and places[at][2] < start + batch.num_rows:
+          yield places[at], _rows(batch.slice(places[at][2] - start, 1))[0]
+          at += 1
+        start += batch.num_rows
+        if at == len(places) or places[at][:2] != (number, group):
+          break
+
+  def _open(self, number: int):
     try:
       import pyarrow
       import pyarrow.parquet as parquet
     except ImportError as error:
       raise UserError("reading parquet needs pyarrow: pip install pyarrow") from error
     try:
-      open_file(path).close()  # Arrow would wait for a pipe
-      return parquet.ParquetFile(path)
+      open_file(self.paths[number]).close()  # Arrow would wait for a pipe
+      return parquet.ParquetFile(self.paths[number])
     except (pyarrow.ArrowException, OSError) as error:
-      raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())[:120]})") from error
+      raise UserError(f"{self.paths[number]}: not a readable parquet file ({' '.join(str(error).split())[:120]})") from error
+
+
+def _rows(table) -> list[dict[str, Any] | None]:
+  """The rows of an Arrow table; None for one with text that is not UTF-8."""
+  try:
+    return table.to_pylist()
+  except UnicodeDecodeError:
+    if table.num_rows == 1:
+      return [None]
+    return [row for at in range(table.num_rows) for row in _rows(table.slice(at, 1))]
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
+  """The names of the classes that a column of numbers means, as Hugging Face stores them."""
+  feature = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {}).get(column, {})
+  feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
+  return list(feature.get("names") or ()) if isinstance(feature, dict) else []

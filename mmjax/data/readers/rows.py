@@ -1,44 +1,138 @@
-"""What readers share: rows, why one is left out, files inside the folder of the source, and the record of a row."""
+"""What readers share: rows, the step that joins them by medium, files inside the folder of the source."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmjax.config import UserError
-from mmjax.data.media import media_key
+from mmjax.data.readers.cells import Annotation, Skip
+from mmjax.data.readers.columns import Part
 from mmjax.data.tars import expand
 from mmjax.files import read_file
 
-Row = tuple[str, Any]
-MEDIA = ("image", "audio", "video")  # columns of these hold media
+Record = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Skip:
-  """Why a row is left out: a short reason that is counted, and what exactly was wrong."""
-  reason: str
-  detail: str = ""
+class Row(NamedTuple):
+  """A record to be: its id, where it lies (a reader's own matter), and how many rows of the source it joins."""
+  name: str
+  where: Any
+  count: int = 1
 
 
 class Where(NamedTuple):
-  """A row of a folder or a table: {modality: file}, captions by language (None = in files beside it), label, questions.
-
-  `captioned`: the table has captions, so that a row without them is left out although it has a label.
-  """
+  """The files of a record, {modality: path below the root}, and what is said of them; or the text files beside them."""
   media: dict[str, str]
-  captions: dict[str, list[str]] | None
-  label: str = ""
-  questions: tuple[tuple[str, str], ...] = ()
-  captioned: bool = True
+  said: Annotation | None
+  texts: tuple[tuple[str, str], ...] = ()  # (file, language)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """`columns`: {role: column}. `language`: of captions that do not say. `media`: the folder of the media ("" = where the
+  annotations lie). `encoding`: of texts without a byte order mark ("" = UTF-8). `cache`: the folder for indices of tars."""
+  columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  language: str = "en"
+  media: str = ""
+  encoding: str = ""
+  cache: str | os.PathLike | None = None
+
+
+Left = tuple[str, Skip]  # the name of what is left out, and why
+
+
+def join(parts: Iterable[Part | Left]) -> tuple[list[Row], list[Left]]:
+  """Parts about one medium become one row, in the order of the first of each; other parts of a name taken are left out."""
+  rows: dict[tuple, Row] = {}
+  owner: dict[str, tuple] = {}
+  skipped: list[Left] = []
+  for part in parts:
+    if not isinstance(part, Part):
+      skipped.append(part)
+    elif owner.setdefault(part.name, part.key) != part.key:
+      skipped.append((part.name, Skip("duplicate id", part.at)))
+    elif part.key not in rows:
+      rows[part.key] = Row(part.name, Where(part.media, part.said))
+    else:
+      row = rows[part.key]
+      where = row.where._replace(said=row.where.said.joined(part.said))
+      rows[part.key] = row._replace(where=where, count=row.count + 1)
+  return list(rows.values()), skipped
+
+
+class ListedReader:
+  """Reads files of annotations that name files of media. A form defines `parts`."""
+
+  endings: tuple[str, ...] = ()
+
+  def __init__(self, source: str, options: Options):
+    self.paths, self.options, self.notes = self.find(source), options, []
+    self.root = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
+
+  def find(self, source: str) -> list[str]:
+    return [os.path.abspath(path) for path in find_files(source, self.endings)]
+
+  def parts(self) -> Iterator[Part | Left]:
+    """The rows of all files, in order. Raises UserError."""
+    raise NotImplementedError
+
+  def folder_of(self, path: str) -> str:
+    """Where the media that a file of annotations names lie, below the root."""
+    folder = os.path.relpath(os.path.dirname(path), self.root)
+    return "" if self.options.media or folder == "." else folder
+
+  def rows(self) -> tuple[list[Row], list[Left]]:
+    return join(self.parts())
+
+  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
+    for row in rows:
+      yield row.name, file_record(self.root, row.name, row.where), row.count
+
+  def files(self, rows: Iterable[Row]) -> Iterator[str]:
+    yield from self.paths
+    for row in rows:
+      yield from (os.path.join(self.root, path) for path in row.where.media.values())
+
+  def fields(self, rows: Iterable[Row]) -> set[str]:
+    found: set[str] = set()
+    for row in rows:
+      found.update(row.where.media)
+      if row.where.said is not None:
+        found |= fields_of(row.where.said)
+    return found
+
+
+def fields_of(said: Annotation) -> set[str]:
+  """The optional fields (schema.FIELDS) that an annotation fills."""
+  facts = said.conversations or any(one.answers for one in said.questions)
+  return ({"questions"} if said.questions else set()) | ({"facts"} if facts else set())
+
+
+def file_record(root: str, name: str, where: Where) -> Record | Skip:
+  """The record of a row, whose files are read."""
+  media = {}
+  for modality, path in where.media.items():
+    content = read_inside(root, path)
+    if isinstance(content, Skip):
+      return content
+    media[modality] = content
+  return where.said.record(name, media)
 
 
 def read_inside(root: str, path: str) -> bytes | Skip:
-  """The bytes of a file inside the folder `root`, links resolved; or why not."""
+  """The bytes of a file inside the folder `root`, links resolved, or of a data: URL; or why not."""
+  if path.startswith("data:"):
+    try:
+      return base64.b64decode(path.partition(",")[2], validate=True)
+    except binascii.Error as error:
+      return Skip("unreadable", f"a data: URL that is not base64 ({error})")
   try:
     base, full = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([base, full]) != base:
@@ -50,36 +144,10 @@ def read_inside(root: str, path: str) -> bytes | Skip:
     return Skip("too large" if error.errno == errno.EFBIG else "unreadable", f"{path} ({error.strerror})")
 
 
-def file_record(root: str, name: str, where: Where, media: Mapping[str, bytes] | None = None) -> dict | Skip:
-  """The record of a row, whose files are read; `media`: what the row holds itself."""
-  media = dict(media or {})
-  for modality, path in where.media.items():
-    content = read_inside(root, path)
-    if isinstance(content, Skip):
-      return content
-    media[modality] = content
-  if not media:
-    return Skip("missing file", "no picture, sound or video in this row")
-  if not (where.captions or where.questions or (where.label and not where.captioned)):
-    return Skip("no caption")
-  record = dict(id=name, image=media.get("image"), captions=where.captions, label=where.label, image_key=media_key(media))
-  record |= {modality: content for modality, content in media.items() if modality != "image"}
-  return record | {"questions": list(where.questions)} if where.questions else record
-
-
-def fields_of(rows: Iterable[Row]) -> set[str]:
-  found: set[str] = set()
-  for _, where in rows:
-    found.update(where.media)
-    if where.questions:
-      found.add("questions")
-  return found
-
-
 def find_files(source: str, endings: tuple[str, ...]) -> list[str]:
   """The files of a folder with these endings, or those that a pattern names. Raises UserError."""
   if os.path.isdir(source):
-    found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix in endings and path.is_file())
+    found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix.lower() in endings and path.is_file())
     if not found:
       raise UserError(f"{source}: no {' or '.join(endings)} file in this folder")
     return found

@@ -1,113 +1,167 @@
-"""Tables that name media and say what they show: CSV, TSV and JSON lines, with columns by their usual names or by given ones."""
+"""CSV and TSV tables whose first line names the columns.
+
+CSV is read as RFC 4180 says, TSV line by line, since most are written without quoting (CC3M, SBU). Whatever the quotes, no
+line is lost: one that does not fit the header is left out by its number, and the next is read on its own.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
+from typing import IO
 
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
-from mmjax.data.readers.rows import MEDIA, Row, Skip, Where
-from mmjax.data.tars import captions_of, questions_of
+from mmjax.data.readers.cells import Skip, broken_text, encoding_of
+from mmjax.data.readers.columns import Part, cells_of, choose_columns, part_of
+from mmjax.data.readers.rows import Left, ListedReader
 from mmjax.files import open_file
 
-COLUMNS = {  # what a column may be called, most likely first
-  "image": ("image", "file_name", "filename", "image_path", "file", "path", "img", "picture", "jpg", "png",
-            "image_bytes", "bytes"),
-  "audio": ("audio", "sound", "audio_path", "wav", "flac", "mp3", "speech"),
-  "video": ("video", "clip", "video_path", "mp4", "webm"),
-  "caption": ("captions", "caption", "text", "texts", "txt", "title", "description", "alt", "transcription", "transcript", "sentence"),
-  "question": ("questions", "question"),
-  "answer": ("answers", "answer"),
-  "id": ("id", "key", "image_id", "uid", "__key__"),
-  "label": ("label", "class", "category"),
-  "language": ("language", "lang"),
-}
-TEXTS = ("caption", "question", "label")  # at least one of these is needed
+ENDINGS = (".csv", ".tsv")
+LONGEST = 1 << 26  # characters of a line
+_LARGEST = 1 << 24  # characters of a quoted cell
+_SPAN = 1000  # lines that a quoted cell may span
 
 
-def read_table(path: str) -> Iterator[tuple[int, dict | Skip]]:
-  """(line number, row) of a .csv, .tsv or .jsonl file; a line that cannot be read is a Skip. Raises UserError."""
+class TableReader(ListedReader):
+  """Tables with paths of media (relative to the file), captions or questions or a label, and optionally id, language."""
+
+  endings = ENDINGS
+
+  def parts(self) -> Iterator[Part | Left]:
+    for path in self.paths:
+      yield from table_parts(path, self.folder_of(path), self.options)
+
+
+def table_parts(path: str, folder: str, options) -> Iterator[Part | Left]:
+  """The rows of a table, whose media lie in `folder` below the root. Raises UserError."""
+  base, header, chosen = os.path.basename(path), None, {}
+  for number, cells in _lines_of_cells(path, options.encoding):
+    at = f"{base}:{number}"
+    if isinstance(cells, Skip):
+      yield at, cells
+    elif header is None:
+      header = [name.strip() for name in cells]
+      chosen = choose_columns(header, options.columns, path)
+    else:
+      row = dict(zip(header, cells, strict=False))
+      part = part_of(cells_of(row, chosen), at, folder, options.language)
+      yield part if isinstance(part, Part) else (row.get(chosen.get("id", ("",))[0]) or at, part)
+
+
+def open_text(path: str, encoding: str = "") -> IO[str]:
+  """Opens a text; bytes that are not of its encoding become lone surrogates, so that they cost their line alone. Raises UserError."""
   try:
-    tabular = path.endswith((".csv", ".tsv"))
-    newline = "" if tabular else None
-    with io.TextIOWrapper(open_file(path), "utf-8-sig", errors="replace", newline=newline) as file:
-      if tabular:
-        for row in (reader := csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")):
-          yield reader.line_num, {key: value for key, value in row.items() if key}
-        return
-      for number, line in enumerate(file, 1):
-        if not line.strip():
-          continue
-        try:
-          row = json.loads(line)
-          yield number, row if isinstance(row, dict) else Skip("broken row", f"line {number} is no JSON object")
-        except (ValueError, RecursionError) as error:
-          yield number, Skip("broken row", f"line {number}: {error}")
+    file = open_file(path)
+    encoding = encoding_of(file.read(4), encoding)
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-  except csv.Error as error:
-    raise UserError(f"{path}: not a readable table ({error})") from error
 
 
-def table_rows(table: Iterable[tuple[int, dict | Skip]], path: str, columns: dict[str, str],
-                language: str) -> tuple[list[Row], list[tuple[str, Skip]]]:
-  """Rows [(id, Where)] of a table. Lines without an id that name the same files become one row."""
-  rows: list[Row] = []
-  skipped: list[tuple[str, Skip]] = []
-  by_files: dict[tuple, int] = {}
-  chosen: dict[tuple[str, ...], dict[str, str]] = {}  # the lines of a JSONL file may differ
-  captioned = False
-  for number, row in table:
-    at = f"{os.path.basename(path)}:{number}"
-    if isinstance(row, Skip):
-      skipped.append((at, row))
-      continue
-    there = tuple(row)
-    if there not in chosen:
-      try:
-        chosen[there] = choose_columns(row, columns if not chosen else {k: v for k, v in columns.items() if v in row}, path)
-      except UserError as error:
-        if not chosen:
-          raise
-        skipped.append((at, Skip("broken row", str(error))))
+def lines(file: IO[str], path: str) -> Iterator[tuple[int, str | Skip]]:
+  """(number, line) of the lines that are not blank; those too long or of another encoding are a Skip. Raises UserError."""
+  number = 0
+  try:
+    while line := file.readline(LONGEST):
+      number += 1
+      if len(line) == LONGEST and line[-1] not in "\r\n":
+        while (rest := file.readline(LONGEST)) and rest[-1] not in "\r\n":
+          pass
+        yield number, Skip("broken row", f"line {number} is longer than {LONGEST >> 20} Mi characters")
+      elif not line.isascii() and broken_text(line):
+        yield number, Skip("broken text", f"line {number} is not {file.encoding.upper()}; --encoding names another, such as cp1252")
+      elif line.strip():
+        yield number, line
+  except UnicodeError as error:
+    raise UserError(f"{path}: line {number + 1} is not {file.encoding} ({error.reason}). Name its encoding with --encoding") from error
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _lines_of_cells(path: str, encoding: str) -> Iterator[tuple[int, list[str] | Skip]]:
+  """(number of its first line, cells) of the header and of each row that fits it."""
+  csv.field_size_limit(max(csv.field_size_limit(), _LARGEST))
+  with open_text(path, encoding) as file:
+    source = lines(file, path)
+    ahead: deque[tuple[int, str | Skip]] = deque()
+    delimiter, width, quotes = "\t" if path.lower().endswith(".tsv") else ",", 0, True
+    while True:
+      number, line = ahead.popleft() if ahead else next(source, (0, ""))
+      if not number:
+        return
+      if isinstance(line, Skip):
+        yield number, line
         continue
-    cell = lambda what, row=row, names=chosen[there]: row.get(names.get(what, ""))
-    named = {modality: cell(modality) for modality in MEDIA if cell(modality) not in (None, "")}
-    if not named or not all(isinstance(file, str) for file in named.values()):
-      skipped.append((at, Skip("missing file", "names no picture, sound or video")))
-      continue
-    media = {modality_of(file) or modality: file for modality, file in named.items()}
-    captions, questions = captions_of(cell("caption"), cell("language") or language), questions_of(cell("question"), cell("answer"))
-    captioned |= "caption" in chosen[there]
-    name, label, key = cell("id"), cell("label"), tuple(media.items())
-    if name in (None, "") and key in by_files:
-      place, before = rows[by_files[key]]
-      for tongue, texts in captions.items():
-        before.captions.setdefault(tongue, []).extend(texts)
-      rows[by_files[key]] = place, before._replace(questions=(*before.questions, *questions))
-      continue
-    if name in (None, ""):
-      by_files[key] = len(rows)
-      name = next(iter(media.values()))
-    rows.append((str(name), Where(media, captions, "" if label is None else str(label), tuple(questions))))
-  return [(name, where._replace(captioned=captioned)) for name, where in rows], skipped
+      if not width and delimiter not in line:
+        delimiter = next((other for other in (",", "\t", ";", "|") if other in line), delimiter)
+      cells = _plain(line, delimiter)
+      if not width:
+        quotes = delimiter != "\t" or all(cell[:1] == cell[-1:] == '"' for cell in cells)
+      if '"' in line:
+        more: list[tuple[int, str | Skip]] = []
+        quoted = _quoted(line, delimiter, ahead, source, more)
+        spanned = [_plain(text, delimiter) for _, text in more if isinstance(text, str)]
+        if quoted and _better(quoted, cells, spanned, width, quotes):
+          cells = quoted
+        else:
+          ahead.extendleft(reversed(more))
+          cells = [_unquoted(cell) for cell in cells]
+      while width and len(cells) > width and not cells[-1].strip():
+        cells.pop()
+      if width and len(cells) != width:
+        yield number, Skip("broken row", f"line {number} has {len(cells)} cells, but the header {width}")
+        continue
+      width = width or len(cells)
+      yield number, cells
 
 
-def choose_columns(there: Iterable[str], named: Mapping[str, str], path: str) -> dict[str, str]:
-  """{what: column}, from `named` or by the usual names. Raises UserError: no column for media or for what is said of them."""
-  there, chosen = list(there), {}
-  for what, options in COLUMNS.items():
-    if what in named:
-      if named[what] not in there:
-        raise UserError(f"{path} has no column {named[what]!r}; it has: {', '.join(there)}")
-      chosen[what] = named[what]
-    elif found := [option for option in options if option in there and option not in named.values()]:
-      chosen[what] = found[0]
-  for looks, needed, example in (("a picture, sound or video", MEDIA, "image"), ("captions, questions or a label", TEXTS, "caption")):
-    if not any(what in chosen for what in needed):
-      raise UserError(f"{path} has no column that looks like {looks}; it has: {', '.join(there)}. Name it: {example}=COLUMN")
-  return chosen
+def _plain(line: str, delimiter: str) -> list[str]:
+  return line.rstrip("\r\n").split(delimiter)
+
+
+def _quoted(line: str, delimiter: str, ahead: deque, source: Iterator, more: list) -> list[str] | None:
+  """The cells of a row that may span lines, which are taken from `ahead` and `source` and put into `more`; None: not quoted rightly."""
+
+  def feed() -> Iterator[str]:
+    yield line
+    while len(more) < _SPAN:
+      entry = ahead.popleft() if ahead else next(source, None)
+      if entry is None:
+        return
+      more.append(entry)
+      if isinstance(entry[1], Skip):
+        return
+      yield entry[1]
+
+  try:
+    return next(csv.reader(feed(), delimiter=delimiter, strict=True))
+  except csv.Error:
+    return None
+
+
+def _better(quoted: list[str], plain: list[str], spanned: list[list[str]], width: int, quotes: bool) -> bool:
+  """Whether the quotes of a row delimit its cells, as they do in a table that `quotes`; not those of a cell that would
+  swallow lines which are rows themselves."""
+  if width and len(quoted) != width:
+    return False
+  if not quotes:
+    return len(plain) != (width or len(plain)) or bool(spanned) and all(len(cells) != width for cells in spanned)
+  media = _media(plain)
+  return not any(len(cells) == width and media and _media(cells) == media for cells in spanned)
+
+
+def _media(cells: list[str]) -> list[tuple[int, str]]:
+  """Which cells name media."""
+  return [(number, found) for number, cell in enumerate(cells) if (found := modality_of(cell))]
+
+
+def _unquoted(cell: str) -> str:
+  """A cell of a TSV that a writer of CSV has quoted for the quotes in it."""
+  inner = cell[1:-1]
+  quoted = len(cell) > 2 and cell[0] == cell[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+  return inner.replace('""', '"') if quoted else cell

@@ -1,4 +1,4 @@
-"""WebDataset tars."""
+"""WebDataset tars (see mmjax/data/tars.py): a key is a row; a member that belongs to no key is left out on its own."""
 
 from __future__ import annotations
 
@@ -6,41 +6,46 @@ import os
 from collections.abc import Iterable, Iterator
 
 from mmjax.config import UserError
-from mmjax.data.readers.rows import MEDIA, Row, Skip, stems
-from mmjax.data.tars import TarIndex, expand, index_tar, index_tars
+from mmjax.data.readers.cells import Skip
+from mmjax.data.readers.columns import MEDIA
+from mmjax.data.readers.rows import Left, Options, Record, Row, stems
+from mmjax.data.tars import BadSample, TarIndex, expand, index_tar, index_tars
 
 
 class TarReader:
-  """WebDataset tars (see tars.py)."""
 
-  def __init__(self, source: str, columns: dict[str, str], language: str):
-    self.paths, self.language = [os.path.abspath(path) for path in expand(source)], language
+  def __init__(self, source: str, options: Options):
+    self.paths = [os.path.abspath(path) for path in expand(source)]
+    self.options, self.notes = options, []
 
-  def rows(self) -> tuple[list[Row], list[tuple[str, Skip]]]:
+  def rows(self) -> tuple[list[Row], list[Left]]:
     rows: list[Row] = []
-    skipped: list[tuple[str, Skip]] = []
-    for path, stem, index in zip(self.paths, stems(self.paths), index_tars(self.paths, self.cache), strict=True):
+    skipped: list[Left] = []
+    indices = index_tars(self.paths, self.options.cache)
+    for path, stem, index in zip(self.paths, stems(self.paths), indices, strict=True):
       if isinstance(index, UserError):
         skipped.append((stem, Skip("tar without pairs", str(index))))
         continue
-      rows += [(f"{stem}/{key}", (path, number)) for number, key in enumerate(index.keys.tolist())]
+      rows += [Row(f"{stem}/{key}", (path, number)) for number, key in enumerate(index.keys.tolist())]
       skipped += [(f"{stem}/{name}", Skip(reason)) for name, reason in index.skipped]
     return rows, skipped
 
-  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, dict | Skip]]:
+  def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
     index: TarIndex | None = None
-    for name, (path, number) in rows:
+    for name, (path, number), count in rows:
       try:
         if index is None or index.path != path:
-          index = index_tar(path, self.cache)
-        yield name, index.read(number, self.language) | {"id": name}
+          index = index_tar(path, self.options.cache)
+        yield name, index.read(number, self.options.language) | {"id": name}, count
+      except BadSample as error:
+        yield name, error.skip, count
       except UserError as error:
-        yield name, Skip("no caption" if "no caption" in str(error) else "broken row", str(error))
+        yield name, Skip("broken row", str(error)), count
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.paths
 
   def fields(self, rows: Iterable[Row]) -> set[str]:
-    indices = [index for index in index_tars(self.paths, self.cache) if isinstance(index, TarIndex)]
+    indices = [index for index in index_tars(self.paths, self.options.cache) if isinstance(index, TarIndex)]
     found = {part for part in MEDIA if any(index.has(part) for index in indices)}
-    return found | ({"questions"} if any(index.has("json") for index in indices) else set())
+    return found | ({"questions", "facts"} if any(index.has("json") for index in indices) else set())
