@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -30,8 +31,10 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mmjax.keys import COLLECTIONS, ENTRIES, FREE_ON_RESUME, KEYS, KINDS, Key
-from mmjax.ranges import Duration
+from mmjax.keys import COLLECTIONS, ENTRIES, FREE_ON_RESUME, KEYS, KINDS, SPECIAL_TOKENS, TOKENIZER, Key, Special
+from mmjax.ranges import Duration, Range
+
+log = logging.getLogger("mmjax")
 
 
 class UserError(Exception):
@@ -93,13 +96,22 @@ def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = ()) -> 
       raise ConfigError(f"override {override!r}: write --config.KEY=VALUE")
     _set_override(raw, path, _parse(text))
   resolved = _resolve_tree(raw)
+  _fill_special_tokens(resolved)
   check(resolved)
   return FrozenConfigDict(resolved)
 
 
 def from_json(text: str) -> FrozenConfigDict:
-  """The resolved config that `to_json` wrote; keys that newer versions added get their defaults."""
-  return FrozenConfigDict(_resolve_tree(json.loads(text)))
+  """The resolved config that `to_json` wrote; keys that newer versions added get their defaults.
+
+  No tokenizer is read: special tokens that an older version did not write are the ids that it used, 0 to 4.
+  """
+  stored = json.loads(text)
+  resolved = _resolve_tree(stored)
+  for path, entry, name, special in _special_settings(resolved):
+    if name not in _get(stored, path) or entry[name] == ():
+      entry[name] = _ids(special, dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True)), entry[name])
+  return FrozenConfigDict(resolved)
 
 
 def to_json(config: FrozenConfigDict) -> str:
@@ -313,6 +325,80 @@ def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[st
   return shape
 
 
+# -- special tokens -----------------------------------------------------------------------------------------------------
+
+
+def _fill_special_tokens(tree: dict) -> None:
+  """Writes the ids of the tokenizer's special tokens into the settings that are left to it.
+
+  Raises ConfigError: the tokenizer is damaged or too large, or lacks a token that an entry needs. Warns of a setting that
+  names another token than the tokenizer.
+  """
+  found, text = list(_special_settings(tree)), tree["data"]["text"]
+  if not found and not _reads_text(tree):
+    return
+  try:
+    ids = load_function(TOKENIZER)(FrozenConfigDict(tree["data"]))
+  except ConfigError:
+    raise
+  except UserError as error:
+    raise ConfigError(str(error)) from error
+  if text["pad_id"] >= 0:
+    ids["pad"] = text["pad_id"]
+  elif ids["pad"] < 0 and tree["data"]["sources"] and _reads_text(tree):
+    raise _no_token("data.text.pad_id", "pad", text["tokenizer"])
+  for path, entry, name, special in found:
+    where, given, theirs = ".".join((*path, name)), entry[name], _ids(special, ids, entry[name])
+    if given in (-1, ()):
+      entry[name] = theirs
+    if not _is_on(special.when, entry):
+      continue
+    if given in (-1, ()):
+      for role in special.needed:
+        if ids[role] < 0:
+          raise _no_token("data.text.pad_id" if role == "pad" else where, role, text["tokenizer"])
+    elif special.warns and any(b not in (-1, a) for a, b in zip(_several(given), _several(theirs), strict=False)):
+      log.warning("%s is %r, but tokenizer %r has %r. Leave the key out to use the tokenizer's", where, given,
+                  text["tokenizer"], theirs)
+
+
+def _no_token(where: str, role: str, tokenizer: str) -> ConfigError:
+  return ConfigError(f"tokenizer {tokenizer!r} has no <{role}>, which {where} stands for. Set {where} to the id of a token "
+                     "that can take its place, or use a tokenizer that has one, as those of `mmjax data tokenizer`")
+
+
+def _reads_text(tree: dict) -> bool:
+  return "text" in (tree["data"]["modalities"] or tree["model"].get("encoders", {}))
+
+
+def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str, Special]]:
+  """(keys of the entry, the entry, setting, what it is) of each setting of a resolved config that is special tokens."""
+  for pattern, (group, _) in ENTRIES.items():
+    above, _, last = pattern.rpartition(".")
+    parent = _get(tree, above.split(".")) if above else tree
+    for name, entry in (parent or {}).items() if last == "*" else [(last, (parent or {}).get(last))]:
+      for setting, parameter in _signature(kind_function(entry, group)).items() if entry else ():
+        for special in getattr(parameter.annotation, "__metadata__", ()):
+          if isinstance(special, Special):
+            yield [*filter(None, above.split(".")), name], entry, setting, special
+
+
+def _ids(special: Special, ids: typing.Mapping[str, int], like: Any) -> Any:
+  """The ids of the roles of a setting: one, or a tuple where its value is one; -1 = there is no such token."""
+  found = tuple(ids[role] for role in special.roles)
+  return found if isinstance(like, tuple) else found[0]
+
+
+def _several(value: int | tuple) -> tuple:
+  return value if isinstance(value, tuple) else (value,)
+
+
+def _is_on(when: str | tuple[str, Any], entry: typing.Mapping) -> bool:
+  if isinstance(when, tuple):
+    return entry[when[0]] == when[1]
+  return not when or bool(entry[when])
+
+
 # -- resolution ---------------------------------------------------------------------------------------------------------
 
 
@@ -374,10 +460,10 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
 def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   """`value` as `kind`, or a ConfigError: also out of the range that `kind` states. Ints pass as floats, lists as tuples."""
   if typing.get_origin(kind) is Annotated:
-    bare, *ranges = typing.get_args(kind)
+    bare, *notes = typing.get_args(kind)
     value = _typed(value, bare, path, default)
-    for wanted in ranges:
-      if not wanted.holds(value):
+    for wanted in notes:
+      if isinstance(wanted, Range) and not wanted.holds(value):
         raise ConfigError(f"{path} is {value!r}, but must be {wanted}")
     return value
   if kind in (inspect.Parameter.empty, Any):

@@ -50,6 +50,23 @@ class Key(NamedTuple):
   doc: str
 
 
+# Tokenizers that the project trains have these, in this order from 0.
+SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "mask")
+
+
+class Special(NamedTuple):
+  """Marks a setting of a kind as special tokens: -1, or () for several, stands for the tokenizer's own (config.py).
+
+  roles: which, of SPECIAL_TOKENS. needed: those without which the kind cannot work. when: the setting of the same entry
+  that must be on for that, or (the setting, its value); "" = always. warns: another token than the tokenizer's is a mistake.
+  """
+
+  roles: tuple[str, ...]
+  needed: tuple[str, ...]
+  when: str | tuple[str, Any] = ""
+  warns: bool = True
+
+
 # Every key of a config, except the settings of a kind: those stand in the kind's own function (see KINDS).
 # `*` stands for the name that a config gives an entry.
 KEYS = (
@@ -270,6 +287,8 @@ ENTRIES = {
   "schedule": ("schedule", "name"),
   "evaluation.evaluators.*": ("evaluator", "kind"),
 }
+# (data) -> {role: id, -1 = none}: the special tokens of a config's tokenizer.
+TOKENIZER = "mmjax.data.text:special_tokens"
 COLLECTIONS = ("data.sources", "objectives", "optimizers", "model.encoders", "evaluation.evaluators")
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.

@@ -66,7 +66,8 @@ def test_a_kind_resolves_with_its_defaults(group, name):
     resolved = resolved[key]
   entry = resolved[last]
   for p in settings:
-    if p.default is not p.empty and p.name not in before and not isinstance(entry[p.name], (configs.FrozenConfigDict, type(None))):
+    special = "Special(" in str(p.annotation)  # those are the tokenizer's
+    if p.default is not p.empty and not special and p.name not in before and not isinstance(entry[p.name], (configs.FrozenConfigDict, type(None))):
       assert entry[p.name] == p.default, p.name
   assert entry[selector] == name
 

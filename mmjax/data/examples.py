@@ -13,7 +13,7 @@ from mmjax.data.builders import Record
 from mmjax.data.image import ImageTransform, decode
 from mmjax.data.naflex import SequenceTransform, picture_of
 from mmjax.data.sources import Source
-from mmjax.data.text import TextTransform, check_texts, drop_words, load_tokenizer, split_key
+from mmjax.data.text import TextTransform, Tokenizer, check_texts, drop_words, load_tokenizer, split_key
 
 Batch = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -112,8 +112,10 @@ class Examples:
   is usable: `<modality>.present` bool [B] is False there.
   """
 
-  def __init__(self, config, train: bool):
+  def __init__(self, config, train: bool, tokenizer: Tokenizer | None = None):
+    """tokenizer: None = the one that the config names, where texts are asked for."""
     self.config, self.train, self.modalities = config, train, modalities_of(config)
+    self._tokenizer = tokenizer
     self.drop_words = config.data.text.drop_words if train else 0.0
     self._readers: dict[str, Reader] = {}
     self._text: TextTransform | None = None
@@ -125,7 +127,7 @@ class Examples:
   @property
   def text(self) -> TextTransform:
     if self._text is None:
-      self._text = TextTransform(self.config.data.text, load_tokenizer(self.config.data))
+      self._text = TextTransform(self.config.data.text, self._tokenizer or load_tokenizer(self.config.data))
     return self._text
 
   def reader(self, modality: str) -> Reader:

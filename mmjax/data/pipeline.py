@@ -40,7 +40,7 @@ from mmjax.data.examples import (
 )
 from mmjax.data.order import Order
 from mmjax.data.sources import Source, open_source
-from mmjax.data.text import text_key
+from mmjax.data.text import Tokenizer, text_key
 
 
 def batch_spec(config, batch_size: int | None = None, source: str = "") -> dict[str, Any]:
@@ -97,7 +97,10 @@ class Pipeline:
 
   def fingerprint(self) -> dict[str, Any]:
     """What the batches depend on besides the config, JSON-able: a resumed run must find the same."""
-    return {"sources": [source.fingerprint for source in self.sources], "order": self.order.fingerprint()}
+    found = {"sources": [source.fingerprint for source in self.sources], "order": self.order.fingerprint()}
+    if "text" in self._examples.modalities:
+      found["tokenizer"] = f"{self.config.data.text.tokenizer}: content {self._examples.text.tokenizer.fingerprint}"
+    return found
 
   def batch(self, step: int) -> Batch:
     """The batch of a step, counted from 0; only this process's rows. Raises UserError: too many unreadable records."""
@@ -180,10 +183,12 @@ class EvaluationData:
   makes (None = all). labels int32 [N] (-1 = none) index label_names; class_names: of the labels that `batches` gives;
   image_keys uint64 [N]; captions: every one in the entry's languages; facts: what each record says about itself ({} = nothing);
   places [(example, part)]: the rows of `batches` (several an example where its questions do not fit one row).
+  tokenizer: of a checkpoint; None = the one that the config names, where texts are asked for.
   Raises UserError: no such data set, split or language; while reading: too many unreadable records.
   """
 
-  def __init__(self, config, entry: Mapping[str, Any], batch_size: int, rows: Sequence[int] | None = None):
+  def __init__(self, config, entry: Mapping[str, Any], batch_size: int, rows: Sequence[int] | None = None,
+               tokenizer: Tokenizer | None = None):
     self.config, self.batch_size = config, batch_size
     self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     self.source = open_source(entry, config)
@@ -192,7 +197,7 @@ class EvaluationData:
     self.captions: list[Caption] = []
     self.facts: list[dict] = []
     self.places: list[tuple[int, int]] = []
-    self._examples = Examples(config, train=False)
+    self._examples = Examples(config, train=False, tokenizer=tokenizer)
     self._bad: dict[str, str] = {}
     self._read_facts()
 

@@ -23,8 +23,9 @@ from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.readers.cells import broken_text, printable
 from mmjax.data.sources import data_dir, list_tokenizers, open_source
+from mmjax.keys import SPECIAL_TOKENS
 
-RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>", "<mask>")
+RESERVED = tuple(f"<{role}>" for role in SPECIAL_TOKENS)
 SPARE = tuple(f"<spare_{number}>" for number in range(64))
 
 
@@ -50,13 +51,21 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     raise NotImplementedError
 
-  def starts_word(self, token: int) -> bool:
-    """Whether a piece begins a word (after white space)."""
+  def word_starts(self, text: str) -> list[bool]:
+    """For each id of `encode(text)`: whether it begins a word (after white space; in WordPiece: is no continuation)."""
     raise NotImplementedError
 
   def to_assets(self) -> dict[str, bytes]:
     """The tokenizer as files, {name: content}, for a checkpoint."""
     return dict(self._assets)
+
+  @property
+  def fingerprint(self) -> str:
+    """A hash of the files' content: equal for equal tokenizers."""
+    mark = hashlib.blake2b(digest_size=6)
+    for name, content in sorted(self._assets.items()):
+      mark.update(f"{name} {len(content)} ".encode() + content)
+    return mark.hexdigest()
 
   @staticmethod
   def from_assets(assets: Mapping[str, bytes]) -> Tokenizer:
@@ -89,6 +98,23 @@ def load_tokenizer(data) -> Tokenizer:
     raise UserError(f"data.text.vocab_size is {data.text.vocab_size}, but tokenizer {path} has {tokenizer.vocab_size} pieces. "
                     f"Set data.text.vocab_size to {tokenizer.vocab_size} or more")
   return tokenizer
+
+
+def special_tokens(data) -> dict[str, int]:
+  """{"pad": id, "bos": ..., "eos": ..., "unk": ..., "mask": ...} of the tokenizer of a config's `data` part; -1 = it has none.
+
+  Where none is named, or a tokenizer of this project is not made yet, those of every tokenizer of this project. Raises
+  UserError: as `load_tokenizer`, and another program's tokenizer (tokenizer.json) that is not there.
+  """
+  name = data.text.tokenizer
+  try:
+    _find_tokenizer(name, data_dir(data))
+  except UserError:
+    if name and not name.endswith(".model") and re.search(r"[/.]", name):
+      raise
+    return {role: number for number, role in enumerate(SPECIAL_TOKENS)}
+  tokenizer = load_tokenizer(data)
+  return {role: getattr(tokenizer, f"{role}_id") for role in SPECIAL_TOKENS}
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -124,27 +150,21 @@ class TextTransform:
       tokens[row, :len(ids)] = ids
       mask[row, :len(ids)] = True
       if self.words:
-        words[row, :len(ids)] = self._words_of(ids)
+        inner = slice(len(self.start), len(ids) - len(self.end))
+        starts = self.tokenizer.word_starts(self._prepared(caption))[:inner.stop - inner.start]
+        words[row, inner] = np.cumsum([False, *starts[1:]])[:len(starts)]
     keys = np.array([text_key(c) for c in captions], np.uint32).reshape(-1, 2)
     return {"tokens": tokens, "mask": mask, "key": keys, **({"words": words} if self.words else {})}
 
-  def _words_of(self, ids: Sequence[int]) -> list[int]:
-    """The number of the word of each token, counted from 0; -1 for the start and end tokens."""
-    inner = range(len(self.start), len(ids) - len(self.end))
-    word, out = -1, [-1] * len(ids)
-    for place in inner:
-      word += self.tokenizer.starts_word(ids[place]) or word < 0
-      out[place] = word
-    return out
-
   def encode(self, caption: str, length: int = 0) -> list[int]:
     """At most `length` ids (0 = data.text.length), with <bos> and <eos> as configured."""
+    ids = self.tokenizer.encode(self._prepared(caption))
+    return self.start + ids[:(length or self.length) - len(self.start) - len(self.end)] + self.end
+
+  def _prepared(self, caption: str) -> str:
     if self.lowercase:
       caption = caption.lower()
-    if not self.punctuation:
-      caption = " ".join(caption.translate(_NO_PUNCTUATION).split())
-    ids = self.tokenizer.encode(caption)
-    return self.start + ids[:(length or self.length) - len(self.start) - len(self.end)] + self.end
+    return caption if self.punctuation else " ".join(caption.translate(_NO_PUNCTUATION).split())
 
 
 def normalise_caption(caption: str) -> str:
@@ -278,8 +298,8 @@ class _SentencePiece(Tokenizer):
   def decode(self, ids: Sequence[int]) -> str:
     return self._model.decode([int(i) for i in ids])
 
-  def starts_word(self, token: int) -> bool:
-    return self._model.id_to_piece(int(token)).startswith("\u2581")
+  def word_starts(self, text: str) -> list[bool]:
+    return [piece.startswith("\u2581") for piece in self._model.encode(text, out_type=str)]
 
 
 class _HuggingFace(Tokenizer):
@@ -325,11 +345,18 @@ class _HuggingFace(Tokenizer):
   def decode(self, ids: Sequence[int]) -> str:
     return self._model.decode([int(i) for i in ids])
 
-  def starts_word(self, token: int) -> bool:
-    piece = self._model.id_to_token(int(token)) or ""
-    if self._continues:  # WordPiece marks the pieces that go on, byte pairs and unigrams those that begin
-      return not piece.startswith(self._continues)
-    return piece.startswith(("\u2581", "\u0120"))
+  def word_starts(self, text: str) -> list[bool]:
+    encoding = self._model.encode(text, add_special_tokens=False)
+    if self._continues:
+      return [not piece.startswith(self._continues) for piece in encoding.tokens]
+    # By the text, for pieces mark words in several ways, at either end: one begins with white space, or follows it.
+    # A mark that is a piece of its own (the one before is blank) has begun the word; bytes of a character share a place.
+    starts, place, blank = [], -1, False
+    for start, stop in encoding.offsets:
+      begins = text[start:stop][:1].isspace() or text[max(0, start - 1):start].isspace()
+      starts.append(place < 0 or (begins and not blank and start != place))
+      place, blank = start, not text[start:stop].strip()
+    return starts
 
 
 def _find_tokenizer(name: str, root: Path) -> Path:

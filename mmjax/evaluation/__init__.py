@@ -25,7 +25,7 @@ from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.pipeline import EvaluationData
 from mmjax.data.sources import open_source
-from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
+from mmjax.data.text import Tokenizer, load_tokenizer
 from mmjax.parallel import multihost
 
 # (variables, method of the model, its arguments, batch on the devices) -> rows [B, ...]
@@ -111,7 +111,7 @@ class Context:
 
   def texts(self, data, texts: Sequence[str]) -> np.ndarray:
     """Embeddings float32 [N, D] of any texts, with the tokenizer of the checkpoint or else of the config."""
-    return self.embed("text", self._evaluation.text_batches(data, list(texts))).vectors[: len(texts)]
+    return self.embed("text", data.texts(list(texts))).vectors[: len(texts)]
 
 
 class Evaluation:
@@ -166,7 +166,7 @@ class Evaluation:
       rows = multihost.local_rows(self.mesh, self.batch_size) if jax.process_count() > 1 else None
       cache = any(entry.name == source and entry.cache for entry in self.config.data.sources.values())
       entry = dict(name=source, split=split, languages=languages, path="", cache=cache, text=text)
-      self._data[key] = EvaluationData(self.config, entry, self.batch_size, rows=rows)
+      self._data[key] = EvaluationData(self.config, entry, self.batch_size, rows=rows, tokenizer=self._own_tokenizer)
     return self._data[key]
 
   @property
@@ -175,25 +175,13 @@ class Evaluation:
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
-    return Tokenizer.from_assets(self._assets) if self._assets else load_tokenizer(self.config.data)
+    return self._own_tokenizer or load_tokenizer(self.config.data)
 
   @functools.cached_property
-  def _tokens(self):
-    """The text transform with the tokenizer of the checkpoint."""
-    return TextTransform(self.config.data.text, self.tokenizer)
-
-  def text_batches(self, data, texts: list[str]) -> Iterable[dict]:
-    """Batches of `batch_size` texts (this process's rows), filled up with rows that are not valid."""
-    if not self._assets:
-      yield from data.texts(texts)
-      return
-    rows = multihost.local_rows(self.mesh, self.batch_size)
-    for start in range(0, len(texts), self.batch_size):
-      real = start + rows < len(texts)
-      yield {
-        "text": self._tokens([texts[start + row] if ok else "" for row, ok in zip(rows, real, strict=True)]),
-        "valid": real,
-      }
+  def _own_tokenizer(self) -> Tokenizer | None:
+    """The tokenizer of the checkpoint, for every text; None where it brought none."""
+    named = any(name.startswith("tokenizer.") for name in self._assets)
+    return Tokenizer.from_assets(self._assets) if named else None
 
 
 @contextlib.contextmanager

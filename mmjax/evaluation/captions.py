@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,7 @@ def captions(
   if not kept:
     raise UserError(f"{where}: {source} split {split} has no readable example with a caption in {', '.join(languages) or 'any language'}")
   tokenizer = context.tokenizer()
-  texts = [decode(tokenizer, tokens[i]) for i in kept]
+  texts = [decode(tokenizer, tokens[i], context.config.model.decoder.eos_id) for i in kept]
   expected = [references[i] for i in kept]
   split_words = [metrics.words(text) for text in texts]
   split_references = [[metrics.words(r) for r in rs] for rs in expected]
@@ -82,13 +83,10 @@ def captions(
   return Result(result, {"texts": dict(kind="texts", rows=rows)})
 
 
-def decode(tokenizer, tokens: Sequence[int]) -> str:
-  """The text of generated ids, up to the end token or padding. Ids that no piece has (a model's table may be longer) are left out."""
-  ids = []
-  for token in np.asarray(tokens).tolist():
-    if token in (tokenizer.eos_id, tokenizer.pad_id):
-      break
-    ids.append(token)
+def decode(tokenizer, tokens: Sequence[int], eos_id: int) -> str:
+  """The text of generated ids, up to the decoder's end token, which padding may follow. Ids that no piece has (a model's
+  table may be longer) are left out."""
+  ids = list(itertools.takewhile(lambda token: token != eos_id, np.asarray(tokens).tolist()))
   return tokenizer.decode([i for i in ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
 
 

@@ -143,7 +143,7 @@ class Predictor:
       raise UserError("a decoder writes text about other media: give image=, audio= or video=, not text=")
     rows = max(1, WRITING // beams)
     tokens = self._run(self._write, (tuple(media), max_length or limit, beams, length_penalty), self._batches(media, rows), rows)
-    return [decode(self.tokenizer, row) for row in tokens]
+    return [decode(self.tokenizer, row, self._model.decoder.eos_id) for row in tokens]
 
   def classes(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
     """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of yours instead).

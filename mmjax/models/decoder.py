@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.config import UserError
+from mmjax.keys import Special
 from mmjax.models.attention import attend
 from mmjax.models.encoders.text import enough_positions
 from mmjax.models.layers import Dense, LayerNorm, Mlp, affine, constrain, normal, with_axes, xavier
@@ -32,7 +33,7 @@ class Memory(NamedTuple):
   mask: Array
 
 
-def shift_right(tokens: Array, prompt: tuple[int, ...] = (1,)) -> Array:
+def shift_right(tokens: Array, prompt: tuple[int, ...]) -> Array:
   """The decoder's input for teacher forcing: int32 [..., L] -> [*prompt, tokens[0], ..., tokens[L - 2]] of P + L - 1 tokens, where
   output P - 1 + l predicts token l.
 
@@ -151,13 +152,13 @@ class Decoder(nn.Module):
   config: TransformerConfig
   vocab_size: int
   length: int
+  prompt: tuple[int, ...]
+  eos_id: int
+  pad_id: int
   positions: Literal["learned", "sinusoidal"] = "learned"
   cross: bool = True
   memory_positions: bool = False
   project_memory: bool = True
-  prompt: tuple[int, ...] = (1,)
-  eos_id: int = 2
-  pad_id: int = 0
   suppress: tuple[int, ...] = ()
   suppress_first: tuple[int, ...] = ()
   languages: tuple[int, ...] = ()
@@ -287,7 +288,9 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 6, heads: Heads = 0, mlp: Width = 0,
             cross: bool = True, positions: Literal["learned", "sinusoidal"] = "learned", memory_positions: bool = False,
-            project_memory: bool = True, prompt: TokenIds = (), eos_id: TokenId = 2, pad_id: TokenId = 0, suppress: TokenIds = (),
+            project_memory: bool = True, prompt: Annotated[TokenIds, Special(("bos",), needed=("bos",), warns=False)] = (),
+            eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",))] = -1,
+            pad_id: Annotated[TokenId, Special(("pad",), needed=("pad",), warns=False)] = -1, suppress: TokenIds = (),
             suppress_first: TokenIds = (), languages: TokenIds = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: Epsilon = 1e-6,
             dropout: Dropout = 0.0, max_positions: Count = 0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Decoder:
   """Causal text transformer that attends to a memory in every block (pre-norm, one table for input and output).
@@ -300,7 +303,8 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
   positions: learned (data.text.length of them, and more for a longer prompt) or sinusoidal.
   memory_positions: learned vectors are added to what the decoder attends to, by the place of each token in its source.
   project_memory: a linear layer of its own for each source; False: sources of the decoder's width are taken as they are.
-  prompt: tokens that every text follows, without being part of it; () = <bos>, 1. eos_id, pad_id: what ends texts, and fills them up.
+  prompt: tokens that every text follows, without being part of it; () = the tokenizer's <bos>.
+  eos_id, pad_id: what ends texts, and fills them up; -1 = the tokenizer's.
   suppress, suppress_first: tokens that are never written, or not as the first of a text.
   languages: tokens of which the likeliest, by row, stands in the second place of the prompt when a text is written; () = the prompt's.
   activation, bias, eps, dropout: of the blocks.
@@ -310,7 +314,9 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
   config = TransformerConfig(
       width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, activation=activation, causal=True, bias=bias,
       eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat, scan_unroll=scan_unroll)
-  prompt, vocab_size = tuple(prompt) or (1,), data["text"]["vocab_size"]
+  prompt, vocab_size = tuple(prompt), data["text"]["vocab_size"]
+  if not prompt:
+    raise UserError("prompt is empty: name the token that texts start from")
   for token in (*prompt, eos_id, pad_id, *suppress, *suppress_first, *languages):
     if not 0 <= token < vocab_size:
       raise UserError(f"prompt, eos_id, pad_id, suppress, suppress_first or languages has token {token}, but data.text.vocab_size is "

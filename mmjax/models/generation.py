@@ -18,15 +18,15 @@ Method = Literal["greedy", "sample", "beam"]
 LOW = -1e30
 
 
-def generate(step: Step, state: Any, constants: Any = None, *, rows: int, max_length: int, eos_id: int = 2, bos_id: int = 1,
-             pad_id: int = 0, prompt: Array | None = None, method: Method = "greedy", beams: int = 4, length_penalty: float = 1.0,
+def generate(step: Step, state: Any, constants: Any = None, *, rows: int, max_length: int, prompt: Array, eos_id: int,
+             pad_id: int, method: Method = "greedy", beams: int = 4, length_penalty: float = 1.0,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, rng: Array | None = None,
              ids: Array | None = None) -> tuple[Array, Array]:
   """(tokens int32 [rows, max_length], scores float32 [rows]): what follows the prompt, up to and with <eos>, then padding.
 
   step: see `Step`; index counts the tokens fed so far. state: a tree of arrays with rows on axis 1 (a Decoder's cache, long
   enough for prompt and max_length). constants: the same for what no step changes (a Decoder's Memory).
-  prompt: int32 [P] for all rows or [rows, P]; None = <bos>. The state holds P + max_length - 1 tokens at the end.
+  prompt: int32 [P] for all rows or [rows, P]. The state holds P + max_length - 1 tokens at the end.
   A row's text depends on that row alone. It may run inside jax.jit.
 
   greedy: the likeliest token each time. sample: drawn from softmax(logits / temperature) among the `top_k` likeliest (0 = all)
@@ -43,7 +43,7 @@ def generate(step: Step, state: Any, constants: Any = None, *, rows: int, max_le
                     f"{beams}, {temperature}, {top_p}, {top_k}")
   if method == "sample" and rng is None:
     raise UserError("sampling needs a key: pass `rng`")
-  prompt = jnp.asarray([bos_id] if prompt is None else prompt, jnp.int32)
+  prompt = jnp.asarray(prompt, jnp.int32)
   prompt = jnp.broadcast_to(prompt, (rows, prompt.shape[-1]))
   read = prompt.shape[1] - 1
   if read:

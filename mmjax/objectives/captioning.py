@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.keys import Special
 from mmjax.objectives import Forward, Losses, objective
 from mmjax.objectives.alignment import ctc as alignment_loss
 from mmjax.objectives.cross_entropy import row_cross_entropy
@@ -16,13 +19,15 @@ Array = jax.Array
 
 @objective(couples_examples=False)
 def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("image",), label_smoothing: Dropout = 0.0,
-               ctc: NonNegative = 0.0, eos_id: TokenId = 2) -> Losses:
+               ctc: NonNegative = 0.0, eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",), when="ctc")] = -1,
+               blank: Annotated[TokenId, Special(("pad",), needed=("pad",), when="ctc", warns=False)] = -1) -> Losses:
   """Cross-entropy of each token of the text given the source and the tokens before it (Vinyals et al. 2015, arXiv:1411.4555,
   equation 2; the captioning loss of CoCa, Yu et al. 2022, arXiv:2205.01917, equation 2).
 
   source: modalities that the decoder attends to. label_smoothing: share of the target that is spread over the vocabulary.
-  ctc: what the decoder attends to spells the text too, by the decoder's table with <pad> for the blank, and this many times that loss
-  is added (Watanabe et al. 2017, hybrid CTC/attention): for speech, whose order is that of its text. eos_id: the end, which nobody says.
+  ctc: what the decoder attends to spells the text too, by the decoder's table, and this many times that loss is added (Watanabe et
+  al. 2017, hybrid CTC/attention): for speech, whose order is that of its text. eos_id: the end, which nobody says; -1 = the
+  tokenizer's. blank: the token that stands for no token; -1 = the tokenizer's <pad>.
   Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is a mean over real tokens,
   <eos> among them. "accuracy": share of tokens that are the likeliest one; "sequence_accuracy": share of texts where all are,
   each given the true tokens before it; with `ctc` also "ctc", that loss a token. Rows with `valid` False, or without the source or the
@@ -46,7 +51,7 @@ def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("i
   frames, heard = spelled
   tokens = text["tokens"].reshape(rows, length)
   said = real & (tokens != eos_id)
-  alignment, aligned = alignment_loss(frames, heard & counted[:, None], table, tokens, said)
+  alignment, aligned = alignment_loss(frames, heard & counted[:, None], table, tokens, said, blank=blank)
   return {"loss": (loss + ctc * alignment, weight(real)), "ctc": (alignment, weight(said & aligned[:, None])), **out}
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
+from mmjax.config import UserError
+from mmjax.keys import SPECIAL_TOKENS, Special
 from mmjax.objectives import Forward, Losses, counted, objective
 from mmjax.objectives.cross_entropy import token_cross_entropy
-from mmjax.ranges import Dropout, Part, Portion, TokenIds
+from mmjax.ranges import INT32, Dropout, Part, Portion, Range
 
 Array = jax.Array
 
 
 @objective(couples_examples=False)
 def masked_tokens(forward: Forward, batch: dict, rng: Array, *, context: tuple = (), rate: Portion = 0.15,
-                  special: TokenIds = (0, 1, 2, 3, 4), label_smoothing: Dropout = 0.0) -> Losses:
+                  special: Annotated[tuple, Range(-1, INT32), Special(SPECIAL_TOKENS, needed=("mask",))] = (),
+                  label_smoothing: Dropout = 0.0) -> Losses:
   """Masked language modelling (Devlin et al. 2019, arXiv:1810.04805, section 3.1, task 1): see `hide_tokens`.
 
   context: modalities that the tokens see through the fusion. rate: share of the words that are hidden; whole words where the
-  batch has text.words (data.text.words), else tokens. special: ids of <pad> <bos> <eos> <unk> <mask>, in this order.
-  label_smoothing: share of the target that is spread over the vocabulary.
+  batch has text.words (data.text.words), else tokens. special: ids of <pad> <bos> <eos> <unk> <mask>, in this order,
+  -1 = none; () = the tokenizer's. label_smoothing: share of the target that is spread over the vocabulary.
   The loss is a mean over the hidden tokens of rows that are valid and have the text. Returns "accuracy" over the same tokens.
+  Raises UserError: `special` is not five ids, or has no <mask>.
   """
   text = batch["text"]
   vocabulary = forward("table").shape[0]
@@ -42,16 +48,20 @@ def hide_tokens(tokens: Array, mask: Array, words: Array | None, rng: Array, *, 
   Of the tokens with mask [..., L] True that are not special (nor words -1, where words int32 [..., L] are given), each word is chosen
   with probability `rate`; its tokens become <mask> (80%), a random token that is not special (10%), or stay (10%).
   """
+  if len(special) != len(SPECIAL_TOKENS) or not 0 <= special[4] < vocabulary:
+    raise UserError(f"masked_tokens.special is {tuple(special)}, but must be the ids of {' '.join(SPECIAL_TOKENS)} (-1 = none), "
+                    f"with a mask below the {vocabulary} of the table")
   choose, how, which = jax.random.split(rng, 3)
-  ids = jnp.asarray(sorted(special), jnp.int32)
+  closed = sorted({number for number in special if number >= 0})
+  ids = jnp.asarray(closed, jnp.int32)
   open_ = mask & (tokens[..., None] != ids).all(-1)
   draw = jax.random.uniform(choose, tokens.shape)
   if words is not None:
     open_ &= words >= 0
     draw = jnp.take_along_axis(draw, jnp.maximum(words, 0), axis=-1)  # one draw a word: words are numbered below L
   chosen = open_ & (draw < rate)
-  random = jax.random.randint(which, tokens.shape, 0, vocabulary - len(special), tokens.dtype)
-  for number in sorted(special):
+  random = jax.random.randint(which, tokens.shape, 0, vocabulary - len(closed), tokens.dtype)
+  for number in closed:
     random += random >= number  # skips the special ids
   way = jax.random.uniform(how, tokens.shape)
   hidden = jnp.where(way < 0.8, jnp.asarray(special[4], tokens.dtype), jnp.where(way < 0.9, random, tokens))

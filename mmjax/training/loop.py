@@ -331,13 +331,13 @@ def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
 
 
 def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: int, allow_change: bool) -> None:
-  """Refuses to go on with other data, or with a schedule whose past would change. Raises UserError."""
+  """Refuses to go on with other data or another tokenizer, or with a schedule whose past would change. Raises UserError."""
   if allow_change:
     return
-  now = json.loads(json.dumps(pipeline.fingerprint()))
-  differ = [f"{k}: {data['fingerprint'].get(k)!r} -> {now.get(k)!r}" for k in now if data["fingerprint"].get(k) != now.get(k)]
+  now, then = json.loads(json.dumps(pipeline.fingerprint())), data["fingerprint"]
+  differ = [f"{k}: {then[k]!r} -> {now[k]!r}" for k in now if k in then and then[k] != now[k]]  # older ones have no tokenizer
   if differ:
-    raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore the data set, or pass --allow-change")
+    raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore it, or pass --allow-change")
   past = schedule.make_schedule(config, steps=data["steps"], examples=pipeline.examples)
   future = schedule.make_schedule(config, steps=steps, examples=pipeline.examples)
   if not schedule.same_past(past, future, start):

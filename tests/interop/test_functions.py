@@ -72,7 +72,7 @@ def expected(predictor, name, items):
 def compare(predictor, name, got, items):
   want = expected(predictor, name, items)[:len(got)]
   if name.startswith("write"):
-    assert [decode(predictor.tokenizer, row) for row in got] == want and got.dtype == np.int32
+    assert [decode(predictor.tokenizer, row, predictor.config.model.decoder.eos_id) for row in got] == want and got.dtype == np.int32
   else:
     np.testing.assert_allclose(got, want, atol=2e-6, err_msg=name)
     assert got.dtype == np.float32

@@ -83,7 +83,7 @@ def test_generation_is_equal(theirs, ours, beams, penalty):
   @jax.jit
   def run(memory):
     return generate(lambda *args: apply("step_logits", *args), apply("init_cache", 3, 12), apply("init_memory", memory), rows=3,
-                    max_length=12, eos_id=4, method="beam" if beams > 1 else "greedy", beams=beams, length_penalty=penalty)
+                    max_length=12, prompt=(1,), eos_id=4, pad_id=0, method="beam" if beams > 1 else "greedy", beams=beams, length_penalty=penalty)
 
   tokens, scores = run(MEMORY)
   plain = GenerationMixin.generate  # without Whisper's own rules for long audio

@@ -22,7 +22,7 @@ from mmjax.parallel import rules
 from mmjax.parallel.mesh import AXES
 
 CONFIG = TransformerConfig(width=16, depth=2, heads=2, mlp=32)
-MODEL = Decoder(CONFIG, vocab_size=11, length=8)
+MODEL = Decoder(CONFIG, vocab_size=11, length=8, prompt=(1,), eos_id=2, pad_id=0)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 11, (3, 6)).astype(np.int32)
 MASK = np.arange(6) < np.array([6, 4, 5])[:, None]
@@ -94,7 +94,7 @@ def test_devices_and_the_order_of_the_batch_change_nothing(params, devices):
   @jax.jit
   def gradient(params, text, memory, seen):
     def loss(params):
-      hidden = MODEL.apply({"params": params}, shift_right(text["tokens"]), text["mask"], memory, seen)
+      hidden = MODEL.apply({"params": params}, shift_right(text["tokens"], (1,)), text["mask"], memory, seen)
       found = captioning(lambda *_: (hidden, params["embedding"]), {"text": text}, None, source=())
       return found["loss"][0] / found["loss"][1]
 
@@ -134,7 +134,7 @@ class Copier(nn.Module):
   """Reads digits as a memory and writes them down: the smallest captioner."""
 
   def setup(self):
-    self.decoder = Decoder(TransformerConfig(width=32, depth=1, heads=2, mlp=64), vocab_size=11, length=6, positions="sinusoidal")
+    self.decoder = Decoder(TransformerConfig(width=32, depth=1, heads=2, mlp=64), vocab_size=11, length=6, prompt=(1,), eos_id=2, pad_id=0, positions="sinusoidal")
     self.reader, self.places = nn.Embed(11, 32), nn.Embed(4, 32)
 
   def __call__(self, batch):
@@ -145,7 +145,7 @@ class Copier(nn.Module):
 
   def decode(self, source, batch):
     text = batch["text"]
-    return self.decoder(shift_right(text["tokens"]), text["mask"], self.encode(batch) if source else None), self.decoder.table()
+    return self.decoder(shift_right(text["tokens"], (1,)), text["mask"], self.encode(batch) if source else None), self.decoder.table()
 
   def start(self, batch, length):
     return self.decoder.init_cache(len(batch["digits"]["tokens"]), length), self.decoder.init_memory(self.encode(batch))
@@ -185,5 +185,5 @@ def test_a_decoder_learns_to_copy_and_generates_what_it_learnt():
   assert found["sequence_accuracy"][0] / found["sequence_accuracy"][1] > 0.95
   step = lambda token, index, cache, memory: model.apply(params, token, index, cache, memory, method="step")
   cache, memory = model.apply(params, test, 5, method="start")
-  tokens, _ = jax.jit(lambda c, m: generate(step, c, m, rows=100, max_length=5))(cache, memory)
+  tokens, _ = jax.jit(lambda c, m: generate(step, c, m, rows=100, max_length=5, prompt=(1,), eos_id=2, pad_id=0))(cache, memory)
   assert (np.asarray(tokens) == test["text"]["tokens"]).all(1).mean() > 0.95

@@ -24,7 +24,8 @@ def step(token, index, state, constants):
 
 def run(rows, length=LENGTH, **settings):
   row = jnp.asarray(rows, jnp.int32)[None]
-  call = jax.jit(lambda state, constants: generate(step, state, constants, rows=len(rows), max_length=length, eos_id=EOS, **settings))
+  settings = dict(prompt=(1,), eos_id=EOS, pad_id=0) | settings
+  call = jax.jit(lambda state, constants: generate(step, state, constants, rows=len(rows), max_length=length, **settings))
   return map(np.asarray, call({"before": jnp.zeros_like(row)}, {"row": row}))
 
 

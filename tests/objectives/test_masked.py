@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.config import UserError
 from mmjax.objectives.masked import hide_patches, hide_tokens, masked_patches, masked_tokens
 
 SPECIAL, VOCABULARY = (0, 1, 2, 3, 4), 40
@@ -38,13 +40,20 @@ def test_fifteen_of_a_hundred_tokens_are_hidden_eighty_ten_ten():
   near(len(random) / count, 0.1 * 34 / 35, count)
 
 
-def test_special_ids_of_other_tokenizers_are_never_drawn():
+@pytest.mark.parametrize("special", [(0, 10, 11, 12, 39), (11, -1, 11, 11, 39)], ids=["apart", "one for three"])
+def test_special_ids_of_other_tokenizers_are_never_drawn(special):
   tokens, mask = texts(500, 32)
-  special = (0, 10, 11, 12, 39)
   hidden, targets = hide_tokens(tokens, mask, None, jax.random.key(0), rate=0.5, special=special, vocabulary=VOCABULARY)
   chosen = np.asarray(targets) >= 0
   drawn = np.asarray(hidden)[chosen & (np.asarray(hidden) != tokens) & (np.asarray(hidden) != 39)]
   assert set(drawn) == set(range(VOCABULARY)) - set(special) and not np.isin(tokens[chosen], special).any()
+
+
+@pytest.mark.parametrize("special", [(), (0, 1, 2, 3, -1), (0, 1, 2, 3, VOCABULARY), (4,)], ids=str)
+def test_special_ids_without_a_mask_are_refused(special):
+  tokens, mask = texts(2, 4)
+  with pytest.raises(UserError, match="masked_tokens.special is"):
+    hide_tokens(tokens, mask, None, jax.random.key(0), rate=0.5, special=special, vocabulary=VOCABULARY)
 
 
 def test_whole_words_are_hidden_together():
@@ -85,7 +94,7 @@ def test_the_token_loss_counts_hidden_tokens_of_rows_that_count():
     asked[method] = (args, kwargs, batch)
     return jnp.asarray(table) if method == "table" else (states, jnp.asarray(table), jnp.asarray(bias))
 
-  losses = masked_tokens(forward, batch, jax.random.key(0), context=("image",), rate=0.6)
+  losses = masked_tokens(forward, batch, jax.random.key(0), context=("image",), rate=0.6, special=SPECIAL)
   args, kwargs, view = asked["readout"]
   assert args == ("text",) and kwargs == {"context": ("image",)} and view["image"] is batch["image"]
   _, targets = hide_tokens(jnp.asarray(tokens), jnp.asarray(mask & (batch["valid"] & batch["text"]["present"])[:, None]), None, jax.random.key(0),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.keys import Special
 from mmjax.models import pooling as pool
 from mmjax.models.layers import Encoded, LayerNorm, constrain, normal, with_axes
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
@@ -78,7 +79,7 @@ class TextTransformer(TokenEncoder):
   """
 
   pooling: TextPooling = "last"
-  eos_id: int = 2
+  eos_id: int = -1
   final_norm: bool = True
 
   @nn.compact
@@ -106,7 +107,8 @@ class TextTransformer(TokenEncoder):
 
 
 def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 12, heads: Heads = 0,
-                mlp: Width = 0, causal: bool = False, pooling: TextPooling = "last", eos_id: TokenId = 2,
+                mlp: Width = 0, causal: bool = False, pooling: TextPooling = "last",
+                eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",), when=("pooling", "eos"))] = -1,
                 norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
                 bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0, max_positions: Count = 0, kernel: Kernel = "auto",
                 remat: Remat = "none", scan_unroll: Count = 0) -> TextTransformer:
@@ -118,7 +120,7 @@ def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width:
   mlp: hidden units of a block; 0 = 4 * width.
   causal: a token sees itself and those before it.
   pooling: last (real token), final (position), eos (first `eos_id`), highest (token id), class (first token), mean, attention.
-  eos_id: the token that pooling "eos" looks for; tokenizers of this project have 2.
+  eos_id: the token that pooling "eos" looks for; -1 = the tokenizer's <eos>.
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
   max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
