@@ -377,7 +377,7 @@ def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str,
     above, _, last = pattern.rpartition(".")
     parent = _get(tree, above.split(".")) if above else tree
     for name, entry in (parent or {}).items() if last == "*" else [(last, (parent or {}).get(last))]:
-      for setting, parameter in _signature(kind_function(entry, group)).items() if entry else ():
+      for setting, parameter in kind_settings(kind_function(entry, group)).items() if entry else ():
         for special in getattr(parameter.annotation, "__metadata__", ()):
           if isinstance(special, Special):
             yield [*filter(None, above.split(".")), name], entry, setting, special

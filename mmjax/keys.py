@@ -66,6 +66,9 @@ class Special(NamedTuple):
   when: str | tuple[str, Any] = ""
   warns: bool = True
 
+  def __str__(self) -> str:
+    return f"the tokenizer's {' '.join(f'<{role}>' for role in self.roles)} unless stated"
+
 
 # Every key of a config, except the settings of a kind: those stand in the kind's own function (see KINDS).
 # `*` stands for the name that a config gives an entry.

@@ -13,6 +13,7 @@ from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer, train_tokenizer
+from mmjax.describe import describe
 from mmjax.evaluation import Evaluation
 from mmjax.models import make_model
 from mmjax.parallel.mesh import single_device_mesh
@@ -56,7 +57,7 @@ def expected(pad, bos, eos, unk, mask):
 def test_every_part_has_the_ids_of_the_tokenizer(tmp_path, tiny):
   config = multitask(save(tmp_path / "bert", BERT))
   assert ids_of(config) == expected(pad=0, bos=8, eos=9, unk=7, mask=10)
-  assert "model.decoder.eos_id = 9\n" in configs.describe(config)
+  assert "model.decoder.eos_id = 9\n" in describe(config)
   model = make_model(config)
   assert (model.decoder.prompt, model.decoder.eos_id, model.encoders["text"].eos_id) == ((8,), 9, 9)
   assert ids_of(multitask("tiny", **{"data.dir": str(tiny)})) == expected(0, 1, 2, 3, 4)

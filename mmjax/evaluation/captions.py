@@ -52,7 +52,8 @@ def captions(
   if not kept:
     raise UserError(f"{where}: {source} split {split} has no readable example with a caption in {', '.join(languages) or 'any language'}")
   tokenizer = context.tokenizer()
-  texts = [decode(tokenizer, tokens[i], context.config.model.decoder.eos_id) for i in kept]
+  end = (context.config.model.get("decoder") or {}).get("eos_id", tokenizer.eos_id)
+  texts = [decode(tokenizer, tokens[i], end) for i in kept]
   expected = [references[i] for i in kept]
   split_words = [metrics.words(text) for text in texts]
   split_references = [[metrics.words(r) for r in rs] for rs in expected]

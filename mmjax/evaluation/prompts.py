@@ -1,12 +1,13 @@
-"""Prompts as data: templates by language, and words for the classes of the embedded data sets by language.
+"""Prompts as data: templates by modality and language, and words for the classes of the embedded data sets by language.
 
-A language that is missing here uses the bare name ("{}"); a class that is missing uses its label in words.
+A modality or language that is missing here uses the bare name ("{}"); a class that is missing uses its label in words.
 """
 
 from __future__ import annotations
 
 import re
 
+# Of pictures.
 TEMPLATES: dict[str, tuple[str, ...]] = {
   "en": ("{}", "a picture of {}", "an emoji of {}", "an icon that shows {}"),
   "zh": ("{}", "{}的图片", "{}表情符号", "一张{}的图"),
@@ -22,6 +23,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
   "ru": ("{}", "изображение: {}", "эмодзи: {}"),
   "tr": ("{}", "{} resmi", "{} emojisi"),
   "ar": ("{}", "صورة {}", "رمز تعبيري {}"),
+}
+
+# Of other media, {modality: {language: templates}}.
+MEDIA_TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
+  "audio": {
+    "en": ("{}", "a sound of {}", "the sound of {}", "this is a sound of {}"), "zh": ("{}", "{}的声音"), "es": ("{}", "el sonido de {}"),
+    "fr": ("{}", "le son de {}"), "de": ("{}", "ein Geräusch von {}"),
+  },
+  "video": {
+    "en": ("{}", "a video of {}", "a clip of {}"), "zh": ("{}", "{}的视频"), "es": ("{}", "un vídeo de {}"), "fr": ("{}", "une vidéo de {}"),
+    "de": ("{}", "ein Video von {}"),
+  },
 }
 
 # The groups of the Unicode emoji list: words that stand for each, most telling first.
@@ -132,8 +145,10 @@ def words(label: str) -> str:
   return " ".join(w for w in re.split(r"[\W_]+", label.lower()) if w and w != "and")
 
 
-def templates(language: str) -> tuple[str, ...]:
-  return TEMPLATES.get(language, ("{}",))
+def templates(language: str, modality: str = "image") -> tuple[str, ...]:
+  """The prompts of a language for what is classified, each with {} for the name of the class."""
+  known = TEMPLATES if modality == "image" else MEDIA_TEMPLATES.get(modality, {})
+  return known.get(language, ("{}",))
 
 
 def names(label: str, language: str) -> tuple[str, ...]:

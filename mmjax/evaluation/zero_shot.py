@@ -1,5 +1,5 @@
-"""Zero-shot classification: a picture gets the class whose prompts are nearest (Radford et al. 2021, arXiv:2103.00020,
-3.1.4).
+"""Zero-shot classification: a picture, sound, clip or series gets the class whose prompts are nearest (Radford et al. 2021,
+arXiv:2103.00020, 3.1.4).
 
 The embedding of a class is the normalised mean of the embeddings of its prompts: every name of the class in every
 template.
@@ -21,48 +21,52 @@ def zero_shot(
   *,
   source: str,
   split: str = "test",
+  modality: str = "image",
   languages: tuple = ("en",),
   classes: tuple = (),
   templates: tuple = (),
 ) -> Result:
   """Accuracy of classification by prompts, without any training on the classes.
 
-  source: a data set with labels. split: which of its splits. languages: of the prompts; several are one ensemble, and
-  each is also reported alone. classes: ((label, (name, ...)), ...) instead of the names in evaluation/prompts.py;
-  labels it leaves out keep theirs. templates: prompts with {} for the name, instead of those in evaluation/prompts.py.
+  source: a data set with labels. split: which of its splits. modality: what is classified, "image", "audio", "video" or
+  "series". languages: of the prompts; several are one ensemble, and each is also reported alone. classes: ((label,
+  (name, ...)), ...) instead of the names in evaluation/prompts.py; labels it leaves out keep theirs. templates: prompts
+  with {} for the name, instead of those of the modality in evaluation/prompts.py.
   Metrics: "accuracy", "accuracy@5", "mean_class_accuracy" (the mean over classes of each one's accuracy), "examples",
   "unreadable" (left out). Ties are pessimistic.
   """
   where = f"evaluation.evaluators.{context.name}"
+  if modality == "text":
+    raise UserError(f"{where}.modality is 'text', which the classes are: name what is classified by them")
   data = context.data(source, split, ())
   labels, label_names = np.asarray(data.labels), list(data.label_names)
   own = _own_names(where, classes, label_names)
   for template in templates:
     if "{}" not in template:
       raise UserError(f"{where}.templates: {template!r} has no {{}} for the name of the class")
-  pictures = context.images(data)
-  rows = np.flatnonzero(pictures.valid & (labels >= 0))
+  media = context.media(data, modality)
+  rows = np.flatnonzero(media.valid & (labels >= 0))
   if not len(rows) or len(label_names) < 2:
-    raise UserError(f"{where}: {source} split {split} has no readable picture with a label of at least two classes")
+    raise UserError(f"{where}: {source} split {split} has no readable {modality} with a label of at least two classes")
   by_language = {}
   for language in languages or ("en",):
     prompt_sets = [
       [
         t.format(name)
         for name in own.get(label) or prompts.names(label, language)
-        for t in templates or prompts.templates(language)
+        for t in templates or prompts.templates(language, modality)
       ]
       for label in label_names
     ]
     by_language[language] = class_embeddings(lambda texts: context.texts(data, texts), prompt_sets)
   both = normalise(sum(by_language.values()))
-  metrics, predicted = classify(pictures.vectors[rows], both, labels[rows], context.mesh)
+  metrics, predicted = classify(media.vectors[rows], both, labels[rows], context.mesh)
   if len(by_language) > 1:
     for language, vectors in by_language.items():
-      metrics[f"{language}/accuracy"] = classify(pictures.vectors[rows], vectors, labels[rows], context.mesh)[0][
+      metrics[f"{language}/accuracy"] = classify(media.vectors[rows], vectors, labels[rows], context.mesh)[0][
         "accuracy"
       ]
-  metrics.update(examples=float(len(rows)), unreadable=float((~pictures.valid).sum()))
+  metrics.update(examples=float(len(rows)), unreadable=float((~media.valid).sum()))
   return Result(metrics, {"confusion": confusion(labels[rows], predicted, label_names)})
 
 
@@ -79,18 +83,17 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 
 
 def classify(
-  pictures: np.ndarray, classes: np.ndarray, labels: np.ndarray, mesh
+  media: np.ndarray, classes: np.ndarray, labels: np.ndarray, mesh
 ) -> tuple[dict[str, float], np.ndarray]:
-  """Metrics, and predicted classes int [N], of pictures float32 [N, D] against classes float32 [C, D]; labels int [N].
-  """
-  rank = ranks(pictures, classes, np.stack([np.arange(len(labels)), labels], axis=1), mesh)
+  """Metrics, and predicted classes int [N], of media float32 [N, D] against classes float32 [C, D]; labels int [N]."""
+  rank = ranks(media, classes, np.stack([np.arange(len(labels)), labels], axis=1), mesh)
   metrics = {
     "accuracy": float(np.mean(rank <= 1)),
     "accuracy@5": float(np.mean(rank <= 5)),
     "mean_class_accuracy": mean_class_accuracy(labels, rank <= 1),
   }
   predicted = np.concatenate(
-    [np.argmax(pictures[i : i + 4096] @ classes.T, axis=1) for i in range(0, len(pictures), 4096)]
+    [np.argmax(media[i : i + 4096] @ classes.T, axis=1) for i in range(0, len(media), 4096)]
   )
   return metrics, predicted
 

@@ -166,9 +166,11 @@ class Predictor:
     self, items: Item | Iterable[Item], labels: Sequence[str], templates: Sequence[str] = ("{}",), modality: str = "image"
   ) -> np.ndarray:
     """Probabilities float32 [N, C] that each picture (or item of another modality) belongs to each label, without training on
-    them: softmax over the labels of the trained logits.
+    them.
 
-    A label is the normalised mean of its embeddings in `templates`, each with {} for the label.
+    A label is the normalised mean of its embeddings in `templates`, each with {} for the label. A model that
+    was trained with a sigmoid loss (SigLIP) gives each label a probability of its own, sigmoid(scale * cosine + bias): rows need
+    not sum to 1, for an item may fit several labels, or none. Any other gives softmax(scale * cosine) over the labels.
     """
     from mmjax.evaluation.zero_shot import class_embeddings
 
@@ -178,8 +180,17 @@ class Predictor:
       )
     classes = class_embeddings(self.encode_text, [[t.replace("{}", label) for t in templates] for label in labels])
     logits = self.scale * (self.encode(modality, items).astype(np.float64) @ classes.T)
+    if self._pairwise(modality):
+      return (1 / (1 + np.exp(-logits - self.bias))).astype(np.float32)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+  def _pairwise(self, modality: str) -> bool:
+    """Whether a pair of this modality and a text has a probability of its own: by the loss between them, or, where none is known
+    (an import), by whether the logits have a learned bias, which a softmax cannot see."""
+    losses = {entry.loss for entry in self.config.objectives.values()
+              if entry.get("kind") == "contrastive" and set(entry.between) == {modality, "text"}}
+    return "sigmoid" in losses if losses else bool(self.config.model.get("bias"))
 
   def pixels(self, image: Item, name: str = "") -> np.ndarray:
     """One picture as the model takes it: uint8 [size, size, 3], or as it was cut into patches. Raises UserError (Unreadable) naming it."""

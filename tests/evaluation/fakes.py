@@ -43,7 +43,10 @@ class Data:
     return len(self.vectors)
 
   def images(self):
-    return self._batches("image", self.vectors, self.valid)
+    return self.media("image")
+
+  def media(self, modality):
+    return self._batches(modality, self.vectors, self.valid)
 
   def texts(self, texts):
     rows = np.array([self.text_vectors[t] for t in texts], np.float32)
@@ -64,10 +67,10 @@ class Data:
       }
 
 
-def evaluation(evaluators: dict, data, devices: int = 8) -> Evaluation:
-  """An `Evaluation` over fake data: one `Data`, or {split: Data}."""
+def evaluation(evaluators: dict, data, devices: int = 8, **encoders) -> Evaluation:
+  """An `Evaluation` over fake data: one `Data`, or {split: Data}. encoders: entries beside those of image and text."""
   c = configs.base()
-  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer")))
+  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer"), **encoders))
   c.data.text.tokenizer = "none"
   c.evaluation.evaluators = evaluators
   apply = jax.jit(lambda params, method, args, batch: batch[args[0]]["vectors"] * params, static_argnums=(1, 2))

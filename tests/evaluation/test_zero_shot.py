@@ -59,6 +59,20 @@ def test_result_does_not_depend_on_batch_size_or_devices():
   assert results[0] == results[1] == results[2] and "de/accuracy" in results[0]
 
 
+@pytest.mark.parametrize(("modality", "kind"), [("audio", "whisper"), ("video", "frames"), ("series", "series")])
+def test_sounds_clips_and_series_are_classified_as_pictures_are(modality, kind):
+  encoder = {modality: dict(kind=kind)}
+  result = evaluation(entry(modality=modality), data(), **encoder).run(1.0)["z"].metrics
+  want = evaluation(entry(templates=("{}",)), data()).run(1.0)["z"].metrics
+  assert result == want and result["accuracy"] == 0.8
+  asked = prompts.templates("en", modality)
+  assert asked[0] == "{}" and not any("picture" in t or "emoji" in t for t in asked)
+  with pytest.raises(UserError, match="modality names \"smell\""):
+    evaluation(entry(modality="smell"), data(), **encoder)
+  with pytest.raises(UserError, match="modality is 'text'"):
+    evaluation(entry(modality="text"), data()).run(1.0)
+
+
 def test_own_classes_and_templates():
   own = entry(classes=(("flags", ("drink",)), ("food-drink", ("flag",))), templates=("a {}",))
   assert evaluation(own, data()).run(1.0)["z"].metrics["accuracy"] == 0.2  # only the clear animal is left

@@ -15,6 +15,7 @@ import mmjax
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.image import ImageTransform
+from mmjax.inference.predictor import Predictor
 from mmjax.models import make_model
 from mmjax.parallel.mesh import make_mesh, single_device_mesh
 from tests.inference import tiny
@@ -97,6 +98,16 @@ def test_classify_is_the_softmax_of_scaled_cosines(predictor):
     predictor.classify(pictures, [])
   with pytest.raises(UserError, match="templates"):
     predictor.classify(pictures, labels, ["a picture"])
+
+
+def test_a_model_with_a_sigmoid_loss_gives_each_label_a_probability_of_its_own(predictor):
+  config = configs.resolve(predictor.config.to_dict(), ["objectives.align.loss=sigmoid"])
+  other = Predictor(config, predictor.params, predictor.assets)
+  pictures, labels = tiny.pixels(2), ["heart", "cat", "bird"]
+  logits = other.scale * other.encode_image(pictures) @ other.encode_text(labels).T + other.bias
+  out = other.classify(pictures, labels)
+  np.testing.assert_allclose(out, 1 / (1 + np.exp(-logits)), rtol=1e-3, atol=1e-6)
+  np.testing.assert_allclose(other.classify(pictures, labels[:1]), out[:, :1], rtol=1e-3)  # whatever else is asked
 
 
 def test_bad_inputs_are_named(predictor, tmp_path):

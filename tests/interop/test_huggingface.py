@@ -132,6 +132,8 @@ def test_equal_outputs_after_import_and_after_export(case, tmp_path):
   for name, a, b in zip(("image", "text", "logits"), outputs(pixels), want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name)
   assert predictor.config.model.encoders.text.causal == (model.config.model_type == "clip")
+  chances = torch.softmax(torch.tensor(want[2]), 1) if model.config.model_type == "clip" else torch.sigmoid(torch.tensor(want[2]))
+  np.testing.assert_allclose(predictor.classify(list(pixels), TEXTS), chances, atol=1e-4)
 
   export_hf(tmp_path / "mmjax", tmp_path / "back")
   again = type(model).from_pretrained(tmp_path / "back").eval()
