@@ -161,12 +161,20 @@ def _search(options) -> None:
 def _generate(options) -> None:
   from mmjax.inference import generate
   written = generate.generate(options.checkpoint, options.files, beams=options.beams, max_length=options.max_length,
-                              length_penalty=options.length_penalty)
-  if options.json:
-    print(json.dumps([dict(file=file, text=text) for file, text in written], indent=2, ensure_ascii=False))
+                              length_penalty=options.length_penalty, timestamps=options.timestamps)
+  if options.timestamps:
+    rows = [dict(file=file, segments=[dict(start=round(s.start, 3), end=round(s.end, 3), text=s.text) for s in segments])
+            for file, segments in written]
   else:
-    for file, text in written:
-      print(f"{file}: {text}")
+    rows = [dict(file=file, text=text) for file, text in written]
+  if options.json:
+    print(json.dumps(rows, indent=2, ensure_ascii=False))
+  else:
+    for row in rows:
+      for s in row.get("segments", ()):
+        print(f"{row['file']}: [{s['start']:.2f} - {s['end']:.2f}] {s['text']}")
+      if not options.timestamps:
+        print(f"{row['file']}: {row['text']}")
 
 
 # -- Arguments ------------------------------------------------------------------------------------------------------------
@@ -308,7 +316,8 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--beams", type=int, default=1, help="width of the beam search; default: 1, the likeliest word each time")
   sub.add_argument("--max-length", type=int, default=0, metavar="N", help="tokens at most; default: as in training")
   sub.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of the beam search: above 1 favours longer texts")
-  sub.add_argument("--json", action="store_true", help="print [{file, text}] as JSON")
+  sub.add_argument("--timestamps", action="store_true", help="of sounds, when each part is said (by Whisper)")
+  sub.add_argument("--json", action="store_true", help="print [{file, text}] as JSON; with --timestamps [{file, segments: [{start, end, text}]}]")
   return parser
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
 from mmjax.inference.predictor import Predictor, in_threads
+from mmjax.inference.transcribe import Segment
 
 
 def generate(
@@ -19,9 +20,11 @@ def generate(
   beams: int = 1,
   max_length: int = 0,
   length_penalty: float = 1.0,
+  timestamps: bool = False,
   log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
-) -> list[tuple[str, str]]:
-  """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted.
+) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:
+  """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted. timestamps: [(file, segments)]
+  of sounds, by a model that knows times; see `Predictor.write`, also for sounds longer than the model reads.
 
   Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model writes no text or does not take
   such files, a file that is none of picture, sound and video, or nothing could be read.
@@ -38,7 +41,8 @@ def generate(
 
   def attempt(place: int):
     try:
-      return predictor.media[kinds[place]](names[place])
+      media = predictor.media[kinds[place]]
+      return (media.sound if kinds[place] == "audio" else media)(names[place])
     except UserError as error:
       return error
 
@@ -46,11 +50,12 @@ def generate(
   skipped = {place: error for place, error in read.items() if isinstance(error, UserError)}
   for error in skipped.values():
     log(f"skipped {error}")
-  texts: dict[int, str] = {}
+  texts: dict[int, str | list[Segment]] = {}
   for kind in sorted(set(kinds)):
     places = [place for place in read if kinds[place] == kind and place not in skipped]
     if places:
-      written = predictor.write(beams=beams, max_length=max_length, length_penalty=length_penalty, **{kind: [read[p] for p in places]})
+      written = predictor.write(beams=beams, max_length=max_length, length_penalty=length_penalty, timestamps=timestamps,
+                                **{kind: [read[p] for p in places]})
       texts.update(zip(places, written, strict=True))
   if not texts:
     raise UserError(f"none of the {len(names)} files could be read; the first: {next(iter(skipped.values()))}")

@@ -30,6 +30,7 @@ class MediaInputs:
   def __init__(self, config, modality: str):
     reader = READERS[modality](config.data, False)
     self.modality, self.transform = modality, reader.transform
+    self.rate = config.data.audio.rate
     self.arrays = {name: dtype for name, (_, dtype) in reader.shapes.items() if name != "key"}
 
   def __call__(self, item: Item, name: str = "") -> dict[str, np.ndarray]:
@@ -41,6 +42,18 @@ class MediaInputs:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
     arrays = result if isinstance(result, tuple) else (result,)
     return {name: np.asarray(x, dtype) for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)}
+
+  def sound(self, item: Item, name: str = "") -> Item:
+    """The whole of a sound, float32 [n] at the config's rate, however long; what is already arrays stays. Raises Unreadable."""
+    if isinstance(item, dict):
+      return item
+    from mmjax.data.audio import decode_audio
+
+    try:
+      content = self._content(item)
+      return decode_audio(content, self.rate) if isinstance(content, bytes) else content
+    except Unreadable as error:
+      raise Unreadable(f"{name or self._name(item)}: {error}") from error
 
   def items(self, given: Item | Iterable[Item]) -> Iterable[Item]:
     """Several items, of one or of several."""

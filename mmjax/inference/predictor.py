@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +25,13 @@ from mmjax.config import UserError
 from mmjax.data.naflex import PatchSequence, picture_of
 from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
 from mmjax.inference.inputs import Item, MediaInputs
+from mmjax.inference.transcribe import Segment, Windows, detect_language, start_tokens
 from mmjax.models import make_model
-from mmjax.models.generation import write
+from mmjax.models.generation import write, write_timed
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
+
+log = logging.getLogger("mmjax")
 
 BUCKETS = (1, 8, 32, 128, 512)  # batches are filled up to one of these, so that a handful of programs serve every size
 WRITING = 32  # the most rows that texts are written for at once, times beams
@@ -124,13 +129,17 @@ class Predictor:
     examples = in_threads(self.media[modality], self.media[modality].items(items))
     return self._embedded(modality, map(_stack, _chunks(examples, self._buckets[-1])))
 
-  def write(self, *, max_length: int = 0, beams: int = 1, length_penalty: float = 1.0, **media: Item | Iterable[Item]) -> list[str]:
+  def write(self, *, max_length: int = 0, beams: int = 1, length_penalty: float = 1.0, timestamps: bool = False,
+            **media: Item | Iterable[Item]) -> list[str] | list[list[Segment]]:
     """The texts that a model with a decoder writes: captions of pictures and clips, transcripts of speech.
 
     media: `image=`, `audio=`, `video=` or `series=` (one item or several); of several modalities the i-th items belong together.
     max_length: tokens at most, 0 = those that the model was trained with. beams: 1 = the likeliest token each time, else the
     width of the beam search; length_penalty: of it. A row's text depends on that row alone.
-    Raises UserError: the model has no decoder or no such encoder, or an item that cannot be read.
+    timestamps: of a sound the list of its `Segment`s (start, end, text, tokens) in place of one text, by a model whose decoder knows
+    times (Whisper). Such a model reads a sound longer than data.audio.seconds in windows (transcribe.py; max_length is of each); any
+    other reads that much of its beginning, and a warning names it.
+    Raises UserError: the model has no decoder or no such encoder, an item that cannot be read, or timestamps of what has none.
     """
     from mmjax.evaluation.captions import decode
 
@@ -142,8 +151,76 @@ class Predictor:
     if "text" in media:
       raise UserError("a decoder writes text about other media: give image=, audio= or video=, not text=")
     rows = max(1, WRITING // beams)
+    if timestamps and not (self._knows_times and tuple(media) == ("audio",)):
+      raise UserError("timestamps need audio= alone, and a decoder with tokens for times (model.decoder.time_tokens), as Whisper has")
+    if tuple(media) == ("audio",):
+      sounds = list(in_threads(self.media["audio"].sound, self.media["audio"].items(media["audio"])))
+      long = [i for i, sound in enumerate(sounds) if timestamps or self._is_long(sound)]
+      if long and self._knows_times:
+        written = self._transcribe([sounds[i] for i in long], max_length, beams, length_penalty)
+        if timestamps:
+          return written
+        short = [sound for i, sound in enumerate(sounds) if i not in set(long)]
+        texts = iter(self.write(max_length=max_length, beams=beams, length_penalty=length_penalty, audio=short) if short else ())
+        joined = {i: [t for s in segments for t in s.tokens if t < self._model.decoder.time_tokens]
+                  for i, segments in zip(long, written, strict=True)}
+        return [decode(self.tokenizer, joined[i], self._model.decoder.eos_id) if i in joined else next(texts)
+                for i in range(len(sounds))]
+      for i in long:
+        log.warning("sound %d of %d is %.1f s long; the model reads the first %g (data.audio.seconds)", i + 1, len(sounds),
+                    len(sounds[i]) / self.config.data.audio.rate, self.config.data.audio.seconds)
+      media = dict(audio=sounds)
     tokens = self._run(self._write, (tuple(media), max_length or limit, beams, length_penalty), self._batches(media, rows), rows)
     return [decode(self.tokenizer, row, self._model.decoder.eos_id) for row in tokens]
+
+  @property
+  def _knows_times(self) -> bool:
+    encoder = self.config.model.encoders.get("audio", {})
+    return self.writes and getattr(self._model.decoder, "time_tokens", -1) >= 0 and encoder.get("normalisation") == "whisper"
+
+  def _is_long(self, sound: Item) -> bool:
+    audio = self.config.data.audio
+    return not isinstance(sound, dict) and len(sound) > round(audio.rate * audio.seconds)
+
+  def _transcribe(self, sounds: Sequence[Item], max_length: int, beams: int, length_penalty: float) -> list[list[Segment]]:
+    """The segments of sounds of any length, window by window, those of several sounds at once."""
+    from mmjax.evaluation.captions import decode
+
+    if any(isinstance(sound, dict) for sound in sounds):
+      raise UserError("timestamps need whole sounds: give paths, bytes or waveforms")
+    whole, most = self._model.decoder, self.config.data.text.length
+    start = start_tokens(whole.prompt, whole.time_tokens)
+    if most >= whole.length - len(whole.prompt):  # as many as there are places for: one more without the token that is left out
+      most = whole.length - len(start)
+    windows = Windows(self.config.model.encoders.audio, self.config.data.audio, whole.time_tokens)
+    (timed, detect), rows, source = self._timed_programs, max(1, WRITING // beams), ("audio",)
+    features, ends = zip(*map(windows.features, sounds), strict=True)
+    cut = lambda i: windows.cut(features[i], ends[i], seeks[i])
+    text = lambda tokens: decode(self.tokenizer, tokens, whole.eos_id)
+    seeks, found = [0] * len(sounds), [[] for _ in sounds]
+    prompts = np.tile(np.asarray(start, np.int32), (len(sounds), 1))
+    if whole.languages:
+      first = ({"audio": {"features": np.stack([cut(i) for i in part])}} for part in _chunks(range(len(sounds)), rows))
+      prompts[:, 1] = self._run(detect, (source,), first, rows)
+    while going := [i for i in range(len(sounds)) if seeks[i] < ends[i]]:
+      batches = ({"audio": {"features": np.stack([cut(i) for i in part])}, "prompt": {"tokens": prompts[part]}}
+                 for part in _chunks(going, rows))
+      written = self._run(timed, (source, max_length or most, beams, length_penalty), batches, rows)
+      for i, row in zip(going, written.tolist(), strict=True):
+        tokens = list(itertools.takewhile(lambda token: token != whole.eos_id, row))
+        segments, step = windows.segments(tokens, seeks[i], min(ends[i] - seeks[i], windows.frames), text)
+        found[i] += segments
+        seeks[i] += max(step, windows.stride)
+    return found
+
+  @functools.cached_property
+  def _timed_programs(self) -> tuple[Callable, Callable]:
+    """(`write_timed`, `detect_language`) of the model whose prompt leaves room for times."""
+    decoder = self._model.decoder
+    model = self._model.clone(decoder=decoder.clone(prompt=start_tokens(decoder.prompt, decoder.time_tokens)))
+    jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
+    return (jit(functools.partial(write_timed, model), static_argnums=(1, 2, 3, 4)),
+            jit(functools.partial(detect_language, model), static_argnums=1))
 
   def classes(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
     """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of yours instead).

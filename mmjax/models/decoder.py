@@ -162,6 +162,8 @@ class Decoder(nn.Module):
   suppress: tuple[int, ...] = ()
   suppress_first: tuple[int, ...] = ()
   languages: tuple[int, ...] = ()
+  time_tokens: int = -1
+  first_time: int = -1
 
   def setup(self) -> None:
     c = self.config
@@ -292,7 +294,7 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
             eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",))] = -1,
             pad_id: Annotated[TokenId, Special(("pad",), needed=("pad",), warns=False)] = -1, suppress: TokenIds = (),
             suppress_first: TokenIds = (), languages: TokenIds = (), activation: Activation = "gelu_tanh", bias: bool = True, eps: Epsilon = 1e-6,
-            dropout: Dropout = 0.0, max_positions: Count = 0, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Decoder:
+            dropout: Dropout = 0.0, max_positions: Count = 0, time_tokens: TokenId = -1, first_time: TokenId = -1, kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> Decoder:
   """Causal text transformer that attends to a memory in every block (pre-norm, one table for input and output).
 
   width: channels; 0 = the model's width.
@@ -309,6 +311,9 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
   languages: tokens of which the likeliest, by row, stands in the second place of the prompt when a text is written; () = the prompt's.
   activation, bias, eps, dropout: of the blocks.
   max_positions: places for tokens, the prompt's among them; 0 = as many as the prompt and data.text.length need.
+  time_tokens: the first of the tokens that stand for times in a sound, one a token of the encoder, as Whisper has them; the token
+  before it, at the end of the prompt, says that a text has none; -1 = there are no such tokens.
+  first_time: the latest of these times that a text may begin with, counted from 0; -1 = any.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   """
   config = TransformerConfig(
@@ -321,9 +326,12 @@ def decoder(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Wid
     if not 0 <= token < vocab_size:
       raise UserError(f"prompt, eos_id, pad_id, suppress, suppress_first or languages has token {token}, but data.text.vocab_size is "
                       f"{vocab_size}")
+  if time_tokens >= vocab_size or time_tokens == 0:
+    raise UserError(f"time_tokens is {time_tokens}, but must be from 1 to below data.text.vocab_size {vocab_size}, or -1")
   if languages and len(prompt) < 2:
     raise UserError(f"languages takes the second place of the prompt, which is {prompt}. Give the prompt one of them there")
   needed = data["text"]["length"] + len(prompt) - 1
   return Decoder(config, vocab_size=vocab_size, length=enough_positions(max_positions, needed) or needed, positions=positions, cross=cross,
                  memory_positions=memory_positions, project_memory=project_memory, prompt=prompt, eos_id=eos_id, pad_id=pad_id,
-                 suppress=tuple(suppress), suppress_first=tuple(suppress_first), languages=tuple(languages))
+                 suppress=tuple(suppress), suppress_first=tuple(suppress_first), languages=tuple(languages), time_tokens=time_tokens,
+                 first_time=first_time)

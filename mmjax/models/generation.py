@@ -81,6 +81,55 @@ def write(model: nn.Module, variables: Any, source: tuple[str, ...], max_length:
                   length_penalty=length_penalty, prompt=prompt, eos_id=decoder.eos_id, pad_id=decoder.pad_id)[0]
 
 
+def write_timed(model: nn.Module, variables: Any, source: tuple[str, ...], max_length: int, beams: int, length_penalty: float,
+                batch: dict) -> Array:
+  """int32 [B, max_length]: as `write`, with tokens for times among those of the text, as Whisper has them (Radford et al. 2022,
+  section 2.3). batch["prompt"]: {"tokens" int32 [B, P]}, what each row's text follows.
+
+  A text begins with a time, and times come in pairs, the end of one segment and the start of the next, never falling; where all
+  times together are likelier than any other token, a time is written.
+  """
+  decoder, prompt = model.decoder, batch["prompt"]["tokens"]
+  cache, memory = model.apply(variables, tuple(source), batch, length=max_length, method="start_writing")
+  rows, start = cache["key"].shape[1], prompt.shape[1]
+  written = Timed(cache, jnp.zeros((1, rows), bool), jnp.ones((1, rows), bool), jnp.full((1, rows), -1, jnp.int32))
+
+  def step(token: Array, i: Array, state: Timed, memory: Any) -> tuple[Array, Timed]:
+    logits, cache = model.apply(variables, token, i, state.cache, memory, method="next_logits")
+    is_time = (token >= decoder.time_tokens) & (i >= start)  # what is before that is the prompt's
+    state = Timed(cache, is_time[None], jnp.where(i > start, state.last, True), jnp.where(is_time[None], token, state.latest))
+    return jnp.where(i < start - 1, logits, allow_times(logits, state, i == start - 1, decoder)), state
+
+  method = "beam" if beams > 1 else "greedy"
+  return generate(step, written, memory, rows=rows, max_length=max_length, method=method, beams=beams, length_penalty=length_penalty,
+                  prompt=prompt, eos_id=decoder.eos_id, pad_id=decoder.pad_id)[0]
+
+
+class Timed(NamedTuple):
+  """The state of a text with times, rows on axis 1: whether the last token is a time, and the one before it (True where there is
+  none), bool [1, N]; the latest time int32 [1, N], -1 = none yet."""
+
+  cache: Any
+  last: Array
+  before: Array
+  latest: Array
+
+
+def allow_times(logits: Array, state: Timed, first: Array, decoder: nn.Module) -> Array:
+  """logits [N, V] with -1e30 for the tokens that may not follow, by the rules of `write_timed`. first: nothing is written yet."""
+  begin, tokens = decoder.time_tokens, jnp.arange(logits.shape[-1])
+  last, before, latest = state.last[0, :, None], state.before[0, :, None], state.latest[0, :, None]
+  is_time = tokens >= begin
+  least = jnp.where(last & ~before, latest, latest + 1)
+  never = (tokens == begin - 1) | (last & before & is_time) | (last & ~before & (tokens < decoder.eos_id))
+  never |= is_time & (latest >= 0) & (tokens < least)
+  too_late = tokens > begin + decoder.first_time if decoder.first_time >= 0 else jnp.zeros_like(is_time)
+  logits = jnp.where(never | (first & (~is_time | too_late)), LOW, logits)
+  times = jax.nn.logsumexp(jnp.where(is_time, logits, LOW), axis=-1, keepdims=True)
+  text = jnp.max(jnp.where(is_time, LOW, logits), axis=-1, keepdims=True)
+  return jnp.where((times > text) & ~is_time, LOW, logits)
+
+
 def restrict(logits: Array, top_k: int, top_p: float) -> Array:
   """logits float32 [N, V] with -1e30 for tokens outside the `top_k` likeliest (0 = all) and the nucleus of `top_p`."""
   size = logits.shape[-1]

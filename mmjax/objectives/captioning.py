@@ -31,10 +31,12 @@ def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("i
   Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is a mean over real tokens,
   <eos> among them. "accuracy": share of tokens that are the likeliest one; "sequence_accuracy": share of texts where all are,
   each given the true tokens before it; with `ctc` also "ctc", that loss a token. Rows with `valid` False, or without the source or the
-  text, do not count; for "ctc" neither do those whose source has fewer tokens than the text. Raises UserError: ctc without a source.
+  text, do not count; for "ctc" neither do those whose source has fewer tokens than the text. Raises UserError: ctc without a source, an end or a blank.
   """
   if ctc and not source:
     raise UserError("captioning: ctc spells a text from its source, but `source` names none. Name one, or set ctc to 0")
+  if ctc and min(eos_id, blank) < 0:
+    raise UserError(f"captioning: ctc needs an end and a blank, but eos_id is {eos_id} and blank {blank}. Name tokens for them")
   hidden, table, *spelled = forward("transcribe" if ctc else "decode", tuple(source))
   rows, length, width = hidden.shape
   text = batch["text"]

@@ -66,12 +66,14 @@ def test_captioning_adds_it_for_texts_without_their_end():
   batch = {"text": dict(tokens=tokens, mask=tokens != 0), "audio": dict(waveform=np.zeros((2, 3))), "valid": np.array([True, True])}
   answers = {"decode": (hidden, table), "transcribe": (hidden, table, frames, real)}
   told = lambda **settings: captioning(lambda method, *_: answers[method], batch, None, source=("audio",), **settings)
-  plain, both = told(), told(ctc=0.5)
+  plain, both = told(), told(ctc=0.5, eos_id=2, blank=0)
   alone, rows = ctc(frames, real, table, tokens, np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool))
   assert rows.all() and float(both["loss"][0]) == pytest.approx(float(plain["loss"][0] + 0.5 * alone), rel=1e-6)
   assert both["loss"][1] == plain["loss"][1] == 5 and both["ctc"][1] == 3 and float(both["ctc"][0]) == pytest.approx(float(alone))
+  with pytest.raises(UserError, match="eos_id is -1 and blank -1"):
+    told(ctc=0.5)
   with pytest.raises(UserError, match="`source` names none"):
     captioning(None, batch, None, source=(), ctc=0.5)
   batch["valid"] = np.array([True, False])
   alone, _ = ctc(frames[:1], real[:1], table, tokens[:1], np.array([[1, 1, 0, 0]], bool))
-  assert float(told(ctc=1.0)["ctc"][0]) == pytest.approx(float(alone), rel=1e-6)
+  assert float(told(ctc=1.0, eos_id=2, blank=0)["ctc"][0]) == pytest.approx(float(alone), rel=1e-6)

@@ -66,6 +66,10 @@ def settings(facts: Mapping[str, Any], generation: Mapping[str, Any] | None = No
            for key in NEVER}
   decoder.update(prompt=prompt(known), languages=languages(known), eos_id=known["eos_token_id"], pad_id=known["pad_token_id"],
                  suppress=never["suppress_tokens"], suppress_first=never["begin_suppress_tokens"])
+  silent = known.get("no_timestamps_token_id")
+  if silent is not None and silent + 1 < known["vocab_size"]:
+    first = known.get("max_initial_timestamp_index")
+    decoder.update(time_tokens=silent + 1, first_time=-1 if first is None else first)
   length = longest(known, len(decoder["prompt"]), known["max_target_positions"])
   other = [f"{key} {known[key]!r}" for key, value in GREEDY.items() if known.get(key, value) not in (value, None)]
   notes = [f"generation_config.json has {', '.join(other)}, which is not kept: texts are written by the likeliest token each time, "

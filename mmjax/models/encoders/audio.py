@@ -30,7 +30,8 @@ class WhisperEncoder(nn.Module):
   Call: {"waveform" int16 [B, S], "length" int32 [B], "present" bool [B]?, "patch_mask" bool [B, L]?} -> Encoded of width D;
   L = S / hop / strides, rounded up. Two convolutions over 3 frames, positions of sines, the stack. With mask_padding=False the
   model sees the silence after the sound, as Whisper was trained. Where patch_mask is True the frames themselves are hidden, by a
-  learned one, before the convolutions. trunk: a transformer shared with other encoders. Randomness: stream "dropout", only when
+  learned one, before the convolutions. In the place of the waveform may stand its "features" float32 [B, F, mels], as `log_mel` makes
+  them, all real. trunk: a transformer shared with other encoders. Randomness: stream "dropout", only when
   `train`.
   """
 
@@ -71,6 +72,8 @@ class WhisperEncoder(nn.Module):
     return x.reshape(x.shape[0], -1, stride * self.mels), real(mask[:, ::stride], batch)
 
   def _features(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    if "features" in batch:
+      return batch["features"], jnp.ones(batch["features"].shape[:2], bool)
     return log_mel(batch["waveform"], batch.get("length"), rate=self.rate, n_fft=self.n_fft, hop=self.hop, mels=self.mels,
                    normalisation=self.normalisation)
 

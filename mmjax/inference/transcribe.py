@@ -1,0 +1,86 @@
+"""Long sounds in windows that follow the times which the model writes (Radford et al. 2022, arXiv:2212.04356, section 4.5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.models.encoders.spectrogram import log_mel
+
+
+class Segment(NamedTuple):
+  """A stretch of a sound, from `start` to `end` in seconds, and what is said in it. tokens: as the model wrote them, those for
+  times among them."""
+
+  start: float
+  end: float
+  text: str
+  tokens: tuple[int, ...]
+
+
+class Windows:
+  """Cuts sounds for a model that reads `frames` frames of its spectrogram at once, and what it writes into segments.
+
+  encoder, audio: the config of the model's audio encoder, and data.audio. begin: the first of the tokens for times.
+  seconds: of one step of these times.
+  """
+
+  def __init__(self, encoder, audio, begin: int):
+    self.rate, self.samples, self.begin = audio.rate, round(audio.rate * audio.seconds), begin
+    self._mel = dict(rate=audio.rate, n_fft=encoder.n_fft, hop=encoder.hop, mels=encoder.mels, normalisation=encoder.normalisation)
+    self.hop, self.stride = encoder.hop, math.prod(encoder.strides)
+    self.frames = self.samples // self.hop
+    self.seconds = self.hop * self.stride / self.rate
+
+  def features(self, sound: np.ndarray) -> tuple[np.ndarray, int]:
+    """(the spectrogram of the whole of a sound float32 [n], float32 [F, mels] with F >= `frames`; how many frames are sound)."""
+    padded = np.pad(sound, (0, max(0, self.samples - len(sound))))
+    x = np.asarray(log_mel(jnp.asarray(padded)[None], **self._mel)[0][0])
+    return x, min(len(x), -(-len(sound) // self.hop))
+
+  def cut(self, features: np.ndarray, end: int, seek: int) -> np.ndarray:
+    """The window from frame `seek` of features [F, mels] on, float32 [frames, mels]: zeros from frame `end` on, unless all of it
+    fits one window, where silence is heard."""
+    stop = seek + self.frames if len(features) == self.frames else min(end, seek + self.frames)
+    window = features[seek:stop]
+    return np.pad(window, ((0, self.frames - len(window)), (0, 0)))
+
+  def segments(self, tokens: Sequence[int], seek: int, frames: int, decode) -> tuple[list[Segment], int]:
+    """(the segments of what was written about a window, frames to go on). seek: its first frame; frames: that are sound in it.
+
+    Two times in a row end a segment and start the next. Where the last segment is not ended, the next window starts at its
+    start; where one time alone comes last, nothing more is said in this window. decode: tokens of a text -> str.
+    """
+    is_time = [token >= self.begin for token in tokens]
+    offset = seek * self.seconds / self.stride
+    make = lambda first, last, part: Segment(offset + first * self.seconds, offset + last * self.seconds,
+                                             decode([t for t in part if t < self.begin]), tuple(part))
+    pairs = [i + 1 for i in range(len(tokens) - 1) if is_time[i] and is_time[i + 1]]
+    if not pairs:
+      times = [token - self.begin for token in tokens if token >= self.begin]
+      return [make(0, (times and times[-1]) or frames // self.stride, tokens)], frames
+    alone = is_time[-2:] == [False, True]
+    stops = [*pairs, len(tokens)] if alone else [*pairs[:-1], pairs[-1] + 1]  # with the second time of the last pair
+    found, start = [], 0
+    for stop in stops:
+      part = tokens[start:stop]
+      whole = stop == stops[-1] and not alone
+      found.append(make(part[0] - self.begin, part[-2 if whole else -1] - self.begin, part))
+      start = stop
+    return found, frames if alone else (tokens[start - 2] - self.begin) * self.stride
+
+
+def start_tokens(prompt: Sequence[int], begin: int) -> tuple[int, ...]:
+  """The prompt of a text with times: without the token, last in it, that says that there are none."""
+  return tuple(prompt[:-1] if prompt[-1] == begin - 1 else prompt)
+
+
+def detect_language(model, variables, source: tuple[str, ...], batch: dict) -> jax.Array:
+  """int32 [B]: the decoder's language of each row."""
+  cache, memory = model.apply(variables, source, batch, length=1, method="start_writing")
+  return model.apply(variables, cache, memory, method="detect_language")
