@@ -84,9 +84,11 @@ def load(file: str, overrides: typing.Sequence[str] = ()) -> FrozenConfigDict:
     raise type(error)(f"{path}: {error}") from error.__cause__
 
 
-def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = ()) -> FrozenConfigDict:
+def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = (),
+            special_tokens: typing.Mapping[str, int] | None = None) -> FrozenConfigDict:
   """Merges defaults, applies overrides (`optimizer.lr=3e-4`), checks keys, types and contradictions, freezes.
 
+  special_tokens: {role: id} of a checkpoint's own tokenizer, which stands for data.text.tokenizer, whatever that is by now.
   Raises ConfigError naming the key, what is wrong with it, and the nearest valid one.
   """
   raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -96,7 +98,7 @@ def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = ()) -> 
       raise ConfigError(f"override {override!r}: write --config.KEY=VALUE")
     _set_override(raw, path, _parse(text))
   resolved = _resolve_tree(raw)
-  _fill_special_tokens(resolved)
+  _fill_special_tokens(resolved, special_tokens)
   check(resolved)
   return FrozenConfigDict(resolved)
 
@@ -109,7 +111,7 @@ def from_json(text: str) -> FrozenConfigDict:
   stored = json.loads(text)
   resolved = _resolve_tree(stored)
   for path, entry, name, special in _special_settings(resolved):
-    if name not in _get(stored, path) or entry[name] == ():
+    if name not in (_get(stored, path) or {}) or entry[name] == ():
       entry[name] = _ids(special, dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True)), entry[name])
   return FrozenConfigDict(resolved)
 
@@ -328,8 +330,8 @@ def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[st
 # -- special tokens -----------------------------------------------------------------------------------------------------
 
 
-def _fill_special_tokens(tree: dict) -> None:
-  """Writes the ids of the tokenizer's special tokens into the settings that are left to it.
+def _fill_special_tokens(tree: dict, known: typing.Mapping[str, int] | None) -> None:
+  """Writes the ids of the tokenizer's special tokens (those that are `known`) into the settings that are left to it.
 
   Raises ConfigError: the tokenizer is damaged or too large, or lacks a token that an entry needs. Warns of a setting that
   names another token than the tokenizer.
@@ -338,7 +340,7 @@ def _fill_special_tokens(tree: dict) -> None:
   if not found and not _reads_text(tree):
     return
   try:
-    ids = load_function(TOKENIZER)(FrozenConfigDict(tree["data"]))
+    ids = dict(known or load_function(TOKENIZER)(FrozenConfigDict(tree["data"])))
   except ConfigError:
     raise
   except UserError as error:

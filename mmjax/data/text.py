@@ -60,6 +60,11 @@ class Tokenizer:
     return dict(self._assets)
 
   @property
+  def special_tokens(self) -> dict[str, int]:
+    """{"pad": id, "bos": ..., "eos": ..., "unk": ..., "mask": ...}; -1 = it has none."""
+    return {role: getattr(self, f"{role}_id") for role in SPECIAL_TOKENS}
+
+  @property
   def fingerprint(self) -> str:
     """A hash of the files' content: equal for equal tokenizers."""
     mark = hashlib.blake2b(digest_size=6)
@@ -113,8 +118,7 @@ def special_tokens(data) -> dict[str, int]:
     if name and not name.endswith(".model") and re.search(r"[/.]", name):
       raise
     return {role: number for number, role in enumerate(SPECIAL_TOKENS)}
-  tokenizer = load_tokenizer(data)
-  return {role: getattr(tokenizer, f"{role}_id") for role in SPECIAL_TOKENS}
+  return load_tokenizer(data).special_tokens
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -51,7 +51,10 @@ class MediaInputs:
 
     try:
       content = self._content(item)
-      return decode_audio(content, self.rate) if isinstance(content, bytes) else content
+      sound = decode_audio(content, self.rate) if isinstance(content, bytes) else content
+      if not len(sound):
+        raise Unreadable("audio of zero length")
+      return sound
     except Unreadable as error:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
 

@@ -11,6 +11,7 @@ import jax
 from mmjax import config as configs
 from mmjax import evaluation, files
 from mmjax.config import UserError
+from mmjax.data.text import Tokenizer
 from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
@@ -25,13 +26,14 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
   Returns: {evaluator name: {metric: value}}. Raises UserError: no checkpoint there, no such evaluator.
   """
   found = checkpoint.find_checkpoint(path)
-  config = checkpoint.load_config(found)
+  config, assets = checkpoint.load_config(found), checkpoint.load_assets(found)
   if config_file or overrides:
     theirs = configs.load(config_file, overrides) if config_file else None
     tree = config.to_dict()
     if theirs:
       tree["evaluation"] = theirs.to_dict()["evaluation"]
-    config = configs.resolve(tree, () if theirs else overrides)
+    own = any(name.startswith("tokenizer.") for name in assets)
+    config = configs.resolve(tree, () if theirs else overrides, Tokenizer.from_assets(assets).special_tokens if own else None)
   if not config.evaluation.evaluators:
     raise UserError(f"{path}: the config of this checkpoint has no evaluation.evaluators. Name a config that has some with --config")
   multihost.initialize(config)
@@ -40,7 +42,7 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
   step = Step(config, mesh)
   with jax.set_mesh(mesh):
     params = checkpoint.load_params(found, step.params_spec)
-    results = evaluation.Evaluation(config, step.apply, mesh, assets=checkpoint.load_assets(found)).run(
+    results = evaluation.Evaluation(config, step.apply, mesh, assets=assets).run(
       {"params": params, **checkpoint.load_model_state(found)}, names=suite)
   if multihost.is_main():
     with files.Mirror(out or run_folder(path)) as mirror:
