@@ -75,7 +75,7 @@ def lines(file: IO[str], path: str) -> Iterator[tuple[int, str | Skip]]:
         yield number, Skip("broken row", f"line {number} is longer than {LONGEST >> 20} Mi characters")
       elif not line.isascii() and broken_text(line):
         yield number, Skip("broken text", f"line {number} is not {file.encoding.upper()}; --encoding names another, such as cp1252")
-      elif line.strip():
+      elif line.strip(" \r\n"):
         yield number, line
   except UnicodeError as error:
     raise UserError(f"{path}: line {number + 1} is not {file.encoding} ({error.reason}). Name its encoding with --encoding") from error
