@@ -154,7 +154,8 @@ def broken_text(value: Any) -> str:
   """What of the texts in a value cannot be written as UTF-8 (half an emoji, bytes of another encoding), or ""."""
   if isinstance(value, str):
     try:
-      value.encode()
+      if not value.isascii():
+        value.encode()
     except UnicodeEncodeError:
       return f"{printable(value)!r:.100} holds half a character, or bytes that are not UTF-8"
   elif isinstance(value, dict):
