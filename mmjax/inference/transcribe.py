@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.models.encoders.spectrogram import log_mel
+from mmjax.models.encoders.spectrogram import log10_mel
 
 
 class Segment(NamedTuple):
@@ -32,16 +32,27 @@ class Windows:
 
   def __init__(self, encoder, audio, begin: int):
     self.rate, self.samples, self.begin = audio.rate, round(audio.rate * audio.seconds), begin
-    self._mel = dict(rate=audio.rate, n_fft=encoder.n_fft, hop=encoder.hop, mels=encoder.mels, normalisation=encoder.normalisation)
+    self._mel = dict(rate=audio.rate, n_fft=encoder.n_fft, hop=encoder.hop, mels=encoder.mels)
     self.hop, self.stride = encoder.hop, math.prod(encoder.strides)
     self.frames = self.samples // self.hop
     self.seconds = self.hop * self.stride / self.rate
 
   def features(self, sound: np.ndarray) -> tuple[np.ndarray, int]:
-    """(the spectrogram of the whole of a sound float32 [n], float32 [F, mels] with F >= `frames`; how many frames are sound)."""
+    """(the spectrogram of the whole of a sound float32 [n], float32 [F, mels] with F >= `frames`; how many frames are sound).
+
+    As `log_mel` makes it of the whole sound at once, but a few windows at a time: its waves take five times their memory.
+    """
     padded = np.pad(sound, (0, max(0, self.samples - len(sound))))
-    x = np.asarray(log_mel(jnp.asarray(padded)[None], **self._mel)[0][0])
-    return x, min(len(x), -(-len(sound) // self.hop))
+    count, half = len(padded) // self.hop, self._mel["n_fft"] // 2
+    padded = np.pad(padded, half, mode="reflect")
+    parts = []
+    for start in range(0, count, 2 * self.frames):
+      size = min(2 * self.frames, count - start)
+      wave = padded[start * self.hop:(start + size) * self.hop + 2 * half]
+      parts.append(np.asarray(log10_mel(jnp.asarray(wave)[None], size, **self._mel)[0]))
+    x = np.concatenate(parts)
+    x = (np.maximum(x, x.max() - 8) + 4) / 4
+    return x, min(count, -(-len(sound) // self.hop))
 
   def cut(self, features: np.ndarray, end: int, seek: int) -> np.ndarray:
     """The window from frame `seek` of features [F, mels] on, float32 [frames, mels]: zeros from frame `end` on, unless all of it

@@ -62,7 +62,7 @@ LANGUAGES = dict(lang_to_id={f"<|l{token}|>": token for token in (10, 21, 22, 35
                  forced_decoder_ids=[[1, None], [2, 38]])
 
 
-@pytest.mark.parametrize("generation", [{}, LANGUAGES, dict(max_new_tokens=7)], ids=["forced", "languages", "short"])
+@pytest.mark.parametrize("generation", [{}, dict(LANGUAGES, max_new_tokens=7)], ids=["forced", "languages, short"])
 def test_segments_and_times_equal_transformers(tmp_path, generation):
   model = make(tmp_path / "hf", len(generation), **generation)
   import_hf(tmp_path / "hf", tmp_path / "mmjax")
@@ -89,7 +89,7 @@ def test_the_command_prints_segments(tmp_path, capsys):
   soundfile.write(tmp_path / "a.wav", sound(2.5, 0), RATE, subtype="FLOAT")
   command = ["generate", "--checkpoint", str(tmp_path / "mmjax"), str(tmp_path / "a.wav")]
   predictor = Predictor.load(tmp_path / "mmjax")
-  (want,), (text,) = predictor.write(audio=sound(2.5, 0), timestamps=True), predictor.write(audio=sound(2.5, 0))
+  (want,) = predictor.write(audio=sound(2.5, 0), timestamps=True)
   capsys.readouterr()
   assert cli.main([*command, "--timestamps", "--json"]) == 0
   (row,) = json.loads(capsys.readouterr().out)
@@ -97,7 +97,6 @@ def test_the_command_prints_segments(tmp_path, capsys):
   assert cli.main([*command, "--timestamps"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == len(want) and lines[0] == f"{tmp_path}/a.wav: [{want[0].start:.2f} - {want[0].end:.2f}] {want[0].text}"
-  assert cli.main(command) == 0 and capsys.readouterr().out.strip() == f"{tmp_path}/a.wav: {text}"
 
 
 def test_what_another_model_does_not_hear_is_said(tmp_path, caplog):

@@ -35,11 +35,16 @@ def log_mel(waveform: Array, length: Array | None = None, *, rate: int = 16_000,
   if x.shape[1] <= n_fft // 2 or not count:
     raise UserError(f"audio of {x.shape[1]} samples is shorter than half a window of {n_fft}. Raise data.audio.seconds")
   x = jnp.pad(x, ((0, 0), (n_fft // 2, n_fft // 2)), mode="reflect")
-  power = power_spectrum(_windows(x, n_fft, hop, count) * np.hanning(n_fft + 1)[:-1].astype(np.float32), n_fft)
-  x = jnp.log10(jnp.maximum(_filter(power, mel_filters(n_fft // 2 + 1, mels, rate, 0.0, "slaney")), 1e-10))
+  x = log10_mel(x, count, rate=rate, n_fft=n_fft, hop=hop, mels=mels)
   x = jnp.maximum(x, x.max((1, 2), keepdims=True) - 8)
   mask = jnp.ones(x.shape[:2], bool) if length is None else jnp.arange(count) * hop < length[:, None]
   return (x + 4) / 4 if normalisation == "whisper" else standardise(x, mask), mask
+
+
+def log10_mel(x: Array, count: int, *, rate: int, n_fft: int, hop: int, mels: int) -> Array:
+  """log10 of the energy in each mel channel, at least -10: float32 [B, S] -> [B, count, mels], windows from sample 0 on."""
+  power = power_spectrum(_windows(x, n_fft, hop, count) * np.hanning(n_fft + 1)[:-1].astype(np.float32), n_fft)
+  return jnp.log10(jnp.maximum(_filter(power, mel_filters(n_fft // 2 + 1, mels, rate, 0.0, "slaney")), 1e-10))
 
 
 def kaldi_mel(waveform: Array, length: Array | None = None, *, rate: int = 16_000, mels: int = 128) -> tuple[Array, Array]:
