@@ -318,7 +318,10 @@ def load_model_state(path: str, spec: Any = None) -> Any:
 
 def load_assets(path: str) -> dict[str, bytes]:
   """{name: content} of what travels with the weights: tokenizer, preprocessing."""
-  return {name: base64.b64decode(text) for name, text in storage.read_json(find_checkpoint(path) / "assets").items()}
+  folder = find_checkpoint(path) / "assets"
+  texts = storage.read_json(folder)
+  with storage.damage(folder):
+    return {name: base64.b64decode(text) for name, text in texts.items()}
 
 
 def load_config(path: str) -> FrozenConfigDict:

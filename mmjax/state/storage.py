@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -76,7 +77,9 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
       for name, leaf in wanted.items()}
   item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
   _prepare(folder)
-  with files.store_errors(folder, f"{folder} cannot be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  if spec is None:
+    _check_memory(folder, stored)
+  with damage(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.restore(folder, args=ocp.args.PyTreeRestore(
         item=nest(item), restore_args=nest(restore_args), partial_restore=bool(only)))
   if spec is None:
@@ -88,9 +91,31 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
 def stored_leaves(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """{name: shape and dtype} of an item, without reading the values."""
   _prepare(folder)
-  with files.store_errors(folder, f"{folder} cannot be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  with damage(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.metadata(folder).item_metadata.tree
-  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()}
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()}
+
+
+def _check_memory(folder: epath.Path, stored: Mapping[str, Any]) -> None:
+  """Raises UserError where a few bytes on disk claim arrays that this machine cannot hold."""
+  needed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in stored.values())
+  there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if needed > there:
+    raise UserError(f"{folder}: its arrays take {needed / 2**30:.1f} GiB, this machine has {there / 2**30:.1f} GiB")
+
+
+@contextlib.contextmanager
+def damage(folder: str | os.PathLike) -> Iterator[None]:
+  """Turns whatever a damaged or forged item makes its reader raise into one line."""
+  try:
+    with files.store_errors(folder, f"{folder} cannot be read"):
+      yield
+  except (UserError, MemoryError):
+    raise
+  except Exception as error:
+    reason = next(iter(str(error).splitlines()), "")[:200]
+    raise UserError(f"{folder}: damaged, or no checkpoint of mmjax ({type(error).__name__}: {reason}). "
+                    "Restore it from a copy") from error
 
 
 def _check_same(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -169,8 +194,12 @@ def nest(flat: Mapping[str, Any]) -> dict:
 
 
 def read_json(folder: epath.Path) -> dict:
-  with files.store_errors(folder, f"{folder} cannot be read"):
-    return json.loads((folder / "metadata").read_text())
+  """The dict of a JSON item. Raises UserError: it is damaged."""
+  with damage(folder):
+    content = json.loads((folder / "metadata").read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+      raise TypeError(f"{type(content).__name__} in the place of a dict")
+    return content
 
 
 def config_dict(config: FrozenConfigDict | Mapping | str | None) -> dict:
