@@ -28,8 +28,13 @@ from tests.e2e import fuzz
 from tests.e2e.commands import QUICKSTART
 from tests.inference import tiny
 
-QUICK, FULL = 50, 500  # cases of each kind
-CASES = [pytest.param(range(QUICK), id="quick"), pytest.param(range(QUICK, FULL), id="full", marks=pytest.mark.slow)]
+
+def cases(quick: int):
+  """The first `quick` cases for the suite, ten times as many for `--all`."""
+  slow = pytest.param(range(quick, 10 * quick), id="more", marks=pytest.mark.slow)
+  return pytest.mark.parametrize("numbers", [pytest.param(range(quick), id="quick"), slow])
+
+
 PAYLOAD = "__import__('os').system('touch it_ran')"
 STRINGS = (
   "a red heart", "", " ", "\x1b[31mred\x1b[0m", "a\x00b", "\u202eevil", "\ud83d", "é" * 300, "x" * 70_000, '"', "'", "<b>&amp;",
@@ -138,7 +143,7 @@ def annotations(draw: random.Random, work: pathlib.Path) -> list[str]:
     return ["jsonl", str(write("t.jsonl", "\n".join(map(json.dumps, table))))]
   if form == "json":
     whole = draw.choice((table, dict(annotations=table, images=rows(draw)), dict(questions=table), table[0]))
-    return ["jsonl", str(write("t.json", json.dumps(whole, indent=draw.choice((None, 1)))))]
+    return [draw.choice(("json", "coco", "vqa", "conversations")), str(write("t.json", json.dumps(whole, indent=draw.choice((None, 1)))))]
   if form in ("csv", "tsv"):
     write(f"captions.{form}", as_table(draw, table, "," if form == "csv" else "\t"))
   elif form == "txt":
@@ -191,10 +196,11 @@ def as_parquet(draw: random.Random, table: list[dict], path: pathlib.Path) -> pa
 
 
 def accounted(outcome: fuzz.Outcome) -> None:
-  """A conversion that succeeded says how many records it made and what it left out, by reason."""
+  """A conversion that succeeded says how many rows it read, what it made of them, and what it left out, by reason."""
   summary = json.loads(outcome.out)
-  assert summary["examples"] > 0
+  assert summary["rows"] >= summary["examples"] > 0
   assert all(count >= 1 for count in summary["skipped"].values())
+  assert set(summary["first_skipped"]) == set(summary["skipped"])
 
 
 @pytest.fixture
@@ -225,7 +231,7 @@ def fresh(folder: pathlib.Path, number: int) -> pathlib.Path:
   return case
 
 
-@pytest.mark.parametrize("numbers", CASES)
+@cases(60)
 def test_annotations_of_any_form(folder, numbers):
   def one(case, number):
     draw = random.Random(f"annotations {number}")
@@ -237,7 +243,7 @@ def test_annotations_of_any_form(folder, numbers):
   each(numbers, folder, one)
 
 
-@pytest.mark.parametrize("numbers", CASES)
+@cases(60)
 def test_media_with_damaged_headers(folder, numbers):
   def one(case, number):
     draw = random.Random(f"media {number}")
@@ -262,7 +268,7 @@ VALUES = ("-1", "0", "1", "2", "1e999", "-1e999", "nan", "1e-400", "999999999999
 PATHS = [key.path for key in KEYS] + ["model.encoders.image.depth", "model.encoders.text.pooling", "optimizer.b2", "x", "", ".", "model..x", "a.b.c"]
 
 
-@pytest.mark.parametrize("numbers", CASES)
+@cases(60)
 def test_overrides_of_any_key_by_anything(folder, numbers):
   kinds = [kind for group in KINDS.values() for kind in group]
   def one(case, number):
@@ -285,7 +291,7 @@ def checkpoint(tmp_path_factory):
   return tiny.save(tiny.config(), root)
 
 
-@pytest.mark.parametrize("numbers", CASES)
+@cases(20)
 def test_checkpoints_that_were_damaged_or_forged(folder, numbers, checkpoint):
   def one(case, number):
     draw = random.Random(f"checkpoint {number}")
