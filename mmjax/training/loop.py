@@ -25,7 +25,7 @@ from mmjax import evaluation, files
 from mmjax.config import UserError
 from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
-from mmjax.data.text import load_tokenizer
+from mmjax.data.text import Tokenizer, load_tokenizer
 from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
@@ -96,6 +96,7 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
     state, data, start = step.init(config.seed), {}, 0
     if config.init["from"]:
       params, model_state, lines = checkpoint.restore_into(state.params, config.init["from"], config.init.map, state.model_state)
+      lines += other_tokenizer(config)
       state = step.with_params(state, params, model_state)
       for line in lines:
         say(line)
@@ -328,6 +329,17 @@ def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
   if config.data.label != "none" and names:
     assets["classes.json"] = json.dumps(names).encode()
   return assets
+
+
+def other_tokenizer(config) -> list[str]:
+  """A line that warns where init.from was trained with another tokenizer than this run's, [] where not (or where one has none)."""
+  theirs = checkpoint.load_assets(config.init["from"])
+  if not config.data.text.tokenizer or not any(name.startswith("tokenizer.") for name in theirs):
+    return []
+  if Tokenizer.from_assets(theirs).fingerprint == load_tokenizer(config.data).fingerprint:
+    return []
+  return [f"warning: init.from {config.init['from']} was trained with another tokenizer than data.text.tokenizer "
+          f"{config.data.text.tokenizer!r}: its embeddings of tokens stand for other pieces. Use its tokenizer, or leave them new by init.map"]
 
 
 def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: int, allow_change: bool) -> None:
