@@ -36,6 +36,7 @@ from mmjax.data.augment import Augment
 from mmjax.data.resample import Box, resize_exact, resize_fast
 
 MAX_PIXELS = 100_000_000
+_WHOLE = 32  # pictures that are resized to at most so many times the output are resized whole, then cropped
 _KEEP = 1.5  # a JPEG is decoded smaller only while the crop stays this many times as large as the output
 _MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),
           (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"))
@@ -125,7 +126,8 @@ def _centre(height: int, width: int, resize: str, crop: float) -> Box:
 def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: int = 255, crop: float = 1.0) -> np.ndarray:
   """Evaluation: resized exactly as Pillow, uint8 [H, W, 3] -> [size, size, 3].
 
-  "shortest" equals resizing the shortest side to `size` / `crop` and cutting the centre, done in one step.
+  "shortest" resizes the shortest side to `size` / `crop` and cuts the centre; of an odd margin the smaller half lies above or to the
+  left, as the image processors of transformers have it (torchvision and open_clip round to the nearest even number).
   """
   height, width = pixels.shape[:2]
   if resize == "longest":
@@ -138,8 +140,10 @@ def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: i
     return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation))
   short, target = min(height, width), round(size / crop)
   h, w = (target if n == short else int(target * n / short) for n in (height, width))
-  top, left = round((h - size) / 2), round((w - size) / 2)
-  y, x = height / h, width / w
+  top, left = (h - size) // 2, (w - size) // 2
+  if h * w <= _WHOLE * size * size:
+    return np.ascontiguousarray(resize_exact(pixels, (h, w), interpolation)[top:top + size, left:left + size])
+  y, x = height / h, width / w  # a strip: only what is kept, which rounds otherwise
   return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation,
                                            (left * x, top * y, (left + size) * x, (top + size) * y)))
 

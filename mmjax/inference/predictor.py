@@ -226,7 +226,8 @@ class Predictor:
     """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of yours instead).
 
     inputs: `image=`, `text=`, `audio=`, `video=`, `series=`; of several modalities the i-th items belong together (a question about
-    a picture). Columns are named by `class_names`. Each row sums to 1, unless a record may have several labels (data.label).
+    a picture). Columns are named by `class_names`. Each row sums to 1, unless a record may have several labels (data.label), or the
+    classifier has a single output or gives scores (model.probabilities).
     Raises UserError: the model has no classifier or no such encoder, or an item that cannot be read.
     """
     if not getattr(self._model, "classes", 0):
@@ -234,8 +235,11 @@ class Predictor:
     order = next((tuple(entry.modalities) for entry in self.config.objectives.values()
                   if entry.get("kind") == "classification" and set(entry.modalities) == set(inputs)), tuple(inputs))
     logits = self._run(self._classify, (order,), self._batches(inputs, self._buckets[-1]), self._buckets[-1])
-    if self.config.data.label == "labels":
-      return 1 / (1 + np.exp(-logits))
+    kind = probabilities(self.config)
+    if kind == "none":
+      return logits
+    if kind == "sigmoid":
+      return np.asarray(1 / (1 + np.exp(-logits.astype(np.float64))), np.float32)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -351,6 +355,11 @@ class Predictor:
       raise UserError(f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(self.modalities))}")
     if joint and not self.joint:
       raise UserError("this checkpoint has no shared space (model.joint is False), so that it gives no embeddings")
+
+
+def probabilities(config) -> str:
+  """What makes probabilities of the classifier's logits: "softmax", "sigmoid", or "none" where they are scores."""
+  return "sigmoid" if config.data.label == "labels" else config.model.get("probabilities", "softmax")
 
 
 def in_threads(function: Callable, items: Iterable, ahead: int = 64) -> Iterator:

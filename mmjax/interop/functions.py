@@ -21,6 +21,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.examples import READERS
+from mmjax.inference.predictor import probabilities
 from mmjax.models import make_model, with_plain_kernels
 from mmjax.models.generation import write
 
@@ -48,9 +49,8 @@ def functions(config) -> dict[str, Function]:
   if getattr(model, "classes", 0):
     together = getattr(model, "fusion", None) is not None
     sets = kinds("modalities", "classification") or ((tuple(model.encoders),) if together else tuple((m,) for m in model.encoders))
-    several = config.data.label == "labels"
     for name, chosen in _named("classes", sets):
-      found[name] = Function(inputs(config, chosen), _classifies(model, chosen, several), "probabilities of the classes")
+      found[name] = Function(inputs(config, chosen), _classifies(model, chosen, probabilities(config)), "probabilities of the classes")
   if getattr(model, "decoder", None) is not None:
     sets = kinds("source", "captioning", "autoregressive") or tuple((m,) for m in model.encoders if m != "text")
     for name, chosen in _named("write", sets):
@@ -103,10 +103,10 @@ def _embeds(model: nn.Module, modality: str):
   return lambda variables, batch: model.apply(variables, modality, batch, method="embedding").astype(jnp.float32)
 
 
-def _classifies(model: nn.Module, modalities: tuple[str, ...], several: bool):
+def _classifies(model: nn.Module, modalities: tuple[str, ...], kind: str):
   def run(variables: Any, batch: Mapping[str, Any]) -> Array:
     logits = model.apply(variables, modalities, batch, method="classify").astype(jnp.float32)
-    return jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits)
+    return {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "none": jnp.asarray}[kind](logits)
 
   return run
 

@@ -54,6 +54,8 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in header.items():
       if name != "__metadata__":
+        if entry["dtype"] not in DTYPES:
+          raise UserError(f"{path}: tensor {name} holds {entry['dtype']}, which is not supported. Save it in float32, float16 or bfloat16")
         start, end = entry["data_offsets"]
         if end > len(data):
           raise ValueError(f"tensor {name} lies beyond its end")

@@ -16,6 +16,7 @@ from mmjax.models.pooling import SentencePooling, keep_rows, sentence
 from mmjax.ranges import Count, Sizes, Width
 
 Array = jax.Array
+Probabilities = Literal["softmax", "sigmoid", "none"]
 DenseActivation = Literal["identity", "tanh", "relu", "gelu", "sigmoid", "silu"]
 DENSE_ACTIVATIONS = {"identity": jnp.asarray, "tanh": jnp.tanh, "relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False),
                      "sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
@@ -28,6 +29,7 @@ class SingleEncoder(nn.Module):
   channels and with a function of `dense_activations`, as sentence-transformers has them.
   `projected`: the pooled output goes through a linear layer to `width` channels first, as CLIP's towers have it.
   `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it has a layer norm before it.
+  `probabilities`: what makes probabilities of its logits: softmax, sigmoid (of one label, or several at once), or "none" (scores).
   `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
   """
 
@@ -44,6 +46,7 @@ class SingleEncoder(nn.Module):
   dense: tuple[int, ...] = ()
   dense_activations: tuple[DenseActivation, ...] = ()
   dense_bias: bool = True
+  probabilities: Probabilities = "softmax"
 
   shared_methods = ("temperature",)  # methods whose result does not depend on examples
 
@@ -146,11 +149,12 @@ class MaskedTokenHead(nn.Module):
 def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
             classes: Count = 0, classifier_norm: bool = False, masked_tokens: bool = False, projection: bool = False,
             projection_bias: bool = False, sentence_pooling: tuple = (), dense: Sizes = (), dense_activations: tuple = (),
-            dense_bias: bool = True) -> SingleEncoder:
+            dense_bias: bool = True, probabilities: Probabilities = "softmax") -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.
   classes: outputs of a linear classifier; 0 = none. classifier_norm: a layer norm before it, as AST has.
+  probabilities: of the classifier's outputs: softmax, sigmoid (one label, or several at once) or none (they are scores).
   masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text alone).
   sentence_pooling: what is pooled of the tokens of a text, side by side, in place of the encoder's own pooling: class, max, mean,
   mean_sqrt, weighted_mean, last; () = that one.
@@ -168,7 +172,8 @@ def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precisio
   settings = dict(activation=module.config.activation, eps=module.config.eps) if masked_tokens or classifier_norm else {}
   return SingleEncoder(dict(encoders), width, classes, masked_tokens, classifier_norm=classifier_norm,
                        projected=projection, projection_bias=projection_bias, sentence_pooling=tuple(sentence_pooling),
-                       dense=tuple(dense), dense_activations=tuple(dense_activations), dense_bias=dense_bias, **settings)
+                       dense=tuple(dense), dense_activations=tuple(dense_activations), dense_bias=dense_bias,
+                       probabilities=probabilities, **settings)
 
 
 def _check_sentence(module: nn.Module, poolings: Sequence[str], dense: Sequence[int], activations: Sequence[str]) -> None:

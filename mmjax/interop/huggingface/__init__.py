@@ -11,15 +11,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import flax.linen as nn
+import flax.traverse_util
+import jax
+
 import mmjax.config
 from mmjax.config import UserError
+from mmjax.data.pipeline import batch_spec
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, preprocessing, sentences, single
+from mmjax.models import make_model
 from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
@@ -61,7 +67,15 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
   if around:
     tensors = sentences.text_tensors(tensors)
   try:
+    if facts.get("quantization_config"):
+      raise UserError("quantization_config: quantised weights are not supported. Save the model in float32, float16 or bfloat16")
+    if not around:
+      single.check_architecture(facts, tensors)
     found = family.settings(facts, tensors)
+    classes, names = found["model"].get("classes", 0), []
+    if classes and found["model"]["name"] == "encoder":
+      found["model"]["probabilities"] = single.scores(facts, classes)
+      names = single.class_names(facts, classes)
     if around:
       sentences.add(found["model"], around)
       tensors.update(around.tensors)
@@ -87,13 +101,30 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
       c.model.encoders["text"]["max_positions"], c.data.text.length = length, limit
     c.data.text.lowercase = c.data.text.lowercase or bool(around and around.lowercase)
   assets.update({name: (folder / name).read_bytes() for name in files[1:] if name in facts})
+  if names:
+    assets["classes.json"] = json.dumps(names).encode()
   c.precision.compute = "float32"
   config = mmjax.config.resolve(c)
-  params = mapping.to_params(tensors, [*family.rules(config), *sentences.rules(config)], str(folder))
+  rules = [*family.rules(config), *sentences.rules(config)]
+  params = mapping.to_params(tensors, rules, str(folder))
+  _check_shapes(config, params, rules, folder)
   state = {name: params.pop(name) for name in (single.STATISTICS,) if name in params}
   checkpoints.save_import(str(out), params, config, assets, state)
   for note in (*found.get("notes", ()), *(around.notes if around else ())):
     log(f"{folder}: {note}")
+
+
+def _check_shapes(config: Any, params: Mapping[str, Any], rules: Sequence[mapping.Rule], where: Path) -> None:
+  """Raises UserError naming the tensor that makes a parameter of another shape than the model of the config has."""
+  batch = batch_spec(config, 1)
+  model = make_model(config)
+  wanted = flax.traverse_util.flatten_dict(nn.unbox(jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch)), sep="/")
+  theirs = {rule.ours: rule.theirs[0] for rule in rules}
+  for name, value in flax.traverse_util.flatten_dict(params, sep="/").items():
+    spec = wanted.get(name if name.startswith(f"{single.STATISTICS}/") else f"params/{name}")
+    if spec is None or spec.shape != value.shape:
+      needs = "does not belong to it" if spec is None else f"should have {list(spec.shape)}"
+      raise UserError(f"{where}: {theirs[name].format(i=0)} gives a parameter of shape {list(value.shape)}, which by its config.json {needs}")
 
 
 def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
@@ -117,7 +148,10 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
     facts = preprocessing.tokenizer_files(config, assets, family, lowercases=is_sentence)
   if "image" in config["model"]["encoders"]:
     facts["preprocessor_config.json"] = json.dumps(preprocessing.image_facts(config, family), indent=2).encode()
-  facts["config.json"] = json.dumps(family.facts(config, special), indent=2).encode()
+  stated = family.facts(config, special)
+  if config["model"].get("classes") and config["model"]["name"] == "encoder":
+    stated.update(single.label_facts(config, json.loads(assets.get("classes.json", b"[]"))))
+  facts["config.json"] = json.dumps(stated, indent=2).encode()
   if hasattr(family, "files"):
     facts.update({name: json.dumps(content, indent=2).encode() for name, content in family.files(config, assets).items()})
   variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.traverse_util
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.config import UserError
@@ -14,6 +15,11 @@ Array = np.ndarray
 IGNORED = (  # constants and copies that files carry beside the weights
   "position_ids", "num_batches_tracked", "relative_position_index", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
   "cls.seq_relationship.weight", "cls.seq_relationship.bias", "model.encoder.embed_positions.weight", "proj_out.weight")
+
+
+COPIES = {  # tensors that are left out -> those that they are copies of in a tied model
+  "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias",
+  "proj_out.weight": "model.decoder.embed_tokens.weight"}
 
 
 class Rule(NamedTuple):
@@ -111,15 +117,30 @@ def to_params(tensors: Mapping[str, Array], rules: Sequence[Rule], where: str) -
   for kind, names in (("lacks", wanted - have), ("holds tensors that its config.json does not explain:", have - wanted)):
     if names:
       raise UserError(f"{where} {kind} {', '.join(sorted(names))}. Its config.json belongs to another model")
+  for copy, original in COPIES.items():  # transformers ties what a file holds once, or twice and equal
+    if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
+      raise UserError(f"{where}: {copy} differs from {original}, so that transformers does not tie them, but tokens are predicted "
+                      "through the embeddings here. Such a model is not supported")
   flat = {}
   for rule in rules:
-    groups = [[np.asarray(tensors[t.format(i=i)], np.float32) for t in rule.theirs] for i in range(rule.layers or 1)]
+    groups = [[_finite(tensors[t.format(i=i)], t.format(i=i), where) for t in rule.theirs] for i in range(rule.layers or 1)]
     try:
       values = [rule.into(group) for group in groups]
       flat[rule.ours] = np.array(np.stack(values) if rule.layers else values[0], order="C")
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
       raise UserError(f"{where}: {rule.theirs[0]} has shape {groups[0][0].shape}, which its config.json does not allow") from error
   return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _finite(tensor: Array, name: str, where: str) -> Array:
+  """float32. Raises UserError: whole numbers (quantised weights), or numbers that are not finite."""
+  if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    raise UserError(f"{where}: {name} holds {tensor.dtype}, but weights are floating-point numbers here. Save it without quantisation")
+  with np.errstate(over="ignore"):
+    values = np.asarray(tensor, np.float32)
+  if not np.isfinite(values).all():
+    raise UserError(f"{where}: {name} holds NaN or infinity. The file is damaged, or was saved of a run that had diverged")
+  return values
 
 
 def to_tensors(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,18 @@ from mmjax.interop.safetensors import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SENTENCEPIECE = "spiece.model"
+_HALF = dict(do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+_CROPS = dict(_HALF, size={"shortest_edge": 224}, resample=3, do_center_crop=True, crop_size=224,
+              image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711))
+PROCESSORS = {  # name of an image processor -> what it does where its file is silent
+  "CLIP": _CROPS, "Bit": _CROPS,
+  "Siglip": dict(_HALF, size={"height": 224, "width": 224}, resample=3, do_center_crop=False),
+  "Siglip2": dict(_HALF, resample=2, do_center_crop=False, patch_size=16, max_num_patches=256),
+  "ViT": dict(_HALF, size={"height": 224, "width": 224}, resample=2, do_center_crop=False),
+  "DeiT": dict(_HALF, size={"height": 256, "width": 256}, resample=3, do_center_crop=True, crop_size=224),
+  "ConvNext": dict(_HALF, size={"shortest_edge": 384}, resample=3, do_center_crop=False),
+}
+SHORTEST = ("CLIP", "Bit", "ConvNext")  # those for which a size of one number is the shortest side
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -23,28 +36,37 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
 
   image_size: what config.json says; None = nothing.
   """
-  facts = dict(family.PREPROCESSOR)
-  if (path := folder / "preprocessor_config.json").exists():
-    facts.update(read_json(path))
-  elif (path := folder / "processor_config.json").exists():
-    facts.update(read_json(path).get("image_processor", {}))
-  else:
-    raise UserError(f"{folder}: no preprocessor_config.json, so how pictures were prepared is unknown. Copy it too")
+  path, stated = _image_processor(folder)
+  kind = str(stated.get("image_processor_type") or stated.get("feature_extractor_type") or "")
+  name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+  if name and name not in PROCESSORS:
+    raise UserError(f"{path}: image_processor_type is {kind!r}, but only those of {', '.join(PROCESSORS)} are supported")
+  facts = {**(PROCESSORS[name] if name else family.PREPROCESSOR), **{key: value for key, value in stated.items() if value is not None}}
+  for key in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
+    if facts.get(key):
+      raise UserError(f"{path}: {key} is {facts[key]!r}, which is not supported")
+  if facts.get("do_center_crop") and facts.get("crop_size") is None:
+    raise UserError(f"{path}: do_center_crop is true, but it states no crop_size")
   resample = facts["resample"]
   if resample not in FILTERS or not facts["do_resize"]:
     raise UserError(f"{path}: do_resize {facts['do_resize']} with resample {resample}, but only resizing by 2 (bilinear) or 3 (bicubic) is supported")
   if not facts["do_rescale"] or abs(facts["rescale_factor"] * 255 - 1) > 1e-4:
     raise UserError(f"{path}: rescale_factor {facts['rescale_factor']} (do_rescale {facts['do_rescale']}), but pixels are divided by 255 here")
-  if "ConvNext" in str(facts.get("image_processor_type") or facts.get("feature_extractor_type")):
+  if name == "ConvNext":
     _convnext(facts)
   mean, std = (facts["image_mean"], facts["image_std"]) if facts["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
   common = dict(interpolation=FILTERS[resample], mean=tuple(map(float, mean)), std=tuple(map(float, std)))
   if "max_num_patches" in family.PREPROCESSOR:
     return dict(resize="naflex", patch=square(facts["patch_size"], f"{path}: patch_size"), tokens=facts["max_num_patches"], **common)
   size = facts["size"]
-  shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size if facts["do_center_crop"] else None
+  if isinstance(size, Mapping) and not (set(size) == {"shortest_edge"} or set(size) == {"height", "width"}):
+    raise UserError(f"{path}: size is {size}, but only a shortest_edge, or height and width, are supported")
+  to_shortest = name in SHORTEST if name else facts["do_center_crop"]  # of a size that is one number
+  shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size if to_shortest else None
   if shortest is None:
     resize, final, share = "squash", square(size, f"{path}: size"), 1.0
+    if facts["do_center_crop"] and square(facts["crop_size"], f"{path}: crop_size") != final:
+      raise UserError(f"{path}: resizes pictures to {size} and crops {facts['crop_size']} of them; a crop of squeezed pictures is not supported")
   else:
     crop = square(facts["crop_size"], f"{path}: crop_size") if facts["do_center_crop"] else None
     if crop is None or crop > shortest:
@@ -53,6 +75,17 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
   if image_size not in (None, final):
     raise UserError(f"{path}: prepares pictures of {final} pixels, but config.json has vision_config.image_size {image_size}")
   return dict(size=final, resize=resize, crop=share, **common)
+
+
+def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+  """(file, what it says of the image processor): of processor_config.json before preprocessor_config.json, as transformers reads
+  them. Raises UserError: there is neither."""
+  nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
+  if nested.exists() and isinstance(found := read_json(nested).get("image_processor"), dict):
+    return nested, found
+  if not own.exists():
+    raise UserError(f"{folder}: no preprocessor_config.json, so how pictures were prepared is unknown. Copy it too")
+  return own, read_json(own)
 
 
 def _convnext(facts: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from mmjax.interop.huggingface.mapping import Rule
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 HEADS = ("classifier.", "cls.", "visual_projection.", "text_projection.")  # names that never carry the encoder's prefix
 STATISTICS = "batch_stats"
+ARCHITECTURES = ("Model", "WithProjection", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForImageClassification",
+                 "ForAudioClassification", "ForConditionalGeneration", "ForCTC")
 
 
 def model(tensors: Mapping[str, np.ndarray], encoders: Mapping[str, Any], width: int, **heads: Any) -> dict[str, Any]:
@@ -37,6 +39,59 @@ def headless(config: Mapping[str, Any], projection: bool = True, projection_bias
   return [("model.classes", model["classes"], (0,)), ("model.masked_tokens", model["masked_tokens"], (False,)),
           ("model.projection", model["projection"], (True, False) if projection else (False,)),
           ("model.projection_bias", model["projection_bias"], (projection_bias,) if model["projection"] else (True, False))]
+
+
+def check_architecture(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+  """Raises UserError: the model has a head of another kind, which the names of its weights need not show.
+
+  A file of BertForTokenClassification names its weights as one of BertForSequenceClassification does.
+  """
+  names = facts.get("architectures") or []
+  for name in names:
+    if not name.endswith(ARCHITECTURES):
+      raise UserError(f"architectures is {name!r}, but only those are supported that end in {', '.join(ARCHITECTURES)}")
+  if not names and any(re.match(r"classifier\.", name) for name in tensors):
+    raise UserError("architectures is not stated, so that it is unknown what the classifier of its weights classifies: texts, tokens or "
+                    "choices. Name the architecture, such as ['BertForSequenceClassification']")
+
+
+def scores(facts: Mapping[str, Any], classes: int) -> str:
+  """model.probabilities of a classifier, as the pipelines of transformers have it; with one label, as a CrossEncoder of
+  sentence-transformers states it. Raises UserError: an activation, or a number of labels, that is not that."""
+  names = facts.get("id2label")
+  if names is not None and len(names) != classes:
+    raise UserError(f"id2label names {len(names)} classes, but the classifier of its weights has {classes}")
+  stated = (facts.get("sentence_transformers") or {}).get("activation_fn") or facts.get("sbert_ce_default_activation_function")
+  if classes == 1 and stated:
+    kind = {"Sigmoid": "sigmoid", "Identity": "none"}.get(stated.rsplit(".", 1)[-1])
+    if not kind:
+      raise UserError(f"the activation of its scores is {stated!r}, but only Sigmoid and Identity are supported")
+    return kind
+  problem = facts.get("problem_type")
+  if problem == "regression":
+    return "none"
+  return "sigmoid" if classes == 1 or problem == "multi_label_classification" else "softmax"
+
+
+def class_names(facts: Mapping[str, Any], classes: int) -> list[str]:
+  """The names of a classifier's outputs; [] where a config.json has none of its own. Raises UserError: they are not numbered from 0."""
+  names = {str(number): str(name) for number, name in (facts.get("id2label") or {}).items()}
+  if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
+    return []
+  if set(names) != set(map(str, range(classes))):
+    raise UserError(f"id2label has the numbers {', '.join(names)}, but classes are numbered from 0 to {classes - 1}")
+  return [names[str(number)] for number in range(classes)]
+
+
+def label_facts(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+  """What config.json says of a classifier's outputs; names: those that there are, the rest are LABEL_i."""
+  model = config["model"]
+  names = [*names, *(f"LABEL_{i}" for i in range(len(names), model["classes"]))]
+  kind = "sigmoid" if config["data"]["label"] == "labels" else model.get("probabilities", "softmax")
+  problem = {"none": "regression", "sigmoid": "multi_label_classification" if len(names) > 1 else None,
+             "softmax": "single_label_classification"}[kind]
+  return dict(id2label={str(i): name for i, name in enumerate(names)}, label2id={name: i for i, name in enumerate(names)},
+              **(dict(problem_type=problem) if problem else {}))
 
 
 def classifier(config: Mapping[str, Any], theirs: str = "classifier") -> list[Rule]:

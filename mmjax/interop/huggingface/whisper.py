@@ -94,6 +94,8 @@ def _positions(config: Mapping[str, Any]) -> int:
 def encoder_settings(facts: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
   """The entry of model.encoders.audio of a config.json and a preprocessor_config.json. Raises UserError: no such encoder here."""
   f, p = {**ENCODER, **facts}, {**PREPROCESSOR, **preprocessor}
+  if p.get("dither"):
+    raise UserError(f"preprocessor_config.json has dither {p['dither']}, which adds noise to sounds: that is not supported")
   if f["activation_function"] != "gelu":
     raise UserError(f"activation_function is {f['activation_function']!r}, but its convolutions have 'gelu': only that is supported")
   if f["num_mel_bins"] != p["feature_size"]:
