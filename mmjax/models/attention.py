@@ -31,17 +31,22 @@ MANY = LONG**2 // 2  # pairs of query and key, likewise
 
 
 def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None, causal: bool = False,
-           kernel: str = "auto", scale: float | None = None) -> Array:
+           kernel: str = "auto", scale: float | None = None, bias: Array | None = None) -> Array:
   """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
 
   query [B, L, H, K], key and value [B, S, H, K] -> [B, L, H, K] in the dtype of `value`. mask: bool [B, S] or [B, L, S],
   True = may be seen. `causal` lets query i see keys up to i (counted from the start). scale: default 1 / sqrt(K).
+  bias: float32 [H, L, S], added to the scaled logits; only kernel "xla" takes one, and "auto" then is that.
   kernel: "auto" picks by platform and shape; a named one that this platform or mask cannot have raises UserError.
   Where the logical axis "length" is split over n devices, ring attention takes the kernel's place (ring_attention.py);
   lengths L or S that n does not divide are gathered as far as the kernel needs them.
   """
-  kernel = choose(kernel, query, key, mask)
   scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+  if bias is not None:
+    if kernel not in ("auto", "xla"):
+      raise UserError(f"attention kernel {kernel!r} takes no bias of relative positions. Use 'auto'")
+    return _xla(query, key, value, mask, causal=causal, scale=scale, bias=bias)
+  kernel = choose(kernel, query, key, mask)
   spec = _places(query.shape, ("batch", "length", "heads", "kv"))
   if spec is not None and (devices := devices_along(spec[1])) > 1 and key.shape[1] % devices == 0:
     return ring_attention(query, key, value, mask, Ring(spec, devices, causal, scale))
@@ -113,10 +118,13 @@ def _blind_to_empty(seen: Array) -> tuple[Array, Array]:
   return seen | ~some[..., None], some
 
 
-def _xla(query: Array, key: Array, value: Array, mask: Array | None, *, causal: bool, scale: float) -> Array:
+def _xla(query: Array, key: Array, value: Array, mask: Array | None, *, causal: bool, scale: float,
+         bias: Array | None = None) -> Array:
   """The plain formula, on [B, H, L, K]: small products of contiguous matrices are what CPUs are quickest at."""
   q, k, v = (materialise(x.swapaxes(1, 2)) for x in (query * jnp.asarray(scale, query.dtype), key, value))
   logits = materialise(jnp.einsum("bhld,bhsd->bhls", q, k, preferred_element_type=jnp.float32))
+  if bias is not None:
+    logits = logits + bias
   seen = _open(mask, causal, query.shape[1], key.shape[1])
   if seen is not None:
     seen, some = _blind_to_empty(seen)
@@ -267,7 +275,7 @@ def _places(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
 class Attention(nn.Module):
   """Multi-head attention with its projections. Call: x [B, L, D], context [B, S, D] or None (x itself) -> [B, L, D].
 
-  One parameter holds the three input projections: qkv/kernel [D, 3, H, K]; out/kernel [H, K, D]. mask: as in `attend`.
+  One parameter holds the three input projections: qkv/kernel [D, 3, H, K]; out/kernel [H, K, D]. mask, bias: as in `attend`.
   length: L where x is given as rows [B * L, D], and returned so, for a kernel that `fuses`.
   """
 
@@ -278,7 +286,8 @@ class Attention(nn.Module):
   use_bias: bool = True
 
   @nn.compact
-  def __call__(self, x: Array, context: Array | None = None, *, mask: Array | None = None, length: int = 0) -> Array:
+  def __call__(self, x: Array, context: Array | None = None, *, mask: Array | None = None, length: int = 0,
+               bias: Array | None = None) -> Array:
     width = x.shape[-1]
     shape = (3, self.heads, width // self.heads)
     projection = functools.partial(Dense, shape, ("embed", "qkv", "heads", "kv"), self.dtype, xavier(width, width), self.use_bias, name="qkv")
@@ -291,7 +300,7 @@ class Attention(nn.Module):
         query, key, value = (part[..., 0, :, :] for part in qkv)
       else:
         query, key, value = CrossProjection(shape, self.dtype, self.use_bias, name="qkv")(x, context)
-      out = attend(query, key, value, mask=mask, causal=self.causal, kernel=self.kernel)
+      out = attend(query, key, value, mask=mask, causal=self.causal, kernel=self.kernel, bias=bias)
       out = constrain(out, ("batch", "length", "heads", "kv"))
     return Dense((width,), ("heads", "kv", "embed"), self.dtype, xavier(width, width), self.use_bias, name="out")(out)
 

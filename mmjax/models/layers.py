@@ -186,6 +186,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
 }
 
 
@@ -218,18 +219,22 @@ activate.defvjp(_activate_forward, _activate_backward)
 
 
 class Mlp(nn.Module):
-  """Two dense layers with an activation between. Call: x [..., D] -> [..., D]."""
+  """Two dense layers with an activation between. Call: x [..., D] -> [..., D].
+
+  gated: the first gives twice the hidden units, of which the activated half multiplies the other.
+  """
 
   hidden: int
   activation: str
   dtype: jnp.dtype
   use_bias: bool = True
+  gated: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     width = x.shape[-1]
-    h = Dense((self.hidden,), ("embed", "mlp"), self.dtype, use_bias=self.use_bias, name="up")(x)
-    h = activate(self.activation, h)
+    h = Dense((self.hidden * (1 + self.gated),), ("embed", "mlp"), self.dtype, use_bias=self.use_bias, name="up")(x)
+    h = activate(self.activation, h[..., :self.hidden]) * h[..., self.hidden:] if self.gated else activate(self.activation, h)
     return Dense((width,), ("mlp", "embed"), self.dtype, use_bias=self.use_bias, name="down")(h)
 
 
@@ -254,14 +259,16 @@ def sincos_positions(height: int, width: int, channels: int, temperature: float 
   return np.concatenate([np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)], 1).astype(np.float32)
 
 
-def resize_positions(table: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
+def resize_positions(table: Array, old: tuple[int, int], new: tuple[int, int], antialias: bool = False) -> Array:
   """Learned positions of a grid `old`, [old[0] * old[1], D], interpolated to the grid `new`: [new[0] * new[1], D].
 
-  Bicubic with a = -0.75 and half-pixel centres, as transformers does with `interpolate_pos_encoding`.
+  Bicubic with a = -0.75 and half-pixel centres, as transformers does with `interpolate_pos_encoding`; antialias: with a = -0.5,
+  over as many more places as the grid shrinks, as `torch.nn.functional.interpolate(..., antialias=True)`.
   """
   if old == new:
     return table
-  rows, columns = (jnp.asarray(_cubic_weights(o, n), table.dtype) for o, n in zip(old, new, strict=True))
+  weights = _antialiased_weights if antialias else _cubic_weights
+  rows, columns = (jnp.asarray(weights(o, n), table.dtype) for o, n in zip(old, new, strict=True))
   grid = table.reshape(*old, table.shape[-1])
   return jnp.einsum("ah,bw,hwd->abd", rows, columns, grid, precision="highest").reshape(-1, table.shape[-1])
 
@@ -278,3 +285,13 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
       w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
       out[i, min(max(j, 0), old - 1)] += w
   return out
+
+
+@functools.lru_cache(maxsize=64)
+def _antialiased_weights(old: int, new: int) -> np.ndarray:
+  """[new, old] weights of one-dimensional cubic convolution (a = -0.5), stretched where `new` is smaller, cut off at the edges."""
+  a, scale = -0.5, old / new
+  distance = np.abs(np.arange(old) + 0.5 - scale * (np.arange(new)[:, None] + 0.5)) / max(scale, 1)
+  near, far = (a + 2) * distance**3 - (a + 3) * distance**2 + 1, a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+  weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+  return weights / weights.sum(1, keepdims=True)

@@ -14,12 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from mmjax.config import UserError
 from mmjax.models.attention import Attention, fuses
 from mmjax.models.fused_attention import TILE
-from mmjax.models.layers import LayerNorm, Mlp, constrain
+from mmjax.models.layers import LayerNorm, Mlp, constrain, with_axes
 from mmjax.models.platform import platform
 
 Array = jax.Array
 Remat = Literal["none", "full", "dots", "dense", "dots_no_batch", "attention", "offload", "offload_dense"]
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 Kernel = Literal["auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn"]
 
 _POLICIES = jax.checkpoint_policies
@@ -59,6 +59,8 @@ class TransformerConfig:
   dtype: jnp.dtype = jnp.float32
   kernel: Kernel = "auto"
   remat: Remat = "none"
+  gated: bool = False  # the MLP multiplies its activated half by another (Shazeer 2020, arXiv:2002.05202)
+  layer_scale: float = 0.0  # a learned factor a channel of what each part adds, at the start; 0 = none (arXiv:2103.17239)
   scan_unroll: int = 0  # blocks a trip of the loop; 0 = all of a short stack on CPUs, 1 elsewhere. Changes speed only
 
   def __post_init__(self):
@@ -71,31 +73,44 @@ class TransformerConfig:
 class Block(nn.Module):
   """Attention and MLP with residuals, normalised before ("pre") or after ("post"). Call: x [B, L, D] -> [B, L, D].
 
-  length: L where x is given as rows [B * L, D], and returned so.
+  length: L where x is given as rows [B * L, D], and returned so. bias: float32 [H, L, L], added to the attention's logits.
   """
 
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None, *, train: bool = False, length: int = 0) -> Array:
+  def __call__(self, x: Array, mask: Array | None, *, train: bool = False, length: int = 0, bias: Array | None = None) -> Array:
     c = self.config
     norm = lambda name: LayerNorm(c.eps, c.dtype, name=name)
     drop = nn.Dropout(c.dropout, deterministic=not train)
     attention = Attention(c.heads, c.dtype, c.causal, c.kernel, c.bias, name="attention")
-    mlp = Mlp(c.mlp, c.activation, c.dtype, c.bias, name="mlp")
+    mlp = Mlp(c.mlp, c.activation, c.dtype, c.bias, c.gated, name="mlp")
+    scaled = lambda name, x: LayerScale(c.layer_scale, name=name)(x) if c.layer_scale else x
     x = checkpoint_name(constrain(x), "block")
-    attended = lambda x: drop(checkpoint_name(attention(x, mask=mask, length=length), "attention"))
+    attended = lambda x: drop(scaled("attention_scale", checkpoint_name(attention(x, mask=mask, length=length, bias=bias), "attention")))
+    widened = lambda x: drop(scaled("mlp_scale", mlp(x)))
     if c.norm == "pre":
       x = x + attended(norm("attention_norm")(x))
-      x = x + drop(mlp(norm("mlp_norm")(x)))
+      x = x + widened(norm("mlp_norm")(x))
     else:
       x = norm("attention_norm")(x + attended(x))
-      x = norm("mlp_norm")(x + drop(mlp(x)))
+      x = norm("mlp_norm")(x + widened(x))
     return constrain(x)
 
 
+class LayerScale(nn.Module):
+  """A learned factor for each channel, which starts at `value` (Touvron et al. 2021, arXiv:2103.17239). Call: [..., D] -> [..., D]."""
+
+  value: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param("scale", with_axes(nn.initializers.constant(self.value), ("embed",)), (x.shape[-1],), jnp.float32)
+    return x * scale.astype(x.dtype)
+
+
 class Transformer(nn.Module):
-  """`depth` blocks. Call: x [B, L, D], mask bool [B, S] | [B, L, S] | None -> [B, L, D].
+  """`depth` blocks. Call: x [B, L, D], mask bool [B, S] | [B, L, S] | None, bias float32 [H, L, L] | None -> [B, L, D].
 
   The blocks' parameters are stored stacked under "layers" with a leading logical axis "layers", however they are run. For
   the final norm (pre-norm stacks) see the encoders. Randomness: stream "dropout", drawn for each block from one key.
@@ -104,10 +119,10 @@ class Transformer(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None = None, *, train: bool = False) -> Array:
+  def __call__(self, x: Array, mask: Array | None = None, *, train: bool = False, bias: Array | None = None) -> Array:
     c = self.config
     shape, x = x.shape, x.astype(c.dtype)
-    x, mask, length = self._rows(x, mask)
+    x, mask, length = self._rows(x, mask) if bias is None else (x, mask, 0)
     block = Block(c, parent=None)
     plain = Block(dataclasses.replace(c, kernel="xla"), parent=None)  # the same parameters; kernels refuse a single token
 
@@ -123,7 +138,8 @@ class Transformer(nn.Module):
 
     def run(x: Array, layer: tuple[Any, Array | None]) -> Array:
       params, key = layer
-      return block.apply({"params": params}, x, mask, train=train, length=length, rngs=None if key is None else {"dropout": key})
+      return block.apply({"params": params}, x, mask, train=train, length=length, bias=bias,
+                         rngs=None if key is None else {"dropout": key})
 
     if c.remat != "none":
       run = jax.checkpoint(run, policy=REMAT[c.remat], prevent_cse=unroll > 1)
@@ -144,11 +160,11 @@ class Transformer(nn.Module):
     return x.reshape(b * length, c.width), mask, length
 
 
-def run_stack(encoder: nn.Module, x: Array, mask: Array | None, *, train: bool) -> Array:
+def run_stack(encoder: nn.Module, x: Array, mask: Array | None, *, train: bool, bias: Array | None = None) -> Array:
   """x [B, L, D] through the transformer of an encoder: its `trunk`, where it shares one, or a stack of its own `config`,
   whose parameters are the encoder's (text/layers, not text/Transformer_0/layers). Call it in the encoder's compact method."""
   if encoder.trunk is not None:
-    return encoder.trunk(x, mask, train=train)
+    return encoder.trunk(x, mask, train=train, bias=bias)
   stack = Transformer(encoder.config)
   nn.share_scope(encoder, stack)
-  return stack(x, mask, train=train)
+  return stack(x, mask, train=train, bias=bias)

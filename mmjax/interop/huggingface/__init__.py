@@ -32,10 +32,13 @@ AST = "audio-spectrogram-transformer"
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
   **{name: name for name in ("clip", "siglip", "siglip2", "bert", "vit", "resnet", "swin", "whisper")}, AST: "ast",
   **{f"{tower}_model": tower for tower in ("clip_vision", "clip_text", "siglip_vision", "siglip_text")},
+  "roberta": "roberta", "xlm-roberta": "roberta", "distilbert": "distilbert", "mpnet": "mpnet",
+  **{name: name for name in ("dinov2", "dinov2_with_registers")},
 }
 DUAL = ("clip", "siglip")  # those that hold two encoders
 ALONE = {  # an encoder's kind -> the families that it alone may be
-  "bert": ("bert",), "transformer": ("clip_text_model", "siglip_text_model"), "vit": ("vit", "clip_vision_model", "siglip_vision_model"),
+  "bert": ("bert", "roberta", "distilbert", "mpnet"), "transformer": ("clip_text_model", "siglip_text_model"),
+  "vit": ("vit", "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers"),
   "resnet": ("resnet",), "swin": ("swin",), "ast": (AST,),
 }
 
@@ -156,6 +159,8 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
     facts.update({name: json.dumps(content, indent=2).encode() for name, content in family.files(config, assets).items()})
   variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}
   tensors = mapping.to_tensors(variables, [*family.rules(config), *sentences.rules(config)])
+  if hasattr(family, "constants"):
+    tensors.update(family.constants(config))
   weights = {}
   if is_sentence:
     for name, content in sentences.files(config, tensors).items():
@@ -164,8 +169,6 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
       else:
         facts[name] = json.dumps(content, indent=2).encode()
   weights["model.safetensors"] = single.with_prefix(tensors, family.PREFIX)
-  if hasattr(family, "constants"):
-    weights["model.safetensors"].update(family.constants(config))
   partial = out.with_name(f".{out.name}.{os.getpid()}")
   try:
     partial.mkdir(parents=True)

@@ -133,7 +133,7 @@ def block_refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   for modality, encoder in config["model"]["encoders"].items():
     wanted = dict(norm="pre", final_norm=True, bias=True)
     if modality == "image":
-      wanted.update(positions="learned", stem="patch", pooler=False)
+      wanted.update(positions="learned", stem="patch", pooler=False, layer_scale=0, registers=0, grid=0, gated=False)
     checks += [(f"model.encoders.{modality}.{key}", encoder[key], (value,)) for key, value in wanted.items()]
   return checks
 

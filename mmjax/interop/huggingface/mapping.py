@@ -14,7 +14,8 @@ from mmjax.config import UserError
 Array = np.ndarray
 IGNORED = (  # constants and copies that files carry beside the weights
   "position_ids", "num_batches_tracked", "relative_position_index", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
-  "cls.seq_relationship.weight", "cls.seq_relationship.bias", "model.encoder.embed_positions.weight", "proj_out.weight")
+  "cls.seq_relationship.weight", "cls.seq_relationship.bias", "model.encoder.embed_positions.weight", "proj_out.weight",
+  "lm_head.decoder.weight", "lm_head.decoder.bias", "vocab_projector.weight", "embeddings.mask_token")
 
 
 COPIES = {  # tensors that are left out -> those that they are copies of in a tied model

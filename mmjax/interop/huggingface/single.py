@@ -14,7 +14,7 @@ from mmjax.interop.huggingface.clip import ACTIVATIONS, square
 from mmjax.interop.huggingface.mapping import Rule
 
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-HEADS = ("classifier.", "cls.", "visual_projection.", "text_projection.")  # names that never carry the encoder's prefix
+HEADS = ("classifier.", "cls.", "visual_projection.", "text_projection.", "lm_head.", "pre_classifier.", "vocab_")  # names that never carry the encoder's prefix
 STATISTICS = "batch_stats"
 ARCHITECTURES = ("Model", "WithProjection", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForImageClassification",
                  "ForAudioClassification", "ForConditionalGeneration", "ForCTC")
@@ -22,7 +22,7 @@ ARCHITECTURES = ("Model", "WithProjection", "ForMaskedLM", "ForPreTraining", "Fo
 
 def model(tensors: Mapping[str, np.ndarray], encoders: Mapping[str, Any], width: int, **heads: Any) -> dict[str, Any]:
   """Settings of `model` for one encoder, with the classifier that a file holds."""
-  weight = next((x for name, x in tensors.items() if re.fullmatch(r"classifier(\.\d)?\.weight", name)), None)
+  weight = next((x for name, x in tensors.items() if re.fullmatch(r"classifier(\.\d|\.out_proj)?\.weight", name)), None)
   return dict(name="encoder", width=width, classes=0 if weight is None else int(weight.shape[0]), encoders=dict(encoders), **heads)
 
 
@@ -129,6 +129,14 @@ def only(facts: Mapping[str, Any], **allowed: Any) -> None:
   for key, value in allowed.items():
     if facts[key] != value:
       raise UserError(f"{key} is {facts[key]!r}, but only {value!r} is supported")
+
+
+def tied(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray], copies: Mapping[str, str]) -> None:
+  """Raises UserError unless the tensors that a file may hold beside those that they are copies of, {copy: original}, are equal."""
+  only(facts, tie_word_embeddings=True)
+  for copy, original in copies.items():
+    if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
+      raise UserError(f"{copy} differs from {original}, but tokens are predicted through the embeddings here")
 
 
 def image_size(facts: Mapping[str, Any]) -> int:

@@ -61,7 +61,7 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   """(key, value, values that would do) of what a ViT of transformers must have."""
   model, image = config["model"], config["model"]["encoders"]["image"]
   wanted = dict(pooling="class", positions="learned", stem="patch", norm="pre", final_norm=True, bias=True, input_norm=False,
-                patch_bias=True)
+                patch_bias=True, layer_scale=0, registers=0, grid=0, gated=False)
   return [*((f"model.encoders.image.{key}", image[key], (value,)) for key, value in wanted.items()),
           ("model.encoders.image.pooler", image["pooler"], (False,) if model["classes"] else (True, False)),
           ("model.masked_tokens", model["masked_tokens"], (False,))]

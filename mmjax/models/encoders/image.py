@@ -25,10 +25,10 @@ from mmjax.models.layers import (
 )
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
-from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, NonNegative, Side, Width
 
 Array = jax.Array
-ImagePooling = Literal["class", "mean", "attention", "last"]
+ImagePooling = Literal["class", "mean", "class_mean", "attention", "last"]
 Positions = Literal["learned", "sincos"]
 Stem = Literal["patch", "half_patch", "convolution"]
 
@@ -38,7 +38,8 @@ class VisionTransformer(nn.Module):
 
   Learned positions belong to the grid of `size`; pictures of another size get them interpolated. Pixels beyond the last
   whole patch are not seen. Patches where patch_mask is True are hidden by a learned token (no patch is dropped then; with
-  the stems that overlap, their neighbours still see their edges). trunk: a transformer shared with other encoders.
+  the stems that overlap, their neighbours still see their edges). grid: rows and columns of the learned positions, 0 = those of
+  `size`. registers: learned tokens between the class token and the patches (Darcet et al. 2024, arXiv:2309.16588). trunk: a transformer shared with other encoders.
   Randomness: stream "dropout", for dropout and patch dropout, only when `train`.
   """
 
@@ -56,21 +57,29 @@ class VisionTransformer(nn.Module):
   final_norm: bool = True
   trunk: nn.Module | None = None
   pooler: bool = False
+  registers: int = 0
+  grid: int = 0
+  antialias: bool = False
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
     c = self.config
     pixels, grid = self._pixels(batch, c.dtype)
     x = hide_patches(self, self._embed(pixels, grid), batch)
-    head = self.pooling == "class"  # one more token, with a position of its own
+    head = self.pooling in ("class", "class_mean")  # one more token, with a position of its own
     positions = self._positions(grid, head)
     x = x + positions[head:].astype(c.dtype)
     if train and self.patch_dropout and "patch_mask" not in batch:
       x = drop_tokens(x, self.patch_dropout, self.make_rng("dropout"))
+    before = []
     if head:
       token = self.param("class", with_axes(normal(c.width**-0.5), ("embed",)), (c.width,), jnp.float32)
-      token = jnp.broadcast_to((token + positions[0]).astype(c.dtype), (x.shape[0], 1, c.width))
-      x = jnp.concatenate([token, x], axis=1)
+      before.append((token + positions[0])[None])
+    if self.registers:
+      before.append(self.param("registers", with_axes(normal(0.02), (None, "embed")), (self.registers, c.width), jnp.float32))
+    if before:
+      before = jnp.concatenate(before).astype(c.dtype)
+      x = jnp.concatenate([jnp.broadcast_to(before, (x.shape[0], *before.shape)), x], axis=1)
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
     if self.input_norm:
       x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
@@ -82,7 +91,13 @@ class VisionTransformer(nn.Module):
     mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
     if self.pooling == "attention":
       return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask))
-    pooled = {"class": pool.first, "mean": pool.mean, "last": pool.last}[self.pooling](x, mask)
+    if self.pooling in ("mean", "class_mean"):
+      start = head + self.registers
+      pooled = pool.mean(x[:, start:], mask[:, start:])
+      if head:
+        pooled = jnp.concatenate([pool.first(x, mask).astype(pooled.dtype), pooled], axis=-1)
+    else:
+      pooled = {"class": pool.first, "last": pool.last}[self.pooling](x, mask)
     if self.pooler:
       pooled = pool.keep_rows(jnp.tanh(Dense((c.width,), ("embed", "mlp"), c.dtype, name="pooler")(pooled)), mask)
     return Encoded(x, mask, pooled)
@@ -115,12 +130,12 @@ class VisionTransformer(nn.Module):
 
   def _positions(self, grid: tuple[int, int], head: bool) -> Array:
     """[head + grid rows * grid columns, D] float32."""
-    width, trained = self.config.width, (self.size // self.patch, self.size // self.patch)
+    width, trained = self.config.width, (self.grid or self.size // self.patch,) * 2
     if self.positions == "sincos":
       return jnp.pad(sincos_positions(*grid, width), ((int(head), 0), (0, 0)))
     table = self.param("position", with_axes(normal(width**-0.5), ("position", "embed")),
                        (int(head) + trained[0] * trained[1], width), jnp.float32)
-    return jnp.concatenate([table[:head], resize_positions(table[head:], trained, grid)])
+    return jnp.concatenate([table[:head], resize_positions(table[head:], trained, grid, self.antialias)])
 
 
 class HalfPatchStem(nn.Module):
@@ -205,7 +220,8 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 
         patch_dropout: Dropout = 0.0, patch_bias: bool = True, crop_edge: bool = False, input_norm: bool = False,
         norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
         bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0, kernel: Kernel = "auto", remat: Remat = "none",
-        scan_unroll: Count = 0, pooler: bool = False) -> VisionTransformer:
+        scan_unroll: Count = 0, pooler: bool = False, gated: bool = False, layer_scale: NonNegative = 0.0, registers: Count = 0,
+        grid: Count = 0, antialias: bool = False) -> VisionTransformer:
   """Vision transformer (reads batch["image"]).
 
   patch: height and width of a patch in pixels.
@@ -213,8 +229,9 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 
   depth: blocks.
   heads: attention heads; 0 = width / 64.
   mlp: hidden units of a block; 0 = 4 * width.
-  pooling: class (a learned token), mean, attention (a learned query and an MLP), last (token).
-  positions: learned (interpolated when a picture has another size than data.image.size) or sincos.
+  pooling: class (a learned token), mean (of the patches), class_mean (both, side by side), attention (a learned query and an MLP),
+    last (token).
+  positions: learned (interpolated when a picture has another size than data.image.size, or than `grid`) or sincos.
   stem: patch (one linear layer), half_patch (patches of half the size, then a 3x3 convolution of stride 2) or convolution
     (3x3 convolutions of stride 2 all the way).
   patch_dropout: share of the patches left out in training.
@@ -225,6 +242,9 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 
   activation, bias, eps, dropout: of the blocks.
   kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
   pooler: a dense layer and a tanh after the pooling (class, mean or last), as some classifiers have.
+  gated, layer_scale: the MLPs have a gate (SwiGLU with activation silu); start of a learned factor of what each part adds, 0 = none.
+  registers: learned tokens beside the patches; 0 = none.
+  grid: rows and columns of the learned positions; 0 = data.image.size / patch. antialias: of their interpolation.
   """
   image = data["image"]
   if image["size"] % patch and not crop_edge:
@@ -233,8 +253,8 @@ def vit(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 
   config = TransformerConfig(
       width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, norm=norm, activation=activation,
       bias=bias, eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat,
-      scan_unroll=scan_unroll)
+      scan_unroll=scan_unroll, gated=gated, layer_scale=layer_scale)
   return VisionTransformer(
       config, patch=patch, size=image["size"], pixel_mean=tuple(image["mean"]), pixel_std=tuple(image["std"]),
       pooling=pooling, positions=positions, stem=stem, patch_dropout=patch_dropout, patch_bias=patch_bias,
-      input_norm=input_norm, final_norm=final_norm, pooler=pooler)
+      input_norm=input_norm, final_norm=final_norm, pooler=pooler, registers=registers, grid=grid, antialias=antialias)

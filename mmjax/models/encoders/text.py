@@ -56,11 +56,11 @@ class TokenEncoder(nn.Module):
       mask = jnp.ones(tokens.shape, bool)
     return mask & batch["present"][:, None] if "present" in batch else mask
 
-  def embed(self, tokens: Array, position_stddev: float) -> Array:
-    """Embeddings and learned positions, float32 [B, L, D]; `position` [positions, D] is cut to L."""
+  def embed(self, tokens: Array, position_stddev: float, offset: int = 0) -> Array:
+    """Embeddings and learned positions, float32 [B, L, D]; of `position` [offset + positions, D] the L rows after `offset` are used."""
     position = self.param("position", with_axes(normal(position_stddev), ("position", "embed")),
-                          (self.positions(), self.config.width), jnp.float32)
-    return jnp.take(self.embedding, tokens, axis=0) + position[:tokens.shape[1]]
+                          (offset + self.positions(), self.config.width), jnp.float32)
+    return jnp.take(self.embedding, tokens, axis=0) + position[offset:offset + tokens.shape[1]]
 
 
 def enough_positions(max_positions: int, length: int) -> int:
