@@ -21,6 +21,7 @@ import numpy as np
 
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.data import wordpiece
 from mmjax.data.readers.cells import broken_text, printable
 from mmjax.data.sources import data_dir, list_tokenizers, open_source
 from mmjax.keys import SPECIAL_TOKENS
@@ -387,7 +388,10 @@ def _read_assets(path: Path) -> dict[str, bytes]:
     spm = next((found[name] for name in ("tokenizer.model", "spiece.model") if name in found), None)
     if "tokenizer.json" not in found and spm:
       return {"tokenizer.model": spm.read_bytes()}
-    return {name: found[name].read_bytes() for name in _HuggingFace.FILES if name in found}
+    assets = {name: found[name].read_bytes() for name in _HuggingFace.FILES if name in found}
+    if "tokenizer.json" not in assets and wordpiece.VOCABULARY in found:
+      assets["tokenizer.json"] = wordpiece.tokenizer_json({**assets, wordpiece.VOCABULARY: found[wordpiece.VOCABULARY].read_bytes()})
+    return assets
   if path.suffix == ".json":
     beside = {name: path.with_name(name) for name in _HuggingFace.FILES[1:]} if path.name == "tokenizer.json" else {}
     return {"tokenizer.json": path.read_bytes(), **{name: file.read_bytes() for name, file in beside.items() if file.exists()}}

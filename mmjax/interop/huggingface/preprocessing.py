@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from mmjax.config import UserError
+from mmjax.data import wordpiece
 from mmjax.data.text import Tokenizer
 from mmjax.interop.huggingface.clip import square
 from mmjax.interop.safetensors import read_json
@@ -132,6 +133,8 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
   """(settings of data.text, the tokenizer's files as assets). Raises UserError: there is no tokenizer."""
   assets = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
   facts = json.loads(assets.get("tokenizer_config.json", b"{}"))
+  if not has_tokenizer(folder) and (vocabulary := folder / wordpiece.VOCABULARY).exists():
+    assets["tokenizer.json"] = wordpiece.tokenizer_json({**assets, wordpiece.VOCABULARY: vocabulary.read_bytes()})
   stated = facts.get("pad_token") or family.PAD
   pad = stated.get("content") if isinstance(stated, dict) else stated
   if "tokenizer.json" in assets:
@@ -156,7 +159,7 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
     settings = dict(bos=False, eos=True, pad_id=pieces.piece_to_id(pad) if known else -1, punctuation=False,
                     lowercase=bool(facts.get("do_lower_case", True)))  # the rest is what SiglipTokenizer does in Python
   else:
-    raise UserError(f"{folder}: no tokenizer.json and no {SENTENCEPIECE}. Copy the tokenizer's files too")
+    raise UserError(f"{folder}: no tokenizer.json, no {wordpiece.VOCABULARY} of BERT and no {SENTENCEPIECE}. Copy the tokenizer's files too")
   Tokenizer.from_assets(assets)  # or it says what is wrong with them
   inputs = facts.get("model_input_names")
   settings.update(mask_padding=family.MASK_PADDING if inputs is None else "attention_mask" in inputs)
