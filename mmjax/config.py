@@ -249,6 +249,11 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
     if entry.get("group") and entry["group"] not in groups:
       raise ConfigError(f"objectives.{name}.group is {entry['group']!r}, but optimizers has {', '.join(groups) or 'none'}. Give it an "
                         f"optimizer: c.optimizers.{entry['group']} = dict(name='adamw', params=r'discriminator/.*')")
+  if c["train"]["mixup"]:
+    _check_mixup(c["objectives"])
+  if c["data"]["text"]["bos"] and c["model"].get("decoder"):
+    raise ConfigError("data.text.bos puts <bos> before every text, but model.decoder starts from a prompt of its own and would learn to "
+                      "repeat <bos>. Set data.text.bos to False")
   if "main" in groups:
     raise ConfigError("optimizers.main: that is the group of `optimizer` itself. Choose another name")
   owners = ["optimizer", *(f"optimizers.{name}" for name in groups)]
@@ -304,6 +309,21 @@ def _check_widths(model: dict, encoders: dict) -> None:
     if isinstance(heads, int) and heads and width % heads:
       raise ConfigError(f"model.{name}: width {width} is not divisible by {heads} heads; "
                         f"the nearest that is: {_nearest_multiple(width, heads)}")
+
+
+def _check_mixup(objectives: dict) -> None:
+  """Refuses objectives whose targets do not follow blended pictures. Which modalities one reads is told by its settings; one that
+  has none for it is taken to read pictures."""
+  for name, entry in objectives.items():
+    named = [entry[key] for key in ("between", "modalities", "context", "source") if key in entry]
+    read = {modality for some in named for modality in some}
+    read |= {entry["modality"]} if "modality" in entry else set() if named else {"image"}
+    sound = getattr(kind_function(entry, "objective"), "mixup", "never")
+    if "image" not in read or sound == "always" or (sound == "alone" and read == {"image"}):
+      continue
+    others = f" together with {', '.join(sorted(read - {'image'}))}" if sound == "alone" else ""
+    raise ConfigError(f"train.mixup blends pictures, but objectives.{name} ({entry['kind']}) trains on them{others} as if each were one "
+                      "picture. Set train.mixup to 0, or leave the objective out")
 
 
 def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[str, int]:

@@ -75,6 +75,43 @@ def test_mistakes_are_refused_with_one_line_that_names_key_and_remedy(override, 
   assert "\n" not in message and all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(("objective", "sound"), [
+  (dict(kind="contrastive"), True),
+  (dict(kind="contrastive", between=("audio", "text")), True),
+  (dict(kind="classification"), True),
+  (dict(kind="classification", modalities=("image", "text")), False),
+  (dict(kind="masked_patches"), True),
+  (dict(kind="masked_patches", context=("text",)), False),
+  (dict(kind="masked_tokens"), True),
+  (dict(kind="masked_tokens", context=("image",)), False),
+  (dict(kind="captioning"), False),
+  (dict(kind="captioning", source=("audio",)), True),
+  (dict(kind="matching"), False),
+  (dict(kind="gan"), False),
+  (dict(kind="embedding_distillation", teacher="runs/x"), True),
+])
+def test_mixup_is_refused_where_targets_do_not_follow_the_pictures(objective, sound):
+  c = small()
+  c.model.encoders.audio = dict(kind="whisper")
+  c.data.label, c.data.classes = "label", 3
+  c.optimizers.discriminator = dict(name="adamw", params="discriminator/.*")
+  c.train.mixup, c.objectives = 0.2, dict(mine=objective)
+  if sound:
+    configs.resolve(c)
+  else:
+    with pytest.raises(configs.ConfigError, match=rf"train.mixup blends pictures, but objectives.mine \({objective['kind']}\)"):
+      configs.resolve(c)
+
+
+def test_a_decoder_is_not_taught_to_repeat_bos():
+  c = small()
+  c.model = dict(name="captioner", decoder=dict(depth=1), encoders=dict(image=dict(kind="vit", patch=8)))
+  c.objectives = dict(caption=dict(kind="captioning"))
+  configs.resolve(c)
+  with pytest.raises(configs.ConfigError, match="Set data.text.bos to False"):
+    configs.resolve(c, ["data.text.bos=true"])
+
+
 def test_settings_of_any_length_take_one_number_or_more():
   file = pathlib.Path(__file__).parent.parent / "configs/video_text.py"
   assert configs.load(str(file), ["model.encoders.video.channels=(8, 16)"]).model.encoders.video.channels == (8, 16)

@@ -2,13 +2,14 @@
 
 An objective is a function `name(forward, batch, rng, *, settings...) -> Losses`. `forward(method, *args)` applies a method
 of the model to the batch; it is memoised, so objectives share work. Its attribute `couples_examples` says whether the
-loss of one example depends on the others: then microbatches go through the exact two-pass embedding cache.
+loss of one example depends on the others: then microbatches go through the exact two-pass embedding cache. `mixup` says where
+it is sound on pictures that train.mixup blended: what it asks for must then follow the blend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,23 @@ class Forward(Protocol):
   def teacher(self, path: str, method: str, *args: Any, batch: dict | None = None) -> Any: ...
 
 
-def objective(*, couples_examples: bool) -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:
-  """Marks a function as an objective."""
+Mixup = Literal["always", "alone", "never"]
+
+
+def objective(*, couples_examples: bool, mixup: Mixup = "never") -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:
+  """Marks a function as an objective. mixup: it is sound on blended pictures always, where it reads nothing beside them, or never."""
   def mark(function: Callable[..., Losses]) -> Callable[..., Losses]:
-    function.couples_examples = couples_examples
+    function.couples_examples, function.mixup = couples_examples, mixup
     return function
 
   return mark
+
+
+def is_highest(logits: jax.Array, index: jax.Array) -> jax.Array:
+  """bool [...]: whether entry `index` [...] of the last axis of `logits` is above all others. A tie is none: a model that tells
+  nothing apart is never right."""
+  here = jnp.arange(logits.shape[-1]) == index[..., None]
+  return jnp.where(here, logits, -jnp.inf).max(-1) > jnp.where(here, -jnp.inf, logits).max(-1)
 
 
 def counted(batch: dict, *, every: tuple = (), some: tuple = ()) -> jax.Array:

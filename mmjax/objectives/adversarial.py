@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.objectives import Forward, Losses, counted, is_highest, objective
 
 Array = jax.Array
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, mixup="always")
 def modality_adversary(forward: Forward, batch: dict, rng: Array, *, between: tuple = ("image", "text"),
                        group: str = "adversary") -> Losses:
   """The minimax game of Ganin and Lempitsky 2015 (arXiv:1409.7495, equation 1) over modalities in the place of domains.
@@ -33,7 +33,7 @@ def modality_adversary(forward: Forward, batch: dict, rng: Array, *, between: tu
     total = lambda values, rows=rows: jnp.where(rows, values, 0).sum(dtype=jnp.float32)
     judged = forward("discriminate", jax.lax.stop_gradient(x), between)
     opponent -= total(jax.nn.log_softmax(judged)[:, number])
-    right += total(jnp.argmax(judged, -1) == number)
+    right += total(is_highest(judged, jnp.full(len(judged), number)))
     fool += total(jax.nn.log_softmax(forward("discriminate", x, between, fixed=group))[:, number])
     weight += total(1.0)
   return {"loss": (fool, weight), "opponent": (opponent, weight), "accuracy": (right, weight)}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.objectives import Forward, Losses, counted, is_highest, objective
 from mmjax.ranges import Dropout
 
 Array = jax.Array
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, mixup="alone")
 def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tuple = ("image",), label_smoothing: Dropout = 0.0) -> Losses:
   """Cross-entropy of the classes given the modalities.
 
@@ -22,7 +22,7 @@ def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tup
   and the rest that of the row mixed in, `mix_label`; an unlabelled one of the two does not count, the other with its share.
 
   modalities: what is classified. label_smoothing: e. Rows with `valid` False, or without any of the modalities, do not count.
-  Returns "accuracy": share of rows whose likeliest class is their (own) label; of single labels with several a row.
+  Returns "accuracy": share of rows whose (own) label is likelier than any other class; of single labels with several a row.
   """
   modalities = tuple(modalities)
   logits = forward("classify", modalities).astype(jnp.float32)
@@ -47,7 +47,7 @@ def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tup
     right = ((logits > 0) == label).mean(-1)
     counts = rows
   else:
-    right, counts = jnp.argmax(logits, axis=-1) == label, rows & (label >= 0)
+    right, counts = is_highest(logits, label), rows & (label >= 0)
   return {"loss": (total, weights), "accuracy": (jnp.where(counts, right, 0).sum(dtype=jnp.float32), counts.sum(dtype=jnp.float32))}
 
 

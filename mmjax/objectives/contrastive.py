@@ -20,7 +20,7 @@ from mmjax.ranges import Size
 _LOW = -1e30  # logit of a pair that does not count; finite, so that differences of two stay finite
 
 
-@objective(couples_examples=True)
+@objective(couples_examples=True, mixup="always")
 def contrastive(forward: Forward, batch: dict, rng: Array, *, between: tuple = ("image", "text"),
                 loss: Literal["softmax", "sigmoid"] = "softmax", chunk: Size = 8) -> Losses:
   """Pulls the two sides of an example together and pushes different examples apart, over the global batch.
@@ -40,8 +40,8 @@ def contrastive(forward: Forward, batch: dict, rng: Array, *, between: tuple = (
 
   chunk: neighbouring devices whose blocks are gathered before the ring moves on (cut to a divisor of the devices); more
   is fewer hops and more memory, and the same numbers up to rounding.
-  Returns: sums over the examples, weight = how many count; "accuracy" = share of rows of the first modality whose nearest
-  column is a positive.
+  Returns: sums over the examples, weight = how many count; "accuracy" = share of rows of the first modality that have
+  a positive nearer than every other column.
   """
   first, second = between
   x, y = forward("embedding", first), forward("embedding", second)
@@ -79,7 +79,7 @@ def labels_of(batch: dict, between: tuple, side: str, valid: Array) -> Labels:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _pairwise(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
-  """(sum of the loss, rows whose nearest column is a positive) of x, y float32 [B, D], scalars, and Labels of both."""
+  """(sum of the loss, rows that have a positive nearer than any other column) of x, y float32 [B, D], scalars, and Labels of both."""
   return _forward(loss, ring, x, y, scale, bias, rows, columns)[0]
 
 
@@ -123,19 +123,18 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
 
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: Norms) -> tuple:
     logits, positives = _logits(rows, columns, scale), positives_of(rows[1], columns[1])
-    nearest = jnp.where(positives > 0, logits, _LOW).max(1)
-    return ((_merge(row_sums[0], _norms(logits, positives, 1)), jnp.maximum(row_sums[1], nearest)),
+    return ((_merge(row_sums[0], _norms(logits, positives, 1)), *_nearest(logits, positives, *row_sums[1:])),
             _merge(column_sums, _norms(logits, positives, 0)))
 
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
   start = Norms(zeros + _LOW, zeros, zeros, zeros)
-  (row, nearest), column, (home, _) = ring.visit(tile, rows, columns, (start, zeros + _LOW), start)
+  (row, nearest, rival), column, (home, _) = ring.visit(tile, rows, columns, (start, zeros + _LOW, zeros + _LOW), start)
   largest = ring.group_max(column.largest)
   column = column._replace(largest=ring.own(largest), total=ring.scatter_sum(column.total * jnp.exp(column.largest - largest)),
                            positive=ring.scatter_sum(column.positive), positive_logits=ring.scatter_sum(column.positive_logits))
   total = 0.5 * (_cross_entropy(row).sum() + _cross_entropy(column).sum())
-  hits = jnp.where(_counts(rows[1]) & (nearest >= row.largest), 1.0, 0.0).sum()
+  hits = jnp.where(_counts(rows[1]) & (nearest > rival), 1.0, 0.0).sum()
   total, hits = ring.total((total, hits))
   row, column = jax.tree.map(lambda s: s[:size], (row, column))
   return total, hits, home[:size], row, column
@@ -164,17 +163,16 @@ def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array
 
 def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: tuple) -> tuple:
-    total, largest, nearest = row_sums
+    total, *nearest = row_sums
     logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
     share = jnp.minimum(positives, 1)
     losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)  # no counting pair: 0 * 1e30 + 1 * 0
-    nearest = jnp.maximum(nearest, jnp.where(positives > 0, logits, _LOW).max(1))
-    return (total + losses.sum(1), jnp.maximum(largest, logits.max(1)), nearest), column_sums
+    return (total + losses.sum(1), *_nearest(logits, positives, *nearest)), column_sums
 
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
-  (total, largest, nearest), _, (home, _) = ring.visit(tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ())
-  hits = jnp.where(_counts(rows[1]) & (nearest >= largest), 1.0, 0.0).sum()
+  (total, nearest, rival), _, (home, _) = ring.visit(tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ())
+  hits = jnp.where(_counts(rows[1]) & (nearest > rival), 1.0, 0.0).sum()
   return *ring.total((total.sum(), hits)), home[:x.shape[0]]
 
 
@@ -236,6 +234,12 @@ def positives_of(rows: Labels, columns: Labels) -> Array:
         same |= word(n) & word(n + 1)
       total += jnp.where(same, rows.weights[:, u, None] * columns.weights[None, :, v], 0)
   return total
+
+
+def _nearest(logits: Array, positives: Array, nearest: Array, rival: Array) -> tuple[Array, Array]:
+  """The largest logits of a positive and of another column so far, [b] each. A tie of the two is no hit."""
+  positive = positives > 0
+  return (jnp.maximum(nearest, jnp.where(positive, logits, _LOW).max(1)), jnp.maximum(rival, jnp.where(positive, _LOW, logits).max(1)))
 
 
 def _norms(logits: Array, positives: Array, axis: int) -> Norms:

@@ -24,7 +24,7 @@ LEAST = 256  # rows of a chunk, below which reading the table costs more than th
 
 def token_cross_entropy(hidden: Array, table: Array, targets: Array, *, bias: Array | None = None,
                         label_smoothing: float = 0.0, chunk: int = 0) -> tuple[Array, Array, Array]:
-  """(sum of the loss, rows that count, rows whose target has the highest logit), float32 scalars.
+  """(sum of the loss, rows that count, rows whose target has the highest logit, alone), float32 scalars.
 
   hidden [N, D], table [V, D], targets int32 [N] (-1 = the row does not count, whatever it holds), bias [V] or None.
   logits = hidden table^T + bias; the loss of a row is -sum_v q_v log softmax(logits)_v in nats, with q = (1 - e) onehot(target)
@@ -38,7 +38,7 @@ def token_cross_entropy(hidden: Array, table: Array, targets: Array, *, bias: Ar
 
 def row_cross_entropy(hidden: Array, table: Array, targets: Array, *, bias: Array | None = None,
                       label_smoothing: float = 0.0, chunk: int = 0) -> tuple[Array, Array]:
-  """(sum of the loss, bool [N]: rows whose target has the highest logit, False where they do not count). See `token_cross_entropy`."""
+  """(sum of the loss, bool [N]: rows whose target alone has the highest logit, False where they do not count). See `token_cross_entropy`."""
   rows, vocabulary = targets.shape[0], table.shape[0]
   plan = _plan(rows, vocabulary, chunk)
   missing = plan.total - rows
@@ -146,10 +146,12 @@ def _losses(smoothing: float, hidden: Array, table: Array, bias: Array | None, t
   logits = _product("snd,vd->snv", hidden, table)
   logits = logits if bias is None else logits + bias.astype(jnp.float32)
   norm = jax.nn.logsumexp(logits, axis=-1)
-  chosen = jnp.where(_is_target(logits, targets), logits, 0).sum(-1)
+  is_target = _is_target(logits, targets)
+  chosen = jnp.where(is_target, logits, 0).sum(-1)
+  right = chosen > jnp.where(is_target, -jnp.inf, logits).max(-1)
   loss = norm - (1 - smoothing) * chosen - (smoothing * logits.mean(-1) if smoothing else 0)
   counts = targets >= 0
-  return _Found(logits, norm, jnp.where(counts, loss, 0), counts & (jnp.argmax(logits, axis=-1) == targets))
+  return _Found(logits, norm, jnp.where(counts, loss, 0), counts & right)
 
 
 def _pushes(smoothing: float, found: _Found, targets: Array) -> Array:

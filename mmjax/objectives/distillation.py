@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.objectives import Forward, Losses, counted, is_highest, objective
 from mmjax.ranges import Positive
 
 Array = jax.Array
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, mixup="always")
 def embedding_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",)) -> Losses:
   """1 - cosine of one's own embedding and the teacher's, of each of the modalities (the feature distillation of CLIP-KD, Yang et
   al. 2024, arXiv:2307.12732, section 3.2, up to a factor: embeddings have length one).
@@ -31,7 +31,7 @@ def embedding_distillation(forward: Forward, batch: dict, rng: Array, *, teacher
   return {"loss": (weight - total, weight), "cosine": (total, weight)}
 
 
-@objective(couples_examples=True)
+@objective(couples_examples=True, mixup="always")
 def similarity_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: str, between: tuple = ("image", "text")) -> Losses:
   """Which rows of the other modality each row is near to, as the teacher sees it; the widths may differ.
 
@@ -46,12 +46,12 @@ def similarity_distillation(forward: Forward, batch: dict, rng: Array, *, teache
   for mine, aim in ((own, theirs), (own.T, theirs.T)):
     mine, aim = (jnp.where(valid[None], x, -1e30) for x in (mine, aim))
     total += jnp.where(valid, divergence(aim, mine), 0).sum()
-    right += jnp.where(valid, jnp.argmax(mine, -1) == jnp.argmax(aim, -1), 0).sum(dtype=jnp.float32)
+    right += jnp.where(valid, is_highest(mine, jnp.argmax(aim, -1)), 0).sum(dtype=jnp.float32)
   weight = 2 * valid.sum(dtype=jnp.float32)
   return {"loss": (total, weight), "agreement": (right, weight)}
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, mixup="always")
 def logit_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",),
                        temperature: Positive = 2.0) -> Losses:
   """T^2 KL(softmax(teacher / T) || softmax(own / T)) of the logits of a classifier (Hinton et al. 2015, arXiv:1503.02531, section 2).
@@ -68,7 +68,7 @@ def logit_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: st
                     "Set data.classes to the teacher's")
   rows = _times(counted(batch, some=modalities), mine)
   losses = temperature**2 * divergence(theirs / temperature, mine / temperature)
-  same = jnp.argmax(mine, -1) == jnp.argmax(theirs, -1)
+  same = is_highest(mine, jnp.argmax(theirs, -1))
   total = lambda x: jnp.where(rows, x, 0).sum(dtype=jnp.float32)
   weight = rows.sum(dtype=jnp.float32)
   return {"loss": (total(losses), weight), "agreement": (total(same), weight)}

@@ -43,7 +43,7 @@ def gan(forward: Forward, batch: dict, rng: Array, *, group: str = "discriminato
     """(D of a picture with its own text, cross-entropy of that text, whether it is the likeliest), [B] each, of D [B, B]."""
     own = jnp.diagonal(scores)
     others = jnp.where(valid & ~same, scores, -1e30)
-    return own, jax.nn.logsumexp(jnp.concatenate([own[:, None], others], axis=1), axis=1) - own, own >= others.max(1)
+    return own, jax.nn.logsumexp(jnp.concatenate([own[:, None], others], axis=1), axis=1) - own, own > others.max(1)
 
   # The generator, against a discriminator that stays as it is.
   text = forward("condition", fixed=group)

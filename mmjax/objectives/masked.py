@@ -68,7 +68,7 @@ def hide_tokens(tokens: Array, mask: Array, words: Array | None, rng: Array, *, 
   return jnp.where(chosen, hidden, tokens), jnp.where(chosen, tokens, -1)
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, mixup="alone")
 def masked_patches(forward: Forward, batch: dict, rng: Array, *, modality: str = "image", context: tuple = (), ratio: Part = 0.6,
                    normalise: bool = True) -> Losses:
   """Masked autoencoding: squared error of hidden patches, mean over a patch's values (He et al. 2022, arXiv:2111.06377, MAE;
