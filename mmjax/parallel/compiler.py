@@ -1,4 +1,4 @@
-"""Options of the TPU compiler, as named presets. On other platforms a preset means nothing."""
+"""Options of the compiler: on TPUs named presets, on GPUs deterministic kernels. On other platforms they mean nothing."""
 
 from __future__ import annotations
 
@@ -34,9 +34,12 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 
 
-def options(config: FrozenConfigDict, mesh: Mesh) -> dict[str, str] | None:
-  """What `jax.stages.Lowered.compile` takes for this run: the preset `train.compiler`; "auto" is chosen by the sharding."""
+def options(config: FrozenConfigDict, mesh: Mesh) -> dict[str, str | bool] | None:
+  """What `jax.stages.Lowered.compile` takes for this run: on TPUs the preset `train.compiler` ("auto" is chosen by the sharding), on
+  GPUs kernels that give the same numbers every time, chosen without timing them, where `train.deterministic`."""
   device = mesh.devices.flat[0]
+  if device.platform == "gpu":
+    return {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
   if device.platform != "tpu":
     return None
   name = config.train.compiler

@@ -27,7 +27,7 @@ from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.text import Tokenizer, load_tokenizer
 from mmjax.evaluation import report
-from mmjax.parallel import multihost
+from mmjax.parallel import multihost, threads
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
 from mmjax.state.storage import disk_errors
@@ -53,7 +53,10 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   """
   begin = time.monotonic()
   profile and parse(profile)
+  kept = threads.keep(workdir)
   multihost.initialize(config, shared=str(workdir))
+  if kept:
+    print_main(kept)
   watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
                       processes=jax.process_count())
   # From here on: a signal that comes while compiling is not lost.
@@ -112,6 +115,8 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
       f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
   if multihost.is_main():
     evaluation.replace_file(mirror.folder / "config.json", configs.to_json(config))
+    if jax.devices()[0].platform == "cpu" and not threads.recorded(workdir):
+      evaluation.replace_file(mirror.folder / threads.FILE, json.dumps({"threads": threads.count()}))
 
   # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
   moment = time.monotonic()

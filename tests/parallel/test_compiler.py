@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,3 +26,12 @@ def test_a_preset_is_chosen(platform, kind, sharding, preset, want):
   config = configs.base()
   config.sharding, config.train.compiler = sharding, preset
   assert compiler.options(config, mesh_of(platform, kind)) == want
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gpus_are_asked_for_deterministic_kernels(deterministic):
+  config = configs.base()
+  config.train.deterministic = deterministic
+  options = compiler.options(config, mesh_of("gpu", "NVIDIA H100 80GB HBM3"))
+  assert options == ({"xla_gpu_deterministic_ops": True} if deterministic else None)
+  jax.jit(jnp.sin, compiler_options=options)(1.0)  # an option that this version of XLA does not know is refused on any platform
