@@ -93,7 +93,8 @@ class DualEncoder(nn.Module):
   def temperature(self) -> tuple[Array, Array]:
     """(scale, bias), float32 scalars: logits = scale * cosine + bias. scale = exp(log_scale), at most `scale_max`.
 
-    The gradient passes the clip unchanged, so that a scale at its limit can come down again.
+    Training clamps the parameter after each update (state/train_state.py); the clip here is for parameters from elsewhere. The
+    gradient passes it unchanged, so that a scale at its limit can come down again.
     """
     limit = math.log(self.scale_max)
     log_scale = self.log_scale + jax.lax.stop_gradient(jnp.minimum(self.log_scale, limit) - self.log_scale)

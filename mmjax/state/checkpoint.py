@@ -33,7 +33,7 @@ from mmjax.config import UserError, from_json, in_steps
 from mmjax.state import manifest, storage
 from mmjax.state.manifest import Corrupt
 from mmjax.state.storage import DELETED, TEMPORARY, disk_errors, from_main
-from mmjax.state.train_state import TrainState
+from mmjax.state.train_state import TrainState, clamped
 from mmjax.state.transfer import transfer, transfer_state
 
 log = logging.getLogger("mmjax")
@@ -48,7 +48,7 @@ class Checkpointer:
     """`steps`: length of the run, for durations in percent; `examples`: of an epoch. Raises UserError: unwritable folder."""
     self._root = files.as_path(workdir) / "checkpoints"
     convert = lambda value: in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
-    self._options = config.checkpoint
+    self._config, self._options = config, config.checkpoint
     self._every, self._keep_every = convert(self._options.every), convert(self._options.keep_every)
     self._writer: storage.Writer | None = None
     self._thread: threading.Thread | None = None
@@ -153,7 +153,9 @@ class Checkpointer:
   def _read(self, folder: epath.Path, spec: TrainState) -> tuple[TrainState, dict]:
     params = storage.read_arrays(folder / "params", spec.params)
     rest = storage.read_arrays(folder / "rest", _rest(spec))
-    return TrainState(params=params, **rest), storage.read_json(folder / "data")
+    state = TrainState(params=params, **rest)
+    within = lambda tree: None if tree is None else clamped(tree, self._config)
+    return state.replace(params=within(state.params), ema=within(state.ema)), storage.read_json(folder / "data")
 
   def due(self, step: int) -> bool:
     """Whether the step count or the clock asks for a checkpoint; the same in every process."""
@@ -298,8 +300,10 @@ def load_params(path: str, spec: Any = None, *, average: bool = True) -> Any:
   """
   folder = find_checkpoint(path)
   if average and manifest.read(folder)["average"]:
-    return storage.read_arrays(folder / "rest", None if spec is None else {"ema": spec}, only="ema/")["ema"]
-  return storage.read_arrays(folder / "params", spec)
+    params = storage.read_arrays(folder / "rest", None if spec is None else {"ema": spec}, only="ema/")["ema"]
+  else:
+    params = storage.read_arrays(folder / "params", spec)
+  return clamped(params, storage.read_json(folder / "config"))  # older runs clipped where the scale is used
 
 
 def load_model_state(path: str, spec: Any = None) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -29,3 +33,13 @@ class TrainState:
   def eval_params(self) -> Any:
     """The parameters that evaluation and export use: the moving average where there is one."""
     return self.params if self.ema is None else self.ema
+
+
+def clamped(params: Any, config: Mapping[str, Any]) -> Any:
+  """`params` with the log of the logit scale at most that of model.scale_max, as CLIP clamps it after every update (Radford et al.
+  2021, arXiv:2103.00020, section 2.5): what is stored, exported and used is then one number. params: NumPy or JAX arrays."""
+  limit = config.get("model", {}).get("scale_max")
+  if not limit or "log_scale" not in params:
+    return params
+  minimum = jnp.minimum if isinstance(params["log_scale"], jax.Array) else np.minimum
+  return {**params, "log_scale": minimum(params["log_scale"], np.float32(math.log(limit)))}

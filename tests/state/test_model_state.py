@@ -26,3 +26,12 @@ def test_model_state_of_import_folders_and_runs(make_state, make_config, same, t
   spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((5,), x.dtype), STATE)
   with pytest.raises(UserError, match="another model"):
     load_model_state(str(tmp_path / "with"), spec)
+
+
+def test_a_scale_above_its_limit_is_read_as_the_limit(tmp_path):
+  """Older runs stored what they clipped where it is used; what is exported is what is used."""
+  params = {"log_scale": np.float32(6.49), "image": {"bias": np.ones(2, np.float32)}}
+  save_import(str(tmp_path / "old"), params, {"model": {"scale_max": 100.0}}, {})
+  save_import(str(tmp_path / "free"), params, {"model": {"scale_max": 1e4}}, {})
+  assert np.exp(load_params(str(tmp_path / "old"))["log_scale"]) == pytest.approx(100, rel=1e-6)
+  assert load_params(str(tmp_path / "free"))["log_scale"] == np.float32(6.49)
