@@ -27,7 +27,6 @@ from mmjax.parallel import rules
 from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
 from mmjax.plan import cost, hlo, memory, topology
 from mmjax.plan.kernels import kernels_of
-from mmjax.training.flops import count_flops
 from mmjax.training.memory import compiled_bytes, state_bytes
 from mmjax.training.step import Step
 
@@ -261,16 +260,17 @@ def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) 
 
 
 def model_flops(step: Step) -> dict[str, float]:
-  """FLOPs of one step over all devices, three times the forward pass: {modality: ..., "objectives": ..., "total": ...}."""
+  """FLOPs of one step over all devices, forward and backward (`Step.flops_per_step`): {modality: ..., "objectives": ..., "total": ...}."""
   counted = step.counted
   total, by_part = step.flops_per_step(), {}
   for modality in step.config.model.get("encoders", {}):
     if modality in counted.batch_spec:
-      forward = lambda params, state, batch, modality=modality: counted.model.apply(
-        {"params": params, **state}, modality, batch, method="encode"
-      )
-      with rules.use(counted.mesh, counted.rules):
-        by_part[modality] = 3 * count_flops(forward, counted.params_spec, counted.model_state_spec, counted.batch_spec)
+
+      def output(params: Any, state: Any, batch: dict, taught: Any, modality: str = modality) -> Any:
+        encoded = counted.model.apply({"params": params, **state}, modality, batch, method="encode")
+        return encoded.tokens.sum() + encoded.pooled.sum()
+
+      by_part[modality] = counted.training_flops(output, counted.batch_spec)
   return {**by_part, "objectives": max(0.0, total - sum(by_part.values())), "total": total}
 
 

@@ -1,4 +1,4 @@
-"""FLOPs of a traced function, counted from its matrix products: loops multiplied out, kernels included."""
+"""FLOPs of a traced function and of its derivative, counted from matrix products: loops multiplied out, kernels included."""
 
 from __future__ import annotations
 
@@ -7,6 +7,47 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core.primitives import closed_call_p
+from jax.interpreters.partial_eval import dce_jaxpr
+
+
+def count_training_flops(loss: Callable[..., Any], params: Any, *args: Any) -> float:
+  """`count_flops` of loss(params, *args), a scalar, and of its gradient by `params`: once where nothing is differentiated (frozen
+  modules, teachers, what stop_gradient cuts off), three times where both factors of a product are. Recomputation is not counted.
+
+  The products of the gradient are those of the directional derivative, transposed. Derivatives that modules define themselves are
+  replaced by those of what they compute.
+  """
+  traced = jax.make_jaxpr(loss)(params, *args)
+  plain = jaxpr_as_fun(ClosedJaxpr(_without_own_derivatives(traced.jaxpr), traced.consts))
+  rest = jax.tree.leaves(args)
+
+  def derivative(leaves: list, tangents: list, rest: list) -> tuple:
+    return jax.jvp(lambda leaves: plain(*leaves, *rest)[0], (leaves,), (tangents,))
+
+  leaves = jax.tree.leaves(params)
+  both = jax.make_jaxpr(derivative)(leaves, leaves, rest).jaxpr
+  return jaxpr_flops(dce_jaxpr(both, [True, True])[0])
+
+
+def _without_own_derivatives(jaxpr: Jaxpr) -> Jaxpr:
+  def plain(value: Any) -> Any:
+    if isinstance(value, ClosedJaxpr):
+      return ClosedJaxpr(_without_own_derivatives(value.jaxpr), value.consts)
+    if isinstance(value, Jaxpr):
+      return _without_own_derivatives(value)
+    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+
+  equations = []
+  for equation in jaxpr.eqns:
+    params = equation.params
+    if equation.primitive.name == "custom_vjp_call":
+      equation = equation.replace(primitive=closed_call_p, params=dict(call_jaxpr=plain(params["call_jaxpr"])))
+    elif equation.primitive.name != "custom_jvp_call":
+      equation = equation.replace(params={name: plain(value) for name, value in params.items()})
+    equations.append(equation)
+  return jaxpr.replace(eqns=equations)
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:

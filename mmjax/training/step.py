@@ -18,15 +18,29 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import in_steps, kind_function, settings
+from mmjax.config import UserError, in_steps, kind_function, settings
 from mmjax.models import make_model, with_plain_kernels
 from mmjax.models.generation import write
 from mmjax.objectives import Losses
 from mmjax.parallel import compiler, rules
 from mmjax.state.optimizer import Optimizers, keep_unused, make_optimizers, state_axes
-from mmjax.state.train_state import TrainState
-from mmjax.training.flops import count_flops
-from mmjax.training.microbatches import Forward, Recorder, Replay, is_shared, join_rows, separate, split_rows, stream
+from mmjax.state.train_state import TrainState, clamped
+from mmjax.training.flops import count_training_flops
+from mmjax.training.microbatches import (
+  Forward,
+  Part,
+  Recorder,
+  Replay,
+  Request,
+  encode_whole,
+  frozen_modules,
+  is_shared,
+  join_rows,
+  separate,
+  split_rows,
+  stream,
+  with_batch_statistics,
+)
 from mmjax.training.teacher import Teacher
 
 Array = jax.Array
@@ -135,7 +149,7 @@ class Step:
   def with_params(self, state: TrainState, params: Any, model_state: Any = None) -> TrainState:
     """The state of a run that starts from other parameters, and another model state where it is given."""
     def place(tree: Any, spec: Any) -> Any:
-      copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=_shardings(spec))
+      copy = jax.jit(lambda tree: clamped(jax.tree.map(jnp.copy, tree), self.config), out_shardings=_shardings(spec))
       return copy(jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), tree, spec))
 
     return state.replace(params=place(params, self.params_spec), ema=place(params, self.params_spec) if self.config.train.ema else None,
@@ -190,24 +204,31 @@ class Step:
     return lowered.compile(compiler_options=options or None)
 
   def flops_per_step(self) -> float:
-    """FLOPs of the matrix products of one step over all devices, three times the forward pass, recomputation not counted.
-    The mean over the kinds of step."""
+    """FLOPs of the matrix products of one step over all devices: the forward pass, and the derivatives that the step takes
+    (none of what is frozen, and of teachers). Recomputation is not counted. The mean over the kinds of step."""
     step = self.counted
 
     def of(source: str) -> float:
-      def forward(params: Any, model_state: Any, batch: dict, taught: Any) -> Array:
+      def loss(params: Any, model_state: Any, batch: dict, taught: Any) -> Array:
         return step._whole_batch(params, model_state, batch, jax.random.key(0), step._active(source), taught)[0]
 
-      return 3 * step._inside(count_flops)(
-        forward, step.params_spec, step.model_state_spec, self._batch_specs[source], step.taught_spec)
+      return step.training_flops(loss, self._batch_specs[source])
 
     return self.mean_over_kinds(of)
+
+  def training_flops(self, loss: Callable[[Any, Any, dict, Any], Array], batch_spec: Any) -> float:
+    """FLOPs of loss(params, model state, batch, the teachers' variables), a scalar, and of its derivatives by what is trained."""
+    of = lambda params, *rest: loss(self._trained(params), *rest)
+    return self._inside(count_training_flops)(of, self.params_spec, self.model_state_spec, batch_spec, self.taught_spec)
 
   @property
   def counted(self) -> Step:
     """The step with the plain attention formula, on which FLOPs are counted: other kernels pad, and padding is no work of the model."""
-    on_cpu = self.mesh.devices.flat[0].platform == "cpu"  # there it is the formula anyway
+    on_cpu = self._on("cpu")  # there it is the formula anyway
     return self if on_cpu else self.like(with_plain_kernels(self.config))
+
+  def _on(self, platform: str) -> bool:
+    return self.mesh.devices.flat[0].platform == platform
 
   def mean_over_kinds(self, of: Callable[[str], float]) -> float:
     """The mean of a figure of each kind of step, by how often there is one."""
@@ -228,7 +249,8 @@ class Step:
           return write(self.model, variables, *args, batch)
         return self.model.apply(variables, *args, batch, method=method)
 
-      self._appliers[method, args] = jax.jit(run, out_shardings=rules.batch_sharding(self.mesh))
+      self._appliers[method, args] = jax.jit(run, out_shardings=rules.batch_sharding(self.mesh),
+                                              compiler_options=compiler.options(self.config, self.mesh) if self._on("gpu") else None)
     return self._inside(self._appliers[method, args])(variables, batch)
 
   def _executable(self, batch_spec: Any, source: str) -> jax.stages.Compiled:
@@ -271,7 +293,7 @@ class Step:
       used = self._used_by(batch, objectives)
       updates = jax.tree.map(lambda update, is_used: update if is_used else jnp.zeros_like(update), updates, used)
       opt_states = keep_unused(opt_states, state.opt_states, used)
-    params = optax.apply_updates(state.params, updates)
+    params = clamped(optax.apply_updates(state.params, updates), self.config)
     average = lambda old, new: train.ema * old + (1 - train.ema) * new
     new = TrainState(step=state.step, params=params, model_state=model_state, opt_states=opt_states,
                      ema=jax.tree.map(average, state.ema, params) if train.ema else None)
@@ -314,23 +336,25 @@ class Step:
 
   def _in_microbatches(self, params: Any, model_state: Any, batch: dict, rng: Array, objectives: tuple[Objective, ...],
                        taught: Any = ()) -> tuple:
-    """The same for a batch cut into parts, one after the other: equal up to rounding (but for dropout, drawn per part)."""
+    """The same for a batch cut into parts, one after the other: equal up to rounding (but for dropout, drawn per part). Encoders
+    with batch statistics are not cut."""
     count = self.config.train.microbatches
-    parts, fixed = (jnp.arange(count), split_rows(batch, count)), self._trained(params)
-    forward_part = lambda params, model_state, number, part: self._forward(
-      params, model_state, part, jax.random.fold_in(rng, number), taught)
+    fixed, whole = self._trained(params), self._uncut
+    forward_whole = self._forward(fixed, model_state, batch, rng, taught)
+
+    def forward_part(params: Any, part: Part) -> Forward:
+      forward = self._forward(params, model_state, part.batch, jax.random.fold_in(rng, part.number), taught)
+      forward.views, forward.encoded = list(part.views), part.encoded if whole else ()
+      return forward
 
     # Objectives that couple examples, first pass: what they ask for, of the whole batch, without gradients.
-    def compute(request: Any, view: dict | None) -> Any:
-      def of_part(_: None, inputs: tuple) -> tuple[None, Any]:
-        number, part, view = inputs
-        return None, request.of(forward_part(fixed, model_state, number, part), view)
-
-      views = None if view is None else split_rows(view, count)
-      return jax.lax.stop_gradient(join_rows(jax.lax.scan(of_part, None, (*parts, views))[1]))
+    def compute(request: Request, views: list[dict]) -> Any:
+      parts = Part.all(count, batch, views, encode_whole(forward_whole, whole, views))
+      outputs = jax.lax.scan(lambda _, part: (None, request.of(forward_part(fixed, part))), None, parts)[1]
+      return jax.lax.stop_gradient(join_rows(outputs))
 
     coupled = [objective for objective in objectives if objective.couples_examples]
-    recorder = Recorder(self._forward(fixed, model_state, batch, rng, taught), compute)
+    recorder = Recorder(forward_whole, compute)
     for objective in coupled:
       objective(recorder, batch, rng)
 
@@ -344,43 +368,72 @@ class Step:
 
     (loss, sums), (pulls, gradients) = jax.value_and_grad(coupled_loss, argnums=(0, 1), has_aux=True)(outputs, params)
 
+    # Encoders with batch statistics see all rows at once; their parameters' derivatives go by way of their outputs.
+    def encode(params: Any) -> tuple:
+      forward = self._forward(self._trained(params), model_state, batch, rng, taught)
+      encoded = encode_whole(forward, whole, recorder.views)
+      return separate(encoded)[0], (encoded, forward.model_state)
+
+    _, through_encoders, (encoded, moved) = jax.vjp(encode, params, has_aux=True)
+    parts = Part.all(count, batch, recorder.views, encoded)
+
     # The other objectives need their total weights before their sums can be added up (the compiler drops the rest).
     plain = [objective for objective in objectives if not objective.couples_examples]
 
-    def weights_of_part(_: None, inputs: tuple) -> tuple[None, Any]:
-      number, part = inputs
-      forward = forward_part(fixed, model_state, number, part)
-      sums = {objective.name: objective(forward, part, forward.rng) for objective in plain}
+    def weights_of_part(_: None, part: Part) -> tuple[None, Any]:
+      forward = forward_part(fixed, part)
+      sums = {objective.name: objective(forward, part.batch, forward.rng) for objective in plain}
       return None, {name: {key: losses[key][1] for key in LOSSES if key in losses} for name, losses in sums.items()}
 
     weights = jax.tree.map(lambda w: w.sum(0), jax.lax.scan(weights_of_part, None, parts)[1]) if plain else {}
 
     # Second pass: through the model again, part by part, with the same randomness.
-    def gradients_of_part(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
-      gradients, model_state = carry
-      number, part, views, pulls = inputs
+    used: set[str] = set()
 
-      def pulled(params: Any) -> tuple:
-        forward = forward_part(self._trained(params), model_state, number, part)
-        again = [request.of(forward, views[request.view - 1] if request.view else None) for request in recorder.requests]
+    def gradients_of_part(gradients: Any, inputs: tuple) -> tuple[Any, Any]:
+      part, pulls = inputs
+      outputs, join_encoded = separate(part.encoded)
+
+      def pulled(params: Any, outputs: list[Array]) -> tuple:
+        forward = forward_part(self._trained(params), part._replace(encoded=join_encoded(outputs)))
+        again = [request.of(forward) for request in recorder.requests]
         total = sum(jnp.vdot(output, pull) for output, pull in zip(separate(again)[0], pulls, strict=True))
-        sums = {objective.name: objective(forward, part, forward.rng) for objective in plain}
-        return total + self._loss(sums, weights), (sums, forward.model_state)
+        sums = {objective.name: objective(forward, part.batch, forward.rng) for objective in plain}
+        used.update(forward.used)
+        return total + self._loss(sums, weights), sums
 
-      more, (sums, model_state) = jax.grad(pulled, has_aux=True)(params)
-      gradients = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, gradients, more), _shardings(self.params_spec))
-      return (gradients, model_state), sums
+      (more, pulls), sums = jax.grad(pulled, argnums=(0, 1), has_aux=True)(params, outputs)
+      return jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, gradients, more), _shardings(self.params_spec)), (sums, pulls)
 
-    inputs = (*parts, [split_rows(view, count) for view in recorder.views], split_rows(pulls, count))
-    (gradients, model_state), part_sums = jax.lax.scan(gradients_of_part, (gradients, model_state), inputs)
+    gradients, (part_sums, pulls) = jax.lax.scan(gradients_of_part, gradients, (parts, split_rows(pulls, count)))
+    gradients = jax.tree.map(jnp.add, gradients, through_encoders(join_rows(pulls))[0])
+    model_state = {collection: {name: moved[collection][name] if name in used else old for name, old in modules.items()}
+                   for collection, modules in model_state.items()}
     plain_totals = jax.tree.map(lambda x: x.sum(0), part_sums)
     return loss + self._loss(plain_totals), gradients, sums | plain_totals, model_state
+
+  @functools.cached_property
+  def _frozen(self) -> frozenset[tuple[str, ...]]:
+    """Modules without a trained parameter, which run as in evaluation; encoders that share a trunk are frozen only with it."""
+    trained, encoders = self.optimizer.trained, self.config.model.get("encoders", {})
+    frozen = frozen_modules(trained)
+    return frozen - {(modality,) for modality in encoders} if any(jax.tree.leaves(trained.get("trunk", {}))) else frozen
+
+  @functools.cached_property
+  def _uncut(self) -> tuple[str, ...]:
+    """The encoders that microbatches leave whole: those with batch statistics. Raises UserError: another part of the model has some."""
+    names = with_batch_statistics(self.model_state_spec, self._frozen)
+    for name in names:
+      if name not in self.config.model.encoders:
+        raise UserError(f"train.microbatches: {name} of the model has batch statistics and is no encoder of its own, so they would be of a "
+                        "part of the batch. Set train.microbatches to 1")
+    return names
 
   def _forward(self, params: Any, model_state: Any, batch: dict, rng: Array, taught: Any) -> Forward:
     several = self.optimizer.groups if self.config.optimizers else {}
     groups = {name: optimizer.trained for name, optimizer in several.items()}
     teachers = {path: (self.teachers[path].model, self.teachers[path].gathered(variables)) for path, variables in dict(taught).items()}
-    return Forward(self.model, params, model_state, batch, rng, groups, teachers)
+    return Forward(self.model, params, model_state, batch, rng, groups, teachers, self._frozen)
 
   def _loss(self, sums: dict[str, Losses], weights: dict[str, dict[str, Array]] | None = None) -> Array:
     """The weighted sum of the objectives' means, and the means of what opponents minimise. Weights are not differentiated.

@@ -149,6 +149,6 @@ def test_what_cannot_be_matched_or_cut_is_said():
   x, y = embeddings(0)
   with pytest.raises(UserError, match=r"set data\.text\.per_example to 1"):
     run(make_batch(0), x, jnp.concatenate([y, y]))
-  recorder = Recorder(Forward(None, {}, {}, {}, jax.random.key(0)), lambda request, view: None)
+  recorder = Recorder(Forward(None, {}, {}, {}, jax.random.key(0)), lambda request, views: None)
   with pytest.raises(UserError, match=r"set train\.microbatches to 1, or let the objective pass them as batch="):
     recorder("encode", x)

@@ -24,7 +24,7 @@ def models(request):
   with torch.device("meta"):
     theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
   config = configs.resolve(configs.load(f"configs/{name}.py", ()), ("train.batch_size=2", "mesh.data=1", "mesh.fsdp=1"))
-  return Step(config, single_device_mesh(), steps=10), theirs, tokens
+  return Step(config, single_device_mesh(), steps=100_000), theirs, tokens
 
 
 def test_parameters_tokens_and_flops_are_the_published_ones(models):

@@ -12,6 +12,7 @@ import mmjax.config as configs
 from mmjax.objectives import objective
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
+from mmjax.training.flops import count_flops
 from mmjax.training.step import Step, mixup
 
 SIZE, TOKENS, BATCH = 8, 6, 32
@@ -232,3 +233,34 @@ def test_mixup_in_training_is_the_same_with_microbatches(reference):
     results.append(step.train(state, multihost.to_device(make_batch(), step.mesh))[1])
   np.testing.assert_allclose(results[0]["loss"], results[1]["loss"], rtol=1e-5)
   np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-4)
+
+
+def test_the_scale_is_stored_within_its_limit():
+  """However far an update would move it; what is read from the parameters is what is used."""
+  limit = np.float32(np.log(20.0))
+  step = make_step("model.scale_max=20.0", "optimizer.lr=5.0", "optimizer.clip=0.0", "schedule.warmup=0", "train.ema=0.5", devices=1)
+  above = jax.tree.map(np.asarray, step.init(0).params) | dict(log_scale=np.float32(6.49))
+  state = step.with_params(step.init(0), above)
+  assert state.params["log_scale"] == state.ema["log_scale"] == limit  # a checkpoint of before
+  seen = set()
+  for _ in range(3):
+    state, metrics = step.train(state, multihost.to_device(make_batch(), step.mesh))
+    assert state.params["log_scale"] <= limit and state.ema["log_scale"] <= limit
+    np.testing.assert_allclose(step.model.apply({"params": state.params}, method="temperature")[0], np.exp(state.params["log_scale"]))
+    seen.add(float(state.params["log_scale"]))
+  assert len(seen) > 1 or limit not in seen  # it moves
+
+
+def test_flops_are_those_of_what_is_differentiated():
+  """Three times the forward pass where all is trained, but for the pixels, which nothing is differentiated by; once for frozen towers."""
+  step = make_step(devices=1)
+  of = {}
+  for modality in ("image", "text"):
+    batch = {modality: step.batch_spec[modality]}
+    apply = lambda params, batch, modality=modality: step.model.apply({"params": params}, modality, batch, method="embedding")
+    of[modality] = step._inside(count_flops)(apply, step.params_spec, batch)
+  pairs = 2 * BATCH**2 * 32
+  patches = 2 * BATCH * 4 * (4 * 4 * 3) * 32
+  assert step.flops_per_step() == 3 * (of["image"] + of["text"] + pairs) - patches
+  frozen = make_step("optimizer.rates=(('image.*', 0.0),)", devices=1)
+  assert frozen.flops_per_step() == of["image"] + 3 * of["text"] + 2 * pairs
