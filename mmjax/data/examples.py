@@ -11,12 +11,14 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.data.builders import Record
 from mmjax.data.image import ImageTransform, decode
+from mmjax.data.media import WORDS, content_key
 from mmjax.data.naflex import SequenceTransform, picture_of
 from mmjax.data.sources import Source
 from mmjax.data.text import TextTransform, Tokenizer, check_texts, drop_words, load_tokenizer, split_key
 
 Batch = dict[str, Any]
 Arrays = dict[str, np.ndarray]
+_LENGTHS = {"audio": "data.audio.seconds", "series": "data.series.length"}  # what cuts them
 MODALITIES = ("image", "text", "audio", "video", "series")
 
 
@@ -33,21 +35,45 @@ class Absent(UserError):
 
 
 class Reader:
-  """One modality: `shapes` of its arrays for one example, and `read`, which gives them for a record."""
+  """One modality: `shapes` of its arrays for one example, `read`, which gives them for a record, and `example`, for a content.
+
+  The last array is "key" uint32 [2]: equal for equal content (see media.content_key).
+  """
+
+  modality = ""
 
   def __init__(self, data, train: bool):
     self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
+    self.transform: Callable[..., Any]
 
   def blank(self, count: int) -> Arrays:
     return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self.shapes.items()}
 
-  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
-    """The arrays in the order of `shapes`. kept: the record stays in memory, so what was decoded may be kept in it.
-    Raises Absent, or UserError (Unreadable)."""
-    raise NotImplementedError
+  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
+    """(the arrays in the order of `shapes`, what of `example`). kept: the record stays in memory, so what was decoded may be kept
+    in it. Raises Absent, or UserError (Unreadable)."""
+    content = record.get(self.modality)
+    if content is None:
+      raise Absent(f"it has no {WORDS[self.modality]}")
+    key, decoded = f"{self.modality} key", f"decoded {self.modality}"
+    if kept and key not in record:
+      record[key], record[decoded] = split_key(content_key(record, self.modality)), self.decode(content)
+    arrays, surplus = self.example(record.get(decoded, content), rng)
+    return (*arrays, record[key] if kept else split_key(content_key(record, self.modality))), surplus
+
+  def decode(self, content: Any) -> Any:
+    """What is kept of a record in memory: the decoded array, of bytes or of an array. Raises Unreadable."""
+    return content
+
+  def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
+    """(the arrays without "key", how long the content is where only its beginning is used, "" = all of it is). Raises Unreadable."""
+    seen = self.transform(content, rng)
+    return seen if isinstance(seen, tuple) else (seen,), ""
 
 
 class ImageReader(Reader):
+  modality = "image"
+
   def __init__(self, data, train: bool):
     image = data.image
     if image.resize == "naflex":
@@ -57,9 +83,8 @@ class ImageReader(Reader):
       self.transform = ImageTransform(image, train=train)
       self.shapes = {"pixels": ((image.size, image.size, 3), np.uint8), "key": ((2,), np.uint32)}
 
-  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
-    seen = self.transform(_decoded(record, "image", "picture", kept, decode), rng)
-    return (*(seen if isinstance(seen, tuple) else (seen,)), split_key(record["image_key"]))
+  def decode(self, content: Any) -> np.ndarray:
+    return decode(content) if isinstance(content, bytes) else content
 
   def picture(self, content: bytes | np.ndarray) -> np.ndarray:
     """A picture as the model sees it in evaluation, uint8 [H, W, 3]. Raises UserError (Unreadable)."""
@@ -68,38 +93,53 @@ class ImageReader(Reader):
 
 
 class AudioReader(Reader):
+  modality = "audio"
+
   def __init__(self, data, train: bool):
-    from mmjax.data.audio import AudioTransform, decode_audio
+    from mmjax.data.audio import AudioTransform
 
-    self.transform, self.decode = AudioTransform(data.audio, train), lambda content: decode_audio(content, data.audio.rate)
-    self.shapes = {"waveform": ((round(data.audio.rate * data.audio.seconds),), np.int16), "length": ((), np.int32)}
+    self.transform, self.seconds = AudioTransform(data.audio, train), data.audio.seconds
+    self.shapes = {"waveform": ((self.transform.samples,), np.int16), "length": ((), np.int32), "key": ((2,), np.uint32)}
 
-  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
-    return self.transform(_decoded(record, "audio", "sound", kept, self.decode), rng)
+  def decode(self, content: Any) -> np.ndarray:
+    from mmjax.data.audio import decode_audio
+
+    return decode_audio(content, self.transform.rate) if isinstance(content, bytes) else content
+
+  def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
+    sound = self.decode(content)
+    long = len(sound) > self.transform.samples
+    return self.transform(sound, rng), f"{len(sound) / self.transform.rate:.1f} of {self.seconds:g} s" if long else ""
 
 
 class VideoReader(Reader):
+  modality = "video"
+
   def __init__(self, data, train: bool):
-    from mmjax.data.video import VideoTransform, decode_video
+    from mmjax.data.video import VideoTransform
 
-    self.transform, self.decode, video = VideoTransform(data.video, train), decode_video, data.video
-    self.shapes = {"frames": ((video.frames, video.size, video.size, 3), np.uint8), "mask": ((video.frames,), np.bool_)}
+    self.transform, video = VideoTransform(data.video, train), data.video
+    self.shapes = {"frames": ((video.frames, video.size, video.size, 3), np.uint8), "mask": ((video.frames,), np.bool_),
+                   "key": ((2,), np.uint32)}
 
-  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
-    return self.transform(_decoded(record, "video", "video", kept, self.decode), rng)
+  def decode(self, content: Any) -> Any:
+    from mmjax.data.video import decode_clip
+
+    return decode_clip(content) if isinstance(content, bytes) else content
 
 
 class SeriesReader(Reader):
+  modality = "series"
+
   def __init__(self, data, train: bool):
     from mmjax.data.series import SeriesTransform
 
-    self.transform, length = SeriesTransform(data.series), data.series.length
-    self.shapes = {"values": ((length, data.series.channels), np.float32), "mask": ((length,), np.bool_)}
+    self.transform, self.length = SeriesTransform(data.series), data.series.length
+    self.shapes = {"values": ((self.length, data.series.channels), np.float32), "mask": ((self.length,), np.bool_),
+                   "key": ((2,), np.uint32)}
 
-  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[Any, ...]:
-    if record.get("series") is None:
-      raise Absent("it has no sensor series")
-    return self.transform(record["series"])
+  def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
+    return self.transform(content), f"{len(content)} of {self.length} steps" if len(content) > self.length else ""
 
 
 READERS: dict[str, type[Reader]] = {"image": ImageReader, "audio": AudioReader, "video": VideoReader, "series": SeriesReader}
@@ -138,7 +178,7 @@ class Examples:
   def __call__(self, places: Sequence[Place], rngs: Iterable[np.random.Generator | None],
                modalities: Sequence[str] | None = None, length: int = 0) -> Batch:
     data, modalities, count = self.config.data, modalities or self.modalities, len(places)
-    batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": []}
+    batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": [], "cut": []}
     each = data.text.per_example
     texts, labels = [[""] * each for _ in places], blank_labels(self.config, count)
     media = {name: self.reader(name).blank(count) for name in modalities if name != "text"}
@@ -156,8 +196,11 @@ class Examples:
               check_texts(texts[row])
             else:
               kept = getattr(place.source, "cached", False)
-              for array, value in zip(media[name].values(), self.reader(name).read(record, kept, rng), strict=True):
+              arrays, surplus = self.reader(name).read(record, kept, rng)
+              for array, value in zip(media[name].values(), arrays, strict=True):
                 array[row] = value
+              if surplus:
+                batch["cut"].append((name, f"{place.source.name} {record['id']}", surplus))
           except Absent:
             if data.missing == "skip":
               raise
@@ -337,6 +380,39 @@ def spread_rows(batch: Batch, real: np.ndarray) -> Batch:
   return spread("", batch)
 
 
+class CutMedia:
+  """Counts and names sounds and series that are longer than the config takes: the first three by name, then each tenfold number."""
+
+  LIMIT = 10_000  # names that are kept
+
+  def __init__(self):
+    self.names: dict[str, set[str]] = {}
+    self._said: dict[str, int] = {}
+
+  def add(self, cut: Iterable[tuple[str, str, str]]) -> None:
+    """cut: (modality, name, how long it is) of each."""
+    for modality, name, surplus in cut:
+      names = self.names.setdefault(modality, set())
+      if name in names or len(names) >= self.LIMIT:
+        continue
+      names.add(name)
+      if len(names) <= 3:
+        self._say(f"only the beginning is used of a {WORDS[modality]}, {surplus} ({_LENGTHS[modality]}): {name}", modality)
+      elif len(names) in (10, 100, 1000, self.LIMIT):
+        self.total()
+
+  def total(self) -> None:
+    """Says how many there are so far, unless that was said."""
+    for modality, names in self.names.items():
+      if len(names) > max(3, self._said.get(modality, 0)):
+        at_least = "at least " if len(names) >= self.LIMIT else ""
+        self._say(f"{at_least}{len(names):,} {WORDS[modality]}{'s' if modality == 'audio' else ''} exceed {_LENGTHS[modality]}; only their beginning is used", modality)
+
+  def _say(self, line: str, modality: str) -> None:
+    self._said[modality] = len(self.names[modality])
+    print(line, file=sys.stderr, flush=True)
+
+
 def report_unreadable(unreadable: Sequence[tuple[str, str]], known: dict[str, str], limit: int) -> None:
   """Names each unusable record once on stderr; raises UserError when there are more than `limit`."""
   for name, reason in unreadable:
@@ -347,15 +423,3 @@ def report_unreadable(unreadable: Sequence[tuple[str, str]], known: dict[str, st
     last, reason = list(known.items())[-1]
     raise UserError(f"{len(known)} records could not be read (data.max_unreadable is {limit}); the last: {last}: {reason}. "
                     "Repair or convert the data again, or raise data.max_unreadable")
-
-
-def _decoded(record: Record, field: str, what: str, kept: bool, decode: Callable[[bytes], np.ndarray]) -> bytes | np.ndarray:
-  """What a transform takes: encoded bytes, or the decoded array where the source keeps records in memory."""
-  content = record.get(field)
-  if content is None:
-    raise Absent(f"it has no {what}")
-  if not kept:
-    return content
-  if (name := f"decoded {field}") not in record:
-    record[name] = decode(content)
-  return record[name]

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from mmjax.data import image
 from mmjax.data.image import Unreadable
 
@@ -42,6 +44,22 @@ def unread_modality_of(name: str | os.PathLike) -> str | None:
 def _by_ending(name: str | os.PathLike, table: Mapping[str, tuple[str, ...]]) -> str | None:
   ending = os.path.splitext(os.fspath(name))[1][1:].lower()
   return next((modality for modality, endings in table.items() if ending in endings), None)
+
+
+def content_key(record: Mapping[str, Any], modality: str) -> int:
+  """The key of one medium of a record, in [0, 2^64): equal keys are the same content.
+
+  A picture's is stored (`image_key`: of its pixels in the embedded data sets, else of its bytes). Others are hashes of the
+  stored bytes, and of shape and values of a series, computed when they are asked for: 1 ms a megabyte. The same sound in another
+  container has another key.
+  """
+  if modality == "image":
+    return record["image_key"]
+  content = record[modality]
+  if modality == "series":
+    values = np.ascontiguousarray(content, "<f4")
+    content = np.array(values.shape, "<i8").tobytes() + values.tobytes()
+  return bytes_key(content)
 
 
 def media_key(record: Mapping[str, Any]) -> int:

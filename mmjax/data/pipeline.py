@@ -5,9 +5,9 @@ keyed by (seed, step, row) draws the caption, the words it loses and the augment
 and threads only decide who does the work, a process can make just its own rows, and any step can be made first.
 
 A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B, L], "mask" bool [B, L],
-"key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B]}, "video": {"frames" uint8 [B, T, H, W, 3],
-"mask" bool [B, T]}, "series": {"values" float32 [B, T, C], "mask" bool [B, T]}, "label" int32 [B], "valid" bool [B],
-"id": list of str}, with the modalities that the config asks for. Where data.image.resize is "naflex", the image is {"patches" uint8
+"key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B], "key"}, "video": {"frames" uint8 [B, T, H, W, 3],
+"mask" bool [B, T], "key"}, "series": {"values" float32 [B, T, C], "mask" bool [B, T], "key"}, "label" int32 [B], "valid" bool [B],
+"id": list of str}, with the modalities that the config asks for; equal keys are equal texts or media. Where data.image.resize is "naflex", the image is {"patches" uint8
 [B, N, p * p * 3], "positions" int32 [B, N, 2], "mask" bool [B, N], "grid" int32 [B, 2], "key"} (naflex.py). Where
 data.text.per_example is K > 1, texts are [B, K, ...].
 """
@@ -26,7 +26,9 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.examples import (
+  MODALITIES,
   Batch,
+  CutMedia,
   Examples,
   Place,
   check_classes,
@@ -38,6 +40,7 @@ from mmjax.data.examples import (
   spread_rows,
   streams,
 )
+from mmjax.data.media import content_key
 from mmjax.data.order import Order
 from mmjax.data.sources import Source, open_source
 from mmjax.data.text import Tokenizer, text_key
@@ -74,6 +77,7 @@ class Pipeline:
     self.config = config
     self.rows = None if rows is None else np.asarray(rows, np.int64)
     self._bad: dict[str, str] = {}
+    self._cut = CutMedia()
     self._ids: collections.OrderedDict[int, list[str]] = collections.OrderedDict()
     entries = list(config.data.sources.items())
     self.sources = [_named(name, entry, config) for name, entry in entries]
@@ -128,6 +132,7 @@ class Pipeline:
           self._remember(step, batch["id"])
         yield batch
     finally:
+      self._cut.total()
       iterator.close()
 
   def ids(self, step: int) -> list[str]:
@@ -149,7 +154,8 @@ class Pipeline:
       self._ids.popitem(last=False)
 
   def _make(self, step: int) -> Batch:
-    """The batch with "unreadable": [(name, reason)], which `_settle` takes out again. Runs in a worker or a thread."""
+    """The batch with "unreadable": [(name, reason)] and "cut": [(modality, name, length)], which `_settle` takes out again. Runs
+    in a worker or a thread."""
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
     places = [Place(self.sources[source[row]], int(index[row])) for row in rows]
@@ -157,6 +163,7 @@ class Pipeline:
 
   def _settle(self, batch: Batch) -> Batch:
     """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""
+    self._cut.add(batch.pop("cut"))
     report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
     return batch
 
@@ -181,7 +188,7 @@ class EvaluationData:
 
   entry: name, split, languages (and path, and text = "caption" or "question"). rows: which rows of each batch this process
   makes (None = all). labels int32 [N] (-1 = none) index label_names; class_names: of the labels that `batches` gives;
-  image_keys uint64 [N]; captions: every one in the entry's languages; facts: what each record says about itself ({} = nothing);
+  media_keys {modality: uint64 [N]}, equal = the same content; captions: every one in the entry's languages; facts: what each record says about itself ({} = nothing);
   places [(example, part)]: the rows of `batches` (several an example where its questions do not fit one row).
   tokenizer: of a checkpoint; None = the one that the config names, where texts are asked for.
   Raises UserError: no such data set, split or language; while reading: too many unreadable records.
@@ -199,6 +206,7 @@ class EvaluationData:
     self.places: list[tuple[int, int]] = []
     self._examples = Examples(config, train=False, tokenizer=tokenizer)
     self._bad: dict[str, str] = {}
+    self._cut = CutMedia()
     self._read_facts()
 
   def __len__(self) -> int:
@@ -230,10 +238,12 @@ class EvaluationData:
       real = row < len(places)
       chosen = [places[i] for i in row[real].tolist()]
       batch = self._examples([Place(self.source, *place) for place in chosen], [None] * len(chosen), modalities)
+      self._cut.add(batch.pop("cut"))
       report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
       index = np.full(len(row), -1)
       index[real] = [example for example, _ in chosen]
       yield spread_rows(batch, real), index
+    self._cut.total()
 
   def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
     """Any texts, tokenised: {"text": {"tokens", "mask", "key"}, "valid"}, filled up as `images`."""
@@ -253,23 +263,23 @@ class EvaluationData:
   def film(self, index: int, frames: int = 6) -> np.ndarray:
     """Some frames of a clip side by side, uint8 [H, frames * W, 3]; white if it cannot be read."""
     try:
-      clip, mask = self._examples.reader("video").read(self.source[index], False, None)
+      (clip, mask, _), _ = self._examples.reader("video").read(self.source[index], False, None)
     except UserError:
       return np.full((self.config.data.video.size,) * 2 + (3,), 255, np.uint8)
     chosen = np.linspace(0, max(0, int(mask.sum()) - 1), frames).round().astype(int)
     return np.concatenate(list(clip[chosen]), axis=1)
 
   def _read_facts(self) -> None:
-    """One pass over the records for captions, labels and picture keys."""
+    """One pass over the records for captions, labels and the keys of media."""
     number = {label: i for i, label in enumerate(self.label_names)}
     asks, each = self.source.text == "question", self.config.data.text.per_example
     self.labels = np.full(len(self), -1, np.int32)
-    self.image_keys = np.zeros(len(self), np.uint64)
+    absent = np.arange(2**63, 2**63 + len(self), dtype=np.uint64)  # equal to no other; such a row is not valid
+    self.media_keys = {name: absent.copy() for name in MODALITIES if name != "text"}
     for i in range(len(self)):
       try:
         record = self.source[i]
       except UserError:
-        self.image_keys[i] = np.uint64(2**63 + i)  # equal to no other; the row is not valid
         self.facts.append({})
         self.places.append((i, 0))
         continue
@@ -277,7 +287,9 @@ class EvaluationData:
       rows = -(-len(record.get("questions") or ()) // each) if asks else 1
       self.places += [(i, part) for part in range(rows)]
       self.labels[i] = number.get(record["label"], -1)
-      self.image_keys[i] = record["image_key"]
+      for name, keys in self.media_keys.items():
+        if record.get(name) is not None:
+          keys[i] = content_key(record, name)
       for language, captions in record["captions"].items():
         for caption in captions:
           high, low = text_key(caption)

@@ -1,23 +1,26 @@
 """Encoded video -> uint8 [T, size, size, 3] and which frames are real: decoding, clips, crops. NumPy, PyAV and OpenCV, no JAX.
 
 `VideoTransform(config.data.video, train)` is what the pipeline calls. Containers are what FFmpeg opens; the first video
-stream counts, turned upright. Of a file only the frames that are wanted are converted and kept.
+stream counts, turned upright. Of a file only the frames that are wanted are converted and kept. A file that is shorter than it
+says is `Unreadable` (see container.py).
 
-A video of n frames gives min(n, T) frames. "uniform": the middle of each of T equal parts. "random" (training only): a random
+Frames are chosen by time, from the container's timestamps: a clip of variable frame rate counts as the clip of constant rate
+that looks the same, in which a frame that stays is repeated. A video of n frames (so counted) gives min(n, T) frames. "uniform": the middle of each of T equal parts. "random" (training only): a random
 frame of each part (Wang et al. 2016, arXiv:1608.00859, section 3.1). In training a random share of the time
 (`augment.temporal`) is cut out first, then one box (`augment.crop`) and one flip (`augment.flip`) hold for all frames.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
+from typing import NamedTuple
 
 import av
 import cv2
 import numpy as np
 
 from mmjax.data.augment import crop_box
+from mmjax.data.container import open_container
 from mmjax.data.image import Unreadable, decode_and_transform
 from mmjax.data.resample import resize_fast
 
@@ -28,10 +31,17 @@ _ASPECT = (3 / 4, 4 / 3)  # of the random box
 Pick = Callable[[int], np.ndarray]
 
 
+class Clip(NamedTuple):
+  """A decoded video: frames uint8 [n, H, W, 3]; shown int [S], which of them is seen in each of S equal slices of its time."""
+
+  frames: np.ndarray
+  shown: np.ndarray
+
+
 class VideoTransform:
   """The video transform of a config: `transform(data, rng) -> (frames uint8 [T, size, size, 3], mask bool [T])`.
 
-  `data`: encoded bytes, or frames uint8 [n, H, W, 3]. With train=False nothing is random and `rng` may be None.
+  `data`: encoded bytes, a `Clip`, or frames uint8 [n, H, W, 3] of constant rate. With train=False nothing is random and `rng` may be None.
   Raises Unreadable.
   """
 
@@ -40,13 +50,15 @@ class VideoTransform:
     self.random = train and config.sampling == "random"
     self.augment = dict(config.augment.items()) if train else {}
 
-  def __call__(self, data: bytes | np.ndarray, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def __call__(self, data: bytes | Clip | np.ndarray, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
     draws = rng.random(44 + self.frames) if self.augment or self.random else None
     pick = lambda count: self.pick(count, draws)
     if isinstance(data, np.ndarray):
       if data.ndim != 4 or data.shape[-1] != 3 or not data.size:
         raise Unreadable(f"video without frames (an array of shape {data.shape})")
       kept = data[pick(len(data))]
+    elif isinstance(data, Clip):
+      kept = data.frames[data.shown[pick(len(data.shown))]]
     else:
       kept = decode_video(data, pick)
     frames, mask = np.zeros((self.frames, self.size, self.size, 3), np.uint8), np.arange(self.frames) < len(kept)
@@ -85,16 +97,32 @@ class VideoTransform:
 def decode_video(data: bytes, pick: Pick | None = None) -> np.ndarray:
   """Frames uint8 [n, H, W, 3] of the first video stream, upright. Raises Unreadable.
 
-  pick: the number of frames in the file -> the indices of those to keep, strictly ascending; None = all.
+  pick: the number of equal slices of time -> those whose frames are wanted, ascending; None = every frame once.
   """
+  return _decode(data, pick).frames
+
+
+def decode_clip(data: bytes) -> Clip:
+  """Every frame of the first video stream, and when each is seen. Raises Unreadable."""
+  return _decode(data, None)
+
+
+def seconds_of(data: bytes) -> float:
+  """How long a video is that `decode_video` reads, by its timestamps."""
+  return _measure(data).seconds
+
+
+def _decode(data: bytes, pick: Pick | None) -> Clip:
+  """The wanted frames, and `shown` of the whole video."""
   if not data:
     raise Unreadable("empty file")
   try:
-    count, height, width = _measure(data)
-    wanted = np.arange(count) if pick is None else pick(count)
-    if len(wanted) * height * width > MAX_KEPT:
-      raise Unreadable(f"video of {len(wanted)} frames of {width} x {height}; the limit is {MAX_KEPT // 10**6} megapixels")
-    kept = _frames(data, wanted)
+    found = _measure(data)
+    wanted = np.arange(found.count) if pick is None else found.shown[pick(len(found.shown))]
+    if len(wanted) * found.height * found.width > MAX_KEPT:
+      raise Unreadable(f"video of {len(wanted)} frames of {found.width} x {found.height}; the limit is {MAX_KEPT // 10**6} megapixels")
+    each, place = np.unique(wanted, return_inverse=True)
+    kept = _frames(data, each)
   except av.error.EOFError as error:
     raise Unreadable("video without frames, or cut within its header") from error
   except (av.error.FFmpegError, ValueError, IndexError, MemoryError) as error:
@@ -103,33 +131,71 @@ def decode_video(data: bytes, pick: Pick | None = None) -> np.ndarray:
     raise Unreadable("video without frames")
   if len({frame.shape for frame in kept}) > 1:
     kept = [cv2.resize(frame, kept[0].shape[1::-1], interpolation=cv2.INTER_AREA) for frame in kept]
-  kept += kept[-1:] * (len(wanted) - len(kept))  # packets that hold no frame, at the end
-  return np.stack(kept)
+  kept += kept[-1:] * (len(each) - len(kept))  # packets that hold no frame, at the end
+  return Clip(np.stack([kept[i] for i in place]), found.shown)
 
 
-def _measure(data: bytes) -> tuple[int, int, int]:
-  """(frames, height, width) of the first video stream, by its packets; nothing is decoded. Raises Unreadable."""
-  with av.open(io.BytesIO(data)) as container:
+class _Measure(NamedTuple):
+  """Of the first video stream: `count` frames of height x width, `shown` int [S] of a `Clip`, and its length in seconds."""
+
+  count: int
+  height: int
+  width: int
+  shown: np.ndarray
+  seconds: float
+
+
+def _measure(data: bytes) -> _Measure:
+  """By the packets of the file; nothing is decoded. Raises Unreadable."""
+  with open_container(data) as container:
     if not container.streams.video:
       raise Unreadable("no video stream in the file")
     stream = container.streams.video[0]
     height, width = stream.codec_context.height, stream.codec_context.width
     if height * width > MAX_PIXELS:
       raise Unreadable(f"video of {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels a frame")
-    count = 0
+    packets: list[tuple[int | None, int]] = []
     for packet in container.demux(stream):
-      count += packet.size > 0
-      if count > MAX_FRAMES:
+      if packet.size and not packet.is_discard:
+        packets.append((packet.pts, packet.duration or 0))
+      if len(packets) > MAX_FRAMES:
         raise Unreadable(f"video of more than {MAX_FRAMES} frames")
-  if not count:
-    raise Unreadable("video without frames")
-  return count, height, width
+    if not packets:
+      raise Unreadable("video without frames")
+    if any(pts is None for pts, _ in packets):  # a container without timestamps
+      rate = stream.average_rate
+      return _Measure(len(packets), height, width, np.arange(len(packets)), len(packets) / float(rate) if rate else 0.0)
+    packets.sort()
+    times, last = np.array([pts for pts, _ in packets]), packets[-1][1]
+    if stream.duration:
+      last = max(last, (stream.start_time or 0) + stream.duration - times[-1])
+    elif container.duration and len(container.streams) == 1:  # in microseconds
+      last = max(last, float(container.duration / (1_000_000 * stream.time_base)) + times[0] - times[-1])
+    shown, length = shown_frames(times, last)
+    return _Measure(len(packets), height, width, shown, float(length * stream.time_base))
+
+
+def shown_frames(times: np.ndarray, last: float = 0) -> tuple[np.ndarray, float]:
+  """(which frame is seen in each of S equal slices of time, int [S], ascending; how long all of them take).
+
+  times: when each of n frames begins, ascending, in any unit; last: how long the last one stays, 0 = not known. Of a constant rate
+  (no frame half a frame too early or too late) S = n and each is seen once. Else a slice is as long as the shortest gap.
+  """
+  gaps = np.diff(times)
+  end = times[-1] + max(last, float(np.median(gaps)) if len(gaps) else 0)
+  length, count = float(end - times[0]), len(times)
+  step = length / count
+  if not gaps.any() or np.ptp(times - step * np.arange(count)) <= step:
+    return np.arange(count), length
+  slices = min(MAX_FRAMES, max(1, round(length / gaps[gaps > 0].min())))
+  middles = times[0] + (np.arange(slices) + 0.5) * length / slices
+  return np.searchsorted(times, middles, side="right") - 1, length
 
 
 def _frames(data: bytes, wanted: np.ndarray) -> list[np.ndarray]:
   """The `wanted` frames (strictly ascending) that there are, uint8 [H, W, 3] each."""
   kept, remaining = [], list(wanted[::-1])
-  with av.open(io.BytesIO(data)) as container:
+  with open_container(data) as container:
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # videos run in parallel, one a thread or process
     for index, frame in enumerate(container.decode(stream)):

@@ -54,7 +54,7 @@ def generated(
     raise UserError(f"{where}: {source} needs readable pictures with captions and labels in {split}, and of two classes in {train_split}")
   y, real, drawn, again = labels[rows], real[rows], drawn[0][rows], again[0][rows]
   x, x_labels = x[kept], train_labels[kept]
-  classify = fit(x, x_labels, np.asarray(train.image_keys)[kept], len(names))
+  classify = fit(x, x_labels, np.asarray(train.media_keys["image"])[kept], len(names))
   guess, guess_real = classify(drawn), classify(real)
   near = nearest(drawn, x)
   metrics = dict(

@@ -108,6 +108,6 @@ def _examples(context: Context, data, names: list[str]) -> tuple[np.ndarray, np.
   return (
     pictures.vectors[rows],
     position[labels[rows]] if len(position) else labels[rows],
-    np.asarray(data.image_keys)[rows],
+    np.asarray(data.media_keys["image"])[rows],
     int((~pictures.valid).sum()),
   )

@@ -1,7 +1,7 @@
 """Retrieval between two modalities: does a picture find its captions, and a caption its pictures?
 
-Identical pictures (equal `image_key`) are one item whose captions are all of theirs, and equal captions (equal text
-key) are one item, so nothing right can count as wrong. The rank of a query is that of its best positive; any positive
+Identical pictures, sounds, clips or series (equal keys of their content) are one item whose captions are all of theirs, and
+equal captions (equal text key) are one item, so nothing right can count as wrong. The rank of a query is that of its best positive; any positive
 counts (as in the Karpathy protocol for COCO and Flickr30k). Ties are pessimistic: a negative whose similarity is equal
 to the best positive's within `TIE`, or is not a number, stands before it. So the result depends neither on the order
 of items nor on rounding between batch sizes, blocks and devices, and a model that has collapsed to one point scores
@@ -41,7 +41,7 @@ def retrieval(
   """R@1, R@5, R@10 and the median rank, from one modality to another and back, over a whole split as the gallery.
 
   source: a data set. split: which of its splits. languages: captions of these count (() = all). between: two modalities;
-  pictures, sounds, clips and series are one item an example (equal pictures are one), texts are the captions. by: a name in
+  equal pictures, sounds, clips and series are one item, texts are the captions. by: a name in
   the records' facts ("voice"): R@1 of queries of the first modality is also given for each of its values. examples: queries
   that the report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank", the sizes "images" and
   "texts" (or whatever the modalities are) of the two galleries, and "unreadable": examples that could not be read and were
@@ -53,7 +53,7 @@ def retrieval(
   data = context.data(source, split, languages)
   media = {modality: context.media(data, modality) for modality in between if modality != "text"}
   valid = np.logical_and.reduce([m.valid for m in media.values()])
-  keys = {modality: _media_keys(data, modality) for modality in media}
+  keys = {modality: np.asarray(data.media_keys[modality]) for modality in media}
   if "text" in between:
     captions = data.captions
     texts = [c[0] for c in captions]
@@ -89,11 +89,6 @@ def retrieval(
   return Result(metrics, figures)
 
 
-def _media_keys(data, modality: str) -> np.ndarray:
-  """uint64 [N]: equal for examples that are one item."""
-  return np.asarray(data.image_keys) if modality == "image" else np.arange(len(data), dtype=np.uint64)
-
-
 class Items(NamedTuple):
   """Merged galleries: images int [I], texts int [T] (the first example or caption of each item), pairs int [P, 2]
   (image, text).
@@ -104,13 +99,13 @@ class Items(NamedTuple):
   pairs: np.ndarray
 
 
-def merge(image_keys: np.ndarray, valid: np.ndarray, owners: np.ndarray, keys: np.ndarray) -> Items:
-  """Merges equal pictures and equal captions. image_keys uint64 [N], valid bool [N], owners int [C] (example of each
+def merge(media_keys: np.ndarray, valid: np.ndarray, owners: np.ndarray, keys: np.ndarray) -> Items:
+  """Merges equal pictures (or other media) and equal captions. media_keys uint64 [N], valid bool [N], owners int [C] (example of each
   caption), keys uint64 [C]. Invalid pictures, pictures without a caption and captions without a picture are left out.
   """
   real = np.flatnonzero(valid[owners])
   text_first, text_item = np.unique(keys[real], return_index=True, return_inverse=True)[1:]
-  image_first, image_item = np.unique(image_keys[owners[real]], return_index=True, return_inverse=True)[1:]
+  image_first, image_item = np.unique(media_keys[owners[real]], return_index=True, return_inverse=True)[1:]
   pairs = np.unique(np.stack([image_item, text_item], axis=1), axis=0) if len(real) else np.zeros((0, 2), np.int64)
   return Items(owners[real][image_first], real[text_first], pairs)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmjax.data.examples import READERS
+from mmjax.data.examples import READERS, CutMedia
 from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
 from mmjax.files import read_file
@@ -29,7 +29,7 @@ class MediaInputs:
 
   def __init__(self, config, modality: str):
     reader = READERS[modality](config.data, False)
-    self.modality, self.transform = modality, reader.transform
+    self.modality, self.reader, self.cut = modality, reader, CutMedia()
     self.rate = config.data.audio.rate
     self.arrays = {name: dtype for name, (_, dtype) in reader.shapes.items() if name != "key"}
 
@@ -37,10 +37,11 @@ class MediaInputs:
     if isinstance(item, dict):
       return item
     try:
-      result = self.transform(self._content(item))
+      arrays, surplus = self.reader.example(self._content(item), None)
     except Unreadable as error:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
-    arrays = result if isinstance(result, tuple) else (result,)
+    if surplus:
+      self.cut.add([(self.modality, name or self._name(item), surplus)])
     return {name: np.asarray(x, dtype) for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)}
 
   def sound(self, item: Item, name: str = "") -> Item:

@@ -2,7 +2,7 @@
 up in it.
 
 The .npz loads with `allow_pickle=False`. Its arrays, each there when it was asked for:
-  image_embeddings float32 [N, D], image_ids str [N], image_keys uint64 [N] (equal = identical picture); the same for audio, video
+  image_embeddings float32 [N, D], image_ids str [N], image_keys uint64 [N] (equal = the same content); the same for audio, video
   and series
   text_embeddings float32 [T, D], texts str [T], text_keys uint64 [T] (equal = same caption), text_owners int64 [T]
   (row of the caption's picture, sound, ..., -1 = none) skipped str [M] (what could not be read), scale, bias float32, model str (a
@@ -19,7 +19,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.image import Unreadable
-from mmjax.data.media import ENDINGS, WORDS, bytes_key
+from mmjax.data.media import ENDINGS, WORDS, bytes_key, content_key
 from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
 from mmjax.files import read_file
@@ -159,7 +159,7 @@ def embed_source(
     record = opened[i]
     captions[i] = [text for texts in record["captions"].values() for text in texts]
     content = record.get(modality)
-    return record["id"], content, record["image_key"] if modality in ("image", "series") or content is None else bytes_key(content)
+    return record["id"], content, 0 if content is None else content_key(record, modality)
 
   index, kept = _embed_media(predictor, modality, range(len(opened)), read, log)
   if "text" not in predictor.modalities:

@@ -197,3 +197,59 @@ def test_groups_stay_together_and_an_epoch_has_each_once(groups, count, extra, s
   assert all((chunk == chunk[0] + np.arange(groups)).all() and chunk[0] % groups == 0 for chunk in rows.reshape(-1, groups))
   if groups == 1:
     np.testing.assert_array_equal(order.rows(3)[1], grouped.rows(3)[1])
+
+
+def rows_with_equal_media(split: str):
+  """Six records of three sounds, clips (bytes only, not decoded) and series, two captions each."""
+  for i in range(6):
+    yield {**record(i), "id": f"{split}{i}", "audio": sound(i // 2), "series": np.full((3, 2), i // 2, np.float32), "image_key": i // 2}
+
+
+@pytest.mark.parametrize("cache", (False, True))
+def test_equal_media_have_equal_keys_and_others_have_not(folder, cache):
+  name = "equal_cached" if cache else "equal"
+  write_dataset(name, folder, {"train": rows_with_equal_media("e")}, fields=("image", "audio", "series"))
+  c = make(folder, **{"data.sources": {"equal": {"name": name, "cache": cache}}})
+  data = EvaluationData(c, dict(name=name, split="train", cache=cache), 6)
+  same = (np.arange(6) // 2)[:, None] == np.arange(6) // 2
+  for _ in range(2):
+    batch = next(data.batches(("image", "audio", "series")))
+    for modality in ("image", "audio", "series"):
+      key = batch[modality]["key"]
+      assert key.dtype == np.uint32 and key.shape == (6, 2)
+      np.testing.assert_array_equal((key[:, None] == key[None]).all(-1), same)
+      whole = key[:, 0].astype(np.uint64) << np.uint64(32) | key[:, 1]
+      np.testing.assert_array_equal(whole, data.media_keys[modality])
+  assert len(set(data.media_keys["video"].tolist())) == 6  # what is absent is equal to nothing
+  batch = Pipeline(c).batch(0)
+  number = np.array([int(i[1:]) // 2 for i in batch["id"]])
+  key = batch["audio"]["key"]
+  np.testing.assert_array_equal((key[:, None] == key[None]).all(-1), number[:, None] == number)
+
+
+def test_equal_sounds_are_positives_of_the_loss(folder):
+  from mmjax.objectives.contrastive import labels_of, positives_of
+
+  c = make(folder, **{"data.modalities": ("text", "audio")})
+  name = "equal_loss"
+  write_dataset(name, folder, {"train": rows_with_equal_media("l")}, fields=("image", "audio", "series"))
+  batch = next(EvaluationData(c, dict(name=name, split="train"), 6).batches(("text", "audio")))
+  rows = [labels_of(batch, ("text", "audio"), side, np.ones(6, bool)) for side in ("text", "audio")]
+  np.testing.assert_array_equal(positives_of(*rows), (np.arange(6) // 2)[:, None] == np.arange(6) // 2)
+
+
+def test_sounds_and_series_that_are_cut_are_named_and_counted(folder, capsys):
+  long = ({**record(i), "id": f"c{i}", "audio": sound(i), "series": np.ones((5, 2), np.float32)} for i in range(12))
+  write_dataset("long", folder, {"train": long}, fields=("image", "audio", "series"))
+  c = make(folder, **{"data.audio.seconds": 0.11, "data.sources": {"long": {"name": "long"}}})
+  data = EvaluationData(c, dict(name="long", split="train"), 6)
+  list(data.media("audio"))
+  said = capsys.readouterr().err.splitlines()
+  assert said[0] == "only the beginning is used of a sound, 0.1 of 0.11 s (data.audio.seconds): long c1"
+  assert len(said) == 5 and said[-1] == "11 sounds exceed data.audio.seconds; only their beginning is used"
+  list(data.media("audio"))
+  assert not capsys.readouterr().err  # once
+  for _ in Pipeline(c).iterate(0, 4):
+    pass
+  said = capsys.readouterr().err
+  assert "12 sensor series exceed data.series.length" in said and "11 sounds exceed data.audio.seconds" in said

@@ -196,7 +196,7 @@ def test_evaluation_data(config):
   assert batches[0]["image"]["pixels"].shape == (4, 16, 16, 3) and "text" not in batches[0]
   np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), [*data.labels, -1, -1])
   assert [data.label_names[i] for i in data.labels] == [record(i)["label"] for i in range(50, 60)]
-  np.testing.assert_array_equal(data.image_keys, np.uint64(2**64 - 1) - np.arange(50, 60, dtype=np.uint64))
+  np.testing.assert_array_equal(data.media_keys["image"], np.uint64(2**64 - 1) - np.arange(50, 60, dtype=np.uint64))
   assert [(c.text, c.language, c.example) for c in data.captions[:2]] == [("a green thing number 50", "en", 0), ("thing 50 in green", "en", 0)]
   assert len(data.captions) == 20 and len(EvaluationData(config(), entry(languages=()), 4).captions) == 30
   high, low = text_key("thing 50 in green")

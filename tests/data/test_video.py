@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mmjax.data import video
 from mmjax.data.image import Unreadable
-from mmjax.data.video import VideoTransform, decode_video
+from mmjax.data.video import VideoTransform, decode_clip, decode_video, seconds_of, shown_frames
 
 OFF = dict(crop=(1.0, 1.0), flip=0.0, temporal=(1.0, 1.0))
 RNG = np.random.default_rng(0)
@@ -28,6 +29,24 @@ def encode(frames, container="matroska", codec="ffv1", pixels="bgr0"):
     for frame in frames:
       file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
     file.mux(stream.encode())
+  return out.getvalue()
+
+
+def timed(times, last, container="matroska", codec="ffv1", pixels="bgr0"):
+  """A clip whose i-th frame begins at times[i] ms, all of its pixels i; the last stays `last` ms (where the container says so)."""
+  out = io.BytesIO()
+  with av.open(out, "w", format=container) as file:
+    stream = file.add_stream(codec, rate=1000)
+    stream.height, stream.width, stream.pix_fmt = 16, 16, pixels
+    stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+    stays, packets = dict(zip(times, np.diff([*times, times[-1] + last]).tolist(), strict=True)), []
+    for number, time in enumerate(times):
+      frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), number, np.uint8), format="rgb24")
+      frame.pts, frame.time_base = time, Fraction(1, 1000)
+      packets += stream.encode(frame)
+    for packet in (*packets, *stream.encode()):
+      packet.duration = stays[round(packet.pts * packet.time_base * 1000)]
+      file.mux(packet)
   return out.getvalue()
 
 
@@ -76,6 +95,62 @@ def test_uniform_takes_the_middle_of_equal_parts_and_short_clips_are_masked():
   got, mask = transform(frames=5)(frames[:3])
   assert mask.tolist() == [True] * 3 + [False] * 2 and not got[3:].any()
   np.testing.assert_array_equal(got[:3], frames[:3])
+
+
+SLOWER = [*range(0, 1000, 100), *range(1000, 10_000, 900)]  # ten frames in a second, then ten in nine
+
+
+def seen_at(times, milliseconds):
+  """The last frame that has begun."""
+  return [max(i for i, time in enumerate(times) if time <= at) for at in milliseconds]
+
+
+@pytest.mark.parametrize("container, codec, pixels", (("matroska", "ffv1", "bgr0"), ("mp4", "libx264rgb", "rgb24")))
+def test_a_clip_of_variable_rate_is_sampled_by_time(container, codec, pixels):
+  data = timed(SLOWER, 900, container, codec, pixels)
+  assert seconds_of(data) == pytest.approx(10.0, abs=0.01)
+  want = seen_at(SLOWER, (1250, 3750, 6250, 8750))  # the middles of four equal parts
+  assert want == [10, 13, 15, 18]
+  for content in (data, decode_clip(data)):
+    frames, mask = transform()(content)
+    np.testing.assert_allclose(numbers(frames), want, atol=1)
+    assert mask.all()
+  np.testing.assert_allclose(numbers(decode_video(data)), np.arange(20), atol=1)  # each once
+  drawn = [numbers(transform(train=True, sampling="random")(data, np.random.default_rng(seed))[0]) for seed in range(20)]
+  assert all(first <= 11 for first, *_ in drawn) and len({tuple(d) for d in drawn}) > 5
+  assert np.mean([sum(n < 10 for n in d) for d in drawn]) < 1  # by number it would be two of four
+
+
+def test_a_frame_that_stays_is_repeated_and_a_jittering_clock_is_not_a_variable_rate():
+  slides = timed([0, 1000, 2000, 3000, 27_000], 3000)
+  assert numbers(transform(frames=6)(slides)[0]) == [2, 3, 3, 3, 3, 4]
+  np.testing.assert_array_equal(shown_frames(np.array([0, 33, 67, 100, 133, 167]))[0], np.arange(6))
+  jitter = 100 * np.arange(40) + np.random.default_rng(0).integers(-30, 31, 40)
+  np.testing.assert_array_equal(shown_frames(jitter, 100)[0], np.arange(40))
+  for times in ([5], [5, 5], [0, 0, 7]):
+    shown, length = shown_frames(np.array(times))
+    assert len(shown) >= 1 and 0 <= shown.min() <= shown.max() < len(times) and length >= 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(gaps=st.lists(st.integers(1, 400), min_size=5, max_size=60), last=st.integers(1, 400), frames=st.integers(1, 5))
+def test_the_frame_of_every_slice_is_the_one_on_the_screen(gaps, last, frames):
+  times = np.cumsum([0, *gaps])
+  shown, length = shown_frames(times, last)
+  if len(shown) == len(times) and (shown == np.arange(len(times))).all():
+    return  # a constant rate
+  middles = (np.arange(len(shown)) + 0.5) * length / len(shown)
+  assert shown.tolist() == seen_at(times.tolist(), middles)
+  assert length / len(shown) <= 1.5 * min(gaps)
+
+
+@pytest.mark.parametrize("container, codec, pixels", (("matroska", "ffv1", "bgr0"), ("mp4", "mpeg4", "yuv420p"), ("avi", "mpeg4", "yuv420p")))
+def test_a_clip_cut_within_its_data_is_refused(container, codec, pixels):
+  data = encode(clip(30), container, codec, pixels)
+  for share in (0.4, 0.7, 0.9):
+    with pytest.raises(Unreadable, match="cut within its data|not a video"):
+      transform()(data[:int(len(data) * share)])
+  transform()(data + b"bytes after its end" * 50)
 
 
 def test_random_draws_one_frame_of_each_part_in_training_only():
@@ -129,7 +204,7 @@ def damaged():
   noise = RNG.integers(0, 256, len(good), dtype=np.uint8).tobytes()
   return {"empty": (b"", "empty file"), "not a video": (b"<html></html>" * 20, "not a video"), "cut header": (good[:60], "."),
           "noise": (noise, "not a video"), "sound alone": (sound_alone(), "no video stream"),
-          "no frames": (good[:good.index(b"\x1f\x43\xb6\x75")], "without frames")}
+          "no frames": (good[:good.index(b"\x1f\x43\xb6\x75")], "cut within its data"), "a playlist": (b"#EXTM3U\n" * 9, "not a video")}
 
 
 @pytest.mark.parametrize("case", damaged())

@@ -33,9 +33,8 @@ class Data:
     self.text_vectors = {} if text_vectors is None else text_vectors
     self.batch_size = batch_size
     self.valid = np.ones(len(self.vectors), bool) if valid is None else np.asarray(valid)
-    self.image_keys = (
-      np.arange(len(self.vectors), dtype=np.uint64) if image_keys is None else np.asarray(image_keys, np.uint64)
-    )
+    keys = np.arange(len(self.vectors)) if image_keys is None else image_keys
+    self.media_keys = {"image": np.asarray(keys, np.uint64)}
     self.labels = np.full(len(self.vectors), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
     self.label_names = tuple(label_names)
 
