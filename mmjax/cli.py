@@ -47,6 +47,9 @@ def _main(argv: Sequence[str] | None) -> int:
   except KeyboardInterrupt:
     print("mmjax: interrupted", file=sys.stderr)
     return EXIT_FAILED
+  except SystemExit as error:  # of a kind's own code: a launcher would take 0 for done
+    print(f"mmjax: code of this run called sys.exit({error.code!r:.80}) (--debug shows where)", file=sys.stderr)
+    return EXIT_FAILED
   except BrokenPipeError:
     sys.stderr.close()
     return EXIT_FAILED
@@ -73,7 +76,7 @@ def _use_huge_pages() -> None:
 
 def _train(options) -> int:
   from mmjax import config
-  resolved = config.load(options.config, options.overrides)
+  resolved = config.load(options.config, options.overrides, options.allow_code)
 
   from mmjax.training import loop
   return loop.train(resolved, options.workdir, allow_change=options.allow_change, profile=options.profile, estimate=_estimate)
@@ -87,7 +90,7 @@ def _estimate(*step):
 def _eval(options) -> int:
   from mmjax.training import evaluate
   table = evaluate.evaluate(options.checkpoint, config_file=options.config, overrides=options.overrides,
-                            suite=options.suite, out=options.out)
+                            suite=options.suite, out=options.out, allow_code=options.allow_code)
   if options.json:
     print(json.dumps(table, indent=2))
   return 0
@@ -96,7 +99,7 @@ def _eval(options) -> int:
 def _plan(options) -> int:
   from mmjax.plan import report
   return report.command(options.config, options.overrides, options.topology, sweep_all=options.sweep, as_json=options.json,
-                        dump_hlo=options.dump_hlo, out=options.out, no_cache=options.no_cache)
+                        dump_hlo=options.dump_hlo, out=options.out, no_cache=options.no_cache, allow_code=options.allow_code)
 
 
 def _data_build(options) -> None:
@@ -138,19 +141,20 @@ def _import(options) -> None:
 
 def _export(options) -> None:
   from mmjax.interop import export
-  export.export(options.checkpoint, options.to, options.out)
+  export.export(options.checkpoint, options.to, options.out, options.allow_code)
 
 
 def _embed(options) -> None:
   from mmjax.inference import search
   search.embed(options.checkpoint, options.out, images=options.images, audio=options.audio, video=options.video, texts=options.texts,
-               source=options.source, split=options.split, languages=tuple(options.languages.split(",")), modality=options.modality)
+               source=options.source, split=options.split, languages=tuple(options.languages.split(",")), modality=options.modality,
+               allow_code=options.allow_code)
 
 
 def _search(options) -> None:
   from mmjax.inference import search
   hits = search.search(options.checkpoint, options.query, images=options.images, audio=options.audio, video=options.video, index=options.index,
-                       modality=options.modality, k=options.k)
+                       modality=options.modality, k=options.k, allow_code=options.allow_code)
   if options.json:
     print(json.dumps([dict(name=name, score=score) for name, score in hits], indent=2))
   else:
@@ -161,7 +165,8 @@ def _search(options) -> None:
 def _generate(options) -> None:
   from mmjax.inference import generate
   written = generate.generate(options.checkpoint, options.files, beams=options.beams, max_length=options.max_length,
-                              length_penalty=options.length_penalty, timestamps=options.timestamps)
+                              length_penalty=options.length_penalty, timestamps=options.timestamps,
+                              allow_code=options.allow_code)
   if options.timestamps:
     rows = [dict(file=file, segments=[dict(start=round(s.start, 3), end=round(s.end, 3), text=s.text) for s in segments])
             for file, segments in written]
@@ -204,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(commands, "train", _train, "Start a run, or resume it: the same command does both.",
                 "mmjax train --config configs/quickstart.py --workdir runs/quickstart --config.optimizer.lr=1e-3", overrides=True)
+  _allow_code(sub)
   sub.add_argument("--config", required=True, metavar="FILE", help="config file; FILE:ARG passes ARG to its get_config")
   sub.add_argument("--workdir", required=True, metavar="DIR", help="run folder")
   sub.add_argument("--allow-change", action="store_true", help="resume although settings or data that alter numbers have changed")
@@ -211,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(commands, "eval", _eval, "Evaluate a checkpoint: writes eval.json and report.html.",
                 "mmjax eval --checkpoint runs/quickstart --suite 'retrieval/*'", overrides=True)
+  _allow_code(sub)
   sub.add_argument("--checkpoint", required=True, metavar="DIR", help="run folder, step folder or import folder")
   sub.add_argument("--config", metavar="FILE", help="take evaluators and data from this config instead of the checkpoint's")
   sub.add_argument("--suite", metavar="NAME", help="only the evaluators of this name (wildcards allowed)")
@@ -219,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(commands, "plan", _plan, "Memory, time and cost of a run on a TPU slice, from its compiler, without TPUs; writes plan.json.",
                 "mmjax plan --config configs/siglip_b16.py --topology v5e-16", overrides=True)
+  _allow_code(sub)
   sub.add_argument("--config", required=True, metavar="FILE", help="config file; FILE:ARG passes ARG to its get_config")
   sub.add_argument("--topology", required=True, metavar="NAME",
                    help="v5e-N, v6e-N (N chips), v4-N, v5p-N, 7x-N (N cores, two a chip), v5p:4x4x12 (a shape), 2xv5e-256 (two slices)")
@@ -280,12 +288,14 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(commands, "export", _export, "Export parameters for inference elsewhere.",
                 "mmjax export --checkpoint runs/quickstart --to stablehlo --out exported")
+  _allow_code(sub)
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--to", required=True, choices=("hf", "safetensors", "stablehlo"))
   sub.add_argument("--out", required=True, metavar="DIR")
 
   sub = command(commands, "embed", _embed, "Embed pictures, sounds, videos, texts or a data set into an .npz file.",
                 "mmjax embed --checkpoint runs/quickstart --images photos --out photos.npz")
+  _allow_code(sub)
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--images", metavar="DIR", help="folder of pictures, searched through")
   sub.add_argument("--audio", metavar="DIR", help="folder of sounds, searched through")
@@ -299,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(commands, "search", _search, "Find pictures, sounds or videos by words, or by another picture, sound or video.",
                 "mmjax search --checkpoint runs/quickstart --images photos 'a red heart'")
+  _allow_code(sub)
   sub.add_argument("query", metavar="QUERY", help="words, or the path of a picture, sound or video")
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--images", metavar="DIR", help="folder of pictures")
@@ -311,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(commands, "generate", _generate, "Write captions of pictures and clips, or transcripts of speech, by a model with a decoder.",
                 "mmjax generate --checkpoint runs/scene_captions photos/a.png photos/b.png --beams 4")
+  _allow_code(sub)
   sub.add_argument("files", nargs="+", metavar="FILE", help="pictures, sounds or videos, or folders of them")
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--beams", type=int, default=1, help="width of the beam search; default: 1, the likeliest word each time")
@@ -319,6 +331,11 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--timestamps", action="store_true", help="of sounds, when each part is said (by Whisper)")
   sub.add_argument("--json", action="store_true", help="print [{file, text}] as JSON; with --timestamps [{file, segments: [{start, end, text}]}]")
   return parser
+
+
+def _allow_code(sub: argparse.ArgumentParser) -> None:
+  sub.add_argument("--allow-code", action="append", default=[], metavar="MODULE",
+                   help="let a checkpoint run code of this module of yours; repeatable")
 
 
 def _data_dir(sub: argparse.ArgumentParser) -> None:

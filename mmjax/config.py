@@ -31,10 +31,23 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mmjax.keys import COLLECTIONS, ENTRIES, FREE_ON_RESUME, KEYS, KINDS, SPECIAL_TOKENS, TOKENIZER, Key, Special
-from mmjax.ranges import Duration, Range
+from mmjax.keys import (
+  COLLECTIONS,
+  ENTRIES,
+  FREE_ON_RESUME,
+  FUNCTIONS,
+  KEYS,
+  KINDS,
+  SPECIAL_TOKENS,
+  TOKENIZER,
+  Key,
+  Special,
+)
+from mmjax.ranges import INT32, Duration, Function, Range
 
 log = logging.getLogger("mmjax")
+_DEEPEST = 32  # levels of a config: the deepest key has six
+_FUNCTION = r"[\w.]+:\w+"
 
 
 class UserError(Exception):
@@ -43,6 +56,10 @@ class UserError(Exception):
 
 class ConfigError(UserError):
   """A mistake in a config or on the command line. Commands exit 2."""
+
+
+class UntrustedCode(UserError):
+  """The config of a checkpoint names code outside this package that the user has not allowed."""
 
 
 def base() -> ConfigDict:
@@ -57,9 +74,10 @@ def base() -> ConfigDict:
   return ConfigDict(tree, type_safe=False)
 
 
-def load(file: str, overrides: typing.Sequence[str] = ()) -> FrozenConfigDict:
+def load(file: str, overrides: typing.Sequence[str] = (), allow_code: typing.Sequence[str] = ()) -> FrozenConfigDict:
   """Runs `get_config` of FILE (or `FILE:ARG`, which passes ARG to it), applies overrides, resolves.
 
+  The modules of `allow_code`, and those that the config itself names, join its `allow_code`.
   Raises ConfigError: the file is missing or fails, or the config is wrong.
   """
   path, _, arg = file.partition(":")
@@ -76,10 +94,14 @@ def load(file: str, overrides: typing.Sequence[str] = ()) -> FrozenConfigDict:
     raise
   except AttributeError as error:
     raise ConfigError(f"{path}: {error}. A config file defines get_config(arg='') and assigns to mmjax.config.base()") from error
-  except Exception as error:
-    raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:
+    raise ConfigError(f"{path}: {_what_happened(error)}") from error
   try:
-    return resolve(config, overrides)
+    resolved = resolve(config, overrides).to_dict()
+    resolved["allow_code"] = tuple(dict.fromkeys((*resolved["allow_code"], *allow_code, *own_code(resolved))))
+    return FrozenConfigDict(resolved)
   except ConfigError as error:
     raise type(error)(f"{path}: {error}") from error.__cause__
 
@@ -91,7 +113,9 @@ def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = (),
   special_tokens: {role: id} of a checkpoint's own tokenizer, which stands for data.text.tokenizer, whatever that is by now.
   Raises ConfigError naming the key, what is wrong with it, and the nearest valid one.
   """
-  raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+  if not hasattr(config, "items"):
+    raise ConfigError(f"get_config() returned {config!r:.80}, not a config. Let it return mmjax.config.base() with your changes")
+  raw = _tree(config)
   for override in overrides:
     path, sep, text = override.removeprefix("--").removeprefix("config.").partition("=")
     if not sep or not path:
@@ -103,13 +127,18 @@ def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = (),
   return FrozenConfigDict(resolved)
 
 
-def from_json(text: str) -> FrozenConfigDict:
+def from_json(text: str, allow_code: typing.Sequence[str] = ()) -> FrozenConfigDict:
   """The resolved config that `to_json` wrote; keys that newer versions added get their defaults.
 
   No tokenizer is read: special tokens that an older version did not write are the ids that it used, 0 to 4.
+  It may come from a stranger: it names kinds of this package and functions of the modules in `allow_code`, nothing
+  else is imported. Its own `allow_code` becomes the one given here. Raises UntrustedCode, ConfigError, ValueError.
   """
+  allow_code = (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
   stored = json.loads(text)
-  resolved = _resolve_tree(stored)
+  if not isinstance(stored, dict):
+    raise ConfigError(f"a config is an object of keys, not {stored!r:.80}")
+  resolved = _resolve_tree(_tree(stored) | {"allow_code": allow_code}, allow_code)
   for path, entry, name, special in _special_settings(resolved):
     if name not in (_get(stored, path) or {}) or entry[name] == ():
       entry[name] = _ids(special, dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True)), entry[name])
@@ -146,8 +175,8 @@ def in_steps(value: int | str, *, steps: int | None, batch_size: int, examples: 
   """A duration in steps: 1000, '5%' of `steps`, '2 epochs' of `examples`, '1e6 examples'. At least 1 unless zero."""
   if isinstance(value, (int, float)):
     return int(value)
-  match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(%|epochs?|examples?|steps?)\s*", value)
-  if not match:
+  match = re.fullmatch(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*(%|epochs?|examples?|steps?)\s*", value)
+  if not match or not math.isfinite(float(match[1])):
     raise ConfigError(f"duration {value!r}: write steps (1000), '5%', '2 epochs' or '1e6 examples'")
   number, unit = float(match[1]), match[2].rstrip("s")
   if unit == "%" and steps is None or unit == "epoch" and examples is None:
@@ -254,6 +283,8 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   if c["data"]["text"]["bos"] and c["model"].get("decoder"):
     raise ConfigError("data.text.bos puts <bos> before every text, but model.decoder starts from a prompt of its own and would learn to "
                       "repeat <bos>. Set data.text.bos to False")
+  if not all(isinstance(module, str) for module in c["allow_code"]):
+    raise ConfigError(f"allow_code must be names of modules, not {c['allow_code']!r}")
   if "main" in groups:
     raise ConfigError("optimizers.main: that is the group of `optimizer` itself. Choose another name")
   owners = ["optimizer", *(f"optimizers.{name}" for name in groups)]
@@ -424,19 +455,66 @@ def _is_on(when: str | tuple[str, Any], entry: typing.Mapping) -> bool:
 # -- resolution ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve_tree(raw: dict) -> dict:
+def _tree(node: typing.Any, path: str = "", above: tuple[int, ...] = ()) -> Any:
+  """A config as nested dicts. Raises ConfigError: it contains itself, is too deep, or a key is no string."""
+  if not hasattr(node, "items") and not isinstance(node, (list, tuple)):
+    return node
+  if id(node) in above:
+    raise ConfigError(f"{path} contains itself")
+  if len(above) >= _DEEPEST:
+    raise ConfigError(f"{'.'.join(path.split('.')[:4])}... is nested deeper than {_DEEPEST} levels")
+  above = (*above, id(node))
+  if isinstance(node, (list, tuple)):
+    return type(node)([_tree(value, path, above) for value in node]) if type(node) in (list, tuple) else node
+  tree = {}
+  for name, value in node.items():
+    if not isinstance(name, str) or not name:
+      raise ConfigError(f"{path or 'the config'} has the key {name!r:.80}, but keys are words")
+    tree[name] = _tree(value, f"{path}.{name}" if path else name, above)
+  return tree
+
+
+def own_code(config: typing.Mapping) -> list[str]:
+  """Modules outside this package that the entries of a resolved config name."""
+  patterns = [f"{pattern}.{selector}" for pattern, (_, selector) in ENTRIES.items()]
+  patterns += ["evaluation.evaluators.*.check", "evaluation.evaluators.*.choices"]
+  named = [value.partition(":")[0] for path, value in flatten(config) if isinstance(value, str)
+           and re.fullmatch(_FUNCTION, value) and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
+  return [module for module in named if module.split(".")[0] != "mmjax"]
+
+
+def _check_code(target: str, known: typing.Collection[str], path: str, allow_code: tuple[str, ...] | None) -> None:
+  """Raises UntrustedCode: `target`, at `path` of a config that is not the user's, may not be imported. None allows all."""
+  if allow_code is None or ":" not in target or target in known:
+    return
+  module = target.partition(":")[0]
+  if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in allow_code):
+    raise UntrustedCode(f"{path} is {target!r}: the checkpoint wants to run code of the module {module!r}, which is not of "
+                        f"this package. If you trust that code, allow it with --allow-code {module} "
+                        f"(in Python: allow_code=({module!r},))")
+
+
+def _what_happened(error: BaseException) -> str:
+  if isinstance(error, SystemExit):
+    return f"it called sys.exit({error.code!r:.80}) while it was read"
+  return f"{type(error).__name__}: {error!s:.600}"
+
+
+def _resolve_tree(raw: dict, allow_code: tuple[str, ...] | None = None) -> dict:
+  """Resolves a whole config. allow_code: modules that it may import from, None = any, for the user's own."""
   common = {key.path: key for key in KEYS}
-  return _resolve_node(_plain(raw), "", "", common)
+  return _resolve_node(_plain(raw), "", "", common, allow_code)
 
 
-def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -> dict:
+def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key], allow_code: tuple[str, ...] | None) -> dict:
   """Resolves the dict at `path`; `pattern` is the path with entry names replaced by `*`."""
   prefix, pattern_prefix = (f"{path}.", f"{pattern}.") if path else ("", "")
   if path in COLLECTIONS or pattern in COLLECTIONS:
     for name, entry in node.items():
       if not isinstance(entry, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {entry!r}")
-    return {name: _resolve_node(entry, f"{prefix}{name}", f"{pattern_prefix}*", common) for name, entry in node.items()}
+    return {name: _resolve_node(entry, f"{prefix}{name}", f"{pattern_prefix}*", common, allow_code)
+            for name, entry in node.items()}
   known: dict[str, tuple[Any, Any]] = {}  # name -> (type, default); type None = a nested dict
   for key in common.values():
     if key.path.startswith(pattern_prefix) and (rest := key.path[len(pattern_prefix):]):
@@ -457,6 +535,7 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
     if not isinstance(name, str) or (name not in KINDS[group] and ":" not in name):
       raise ConfigError(f"{prefix}{selector} is {name!r}, which is no {group}{_nearest(str(name), KINDS[group])}")
     known[selector] = (str, name)
+    _check_code(name, KINDS[group].values(), f"{prefix}{selector}", allow_code)
     for setting, parameter in kind_settings(kind_function({"kind": name}, group)).items():
       default = None if parameter.default is inspect.Parameter.empty else parameter.default
       known.setdefault(setting, (parameter.annotation, default))
@@ -473,9 +552,11 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key]) -
     elif kind is None or f"{pattern_prefix}{name}" in ENTRIES:
       if not isinstance(value, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {value!r}")
-      out[name] = _resolve_node(value, f"{prefix}{name}", f"{pattern_prefix}{name}", common)
+      out[name] = _resolve_node(value, f"{prefix}{name}", f"{pattern_prefix}{name}", common, allow_code)
     else:
       out[name] = _typed(value, kind, f"{prefix}{name}", default)
+      if Function() in typing.get_args(kind):
+        _check_code(out[name], FUNCTIONS, f"{prefix}{name}", allow_code)
   return out
 
 
@@ -511,6 +592,8 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   if kind is Duration:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
       raise ConfigError(f"{path} is {value!r}, but must be a duration: steps (1000), '5%', '2 epochs' or '1e6 examples'")
+    if isinstance(value, int) and abs(value) > INT32:
+      raise ConfigError(f"{path} is {value!r:.40}, but must be at most {INT32}")
     try:
       in_steps(value, steps=1, batch_size=1, examples=1)
     except ConfigError as error:
@@ -520,7 +603,7 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
     return value
   plain = origin or kind
   if plain is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    value = float(value) if abs(value) < 1e300 else math.inf
   if plain is float and isinstance(value, float) and not math.isfinite(value):
     raise ConfigError(f"{path} is {value!r}, but must be a finite number")
   if plain is tuple and isinstance(value, (list, tuple)):
@@ -541,7 +624,10 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
 
 def kind_settings(function: typing.Callable) -> dict[str, inspect.Parameter]:
   """The keyword-only parameters of a kind's function, annotations evaluated."""
-  parameters = inspect.signature(function, eval_str=True).parameters
+  try:
+    parameters = inspect.signature(function, eval_str=True).parameters
+  except Exception as error:  # annotations of a user's function are code, too
+    raise ConfigError(f"the settings of {function!r:.80} cannot be read: {_what_happened(error)}") from error
   return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -550,20 +636,29 @@ def load_function(target: str, what: str = "kind") -> typing.Callable:
 
   what: names the setting in the error. Raises ConfigError: there is none, or `target` is not written so.
   """
-  if not re.fullmatch(r"[\w.]+:\w+", target):
+  if not re.fullmatch(_FUNCTION, target):
     raise ConfigError(f"{what} {target!r}: write module:function")
   module, _, name = target.partition(":")
   if "" not in sys.path and os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())  # a command has only its own folder there
   try:
-    return getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError) as error:
     raise ConfigError(f"{what} {target!r}: {error}") from error
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:
+    raise ConfigError(f"{what} {target!r}: {module}: {_what_happened(error)}") from error
+  if not callable(function):
+    raise ConfigError(f"{what} {target!r} is no function, but {function!r:.80}")
+  return function
 
 
 def _set_override(tree: dict, path: str, value: Any) -> None:
   """Sets a dotted path; entry names with slashes or dots (`retrieval/val`) match the longest existing key first."""
   keys, node = path.split("."), tree
+  if len(keys) > _DEEPEST:
+    raise ConfigError(f"override {'.'.join(keys[:4])}... names a key deeper than {_DEEPEST} levels")
   while keys:
     for n in range(len(keys), 0, -1):
       head = ".".join(keys[:n])
@@ -586,7 +681,7 @@ def _parse(text: str) -> Any:
     return text == "true"
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     return text
 
 

@@ -93,6 +93,8 @@ KEYS = (
   Key("train.compiler", "auto", Literal["auto", "none", "data", "fsdp", "tiles"],
       "Options of the TPU compiler (parallel/compiler.py); auto = by the sharding."),
   Key("train.on_restart", 10, Count, "Restarts after exit code 1 that a launcher may make."),
+  Key("allow_code", (), tuple,
+      "Modules outside this package whose code may run because a checkpoint that this run reads (a teacher) names it."),
   Key("data.dir", "", str, "Folder or URL (s3://, gs://) of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax."),
   Key("data.mix", "examples", Literal["examples", "steps"],
       "How sources mix by weight: 'examples' draws every row, 'steps' one source for all rows of a step."),
@@ -284,6 +286,13 @@ KINDS: dict[str, dict[str, str]] = {
   },
 }
 
+# Functions of this package that settings of kinds name: a checkpoint's config may name these besides KINDS.
+FUNCTIONS = (
+  "mmjax.data.builders.emoji_scenes:check_caption",
+  "mmjax.data.builders.moving_emoji:check_caption",
+  "mmjax.data.builders.moving_emoji:choices",
+)
+
 # Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for one named as its group).
 # An entry that is a setting of another kind (model.fusion) may be None: that model then has none.
 ENTRIES = {
@@ -302,5 +311,5 @@ TOKENIZER = "mmjax.data.text:special_tokens"
 COLLECTIONS = ("data.sources", "objectives", "optimizers", "model.encoders", "evaluation.evaluators")
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
-FREE_ON_RESUME = ("mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
+FREE_ON_RESUME = ("allow_code", "mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
                   "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart", "train.hang_seconds", "train.compiler")

@@ -37,7 +37,7 @@ class Range(NamedTuple):
       self.ascending and numbers != sorted(numbers))
 
   def _contains(self, number: float) -> bool:
-    return (math.isfinite(number)
+    return (-math.inf < number < math.inf  # also of whole numbers that no float holds
             and (self.least is None or number >= self.least)
             and (self.most is None or number <= self.most)
             and (self.above is None or number > self.above)
@@ -50,6 +50,19 @@ class Range(NamedTuple):
     below = "" if self.below is None else f"below {self.below:g}"
     text = " and ".join(filter(None, (least, above, most, below))) or "a finite number"
     return f"{text}, in ascending order" if self.ascending else text
+
+
+class Function(NamedTuple):
+  """Marks a setting that may name a function, "module:function": config.py asks whether it may be imported."""
+
+  def holds(self, value: Any) -> bool:
+    return True
+
+  def __str__(self) -> str:
+    return "module:function"
+
+
+FunctionName = Annotated[str, Function()]
 
 
 def is_duration(annotation: Any) -> bool:

@@ -12,7 +12,7 @@ from mmjax.config import UserError, load_function
 from mmjax.data.text import normalise_caption
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.metrics import text as metrics
-from mmjax.ranges import Count, Few, Finite
+from mmjax.ranges import Count, Few, Finite, FunctionName
 
 
 def captions(
@@ -25,7 +25,7 @@ def captions(
   max_length: Count = 0,
   beams: Few = 1,
   length_penalty: Finite = 1.0,
-  check: str = "",
+  check: FunctionName = "",
   by: str = "",
   examples: Count = 12,
 ) -> Result:

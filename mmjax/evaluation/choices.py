@@ -7,6 +7,7 @@ import numpy as np
 from mmjax.config import UserError, load_function
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.zero_shot import confusion
+from mmjax.ranges import FunctionName
 
 
 def multiple_choice(
@@ -15,7 +16,7 @@ def multiple_choice(
   source: str,
   split: str = "test",
   modality: str = "video",
-  choices: str = "choices",
+  choices: FunctionName = "choices",
   by: str = "",
 ) -> Result:
   """Accuracy of picking the right text among candidates, by the cosine of embeddings (as in EgoMCQ, Lin et al. 2022,

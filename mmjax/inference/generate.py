@@ -21,6 +21,7 @@ def generate(
   max_length: int = 0,
   length_penalty: float = 1.0,
   timestamps: bool = False,
+  allow_code: Sequence[str] = (),
   log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:
   """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted. timestamps: [(file, segments)]
@@ -29,7 +30,7 @@ def generate(
   Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model writes no text or does not take
   such files, a file that is none of picture, sound and video, or nothing could be read.
   """
-  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
+  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint, allow_code=allow_code)
   if not predictor.writes:
     predictor.write()  # says why not
   names = [name for file in files for name in _expand(file, predictor)]

@@ -75,17 +75,19 @@ class Predictor:
     self.width = int(config.model.width)
 
   @classmethod
-  def load(cls, checkpoint: str | os.PathLike, *, mesh: Mesh | None = None, batch_size: int = 128) -> Predictor:
+  def load(cls, checkpoint: str | os.PathLike, *, mesh: Mesh | None = None, batch_size: int = 128,
+           allow_code: Sequence[str] = ()) -> Predictor:
     """Opens a run folder, a step folder or an import folder. The parameters are the moving average where the run kept
     one.
 
-    mesh: devices to run on; default all of this process, each with whole parameters. Raises UserError: no checkpoint
+    mesh: devices to run on; default all of this process, each with whole parameters. allow_code: modules outside this
+    package that the checkpoint may run code of, such as ("my_encoder",). Raises UserError: no checkpoint
     there, or not a whole one.
     """
     from mmjax.state import checkpoint as checkpoints
 
     folder = checkpoints.find_checkpoint(checkpoint)
-    config = checkpoints.load_config(folder)
+    config = checkpoints.load_config(folder, allow_code)
     mesh = _local_mesh(config) if mesh is None else mesh
     shapes, shardings = param_spec(config), param_shardings(config, mesh)
     spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -42,6 +42,7 @@ def embed(
   split: str = "train",
   languages: Sequence[str] = (),
   modality: str | None = None,
+  allow_code: Sequence[str] = (),
   log: Callable[[str], None] = print,
 ) -> Path:
   """Embeds folders of pictures (`images`), sounds (`audio`) or videos, the lines of a text file (`texts`), or a split of a data
@@ -57,7 +58,7 @@ def embed(
       "embed takes --images, --audio, --video and --texts, or --source alone: give folders, a text file or a data set"
     )
   _check_writable(out)
-  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
+  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint, allow_code=allow_code)
   index: Index = {"skipped": np.array([], str)}
   for name, folder in folders.items():
     found = embed_folder(predictor, folder, log, name)
@@ -83,6 +84,7 @@ def search(
   index: str | os.PathLike | Index | None = None,
   modality: str | None = None,
   k: int = 5,
+  allow_code: Sequence[str] = (),
   log: Callable[[str], None] = print,
 ) -> list[tuple[str, float]]:
   """The `k` pictures (sounds, videos) nearest to `query` as (name, cosine), best first; ties by name.
@@ -98,7 +100,7 @@ def search(
     )
   if k < 1:
     raise UserError(f"-k is {k}, but must be at least 1")
-  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint)
+  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint, allow_code=allow_code)
   for name, folder in folders.items():
     modality, index = name, embed_folder(predictor, folder, log, name)
   if not isinstance(index, dict):

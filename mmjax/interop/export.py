@@ -23,7 +23,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ FORMATS = ("hf", "safetensors", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(checkpoint: str | os.PathLike, to: str, out: str | os.PathLike) -> Path:
+def export(checkpoint: str | os.PathLike, to: str, out: str | os.PathLike, allow_code: Sequence[str] = ()) -> Path:
   """Writes the checkpoint (run, step or import folder) as `to` ("hf", "safetensors" or "stablehlo") into the new
   folder `out`.
 
-  The parameters are the moving average where the run kept one. Raises UserError: unknown format, no checkpoint, `out`
+  The parameters are the moving average where the run kept one. allow_code: as of `mmjax.load`. Raises UserError: unknown format, no checkpoint, `out`
   is not empty or cannot be written; nothing is left half-written.
   """
   if to not in FORMATS:
@@ -54,8 +54,8 @@ def export(checkpoint: str | os.PathLike, to: str, out: str | os.PathLike) -> Pa
   if to == "hf":
     from mmjax.interop import huggingface
 
-    return Path(huggingface.export_hf(checkpoint, out) or out)
-  predictor = Predictor.load(checkpoint, mesh=single_device_mesh())
+    return Path(huggingface.export_hf(checkpoint, out, allow_code) or out)
+  predictor = Predictor.load(checkpoint, mesh=single_device_mesh(), allow_code=allow_code)
   with new_folder(Path(out)) as folder:
     (write_safetensors if to == "safetensors" else write_stablehlo)(predictor, folder)
   return Path(out)

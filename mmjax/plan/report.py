@@ -25,10 +25,11 @@ def command(
   dump_hlo: str = "",
   out: str = "plan.json",
   no_cache: bool = False,
+  allow_code: Sequence[str] = (),
 ) -> int:
   """Plans a config file, prints the figures and writes `out`; 0 where it fits."""
   topology.prepare()
-  config = configs.load(file, overrides)
+  config = configs.load(file, overrides, allow_code)
   target = topology.parse(name)
   say = lambda line: print(line, file=sys.stderr, flush=True)
   if not topology.has_libtpu():

@@ -20,7 +20,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +29,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from mmjax import files
-from mmjax.config import UserError, from_json, in_steps
+from mmjax.config import UntrustedCode, UserError, from_json, in_steps
 from mmjax.state import manifest, storage
 from mmjax.state.manifest import Corrupt
 from mmjax.state.storage import DELETED, TEMPORARY, disk_errors, from_main
@@ -328,9 +328,16 @@ def load_assets(path: str) -> dict[str, bytes]:
     return {name: base64.b64decode(text) for name, text in texts.items()}
 
 
-def load_config(path: str) -> FrozenConfigDict:
-  """The resolved config of the run that wrote the checkpoint, or of the import."""
-  return from_json(json.dumps(storage.read_json(find_checkpoint(path) / "config")))
+def load_config(path: str, allow_code: Sequence[str] = ()) -> FrozenConfigDict:
+  """The resolved config of the run that wrote the checkpoint, or of the import. It may come from a stranger: its kinds are those of
+  this package, or of the modules in `allow_code`. Raises UserError: it names others, or is no config of this version."""
+  folder = find_checkpoint(path)
+  try:
+    return from_json(json.dumps(storage.read_json(folder / "config")), allow_code)
+  except UntrustedCode as error:
+    raise UntrustedCode(f"checkpoint {folder}: {error}") from error
+  except UserError as error:
+    raise UserError(f"checkpoint {folder}: its config is none of this version ({error})") from error
 
 
 def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | str, assets: Mapping[str, bytes],

@@ -20,15 +20,17 @@ from mmjax.training.step import Step
 
 
 def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrides: Sequence[str] = (), suite: str | None = None,
-             out: str | os.PathLike | None = None) -> dict[str, dict[str, float]]:
+             out: str | os.PathLike | None = None, allow_code: Sequence[str] = ()) -> dict[str, dict[str, float]]:
   """Evaluates the checkpoint at `path` (run, step or import folder) and writes eval.json and report.html.
 
+  allow_code: modules that the checkpoint's config may take code from, besides those that `config_file` names.
   Returns: {evaluator name: {metric: value}}. Raises UserError: no checkpoint there, no such evaluator.
   """
   found = checkpoint.find_checkpoint(path)
-  config, assets = checkpoint.load_config(found), checkpoint.load_assets(found)
+  theirs = configs.load(config_file, overrides) if config_file else None
+  config = checkpoint.load_config(found, (*allow_code, *(theirs.allow_code if theirs else ())))
+  assets = checkpoint.load_assets(found)
   if config_file or overrides:
-    theirs = configs.load(config_file, overrides) if config_file else None
     tree = config.to_dict()
     if theirs:
       tree["evaluation"] = theirs.to_dict()["evaluation"]

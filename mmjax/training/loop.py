@@ -316,7 +316,9 @@ def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) ->
   if not written.exists():
     return
   try:
-    old = configs.from_json(written.read_text())
+    old = configs.from_json(written.read_text(), (*config.allow_code, *configs.own_code(config)))
+  except configs.UntrustedCode as error:
+    raise UserError(f"{written}: {error}") from error
   except (ValueError, UserError) as error:
     raise UserError(f"{written} is not a config of this version ({error}). Choose another --workdir") from error
   changes = configs.changed_on_resume(old, config)

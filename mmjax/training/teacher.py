@@ -38,7 +38,7 @@ class Teacher:
 
   def __init__(self, path: str, config: FrozenConfigDict, mesh: Mesh, batch: Mapping[str, Any]):
     self.path = checkpoint.find_checkpoint(path)  # once: a run that goes on may save a newer one meanwhile
-    self.config = checkpoint.load_config(self.path)
+    self.config = checkpoint.load_config(self.path, config.allow_code)
     self.model = make_model(self.config)
     self._check(config, [modality for modality in self.config.model.encoders if modality in batch])
     table = rules.logical_rules(config)

@@ -130,7 +130,7 @@ def _check_shapes(config: Any, params: Mapping[str, Any], rules: Sequence[mappin
       raise UserError(f"{where}: {theirs[name].format(i=0)} gives a parameter of shape {list(value.shape)}, which by its config.json {needs}")
 
 
-def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
+def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike, allow_code: Sequence[str] = ()) -> Path:
   """Writes a checkpoint (run, step or import folder) as a folder for transformers: the family that can express it.
 
   Raises UserError: transformers has no such architecture (naming the settings), or `out` exists and is not empty.
@@ -139,7 +139,7 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"{out}: exists and is not empty. Choose another folder")
   found = checkpoints.find_checkpoint(os.fspath(checkpoint))
-  config = _filled(checkpoints.load_config(found).to_dict())
+  config = _filled(checkpoints.load_config(found, allow_code).to_dict())
   assets = checkpoints.load_assets(found)
   family = _expressed_by(config)
   special, facts = {}, {}
