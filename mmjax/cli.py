@@ -42,13 +42,13 @@ def _main(argv: Sequence[str] | None) -> int:
   except UserError as error:
     if options.debug:
       raise
-    print(f"mmjax: {' '.join(str(error).split())}", file=sys.stderr)
+    _complain(error)
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
   except KeyboardInterrupt:
     print("mmjax: interrupted", file=sys.stderr)
     return EXIT_FAILED
   except SystemExit as error:  # of a kind's own code: a launcher would take 0 for done
-    print(f"mmjax: code of this run called sys.exit({error.code!r:.80}) (--debug shows where)", file=sys.stderr)
+    _complain(f"code of this run called sys.exit({error.code!r:.80})")
     return EXIT_FAILED
   except BrokenPipeError:
     sys.stderr.close()
@@ -56,8 +56,16 @@ def _main(argv: Sequence[str] | None) -> int:
   except Exception as error:
     if options.debug:
       raise
-    print(f"mmjax: {type(error).__name__}: {' '.join(str(error).split())[:600]} (--debug shows where)", file=sys.stderr)
+    _complain(f"{type(error).__name__}: {error!s:.600} (--debug shows where)")
     return EXIT_FAILED
+
+
+def _complain(what: object) -> None:
+  """One line on stderr, whatever names and texts it holds."""
+  from mmjax.printing import printable
+
+  line = " ".join(printable(what, keep="\n\t").split())
+  print(f"mmjax: {line if len(line) < 2000 else line[:2000] + ' ...'}", file=sys.stderr)
 
 
 def _use_huge_pages() -> None:
@@ -109,7 +117,8 @@ def _data_build(options) -> None:
 
 def _data_convert(options) -> None:
   from mmjax.data.builders import convert
-  log = (lambda line: print(line, file=sys.stderr)) if options.json else print
+  from mmjax.printing import say
+  log = (lambda line: say(line, sys.stderr)) if options.json else say
   columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair) or None
   summary = convert.convert(options.format, options.source, options.name, options.data_dir, workers=options.workers, split=options.split,
                             language=options.language, columns=columns, media=options.media, encoding=options.encoding, log=log)
@@ -131,7 +140,8 @@ def _data_tokenizer(options) -> None:
 def _config_show(options) -> None:
   from mmjax import config, describe
   resolved = config.load(options.file, options.overrides)
-  print(config.to_json(resolved) if options.json else describe.describe(resolved, docs=options.docs))
+  from mmjax.printing import say
+  say(config.to_json(resolved) if options.json else describe.describe(resolved, docs=options.docs))
 
 
 def _import(options) -> None:
@@ -155,15 +165,17 @@ def _search(options) -> None:
   from mmjax.inference import search
   hits = search.search(options.checkpoint, options.query, images=options.images, audio=options.audio, video=options.video, index=options.index,
                        modality=options.modality, k=options.k, allow_code=options.allow_code)
+  from mmjax.printing import printable
   if options.json:
     print(json.dumps([dict(name=name, score=score) for name, score in hits], indent=2))
   else:
     for name, score in hits:
-      print(f"{score:.4f}  {name}")
+      print(f"{score:.4f}  {printable(name)}")
 
 
 def _generate(options) -> None:
   from mmjax.inference import generate
+  from mmjax.printing import printable, say
   written = generate.generate(options.checkpoint, options.files, beams=options.beams, max_length=options.max_length,
                               length_penalty=options.length_penalty, timestamps=options.timestamps,
                               allow_code=options.allow_code)
@@ -173,24 +185,35 @@ def _generate(options) -> None:
   else:
     rows = [dict(file=file, text=text) for file, text in written]
   if options.json:
-    print(json.dumps(rows, indent=2, ensure_ascii=False))
+    say(json.dumps(rows, indent=2, ensure_ascii=False))
   else:
     for row in rows:
       for s in row.get("segments", ()):
-        print(f"{row['file']}: [{s['start']:.2f} - {s['end']:.2f}] {s['text']}")
+        print(f"{printable(row['file'])}: [{s['start']:.2f} - {s['end']:.2f}] {printable(s['text'])}")
       if not options.timestamps:
-        print(f"{row['file']}: {row['text']}")
+        print(f"{printable(row['file'])}: {printable(row['text'])}")
 
 
 # -- Arguments ------------------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
-  """argparse with one-line errors."""
+  """argparse with one-line errors, for which "" names no file, folder or data set."""
+
+  def add_argument(self, *names, **settings):
+    if settings.get("metavar") in ("DIR", "FILE", "SRC", "NAME") and settings.get("default") != "":
+      settings.setdefault("type", _not_empty)
+    return super().add_argument(*names, **settings)
 
   def error(self, message: str):
-    print(f"mmjax: {message}. See `{self.prog} --help`", file=sys.stderr)
+    _complain(f"{message}. See `{self.prog} --help`")
     sys.exit(EXIT_USAGE)
+
+
+def _not_empty(text: str) -> str:
+  if not text.strip():
+    raise argparse.ArgumentTypeError("it is empty: give a name")
+  return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -247,8 +270,8 @@ def _parser() -> argparse.ArgumentParser:
                    help="folder (media with .txt each, with tables, or a folder a class), csv (and TSV), json (lines, an array or a document: "
                         "jsonl, coco, vqa and conversations of LLaVA or OpenAI are the same), webdataset (tars), parquet")
   sub.add_argument("source", metavar="SRC", help="folder, file, or a pattern of files")
-  sub.add_argument("--name", required=True, help="name of the new data set")
-  sub.add_argument("--split", default="train")
+  sub.add_argument("--name", required=True, metavar="NAME", help="name of the new data set")
+  sub.add_argument("--split", default="train", metavar="NAME")
   sub.add_argument("--language", default="en", help="language of the captions")
   sub.add_argument("--columns", default="", help="columns of a table by role (image, audio, video, caption, question, answer, label, id, image_id, language, conversation), "
                    "e.g. image=jpg,caption=alt; caption=a+b reads both")
@@ -267,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
   sub = command(data, "tokenizer", _data_tokenizer, "Train a sentencepiece tokenizer on the captions and questions of data sets.",
                 "mmjax data tokenizer --source openmoji --name mine --vocab-size 4096")
   sub.add_argument("--source", required=True, metavar="NAME[,NAME]", help="data set, or several that share the pieces")
-  sub.add_argument("--name", required=True, help="name of the tokenizer, for data.text.tokenizer")
+  sub.add_argument("--name", required=True, metavar="NAME", help="name of the tokenizer, for data.text.tokenizer")
   sub.add_argument("--split", default="train")
   sub.add_argument("--languages", default="", help="comma-separated; default: all that there are")
   sub.add_argument("--vocab-size", type=int, default=4096)

@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -69,6 +70,12 @@ def make_folder(path: Path | epath.Path) -> None:
   """Makes a folder and those above it; in a store there are none, and an attempt to make one could make a bucket."""
   if not is_url(path):
     path.mkdir(parents=True, exist_ok=True)
+
+
+def check_name(what: str, name: str) -> None:
+  """Refuses what could not be a part of a path everywhere, or would leave its folder. Raises UserError. what: "a data set", ..."""
+  if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    raise UserError(f"{what} cannot be called {name!r:.200}: use small letters, digits and _, a letter first")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -15,6 +15,7 @@ from mmjax.data.media import WORDS, content_key
 from mmjax.data.naflex import SequenceTransform, picture_of
 from mmjax.data.sources import Source
 from mmjax.data.text import TextTransform, Tokenizer, check_texts, drop_words, load_tokenizer, split_key
+from mmjax.printing import printable
 
 Batch = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -418,7 +419,7 @@ def report_unreadable(unreadable: Sequence[tuple[str, str]], known: dict[str, st
   for name, reason in unreadable:
     if name not in known:
       known[name] = reason
-      print(f"unreadable record, its row does not count: {name}: {reason}", file=sys.stderr, flush=True)
+      print(printable(f"unreadable record, its row does not count: {name}: {reason}"), file=sys.stderr, flush=True)
   if len(known) > limit:
     last, reason = list(known.items())[-1]
     raise UserError(f"{len(known)} records could not be read (data.max_unreadable is {limit}); the last: {last}: {reason}. "

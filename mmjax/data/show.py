@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import os
 from collections import Counter
@@ -20,13 +19,14 @@ from mmjax.data.resample import resize_exact
 from mmjax.data.sources import Source, list_datasets, open_source
 from mmjax.data.sources import data_dir as default_data_dir
 from mmjax.files import write_whole
+from mmjax.printing import in_html, say
 
 THUMBNAIL = 320  # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
 _RIGHT_TO_LEFT = {"ar", "fa", "he", "ur"}
 
 
 def show_data_set(name: str, out: str | os.PathLike = "sample.html", *, split: str = "train", count: int = 48,
-                  seed: int = 0, data_dir: str | os.PathLike | None = None, log: Callable[[str], None] = print) -> Path:
+                  seed: int = 0, data_dir: str | os.PathLike | None = None, log: Callable[[str], None] = say) -> Path:
   """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some. Returns the file. Raises UserError."""
   tars = name.endswith(".tar") and name not in list_datasets(default_data_dir(data_dir or None))
   entry = dict(name="tars", path=name) if tars else dict(name=name, split=split)
@@ -95,7 +95,7 @@ def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLi
   if unreadable:
     facts.append(f'<b class="bad">{unreadable} unreadable</b>')
   title = title or getattr(source, "name", "") or "sample"
-  page = _PAGE.format(title=html.escape(title), style=_STYLE, facts="".join(f"<li>{fact}</li>" for fact in facts),
+  page = _PAGE.format(title=in_html(title), style=_STYLE, facts="".join(f"<li>{fact}</li>" for fact in facts),
                       languages=_chips("Languages", languages), labels=_chips("Labels", labels), tiles="\n".join(tiles))
   try:
     write_whole(Path(out_html).absolute(), page.encode("utf-8"))
@@ -128,7 +128,7 @@ def _picture(record: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
 
 
 def _fault(error: Exception) -> str:
-  return f'<div class="fault">{html.escape(str(error))}</div>'
+  return f'<div class="fault">{in_html(str(error))}</div>'
 
 
 def _framed(picture: str) -> str:
@@ -141,13 +141,13 @@ def _tile(record: Mapping[str, Any], parts: Sequence[str], size: str) -> str:
   for language, texts in sorted(record.get("captions", {}).items(), key=lambda item: (item[0] != "en", item[0])):
     direction = ' dir="rtl"' if language in _RIGHT_TO_LEFT else ""
     for number, text in enumerate(texts):
-      mark = f"<dt>{html.escape(language)}</dt>" if number == 0 else "<dt></dt>"
+      mark = f"<dt>{in_html(language)}</dt>" if number == 0 else "<dt></dt>"
       shown = text if len(text) <= 300 else text[:300] + "…"
-      lines.append(f'{mark}<dd lang="{html.escape(language)}"{direction}>{html.escape(shown)}</dd>')
-  tag = f'<span class="label">{html.escape(record["label"])}</span>' if record.get("label") else ""
+      lines.append(f'{mark}<dd lang="{in_html(language)}"{direction}>{in_html(shown)}</dd>')
+  tag = f'<span class="label">{in_html(record["label"])}</span>' if record.get("label") else ""
   head = f'<div class="head">{tag}<span class="size">{size}</span></div>' if tag or size else ""
   wide = ' class="wide"' if any('class="strip"' in part for part in parts) else ""
-  name, questions = html.escape(record["id"]), show_media.answers(record.get("questions") or ())
+  name, questions = in_html(record["id"]), show_media.answers(record.get("questions") or ())
   captions = f"<dl>{''.join(lines)}</dl>" if lines else ""
   return f'<article{wide}>{"".join(parts)}{head}{captions}{questions}<div class="id" title="{name}">{name}</div></article>'
 
@@ -155,7 +155,7 @@ def _tile(record: Mapping[str, Any], parts: Sequence[str], size: str) -> str:
 def _chips(title: str, counts: Counter[str]) -> str:
   if not counts:
     return ""
-  chips = "".join(f"<span>{html.escape(name)} <b>{count}</b></span>" for name, count in counts.most_common(40))
+  chips = "".join(f"<span>{in_html(name)} <b>{count}</b></span>" for name, count in counts.most_common(40))
   return f'<div class="chips"><em>{title}</em>{chips}</div>'
 
 

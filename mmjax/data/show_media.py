@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from PIL import Image
 from mmjax.data.audio import read_audio
 from mmjax.data.image import Unreadable
 from mmjax.data.video import decode_video
+from mmjax.printing import in_html
 
 STRIP = 6  # frames of a video that are shown
 MAX_SECONDS = 30.0  # of a sound; the beginning of a longer one is played
@@ -102,7 +102,7 @@ def chart(values: np.ndarray) -> str:
 
 def answers(pairs: Sequence[tuple[str, str]], most: int = 8) -> str:
   """HTML of questions with their answers."""
-  rows = "".join(f"<dt>{html.escape(question)}</dt><dd>{html.escape(answer)}</dd>" for question, answer in pairs[:most])
+  rows = "".join(f"<dt>{in_html(question)}</dt><dd>{in_html(answer)}</dd>" for question, answer in pairs[:most])
   more = f"<dt>and {len(pairs) - most} more</dt><dd></dd>" if len(pairs) > most else ""
   return f'<dl class="questions">{rows}{more}</dl>' if pairs else ""
 

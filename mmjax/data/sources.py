@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +56,8 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
   Raises UserError: no such data set, split or language, or files are missing.
   """
   name, languages = entry["name"], tuple(entry.get("languages") or ())
+  if not re.fullmatch(r"\w[\w.-]*", name):
+    raise UserError(f"{name!r:.200} is no name of a data set: it is a word, not a path")
   if name == "tars":
     from mmjax.data.tars import TarSource
 

@@ -33,6 +33,7 @@ from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.media import ENDINGS
 from mmjax.data.readers.cells import Skip, annotate, broken_text
+from mmjax.printing import printable
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 _VERSION = 4  # of the index files
@@ -145,10 +146,10 @@ class TarSource:
     if not self._indices:
       raise UserError(problems[0] + (f" (and {len(problems) - 1} more tars alike)" if len(problems) > 1 else ""))
     for problem in problems:
-      _log.warning("left out: %s", problem)
+      _log.warning("left out: %s", printable(problem))
     if self.skipped:
       reasons = ", ".join(f"{count} ({reason})" for reason, count in self.skipped.most_common())
-      _log.warning("%s: left out %s", path, reasons)
+      _log.warning("%s: left out %s", printable(path), printable(reasons))
     self._ends = np.cumsum([len(index) for index in self._indices])
     content = hashlib.blake2b(digest_size=6)
     for index in self._indices:

@@ -25,6 +25,7 @@ from mmjax.data import wordpiece
 from mmjax.data.readers.cells import broken_text, printable
 from mmjax.data.sources import data_dir, list_tokenizers, open_source
 from mmjax.keys import SPECIAL_TOKENS
+from mmjax.printing import say
 
 RESERVED = tuple(f"<{role}>" for role in SPECIAL_TOKENS)
 SPARE = tuple(f"<spare_{number}>" for number in range(64))
@@ -239,14 +240,16 @@ def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size:
 
 
 def train_tokenizer_from_source(source: str, *, split: str = "train", languages: Sequence[str] = (), vocab_size: int = 4096,
-                                name: str = "", data_dir: str = "", path: str = "", log=print) -> Path:
-  """Trains on the captions and questions of data sets and writes DATA_DIR/tokenizers/NAME.model (NAME: those of the sources, joined by "_").
+                                name: str | None = None, data_dir: str = "", path: str = "", log=say) -> Path:
+  """Trains on the captions and questions of data sets and writes DATA_DIR/tokenizers/NAME.model (None: those of the sources, joined by "_").
 
   source: a data set, or several, separated by commas: for a mix, whose texts then share their pieces. `languages`: those of each, () = all
   that it has. `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
   """
   from mmjax.data import sources
 
+  if name is not None:
+    files.check_name("a tokenizer", name)
   root = sources.local_data_dir(data_dir)
   opened = [open_source(dict(name=one.strip(), split=split, languages=tuple(languages), path=path), root) for one in source.split(",")]
   unreadable: dict[str, str] = {}
@@ -387,12 +390,12 @@ def _read_assets(path: Path) -> dict[str, bytes]:
     found = {file.name: file for file in path.iterdir()}
     spm = next((found[name] for name in ("tokenizer.model", "spiece.model") if name in found), None)
     if "tokenizer.json" not in found and spm:
-      return {"tokenizer.model": spm.read_bytes()}
-    assets = {name: found[name].read_bytes() for name in _HuggingFace.FILES if name in found}
+      return {"tokenizer.model": files.read_file(spm)}
+    assets = {name: files.read_file(found[name]) for name in _HuggingFace.FILES if name in found}
     if "tokenizer.json" not in assets and wordpiece.VOCABULARY in found:
-      assets["tokenizer.json"] = wordpiece.tokenizer_json({**assets, wordpiece.VOCABULARY: found[wordpiece.VOCABULARY].read_bytes()})
+      assets["tokenizer.json"] = wordpiece.tokenizer_json({**assets, wordpiece.VOCABULARY: files.read_file(found[wordpiece.VOCABULARY])})
     return assets
   if path.suffix == ".json":
     beside = {name: path.with_name(name) for name in _HuggingFace.FILES[1:]} if path.name == "tokenizer.json" else {}
-    return {"tokenizer.json": path.read_bytes(), **{name: file.read_bytes() for name, file in beside.items() if file.exists()}}
-  return {"tokenizer.model": path.read_bytes()}
+    return {"tokenizer.json": files.read_file(path), **{name: files.read_file(file) for name, file in beside.items() if file.exists()}}
+  return {"tokenizer.model": files.read_file(path)}

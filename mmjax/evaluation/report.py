@@ -25,6 +25,7 @@ from mmjax.evaluation import Result, read_eval_json, replace_file
 from mmjax.evaluation.report_charts import evaluation_charts, training_charts
 from mmjax.evaluation.report_page import PAGE
 from mmjax.evaluation.report_time import time_spent
+from mmjax.printing import printable
 
 HEADLINES = (
   "image_to_text/R@1",
@@ -236,9 +237,14 @@ def picture_uri(pixels: np.ndarray) -> str:
   return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
+def _without_controls(value: Any) -> Any:
+  """What the page shows of a value: names and texts of the data have their control characters escaped."""
+  return printable(value, "\n\t") if type(value) is str else value
+
+
 def _environment() -> jinja2.Environment:
   environment = jinja2.Environment(
-    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_without_controls
   )
   environment.filters.update(picture=picture_uri, number=number)
   environment.tests["tree"] = lambda value: isinstance(value, Mapping) and bool(value)

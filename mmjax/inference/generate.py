@@ -11,6 +11,7 @@ from mmjax.config import UserError
 from mmjax.data.media import modality_of
 from mmjax.inference.predictor import Predictor, in_threads
 from mmjax.inference.transcribe import Segment
+from mmjax.printing import say
 
 
 def generate(
@@ -22,7 +23,7 @@ def generate(
   length_penalty: float = 1.0,
   timestamps: bool = False,
   allow_code: Sequence[str] = (),
-  log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+  log: Callable[[str], None] = lambda line: say(line, sys.stderr),
 ) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:
   """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted. timestamps: [(file, segments)]
   of sounds, by a model that knows times; see `Predictor.write`, also for sounds longer than the model reads.

@@ -24,6 +24,7 @@ from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
 from mmjax.files import read_file
 from mmjax.inference.predictor import Predictor, in_threads
+from mmjax.printing import say
 
 FILES = {modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()}
 _NOUNS = {"image": "pictures", "audio": "sounds", "video": "videos", "series": "series"}
@@ -43,7 +44,7 @@ def embed(
   languages: Sequence[str] = (),
   modality: str | None = None,
   allow_code: Sequence[str] = (),
-  log: Callable[[str], None] = print,
+  log: Callable[[str], None] = say,
 ) -> Path:
   """Embeds folders of pictures (`images`), sounds (`audio`) or videos, the lines of a text file (`texts`), or a split of a data
   set (`source`), and writes `out`.
@@ -85,7 +86,7 @@ def search(
   modality: str | None = None,
   k: int = 5,
   allow_code: Sequence[str] = (),
-  log: Callable[[str], None] = print,
+  log: Callable[[str], None] = say,
 ) -> list[tuple[str, float]]:
   """The `k` pictures (sounds, videos) nearest to `query` as (name, cosine), best first; ties by name.
 
@@ -119,7 +120,7 @@ def search(
 
 
 def embed_folder(
-  predictor: Predictor, folder: str | os.PathLike, log: Callable[[str], None] = print, modality: str = "image"
+  predictor: Predictor, folder: str | os.PathLike, log: Callable[[str], None] = say, modality: str = "image"
 ) -> Index:
   """The pictures (sounds, videos) in a folder and its sub-folders, in the order of their names: image_embeddings, image_ids,
   image_keys, skipped.
@@ -146,7 +147,7 @@ def embed_texts(predictor: Predictor, texts: Sequence[str]) -> Index:
 
 
 def embed_source(
-  predictor: Predictor, source: str, split: str, languages: Sequence[str] = (), log: Callable[[str], None] = print,
+  predictor: Predictor, source: str, split: str, languages: Sequence[str] = (), log: Callable[[str], None] = say,
   modality: str | None = None,
 ) -> Index:
   """One modality of a data set and, where the model reads texts, its captions: every array of the module's docstring.

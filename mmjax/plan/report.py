@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import config as configs
-from mmjax import files
+from mmjax import files, printing
 from mmjax.plan import CACHE, plan, topology
 from mmjax.plan.sweep import sweep
 from mmjax.training.memory import gib
@@ -31,7 +31,7 @@ def command(
   topology.prepare()
   config = configs.load(file, overrides, allow_code)
   target = topology.parse(name)
-  say = lambda line: print(line, file=sys.stderr, flush=True)
+  say = lambda line: printing.say(line, sys.stderr)
   if not topology.has_libtpu():
     say(
       "libtpu is not installed: planning on simulated CPU devices, memory only (mend: pip install 'mmjax[tpu]')"
@@ -42,7 +42,7 @@ def command(
     result["sweep"] = sweep(config, target.name, cache=cache, say=say)
   if out:
     files.write_whole(Path(out), json.dumps(result, indent=2) + "\n")
-  print(json.dumps(result, indent=2) if as_json else describe(result), flush=True)
+  printing.say(json.dumps(result, indent=2) if as_json else describe(result))
   return 0
 
 

@@ -15,6 +15,7 @@ from mmjax.data.text import Tokenizer
 from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
+from mmjax.printing import say
 from mmjax.state import checkpoint
 from mmjax.training.step import Step
 
@@ -53,8 +54,8 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
       written = evaluation.write_eval_json(mirror.folder, results)
       page = report.write_report(mirror.folder, config, results, mirror.folder / "metrics.jsonl")
       for name, result in results.items():
-        print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
-    print(f"wrote {mirror.name(written)} and {mirror.name(page)}")
+        say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
+    say(f"wrote {mirror.name(written)} and {mirror.name(page)}")
   return {name: result.metrics for name, result in results.items()}
 
 

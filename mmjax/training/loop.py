@@ -21,7 +21,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from mmjax import config as configs
-from mmjax import evaluation, files
+from mmjax import evaluation, files, printing
 from mmjax.config import UserError
 from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
@@ -52,6 +52,8 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   Raises UserError: the folder holds another run, a source changed, the mesh does not fit, too many bad steps or records.
   """
   begin = time.monotonic()
+  if not os.fspath(workdir):
+    raise UserError("--workdir is empty: name the run folder")
   profile and parse(profile)
   kept = threads.keep(workdir)
   multihost.initialize(config, shared=str(workdir))
@@ -366,6 +368,6 @@ def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: in
 
 def print_main(text: str) -> None:
   if multihost.is_main():
-    print(text, flush=True)
+    printing.say(text)
 
 

@@ -18,6 +18,7 @@ import jax
 
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.printing import printable, say
 
 # Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors' data sheets).
 PEAK_FLOPS = {
@@ -170,9 +171,9 @@ class Progress:
 
   def say(self, text: str) -> None:
     if self._bar:
-      self._bar.console.print(text, markup=False, highlight=False)
+      self._bar.console.print(printable(text), markup=False, highlight=False)
     else:
-      print(text, file=self._out, flush=True)
+      say(text, self._out)
 
   def close(self) -> None:
     if self._bar:

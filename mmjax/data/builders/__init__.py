@@ -32,6 +32,7 @@ from mmjax.data.builders.schema import (
   parse_record,
   to_example,
 )
+from mmjax.printing import say
 
 __all__ = ["BUILDERS", "Record", "build", "canonical", "example_class", "features", "find_version", "is_complete", "parse_record",
            "split_sizes", "to_example", "write_dataset"]
@@ -48,7 +49,7 @@ BUILDERS = {
 }
 
 
-def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None] = print) -> Path:
+def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None] = say) -> Path:
   """Builds the embedded data set NAME under `data_dir` ("" = the usual folder); one that is there already is left alone.
 
   NAME may also be "module:function", a builder of one's own. Returns its folder, data_dir/NAME/VERSION. Raises UserError: no such
@@ -96,6 +97,7 @@ def write_dataset(
   """
   import tensorflow_datasets as tfds
 
+  files.check_name("a data set", name)
   fields = check_fields(fields)
   seen_labels, seen_languages, seen_answers, content = set(), set(), set(), hashlib.blake2b(digest_size=16)
   facts = tfds.core.MetadataDict(metadata or {})

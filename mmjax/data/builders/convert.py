@@ -17,7 +17,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import threading
 import time
@@ -28,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data import media
 from mmjax.data.builders import Record, _quiet_tfds, canonical, features, find_version, to_example
@@ -37,7 +37,7 @@ from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text, printable
 from mmjax.data.readers.rows import Row
 from mmjax.data.sources import local_data_dir
-from mmjax.files import write_whole
+from mmjax.files import check_name, write_whole
 
 SHARD_ROWS = 2000
 _ENDING = "ending not read"
@@ -71,7 +71,7 @@ class Summary:
     lines += [f"  {note}" for note in self.notes]
     for reason, count in self.skipped.items():
       first = self.first_skipped[reason]
-      names = ", ".join(first)
+      names = ", ".join(map(printing.printable, first))
       more = ", ..." if count > len(first) and reason != _ENDING or len(first) == 5 else ""
       lines.append(f"  left out {count:,}: {reason} ({names}{more})")
     return "\n".join(lines)
@@ -80,7 +80,7 @@ class Summary:
 def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | os.PathLike | None = None, *,
             workers: int = 1, split: str = "train", language: str = "en", columns: Mapping[str, str] | None = None,
             media: str | os.PathLike = "", encoding: str = "", shard_rows: int = SHARD_ROWS,
-            log: Callable[[str], None] = print) -> Summary:
+            log: Callable[[str], None] = printing.say) -> Summary:
   """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default folder).
 
   `language`: of captions that do not say. `columns`: {role: column}, the roles being those of readers.columns.COLUMNS.
@@ -89,10 +89,8 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
   Raises UserError: bad arguments, nothing to convert, or everything was left out.
   """
   start = time.perf_counter()
-  if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-    raise UserError(f"a data set cannot be called {name!r}: use small letters, digits and _, a letter first")
-  if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
-    raise UserError(f"a split cannot be called {split!r}: use small letters, digits and _, a letter first")
+  check_name("a data set", name)
+  check_name("a split", split)
   if workers < 0 or shard_rows < 1:
     raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
   root = local_data_dir(data_dir or None) / name

@@ -14,6 +14,7 @@ from pathlib import Path
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import key_of
+from mmjax.printing import say
 
 VERSION = "1.0.0"
 VALIDATION = 400
@@ -39,7 +40,7 @@ Made by `mmjax data build easy_vqa` from the Python package `easy-vqa` 1.0 by Vi
 """
 
 
-def build(data_dir: Path, log: Callable[[str], None] = print) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
   """Builds data_dir/easy_vqa/VERSION in a few seconds, or finds it there. Raises UserError: the package is missing or another."""
   if (there := find_version(data_dir, "easy_vqa")) and there.name == VERSION:
     return there

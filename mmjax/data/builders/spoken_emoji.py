@@ -21,6 +21,7 @@ import numpy as np
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import SIZE, Catalogue, caption, catalogue, draw, key_of, png, stem
 from mmjax.data.builders.speech import RATE, Voice, speak, to_flac
+from mmjax.printing import say
 
 VERSION = "1.0.0"
 LANGUAGES = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
@@ -70,7 +71,7 @@ class Utterance:
   language: str = "en"
 
 
-def build(data_dir: Path, log: Callable[[str], None] = print) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
   """Builds data_dir/spoken_emoji/VERSION in about 90 s, or finds it there. Raises UserError: a package is missing or another version."""
   if (there := find_version(data_dir, "spoken_emoji")) and there.name == VERSION:
     return there

@@ -26,6 +26,7 @@ from mmjax.data.pipeline import batch_spec
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, preprocessing, sentences, single
 from mmjax.models import make_model
+from mmjax.printing import say
 from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
@@ -44,7 +45,7 @@ ALONE = {  # an encoder's kind -> the families that it alone may be
 
 
 def _warn(line: str) -> None:
-  print(f"mmjax: {line}", file=sys.stderr)
+  say(f"mmjax: {line}", sys.stderr)
 
 
 def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[str], None] = _warn) -> None:
