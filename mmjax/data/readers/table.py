@@ -152,7 +152,7 @@ def _better(quoted: list[str], plain: list[str], spanned: list[list[str]], width
   if not quotes:
     return len(plain) != (width or len(plain)) or bool(spanned) and all(len(cells) != width for cells in spanned)
   media = _media(plain)
-  return not any(len(cells) == width and media and _media(cells) == media for cells in spanned)
+  return not any(media and _media(cells) == media for cells in spanned)
 
 
 def _media(cells: list[str]) -> list[tuple[int, str]]:
