@@ -6,7 +6,6 @@ import inspect
 import math
 import pathlib
 import typing
-from typing import Annotated
 
 import pytest
 from hypothesis import given
@@ -39,20 +38,25 @@ def test_every_number_states_its_range():
   missing = []
   for where, annotation, default in ALL:
     numbers = isinstance(default, tuple) and default and all(isinstance(x, (int, float)) for x in default)
-    if annotation in (int, float, Duration) or numbers and typing.get_origin(annotation) is not Annotated:
+    if annotation in (int, float, Duration) or numbers and not range_of(annotation):
       missing.append(where)
   assert not missing
 
 
+def range_of(annotation) -> Range | None:
+  """The range that an annotation states; it may say other things too, such as Special or Function."""
+  return next((part for part in getattr(annotation, "__metadata__", ()) if isinstance(part, Range)), None)
+
+
 def test_every_default_lies_in_its_range():
   for where, annotation, default in ALL:
-    if typing.get_origin(annotation) is Annotated and default is not inspect.Parameter.empty:
-      assert annotation.__metadata__[0].holds(default), where
+    if range_of(annotation) and default is not inspect.Parameter.empty:
+      assert range_of(annotation).holds(default), where
 
 
 def outside(annotation, default):
   """Values that a setting must not take, nearest first."""
-  bounds = annotation.__metadata__[0]
+  bounds = range_of(annotation)
   bare = typing.get_args(annotation)[0]
   low = bounds.least if bounds.least is not None else bounds.above
   high = bounds.most if bounds.most is not None else bounds.below
@@ -77,7 +81,7 @@ def as_given(value, annotation, default):
 def test_a_value_outside_is_refused_by_the_name_of_its_key():
   tried = 0
   for key in KEYS:
-    if typing.get_origin(key.type) is not Annotated:
+    if not range_of(key.type):
       continue
     path = key.path.replace("data.sources.*", "data.sources.emoji").replace("objectives.*", "objectives.align")
     if path.startswith("optimizers.*"):
@@ -104,7 +108,7 @@ def test_a_setting_of_a_kind_outside_its_range_is_refused_by_name():
       parameters = kind_settings(kind_function({"kind": kind}, group)).values()
       needed = {p.name: "x" for p in parameters if p.default is p.empty}
       for parameter in parameters:
-        if typing.get_origin(parameter.annotation) is not Annotated:
+        if not range_of(parameter.annotation):
           continue
         for value in outside(parameter.annotation, parameter.default):
           tree = configs.base().to_dict()
