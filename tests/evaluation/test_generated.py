@@ -43,7 +43,7 @@ class Data(fakes.Data):
 
   def __init__(self, pictures, labels, first):
     super().__init__(pictures.reshape(len(pictures), -1), labels=labels, label_names=("plain", "rows", "columns"),
-                     media_keys={"image": first + np.arange(len(pictures), dtype=np.uint64)})
+                     image_keys=first + np.arange(len(pictures), dtype=np.uint64))
     self.pictures = pictures
 
   def picture(self, i):
