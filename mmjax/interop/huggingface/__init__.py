@@ -24,7 +24,7 @@ import mmjax.config
 from mmjax.config import UserError
 from mmjax.data.pipeline import batch_spec
 from mmjax.interop import safetensors
-from mmjax.interop.huggingface import mapping, preprocessing, sentences, single
+from mmjax.interop.huggingface import mapping, open_clip, preprocessing, sentences, single
 from mmjax.models import make_model
 from mmjax.printing import say
 from mmjax.state import checkpoint as checkpoints
@@ -61,13 +61,16 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
   around = sentences.read(folder)
   if around:
     folder = around.encoder
-  facts = safetensors.read_json(folder / "config.json")
-  family = _family(str(facts.get("model_type")), folder)
+  if open_clip.is_here(folder):
+    family, (facts, tensors) = open_clip, open_clip.read(folder)
+  else:
+    facts = safetensors.read_json(folder / "config.json")
+    family, tensors = _family(str(facts.get("model_type")), folder), None
   files = getattr(family, "BESIDE", ())
   facts.update(preprocessing.beside(folder, files))
   if files and files[0] not in facts:
     raise UserError(f"{folder}: no {files[0]}, so how its input was prepared is unknown. Copy it too")
-  tensors = single.without_prefix(safetensors.read_folder(folder), family.PREFIX)
+  tensors = single.without_prefix(safetensors.read_folder(folder) if tensors is None else tensors, family.PREFIX)
   if around:
     tensors = sentences.text_tensors(tensors)
   try:
@@ -84,11 +87,11 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
       sentences.add(found["model"], around)
       tensors.update(around.tensors)
   except UserError as error:
-    raise UserError(f"{folder / 'config.json'}: {error}") from error
+    raise UserError(f"{folder / getattr(family, 'CONFIG', 'config.json')}: {error}") from error
   c, assets = mmjax.config.base(), {}
   c.model = found["model"]
   if "image" in c.model.encoders:
-    c.data.image.update(preprocessing.image_settings(folder, family, found["image_size"]))
+    c.data.image.update(found["image"] if "image" in found else preprocessing.image_settings(folder, family, found["image_size"]))
   if "audio" in c.model.encoders:
     c.data.audio.update(found["audio"])
   if "text" in c.model.encoders or "decoder" in c.model:

@@ -95,16 +95,22 @@ def blocks(ours: str, theirs: str, heads: int, layers: int) -> list[Rule]:
   ]
 
 
+def joint_attention(ours: str, theirs: str, heads: int, layers: int = 0) -> list[Rule]:
+  """A torch.nn.MultiheadAttention, whose query, key and value are one tensor."""
+  return [
+    Rule(f"{ours}/qkv/kernel", (f"{theirs}.in_proj_weight",),
+         lambda t: t[0].reshape(3, heads, -1, t[0].shape[1]).transpose(3, 0, 1, 2),
+         lambda p: [p.transpose(1, 2, 3, 0).reshape(-1, p.shape[0])], layers),
+    Rule(f"{ours}/qkv/bias", (f"{theirs}.in_proj_bias",), lambda t: t[0].reshape(3, heads, -1), lambda p: [p.reshape(-1)], layers),
+    *attention_output(f"{ours}/out", f"{theirs}.out_proj", heads, layers),
+  ]
+
+
 def attention_pool(ours: str, theirs: str, heads: int) -> list[Rule]:
   """SigLIP's pooling head, whose attention is a torch.nn.MultiheadAttention."""
   return [
     same(f"{ours}/query", f"{theirs}.probe", shape=(1, 1, -1)),
-    Rule(f"{ours}/attention/qkv/kernel", (f"{theirs}.attention.in_proj_weight",),
-         lambda t: t[0].reshape(3, heads, -1, t[0].shape[1]).transpose(3, 0, 1, 2),
-         lambda p: [p.transpose(1, 2, 3, 0).reshape(-1, p.shape[0])]),
-    Rule(f"{ours}/attention/qkv/bias", (f"{theirs}.attention.in_proj_bias",), lambda t: t[0].reshape(3, heads, -1),
-         lambda p: [p.reshape(-1)]),
-    *attention_output(f"{ours}/attention/out", f"{theirs}.attention.out_proj", heads),
+    *joint_attention(f"{ours}/attention", f"{theirs}.attention", heads),
     *norm(f"{ours}/norm", f"{theirs}.layernorm"),
     *linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1"),
     *linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2"),
