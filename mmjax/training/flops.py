@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun, no_effects
 from jax.extend.core.primitives import closed_call_p
+from jax.interpreters import ad
 from jax.interpreters.partial_eval import dce_jaxpr
 
 
@@ -17,7 +19,7 @@ def count_training_flops(loss: Callable[..., Any], params: Any, *args: Any) -> f
   modules, teachers, what stop_gradient cuts off), three times where both factors of a product are. Recomputation is not counted.
 
   The products of the gradient are those of the directional derivative, transposed. Derivatives that modules define themselves are
-  replaced by those of what they compute.
+  replaced by those of what they compute; operations that have none (the largest over devices) count as constants.
   """
   traced = jax.make_jaxpr(loss)(params, *args)
   plain = jaxpr_as_fun(ClosedJaxpr(_without_own_derivatives(traced.jaxpr), traced.consts))
@@ -39,9 +41,17 @@ def _without_own_derivatives(jaxpr: Jaxpr) -> Jaxpr:
       return _without_own_derivatives(value)
     return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
 
+  stop = jax.make_jaxpr(jax.lax.stop_gradient)(1.0).eqns[0].primitive
   equations = []
   for equation in jaxpr.eqns:
     params = equation.params
+    if equation.primitive not in ad.primitive_jvps and not _bodies(params):
+      inputs = list(equation.invars)
+      for i, x in enumerate(inputs):
+        if isinstance(x, Var) and jnp.issubdtype(x.aval.dtype, jnp.inexact):
+          inputs[i] = Var(x.aval)
+          equations.append(equation.replace(invars=[x], outvars=[inputs[i]], primitive=stop, params={}, effects=no_effects))
+      equation = equation.replace(invars=inputs)
     if equation.primitive.name == "custom_vjp_call":
       equation = equation.replace(primitive=closed_call_p, params=dict(call_jaxpr=plain(params["call_jaxpr"])))
     elif equation.primitive.name != "custom_jvp_call":
