@@ -241,6 +241,8 @@ KINDS: dict[str, dict[str, str]] = {
     "bert": "mmjax.models.encoders.bert:bert",
     "whisper": "mmjax.models.encoders.audio:whisper",
     "ast": "mmjax.models.encoders.audio:ast",
+    "wav2vec2": "mmjax.models.encoders.wav2vec2:wav2vec2",
+    "hubert": "mmjax.models.encoders.wav2vec2:wav2vec2",
     "frames": "mmjax.models.encoders.video:frames",
     "tubelets": "mmjax.models.encoders.video:tubelets",
     "series": "mmjax.models.encoders.series:series",

@@ -133,6 +133,7 @@ Epsilon = Annotated[float, Range(above=0, most=1)]
 Sizes = Annotated[tuple, Range(1, INT32)]
 TokenIds = Annotated[tuple, Range(0, INT32)]
 Widths = Annotated[tuple[int, ...], Range(1, 262_144)]  # one or more
+Kernels = Annotated[tuple[int, ...], Range(1, 65_536)]  # sizes or strides of one or more convolutions
 Strengths = Annotated[tuple, Range(0)]
 Means = Annotated[tuple, Range()]
 Deviations = Annotated[tuple, Range(above=0)]

@@ -26,11 +26,14 @@ RATE, SAMPLES, ROWS = 2000, 1000, 3
 DATA = dict(audio=dict(rate=RATE, seconds=SAMPLES / RATE), video=dict(size=8, frames=4), series=dict(length=12, channels=2))
 SMALL = dict(width=8, depth=1, heads=2, mlp=8)
 MELS = dict(mels=12, n_fft=100, hop=40)
+WAVES = dict(channels=(4, 6), sizes=(20, 5), strides=(20, 4), positions=4, position_groups=2)
 CASES = {
   "whisper": ("audio", dict(kind="whisper", **MELS, **SMALL), 13),
   "whisper utterance": ("audio", dict(kind="whisper", **MELS, **SMALL, normalisation="utterance", strides=(2, 2), pooling="attention"), 7),
   "ast": ("audio", dict(kind="ast", mels=12, patch=6, stride=4, **SMALL), 2 + 2 * 11),
   "ast mean": ("audio", dict(kind="ast", mels=12, patch=6, stride=4, frames=60, pooling="mean", **SMALL), 2 + 2 * 14),
+  "wav2vec2": ("audio", dict(kind="wav2vec2", **WAVES, **SMALL), 12),
+  "wav2vec2 layer": ("audio", dict(kind="wav2vec2", **WAVES, **SMALL, feature_norm="layer", norm="pre", pooling="attention"), 12),
   "frames mean": ("video", dict(kind="frames", patch=4, temporal="mean", frame_depth=1, **SMALL), 4),
   "frames transformer": ("video", dict(kind="frames", stem="convolution", channels=(4, 8), **SMALL), 4),
   "tubelets": ("video", dict(kind="tubelets", patch=4, time=2, pooling="attention", **SMALL), 2 * 4),

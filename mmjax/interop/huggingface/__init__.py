@@ -31,7 +31,7 @@ from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
-  **{name: name for name in ("clip", "siglip", "siglip2", "bert", "vit", "resnet", "swin", "whisper")}, AST: "ast",
+  **{name: name for name in ("clip", "siglip", "siglip2", "bert", "vit", "resnet", "swin", "whisper", "wav2vec2", "hubert")}, AST: "ast",
   **{f"{tower}_model": tower for tower in ("clip_vision", "clip_text", "siglip_vision", "siglip_text")},
   "roberta": "roberta", "xlm-roberta": "roberta", "distilbert": "distilbert", "mpnet": "mpnet",
   **{name: name for name in ("dinov2", "dinov2_with_registers")},
@@ -40,7 +40,7 @@ DUAL = ("clip", "siglip")  # those that hold two encoders
 ALONE = {  # an encoder's kind -> the families that it alone may be
   "bert": ("bert", "roberta", "distilbert", "mpnet"), "transformer": ("clip_text_model", "siglip_text_model"),
   "vit": ("vit", "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers"),
-  "resnet": ("resnet",), "swin": ("swin",), "ast": (AST,),
+  "resnet": ("resnet",), "swin": ("swin",), "ast": (AST,), "wav2vec2": ("wav2vec2",), "hubert": ("hubert",),
 }
 
 
@@ -79,6 +79,8 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
     if not around:
       single.check_architecture(facts, tensors)
     found = family.settings(facts, tensors)
+    for name in found.get("left_out", ()):
+      del tensors[name]
     classes, names = found["model"].get("classes", 0), []
     if classes and found["model"]["name"] == "encoder":
       found["model"]["probabilities"] = single.scores(facts, classes)

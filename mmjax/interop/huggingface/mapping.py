@@ -15,7 +15,7 @@ Array = np.ndarray
 IGNORED = (  # constants and copies that files carry beside the weights
   "position_ids", "num_batches_tracked", "relative_position_index", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
   "cls.seq_relationship.weight", "cls.seq_relationship.bias", "model.encoder.embed_positions.weight", "proj_out.weight",
-  "lm_head.decoder.weight", "lm_head.decoder.bias", "vocab_projector.weight", "embeddings.mask_token")
+  "lm_head.decoder.weight", "lm_head.decoder.bias", "vocab_projector.weight", "embeddings.mask_token", "masked_spec_embed")
 
 
 COPIES = {  # tensors that are left out -> those that they are copies of in a tied model
@@ -69,6 +69,11 @@ def attention_output(ours: str, theirs: str, heads: int, layers: int = 0) -> lis
 def convolution(ours: str, theirs: str) -> Rule:
   """A convolution: kernel [H, W, in, out] here, weight [out, in, H, W] there."""
   return Rule(ours, (theirs,), lambda t: t[0].transpose(2, 3, 1, 0), lambda p: [p.transpose(3, 2, 0, 1)])
+
+
+def time_convolution(ours: str, theirs: str) -> Rule:
+  """A convolution over time: kernel [size, in, out] here, weight [out, in, size] there."""
+  return Rule(ours, (theirs,), lambda t: t[0].transpose(2, 1, 0), lambda p: [p.transpose(2, 1, 0)])
 
 
 def self_attention(ours: str, projections: Sequence[str], out: str, heads: int, layers: int = 0) -> list[Rule]:

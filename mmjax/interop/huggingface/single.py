@@ -14,7 +14,10 @@ from mmjax.interop.huggingface.clip import ACTIVATIONS, square
 from mmjax.interop.huggingface.mapping import Rule
 
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-HEADS = ("classifier.", "cls.", "visual_projection.", "text_projection.", "lm_head.", "pre_classifier.", "vocab_")  # names that never carry the encoder's prefix
+HEADS = ("classifier.", "cls.", "visual_projection.", "text_projection.", "lm_head.", "pre_classifier.", "projector.", "vocab_")  # names that never carry the encoder's prefix
+RENAMED = {  # what files of long ago call a tensor -> its present name
+  r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias",
+  r"\.weight_g$": ".parametrizations.weight.original0", r"\.weight_v$": ".parametrizations.weight.original1"}
 STATISTICS = "batch_stats"
 ARCHITECTURES = ("Model", "WithProjection", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForImageClassification",
                  "ForAudioClassification", "ForConditionalGeneration", "ForCTC")
@@ -99,8 +102,12 @@ def classifier(config: Mapping[str, Any], theirs: str = "classifier") -> list[Ru
 
 
 def without_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-  """Tensors under the names that the bare encoder has, and norms under their present names (gamma and beta once)."""
-  rename = lambda name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{dict(gamma='weight', beta='bias')[m[1]]}", name)
+  """Tensors under the names that the bare encoder has, and those of norms under their present ones."""
+  def rename(name: str) -> str:
+    for old, new in RENAMED.items():
+      name = re.sub(old, new, name)
+    return name
+
   return {rename(name.removeprefix(prefix)): x for name, x in tensors.items()}
 
 

@@ -28,12 +28,12 @@ def real(mask: Array, batch: Mapping[str, Array]) -> Array:
   return mask & batch["present"][:, None] if "present" in batch else mask
 
 
-def standardise(x: Array, mask: Array) -> Array:
+def standardise(x: Array, mask: Array, eps: float = 1e-5) -> Array:
   """Mean 0 and variance 1 of each channel over the real steps, zeros elsewhere. x float32 [B, T, C], mask bool [B, T]."""
   weights = mask[..., None] / jnp.maximum(mask.sum(1), 1)[:, None, None]
   centred = x - (x * weights).sum(1, keepdims=True)
   variance = (jnp.square(centred) * weights).sum(1, keepdims=True)
-  return jnp.where(mask[..., None], centred * jax.lax.rsqrt(variance + 1e-5), 0)
+  return jnp.where(mask[..., None], centred * jax.lax.rsqrt(variance + eps), 0)
 
 
 def drop_and_run(module: nn.Module, x: Array, mask: Array, *, train: bool) -> Array:

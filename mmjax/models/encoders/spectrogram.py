@@ -30,7 +30,7 @@ def log_mel(waveform: Array, length: Array | None = None, *, rate: int = 16_000,
   whose centre is real). "whisper": log10, at most 8 below the loudest, (x + 4) / 4. "utterance": the same log10, then mean 0 and
   variance 1 of each mel channel over the real frames. Raises UserError: a waveform that is shorter than half a window.
   """
-  x = _samples(waveform, length)
+  x = samples(waveform, length)
   count = x.shape[1] // hop
   if x.shape[1] <= n_fft // 2 or not count:
     raise UserError(f"audio of {x.shape[1]} samples is shorter than half a window of {n_fft}. Raise data.audio.seconds")
@@ -54,7 +54,7 @@ def kaldi_mel(waveform: Array, length: Array | None = None, *, rate: int = 16_00
   that lie within the sound; always the first of a row with any). Windows of 25 ms every 10 ms, F = 1 + (S - window) // step;
   the mean taken out, pre-emphasis 0.97, symmetric Hann window, natural logarithm.
   """
-  x = _samples(waveform, length)
+  x = samples(waveform, length)
   window, hop = rate // 40, rate // 100
   if x.shape[1] < window:
     raise UserError(f"audio of {x.shape[1]} samples is shorter than a window of {window}. Raise data.audio.seconds")
@@ -123,7 +123,7 @@ _SCALES = {
 }
 
 
-def _samples(waveform: Array, length: Array | None) -> Array:
+def samples(waveform: Array, length: Array | None) -> Array:
   """float32 [B, S] in [-1, 1], zeros from `length` on."""
   x = waveform.astype(jnp.float32)
   if jnp.issubdtype(waveform.dtype, jnp.integer):
