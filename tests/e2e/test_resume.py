@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -46,6 +47,28 @@ def test_killed_while_compiling_stepping_and_evaluating_equals_the_unbroken_run(
     process.communicate()
   run(*train(tmp_path))
   assert_same(tmp_path, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_killed_on_all_cores_and_gone_on_on_one_equals_the_unbroken_run(embedded_data, tmp_path):
+  """The threads of XLA, by which sums are cut, stay those that the run began with."""
+  larger = ("--config.train.batch_size=64", "--config.evaluation.every=0", "--config.model.width=64",
+            *(f"--config.model.encoders.{m}.width=64" for m in ("image", "text")))
+  a, b = tmp_path / "a", tmp_path / "b"
+  run(*train(a, *larger), NPROC="")
+  process = start(*train(b, *larger), NPROC="")
+  read_until(process, "step 10/24")
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  cores = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, {min(cores)})  # the command inherits it
+  try:
+    printed = run(*train(b, *larger), NPROC="").stdout
+  finally:
+    os.sched_setaffinity(0, cores)
+  assert f"keeps the {len(cores)} CPU thread(s)" in printed
+  assert_same(b, a)
 
 
 @pytest.mark.slow
