@@ -73,8 +73,11 @@ on_signal() {
 }
 trap on_signal TERM INT HUP
 
-failures=0 delay=$backoff
+failures=0 starts=0 delay=$backoff
 while :; do
+  # A process of the start before may still be saving: a start that follows another waits for it to leave the run folder.
+  [ "$starts" = 0 ] || export MMJAX_OWNER_SECONDS=${MMJAX_OWNER_SECONDS:-300}
+  starts=$((starts + 1))
   code=0
   "$@" &
   child=$!

@@ -263,10 +263,13 @@ class Mirror:
 
   `push` copies what has changed, and so does a thread from time to time; leaving `with` pushes for the last time. Each has a folder
   of its own, for several may write to one place (a run and `mmjax eval` of it); what a killed one left goes with the next.
-  active: False = this process writes nothing.
+  active: False = this process writes nothing. check: called before files are copied; what it raises, `push` raises.
   """
 
-  def __init__(self, place: str | os.PathLike, *, active: bool = True):
+  def __init__(
+    self, place: str | os.PathLike, *, active: bool = True, check: Callable[[], None] | None = None
+  ):
+    self._check = check or (lambda: None)
     self.place = as_path(place) if is_url(place) else Path(place)
     self.folder, self._remote = Path(place), is_url(place) and active
     self._seen: dict[Path, tuple[int, int]] = {}
@@ -325,6 +328,7 @@ class Mirror:
     """Copies what is new or has changed; returns when the store has it. Raises UserError."""
     if self._thread is None:
       return
+    self._check()
     with self._lock, store_errors(self.place, f"{self.place} cannot be written"):
       fs = fsspec.core.url_to_fs(str(self.place))[0]
       for path in sorted(self.folder.rglob("*")):

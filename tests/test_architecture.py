@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "mmjax"
-FLOORS = [("printing", "ranges", "keys", "config", "describe", "files"), ("parallel",), ("models", "data"), ("objectives",), ("state",), ("evaluation",),
+FLOORS = [("printing", "ranges", "keys", "config", "describe", "files", "ownership"), ("parallel",), ("models", "data"), ("objectives",), ("state",), ("evaluation",),
           ("training", "inference", "interop"), ("plan",), ("cli",)]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 

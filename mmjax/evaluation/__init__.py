@@ -149,16 +149,20 @@ class Evaluation:
         results[name] = kind(Context(self, name, params, seen), **config_lib.settings(evaluators[name], "evaluator"))
     return results
 
-  def check_sources(self, names: str | Sequence[str] | None = None) -> None:
-    """Opens the data of the evaluators, so that a missing set or split shows before any work. Raises UserError."""
+  def check_sources(self, names: str | Sequence[str] | None = None) -> dict[str, str]:
+    """Opens the data of the evaluators, so that a missing set or split shows before any work.
+
+    Returns {evaluator: fingerprint of its data}. Raises UserError.
+    """
+    found = {}
     for name in pick(self.config, names):
       entry = self.config.evaluation.evaluators[name]
       with _naming(name):
         for key in ("split", "train_split"):
           if entry.get("source") and entry.get(key):
-            open_source(
-              dict(name=entry.source, split=entry[key], languages=entry.get("languages", ()), path=""), self.config
-            )
+            source = dict(name=entry.source, split=entry[key], languages=entry.get("languages", ()), path="")
+            found[f"{name} ({key})"] = open_source(source, self.config).fingerprint
+    return found
 
   def data(self, source: str, split: str, languages: tuple[str, ...], text: str = "caption"):
     key = (source, split, languages, text)
@@ -234,7 +238,7 @@ def write_eval_json(workdir: str | Path, results: dict[str, Result]) -> Path:
 def read_eval_json(workdir: str | Path) -> dict[str, dict[str, float]]:
   """What `write_eval_json` wrote; {} without a file or with one that is no such table."""
   try:
-    table = json.loads((Path(workdir) / "eval.json").read_text())
+    table = json.loads((files.as_path(workdir) / "eval.json").read_text())
   except (OSError, ValueError):
     return {}
   return {k: v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}

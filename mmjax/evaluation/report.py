@@ -27,6 +27,7 @@ from mmjax.evaluation.report_page import PAGE
 from mmjax.evaluation.report_time import time_spent
 from mmjax.printing import printable
 
+NAME = "report.html"
 HEADLINES = (
   "image_to_text/R@1",
   "text_to_image/R@1",
@@ -71,7 +72,7 @@ def write_report(
       environment=environment(),
     )
   )
-  path = workdir / "report.html"
+  path = workdir / NAME
   replace_file(path, page)
   return path
 

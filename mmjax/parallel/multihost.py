@@ -6,9 +6,11 @@ from the sharding of the batch alone, so a global batch is the same for any numb
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,10 +18,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import UserError
+from mmjax.config import ConfigError, UserError
 from mmjax.parallel.mesh import batch_shards
 from mmjax.parallel.rules import batch_sharding
 
+T = TypeVar("T")
 _LOCAL = ("MMJAX_COORDINATOR", "MMJAX_PROCESSES", "MMJAX_PROCESS_ID")
 _HEARTBEAT_SECONDS = 60
 
@@ -137,6 +140,40 @@ def all_agree(value: int) -> bool:
     return True
   values = np.asarray(multihost_utils.process_allgather(np.asarray(value & 0x7FFFFFFF, np.int32)))
   return bool(np.all(values == values.flat[0]))
+
+
+def gather_texts(text: str) -> list[str]:
+  """The texts of all processes, by process. Every process must call it, and at the same place."""
+  if jax.process_count() == 1:
+    return [text]
+  content = np.frombuffer(text.encode(), np.uint8)
+  sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content)))).ravel()
+  padded = np.zeros(max(sizes), np.uint8)
+  padded[:len(content)] = content
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(make: Callable[[], T]) -> T:
+  """`make()` in every process: what it raises as UserError in one, all raise, so that none waits for one that has ended.
+
+  Every process must call it.
+  """
+  if jax.process_count() == 1:
+    return make()
+  value, error = None, None
+  try:
+    value = make()
+  except UserError as raised:
+    error = raised
+  told = gather_texts(json.dumps([isinstance(error, ConfigError), str(error)] if error else []))
+  wrong = {process: json.loads(text) for process, text in enumerate(told) if json.loads(text)}
+  if not wrong:
+    return value
+  process, (usage, text) = next(iter(wrong.items()))
+  others = f"; so on {len(wrong) - 1} other processes, or other faults" if len(wrong) > 1 else ""
+  kind = ConfigError if usage else UserError
+  raise kind(f"process {process} of {jax.process_count()}: {text}{others}") from error
 
 
 def barrier(name: str) -> None:

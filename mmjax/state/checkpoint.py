@@ -44,8 +44,11 @@ _CLOCK_STEPS = 10  # several processes agree on the clock (checkpoint.minutes) e
 class Checkpointer:
   """Saves and restores the checkpoints of one run, as config.checkpoint says."""
 
-  def __init__(self, workdir: str, config: FrozenConfigDict, *, steps: int, examples: int | None = None):
-    """`steps`: length of the run, for durations in percent; `examples`: of an epoch. Raises UserError: unwritable folder."""
+  def __init__(self, workdir: str, config: FrozenConfigDict, *, steps: int, examples: int | None = None,
+               check: Callable[[], None] | None = None):
+    """`steps`: length of the run, for durations in percent; `examples`: of an epoch. `check`: called before anything is
+    changed or becomes visible; what it raises, `save` and `wait` raise. Raises UserError: unwritable folder."""
+    self._check = check
     self._root = files.as_path(workdir) / "checkpoints"
     convert = lambda value: in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
     self._config, self._options = config, config.checkpoint
@@ -77,6 +80,8 @@ class Checkpointer:
     if not (force or better or self.due(step)):
       return False
     self.wait()
+    if self._check:
+      self._check()
     decision = self._decide(step, metrics or {}, force) if jax.process_index() == 0 else ""
     decision = ("", "note", "save")[from_main([("", "note", "save").index(decision)])[0]]
     if decision == "note" and jax.process_index() == 0:
@@ -89,7 +94,7 @@ class Checkpointer:
     items = dict(params=state.params, rest=_rest(state), data=dict(data or {}), config=storage.config_dict(config),
                  assets=storage.encode(assets))
     with self._saving(step):
-      self._writer = self._writer or storage.Writer(self._root)
+      self._writer = self._writer or storage.Writer(self._root, self._check)
       self._writer.start(self._root / str(step), items, facts)
     self._saved_at = time.monotonic()
     self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
@@ -126,6 +131,17 @@ class Checkpointer:
   def latest_step(self) -> int | None:
     """The newest step that is completely saved (its files are not checked)."""
     return max(self._steps(), default=None)
+
+  def finished_step(self) -> int:
+    """The newest step, if its files are all there with the sizes that they had, else 0; in every process what 0 sees."""
+    step = 0
+    if jax.process_index() == 0:
+      with contextlib.suppress(Corrupt):
+        newest = self.latest_step() or 0
+        if newest:
+          manifest.check_structure(self._root / str(newest))
+        step = newest
+    return from_main([step])[0]
 
   def wait(self) -> None:
     """Until everything is written. Raises UserError if it could not be."""

@@ -37,10 +37,12 @@ class Writer(ocp.AsyncCheckpointer):
   """Writes one folder at a time in the background, with the manifest as its last file before the final rename.
 
   At a URL there is no rename: the folder is written in its place, and counts from when it has its manifest.
+  check: called before a folder is sealed; what it raises, the save raises.
   """
 
-  def __init__(self, place: epath.Path):
+  def __init__(self, place: epath.Path, check: Callable[[], None] | None = None):
     _prepare(place)
+    self._check = check
     mode = ocp.options.AtomicityMode.COMMIT_FILE if files.is_url(place) else ocp.options.AtomicityMode.AUTO
     atomicity = ocp.options.AtomicityOptions(mode=mode)
     arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -62,6 +64,8 @@ class Writer(ocp.AsyncCheckpointer):
     return self._temporary
 
   def _seal(self) -> None:
+    if self._check:
+      self._check()
     manifest.write(self._temporary.get(), **self._facts)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import time
 import zlib
 from collections import deque
@@ -27,16 +28,18 @@ from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.text import Tokenizer, load_tokenizer
 from mmjax.evaluation import report
+from mmjax.ownership import Owner
 from mmjax.parallel import multihost, threads
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
 from mmjax.state.storage import disk_errors
+from mmjax.training import agreement
 from mmjax.training.goodput import Clock
 from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, WeightsAndBiases, import_wandb, memory_in_use
 from mmjax.training.profile import Profile, parse
 from mmjax.training.recovery import Faults
 from mmjax.training.step import Step
-from mmjax.training.summary import Estimate, Summary
+from mmjax.training.summary import Estimate, Summary, finished_step
 from mmjax.training.watchdog import Watchdog
 
 DONE, STOPPED = 0, 75
@@ -49,7 +52,8 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
 
   Returns: 0 when the run is complete, 75 when SIGTERM or Ctrl-C ended it early with a checkpoint saved.
   Ends the process with exit code 1 when it hangs (train.hang_seconds), or waits for one that does.
-  Raises UserError: the folder holds another run, a source changed, the mesh does not fit, too many bad steps or records.
+  Raises UserError: another process trains in the folder, it holds another run, a source changed, the mesh does not fit, the processes
+  of this run differ in config, data or code, too many bad steps or records.
   """
   begin = time.monotonic()
   if not os.fspath(workdir):
@@ -62,36 +66,47 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
                       processes=jax.process_count())
   # From here on: a signal that comes while compiling is not lost.
-  with StopSignal() as stop, watchdog, files.Mirror(workdir, active=multihost.is_main()) as mirror:
-    return _train(config, mirror, stop, watchdog, begin, allow_change, profile, estimate)
+  with StopSignal() as stop, watchdog, own(workdir, stop) as owner:
+    with files.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check) as mirror:
+      return _train(config, mirror, owner, stop, watchdog, begin, allow_change, profile, estimate)
 
 
-def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, watchdog: Watchdog, begin: float, allow_change: bool,
-           profile: str, estimate: Estimate | None) -> int:
-  say, workdir = print_main, mirror.place
+def _train(config: FrozenConfigDict, mirror: files.Mirror, owner: Owner | None, stop: StopSignal, watchdog: Watchdog, begin: float,
+           allow_change: bool, profile: str, estimate: Estimate | None) -> int:
+  say, workdir, batch_size = print_main, mirror.place, config.train.batch_size
 
-  # -- What the run is: mesh, data, durations ----------------------------------------------------------------------------
-  mesh = make_mesh(config)
-  configs.check(config, jax.device_count())
-  batch_size = config.train.batch_size
-  pipeline = Pipeline(config, rows=multihost.local_rows(mesh, batch_size))
-  units = dict(batch_size=batch_size, examples=pipeline.examples)
-  steps = configs.in_steps(config.train.steps, steps=None, **units)
-  every = {name: configs.in_steps(value, steps=steps, **units) for name, value in (
+  # -- What the run is: mesh, data, durations; the same in every process --------------------------------------------------
+  def open_run() -> tuple:
+    mesh = make_mesh(config)
+    configs.check(config, jax.device_count())
+    pipeline = Pipeline(config, rows=multihost.local_rows(mesh, batch_size))
+    open_workdir(workdir, config, allow_change)
+    steps = configs.in_steps(config.train.steps, steps=None, batch_size=batch_size, examples=pipeline.examples)
+    with configs.mistakes():
+      step = Step(config, mesh, steps=steps, examples=pipeline.examples)
+      step.optimizer  # noqa: B018  made now, for what it refuses
+    return mesh, pipeline, steps, step
+
+  mesh, pipeline, steps, step = multihost.together(open_run)
+  every = {name: configs.in_steps(value, steps=steps, batch_size=batch_size, examples=pipeline.examples) for name, value in (
     ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
-  open_workdir(workdir, config, allow_change)
-  mirror.fetch("metrics.jsonl", "goodput.json", "eval.json")
+  evaluators = None
+  if config.evaluation.evaluators and every["evaluation"]:
+    evaluators = evaluation.Evaluation(config, step.apply, mesh, poll=watchdog.alive)
+  evaluated = multihost.together(evaluators.check_sources) if evaluators else {}
+  if jax.process_count() > 1:
+    agreement.check(agreement.facts(config, pipeline, evaluated))
   watchdog.start(workdir)
 
-  with configs.mistakes():
-    step = Step(config, mesh, steps=steps, examples=pipeline.examples)
-    step.optimizer  # noqa: B018  made now, for what it refuses
-  evaluators = evaluation.Evaluation(config, step.apply, mesh, poll=watchdog.alive) if config.evaluation.evaluators and every["evaluation"] else None
-  if evaluators:
-    evaluators.check_sources()
+  saver = checkpoint.Checkpointer(workdir, config, steps=steps, examples=pipeline.examples, check=owner and owner.check)
+  last = saver.finished_step()
+  if last >= steps and is_finished(workdir, last, config if evaluators else None):
+    say(f"{workdir} is complete: {last} of {steps} steps. Raise train.steps to go on, or choose another --workdir.")
+    saver.close()
+    return DONE
+  mirror.fetch("metrics.jsonl", "goodput.json", "eval.json")
 
   # -- State: restored, or initialised on the mesh -----------------------------------------------------------------------
-  saver = checkpoint.Checkpointer(workdir, config, steps=steps, examples=pipeline.examples)
   restored = saver.restore(step.state_spec)
   if restored:
     state, data, start = restored
@@ -105,17 +120,15 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
       state = step.with_params(state, params, model_state)
       for line in lines:
         say(line)
-  if start >= steps:
-    say(f"{workdir} is complete: {start} of {steps} steps. Raise train.steps to go on, or choose another --workdir.")
-    saver.close()
-    return DONE
+  last = max(start, steps)
   tracer = Profile(profile, mirror.folder, first=start + 1, last=steps, active=multihost.is_main())
   clock = Clock(mirror.folder if multihost.is_main() else None, begin, start, productive=data.get("productive", 0.0), notify=watchdog.at)
   faults = Faults.of(data)
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   say(f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} {jax.devices()[0].platform} device(s), "
       f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
-  if multihost.is_main():
+  if owner:
+    owner.check()
     evaluation.replace_file(mirror.folder / "config.json", configs.to_json(config))
     if jax.devices()[0].platform == "cpu" and not threads.recorded(workdir):
       evaluation.replace_file(mirror.folder / threads.FILE, json.dumps({"threads": threads.count()}))
@@ -133,7 +146,7 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
     return STOPPED
 
   # -- The loop ----------------------------------------------------------------------------------------------------------
-  outputs = Outputs(mirror, start, config) if multihost.is_main() else None
+  outputs = Outputs(mirror, start, config, owner) if multihost.is_main() else None
   progress = Progress(start, steps) if multihost.is_main() else None
   assets = inference_assets(config, pipeline)
   pending: deque = deque()
@@ -173,6 +186,16 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
         outputs and outputs.sync()
         saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
 
+  def evaluate(at: int) -> dict:
+    with clock.measure("evaluation", at):
+      results = evaluators.run(step.evaluation_variables(state))
+    if outputs:
+      outputs.evaluated(at, results)
+      for name, result in results.items():
+        progress.say(f"step {at}: {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4]))
+    return results
+
+  results = None
   try:
     with jax.set_mesh(mesh), tracer:
       batches = pipeline.iterate(start, steps)
@@ -201,12 +224,7 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
         results = None
         if evaluators and (at % every["evaluation"] == 0 or at == steps):
           settle(0)
-          with clock.measure("evaluation", at):
-            results = evaluators.run(step.evaluation_variables(state))
-          if outputs:
-            outputs.evaluated(at, results)
-            for name, result in results.items():
-              progress.say(f"step {at}: {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4]))
+          results = evaluate(at)
         # Processes agree on stopping at logged steps: asking costs a collective.
         with clock.measure("agreement", at):
           stopping = stop.received if jax.process_count() == 1 else at % every["log"] == 0 and multihost.any_process(stop.received)
@@ -218,13 +236,17 @@ def _train(config: FrozenConfigDict, mirror: files.Mirror, stop: StopSignal, wat
           say(f"stopped by {stop.name} at step {at} of {steps}; checkpoint saved. The same command goes on from here.")
           return STOPPED
       settle(0)
-      with clock.measure("checkpoint", steps):
+      if evaluators and results is None:  # the last checkpoint is there, but what comes after it is not
+        results = evaluate(last)
+        save(last, evaluation.flat_metrics(results), force=False)
+      with clock.measure("checkpoint", last):
         saver.wait()
     if outputs:
       progress.close()
-      say(summary.compare(clock.step_seconds, mirror.folder))
+      say(summary.compare(clock.step_seconds or outputs.step_seconds(batch_size), mirror.folder))
       with clock.measure("report"):
         outputs.finish(config, results)
+        summary.finished(mirror.folder, last)
     say(f"done: {steps} steps in {workdir} ({time.monotonic() - begin:.0f} s)")
     return DONE
   finally:
@@ -246,6 +268,9 @@ class StopSignal:
     self.received, self.name = False, "a signal to another process"
     self._before: dict[int, object] = {}
 
+  def is_received(self) -> bool:
+    return self.received
+
   def __enter__(self):
     for number in (signal.SIGTERM, signal.SIGINT):
       self._before[number] = signal.signal(number, self._handle)
@@ -265,8 +290,10 @@ class StopSignal:
 class Outputs:
   """Everything that the main process writes into the run folder while training."""
 
-  def __init__(self, mirror: files.Mirror, step: int, config: FrozenConfigDict):
-    self._mirror = mirror
+  def __init__(self, mirror: files.Mirror, step: int, config: FrozenConfigDict, owner: Owner | None = None):
+    self._mirror, self._owner = mirror, owner
+    if owner:
+      owner.check()
     with self._disk_errors():
       self._file = MetricsFile(mirror.folder, step)
       self._boards = [TensorBoard(mirror.folder, step)] if config.log.tensorboard else []
@@ -274,13 +301,23 @@ class Outputs:
       self._boards.append(WeightsAndBiases(config.log.wandb, mirror.place, mirror.folder, config.to_dict()))
 
   def write(self, row: dict) -> None:
+    if self._owner:
+      self._owner.check_known()
     with self._disk_errors():
       self._file.write(row)
       for board in self._boards:
         board.write(row)
 
   def evaluated(self, step: int, results: dict) -> None:
-    self.write(dict(step=step, time=time.time(), **evaluation.flat_metrics(results)))
+    """Writes the scores of a step, unless the last line has them: the process before got so far."""
+    metrics = evaluation.flat_metrics(results)
+    if self._file.last.get("step") != step or not metrics.keys() <= self._file.last.keys():
+      self.write(dict(step=step, time=time.time(), **metrics))
+
+  def step_seconds(self, batch_size: int) -> float | None:
+    """Seconds a step by what is written: the median; None where no line has a speed."""
+    speeds = [row.get("examples_per_second") for row in report.read_metrics(self._file.path)]
+    return statistics.median(batch_size / speed for speed in speeds if speed) if any(speeds) else None
 
   def sync(self) -> None:
     """Everything that was written is on the disk, or at the URL: before a checkpoint that stands for it."""
@@ -289,6 +326,8 @@ class Outputs:
     self._mirror.push()
 
   def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
+    if self._owner:
+      self._owner.check()
     self.sync()
     if results:
       self._mirror.fetch("eval.json")
@@ -303,6 +342,31 @@ class Outputs:
   def _disk_errors(self):
     return disk_errors(self._mirror.folder, f"{self._mirror.place}: metrics cannot be written",
                        ". What was saved is intact: free space or mend the folder, then start again")
+
+
+def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.nullcontext:
+  """Process 0 as the one owner of the run folder, the others as nobody. MMJAX_OWNER_SECONDS: how long to wait for another run
+  in it to end, as launchers set it before they start a run again. Raises UserError in every process: it is in use."""
+  def claim() -> Owner | contextlib.nullcontext:
+    if not multihost.is_main():
+      return contextlib.nullcontext()
+    text = os.environ.get("MMJAX_OWNER_SECONDS", "0")
+    if not text.isdigit():
+      raise UserError(f"MMJAX_OWNER_SECONDS is {text!r}, but must be a whole number")
+    return Owner(workdir, f"--workdir {workdir}", wait=int(text), stopped=stop.is_received)
+
+  return multihost.together(claim)
+
+
+def is_finished(workdir: Path, step: int, config: FrozenConfigDict | None) -> bool:
+  """Whether everything that a run leaves at its end is in its folder, made at `step`; what process 0 sees. config: with evaluators."""
+  finished = False
+  if multihost.is_main():
+    with files.store_errors(workdir, f"{workdir} cannot be read"):
+      scores = evaluation.read_eval_json(workdir)
+      finished = finished_step(workdir) == step and (workdir / report.NAME).exists()
+    finished &= config is None or set(config.evaluation.evaluators) <= scores.keys()
+  return multihost.any_process(finished)
 
 
 def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:

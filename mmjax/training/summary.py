@@ -57,6 +57,7 @@ class Summary:
 
   def compare(self, seconds: float | None, folder: Path) -> str:
     """The last line; writes NAME in `folder`. seconds: of a step as measured, None if there were too few."""
+    self.flops = self.flops or self._step.flops_per_step()  # of a run that had only its end left to do
     planned = dict(flops=self.flops, seconds=self.seconds, mfu=utilisation(self.flops, self.seconds or 0), memory=self.bytes)
     measured = dict(seconds=seconds, memory=memory_in_use(), mfu=utilisation(self.flops, seconds or 0))
     parts = []
@@ -71,6 +72,20 @@ class Summary:
     text = f"measured: {', '.join(parts)}"
     replace_file(folder / NAME, json.dumps(dict(planned=planned, measured=measured, text=text), indent=2) + "\n")
     return text
+
+  def finished(self, folder: Path, step: int) -> None:
+    """Notes, after all else that a run leaves, that it ended at `step`."""
+    path = folder / NAME
+    replace_file(path, json.dumps({**json.loads(path.read_text()), "finished": step}, indent=2) + "\n")
+
+
+def finished_step(folder: Path) -> int | None:
+  """The step at which the run in a folder (a path or URL) has ended with all that it leaves; None: it has not."""
+  try:
+    step = json.loads((folder / NAME).read_text())["finished"]
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return None
+  return step if isinstance(step, int) else None
 
 
 def _mfu(share: float | None) -> str:

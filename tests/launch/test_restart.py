@@ -43,6 +43,12 @@ def test_the_limit_is_the_one_of_the_config_with_its_overrides_and_is_asked_once
   assert fakes.calls("mmjax config") == ["mmjax config show some.py --config.train.on_restart=2"]
 
 
+def test_a_start_that_follows_another_waits_for_it_to_leave_the_run_folder(fakes):
+  outcomes(fakes, *["'echo waits ${MMJAX_OWNER_SECONDS:-not}; exit 75'"] * 2, "'echo waits $MMJAX_OWNER_SECONDS'")
+  printed = fakes.run("restart.sh", "--backoff", "0", "--", *TRAIN)
+  assert [line for line in printed.splitlines() if "waits" in line] == ["waits not", "waits 300", "waits 300"]
+
+
 def test_waiting_between_failures_doubles(fakes):
   outcomes(fakes, "'exit 1'", "'exit 1'", "'exit 0'")
   begin = time.monotonic()
