@@ -1,13 +1,18 @@
-"""One owner at a time: who may write into a folder, on one machine, on a shared file system and in an object store.
+"""One owner at a time: who may write into a folder, on one machine, on a shared file system and in
+an object store.
 
-`Owner` claims a folder for a process. Claims are numbered files FOLDER/owner/N.json that say host, process and start; a claim is made only
-where no file of that number is (a hard link, O_EXCL, or a conditional put), so of two processes that want the same number one gets it. The
-highest number owns the folder. Beside it, N.beat changes every few seconds, and says "ended" when the owner has ended well.
+`Owner` claims a folder for a process. Claims are numbered files FOLDER/owner/N.json that say host,
+process and start; a claim is made only where no file of that number is (a hard link, O_EXCL, or a
+conditional put), so of two processes that want the same number one gets it. The highest number owns
+the folder. Beside it, N.beat changes every few seconds, and says "ended" when the owner has ended
+well.
 
-Whether an owner lives is told on its own machine by its process (number and start time, so a number that is used again deceives nobody),
-elsewhere by its beat: it is dead when the beat did not change for `_LEASE` seconds of the clock of the process that looks. Nobody's clock is
-compared with another's. A process that was stopped (SIGSTOP, a machine asleep) for longer than that has lost its folder
-to the next number; it finds out by `check`, which must be called before anything is written that the next owner would write too.
+Whether an owner lives is told on its own machine by its process (number and start time, so a number
+that is used again deceives nobody), elsewhere by its beat: it is dead when the beat did not change
+for `_LEASE` seconds of the clock of the process that looks. Nobody's clock is compared with
+another's. A process that was stopped (SIGSTOP, a machine asleep) for longer than that has lost its
+folder to the next number; it finds out by `check`, which must be called before anything is written
+that the next owner would write too.
 """
 
 from __future__ import annotations
@@ -33,20 +38,31 @@ from mmjax.config import UserError
 log = logging.getLogger("mmjax")
 
 FOLDER = "owner"
-_BEAT, _LEASE = 10.0, 60.0  # seconds between signs of life; without one for so long an owner elsewhere is dead
+_BEAT, _LEASE = (
+  10.0,
+  60.0,
+)  # seconds between signs of life; without one for so long an owner elsewhere is dead
 _ENDED = "ended"
 _SETTLE = 2.0  # seconds until a store without conditional puts shows whose write came last
 
 
 class Owner:
-  """This process as the owner of `folder` (a path or URL, which is made). Use it in `with`; it is free again after that.
+  """This process as the owner of `folder` (a path or URL, which is made). Use it in `with`; it is
+  free again after that.
 
-  what: names the folder in messages, such as "--workdir runs/a". wait: seconds to wait for an owner that lives, 0 = refuse at once.
-  stopped: asked while waiting; True ends it. Raises UserError: the folder has another owner (host, process and start are
-  named), or cannot be written.
+  what: names the folder in messages, such as "--workdir runs/a". wait: seconds to wait for an owner
+  that lives, 0 = refuse at once. stopped: asked while waiting; True ends it. Raises UserError: the
+  folder has another owner (host, process and start are named), or cannot be written.
   """
 
-  def __init__(self, folder: str | os.PathLike, what: str, *, wait: float = 0.0, stopped: Callable[[], bool] = bool):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    what: str,
+    *,
+    wait: float = 0.0,
+    stopped: Callable[[], bool] = bool,
+  ):
     self._folder = files.as_path(folder) / FOLDER
     self._what, self._claim = what, dict(_myself(), token=uuid.uuid4().hex)
     self._over, self._lost = threading.Event(), ""
@@ -66,17 +82,20 @@ class Owner:
       self._beat(_ENDED)
 
   def check(self) -> None:
-    """Raises UserError: another process has taken over, because this one gave no sign of life for too long."""
+    """Raises UserError: another process has taken over, because this one gave no sign of life for
+    too long."""
     self._look()
     self.check_known()
 
   def check_known(self) -> None:
     """`check` by what the last look at the disk found, at most some seconds ago."""
     if self._lost:
-      raise UserError(f"{self._what} was taken over by {self._lost}: this process was stopped, or cut off from the disk, for more than "
-                      f"{_LEASE:.0f} s. It ends here and writes nothing more")
+      raise UserError(
+        f"{self._what} was taken over by {self._lost}: this process was stopped, or "
+        f"cut off from the disk, for more than {_LEASE:.0f} s. It ends here and writes nothing more"
+      )
 
-  # -- Claiming -------------------------------------------------------------------------------------------------------------
+  # -- Claiming ------------------------------------------------------------------------------------
 
   def _acquire(self, wait: float, stopped: Callable[[], bool]) -> int:
     files.make_folder(self._folder)
@@ -94,12 +113,19 @@ class Owner:
         continue
       waited = time.monotonic() - begin
       if stopped() or other.lives and waited >= wait:
-        raise UserError(f"{self._what} is in use by {other.name}{f', still after {waited:.0f} s' if wait else ''}. "
-                        "Wait for that process or end it, or choose another folder")
+        after = f", still after {waited:.0f} s" if wait else ""
+        raise UserError(
+          f"{self._what} is in use by {other.name}{after}. "
+          "Wait for that process or end it, or choose another folder"
+        )
       if not other.told:
         other.told = True
-        log.warning("%s is in use by %s; waiting at most %.0f s for %s", self._what, other.name, *(
-          (wait, "it to end") if other.lives else (_LEASE, "a sign of life from it")))
+        log.warning(
+          "%s is in use by %s; waiting at most %.0f s for %s",
+          self._what,
+          other.name,
+          *((wait, "it to end") if other.lives else (_LEASE, "a sign of life from it")),
+        )
       time.sleep(min(1.0, _BEAT / 10))
 
   def _claims(self, number: int) -> bool:
@@ -120,10 +146,11 @@ class Owner:
         with contextlib.suppress(Exception):
           (self._folder / f"{number}.{ending}").unlink()
 
-  # -- Keeping --------------------------------------------------------------------------------------------------------------
+  # -- Keeping -------------------------------------------------------------------------------------
 
   def _newest(self) -> int:
-    """The number that owns the folder. Where somebody has deleted this process's claim, and nobody made another, it is made again."""
+    """The number that owns the folder. Where somebody has deleted this process's claim, and nobody
+    made another, it is made again."""
     newest = max(_numbers(self._folder), default=0)
     if newest < self._number:
       files.make_folder(self._folder)
@@ -132,10 +159,15 @@ class Owner:
 
   def _is_mine(self) -> bool:
     newest = self._newest()
-    return newest == self._number and _read_claim(self._folder, newest).get("token") == self._claim["token"]
+    return (
+      newest == self._number
+      and _read_claim(self._folder, newest).get("token") == self._claim["token"]
+    )
 
   def _look(self) -> None:
-    with contextlib.suppress(Exception):  # a disk or store that fails shows where something is written
+    with contextlib.suppress(
+      Exception
+    ):  # a disk or store that fails shows where something is written
       if not self._lost and not self._is_mine():
         self._lost = _name(_read_claim(self._folder, self._newest()))
 
@@ -153,7 +185,8 @@ class Owner:
 
 
 class _Other:
-  """The owner of a claim as another process sees it. lives: whether that is known; told: whether the user knows of it."""
+  """The owner of a claim as another process sees it. lives: whether that is known; told: whether
+  the user knows of it."""
 
   def __init__(self, folder: Any, number: int, machine: str):
     self.number, self.lives, self.told = number, False, False
@@ -163,7 +196,8 @@ class _Other:
     self.name = _name(self._claim)
 
   def is_gone(self) -> bool:
-    """Whether it has ended or is dead; asked again and again, for only time tells of a process elsewhere."""
+    """Whether it has ended or is dead; asked again and again, for only time tells of a process
+    elsewhere."""
     beat = _read_beat(self._folder, self.number)
     if beat == _ENDED:
       return True
@@ -176,7 +210,8 @@ class _Other:
 
 
 def _create(path: Any, text: str) -> bool:
-  """Writes a file or object that is not there yet, whole; False: another one is there, or was first. Raises OSError."""
+  """Writes a file or object that is not there yet, whole; False: another one is there, or was
+  first. Raises OSError."""
   if files.is_url(path):
     return _create_object(str(path), text.encode())
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -197,7 +232,8 @@ def _create(path: Any, text: str) -> bool:
 
 
 def _create_object(url: str, content: bytes) -> bool:
-  """The same in a store. Where it knows no conditional puts the last of two writers gets the object, and the other must look again."""
+  """The same in a store. Where it knows no conditional puts the last of two writers gets the
+  object, and the other must look again."""
   fs, name = fsspec.core.url_to_fs(url)
   if fs.exists(name):
     return False
@@ -214,7 +250,11 @@ def _create_object(url: str, content: bytes) -> bool:
 def _numbers(folder: Any) -> list[int]:
   """The numbers of the claims that a folder has."""
   names = [path.name for path in folder.iterdir()] if folder.exists() else []
-  return [int(number) for number, _, ending in (name.partition(".") for name in names) if number.isdigit() and ending == "json"]
+  return [
+    int(number)
+    for number, _, ending in (name.partition(".") for name in names)
+    if number.isdigit() and ending == "json"
+  ]
 
 
 def _read_claim(folder: Any, number: int) -> dict[str, Any]:
@@ -239,21 +279,25 @@ def _name(claim: dict[str, Any]) -> str:
   return f"process {claim.get('pid')} on host {claim.get('host')}, started {claim.get('started')}"
 
 
-# -- Processes ----------------------------------------------------------------------------------------------------------------
+# -- Processes -------------------------------------------------------------------------------------
 
 
 def _myself() -> dict[str, Any]:
-  """Who this process is. machine: equal for processes that see each other's numbers (containers have numbers of their own)."""
+  """Who this process is. machine: equal for processes that see each other's numbers (containers
+  have numbers of their own)."""
   host, pid = socket.gethostname(), os.getpid()
   try:
-    machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    machine = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
   except OSError:
     machine = host
-  return dict(host=host, machine=machine, pid=pid, process_start=_started(pid), started=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+  started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+  return dict(host=host, machine=machine, pid=pid, process_start=_started(pid), started=started)
 
 
 def _started(pid: int) -> str:
-  """When a process of this machine was started, as the system says it; "" where there is none (or its end is not yet collected)."""
+  """When a process of this machine was started, as the system says it; "" where there is none (or
+  its end is not yet collected)."""
   try:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]
@@ -262,7 +306,9 @@ def _started(pid: int) -> str:
       return ""
   except (ProcessLookupError, IndexError):
     return ""
-  return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+  return subprocess.run(
+    ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True
+  ).stdout.strip()
 
 
 @contextlib.contextmanager

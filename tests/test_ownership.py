@@ -1,4 +1,5 @@
-"""A folder has one owner: the living are left alone, the dead give way, and who was taken over finds out."""
+"""A folder has one owner: the living are left alone, the dead give way, and who was taken over
+finds out."""
 
 import json
 import os
@@ -13,8 +14,10 @@ from mmjax import files, ownership
 from mmjax.config import UserError
 from mmjax.ownership import Owner
 
-HOLD = ("import sys\nfrom mmjax.ownership import Owner\n"
-        "with Owner(sys.argv[1], 'RUN'):\n  print('owns', flush=True)\n  sys.stdin.read()\n")
+HOLD = (
+  "import sys\nfrom mmjax.ownership import Owner\n"
+  "with Owner(sys.argv[1], 'RUN'):\n  print('owns', flush=True)\n  sys.stdin.read()\n"
+)
 
 
 @pytest.fixture
@@ -28,7 +31,12 @@ def quick(monkeypatch):
 @pytest.fixture
 def holder(tmp_path):
   """Another process that owns tmp_path."""
-  process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [sys.executable, "-c", HOLD, str(tmp_path)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   assert process.stdout.readline() == "owns\n"
   yield process
   process.kill()
@@ -40,13 +48,27 @@ def elsewhere(folder, number=1, **claim):
   """A claim made on a machine whose processes cannot be seen from here."""
   place = files.as_path(folder) / ownership.FOLDER
   files.make_folder(place)
-  facts = dict(machine="of another", host="far", pid=7, process_start="1", started="yesterday", token="theirs") | claim
+  facts = (
+    dict(
+      machine="of another",
+      host="far",
+      pid=7,
+      process_start="1",
+      started="yesterday",
+      token="theirs",
+    )
+    | claim
+  )
   (place / f"{number}.json").write_text(json.dumps(facts))
   return place / f"{number}.beat"
 
 
-def test_a_process_that_lives_is_left_alone_also_when_it_is_stopped_and_one_that_was_killed_gives_way(tmp_path, holder):
-  refused = f"RUN is in use by process {holder.pid} on host .*, started 20.*Wait for that process or end it"
+def test_one_that_lives_is_left_alone_also_stopped_and_one_that_was_killed_gives_way(
+  tmp_path, holder
+):
+  refused = (
+    f"RUN is in use by process {holder.pid} on host .*, started 20.*Wait for that process or end it"
+  )
   with pytest.raises(UserError, match=refused):
     Owner(tmp_path, "RUN")
   holder.send_signal(signal.SIGSTOP)
@@ -99,7 +121,9 @@ def test_an_owner_elsewhere_is_known_by_its_signs_of_life(tmp_path, quick, reque
     with pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
       Owner(folder, "RUN")
     elsewhere(folder, number=3)  # this process was stopped meanwhile, and somebody took over
-    with pytest.raises(UserError, match="RUN was taken over by process 7 on host far.*writes nothing more"):
+    with pytest.raises(
+      UserError, match="RUN was taken over by process 7 on host far.*writes nothing more"
+    ):
       owner.check()
     with pytest.raises(UserError, match="taken over"):
       owner.check_known()

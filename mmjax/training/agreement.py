@@ -1,6 +1,7 @@
 """What all processes of a run must have in common before its first step: config, data and code.
 
-Processes that differ in one of them would train together to no purpose: each computes its part of a step of another run.
+Processes that differ in one of them would train together to no purpose: each computes its part of a
+step of another run.
 """
 
 from __future__ import annotations
@@ -25,28 +26,61 @@ from mmjax.config import ConfigError
 from mmjax.data.pipeline import Pipeline
 from mmjax.parallel import multihost
 
-# Keys that may differ: where a host keeps its data and how it reads it, and what one process alone writes.
-LOCAL = ("data.dir", "data.workers", "data.threads", "data.prefetch", "data.sources.*.path", "log.tensorboard", "log.wandb",
-         "train.hang_seconds")
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "array_record", "pillow",
-              "opencv-python-headless", "simplejpeg", "soundfile", "soxr", "av", "sentencepiece", "tokenizers")
+# Keys that may differ: where a host keeps its data and how it reads it, and what one process alone
+# writes.
+LOCAL = (
+  "data.dir",
+  "data.workers",
+  "data.threads",
+  "data.prefetch",
+  "data.sources.*.path",
+  "log.tensorboard",
+  "log.wandb",
+  "train.hang_seconds",
+)
+_LIBRARIES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "numpy",
+  "grain",
+  "array_record",
+  "pillow",
+  "opencv-python-headless",
+  "simplejpeg",
+  "soundfile",
+  "soxr",
+  "av",
+  "sentencepiece",
+  "tokenizers",
+)
 _NAMED = 3  # differences in the message
 
 
-def facts(config: FrozenConfigDict, pipeline: Pipeline, evaluated: Mapping[str, str]) -> dict[str, str]:
+def facts(
+  config: FrozenConfigDict, pipeline: Pipeline, evaluated: Mapping[str, str]
+) -> dict[str, str]:
   """{what: value} of this process. evaluated: {evaluator: fingerprint of its data}."""
-  keys = {path: repr(value) for path, value in configs.flatten(config)
-          if not any(fnmatch.fnmatchcase(path, pattern) for pattern in LOCAL)}
+  keys = {
+    path: repr(value)
+    for path, value in configs.flatten(config)
+    if not any(fnmatch.fnmatchcase(path, pattern) for pattern in LOCAL)
+  }
   fingerprint = dict(pipeline.fingerprint())
   sources = zip(config.data.sources, fingerprint.pop("sources"), strict=True)
   data = {f"the data of data.sources.{name}": mark for name, mark in sources}
-  data |= {f"the data ({name})": json.dumps(value, sort_keys=True) for name, value in fingerprint.items()}
+  data |= {
+    f"the data ({name})": json.dumps(value, sort_keys=True) for name, value in fingerprint.items()
+  }
   data |= {f"the data of evaluation.evaluators.{name}": mark for name, mark in evaluated.items()}
   return keys | data | code(config)
 
 
 def code(config: FrozenConfigDict) -> dict[str, str]:
-  """{what: version or digest}: this package, the libraries that make numbers, and modules of the user's own kinds."""
+  """{what: version or digest}: this package, the libraries that make numbers, and modules of the
+  user's own kinds."""
   found = {"the code of mmjax": _digest(Path(mmjax.__file__).parent)}
   found["the version of Python"] = ".".join(platform.python_version_tuple()[:2])
   for library in _LIBRARIES:
@@ -60,26 +94,34 @@ def code(config: FrozenConfigDict) -> dict[str, str]:
 
 
 def check(mine: Mapping[str, str]) -> None:
-  """Every process calls it with its facts. Raises ConfigError in all of them, naming what differs and where, if any differ."""
+  """Every process calls it with its facts. Raises ConfigError in all of them, naming what differs
+  and where, if any differ."""
   text = json.dumps(mine, sort_keys=True)
-  if len(set(multihost.gather_texts(hashlib.blake2b(text.encode(), digest_size=16).hexdigest()))) == 1:
+  digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+  if len(set(multihost.gather_texts(digest))) == 1:
     return
-  told = [json.loads(one) for one in multihost.gather_texts(json.dumps([socket.gethostname(), mine]))]
-  names = dict.fromkeys(name for _, one in told for name in one)  # in the order of `facts`: keys, data, code
+  texts = multihost.gather_texts(json.dumps([socket.gethostname(), mine]))
+  told = [json.loads(text) for text in texts]
+  # In the order of `facts`: keys, data, code.
+  names = dict.fromkeys(name for _, one in told for name in one)
   lines = [line for name in names if (line := _difference(name, told))]
   more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
-  raise ConfigError(f"the {len(told)} processes of this run differ: {'; '.join(lines[:_NAMED])}{more}. "
-                    "Give all the same command, data and code")
+  raise ConfigError(
+    f"the {len(told)} processes of this run differ: {'; '.join(lines[:_NAMED])}{more}. "
+    "Give all the same command, data and code"
+  )
 
 
 def _difference(name: str, told: list[tuple[str, dict[str, str]]]) -> str:
-  """'optimizer.lr is 0.1 on process 0 (host a), 0.2 on process 1 (host b)', or '' where all agree."""
+  """'optimizer.lr is 0.1 on process 0 (host a), 0.2 on process 1 (host b)'; '' where all agree."""
   processes: dict[str, list[int]] = {}
   for process, (_, one) in enumerate(told):
     processes.setdefault(one.get(name, "not there"), []).append(process)
   if len(processes) == 1:
     return ""
-  return f"{name} is " + ", ".join(f"{value} on {_who(where, told)}" for value, where in list(processes.items())[:_NAMED])
+  return f"{name} is " + ", ".join(
+    f"{value} on {_who(where, told)}" for value, where in list(processes.items())[:_NAMED]
+  )
 
 
 def _who(processes: list[int], told: list[tuple[str, Any]]) -> str:

@@ -1,4 +1,5 @@
-"""Processes of a run that differ in config, data or code all end before the first step, and say in what they differ."""
+"""Processes of a run that differ in config, data or code all end before the first step, and say in
+what they differ."""
 
 import json
 import threading
@@ -17,9 +18,15 @@ OVERRIDES = [word.removeprefix("--") for word in SMALL]
 
 @pytest.fixture
 def on_processes(monkeypatch):
-  """on_processes(f, g, ...): what each raises when they run as processes 0, 1, ... that gather texts from each other."""
+  """on_processes(f, g, ...): what each raises when they run as processes 0, 1, ... that gather
+  texts from each other."""
+
   def run(*functions):
-    gate, texts, errors = threading.Barrier(len(functions)), [""] * len(functions), [None] * len(functions)
+    gate, texts, errors = (
+      threading.Barrier(len(functions)),
+      [""] * len(functions),
+      [None] * len(functions),
+    )
     local = threading.local()
 
     def gather(text):
@@ -55,7 +62,9 @@ def facts(embedded_data):
 
 
 def check(facts, **changes):
-  return lambda: agreement.check({**facts, **{name.replace("__", "."): value for name, value in changes.items()}})
+  return lambda: agreement.check(
+    {**facts, **{name.replace("__", "."): value for name, value in changes.items()}}
+  )
 
 
 def test_equal_processes_go_on_and_what_differs_is_named_on_all(facts, on_processes):
@@ -63,15 +72,25 @@ def test_equal_processes_go_on_and_what_differs_is_named_on_all(facts, on_proces
   errors = on_processes(check(facts), check(facts, optimizer__lr="0.05"), check(facts))
   for error in errors:
     assert isinstance(error, ConfigError)
-    assert f"the 3 processes of this run differ: optimizer.lr is {facts['optimizer.lr']} on process 0 (host" in str(error)
+    assert (
+      f"the 3 processes of this run differ: optimizer.lr is {facts['optimizer.lr']} on process 0 (host"
+      in str(error)
+    )
     assert "and 1 more, 0.05 on process 1 (host" in str(error)
 
 
-def test_settings_data_and_code_are_compared_but_not_where_a_host_keeps_its_data(embedded_data, facts, tmp_path, monkeypatch):
-  other = configs.load(QUICKSTART, [*OVERRIDES, "config.data.dir=" + str(embedded_data), "config.data.workers=1", "config.seed=1"])
+def test_settings_data_and_code_are_compared_but_not_where_a_host_keeps_its_data(
+  embedded_data, facts, tmp_path, monkeypatch
+):
+  other = configs.load(
+    QUICKSTART,
+    [*OVERRIDES, "config.data.dir=" + str(embedded_data), "config.data.workers=1", "config.seed=1"],
+  )
   theirs = agreement.facts(other, Pipeline(other), {"retrieval (split)": "openmoji/1.0.0/test: 9"})
   assert {name for name in facts if facts[name] != theirs[name]} == {"seed", "the data (order)"}
-  assert any(name.startswith("the data of data.sources.") and "content" in facts[name] for name in facts)
+  assert any(
+    name.startswith("the data of data.sources.") and "content" in facts[name] for name in facts
+  )
   package = tmp_path / "mmjax"
   package.mkdir()
   (package / "__init__.py").write_text("x = 1\n")
@@ -80,7 +99,9 @@ def test_settings_data_and_code_are_compared_but_not_where_a_host_keeps_its_data
   (package / "sub").mkdir()
   (package / "sub" / "more.py").write_text("y = 2\n")
   agreement._digest.cache_clear()
-  assert {name for name in first if first[name] != agreement.code(other)[name]} == {"the code of mmjax"}
+  assert {name for name in first if first[name] != agreement.code(other)[name]} == {
+    "the code of mmjax"
+  }
   assert facts["the code of mmjax"] != first["the code of mmjax"] and json.dumps(facts)
 
 
@@ -91,6 +112,7 @@ def test_a_fault_of_one_process_ends_all(on_processes):
   def bad():
     def make():
       raise ConfigError("no data set 'x'")
+
     return multihost.together(make)
 
   for error in on_processes(good, bad, good):
