@@ -260,7 +260,7 @@ def _numbers(folder: Any) -> list[int]:
 def _read_claim(folder: Any, number: int) -> dict[str, Any]:
   """A claim; {} where it is gone or half-written."""
   try:
-    claim = json.loads((folder / f"{number}.json").read_text())
+    claim = json.loads(_read(folder / f"{number}.json"))
     return claim if isinstance(claim, dict) else {}
   except (FileNotFoundError, ValueError):
     return {}
@@ -268,9 +268,17 @@ def _read_claim(folder: Any, number: int) -> dict[str, Any]:
 
 def _read_beat(folder: Any, number: int) -> str:
   try:
-    return (folder / f"{number}.beat").read_text()
+    return _read(folder / f"{number}.beat")
   except FileNotFoundError:
     return ""
+
+
+def _read(path: Any) -> str:
+  """The text of a file or object, which somebody may be writing anew: in a store, in one request."""
+  if not files.is_url(path):
+    return path.read_text()
+  fs, name = fsspec.core.url_to_fs(str(path))
+  return fs.cat_file(name).decode()
 
 
 def _name(claim: dict[str, Any]) -> str:

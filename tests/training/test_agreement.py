@@ -2,6 +2,7 @@
 what they differ."""
 
 import json
+import shutil
 import threading
 
 import pytest
@@ -11,9 +12,9 @@ from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
 from mmjax.parallel import multihost
 from mmjax.training import agreement
-from tests.e2e.commands import QUICKSTART, SMALL
+from tests.e2e import squares
 
-OVERRIDES = [word.removeprefix("--") for word in SMALL]
+EVALUATED = {"retrieval/test (split)": "squares/1.0.0/test: 48 examples"}
 
 
 @pytest.fixture
@@ -56,9 +57,20 @@ def on_processes(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def facts(embedded_data):
-  config = configs.load(QUICKSTART, OVERRIDES)
-  return agreement.facts(config, Pipeline(config), {"retrieval (split)": "openmoji/1.0.0/test: 9"})
+def config(tmp_path_factory):
+  """The config of the squares, with a data folder of its own."""
+  folder = tmp_path_factory.mktemp("squares")
+  file = squares.make(folder)
+
+  def load(*overrides):
+    return configs.load(str(file), [f"config.data.dir={folder / 'data'}", *overrides])
+
+  return load
+
+
+@pytest.fixture(scope="module")
+def facts(config):
+  return agreement.facts(config(), Pipeline(config()), EVALUATED)
 
 
 def check(facts, **changes):
@@ -80,17 +92,18 @@ def test_equal_processes_go_on_and_what_differs_is_named_on_all(facts, on_proces
 
 
 def test_settings_data_and_code_are_compared_but_not_where_a_host_keeps_its_data(
-  embedded_data, facts, tmp_path, monkeypatch
+  config, facts, tmp_path, monkeypatch
 ):
-  other = configs.load(
-    QUICKSTART,
-    [*OVERRIDES, "config.data.dir=" + str(embedded_data), "config.data.workers=1", "config.seed=1"],
-  )
-  theirs = agreement.facts(other, Pipeline(other), {"retrieval (split)": "openmoji/1.0.0/test: 9"})
+  other = config("config.data.workers=1", "config.seed=1")
+  theirs = agreement.facts(other, Pipeline(other), EVALUATED)
   assert {name for name in facts if facts[name] != theirs[name]} == {"seed", "the data (order)"}
-  assert any(
-    name.startswith("the data of data.sources.") and "content" in facts[name] for name in facts
-  )
+  squares.build(tmp_path / "other", count=130)
+  shutil.copytree(f"{other.data.dir}/tokenizers", tmp_path / "other" / "tokenizers")
+  copied = config(f"config.data.dir={tmp_path / 'other'}")
+  theirs = agreement.facts(copied, Pipeline(copied), EVALUATED)
+  assert "content" in facts["the data of data.sources.squares"]
+  assert "the data of data.sources.squares" in {n for n in facts if facts[n] != theirs.get(n)}
+  assert "data.dir" not in facts
   package = tmp_path / "mmjax"
   package.mkdir()
   (package / "__init__.py").write_text("x = 1\n")
