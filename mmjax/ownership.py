@@ -18,14 +18,17 @@ that the next owner would write too.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,45 @@ class Owner:
   def _beat(self, text: str) -> None:
     """In place: on NFS, a file that is renamed may look the old one for longer."""
     (self._folder / f"{self._number}.beat").write_text(text)
+
+
+@contextlib.contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+  """A folder beside `out` to write into, which becomes `out` when the block ends well, and vanishes
+  when it does not. What processes of this machine left there that were killed vanishes too.
+
+  Raises UserError: `out` exists and is not empty (now, or when another process was faster), or
+  cannot be written.
+  """
+  out = Path(out).absolute()
+  check_free(out)
+  me = _myself()
+  machine = f".{out.name}.{zlib.crc32(me['machine'].encode()):08x}"
+  temporary = out.with_name(f"{machine}-{me['pid']}-{me['process_start'].replace(' ', '_')}.tmp")
+  for left in out.parent.glob(f"{glob.escape(machine)}-*-*.tmp*"):
+    pid, start = left.name.removeprefix(f"{machine}-").split(".tmp")[0].split("-", 1)
+    if not pid.isdigit() or _started(int(pid)).replace(" ", "_") != start:
+      shutil.rmtree(left, ignore_errors=True)
+  try:
+    temporary.mkdir(parents=True)
+    yield temporary
+    temporary.rename(out)  # over an empty folder too; one with files that came meanwhile stays
+  except OSError as error:
+    raise UserError(
+      f"{out}: cannot be written ({error.strerror or error}). Free space or choose another folder"
+    ) from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path) -> None:
+  """Raises UserError unless `out` can become a new folder: absent or empty, in a folder that can be
+  written."""
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f"{out}: exists and is not empty. Choose another folder, or delete it")
+  parent = next(p for p in (out.absolute().parent, *out.absolute().parents) if p.exists())
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise UserError(f"{out}: {parent} cannot be written. Choose another folder")
 
 
 class _Other:

@@ -19,11 +19,9 @@ meta.json need jax, flatbuffers and NumPy, but not mmjax:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from mmjax import __version__
 from mmjax.config import UserError
 from mmjax.inference.predictor import Predictor
 from mmjax.interop.functions import functions, lower
+from mmjax.ownership import check_free, new_folder
 from mmjax.parallel.mesh import single_device_mesh
 
 FORMATS = ("hf", "safetensors", "stablehlo")
@@ -151,35 +150,6 @@ _MEDIA = {
 def flat_params(params: Any) -> dict[str, np.ndarray]:
   """{"image/layers/attention/qkv/kernel": array} on the host."""
   return {name: np.asarray(x) for name, x in flax.traverse_util.flatten_dict(params, sep="/").items()}
-
-
-def check_free(out: Path) -> None:
-  """Raises UserError unless `out` can become a new folder: absent or empty, in a folder that can be written."""
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f"{out}: exists and is not empty. Choose another folder, or delete it")
-  parent = next(p for p in (out.absolute().parent, *out.absolute().parents) if p.exists())
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
-    raise UserError(f"{out}: {parent} cannot be written. Choose another folder")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-  """A folder to write into that becomes `out` when the block ends well, and vanishes when it does not."""
-  check_free(out)
-  out = out.absolute()
-  temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-  try:
-    temporary.mkdir(parents=True)
-    yield temporary
-    if out.exists():
-      out.rmdir()
-    temporary.rename(out)
-  except OSError as error:
-    raise UserError(
-      f"{out}: cannot be written ({error.strerror or error}). Free space or choose another folder"
-    ) from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_assets(predictor: Predictor, folder: Path) -> None:

@@ -30,6 +30,7 @@ from ml_collections import FrozenConfigDict
 
 from mmjax import files
 from mmjax.config import UntrustedCode, UserError, from_json, in_steps
+from mmjax.ownership import new_folder
 from mmjax.state import manifest, storage
 from mmjax.state.manifest import Corrupt
 from mmjax.state.storage import DELETED, TEMPORARY, disk_errors, from_main
@@ -364,12 +365,13 @@ def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | s
   Raises UserError: the folder exists and is not empty, or cannot be written.
   """
   path = files.as_path(folder)
-  with disk_errors(path, f"cannot write {folder}"):
-    if path.exists():
-      if not path.is_dir() or any(path.iterdir()):
-        raise UserError(f"{folder}: exists and is not empty. Choose another folder, or storage.delete it")
-      path.rmdir()
-    files.make_folder(path.parent)
+  with disk_errors(path, f"cannot write {folder}"), contextlib.ExitStack() as ends:
+    if files.is_url(path):
+      if path.exists() and any(path.iterdir()):
+        raise UserError(f"{folder}: exists and is not empty. Choose another folder, or delete it")
+    else:  # so that no two imports write the same files
+      path = epath.Path(ends.enter_context(new_folder(path)))
+      path.rmdir()  # Orbax makes it, of one that it writes beside it
     writer = storage.Writer(path)
     items = dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets))
     if model_state:

@@ -32,11 +32,13 @@ from mmjax.data.builders.schema import (
   parse_record,
   to_example,
 )
+from mmjax.ownership import Owner
 from mmjax.printing import say
 
 __all__ = ["BUILDERS", "Record", "build", "canonical", "example_class", "features", "find_version", "is_complete", "parse_record",
            "split_sizes", "to_example", "write_dataset"]
 
+_PATIENCE = 3600.0  # seconds that a build waits for another one of the same data set
 _FINISHED = ("dataset_info.json", "features.json")  # TFDS writes them last
 
 # Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the version that it built.
@@ -138,8 +140,10 @@ def write_dataset(
   folder = Path(data_dir) / name / version
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    with _quiet_tfds(), tempfile.TemporaryDirectory() as nowhere:
+    owner = Owner(folder.parent, f"data set {name!r} in {data_dir}", wait=_PATIENCE)
+    with owner, _quiet_tfds(), tempfile.TemporaryDirectory() as nowhere:
+      for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of builds that were killed
+        shutil.rmtree(left, ignore_errors=True)
       builder = Builder(data_dir=os.fspath(data_dir), file_format="array_record")
       builder.download_and_prepare(download_dir=nowhere, download_config=tfds.download.DownloadConfig(try_download_gcs=False))
   except OSError as error:
@@ -188,13 +192,6 @@ def _check_unique(seen: set[str], key: str, name: str) -> None:
   if key in seen:
     raise UserError(f"data set {name!r}: two records have the id {key!r}. Give each its own")
   seen.add(key)
-
-
-def _remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
-  """Deletes what builds left that were killed: folders that TFDS names incomplete.*_VERSION, untouched for an hour."""
-  for path in folder.parent.glob(f"incomplete.*_{folder.name}"):
-    if time.time() - path.stat().st_mtime > older_than:
-      shutil.rmtree(path, ignore_errors=True)
 
 
 class _quiet_tfds:

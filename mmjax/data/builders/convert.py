@@ -38,6 +38,7 @@ from mmjax.data.readers.cells import Skip, broken_text, printable
 from mmjax.data.readers.rows import Row
 from mmjax.data.sources import local_data_dir
 from mmjax.files import check_name, write_whole
+from mmjax.ownership import Owner
 
 SHARD_ROWS = 2000
 _ENDING = "ending not read"
@@ -108,8 +109,11 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
     return done
   staging = root / f"converting-{split}"
   try:
-    staging.mkdir(parents=True, exist_ok=True)
-    with _locked(staging):
+    root.mkdir(parents=True, exist_ok=True)
+    with Owner(root, f"data set {name!r} in {root.parent}"):
+      if done := _already(root.parent, name, split, plan, source):  # by a process that has just ended
+        return done
+      staging.mkdir(exist_ok=True)
       fields = check_fields(reader.fields(rows))
       facts = _write_shards(reader, rows, fields, split, staging, plan, shard_rows, workers, log)
       for fact in facts:
@@ -400,19 +404,6 @@ def _plan_hash(settings: list, reader, rows: list) -> str:
       stat = os.stat(path)
       digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
   return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(staging: Path):
-  """Only one process converts into a folder at a time. The lock goes with the process, however it ends."""
-  import fcntl
-
-  with open(staging / "lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise UserError(f"another process is converting into {staging.parent}: wait for it") from error
-    yield
 
 
 def _link(source: Path, target: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from mmjax.data.pipeline import batch_spec
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, open_clip, preprocessing, sentences, single
 from mmjax.models import make_model
+from mmjax.ownership import new_folder
 from mmjax.printing import say
 from mmjax.state import checkpoint as checkpoints
 
@@ -175,22 +175,13 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike, allow_code:
       else:
         facts[name] = json.dumps(content, indent=2).encode()
   weights["model.safetensors"] = single.with_prefix(tensors, family.PREFIX)
-  partial = out.with_name(f".{out.name}.{os.getpid()}")
-  try:
-    partial.mkdir(parents=True)
+  with new_folder(out) as partial:
     for name in (*facts, *weights):
       (partial / name).parent.mkdir(exist_ok=True)
     for name, content in facts.items():
       (partial / name).write_bytes(content)
     for name, tensors in weights.items():
       safetensors.write(partial / name, tensors)
-    if out.exists():
-      out.rmdir()
-    partial.rename(out)
-  except OSError as error:
-    raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return out
 
 
