@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from collections import deque
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from mmjax import config as configs
@@ -66,30 +68,30 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
                       processes=jax.process_count())
   # From here on: a signal that comes while compiling is not lost.
-  with StopSignal() as stop, watchdog, own(workdir, stop) as owner:
-    with files.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check) as mirror:
-      return _train(config, mirror, owner, stop, watchdog, begin, allow_change, profile, estimate)
+  with StopSignal() as stop, watchdog:
+    mesh, pipeline = multihost.together(functools.partial(open_data, config))
+    with own(workdir, stop) as owner, files.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check) as mirror:
+      return _train(config, mesh, pipeline, mirror, owner, stop, watchdog, begin, allow_change, profile, estimate)
 
 
-def _train(config: FrozenConfigDict, mirror: files.Mirror, owner: Owner | None, stop: StopSignal, watchdog: Watchdog, begin: float,
-           allow_change: bool, profile: str, estimate: Estimate | None) -> int:
+def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: files.Mirror, owner: Owner | None, stop: StopSignal,
+           watchdog: Watchdog, begin: float, allow_change: bool, profile: str, estimate: Estimate | None) -> int:
   say, workdir, batch_size = print_main, mirror.place, config.train.batch_size
 
-  # -- What the run is: mesh, data, durations; the same in every process --------------------------------------------------
-  def open_run() -> tuple:
-    mesh = make_mesh(config)
-    configs.check(config, jax.device_count())
-    pipeline = Pipeline(config, rows=multihost.local_rows(mesh, batch_size))
+  # -- What the run is: durations, the step, evaluators; the same in every process ----------------------------------------
+  units = dict(batch_size=batch_size, examples=pipeline.examples)
+  steps = configs.in_steps(config.train.steps, steps=None, **units)
+  every = {name: configs.in_steps(value, steps=steps, **units) for name, value in (
+    ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
+
+  def open_run() -> Step:
     open_workdir(workdir, config, allow_change)
-    steps = configs.in_steps(config.train.steps, steps=None, batch_size=batch_size, examples=pipeline.examples)
     with configs.mistakes():
       step = Step(config, mesh, steps=steps, examples=pipeline.examples)
       step.optimizer  # noqa: B018  made now, for what it refuses
-    return mesh, pipeline, steps, step
+    return step
 
-  mesh, pipeline, steps, step = multihost.together(open_run)
-  every = {name: configs.in_steps(value, steps=steps, batch_size=batch_size, examples=pipeline.examples) for name, value in (
-    ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
+  step = multihost.together(open_run)
   evaluators = None
   if config.evaluation.evaluators and every["evaluation"]:
     evaluators = evaluation.Evaluation(config, step.apply, mesh, poll=watchdog.alive)
@@ -342,6 +344,13 @@ class Outputs:
   def _disk_errors(self):
     return disk_errors(self._mirror.folder, f"{self._mirror.place}: metrics cannot be written",
                        ". What was saved is intact: free space or mend the folder, then start again")
+
+
+def open_data(config: FrozenConfigDict) -> tuple[Mesh, Pipeline]:
+  """The mesh, and this process's part of the training data on it. Raises UserError: the mesh does not fit, data is missing."""
+  mesh = make_mesh(config)
+  configs.check(config, jax.device_count())
+  return mesh, Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
 
 
 def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.nullcontext:

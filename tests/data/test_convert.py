@@ -258,7 +258,7 @@ def test_everything_left_out_is_an_error_that_says_why(tmp_path):
     (tmp_path / "in" / f"{n}.png").write_bytes(picture(n))
   with pytest.raises(UserError, match="all 3 rows were left out .3 no caption, such as 0.png"):
     run(tmp_path, "folder", tmp_path / "in")
-  assert not list((tmp_path / "data" / "mine").iterdir())
+  assert [path.name for path in (tmp_path / "data" / "mine").iterdir()] == ["owner"]
 
 
 def test_bad_arguments_and_places(tmp_path):

@@ -21,6 +21,7 @@ from mmjax import files
 from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
 from mmjax.files import Mirror
+from mmjax.ownership import Owner
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint
@@ -29,6 +30,7 @@ from mmjax.training.loop import Outputs
 from mmjax.training.profile import parse
 from mmjax.training.step import Step
 from mmjax.training.watchdog import Watchdog
+from tests.e2e import squares
 from tests.e2e.commands import QUICKSTART, SMALL, metrics
 
 OVERRIDES = [word.removeprefix("--") for word in SMALL] + [f"config.{word}" for word in (
@@ -211,3 +213,99 @@ def test_bad_ranges_of_steps(text):
 def test_a_rollback_after_the_end_is_refused(embedded_data):
   with pytest.raises(ConfigError, match="train.rollback is 20, but must be 0 or less than train.max_skipped"):
     configs.load(QUICKSTART, ["config.train.rollback=20"])
+
+
+# -- On a data set of squares -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  """tiny(*overrides): the config of the squares, of 8 steps."""
+  folder = tmp_path_factory.mktemp("squares")
+  file = squares.make(folder)
+  settings = [f"config.data.dir={folder / 'data'}", "config.train.steps=8", "config.evaluation.every=4"]
+  return lambda *overrides: configs.load(str(file), [*settings, *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+  """A run that nothing interrupted."""
+  folder = tmp_path_factory.mktemp("whole")
+  assert loop.train(tiny(), folder) == loop.DONE
+  return folder
+
+
+@pytest.mark.parametrize(
+  "end", [pytest.param("write_eval_json", marks=pytest.mark.slow), "write_report"]
+)
+def test_a_run_that_is_killed_after_its_last_checkpoint_is_finished_by_the_next_start(
+  tiny, whole, tmp_path, monkeypatch, capsys, end
+):
+  def kill(*_, **__):
+    raise Killed
+
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(loop.evaluation if end == "write_eval_json" else loop.report, end, kill)
+    loop.train(tiny(), tmp_path)
+  assert (tmp_path / "checkpoints" / "8" / "manifest.json").exists()
+  assert not (tmp_path / "report.html").exists()
+  with monkeypatch.context() as patch:
+    patch.setattr(Step, "train", kill)  # no step is made again
+    assert loop.train(tiny(), tmp_path) == loop.DONE
+  assert metrics(tmp_path) == metrics(whole)
+  assert (tmp_path / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+  assert "Measured" in (tmp_path / "report.html").read_text()
+  told = json.loads((tmp_path / "summary.json").read_text())
+  assert told["finished"] == 8 and told["planned"]["flops"] > 0 and told["measured"]["seconds"] > 0
+  capsys.readouterr()
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpointer, "restore", kill)  # nothing is read or computed again
+    patch.setattr(Step, "compile", kill)
+    assert loop.train(tiny(), tmp_path) == loop.DONE
+  assert "is complete: 8 of 8 steps" in capsys.readouterr().out
+  (tmp_path / "report.html").unlink()
+  assert loop.train(tiny(), tmp_path) == loop.DONE and (tmp_path / "report.html").exists()
+  assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_finished_run_whose_checkpoint_is_damaged_is_not_complete(tiny, whole, tmp_path, caplog):
+  shutil.copytree(whole, tmp_path / "run")
+  (tmp_path / "run" / "checkpoints" / "8" / "manifest.json").write_text("{}")
+  assert loop.train(tiny(), tmp_path / "run") == loop.DONE
+  assert "checkpoints/8 is corrupt" in caplog.text
+  assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_folder_in_which_another_run_trains_is_left_alone(tiny, whole, tmp_path):
+  shutil.copytree(whole, tmp_path / "run")
+  before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")}
+  with Owner(tmp_path / "run", "the other run"):
+    with pytest.raises(UserError, match=r"--workdir .*run is in use by process \d+ on host"):
+      loop.train(tiny("config.train.steps=12"), tmp_path / "run")
+    assert all(path.read_bytes() == text for path, text in before.items() if "owner" not in str(path))
+
+
+def test_a_run_that_was_stopped_and_taken_over_ends_and_writes_nothing(
+  tiny, whole, tmp_path, monkeypatch
+):
+  real, seen = Step.train, {}
+
+  def train(self, state, batch, source=""):
+    if int(state.step) == 5:  # 4 is saved: SIGSTOP, and another run goes on from there
+      for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+          thread.join()
+      (newest,) = (tmp_path / "owner").glob("*.json")
+      theirs = dict(json.loads(newest.read_text()), token="theirs", pid=7, host="far")
+      (tmp_path / "owner" / f"{int(newest.stem) + 1}.json").write_text(json.dumps(theirs))
+      shutil.copytree(tmp_path / "checkpoints", tmp_path / "before")
+      seen["metrics"] = (tmp_path / "metrics.jsonl").read_text()
+    return real(self, state, batch, source)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Step, "train", train)
+    with pytest.raises(UserError, match="was taken over by process 7 on host far.*writes nothing"):
+      loop.train(tiny("config.checkpoint.every=2"), tmp_path)
+  assert seen and not (tmp_path / "report.html").exists()
+  saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+  assert saved == {path.name for path in (tmp_path / "before").iterdir()} == {"2", "4"}
