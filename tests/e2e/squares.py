@@ -1,4 +1,5 @@
-"""A data set, a tokenizer and a config so small that a whole command takes little more than its start: coloured squares."""
+"""Coloured squares: a data set, a tokenizer and a config so small that a command takes little more
+than its start."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""200 kills at random moments over seven commands: what comes of them is what an unbroken one makes,
-and whatever is there in between under its final name is whole."""
+"""200 kills at random moments over seven commands: what comes of them is what an unbroken one
+makes, and whatever is there in between under its final name is whole."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_there_are_two_hundred():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-  """The data set of squares, its tokenizer and config; a finished run; the time is saved in `run`."""
+  """A folder with the data set of squares, its tokenizer and config, and pictures to convert."""
   folder = tmp_path_factory.mktemp("world")
   squares.make(folder)
   source = folder / "pictures"
@@ -162,8 +162,9 @@ def test_build(world):
     return folder and (json.loads((folder / "metadata.json").read_text()), records(data))
 
   def records(data):
-    split = [open_source(dict(name="squares", split=s, languages=()), data) for s in ("train", "test")]
-    return [one[row] for one in split for row in range(len(one))]
+    entries = [dict(name="squares", split=split, languages=()) for split in ("train", "test")]
+    opened = [open_source(entry, data) for entry in entries]
+    return [source[row] for source in opened for row in range(len(source))]
 
   killed("build", words, world, look, remove(data / "squares" / "1.0.0"))
   assert not list((data / "squares").glob("incomplete*"))
