@@ -1,0 +1,173 @@
+"""What happens to machines: stopped and interrupted processes, dead workers, full disks, folders that
+vanish, thousands of steps. A run goes on as if nothing had been, or ends in one line and loses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests.e2e import squares
+from tests.e2e.commands import command, environment, metrics, parameters, read_until, run, start
+
+pytestmark = pytest.mark.slow  # a dozen real processes
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  """A folder with the squares, whose data every command in here finds."""
+  folder = tmp_path_factory.mktemp("world")
+  squares.make(folder)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("MMJAX_DATA", str(folder / "data"))
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+  run(*train(world, world / "whole"))
+  return world / "whole"
+
+
+def train(world, workdir, *overrides: str) -> list[str]:
+  words = ["train", "--config", str(world / "tiny.py"), "--workdir", str(workdir)]
+  return [*words, *(f"--config.{word}" for word in overrides)]
+
+
+def same(folder: pathlib.Path, whole: pathlib.Path) -> None:
+  assert metrics(folder) == metrics(whole) and parameters(folder) == parameters(whole)
+  assert (folder / "report.html").exists() and (folder / "summary.json").exists()
+
+
+def one_line(printed: str) -> str:
+  """The one line that a failed command says last, without a traceback."""
+  lines = [line for line in printed.splitlines() if line.startswith("mmjax: ")]
+  assert lines and "Traceback" not in printed, printed[-3000:]
+  return lines[-1]
+
+
+def children(pid: int) -> list[int]:
+  found = []
+  for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    try:
+      fields = path.read_text().rpartition(")")[2].split()
+    except OSError:
+      continue
+    if int(fields[1]) == pid:
+      found.append(int(path.parent.name))
+  return found
+
+
+def test_interrupted_twice(world, whole, tmp_path):
+  process = start(*train(world, tmp_path))
+  read_until(process, "step 6/24")
+  process.send_signal(signal.SIGINT)
+  process.send_signal(signal.SIGINT)
+  printed = process.communicate(timeout=60)[0]
+  assert process.returncode in (1, 75) and "Traceback" not in printed, printed[-3000:]
+  run(*train(world, tmp_path))
+  same(tmp_path, whole)
+
+
+def test_stopped_and_continued(world, whole, tmp_path):
+  process = start(*train(world, tmp_path))
+  for words in ("examples an epoch", "step 6/24", "step 17/24"):
+    read_until(process, words)
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    process.send_signal(signal.SIGCONT)
+  assert process.communicate(timeout=200)[0] is not None and process.returncode == 0
+  same(tmp_path, whole)
+
+
+def test_a_data_worker_that_dies(world, whole, tmp_path):
+  long = ("data.workers=1", "train.steps=4000", "evaluation.every=0", "checkpoint.every=10")
+  process = start(*train(world, tmp_path, *long))
+  read_until(process, "step 12/4000")
+  workers = [pid for pid in children(process.pid) if b"spawn" in cmdline(pid)]
+  assert workers
+  for pid in workers:
+    os.kill(pid, signal.SIGKILL)
+  printed = process.communicate(timeout=200)[0]
+  assert process.returncode == 1 and "worker" in one_line(printed).lower(), printed[-3000:]
+  saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+  run(*train(world, tmp_path, *long, f"train.steps={saved + 2}"), "--allow-change")
+  assert [row["step"] for row in metrics(tmp_path)] == list(range(1, saved + 3))
+
+
+def cmdline(pid: int) -> bytes:
+  try:
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+  except OSError:
+    return b""
+
+
+@pytest.mark.parametrize("name", ["build", "convert", "tokenizer", "export", "embed", "train"])
+def test_a_disk_that_is_full(world, whole, tmp_path, name):
+  """Files over 4 KiB cannot be written."""
+  pictures = tmp_path / "pictures" / "red"
+  pictures.mkdir(parents=True)
+  for number in range(40):
+    (pictures / f"{number}.png").write_bytes(squares.picture("red", number % 20))
+  out = tmp_path / "out"
+  words = {
+    "build": ["data", "build", "tests.e2e.squares:build", "--data-dir", out],
+    "convert": ["data", "convert", "folder", pictures.parent, "--name", "red", "--data-dir", out],
+    "tokenizer": ["data", "tokenizer", "--source", "squares", "--name", "full"],
+    "export": ["export", "--checkpoint", whole, "--to", "safetensors", "--out", out],
+    "embed": ["embed", "--checkpoint", whole, "--images", pictures, "--out", out],
+    "train": train(world, out),
+  }[name]
+  limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 4; exec "$@"', "limited", *command(*words)]
+  env = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+  done = subprocess.run(limited, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-3000:]
+  assert "cannot" in one_line(done.stderr) or "could not" in one_line(done.stderr)
+  assert not list(out.glob("*/*/dataset_info.json")) and not (out / "model.safetensors").exists()
+  assert not (world / "data" / "tokenizers" / "full.model").exists()
+  if name in ("build", "convert", "export", "train"):
+    run(*words)  # with space, the same command does its work
+
+
+def test_a_run_folder_that_vanishes(world, whole, tmp_path):
+  process = start(*train(world, tmp_path / "run", "train.steps=4000", "evaluation.every=0"))
+  read_until(process, "step 6/4000")
+  shutil.rmtree(tmp_path / "run", ignore_errors=True)
+  lines = read_until(process, "step 400/4000")
+  process.send_signal(signal.SIGTERM)
+  printed = "".join(lines) + process.communicate(timeout=100)[0]
+  assert process.returncode in (1, 75) and "Traceback" not in printed, printed[-3000:]
+  run(*train(world, tmp_path / "run"), "--allow-change", code=None)
+
+
+def test_three_thousand_steps_grow_nothing(world, tmp_path):
+  words = ("train.steps=3000", "evaluation.every=500", "checkpoint.every=100", "data.workers=0")
+  process = start(*train(world, tmp_path, *words))
+  seen = {}
+  for step in (600, 1200, 2900):
+    read_until(process, f"step {step}/3000")
+    seen[step] = used(process.pid)
+  process.communicate(timeout=300)
+  print(seen)
+  assert process.returncode == 0
+  memory, files, threads = (
+    [seen[step][name] for step in seen] for name in ("memory", "files", "threads")
+  )
+  assert memory[2] - memory[1] < 24, seen
+  assert files[2] <= files[1] + 2 and threads[2] <= threads[1] + 2, seen
+
+
+def used(pid: int) -> dict[str, int]:
+  """Resident MiB, open files and threads of a process."""
+  status = pathlib.Path(f"/proc/{pid}/status").read_text()
+  fields = dict(line.split(":", 1) for line in status.splitlines())
+  return dict(
+    memory=int(fields["VmRSS"].split()[0]) // 1024,
+    files=len(os.listdir(f"/proc/{pid}/fd")),
+    threads=int(fields["Threads"]),
+  )
