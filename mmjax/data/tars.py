@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import tarfile
@@ -325,6 +326,9 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
 
 def _braces(pattern: str) -> list[str]:
   """Expands {00000..00010} (keeping leading zeros) and {a,b}. Raises UserError: it cannot be read, or names too many files."""
+  too_many = UserError(f"{pattern[:200]}: names more than {_MOST_NAMES:,} files. Name fewer, or the folder that they are in")
+  if math.prod(len(_options(inner, pattern)) for inner in re.findall(_BRACE, pattern)) > _MOST_NAMES:
+    raise too_many
   names = [pattern]
   while re.search(_BRACE, names[0]):  # the innermost first, so that all names have the same braces left
     expanded, characters = [], 0
@@ -333,7 +337,7 @@ def _braces(pattern: str) -> list[str]:
       options = _options(match[1], pattern)
       characters += len(options) * len(name)
       if len(expanded) + len(options) > _MOST_NAMES or characters > 256 * _MOST_NAMES:
-        raise UserError(f"{pattern[:200]}: names more than {_MOST_NAMES:,} files. Name fewer, or the folder that they are in")
+        raise too_many
       width = len(match[1].partition("..")[0]) if isinstance(options, range) else 0
       expanded += [name[:match.start()] + str(option).zfill(width) + name[match.end():] for option in options]
     names = expanded
