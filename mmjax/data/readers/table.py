@@ -150,7 +150,8 @@ def _better(quoted: list[str], plain: list[str], spanned: list[list[str]], width
   if width and len(quoted) != width:
     return False
   if not quotes:
-    return len(plain) != (width or len(plain)) or bool(spanned) and all(len(cells) != width for cells in spanned)
+    fits = len(plain) == (width or len(plain))
+    return (bool(spanned) or not fits) and all(len(cells) != width for cells in spanned)
   media = _media(plain)
   return not any(media and _media(cells) == media for cells in spanned)
 
