@@ -82,11 +82,18 @@ class Tokenizer:
         return _SentencePiece(assets)
       if "tokenizer.json" in assets:
         return _HuggingFace(assets)
+      if "vocab.json" in assets:
+        return _Characters(assets)
     except UserError:
       raise
     except Exception as error:  # both libraries raise bare RuntimeErrors and Exceptions
       raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
     raise UserError("no tokenizer: neither tokenizer.model nor tokenizer.json is there")
+
+  @staticmethod
+  def is_among(assets: Mapping[str, bytes]) -> bool:
+    """Whether `from_assets` finds a tokenizer."""
+    return any(name in assets for name in ("tokenizer.model", "tokenizer.json", "vocab.json"))
 
 
 def load_tokenizer(data) -> Tokenizer:
@@ -280,7 +287,7 @@ def _texts(record) -> list[str]:
   return [*(caption for texts in record["captions"].values() for caption in texts), *(q for q, _ in record.get("questions") or ())]
 
 
-# -- The two kinds -------------------------------------------------------------------------------------------------------------
+# -- The three kinds -------------------------------------------------------------------------------------------------------------
 
 
 class _SentencePiece(Tokenizer):
@@ -399,3 +406,39 @@ def _read_assets(path: Path) -> dict[str, bytes]:
     beside = {name: path.with_name(name) for name in _HuggingFace.FILES[1:]} if path.name == "tokenizer.json" else {}
     return {"tokenizer.json": files.read_file(path), **{name: files.read_file(file) for name, file in beside.items() if file.exists()}}
   return {"tokenizer.model": files.read_file(path)}
+
+
+class _Characters(Tokenizer):
+  """Characters, and one piece for the space, as a Wav2Vec2CTCTokenizer has them: a vocab.json {piece: id} and a tokenizer_config.json.
+
+  decode leaves out the padding piece, which is CTC's blank.
+  """
+
+  FILES = ("vocab.json", "tokenizer_config.json")
+
+  def __init__(self, assets: Mapping[str, bytes]):
+    super().__init__({name: assets[name] for name in self.FILES if name in assets})
+    self._ids: dict[str, int] = json.loads(assets["vocab.json"])
+    facts = json.loads(assets.get("tokenizer_config.json", b"{}"))
+    usual = dict(pad="<pad>", bos="<s>", eos="</s>", unk="<unk>", word_delimiter="|")
+    stated = {role: facts.get(f"{role}_token") or piece for role, piece in usual.items()}
+    stated = {role: piece["content"] if isinstance(piece, dict) else piece for role, piece in stated.items()}
+    self._delimiter, self._space = stated["word_delimiter"], facts.get("replace_word_delimiter_char", " ")
+    self._lowercase = bool(facts.get("do_lower_case"))
+    self._pieces = {number: piece for piece, number in self._ids.items()}
+    self.vocab_size = max(self._pieces) + 1
+    self.pad_id, self.bos_id, self.eos_id, self.unk_id = (self._ids.get(stated[role], -1) for role in ("pad", "bos", "eos", "unk"))
+    self.mask_id = -1
+
+  def encode(self, text: str) -> list[int]:
+    check_texts([text])
+    text = text.upper() if self._lowercase else text
+    return [self._ids.get(self._delimiter if piece == " " else piece, self.unk_id) for piece in text]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    pieces = [self._pieces.get(int(i), "") for i in ids if i != self.pad_id]
+    text = "".join(self._space if piece == self._delimiter else piece for piece in pieces).strip()
+    return text.lower() if self._lowercase else text
+
+  def word_starts(self, text: str) -> list[bool]:
+    return [not before or before.isspace() for before in ("", *text[:-1])][:len(text)]

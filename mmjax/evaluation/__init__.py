@@ -184,8 +184,7 @@ class Evaluation:
   @functools.cached_property
   def _own_tokenizer(self) -> Tokenizer | None:
     """The tokenizer of the checkpoint, for every text; None where it brought none."""
-    named = any(name.startswith("tokenizer.") for name in self._assets)
-    return Tokenizer.from_assets(self._assets) if named else None
+    return Tokenizer.from_assets(self._assets) if Tokenizer.is_among(self._assets) else None
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
 from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.inference.transcribe import Segment, Windows, detect_language, start_tokens
 from mmjax.models import make_model
-from mmjax.models.generation import write, write_timed
+from mmjax.models.generation import can_write, write, write_timed
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 
@@ -41,7 +41,7 @@ class Predictor:
   """Encodes, classifies and describes media and texts with the parameters of a checkpoint of any kind of model.
 
   `scale`, `bias`: floats of the trained temperature, logits = scale * cosine + bias; None for a model without a joint space.
-  `width`: channels of an embedding. `joint`, `writes`: whether it has embeddings, and a decoder. `class_names`: of the
+  `width`: channels of an embedding. `joint`, `writes`: whether it has embeddings, and a decoder or a CTC head. `class_names`: of the
   classifier's outputs, () where the checkpoint does not say. `config`, `assets`, `params`, `mesh`: what it was made of.
   """
 
@@ -61,7 +61,8 @@ class Predictor:
     self.modalities = tuple(config.model.encoders)
     self.media = {name: MediaInputs(config, name) for name in self.modalities if name != "text"}
     self.joint = bool(getattr(self._model, "joint", True))
-    self.writes = getattr(self._model, "decoder", None) is not None
+    self._decoder = getattr(self._model, "decoder", None)
+    self.writes = can_write(self._model)
     self.class_names = tuple(json.loads(self.assets.get("classes.json", b"[]")))
     self.text_transform = TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
     self.scale = self.bias = None
@@ -133,7 +134,7 @@ class Predictor:
 
   def write(self, *, max_length: int = 0, beams: int = 1, length_penalty: float = 1.0, timestamps: bool = False,
             **media: Item | Iterable[Item]) -> list[str] | list[list[Segment]]:
-    """The texts that a model with a decoder writes: captions of pictures and clips, transcripts of speech.
+    """The texts that a model with a decoder or a CTC head writes: captions of pictures and clips, transcripts of speech.
 
     media: `image=`, `audio=`, `video=` or `series=` (one item or several); of several modalities the i-th items belong together.
     max_length: tokens at most, 0 = those that the model was trained with. beams: 1 = the likeliest token each time, else the
@@ -147,6 +148,8 @@ class Predictor:
 
     if not self.writes:
       raise UserError("this checkpoint has no decoder and writes no text: generate with a captioner (model.decoder), or use `classify`")
+    if beams > 1 and not self._decoder:
+      raise UserError(f"beams is {beams}, but a CTC head takes the likeliest token of each frame: beams=1")
     limit = self.config.data.text.length
     if not 0 <= max_length <= limit or beams < 1:
       raise UserError(f"max_length is {max_length} and beams {beams}; give 0 to {limit} (what the model was trained with) and at least 1")
@@ -173,12 +176,12 @@ class Predictor:
                     len(sounds[i]) / self.config.data.audio.rate, self.config.data.audio.seconds)
       media = dict(audio=sounds)
     tokens = self._run(self._write, (tuple(media), max_length or limit, beams, length_penalty), self._batches(media, rows), rows)
-    return [decode(self.tokenizer, row, self._model.decoder.eos_id) for row in tokens]
+    return [decode(self.tokenizer, row, self._decoder.eos_id if self._decoder else -1) for row in tokens]
 
   @property
   def _knows_times(self) -> bool:
     encoder = self.config.model.encoders.get("audio", {})
-    return self.writes and getattr(self._model.decoder, "time_tokens", -1) >= 0 and encoder.get("normalisation") == "whisper"
+    return self.writes and getattr(self._decoder, "time_tokens", -1) >= 0 and encoder.get("normalisation") == "whisper"
 
   def _is_long(self, sound: Item) -> bool:
     audio = self.config.data.audio
@@ -291,8 +294,7 @@ class Predictor:
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
     """Of the checkpoint, else the one that its config names. Raises UserError: there is neither."""
-    named = any(name.startswith("tokenizer.") for name in self.assets)
-    return Tokenizer.from_assets(self.assets) if named else load_tokenizer(self.config.data)
+    return Tokenizer.from_assets(self.assets) if Tokenizer.is_among(self.assets) else load_tokenizer(self.config.data)
 
   @functools.cached_property
   def fingerprint(self) -> str:

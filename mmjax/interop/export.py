@@ -119,9 +119,10 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
       tokenizer=sorted(transform.tokenizer.to_assets()),
     )
   if predictor.writes:
-    decoder = c.model.decoder
-    facts["written"] = dict(length=c.data.text.length, eos_id=decoder.eos_id, pad_id=decoder.pad_id,
-                            tokenizer=sorted(name for name in predictor.assets if name.startswith("tokenizer.")))
+    decoder = c.model.get("decoder")
+    ends = dict(eos_id=decoder.eos_id, pad_id=decoder.pad_id) if decoder else dict(eos_id=-1, pad_id=c.model.blank)
+    facts["written"] = dict(length=c.data.text.length, **ends,
+                            tokenizer=sorted(name for name in predictor.assets if name.startswith(("tokenizer.", "vocab."))))
   if predictor.class_names:
     facts["class_names"] = list(predictor.class_names)
   return facts

@@ -23,7 +23,7 @@ from mmjax.config import UserError
 from mmjax.data.examples import READERS
 from mmjax.inference.predictor import probabilities
 from mmjax.models import make_model, with_plain_kernels
-from mmjax.models.generation import write
+from mmjax.models.generation import can_write, write
 
 Array = jax.Array
 Spec = dict[str, tuple[tuple[int, ...], Any]]
@@ -51,7 +51,7 @@ def functions(config) -> dict[str, Function]:
     sets = kinds("modalities", "classification") or ((tuple(model.encoders),) if together else tuple((m,) for m in model.encoders))
     for name, chosen in _named("classes", sets):
       found[name] = Function(inputs(config, chosen), _classifies(model, chosen, probabilities(config)), "probabilities of the classes")
-  if getattr(model, "decoder", None) is not None:
+  if can_write(model):
     sets = kinds("source", "captioning", "autoregressive") or tuple((m,) for m in model.encoders if m != "text")
     for name, chosen in _named("write", sets):
       found[name] = Function(inputs(config, chosen), _writes(model, chosen, config.data.text.length),

@@ -63,14 +63,22 @@ def generate(step: Step, state: Any, constants: Any = None, *, rows: int, max_le
   return _one_by_one(advance, state, constants, prompt[:, -1], max_length, eos_id, pad_id, pick)
 
 
+def can_write(model: nn.Module) -> bool:
+  """Whether `write` has something to write with: a decoder, or a CTC head."""
+  return getattr(model, "decoder", None) is not None or bool(getattr(model, "spelling", 0))
+
+
 def write(model: nn.Module, variables: Any, source: tuple[str, ...], max_length: int, beams: int, length_penalty: float,
           batch: dict) -> Array:
   """int32 [B, max_length]: what a model with a decoder writes about the source modalities of a batch; greedy, or by beam search.
 
-  Texts follow the decoder's prompt, in the language that it detects where it has several, and end with its <eos> and padding. May
+  A model with a CTC head spells it: the likeliest token of each frame, equal neighbours once, without blanks, then blanks. Other texts follow the decoder's prompt, in the language that it detects where it has several, and end with its <eos> and padding. May
   run inside jax.jit.
   """
-  decoder = model.decoder
+  decoder = getattr(model, "decoder", None)
+  if decoder is None:
+    spelled = without_repeats(model.apply(variables, tuple(source), batch, method="spell"), model.blank)[:, :max_length]
+    return jnp.pad(spelled, ((0, 0), (0, max_length - spelled.shape[1])), constant_values=model.blank)
   cache, memory = model.apply(variables, tuple(source), batch, length=max_length, method="start_writing")
   step = lambda token, i, cache, memory: model.apply(variables, token, i, cache, memory, method="next_logits")
   prompt, rows = jnp.asarray(decoder.prompt, jnp.int32), cache["key"].shape[1]
@@ -79,6 +87,14 @@ def write(model: nn.Module, variables: Any, source: tuple[str, ...], max_length:
   method = "beam" if beams > 1 else "greedy"
   return generate(step, cache, memory, rows=rows, max_length=max_length, method=method, beams=beams,
                   length_penalty=length_penalty, prompt=prompt, eos_id=decoder.eos_id, pad_id=decoder.pad_id)[0]
+
+
+def without_repeats(path: Array, blank: int) -> Array:
+  """The labels of a CTC path (Graves et al. 2006, section 3.1): int32 [B, T] -> [B, T], filled up with blanks."""
+  before = jnp.pad(path[:, :-1], ((0, 0), (1, 0)), constant_values=blank)
+  kept = (path != blank) & (path != before)
+  labels = jnp.take_along_axis(path, jnp.argsort(~kept, axis=1, stable=True), axis=1)
+  return jnp.where(jnp.arange(path.shape[1]) < kept.sum(1, keepdims=True), labels, blank)
 
 
 def write_timed(model: nn.Module, variables: Any, source: tuple[str, ...], max_length: int, beams: int, length_penalty: float,

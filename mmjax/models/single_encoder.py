@@ -30,6 +30,7 @@ class SingleEncoder(nn.Module):
   `projected`: the pooled output goes through a linear layer to `width` channels first, as CLIP's towers have it.
   `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it has a layer norm before it.
   `probabilities`: what makes probabilities of its logits: softmax, sigmoid (of one label, or several at once), or "none" (scores).
+  `spelling`: tokens of a CTC head on each token of the encoder, for `spell`; 0 = none. `blank`: the one that stands for none.
   `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
   """
 
@@ -47,6 +48,8 @@ class SingleEncoder(nn.Module):
   dense_activations: tuple[DenseActivation, ...] = ()
   dense_bias: bool = True
   probabilities: Probabilities = "softmax"
+  spelling: int = 0
+  blank: int = 0
 
   shared_methods = ("temperature",)  # methods whose result does not depend on examples
 
@@ -59,6 +62,8 @@ class SingleEncoder(nn.Module):
     if self.projected:
       self.projection = Dense((self.width,), ("embed", "joint"), jnp.float32, nn.initializers.lecun_normal(), self.projection_bias)
     self.dense_layer = [Dense((width,), ("embed", "embed_out"), jnp.float32, use_bias=self.dense_bias) for width in self.dense]
+    if self.spelling:
+      self.speller = Dense((self.spelling,), ("embed", "vocab"), jnp.float32, normal(0.02))
     if self.masked_tokens:
       self.masked_head = MaskedTokenHead(self.activation, self.eps)
 
@@ -69,6 +74,8 @@ class SingleEncoder(nn.Module):
       return {}
     if self.classes:
       self.classify((modality,), batch, train=train)
+    if self.spelling:
+      self.spell((modality,), batch)
     if self.masked_tokens:
       self.readout(modality, batch, train=train)
     return {modality: self.embedding(modality, batch, train=train)}
@@ -107,6 +114,12 @@ class SingleEncoder(nn.Module):
       raise UserError("this model has no classifier: set model.classes")
     (modality,) = modalities
     return self.classifier(self._pooled(modality, batch, train))
+
+  def spell(self, modalities: tuple[str, ...], batch: Mapping[str, Any]) -> Array:
+    """int32 [B, L]: the likeliest token of each token of the encoder by the CTC head, `blank` where it is not real."""
+    (modality,) = modalities
+    encoded = self.encode(modality, batch)
+    return jnp.where(encoded.mask, jnp.argmax(self.speller(encoded.tokens), axis=-1), self.blank).astype(jnp.int32)
 
   def readout(self, modality: str, batch: Mapping[str, Any], *, context: tuple[str, ...] = (),
               train: bool = False) -> tuple[Array, Array, Array]:
@@ -149,7 +162,8 @@ class MaskedTokenHead(nn.Module):
 def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
             classes: Count = 0, classifier_norm: bool = False, masked_tokens: bool = False, projection: bool = False,
             projection_bias: bool = False, sentence_pooling: tuple = (), dense: Sizes = (), dense_activations: tuple = (),
-            dense_bias: bool = True, probabilities: Probabilities = "softmax") -> SingleEncoder:
+            dense_bias: bool = True, probabilities: Probabilities = "softmax", spelling: Count = 0,
+            blank: Count = 0) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.
@@ -159,6 +173,7 @@ def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precisio
   sentence_pooling: what is pooled of the tokens of a text, side by side, in place of the encoder's own pooling: class, max, mean,
   mean_sqrt, weighted_mean, last; () = that one.
   dense: widths of layers after it; dense_activations: of each, identity, tanh, relu, gelu, sigmoid or silu; dense_bias: they have one.
+  spelling: tokens of a CTC head on the encoder's tokens, which writes what is said in a sound; 0 = none. blank: the token for nothing.
   projection: a linear layer from the pooled output to `width` channels; projection_bias: it has a bias.
   """
   if len(encoders) != 1:
@@ -166,6 +181,8 @@ def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precisio
   (module,) = encoders.values()
   if masked_tokens and not hasattr(module, "table"):
     raise UserError("model.masked_tokens needs a text encoder (transformer or bert)")
+  if spelling and blank >= spelling:
+    raise UserError(f"model.blank is {blank}, but model.spelling has the tokens 0 to {spelling - 1}")
   if classifier_norm and not hasattr(module, "config"):
     raise UserError(f"model.classifier_norm needs an encoder that is a transformer, not {type(module).__name__}")
   _check_sentence(module, sentence_pooling, dense, dense_activations)
@@ -173,7 +190,7 @@ def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precisio
   return SingleEncoder(dict(encoders), width, classes, masked_tokens, classifier_norm=classifier_norm,
                        projected=projection, projection_bias=projection_bias, sentence_pooling=tuple(sentence_pooling),
                        dense=tuple(dense), dense_activations=tuple(dense_activations), dense_bias=dense_bias,
-                       probabilities=probabilities, **settings)
+                       probabilities=probabilities, spelling=spelling, blank=blank, **settings)
 
 
 def _check_sentence(module: nn.Module, poolings: Sequence[str], dense: Sequence[int], activations: Sequence[str]) -> None:

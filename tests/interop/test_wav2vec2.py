@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
@@ -11,10 +12,12 @@ import torch
 import transformers
 
 from mmjax.config import UserError
+from mmjax.data.text import Tokenizer
 from mmjax.inference.predictor import Predictor
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import export_hf, import_hf
 from mmjax.models import make_model
+from mmjax.models.generation import without_repeats
 from mmjax.state import checkpoint as checkpoints
 
 RATE, SAMPLES = 16_000, 4_000
@@ -24,6 +27,7 @@ SOUNDS = [(RNG.standard_normal(n) * 3_000 + 500).astype(np.int16) for n in LENGT
 FLOATS = [sound.astype(np.float32) / 32768 for sound in SOUNDS]
 BATCH = {"audio": dict(waveform=np.stack([np.pad(s, (0, SAMPLES - len(s)), constant_values=9_999) for s in SOUNDS]), length=LENGTHS)}
 LARGE = dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True)  # as the large models have it
+COARSE = dict(LARGE, conv_stride=(10, 4, 4), conv_kernel=(20, 4, 4))  # few tokens, for sounds as long as an import reads
 CASES = {  # name -> (class, settings of its config)
   "base": ("Wav2Vec2Model", {}),
   "large": ("Wav2Vec2Model", LARGE),
@@ -122,15 +126,84 @@ def test_without_a_mask_silence_is_seen_as_transformers_sees_zeros(tmp_path, set
 
 
 @pytest.mark.parametrize("name, left_out", [
-  ("Wav2Vec2ForCTC", "the CTC head (lm_head) is left out"), ("HubertForCTC", "the CTC head (lm_head) is left out"),
-  ("Wav2Vec2ForPreTraining", "what only pre-training uses is left out")])
+  ("HubertForCTC", "the CTC head (lm_head) is left out"), ("Wav2Vec2ForPreTraining", "what only pre-training uses is left out")])
 def test_what_is_left_out_of_an_import_is_named(tmp_path, name, left_out):
   model = saved(tmp_path / "theirs", name, **LARGE, **dict(num_codevectors_per_group=4, codevector_dim=8, proj_codevector_dim=8))
   bare = getattr(model, model.base_model_prefix)
   notes = []
   import_hf(tmp_path / "theirs", tmp_path / "ours", log=notes.append)
-  assert any(left_out in note for note in notes)
+  assert len(notes) == 1 and left_out in notes[0]
   assert_equal(ours(tmp_path / "ours"), theirs(tmp_path / "theirs", bare))
+
+
+VOCABULARY = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "B": 6}
+
+
+def speller(folder, name, **tokenizer):
+  """(model, tokenizer) in a folder, with a CTC head that spells neither <s>, </s> nor <unk>."""
+  model, _ = made(name, **COARSE)
+  with torch.no_grad():
+    logits = model(torch.tensor(np.stack([FLOATS[0] / FLOATS[0].std()]))).logits
+    model.lm_head.bias -= logits.mean((0, 1))  # each as likely as any other
+    model.lm_head.bias[[0, 2, 3]] = -1e4
+  model.config.pad_token_id = 1
+  model.save_pretrained(folder)
+  transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
+  (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
+  tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), **tokenizer)
+  tokenizer.save_pretrained(folder)
+  return model, tokenizer
+
+
+@pytest.mark.parametrize("name, settings", [("Wav2Vec2ForCTC", {}), ("HubertForCTC", dict(do_lower_case=True))])
+def test_a_ctc_head_writes_what_transformers_reads_off_it_there_and_back(tmp_path, name, settings):
+  model, tokenizer = speller(tmp_path / "theirs", name, **settings)
+  want = [tokenizer.decode(logits.argmax(-1)) for logits in theirs(tmp_path / "theirs", model)]
+  assert len(set(want)) == 2 and all(len(set(text)) > 1 for text in want), want
+  import_hf(tmp_path / "theirs", tmp_path / "ours")
+  predictor = Predictor.load(tmp_path / "ours")
+  assert predictor.write(audio=FLOATS) == want
+  (short,) = predictor.write(audio=FLOATS[0], max_length=5)
+  assert want[0].startswith(short) and 0 < len(short) <= 5
+  with pytest.raises(UserError, match="beams=1"):
+    predictor.write(audio=FLOATS, beams=2)
+  export_hf(tmp_path / "ours", tmp_path / "back")
+  again, info = getattr(transformers, name).from_pretrained(tmp_path / "back", output_loading_info=True)
+  assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+  assert [back.decode(logits.argmax(-1)) for logits in theirs(tmp_path / "back", again.eval())] == want
+  assert again.config.pad_token_id == back.pad_token_id == 1
+
+
+@pytest.mark.parametrize("settings", ({}, dict(do_lower_case=True)))
+def test_characters_are_those_of_transformers(tmp_path, settings):
+  (tmp_path / "vocab.json").write_text(json.dumps(VOCABULARY))
+  want = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **settings)
+  want.save_pretrained(tmp_path)
+  got = Tokenizer.from_assets({name: (tmp_path / name).read_bytes() for name in ("vocab.json", "tokenizer_config.json")})
+  for text in ("AB BA", "ab a", "A?B", ""):
+    assert got.encode(text) == want(text).input_ids
+    assert got.decode([5, 1, 5, 4, 6]) == want.decode([5, 1, 5, 4, 6], group_tokens=False)
+  assert (got.pad_id, got.bos_id, got.eos_id, got.unk_id, got.vocab_size) == (1, 0, 2, 3, 7)
+  assert got.word_starts("AB BA") == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("change, words", [(lambda v: {k: x for k, x in v.items() if k != "<pad>"}, "no '<pad>'"),
+                                           (lambda v: {"eng": v}, "several languages")])
+def test_a_vocabulary_without_a_blank_or_of_several_languages_is_refused(tmp_path, change, words):
+  speller(tmp_path / "theirs", "Wav2Vec2ForCTC")
+  path = tmp_path / "theirs" / "vocab.json"
+  path.write_text(json.dumps(change(json.loads(path.read_text()))))
+  with pytest.raises(UserError, match=words):
+    import_hf(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_a_ctc_path_is_read_as_by_itertools():
+  rng = np.random.default_rng(0)
+  path = rng.integers(0, 4, (50, 12)).astype(np.int32)
+  for row, got in zip(path, np.asarray(without_repeats(path, 2)), strict=True):
+    want = [token for token, _ in itertools.groupby(row.tolist()) if token != 2]
+    assert got.tolist() == want + [2] * (12 - len(want))
 
 
 def test_weight_norm_under_its_old_names_is_read(tmp_path):
@@ -181,7 +254,7 @@ def test_variants_that_are_not_supported_are_refused_by_name(tmp_path, name, fac
 
 
 def test_a_predictor_encodes_sounds_of_an_imported_model(tmp_path):
-  model = saved(tmp_path / "theirs", "Wav2Vec2Model", **dict(LARGE, conv_stride=(10, 8, 4), conv_kernel=(20, 8, 4)))
+  model = saved(tmp_path / "theirs", "Wav2Vec2Model", **COARSE)
   import_hf(tmp_path / "theirs", tmp_path / "ours")
   got = Predictor.load(tmp_path / "ours").encode_audio(FLOATS)
   for row, tokens in zip(got, theirs(tmp_path / "theirs", model), strict=True):

@@ -103,6 +103,8 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
       text, assets = preprocessing.text_settings(folder, family)
       text["tokenizer"] = str(folder.resolve())
     c.data.text.update({**text, **found["text"]} if "decoder" in c.model else {**found["text"], **text})
+  elif found.get("text"):  # of a CTC head
+    c.data.text.update(found["text"])
   if "text" in c.model.encoders:
     length = found["text"]["length"]
     limit = around.length if around and around.length else preprocessing.longest_text(assets)

@@ -30,5 +30,5 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 
 
 def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
-  """The config.json of a HubertModel or a HubertForSequenceClassification."""
+  """The config.json of a HubertModel, a HubertForCTC or a HubertForSequenceClassification."""
   return wav2vec2.facts(config, special, "Hubert")

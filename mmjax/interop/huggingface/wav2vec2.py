@@ -1,7 +1,9 @@
-"""wav2vec 2.0 (model_type "wav2vec2"): the encoder, bare or with a classifier of sounds. HuBERT's weights have the same names."""
+"""wav2vec 2.0 (model_type "wav2vec2"): the encoder, bare, with a CTC head or a classifier. HuBERT's weights have the same names."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +15,8 @@ from mmjax.interop.huggingface.mapping import Rule
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "", "", "wav2vec2."
 ARCHITECTURE = "Wav2Vec2Model"
-BESIDE = ("preprocessor_config.json",)  # read with config.json; it has to be there
+TOKENIZER_FILES = ("vocab.json", "tokenizer_config.json")
+BESIDE = ("preprocessor_config.json", *TOKENIZER_FILES)  # read with config.json; the first has to be there
 SECONDS = 15.625  # of a sound: what the base model was trained on; transformers reads sounds of any length
 TRAINING = ("quantizer.", "project_q.", "project_hid.")  # weights that only pre-training uses
 WEIGHT_NORM = "parametrizations.weight.original"
@@ -35,13 +38,28 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray], kind: 
   model = single.model(tensors, dict(audio=entry), entry["width"])
   if model["classes"] and "projector.weight" in tensors:
     model.update(width=int(tensors["projector.weight"].shape[0]), projection=True, projection_bias=True)
-  left_out = [name for name in tensors if name.startswith((*TRAINING, "lm_head."))]
-  notes = []
-  if "lm_head.weight" in left_out:
-    notes.append("the CTC head (lm_head) is left out: the encoder is imported, and writes no text")
+  left_out, notes, text = [name for name in tensors if name.startswith(TRAINING)], [], {}
+  vocabulary = facts.get("vocab.json")
+  if "lm_head.weight" in tensors and vocabulary:
+    model.update(spelling=int(tensors["lm_head.weight"].shape[0]), blank=_blank(facts, vocabulary))
+    text = dict(text=dict(vocab_size=model["spelling"], length=round(SECONDS * preprocessor["sampling_rate"]) // math.prod(entry["strides"])))
+  elif "lm_head.weight" in tensors:
+    left_out += [name for name in tensors if name.startswith("lm_head.")]
+    notes.append("the CTC head (lm_head) is left out: there is no vocab.json, without which it writes no text")
   if any(name.startswith(TRAINING) for name in left_out):
     notes.append("what only pre-training uses is left out: the quantizer and the projections beside it")
-  return dict(model=model, audio=dict(rate=preprocessor["sampling_rate"], seconds=SECONDS), left_out=left_out, notes=notes)
+  return dict(model=model, audio=dict(rate=preprocessor["sampling_rate"], seconds=SECONDS), left_out=left_out, notes=notes, **text)
+
+
+def _blank(facts: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> int:
+  """The id of CTC's blank, which is the padding piece. Raises UserError: there is none, or vocabularies of several languages."""
+  pad = facts.get("tokenizer_config.json", {}).get("pad_token") or "<pad>"
+  pad = pad["content"] if isinstance(pad, Mapping) else pad
+  if not all(isinstance(number, int) for number in vocabulary.values()):
+    raise UserError("vocab.json holds vocabularies of several languages (target_lang), which is not supported")
+  if pad not in vocabulary:
+    raise UserError(f"vocab.json has no {pad!r}, which is the blank of the CTC head (pad_token)")
+  return vocabulary[pad]
 
 
 def encoder_settings(facts: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,10 +84,11 @@ def encoder_settings(facts: Mapping[str, Any], preprocessor: Mapping[str, Any]) 
 
 
 def rules(config: Mapping[str, Any]) -> list[Rule]:
-  """The weights of a Wav2Vec2Model and its classifier, without the prefix that it has beside one."""
+  """The weights of a Wav2Vec2Model and its head, without the prefix that it has beside one."""
   model, audio = config["model"], config["model"]["encoders"]["audio"]
   projector = mapping.linear("projection", "projector") if model["projection"] else []
-  return [*feature_rules(audio), *block_rules(audio), *projector, *single.classifier(config)]
+  speller = mapping.linear("speller", "lm_head") if model["spelling"] else []
+  return [*feature_rules(audio), *block_rules(audio), *projector, *single.classifier(config), *speller]
 
 
 def feature_rules(audio: Mapping[str, Any]) -> list[Rule]:
@@ -127,14 +146,17 @@ def refusals(config: Mapping[str, Any], projection_norms: tuple[bool, ...] = (Tr
           ("model.encoders.audio.projection_norm", audio["projection_norm"], projection_norms),
           ("model.projection", model["projection"], (classifies,)),
           ("model.projection_bias", model["projection_bias"], (True,) if classifies else (True, False)),
+          ("model.classes", model["classes"], (0,) if model["spelling"] else (model["classes"],)),
           ("model.classifier_norm", model["classifier_norm"], (False,)), ("model.masked_tokens", model["masked_tokens"], (False,))]
 
 
 def facts(config: Mapping[str, Any], special: Mapping[str, int], name: str = "Wav2Vec2") -> dict[str, Any]:
-  """The config.json of a Wav2Vec2Model or a Wav2Vec2ForSequenceClassification."""
+  """The config.json of a Wav2Vec2Model, a Wav2Vec2ForCTC or a Wav2Vec2ForSequenceClassification."""
   model, audio = config["model"], config["model"]["encoders"]["audio"]
+  head = "ForSequenceClassification" if model["classes"] else "ForCTC" if model["spelling"] else "Model"
+  spells = dict(vocab_size=model["spelling"], pad_token_id=model["blank"]) if model["spelling"] else {}
   return dict(
-    model_type=name.lower(), architectures=[f"{name}{'ForSequenceClassification' if model['classes'] else 'Model'}"],
+    model_type=name.lower(), architectures=[f"{name}{head}"], **spells,
     torch_dtype="float32", hidden_size=audio["width"], num_hidden_layers=audio["depth"], num_attention_heads=audio["heads"],
     intermediate_size=audio["mlp"], hidden_act=single.activation_name(audio["activation"]), layer_norm_eps=audio["eps"],
     feat_extract_norm=audio["feature_norm"], feat_extract_activation=single.activation_name(audio["activation"]),
@@ -146,9 +168,10 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int], name: str = "Wa
 
 
 def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-  """{name: content} of the file beside config.json: how sound is prepared."""
+  """{name: content} of the files beside config.json: how sound is prepared, and the tokenizer of a CTC head."""
+  kept = {name: json.loads(assets[name]) for name in TOKENIZER_FILES if name in assets} if config["model"]["spelling"] else {}
   audio = config["model"]["encoders"]["audio"]
-  return {"preprocessor_config.json": dict(
+  return {**kept, "preprocessor_config.json": dict(
     feature_extractor_type="Wav2Vec2FeatureExtractor", feature_size=1, sampling_rate=config["data"]["audio"]["rate"],
     do_normalize=audio["normalisation"] == "utterance", padding_side="right", padding_value=0.0,
     return_attention_mask=audio["mask_padding"] and audio["feature_norm"] == "layer")}
