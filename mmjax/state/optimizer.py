@@ -96,7 +96,7 @@ def lion(axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.99, state_dtype: StateDty
   return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=state_dtype)
 
 
-def adafactor(axes: Axes, *, decay_rate: Share = 0.8, max_decay: Decay = 0.999, min_factored: Size = 32,
+def adafactor(axes: Axes, *, decay_rate: Share = 0.8, max_decay: Share = 0.999, min_factored: Size = 32,
               update_clip: NonNegative = 1.0, momentum: Decay = 0.9, parameter_scale: bool = False,
               state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
   """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), by default as Zhai et al. 2022 (arXiv:2106.04560) use it for vision.

@@ -21,7 +21,7 @@ def make_config():
     c.checkpoint.update(checkpoint or {})
     raw, common = c.to_dict(), {key.path: key for key in config_lib.KEYS}
     for part in ("optimizer", "schedule", "checkpoint"):
-      raw[part] = config_lib._resolve_node(raw[part], part, part, common)
+      raw[part] = config_lib._resolve_node(raw[part], part, part, common, None)
     return config_lib.FrozenConfigDict(raw)
   return make
 
