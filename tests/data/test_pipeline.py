@@ -137,7 +137,7 @@ def test_too_many_unreadable_records_end_the_run(config):
 
 @pytest.mark.parametrize(("changes", "words"), [
   ({"data.sources.tiny.name": "tinny"}, "data.sources.tiny: no data set 'tinny'.*Did you mean 'tiny'"),
-  ({"data.sources.tiny.weight": 0.0}, "one must be positive"),
+  ({"data.sources.tiny.weight": 0.0}, "every source has weight 0"),
   ({"data.sources": {}}, "data.sources is empty"),
   ({"data.text.vocab_size": 99}, "data.text.vocab_size is 99, but tokenizer .* has 400 pieces"),
 ])

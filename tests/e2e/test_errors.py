@@ -94,6 +94,15 @@ def test_a_config_that_fails_is_named_with_its_error(mmjax, tmp_path):
   refused(mmjax("config", "show", path), 2, "broken.py", "get_config")
 
 
+@pytest.mark.parametrize(("settings", "expected"), [
+  (["data.text.vocab_size=512"], ["512", "1024"]),
+  (["optimizer.rates=((r'imgae/.*', 0.0),)"], ["imgae", "image/"]),
+])
+def test_a_config_that_does_not_fit_its_tokenizer_or_its_model(mmjax, tmp_path, settings, expected):
+  words = [*SMALL, *(f"--config.{s}" for s in settings)]
+  refused(mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *words), 2, *expected)
+
+
 # -- Data: exit code 1 --------------------------------------------------------------------------------------------------
 
 
@@ -102,10 +111,8 @@ def test_a_config_that_fails_is_named_with_its_error(mmjax, tmp_path):
   (["data.sources.emoji.split=trian"], ["trian", "train"]),
   (["data.sources.emoji.languages=('xx',)"], ["xx", "en"]),
   (["data.text.tokenizer=quickstrat"], ["quickstrat", "quickstart"]),
-  (["data.text.vocab_size=512"], ["512", "1024"]),
   (["data.sources.emoji.name=tars", "data.sources.emoji.path=/nowhere/*.tar"], ["/nowhere/*.tar"]),
   (["init.from=/nowhere"], ["/nowhere"]),
-  (["optimizer.rates=((r'imgae/.*', 0.0),)"], ["imgae", "image/"]),
 ])
 def test_training_on_what_is_not_there(mmjax, tmp_path, settings, expected):
   words = [*SMALL, *(f"--config.{s}" for s in settings)]
