@@ -13,6 +13,7 @@ import pytest
 
 import mmjax.config
 from mmjax.config import ConfigError, UserError
+from mmjax.describe import explain
 from mmjax.models import make_model
 from mmjax.models.encoders.image import normalise, patchify
 
@@ -164,7 +165,7 @@ def test_parts_that_a_config_leaves_out_have_no_parameters():
   (dict(name="fusion_encoder"), r"model\.fusion is missing"),
   (dict(name="captioner"), r"model\.decoder is missing"),
   (dict(name="multitask", match=True), r"model\.match needs a fusion"),
-  (dict(name="multitask", masked_patches=("audio",)), r"model\.masked_patches names 'audio', but model\.encoders has image, text"),
+  (dict(name="multitask", masked_patches=("audio",)), r'model\.masked_patches names "audio", but model\.encoders has image, text'),
 ])
 def test_models_that_cannot_be_are_refused(settings, message):
   with pytest.raises(UserError, match=message):
@@ -189,7 +190,7 @@ def test_nested_entries_are_resolved_like_others():
   resolved = config(**ALL)
   assert resolved.model.fusion.dropout == 0.0 and resolved.model.decoder.depth == 1
   assert mmjax.config.from_json(mmjax.config.to_json(resolved)) == resolved
-  assert "see mmjax.models.fusion:merged_attention" in mmjax.config.describe(resolved, docs=True)
+  assert explain("model.fusion.depth", resolved) == "blocks. (int, at least 1 and at most 1_000; default 2)"
   with pytest.raises(ConfigError, match=r"unknown key model\.fusion\.wdth\. Did you mean 'width'"):
     config(name="multitask", fusion=dict(kind="concat", wdth=3))
   with pytest.raises(ConfigError, match=r"model\.fusion\.kind is 'conct', which is no fusion\. Did you mean 'concat'"):

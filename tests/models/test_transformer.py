@@ -69,7 +69,7 @@ def test_a_stack_is_made_with_any_kernel(model, kernel):
     if model is Transformer:
       shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((2, 8, 16), jnp.bfloat16))
     else:
-      decoder = Decoder(dataclasses.replace(config, causal=True), vocab_size=16, length=8, cross=False)
+      decoder = Decoder(dataclasses.replace(config, causal=True), vocab_size=16, length=8, prompt=(1,), eos_id=2, pad_id=0, cross=False)
       shapes = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((2, 8), jnp.int32), None)
   assert jax.tree.leaves(shapes)
 
@@ -125,7 +125,7 @@ def test_activations_equal_torch_and_their_derivatives_are_right(name):
   import torch
 
   x = np.linspace(-6, 6, 101, dtype=np.float32)
-  reference = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+  reference = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "silu": torch.nn.functional.silu, "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
                "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh")}[name]
   t = torch.from_numpy(x).requires_grad_()
   reference(t).sum().backward()
