@@ -99,7 +99,7 @@ def test_the_buckets_of_far_positions_are_those_of_transformers():
 
 @pytest.mark.parametrize(("case", "change", "says"), (
   ("RobertaForMaskedLM", dict(hidden_act="relu"), "hidden_act is 'relu', but only 'gelu'"),
-  ("RobertaForTokenClassification", {}, "only those are supported that end in"), ("DistilBertForTokenClassification", {}, "classifies each token"),
+  ("RobertaForTokenClassification", {}, "only those are supported that end in"), ("DistilBertForTokenClassification", {}, "only those are supported that end in"),
   ("MPNetModel", dict(relative_attention_num_buckets=16), "relative_attention_num_buckets is 16"),
   ("RobertaModel", dict(is_decoder=True), "is_decoder is True")))
 def test_what_is_not_supported_is_refused_by_name(case, change, says, tmp_path, monkeypatch):
