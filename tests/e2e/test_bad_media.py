@@ -54,7 +54,7 @@ ODD = {  # unusual, but fine
 }
 BAD = {  # and what is said about it
   "zero.wav": (sound(tone()[:0]), "audio of zero length"), "empty.flac": (b"", "empty file"), "short.flac": (sound(tone(), kind="FLAC")[:30], "not a sound file"),
-  "noframes.mp4": (sound_alone(), "no video stream"), "half.mp4": (film(clip(), "mp4", "mpeg4", "yuv420p")[:200], "video"),
+  "noframes.mp4": (sound_alone(), "no video stream"), "half.mp4": (film(clip(), "mp4", "mpeg4", "yuv420p")[:200], "cut within its data"),
   "cut.png": (png(64)[:90], ""),
 }
 

@@ -84,12 +84,12 @@ def test_a_bucket_that_cannot_be_written_is_one_line(object_store, embedded_data
   def refused(workdir, *words):
     assert cli.main(["train", "--config", QUICKSTART, "--workdir", workdir, *SMALL]) == 1
     line = capsys.readouterr().err.splitlines()
-    assert len(line) == 1 and all(word in line[0] for word in (*words, "--workdir " + workdir, "Check the bucket's name")), line
+    assert len(line) == 1 and all(word in line[0] for word in (*words, workdir, "Check the bucket's name")), line
 
   refused("s3://nobody/run", "bucket does not exist")
   requests.post(f"{object_store}/moto-api/reset-auth", data="0", timeout=10)  # from now on credentials count, and nobody knows these
   try:
-    refused("s3://bucket/run", "Access Key Id you provided does not exist")
+    refused("s3://bucket/run", "Forbidden")
   finally:
     requests.post(f"{object_store}/moto-api/reset-auth", data="inf", timeout=10)
 

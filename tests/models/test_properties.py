@@ -148,7 +148,7 @@ def test_encoders_give_the_same_on_eight_devices(kind):
 
 OBJECTIVES = {
   "contrastive": {}, "contrastive sigmoid": dict(loss="sigmoid"), "matching": dict(negatives="hardest"),
-  "classification": dict(modalities=("image", "text")), "captioning": {}, "captioning ctc": dict(ctc=0.5, eos_id=2, blank=0), "autoregressive": {}, "masked_tokens": dict(context=("image",), rate=0.5),
+  "classification": dict(modalities=("image", "text")), "captioning": {}, "captioning ctc": dict(ctc=0.5, eos_id=2, blank=0), "autoregressive": {}, "masked_tokens": dict(context=("image",), rate=0.5, special=(0, 1, 2, 3, 4)),
   "masked_patches": dict(context=("text",), ratio=1.0), "modality_adversary": {}, "embedding_distillation": dict(teacher="t", modalities=("image", "text")),
   "similarity_distillation": dict(teacher="t"), "logit_distillation": dict(teacher="t", modalities=("image", "text")),
 }
