@@ -1,13 +1,17 @@
 """Visual question answering on easy-VQA, with any fusion: `configs/easy_vqa.py:cross_attention`.
 
-  mmjax data build easy_vqa
-  mmjax data tokenizer --source easy_vqa --name easy_vqa --vocab-size 512
-  mmjax train --config configs/easy_vqa.py:cross_attention --workdir runs/easy_vqa
+mmjax data build easy_vqa
+mmjax data tokenizer --source easy_vqa --name easy_vqa --vocab-size 512
+mmjax train --config configs/easy_vqa.py:cross_attention --workdir runs/easy_vqa
 """
 
 import mmjax
 
-ATTENDING = ("cross_attention", "merged_attention", "perceiver")  # the others: concat, gated, weighted_sum, average, decision
+ATTENDING = (
+  "cross_attention",
+  "merged_attention",
+  "perceiver",
+)  # the others: concat, gated, weighted_sum, average, decision
 
 
 def get_config(arg: str = "cross_attention"):
@@ -30,7 +34,12 @@ def get_config(arg: str = "cross_attention"):
   image = dict(kind="vit", stem="convolution", patch=8, depth=1, heads=4)
   modalities = ("text",) if blind else ("text", "image")
   c.data.modalities = modalities
-  c.model = dict(name="multitask", width=96, joint=False, encoders=dict(text=text) if blind else dict(text=text, image=image))
+  c.model = dict(
+    name="multitask",
+    width=96,
+    joint=False,
+    encoders=dict(text=text) if blind else dict(text=text, image=image),
+  )
   if not blind:
     c.model.fusion = dict(kind=arg, heads=4, depth=2) if arg in ATTENDING else dict(kind=arg)
   c.precision.compute = "float32"

@@ -1,9 +1,10 @@
-"""Fine-tuning: classifies pictures into the 9 Unicode groups from 207 labels, starting from the quickstart's checkpoint.
+"""Fine-tuning: classifies pictures into the 9 Unicode groups from 207 labels, starting from the
+quickstart's checkpoint.
 
-  bash launch/quickstart.sh
-  mmjax train --config configs/emoji_groups.py:full --workdir runs/groups_full        # every parameter
-  mmjax train --config configs/emoji_groups.py:linear --workdir runs/groups_linear    # a linear layer on frozen features
-  mmjax train --config configs/emoji_groups.py:scratch --workdir runs/groups_scratch  # without the checkpoint
+bash launch/quickstart.sh
+mmjax train --config configs/emoji_groups.py:full --workdir runs/groups_full        # every parameter
+mmjax train --config configs/emoji_groups.py:linear --workdir runs/groups_linear    # a linear layer on frozen features
+mmjax train --config configs/emoji_groups.py:scratch --workdir runs/groups_scratch  # without the checkpoint
 """
 
 import mmjax
@@ -23,8 +24,12 @@ def get_config(arg: str = "full"):
   c.data.label = "label"
   c.data.classes = 9
 
-  c.model = dict(name="multitask", width=128, joint=False, encoders=dict(
-    image=dict(kind="vit", stem="half_patch", patch=8, depth=3, heads=4)))
+  c.model = dict(
+    name="multitask",
+    width=128,
+    joint=False,
+    encoders=dict(image=dict(kind="vit", stem="half_patch", patch=8, depth=3, heads=4)),
+  )
   c.precision.compute = "float32"
   c.objectives.classify = dict(kind="classification", modalities=("image",), label_smoothing=0.1)
   c.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05)
@@ -35,8 +40,13 @@ def get_config(arg: str = "full"):
     c.optimizer.lr = 1e-2
     c.optimizer.rates = ((r"image/.*", 0.03 if arg == "full" else 0),)
 
-  # Rates were compared on the pictures of `train`, whose labels no run sees. The length was not chosen without the test: runs of
-  # 100, 40 and 20 steps were scored on it, and the gap to `scratch` shrinks as they get longer (README).
-  c.evaluation.evaluators["groups/train"] = dict(kind="classification", source="openmoji", split="train")
-  c.evaluation.evaluators["groups/test"] = dict(kind="classification", source="openmoji", split="test_combinations")
+  # Rates were compared on the pictures of `train`, whose labels no run sees. The length was not
+  # chosen without the test: runs of 100, 40 and 20 steps were scored on it, and the gap to
+  # `scratch` shrinks as they get longer (README).
+  c.evaluation.evaluators["groups/train"] = dict(
+    kind="classification", source="openmoji", split="train"
+  )
+  c.evaluation.evaluators["groups/test"] = dict(
+    kind="classification", source="openmoji", split="test_combinations"
+  )
   return c

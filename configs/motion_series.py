@@ -1,7 +1,8 @@
-"""Sensor series: which of 7 motions a noisy track of position and size shows; a minute on two CPU cores.
+"""Sensor series: which of 7 motions a noisy track of position and size shows; a minute on two CPU
+cores.
 
-  mmjax data build moving_emoji
-  mmjax train --config configs/motion_series.py --workdir runs/motion_series
+mmjax data build moving_emoji
+mmjax train --config configs/motion_series.py --workdir runs/motion_series
 """
 
 import mmjax
@@ -17,7 +18,12 @@ def get_config(arg: str = ""):
   c.data.label = "label"
   c.data.classes = 7
 
-  c.model = dict(name="multitask", width=64, joint=False, encoders=dict(series=dict(kind="series", patch=4, depth=3, heads=4)))
+  c.model = dict(
+    name="multitask",
+    width=64,
+    joint=False,
+    encoders=dict(series=dict(kind="series", patch=4, depth=3, heads=4)),
+  )
   c.precision.compute = "float32"
   c.objectives.classify = dict(kind="classification", modalities=("series",))
   c.optimizer = dict(name="adamw", lr=2e-3, weight_decay=0.05)

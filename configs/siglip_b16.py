@@ -1,4 +1,5 @@
-"""SigLIP B/16 (Zhai et al. 2023, arXiv:2303.15343): pictures of 224 pixels, texts of 64 tokens, batch 2048 on a v5e-16.
+"""SigLIP B/16 (Zhai et al. 2023, arXiv:2303.15343): pictures of 224 pixels, texts of 64 tokens,
+batch 2048 on a v5e-16.
 
 The shapes of Hugging Face's google/siglip-base-patch16-224, the loss and optimizer of the paper.
   mmjax plan --config configs/siglip_b16.py --topology v5e-16
@@ -17,7 +18,9 @@ def get_config(arg: str = ""):
   c.data.workers = 8
   c.data.image.size = 224
   c.data.image.resize = "squash"
-  c.data.text.tokenizer = "c4_en"  # any sentencepiece of 32,000: mmjax data tokenizer --vocab-size 32000 --name c4_en
+  c.data.text.tokenizer = (
+    "c4_en"  # any sentencepiece of 32,000: mmjax data tokenizer --vocab-size 32000 --name c4_en
+  )
   c.data.text.vocab_size = 32000
   c.data.text.length = 64
   c.data.text.lowercase = True
@@ -40,7 +43,9 @@ def get_config(arg: str = ""):
     ),
   )
   c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
-  c.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip=1.0, state_dtype="bfloat16")
+  c.optimizer = dict(
+    name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip=1.0, state_dtype="bfloat16"
+  )
   c.schedule = dict(name="rsqrt", warmup=20_000, timescale=10_000, cooldown=50_000)
   c.precision.compute = "bfloat16"
   c.sharding = "replicated"

@@ -1,4 +1,5 @@
-"""SigLIP So400m/14, both towers (Alabdulmohsin et al. 2023, arXiv:2305.13035), batch 4096 on a v5e-64.
+"""SigLIP So400m/14, both towers (Alabdulmohsin et al. 2023, arXiv:2305.13035), batch 4096 on a
+v5e-64.
 
 The shapes of Hugging Face's google/siglip-so400m-patch14 models: 224 pixels, or 384 with `:384`.
   mmjax plan --config configs/siglip_so400m14.py --topology v5e-64
@@ -17,7 +18,9 @@ def get_config(arg: str = ""):
   c.data.workers = 8
   c.data.image.size = int(arg or 224)
   c.data.image.resize = "squash"
-  c.data.text.tokenizer = "c4_en"  # any sentencepiece of 32,000: mmjax data tokenizer --vocab-size 32000 --name c4_en
+  c.data.text.tokenizer = (
+    "c4_en"  # any sentencepiece of 32,000: mmjax data tokenizer --vocab-size 32000 --name c4_en
+  )
   c.data.text.vocab_size = 32000
   c.data.text.length = 64
   c.data.text.lowercase = True
@@ -40,7 +43,9 @@ def get_config(arg: str = ""):
     ),
   )
   c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
-  c.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip=1.0, state_dtype="bfloat16")
+  c.optimizer = dict(
+    name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip=1.0, state_dtype="bfloat16"
+  )
   c.schedule = dict(name="rsqrt", warmup=20_000, timescale=10_000, cooldown=50_000)
   c.precision.compute = "bfloat16"
   c.mesh.data, c.mesh.fsdp = -1, 64  # 64 divides the width of 1,152

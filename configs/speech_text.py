@@ -1,8 +1,9 @@
-"""Speech-text contrastive: spoken names of emoji find their text, by voices that were never heard (CLAP's recipe, small).
+"""Speech-text contrastive: spoken names of emoji find their text, by voices that were never heard
+(CLAP's recipe, small).
 
-  mmjax data build spoken_emoji
-  mmjax data tokenizer --source spoken_emoji --name spoken_emoji --vocab-size 1024
-  mmjax train --config configs/speech_text.py --workdir runs/speech_text
+mmjax data build spoken_emoji
+mmjax data tokenizer --source spoken_emoji --name spoken_emoji --vocab-size 1024
+mmjax train --config configs/speech_text.py --workdir runs/speech_text
 """
 
 import mmjax
@@ -20,13 +21,31 @@ def get_config(arg: str = ""):
   c.data.text.vocab_size = 1024
   c.data.text.length = 24
 
-  audio = dict(kind="whisper", mels=40, strides=(2, 2), normalisation="utterance", depth=3, heads=4,
-               time_masks=1, time_width=12, frequency_masks=1, frequency_width=6, time_warp=0.1, frequency_warp=0.1)
-  c.model = dict(name="dual_encoder", width=128, scale_init=10.0, encoders=dict(
-    audio=audio, text=dict(kind="transformer", depth=2, heads=4, pooling="mean")))
+  audio = dict(
+    kind="whisper",
+    mels=40,
+    strides=(2, 2),
+    normalisation="utterance",
+    depth=3,
+    heads=4,
+    time_masks=1,
+    time_width=12,
+    frequency_masks=1,
+    frequency_width=6,
+    time_warp=0.1,
+    frequency_warp=0.1,
+  )
+  c.model = dict(
+    name="dual_encoder",
+    width=128,
+    scale_init=10.0,
+    encoders=dict(audio=audio, text=dict(kind="transformer", depth=2, heads=4, pooling="mean")),
+  )
   c.precision.compute = "float32"
   c.objectives.align = dict(kind="contrastive", between=("audio", "text"))
-  c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
+  c.optimizer = dict(
+    name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
+  )
   c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 
   retrieval = dict(kind="retrieval", source="spoken_emoji", between=("audio", "text"), by="voice")

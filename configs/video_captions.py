@@ -1,8 +1,9 @@
-"""Captions of clips: what moves, and how. A frame encoder with a transformer over time, and a decoder.
+"""Captions of clips: what moves, and how. A frame encoder with a transformer over time, and a
+decoder.
 
-  mmjax data build moving_emoji
-  mmjax data tokenizer --source moving_emoji --name moving_emoji --vocab-size 1024
-  mmjax train --config configs/video_captions.py --workdir runs/video_captions
+mmjax data build moving_emoji
+mmjax data tokenizer --source moving_emoji --name moving_emoji --vocab-size 1024
+mmjax train --config configs/video_captions.py --workdir runs/video_captions
 """
 
 import mmjax
@@ -16,19 +17,41 @@ def get_config(arg: str = ""):
   c.data.modalities = ("video", "text")
   c.data.video.size = 48
   c.data.video.frames = 12
-  c.data.video.augment.crop = (0.5, 1.0)  # one for all frames: else the few clips of each emoji are learned by heart
+  c.data.video.augment.crop = (
+    0.5,
+    1.0,
+  )  # one for all frames: else the few clips of each emoji are learned by heart
   c.data.text.tokenizer = "moving_emoji"
   c.data.text.vocab_size = 1024
   c.data.text.length = 20
 
-  video = dict(kind="frames", stem="convolution", channels=(24, 36, 96), temporal="transformer", depth=2, heads=4)
-  c.model = dict(name="captioner", width=128, encoders=dict(video=video), decoder=dict(depth=2, heads=4, memory_positions=True))
+  video = dict(
+    kind="frames",
+    stem="convolution",
+    channels=(24, 36, 96),
+    temporal="transformer",
+    depth=2,
+    heads=4,
+  )
+  c.model = dict(
+    name="captioner",
+    width=128,
+    encoders=dict(video=video),
+    decoder=dict(depth=2, heads=4, memory_positions=True),
+  )
   c.precision.compute = "float32"
   c.objectives.caption = dict(kind="captioning", source=("video",))
-  c.optimizer = dict(name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0)
+  c.optimizer = dict(
+    name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
+  )
   c.schedule = dict(name="cosine", warmup="10%", final=0.01)
 
-  captions = dict(kind="captions", source="moving_emoji", modalities=("video",), check="mmjax.data.builders.moving_emoji:check_caption")
+  captions = dict(
+    kind="captions",
+    source="moving_emoji",
+    modalities=("video",),
+    check="mmjax.data.builders.moving_emoji:check_caption",
+  )
   c.evaluation.evaluators["captions/validation"] = dict(**captions, split="validation")
   c.evaluation.evaluators["captions/test"] = dict(**captions, split="test")
   c.evaluation.evaluators["captions/new_objects"] = dict(**captions, split="test_objects")

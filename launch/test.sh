@@ -11,4 +11,5 @@ if [ "${1:-}" = --all ]; then select=(); shift; fi
 export JAX_PLATFORMS=cpu
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(mktemp -d)}
 ruff check mmjax configs tests setup.py
+ruff format --check --quiet mmjax configs tests setup.py
 python -m pytest -n 2 --dist loadfile "${select[@]}" "$@"

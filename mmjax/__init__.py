@@ -1,7 +1,8 @@
 """mmjax: train multimodal models in JAX, from a laptop to a TPU pod.
 
-`mmjax.config.base()` starts a config, `mmjax.load(DIR)` opens a checkpoint for inference; everything else is a command
-(`mmjax --help`). Importing this package is cheap: heavy libraries load with the first attribute that needs them.
+`mmjax.config.base()` starts a config, `mmjax.load(DIR)` opens a checkpoint for inference;
+everything else is a command (`mmjax --help`). Importing this package is cheap: heavy libraries load
+with the first attribute that needs them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def __getattr__(name: str):
 
 
 def load(checkpoint: str, **settings):
-  """Opens a run folder, a step folder or an import folder as a `mmjax.inference.predictor.Predictor`."""
+  """Opens a run folder, a step folder or an import folder as a
+  `mmjax.inference.predictor.Predictor`.
+  """
   from mmjax.inference.predictor import Predictor
 
   return Predictor.load(checkpoint, **settings)

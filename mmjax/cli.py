@@ -1,6 +1,8 @@
-"""The `mmjax` command: each sub-command parses its arguments and calls one function; heavy imports stay inside.
+"""The `mmjax` command: each sub-command parses its arguments and calls one function; heavy imports
+stay inside.
 
-Exit codes: 0 done, 75 stopped early with a checkpoint saved (start again to go on), 1 failed, 2 bad usage.
+Exit codes: 0 done, 75 stopped early with a checkpoint saved (start again to go on), 1 failed, 2 bad
+usage.
 """
 
 from __future__ import annotations
@@ -16,9 +18,15 @@ _MEDIA = ("image", "audio", "video", "series")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; mistakes of the user end in one line on stderr (`--debug` shows the traceback)."""
+  """Runs one command; mistakes of the user end in one line on stderr (`--debug` shows the
+  traceback).
+  """
   code = _main(argv)
-  if code in (EXIT_FAILED, EXIT_USAGE) and argv is None and (multihost := sys.modules.get("mmjax.parallel.multihost")):
+  if (
+    code in (EXIT_FAILED, EXIT_USAGE)
+    and argv is None
+    and (multihost := sys.modules.get("mmjax.parallel.multihost"))
+  ):
     multihost.leave(code)
   return code
 
@@ -31,8 +39,14 @@ def _main(argv: Sequence[str] | None) -> int:
   strays = [word for word in rest if not word.startswith("--config.")]
   if strays or (options.overrides and not getattr(options, "takes_overrides", False)):
     words = strays or options.overrides
-    options.parser.error(f"unknown argument {words[0]!r}" + (
-        "; write overrides as --config.KEY=VALUE" if getattr(options, "takes_overrides", False) else ""))
+    options.parser.error(
+      f"unknown argument {words[0]!r}"
+      + (
+        "; write overrides as --config.KEY=VALUE"
+        if getattr(options, "takes_overrides", False)
+        else ""
+      )
+    )
   if argv is None and options.command == "train":
     _use_huge_pages()
   from mmjax.config import ConfigError, UserError
@@ -69,9 +83,11 @@ def _complain(what: object) -> None:
 
 
 def _use_huge_pages() -> None:
-  """Starts this process again with huge pages for malloc: XLA's CPU steps then run about a quarter faster on Linux.
+  """Starts this process again with huge pages for malloc: XLA's CPU steps then run about a quarter
+  faster on Linux.
 
-  XLA maps its temporary buffer anew for every step, and with 4 KiB pages the faults cost as much as the arithmetic saves.
+  XLA maps its temporary buffer anew for every step, and with 4 KiB pages the faults cost as much as
+  the arithmetic saves.
   glibc reads this setting only when a process starts; the process id stays the same.
   """
   if sys.platform.startswith("linux") and "GLIBC_TUNABLES" not in os.environ:
@@ -79,26 +95,42 @@ def _use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-# -- Commands -------------------------------------------------------------------------------------------------------------
+# -- Commands --------------------------------------------------------------------------------------
 
 
 def _train(options) -> int:
   from mmjax import config
+
   resolved = config.load(options.config, options.overrides, options.allow_code)
 
   from mmjax.training import loop
-  return loop.train(resolved, options.workdir, allow_change=options.allow_change, profile=options.profile, estimate=_estimate)
+
+  return loop.train(
+    resolved,
+    options.workdir,
+    allow_change=options.allow_change,
+    profile=options.profile,
+    estimate=_estimate,
+  )
 
 
 def _estimate(*step):
   from mmjax import plan
+
   return plan.estimate(*step)
 
 
 def _eval(options) -> int:
   from mmjax.training import evaluate
-  table = evaluate.evaluate(options.checkpoint, config_file=options.config, overrides=options.overrides,
-                            suite=options.suite, out=options.out, allow_code=options.allow_code)
+
+  table = evaluate.evaluate(
+    options.checkpoint,
+    config_file=options.config,
+    overrides=options.overrides,
+    suite=options.suite,
+    out=options.out,
+    allow_code=options.allow_code,
+  )
   if options.json:
     print(json.dumps(table, indent=2))
   return 0
@@ -106,66 +138,130 @@ def _eval(options) -> int:
 
 def _plan(options) -> int:
   from mmjax.plan import report
-  return report.command(options.config, options.overrides, options.topology, sweep_all=options.sweep, as_json=options.json,
-                        dump_hlo=options.dump_hlo, out=options.out, no_cache=options.no_cache, allow_code=options.allow_code)
+
+  return report.command(
+    options.config,
+    options.overrides,
+    options.topology,
+    sweep_all=options.sweep,
+    as_json=options.json,
+    dump_hlo=options.dump_hlo,
+    out=options.out,
+    no_cache=options.no_cache,
+    allow_code=options.allow_code,
+  )
 
 
 def _data_build(options) -> None:
   from mmjax.data import builders
+
   builders.build(options.name, options.data_dir)
 
 
 def _data_convert(options) -> None:
   from mmjax.data.builders import convert
   from mmjax.printing import say
+
   log = (lambda line: say(line, sys.stderr)) if options.json else say
   columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair) or None
-  summary = convert.convert(options.format, options.source, options.name, options.data_dir, workers=options.workers, split=options.split,
-                            language=options.language, columns=columns, media=options.media, encoding=options.encoding, log=log)
+  summary = convert.convert(
+    options.format,
+    options.source,
+    options.name,
+    options.data_dir,
+    workers=options.workers,
+    split=options.split,
+    language=options.language,
+    columns=columns,
+    media=options.media,
+    encoding=options.encoding,
+    log=log,
+  )
   if options.json:
     print(json.dumps(summary.to_dict(), indent=2))
 
 
 def _data_show(options) -> None:
   from mmjax.data import show
-  show.show_data_set(options.name, options.out, split=options.split, count=options.count, seed=options.seed, data_dir=options.data_dir)
+
+  show.show_data_set(
+    options.name,
+    options.out,
+    split=options.split,
+    count=options.count,
+    seed=options.seed,
+    data_dir=options.data_dir,
+  )
 
 
 def _data_tokenizer(options) -> None:
   from mmjax.data import text
-  text.train_tokenizer_from_source(options.source, split=options.split, languages=tuple(options.languages.split(",")) if options.languages else (),
-                                   vocab_size=options.vocab_size, name=options.name, data_dir=options.data_dir)
+
+  text.train_tokenizer_from_source(
+    options.source,
+    split=options.split,
+    languages=tuple(options.languages.split(",")) if options.languages else (),
+    vocab_size=options.vocab_size,
+    name=options.name,
+    data_dir=options.data_dir,
+  )
 
 
 def _config_show(options) -> None:
   from mmjax import config, describe
+
   resolved = config.load(options.file, options.overrides)
   from mmjax.printing import say
+
   say(config.to_json(resolved) if options.json else describe.describe(resolved, docs=options.docs))
 
 
 def _import(options) -> None:
   from mmjax.interop import huggingface
+
   huggingface.import_hf(options.folder, options.out)
 
 
 def _export(options) -> None:
   from mmjax.interop import export
+
   export.export(options.checkpoint, options.to, options.out, options.allow_code)
 
 
 def _embed(options) -> None:
   from mmjax.inference import search
-  search.embed(options.checkpoint, options.out, images=options.images, audio=options.audio, video=options.video, texts=options.texts,
-               source=options.source, split=options.split, languages=tuple(options.languages.split(",")), modality=options.modality,
-               allow_code=options.allow_code)
+
+  search.embed(
+    options.checkpoint,
+    options.out,
+    images=options.images,
+    audio=options.audio,
+    video=options.video,
+    texts=options.texts,
+    source=options.source,
+    split=options.split,
+    languages=tuple(options.languages.split(",")),
+    modality=options.modality,
+    allow_code=options.allow_code,
+  )
 
 
 def _search(options) -> None:
   from mmjax.inference import search
-  hits = search.search(options.checkpoint, options.query, images=options.images, audio=options.audio, video=options.video, index=options.index,
-                       modality=options.modality, k=options.k, allow_code=options.allow_code)
+
+  hits = search.search(
+    options.checkpoint,
+    options.query,
+    images=options.images,
+    audio=options.audio,
+    video=options.video,
+    index=options.index,
+    modality=options.modality,
+    k=options.k,
+    allow_code=options.allow_code,
+  )
   from mmjax.printing import printable
+
   if options.json:
     print(json.dumps([dict(name=name, score=score) for name, score in hits], indent=2))
   else:
@@ -176,12 +272,26 @@ def _search(options) -> None:
 def _generate(options) -> None:
   from mmjax.inference import generate
   from mmjax.printing import printable, say
-  written = generate.generate(options.checkpoint, options.files, beams=options.beams, max_length=options.max_length,
-                              length_penalty=options.length_penalty, timestamps=options.timestamps,
-                              allow_code=options.allow_code)
+
+  written = generate.generate(
+    options.checkpoint,
+    options.files,
+    beams=options.beams,
+    max_length=options.max_length,
+    length_penalty=options.length_penalty,
+    timestamps=options.timestamps,
+    allow_code=options.allow_code,
+  )
   if options.timestamps:
-    rows = [dict(file=file, segments=[dict(start=round(s.start, 3), end=round(s.end, 3), text=s.text) for s in segments])
-            for file, segments in written]
+    rows = [
+      dict(
+        file=file,
+        segments=[
+          dict(start=round(s.start, 3), end=round(s.end, 3), text=s.text) for s in segments
+        ],
+      )
+      for file, segments in written
+    ]
   else:
     rows = [dict(file=file, text=text) for file, text in written]
   if options.json:
@@ -189,12 +299,14 @@ def _generate(options) -> None:
   else:
     for row in rows:
       for s in row.get("segments", ()):
-        print(f"{printable(row['file'])}: [{s['start']:.2f} - {s['end']:.2f}] {printable(s['text'])}")
+        print(
+          f"{printable(row['file'])}: [{s['start']:.2f} - {s['end']:.2f}] {printable(s['text'])}"
+        )
       if not options.timestamps:
         print(f"{printable(row['file'])}: {printable(row['text'])}")
 
 
-# -- Arguments ------------------------------------------------------------------------------------------------------------
+# -- Arguments -------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -218,120 +330,286 @@ def _not_empty(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
   from mmjax import __version__
-  parser = _Parser(prog="mmjax", description="Train multimodal models in JAX, from a laptop to a TPU pod.",
-                   epilog="Start with: bash launch/quickstart.sh   Each command has --help with an example.")
+
+  parser = _Parser(
+    prog="mmjax",
+    description="Train multimodal models in JAX, from a laptop to a TPU pod.",
+    epilog="Start with: bash launch/quickstart.sh   Each command has --help with an example.",
+  )
   parser.add_argument("--version", action="version", version=f"mmjax {__version__}")
   commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-  def command(parent, name: str, run: Callable, text: str, example: str, overrides: bool = False) -> argparse.ArgumentParser:
-    sub = parent.add_parser(name, help=text, description=text, epilog=f"Example: {example}",
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  def command(
+    parent, name: str, run: Callable, text: str, example: str, overrides: bool = False
+  ) -> argparse.ArgumentParser:
+    sub = parent.add_parser(
+      name,
+      help=text,
+      description=text,
+      epilog=f"Example: {example}",
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sub.set_defaults(run=run, parser=sub, takes_overrides=overrides)
     return sub
 
-  sub = command(commands, "train", _train, "Start a run, or resume it: the same command does both.",
-                "mmjax train --config configs/quickstart.py --workdir runs/quickstart --config.optimizer.lr=1e-3", overrides=True)
+  sub = command(
+    commands,
+    "train",
+    _train,
+    "Start a run, or resume it: the same command does both.",
+    "mmjax train --config configs/quickstart.py --workdir runs/quickstart "
+    "--config.optimizer.lr=1e-3",
+    overrides=True,
+  )
   _allow_code(sub)
-  sub.add_argument("--config", required=True, metavar="FILE", help="config file; FILE:ARG passes ARG to its get_config")
+  sub.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE",
+    help="config file; FILE:ARG passes ARG to its get_config",
+  )
   sub.add_argument("--workdir", required=True, metavar="DIR", help="run folder")
-  sub.add_argument("--allow-change", action="store_true", help="resume although settings or data that alter numbers have changed")
-  sub.add_argument("--profile", default="", metavar="START:STOP", help="trace these steps (both included) for xprof, into DIR/profile")
+  sub.add_argument(
+    "--allow-change",
+    action="store_true",
+    help="resume although settings or data that alter numbers have changed",
+  )
+  sub.add_argument(
+    "--profile",
+    default="",
+    metavar="START:STOP",
+    help="trace these steps (both included) for xprof, into DIR/profile",
+  )
 
-  sub = command(commands, "eval", _eval, "Evaluate a checkpoint: writes eval.json and report.html.",
-                "mmjax eval --checkpoint runs/quickstart --suite 'retrieval/*'", overrides=True)
+  sub = command(
+    commands,
+    "eval",
+    _eval,
+    "Evaluate a checkpoint: writes eval.json and report.html.",
+    "mmjax eval --checkpoint runs/quickstart --suite 'retrieval/*'",
+    overrides=True,
+  )
   _allow_code(sub)
-  sub.add_argument("--checkpoint", required=True, metavar="DIR", help="run folder, step folder or import folder")
-  sub.add_argument("--config", metavar="FILE", help="take evaluators and data from this config instead of the checkpoint's")
-  sub.add_argument("--suite", metavar="NAME", help="only the evaluators of this name (wildcards allowed)")
-  sub.add_argument("--out", metavar="DIR", help="where eval.json and report.html go; default: the run folder")
+  sub.add_argument(
+    "--checkpoint", required=True, metavar="DIR", help="run folder, step folder or import folder"
+  )
+  sub.add_argument(
+    "--config",
+    metavar="FILE",
+    help="take evaluators and data from this config instead of the checkpoint's",
+  )
+  sub.add_argument(
+    "--suite", metavar="NAME", help="only the evaluators of this name (wildcards allowed)"
+  )
+  sub.add_argument(
+    "--out", metavar="DIR", help="where eval.json and report.html go; default: the run folder"
+  )
   sub.add_argument("--json", action="store_true", help="print the scores as JSON")
 
-  sub = command(commands, "plan", _plan, "Memory, time and cost of a run on a TPU slice, from its compiler, without TPUs; writes plan.json.",
-                "mmjax plan --config configs/siglip_b16.py --topology v5e-16", overrides=True)
+  sub = command(
+    commands,
+    "plan",
+    _plan,
+    "Memory, time and cost of a run on a TPU slice, from its compiler, without TPUs; writes "
+    "plan.json.",
+    "mmjax plan --config configs/siglip_b16.py --topology v5e-16",
+    overrides=True,
+  )
   _allow_code(sub)
-  sub.add_argument("--config", required=True, metavar="FILE", help="config file; FILE:ARG passes ARG to its get_config")
-  sub.add_argument("--topology", required=True, metavar="NAME",
-                   help="v5e-N, v6e-N (N chips), v4-N, v5p-N, 7x-N (N cores, two a chip), v5p:4x4x12 (a shape), 2xv5e-256 (two slices)")
-  sub.add_argument("--sweep", action="store_true", help="also try other meshes, remat policies and microbatches; prints a table, best first")
+  sub.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE",
+    help="config file; FILE:ARG passes ARG to its get_config",
+  )
+  sub.add_argument(
+    "--topology",
+    required=True,
+    metavar="NAME",
+    help="v5e-N, v6e-N (N chips), v4-N, v5p-N, 7x-N (N cores, two a chip), v5p:4x4x12 (a shape), "
+    "2xv5e-256 (two slices)",
+  )
+  sub.add_argument(
+    "--sweep",
+    action="store_true",
+    help="also try other meshes, remat policies and microbatches; prints a table, best first",
+  )
   sub.add_argument("--dump-hlo", default="", metavar="FILE", help="write the compiled program")
-  sub.add_argument("--out", default="plan.json", metavar="FILE", help="where the figures go; default: plan.json")
-  sub.add_argument("--no-cache", action="store_true", help="compile although the same plan was made before")
+  sub.add_argument(
+    "--out", default="plan.json", metavar="FILE", help="where the figures go; default: plan.json"
+  )
+  sub.add_argument(
+    "--no-cache", action="store_true", help="compile although the same plan was made before"
+  )
   sub.add_argument("--json", action="store_true", help="print the figures as JSON")
 
-  data = commands.add_parser("data", help="Build, convert and look at data sets; train tokenizers.").add_subparsers(
-      dest="data_command", metavar="COMMAND", required=True, parser_class=_Parser)
-  sub = command(data, "build", _data_build, "Build an embedded data set.", "mmjax data build openmoji")
-  sub.add_argument("name", metavar="NAME", help="easy_vqa, emoji_scenes, moving_emoji, openmoji, spoken_emoji, or module:function of your own")
+  data = commands.add_parser(
+    "data", help="Build, convert and look at data sets; train tokenizers."
+  ).add_subparsers(dest="data_command", metavar="COMMAND", required=True, parser_class=_Parser)
+  sub = command(
+    data, "build", _data_build, "Build an embedded data set.", "mmjax data build openmoji"
+  )
+  sub.add_argument(
+    "name",
+    metavar="NAME",
+    help="easy_vqa, emoji_scenes, moving_emoji, openmoji, spoken_emoji, or module:function of your "
+    "own",
+  )
   _data_dir(sub)
-  sub = command(data, "convert", _data_convert, "Convert pictures, sounds and videos with captions, questions or labels into a data set.",
-                "mmjax data convert webdataset 'shards/{00000..00009}.tar' --name laion")
-  sub.add_argument("format", metavar="FORMAT", choices=("folder", "csv", "json", "jsonl", "coco", "vqa", "conversations", "webdataset", "parquet"),
-                   help="folder (media with .txt each, with tables, or a folder a class), csv (and TSV), json (lines, an array or a document: "
-                        "jsonl, coco, vqa and conversations of LLaVA or OpenAI are the same), webdataset (tars), parquet")
+  sub = command(
+    data,
+    "convert",
+    _data_convert,
+    "Convert pictures, sounds and videos with captions, questions or labels into a data set.",
+    "mmjax data convert webdataset 'shards/{00000..00009}.tar' --name laion",
+  )
+  sub.add_argument(
+    "format",
+    metavar="FORMAT",
+    choices=(
+      "folder",
+      "csv",
+      "json",
+      "jsonl",
+      "coco",
+      "vqa",
+      "conversations",
+      "webdataset",
+      "parquet",
+    ),
+    help="folder (media with .txt each, with tables, or a folder a class), csv (and TSV), json "
+    "(lines, an array or a document: jsonl, coco, vqa and conversations of LLaVA or OpenAI are "
+    "the same), webdataset (tars), parquet",
+  )
   sub.add_argument("source", metavar="SRC", help="folder, file, or a pattern of files")
   sub.add_argument("--name", required=True, metavar="NAME", help="name of the new data set")
   sub.add_argument("--split", default="train", metavar="NAME")
   sub.add_argument("--language", default="en", help="language of the captions")
-  sub.add_argument("--columns", default="", help="columns of a table by role (image, audio, video, caption, question, answer, label, id, image_id, language, conversation), "
-                   "e.g. image=jpg,caption=alt; caption=a+b reads both")
-  sub.add_argument("--media", default="", metavar="FOLDER", help="where the files lie that annotations name; default: beside them")
-  sub.add_argument("--encoding", default="", help="of texts that are not UTF-8 and have no byte order mark, e.g. cp1252")
+  sub.add_argument(
+    "--columns",
+    default="",
+    help="columns of a table by role (image, audio, video, caption, question, answer, label, id, "
+    "image_id, language, conversation), e.g. image=jpg,caption=alt; caption=a+b reads both",
+  )
+  sub.add_argument(
+    "--media",
+    default="",
+    metavar="FOLDER",
+    help="where the files lie that annotations name; default: beside them",
+  )
+  sub.add_argument(
+    "--encoding",
+    default="",
+    help="of texts that are not UTF-8 and have no byte order mark, e.g. cp1252",
+  )
   sub.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
   sub.add_argument("--json", action="store_true", help="print the summary as JSON")
   _data_dir(sub)
-  sub = command(data, "show", _data_show, "Draw a sample sheet of a data set (HTML).", "mmjax data show openmoji --out sample.html")
+  sub = command(
+    data,
+    "show",
+    _data_show,
+    "Draw a sample sheet of a data set (HTML).",
+    "mmjax data show openmoji --out sample.html",
+  )
   sub.add_argument("name", metavar="NAME")
   sub.add_argument("--split", default="train")
   sub.add_argument("--count", type=int, default=48)
   sub.add_argument("--seed", type=int, default=0)
   sub.add_argument("--out", default="sample.html", metavar="FILE")
   _data_dir(sub)
-  sub = command(data, "tokenizer", _data_tokenizer, "Train a sentencepiece tokenizer on the captions and questions of data sets.",
-                "mmjax data tokenizer --source openmoji --name mine --vocab-size 4096")
-  sub.add_argument("--source", required=True, metavar="NAME[,NAME]", help="data set, or several that share the pieces")
-  sub.add_argument("--name", required=True, metavar="NAME", help="name of the tokenizer, for data.text.tokenizer")
+  sub = command(
+    data,
+    "tokenizer",
+    _data_tokenizer,
+    "Train a sentencepiece tokenizer on the captions and questions of data sets.",
+    "mmjax data tokenizer --source openmoji --name mine --vocab-size 4096",
+  )
+  sub.add_argument(
+    "--source",
+    required=True,
+    metavar="NAME[,NAME]",
+    help="data set, or several that share the pieces",
+  )
+  sub.add_argument(
+    "--name", required=True, metavar="NAME", help="name of the tokenizer, for data.text.tokenizer"
+  )
   sub.add_argument("--split", default="train")
   sub.add_argument("--languages", default="", help="comma-separated; default: all that there are")
   sub.add_argument("--vocab-size", type=int, default=4096)
   _data_dir(sub)
 
   config = commands.add_parser("config", help="Show a resolved config.").add_subparsers(
-      dest="config_command", metavar="COMMAND", required=True, parser_class=_Parser)
-  sub = command(config, "show", _config_show, "Print the resolved config of a file.",
-                "mmjax config show configs/quickstart.py --docs", overrides=True)
+    dest="config_command", metavar="COMMAND", required=True, parser_class=_Parser
+  )
+  sub = command(
+    config,
+    "show",
+    _config_show,
+    "Print the resolved config of a file.",
+    "mmjax config show configs/quickstart.py --docs",
+    overrides=True,
+  )
   sub.add_argument("file", metavar="FILE")
   sub.add_argument("--docs", action="store_true", help="with the meaning of each key")
   sub.add_argument("--json", action="store_true", help="as JSON")
 
-  sub = command(commands, "import", _import, "Import a Hugging Face folder as a checkpoint.", "mmjax import --from hf clip-vit-b32 --out imported/clip")
+  sub = command(
+    commands,
+    "import",
+    _import,
+    "Import a Hugging Face folder as a checkpoint.",
+    "mmjax import --from hf clip-vit-b32 --out imported/clip",
+  )
   sub.add_argument("--from", dest="origin", required=True, choices=("hf",))
   sub.add_argument("folder", metavar="DIR")
   sub.add_argument("--out", required=True, metavar="DIR")
 
-  sub = command(commands, "export", _export, "Export parameters for inference elsewhere.",
-                "mmjax export --checkpoint runs/quickstart --to stablehlo --out exported")
+  sub = command(
+    commands,
+    "export",
+    _export,
+    "Export parameters for inference elsewhere.",
+    "mmjax export --checkpoint runs/quickstart --to stablehlo --out exported",
+  )
   _allow_code(sub)
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--to", required=True, choices=("hf", "safetensors", "stablehlo"))
   sub.add_argument("--out", required=True, metavar="DIR")
 
-  sub = command(commands, "embed", _embed, "Embed pictures, sounds, videos, texts or a data set into an .npz file.",
-                "mmjax embed --checkpoint runs/quickstart --images photos --out photos.npz")
+  sub = command(
+    commands,
+    "embed",
+    _embed,
+    "Embed pictures, sounds, videos, texts or a data set into an .npz file.",
+    "mmjax embed --checkpoint runs/quickstart --images photos --out photos.npz",
+  )
   _allow_code(sub)
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument("--images", metavar="DIR", help="folder of pictures, searched through")
   sub.add_argument("--audio", metavar="DIR", help="folder of sounds, searched through")
   sub.add_argument("--video", metavar="DIR", help="folder of videos, searched through")
   sub.add_argument("--texts", metavar="FILE", help="text file, one text a line")
-  sub.add_argument("--source", metavar="NAME", help="data set: its pictures (or what else the model takes) and captions")
-  sub.add_argument("--modality", choices=_MEDIA, help="of --source; default: the first that model and records have")
+  sub.add_argument(
+    "--source",
+    metavar="NAME",
+    help="data set: its pictures (or what else the model takes) and captions",
+  )
+  sub.add_argument(
+    "--modality", choices=_MEDIA, help="of --source; default: the first that model and records have"
+  )
   sub.add_argument("--split", default="train", help="split of --source")
   sub.add_argument("--languages", default="en", help="languages of --source, comma-separated")
   sub.add_argument("--out", required=True, metavar="FILE")
 
-  sub = command(commands, "search", _search, "Find pictures, sounds or videos by words, or by another picture, sound or video.",
-                "mmjax search --checkpoint runs/quickstart --images photos 'a red heart'")
+  sub = command(
+    commands,
+    "search",
+    _search,
+    "Find pictures, sounds or videos by words, or by another picture, sound or video.",
+    "mmjax search --checkpoint runs/quickstart --images photos 'a red heart'",
+  )
   _allow_code(sub)
   sub.add_argument("query", metavar="QUERY", help="words, or the path of a picture, sound or video")
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
@@ -343,26 +621,62 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("-k", type=int, default=5, help="number of hits")
   sub.add_argument("--json", action="store_true")
 
-  sub = command(commands, "generate", _generate, "Write captions of pictures and clips, or transcripts of speech, by a model with a decoder.",
-                "mmjax generate --checkpoint runs/scene_captions photos/a.png photos/b.png --beams 4")
+  sub = command(
+    commands,
+    "generate",
+    _generate,
+    "Write captions of pictures and clips, or transcripts of speech, by a model with a decoder.",
+    "mmjax generate --checkpoint runs/scene_captions photos/a.png photos/b.png --beams 4",
+  )
   _allow_code(sub)
-  sub.add_argument("files", nargs="+", metavar="FILE", help="pictures, sounds or videos, or folders of them")
+  sub.add_argument(
+    "files", nargs="+", metavar="FILE", help="pictures, sounds or videos, or folders of them"
+  )
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
-  sub.add_argument("--beams", type=int, default=1, help="width of the beam search; default: 1, the likeliest word each time")
-  sub.add_argument("--max-length", type=int, default=0, metavar="N", help="tokens at most; default: as in training")
-  sub.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of the beam search: above 1 favours longer texts")
-  sub.add_argument("--timestamps", action="store_true", help="of sounds, when each part is said (by Whisper)")
-  sub.add_argument("--json", action="store_true", help="print [{file, text}] as JSON; with --timestamps [{file, segments: [{start, end, text}]}]")
+  sub.add_argument(
+    "--beams",
+    type=int,
+    default=1,
+    help="width of the beam search; default: 1, the likeliest word each time",
+  )
+  sub.add_argument(
+    "--max-length", type=int, default=0, metavar="N", help="tokens at most; default: as in training"
+  )
+  sub.add_argument(
+    "--length-penalty",
+    type=float,
+    default=1.0,
+    metavar="X",
+    help="of the beam search: above 1 favours longer texts",
+  )
+  sub.add_argument(
+    "--timestamps", action="store_true", help="of sounds, when each part is said (by Whisper)"
+  )
+  sub.add_argument(
+    "--json",
+    action="store_true",
+    help="print [{file, text}] as JSON; with --timestamps [{file, segments: [{start, end, text}]}]",
+  )
   return parser
 
 
 def _allow_code(sub: argparse.ArgumentParser) -> None:
-  sub.add_argument("--allow-code", action="append", default=[], metavar="MODULE",
-                   help="let a checkpoint run code of this module of yours; repeatable")
+  sub.add_argument(
+    "--allow-code",
+    action="append",
+    default=[],
+    metavar="MODULE",
+    help="let a checkpoint run code of this module of yours; repeatable",
+  )
 
 
 def _data_dir(sub: argparse.ArgumentParser) -> None:
-  sub.add_argument("--data-dir", default="", metavar="DIR", help="folder of the data sets; default: $MMJAX_DATA, else ~/.cache/mmjax")
+  sub.add_argument(
+    "--data-dir",
+    default="",
+    metavar="DIR",
+    help="folder of the data sets; default: $MMJAX_DATA, else ~/.cache/mmjax",
+  )
 
 
 if __name__ == "__main__":

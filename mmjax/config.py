@@ -1,12 +1,16 @@
-"""The whole run in one file: loading a config, resolution, overrides, and errors that help. The keys stand in keys.py.
+"""The whole run in one file: loading a config, resolution, overrides, and errors that help. The
+keys stand in keys.py.
 
-A config file defines `get_config(arg="") -> ConfigDict`: it starts from `base()` and assigns. `resolve()` merges every
-entry that has a `name` or a `kind` with the defaults of that kind, refuses what it does not know (naming the nearest
-key or value), checks types and contradictions, and freezes. Nothing here imports JAX or touches a device.
+A config file defines `get_config(arg="") -> ConfigDict`: it starts from `base()` and assigns.
+`resolve()` merges every entry that has a `name` or a `kind` with the defaults of that kind, refuses
+what it does not know (naming the nearest key or value), checks types and contradictions, and
+freezes. Nothing here imports JAX or touches a device.
 
-A *kind* (an encoder, an objective, an optimizer, ...) is a function whose keyword-only parameters are its settings:
-their annotations are the types, their defaults the defaults, the docstring the documentation. `keys.KINDS` has one line
-for each; `kind="my_package.my_file:my_function"` uses one of your own without a line here.
+A *kind* (an encoder, an objective, an optimizer, ...) is a function whose keyword-only parameters
+are its settings:
+their annotations are the types, their defaults the defaults, the docstring the documentation.
+`keys.KINDS` has one line for each; `kind="my_package.my_file:my_function"` uses one of your own
+without a line here.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ _FUNCTION = r"[\w.]+:\w+"
 
 
 class UserError(Exception):
-  """A mistake that the user can mend. Its message is one line: what, where, how to mend. Commands print it and exit 1."""
+  """A mistake that the user can mend. Its message is one line: what, where, how to mend. Commands
+  print it and exit 1.
+  """
 
 
 class ConfigError(UserError):
@@ -74,7 +80,9 @@ def base() -> ConfigDict:
   return ConfigDict(tree, type_safe=False)
 
 
-def load(file: str, overrides: typing.Sequence[str] = (), allow_code: typing.Sequence[str] = ()) -> FrozenConfigDict:
+def load(
+  file: str, overrides: typing.Sequence[str] = (), allow_code: typing.Sequence[str] = ()
+) -> FrozenConfigDict:
   """Runs `get_config` of FILE (or `FILE:ARG`, which passes ARG to it), applies overrides, resolves.
 
   The modules of `allow_code`, and those that the config itself names, join its `allow_code`.
@@ -82,8 +90,11 @@ def load(file: str, overrides: typing.Sequence[str] = (), allow_code: typing.Seq
   """
   path, _, arg = file.partition(":")
   if not os.path.isfile(path):
-    near = _nearest(os.path.basename(path), os.listdir(os.path.dirname(path) or ".")) if os.path.isdir(
-        os.path.dirname(path) or ".") else ""
+    near = (
+      _nearest(os.path.basename(path), os.listdir(os.path.dirname(path) or "."))
+      if os.path.isdir(os.path.dirname(path) or ".")
+      else ""
+    )
     raise ConfigError(f"{path}: no such config file{near}")
   spec = importlib.util.spec_from_file_location("mmjax_user_config", path)
   module = importlib.util.module_from_spec(spec)
@@ -93,28 +104,41 @@ def load(file: str, overrides: typing.Sequence[str] = (), allow_code: typing.Seq
   except ConfigError:
     raise
   except AttributeError as error:
-    raise ConfigError(f"{path}: {error}. A config file defines get_config(arg='') and assigns to mmjax.config.base()") from error
+    raise ConfigError(
+      f"{path}: {error}. A config file defines get_config(arg='') and assigns to "
+      "mmjax.config.base()"
+    ) from error
   except KeyboardInterrupt:
     raise
   except BaseException as error:
     raise ConfigError(f"{path}: {_what_happened(error)}") from error
   try:
     resolved = resolve(config, overrides).to_dict()
-    resolved["allow_code"] = tuple(dict.fromkeys((*resolved["allow_code"], *allow_code, *own_code(resolved))))
+    resolved["allow_code"] = tuple(
+      dict.fromkeys((*resolved["allow_code"], *allow_code, *own_code(resolved)))
+    )
     return FrozenConfigDict(resolved)
   except ConfigError as error:
     raise type(error)(f"{path}: {error}") from error.__cause__
 
 
-def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = (),
-            special_tokens: typing.Mapping[str, int] | None = None) -> FrozenConfigDict:
-  """Merges defaults, applies overrides (`optimizer.lr=3e-4`), checks keys, types and contradictions, freezes.
+def resolve(
+  config: ConfigDict | dict,
+  overrides: typing.Sequence[str] = (),
+  special_tokens: typing.Mapping[str, int] | None = None,
+) -> FrozenConfigDict:
+  """Merges defaults, applies overrides (`optimizer.lr=3e-4`), checks keys, types and
+  contradictions, freezes.
 
-  special_tokens: {role: id} of a checkpoint's own tokenizer, which stands for data.text.tokenizer, whatever that is by now.
+  special_tokens: {role: id} of a checkpoint's own tokenizer, which stands for data.text.tokenizer,
+  whatever that is by now.
   Raises ConfigError naming the key, what is wrong with it, and the nearest valid one.
   """
   if not hasattr(config, "items"):
-    raise ConfigError(f"get_config() returned {config!r:.80}, not a config. Let it return mmjax.config.base() with your changes")
+    raise ConfigError(
+      f"get_config() returned {config!r:.80}, not a config. Let it return mmjax.config.base() "
+      "with your changes"
+    )
   raw = _tree(config)
   for override in overrides:
     path, sep, text = override.removeprefix("--").removeprefix("config.").partition("=")
@@ -130,9 +154,11 @@ def resolve(config: ConfigDict | dict, overrides: typing.Sequence[str] = (),
 def from_json(text: str, allow_code: typing.Sequence[str] = ()) -> FrozenConfigDict:
   """The resolved config that `to_json` wrote; keys that newer versions added get their defaults.
 
-  No tokenizer is read: special tokens that an older version did not write are the ids that it used, 0 to 4.
-  It may come from a stranger: it names kinds of this package and functions of the modules in `allow_code`, nothing
-  else is imported. Its own `allow_code` becomes the one given here. Raises UntrustedCode, ConfigError, ValueError.
+  No tokenizer is read: special tokens that an older version did not write are the ids that it used,
+  0 to 4.
+  It may come from a stranger: it names kinds of this package and functions of the modules in
+  `allow_code`, nothing else is imported. Its own `allow_code` becomes the one given here. Raises
+  UntrustedCode, ConfigError, ValueError.
   """
   allow_code = (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
   stored = json.loads(text)
@@ -141,7 +167,9 @@ def from_json(text: str, allow_code: typing.Sequence[str] = ()) -> FrozenConfigD
   resolved = _resolve_tree(_tree(stored) | {"allow_code": allow_code}, allow_code)
   for path, entry, name, special in _special_settings(resolved):
     if name not in (_get(stored, path) or {}) or entry[name] == ():
-      entry[name] = _ids(special, dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True)), entry[name])
+      entry[name] = _ids(
+        special, dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True)), entry[name]
+      )
   return FrozenConfigDict(resolved)
 
 
@@ -149,8 +177,11 @@ def to_json(config: FrozenConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2)
 
 
-def settings(entry: typing.Mapping, group: str | None = None, *, without: typing.Sequence[str] = ()) -> dict[str, Any]:
-  """The keyword arguments that an entry's kind function takes: the entry less `kind`, `name` and the common keys.
+def settings(
+  entry: typing.Mapping, group: str | None = None, *, without: typing.Sequence[str] = ()
+) -> dict[str, Any]:
+  """The keyword arguments that an entry's kind function takes: the entry less `kind`, `name` and
+  the common keys.
 
   group: where the kind stands in KINDS; needed where groups have kinds of the same name.
   """
@@ -160,7 +191,9 @@ def settings(entry: typing.Mapping, group: str | None = None, *, without: typing
 
 
 def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Callable:
-  """The function of an entry's `kind` (or `name`), e.g. `contrastive` for dict(kind="contrastive", ...)."""
+  """The function of an entry's `kind` (or `name`), e.g. `contrastive` for dict(kind="contrastive",
+  ...).
+  """
   name = entry.get("kind") or entry.get("name")
   groups = [group] if group else list(KINDS)
   for g in groups:
@@ -171,22 +204,35 @@ def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Cal
   raise ConfigError(f"unknown kind {name!r}{_nearest(name, [k for g in groups for k in KINDS[g]])}")
 
 
-def in_steps(value: int | str, *, steps: int | None, batch_size: int, examples: int | None = None) -> int:
-  """A duration in steps: 1000, '5%' of `steps`, '2 epochs' of `examples`, '1e6 examples'. At least 1 unless zero."""
+def in_steps(
+  value: int | str, *, steps: int | None, batch_size: int, examples: int | None = None
+) -> int:
+  """A duration in steps: 1000, '5%' of `steps`, '2 epochs' of `examples`, '1e6 examples'. At least
+  1 unless zero.
+  """
   if isinstance(value, (int, float)):
     return int(value)
-  match = re.fullmatch(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*(%|epochs?|examples?|steps?)\s*", value)
+  match = re.fullmatch(
+    r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*(%|epochs?|examples?|steps?)\s*", value
+  )
   if not match or not math.isfinite(float(match[1])):
     raise ConfigError(f"duration {value!r}: write steps (1000), '5%', '2 epochs' or '1e6 examples'")
   number, unit = float(match[1]), match[2].rstrip("s")
   if unit == "%" and steps is None or unit == "epoch" and examples is None:
     raise ConfigError(f"duration {value!r} cannot be used here: its whole is not known")
-  whole = {"%": (steps or 0) / 100, "step": 1, "example": 1 / batch_size, "epoch": (examples or 0) / batch_size}[unit]
+  whole = {
+    "%": (steps or 0) / 100,
+    "step": 1,
+    "example": 1 / batch_size,
+    "epoch": (examples or 0) / batch_size,
+  }[unit]
   return max(1, round(number * whole)) if number else 0
 
 
 def changed_on_resume(old: FrozenConfigDict, new: FrozenConfigDict) -> list[str]:
-  """Names of the keys that differ and alter the numbers of a run, as 'optimizer.lr: 0.001 -> 0.002'."""
+  """Names of the keys that differ and alter the numbers of a run, as 'optimizer.lr: 0.001 ->
+  0.002'.
+  """
   before, after = dict(flatten(old)), dict(flatten(new))
   lines = []
   for path in sorted(before.keys() | after.keys()):
@@ -199,7 +245,9 @@ def changed_on_resume(old: FrozenConfigDict, new: FrozenConfigDict) -> list[str]
 
 @contextlib.contextmanager
 def mistakes() -> typing.Iterator[None]:
-  """Within, what a model, an objective or an optimizer refuses is a mistake in the config: exit code 2, not 1."""
+  """Within, what a model, an objective or an optimizer refuses is a mistake in the config: exit
+  code 2, not 1.
+  """
   try:
     yield
   except ConfigError:
@@ -220,78 +268,126 @@ def flatten(config: typing.Mapping, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> None:
-  """Refuses contradictions that can be seen without a device; with `device_count`, also a mesh that does not fit it."""
+  """Refuses contradictions that can be seen without a device; with `device_count`, also a mesh that
+  does not fit it.
+  """
   c = _plain(config)
   batch, micro = c["train"]["batch_size"], c["train"]["microbatches"]
   if batch % micro:
-    raise ConfigError(f"train.batch_size {batch} is not divisible by train.microbatches {micro}; "
-                      f"the nearest that is: {_nearest_multiple(batch, micro)}")
+    raise ConfigError(
+      f"train.batch_size {batch} is not divisible by train.microbatches {micro}; "
+      f"the nearest that is: {_nearest_multiple(batch, micro)}"
+    )
   mesh = mesh_shape(c["mesh"], device_count)
   shards = 1
   for axis in ("replica", "data", "fsdp"):
     shards *= max(1, mesh[axis])
   if batch // micro % shards:
-    raise ConfigError(f"train.batch_size {batch}{f' / {micro} microbatches' if micro > 1 else ''} is not divisible by the "
-                      f"{shards} devices of mesh.replica x data x fsdp; the nearest that is: {_nearest_multiple(batch, micro * shards)}")
+    raise ConfigError(
+      f"train.batch_size {batch}{f' / {micro} microbatches' if micro > 1 else ''} is not "
+      f"divisible by the {shards} devices of mesh.replica x data x fsdp; the nearest that is: "
+      f"{_nearest_multiple(batch, micro * shards)}"
+    )
   evaluation_batch = c["evaluation"]["batch_size"] or batch
   if evaluation_batch % shards:
-    raise ConfigError(f"evaluation.batch_size {evaluation_batch} is not divisible by the {shards} devices of the mesh; "
-                      f"the nearest that is: {_nearest_multiple(evaluation_batch, shards)}")
+    raise ConfigError(
+      f"evaluation.batch_size {evaluation_batch} is not divisible by the {shards} devices of the "
+      f"mesh; the nearest that is: {_nearest_multiple(evaluation_batch, shards)}"
+    )
   if not 0 <= c["train"]["rollback"] < max(1, c["train"]["max_skipped"]):
-    raise ConfigError(f"train.rollback is {c['train']['rollback']}, but must be 0 or less than train.max_skipped ({c['train']['max_skipped']}), "
-                      "after which the run ends")
+    raise ConfigError(
+      f"train.rollback is {c['train']['rollback']}, but must be 0 or less than train.max_skipped "
+      f"({c['train']['max_skipped']}), after which the run ends"
+    )
   encoders = c["model"].get("encoders", {})
   _check_modalities(c, encoders)
   _check_widths(c["model"], encoders)
   if "scale_max" in c["model"] and c["model"]["scale_init"] > c["model"]["scale_max"]:
-    raise ConfigError(f"model.scale_init {c['model']['scale_init']} is above model.scale_max {c['model']['scale_max']}")
+    raise ConfigError(
+      f"model.scale_init {c['model']['scale_init']} is above model.scale_max "
+      f"{c['model']['scale_max']}"
+    )
   audio = encoders.get("audio", {})
   if audio.get("frequency_width", 0) > audio.get("mels", math.inf):
-    raise ConfigError(f"model.encoders.audio.frequency_width {audio['frequency_width']} is above mels {audio['mels']}")
+    raise ConfigError(
+      f"model.encoders.audio.frequency_width {audio['frequency_width']} is above mels "
+      f"{audio['mels']}"
+    )
   for name, entry in c["objectives"].items():
     if entry["kind"] == "classification" and c["data"]["label"] == "none":
-      raise ConfigError(f"objectives.{name} classifies, but data.label is 'none'. Set it to 'label', 'labels' or 'answer'")
+      raise ConfigError(
+        f"objectives.{name} classifies, but data.label is 'none'. Set it to 'label', 'labels' or "
+        "'answer'"
+      )
   best = c["checkpoint"]["best"]
   evaluators = c["evaluation"]["evaluators"]
   if best and not any(best.startswith(f"{name}/") for name in evaluators):
-    raise ConfigError(f"checkpoint.best {best!r} is no metric of evaluation.evaluators, which has "
-                      f"{', '.join(evaluators) or 'none'}. Write EVALUATOR/METRIC")
+    raise ConfigError(
+      f"checkpoint.best {best!r} is no metric of evaluation.evaluators, which has "
+      f"{', '.join(evaluators) or 'none'}. Write EVALUATOR/METRIC"
+    )
   if "%" in str(c["train"]["steps"]):
-    raise ConfigError(f"train.steps {c['train']['steps']!r} is a share of itself. Write steps, '2 epochs' or '1e6 examples'")
+    raise ConfigError(
+      f"train.steps {c['train']['steps']!r} is a share of itself. Write steps, '2 epochs' or '1e6 "
+      "examples'"
+    )
   patch = encoders.get("image", {}).get("patch")
   if c["data"]["image"]["resize"] == "naflex":
     kind, cut = encoders.get("image", {}).get("kind", ""), c["data"]["image"]["patch"]
     if kind != "naflex" and ":" not in kind:
-      raise ConfigError("data.image.resize 'naflex' gives patches of any aspect ratio, which model.encoders.image "
-                        f"({kind or 'missing'}) does not take. Set its kind to 'naflex', or choose another resize")
+      raise ConfigError(
+        "data.image.resize 'naflex' gives patches of any aspect ratio, which model.encoders.image "
+        f"({kind or 'missing'}) does not take. Set its kind to 'naflex', or choose another resize"
+      )
     if patch and patch != cut:
-      raise ConfigError(f"data.image.patch is {cut}, but model.encoders.image.patch is {patch}. Make them equal")
+      raise ConfigError(
+        f"data.image.patch is {cut}, but model.encoders.image.patch is {patch}. Make them equal"
+      )
     if c["train"]["mixup"]:
-      raise ConfigError("train.mixup mixes pictures of one size, but data.image.resize is 'naflex'. Set train.mixup to 0")
+      raise ConfigError(
+        "train.mixup mixes pictures of one size, but data.image.resize is 'naflex'. Set "
+        "train.mixup to 0"
+      )
   elif patch and c["data"]["image"]["size"] % patch and not encoders["image"].get("crop_edge"):
-    raise ConfigError(f"data.image.size {c['data']['image']['size']} is not divisible by model.encoders.image.patch {patch}; "
-                      f"the nearest that is: {_nearest_multiple(c['data']['image']['size'], patch)}")
+    raise ConfigError(
+      f"data.image.size {c['data']['image']['size']} is not divisible by "
+      f"model.encoders.image.patch {patch}; the nearest that is: "
+      f"{_nearest_multiple(c['data']['image']['size'], patch)}"
+    )
   if "text" in encoders and c["data"]["sources"] and not c["data"]["text"]["tokenizer"]:
-    raise ConfigError("model.encoders has text, but data.text.tokenizer is empty. Make one with `mmjax data tokenizer` and name it")
+    raise ConfigError(
+      "model.encoders has text, but data.text.tokenizer is empty. Make one with `mmjax data "
+      "tokenizer` and name it"
+    )
   groups = c.get("optimizers", {})
   for name, entry in c["objectives"].items():
     if entry.get("group") and entry["group"] not in groups:
-      raise ConfigError(f"objectives.{name}.group is {entry['group']!r}, but optimizers has {', '.join(groups) or 'none'}. Give it an "
-                        f"optimizer: c.optimizers.{entry['group']} = dict(name='adamw', params=r'discriminator/.*')")
+      raise ConfigError(
+        f"objectives.{name}.group is {entry['group']!r}, but optimizers has "
+        f"{', '.join(groups) or 'none'}. Give it an optimizer: c.optimizers.{entry['group']} = "
+        "dict(name='adamw', params=r'discriminator/.*')"
+      )
   if c["train"]["mixup"]:
     _check_mixup(c["objectives"])
   if c["data"]["text"]["bos"] and c["model"].get("decoder"):
-    raise ConfigError("data.text.bos puts <bos> before every text, but model.decoder starts from a prompt of its own and would learn to "
-                      "repeat <bos>. Set data.text.bos to False")
+    raise ConfigError(
+      "data.text.bos puts <bos> before every text, but model.decoder starts from a prompt of its "
+      "own and would learn to repeat <bos>. Set data.text.bos to False"
+    )
   if not all(isinstance(module, str) for module in c["allow_code"]):
     raise ConfigError(f"allow_code must be names of modules, not {c['allow_code']!r}")
   if "main" in groups:
-    raise ConfigError("optimizers.main: that is the group of `optimizer` itself. Choose another name")
+    raise ConfigError(
+      "optimizers.main: that is the group of `optimizer` itself. Choose another name"
+    )
   owners = ["optimizer", *(f"optimizers.{name}" for name in groups)]
   for owner in owners:
     _check_regex(f"{owner}.decay", _get(c, f"{owner}.decay".split(".")))
     if _get(c, f"{owner}.moments".split(".")) == "source" and c["data"]["mix"] != "steps":
-      raise ConfigError(f"{owner}.moments 'source' needs steps of one source each: set data.mix to 'steps', or leave moments 'shared'")
+      raise ConfigError(
+        f"{owner}.moments 'source' needs steps of one source each: set data.mix to 'steps', or "
+        "leave moments 'shared'"
+      )
   for name, entry in groups.items():
     _check_regex(f"optimizers.{name}.params", entry["params"])
   for path in (*(f"{owner}.rates" for owner in owners), "init.map"):
@@ -301,15 +397,26 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
       _check_regex(path, pair[0])
   sources = c["data"]["sources"]
   if sources and not any(entry["weight"] for entry in sources.values()):
-    raise ConfigError(f"data.sources.{next(iter(sources))}.weight: every source has weight 0, so nothing would be read")
+    raise ConfigError(
+      f"data.sources.{next(iter(sources))}.weight: every source has weight 0, so nothing would be "
+      "read"
+    )
   for name, entry in sources.items():
     if not entry["name"]:
-      raise ConfigError(f"data.sources.{name}.name is empty: name a data set, or 'tars' with a path")
+      raise ConfigError(
+        f"data.sources.{name}.name is empty: name a data set, or 'tars' with a path"
+      )
     length, most = entry["length"], c["data"]["text"]["length"]
     if length and c["data"]["mix"] != "steps":
-      raise ConfigError(f"data.sources.{name}.length is {length}, but the rows of a batch are of one length unless data.mix is 'steps'")
+      raise ConfigError(
+        f"data.sources.{name}.length is {length}, but the rows of a batch are of one length "
+        "unless data.mix is 'steps'"
+      )
     if length and not 2 <= length <= most:
-      raise ConfigError(f"data.sources.{name}.length is {length}, but must be from 2 to data.text.length {most}, or 0")
+      raise ConfigError(
+        f"data.sources.{name}.length is {length}, but must be from 2 to data.text.length {most}, "
+        "or 0"
+      )
 
 
 def _check_modalities(c: dict, encoders: dict) -> None:
@@ -319,16 +426,22 @@ def _check_modalities(c: dict, encoders: dict) -> None:
   if "query" in (c["model"].get("fusion") or {}):
     named.append(("model.fusion.query", c["model"]["fusion"]["query"]))
   for name, entry in c["objectives"].items():
-    named += [(f"objectives.{name}.{key}", entry.get(key)) for key in
-              ("between", "modalities", "context", "source", "modality")]
+    named += [
+      (f"objectives.{name}.{key}", entry.get(key))
+      for key in ("between", "modalities", "context", "source", "modality")
+    ]
   for name, entry in c["evaluation"]["evaluators"].items():
-    named += [(f"evaluation.evaluators.{name}.{key}", entry.get(key)) for key in
-              ("between", "modalities", "context_modalities", "modality")]
+    named += [
+      (f"evaluation.evaluators.{name}.{key}", entry.get(key))
+      for key in ("between", "modalities", "context_modalities", "modality")
+    ]
   for path, modalities in named:
     for modality in (modalities,) if isinstance(modalities, str) else modalities or ():
       if modality not in encoders:
-        raise ConfigError(f'{path} names "{modality}", but model.encoders has {have}. '
-                          f"Add an encoder for it or change `{path.rpartition('.')[2]}`")
+        raise ConfigError(
+          f'{path} names "{modality}", but model.encoders has {have}. '
+          f"Add an encoder for it or change `{path.rpartition('.')[2]}`"
+        )
 
 
 def _check_widths(model: dict, encoders: dict) -> None:
@@ -338,13 +451,15 @@ def _check_widths(model: dict, encoders: dict) -> None:
   for name, entry in entries.items():
     width, heads = entry.get("width") or model.get("width", 512), entry.get("heads")
     if isinstance(heads, int) and heads and width % heads:
-      raise ConfigError(f"model.{name}: width {width} is not divisible by {heads} heads; "
-                        f"the nearest that is: {_nearest_multiple(width, heads)}")
+      raise ConfigError(
+        f"model.{name}: width {width} is not divisible by {heads} heads; "
+        f"the nearest that is: {_nearest_multiple(width, heads)}"
+      )
 
 
 def _check_mixup(objectives: dict) -> None:
-  """Refuses objectives whose targets do not follow blended pictures. Which modalities one reads is told by its settings; one that
-  has none for it is taken to read pictures."""
+  """Refuses objectives whose targets do not follow blended pictures. Which modalities one reads is
+  told by its settings; one that has none for it is taken to read pictures."""
   for name, entry in objectives.items():
     named = [entry[key] for key in ("between", "modalities", "context", "source") if key in entry]
     read = {modality for some in named for modality in some}
@@ -353,16 +468,22 @@ def _check_mixup(objectives: dict) -> None:
     if "image" not in read or sound == "always" or (sound == "alone" and read == {"image"}):
       continue
     others = f" together with {', '.join(sorted(read - {'image'}))}" if sound == "alone" else ""
-    raise ConfigError(f"train.mixup blends pictures, but objectives.{name} ({entry['kind']}) trains on them{others} as if each were one "
-                      "picture. Set train.mixup to 0, or leave the objective out")
+    raise ConfigError(
+      f"train.mixup blends pictures, but objectives.{name} ({entry['kind']}) trains on "
+      f"them{others} as if each were one picture. Set train.mixup to 0, or leave the objective out"
+    )
 
 
 def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[str, int]:
-  """{axis: size}, with -1 filled in when `device_count` is known. Raises ConfigError when the axes do not fit it."""
+  """{axis: size}, with -1 filled in when `device_count` is known. Raises ConfigError when the axes
+  do not fit it.
+  """
   shape = dict(_plain(mesh))
   free = [axis for axis, size in shape.items() if size == -1]
   if len(free) > 1:
-    raise ConfigError(f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take what is left")
+    raise ConfigError(
+      f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take what is left"
+    )
   fixed = 1
   for axis, size in shape.items():
     if size != -1 and size < 1:
@@ -371,21 +492,24 @@ def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[st
   if device_count is not None:
     if device_count % fixed or (not free and fixed != device_count):
       sizes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != 1)
-      raise ConfigError(f"mesh ({sizes}) does not divide the {device_count} devices there are. "
-                        f"Set one axis to -1, or sizes with a product of {device_count}")
+      raise ConfigError(
+        f"mesh ({sizes}) does not divide the {device_count} devices there are. "
+        f"Set one axis to -1, or sizes with a product of {device_count}"
+      )
     if free:
       shape[free[0]] = device_count // fixed
   return shape
 
 
-# -- special tokens -----------------------------------------------------------------------------------------------------
+# -- special tokens --------------------------------------------------------------------------------
 
 
 def _fill_special_tokens(tree: dict, known: typing.Mapping[str, int] | None) -> None:
-  """Writes the ids of the tokenizer's special tokens (those that are `known`) into the settings that are left to it.
+  """Writes the ids of the tokenizer's special tokens (those that are `known`) into the settings
+  that are left to it.
 
-  Raises ConfigError: the tokenizer is damaged or too large, or lacks a token that an entry needs. Warns of a setting that
-  names another token than the tokenizer.
+  Raises ConfigError: the tokenizer is damaged or too large, or lacks a token that an entry needs.
+  Warns of a setting that names another token than the tokenizer.
   """
   found, text = list(_special_settings(tree)), tree["data"]["text"]
   if not found and not _reads_text(tree):
@@ -410,14 +534,24 @@ def _fill_special_tokens(tree: dict, known: typing.Mapping[str, int] | None) -> 
       for role in special.needed:
         if ids[role] < 0:
           raise _no_token("data.text.pad_id" if role == "pad" else where, role, text["tokenizer"])
-    elif special.warns and any(b not in (-1, a) for a, b in zip(_several(given), _several(theirs), strict=False)):
-      log.warning("%s is %r, but tokenizer %r has %r. Leave the key out to use the tokenizer's", where, given,
-                  text["tokenizer"], theirs)
+    elif special.warns and any(
+      b not in (-1, a) for a, b in zip(_several(given), _several(theirs), strict=False)
+    ):
+      log.warning(
+        "%s is %r, but tokenizer %r has %r. Leave the key out to use the tokenizer's",
+        where,
+        given,
+        text["tokenizer"],
+        theirs,
+      )
 
 
 def _no_token(where: str, role: str, tokenizer: str) -> ConfigError:
-  return ConfigError(f"tokenizer {tokenizer!r} has no <{role}>, which {where} stands for. Set {where} to the id of a token "
-                     "that can take its place, or use a tokenizer that has one, as those of `mmjax data tokenizer`")
+  return ConfigError(
+    f"tokenizer {tokenizer!r} has no <{role}>, which {where} stands for. Set {where} to the id of "
+    "a token that can take its place, or use a tokenizer that has one, as those of `mmjax data "
+    "tokenizer`"
+  )
 
 
 def _reads_text(tree: dict) -> bool:
@@ -425,11 +559,15 @@ def _reads_text(tree: dict) -> bool:
 
 
 def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str, Special]]:
-  """(keys of the entry, the entry, setting, what it is) of each setting of a resolved config that is special tokens."""
+  """(keys of the entry, the entry, setting, what it is) of each setting of a resolved config that
+  is special tokens.
+  """
   for pattern, (group, _) in ENTRIES.items():
     above, _, last = pattern.rpartition(".")
     parent = _get(tree, above.split(".")) if above else tree
-    for name, entry in (parent or {}).items() if last == "*" else [(last, (parent or {}).get(last))]:
+    for name, entry in (
+      (parent or {}).items() if last == "*" else [(last, (parent or {}).get(last))]
+    ):
       for setting, parameter in kind_settings(kind_function(entry, group)).items() if entry else ():
         for special in getattr(parameter.annotation, "__metadata__", ()):
           if isinstance(special, Special):
@@ -437,7 +575,9 @@ def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str,
 
 
 def _ids(special: Special, ids: typing.Mapping[str, int], like: Any) -> Any:
-  """The ids of the roles of a setting: one, or a tuple where its value is one; -1 = there is no such token."""
+  """The ids of the roles of a setting: one, or a tuple where its value is one; -1 = there is no
+  such token.
+  """
   found = tuple(ids[role] for role in special.roles)
   return found if isinstance(like, tuple) else found[0]
 
@@ -452,11 +592,13 @@ def _is_on(when: str | tuple[str, Any], entry: typing.Mapping) -> bool:
   return not when or bool(entry[when])
 
 
-# -- resolution ---------------------------------------------------------------------------------------------------------
+# -- resolution ------------------------------------------------------------------------------------
 
 
 def _tree(node: typing.Any, path: str = "", above: tuple[int, ...] = ()) -> Any:
-  """A config as nested dicts. Raises ConfigError: it contains itself, is too deep, or a key is no string."""
+  """A config as nested dicts. Raises ConfigError: it contains itself, is too deep, or a key is no
+  string.
+  """
   if not hasattr(node, "items") and not isinstance(node, (list, tuple)):
     return node
   if id(node) in above:
@@ -465,7 +607,11 @@ def _tree(node: typing.Any, path: str = "", above: tuple[int, ...] = ()) -> Any:
     raise ConfigError(f"{'.'.join(path.split('.')[:4])}... is nested deeper than {_DEEPEST} levels")
   above = (*above, id(node))
   if isinstance(node, (list, tuple)):
-    return type(node)([_tree(value, path, above) for value in node]) if type(node) in (list, tuple) else node
+    return (
+      type(node)([_tree(value, path, above) for value in node])
+      if type(node) in (list, tuple)
+      else node
+    )
   tree = {}
   for name, value in node.items():
     if not isinstance(name, str) or not name:
@@ -478,20 +624,31 @@ def own_code(config: typing.Mapping) -> list[str]:
   """Modules outside this package that the entries of a resolved config name."""
   patterns = [f"{pattern}.{selector}" for pattern, (_, selector) in ENTRIES.items()]
   patterns += ["evaluation.evaluators.*.check", "evaluation.evaluators.*.choices"]
-  named = [value.partition(":")[0] for path, value in flatten(config) if isinstance(value, str)
-           and re.fullmatch(_FUNCTION, value) and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
+  named = [
+    value.partition(":")[0]
+    for path, value in flatten(config)
+    if isinstance(value, str)
+    and re.fullmatch(_FUNCTION, value)
+    and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+  ]
   return [module for module in named if module.split(".")[0] != "mmjax"]
 
 
-def _check_code(target: str, known: typing.Collection[str], path: str, allow_code: tuple[str, ...] | None) -> None:
-  """Raises UntrustedCode: `target`, at `path` of a config that is not the user's, may not be imported. None allows all."""
+def _check_code(
+  target: str, known: typing.Collection[str], path: str, allow_code: tuple[str, ...] | None
+) -> None:
+  """Raises UntrustedCode: `target`, at `path` of a config that is not the user's, may not be
+  imported. None allows all.
+  """
   if allow_code is None or ":" not in target or target in known:
     return
   module = target.partition(":")[0]
   if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in allow_code):
-    raise UntrustedCode(f"{path} is {target!r}: the checkpoint wants to run code of the module {module!r}, which is not of "
-                        f"this package. If you trust that code, allow it with --allow-code {module} "
-                        f"(in Python: allow_code=({module!r},))")
+    raise UntrustedCode(
+      f"{path} is {target!r}: the checkpoint wants to run code of the module {module!r}, which is "
+      f"not of this package. If you trust that code, allow it with --allow-code {module} (in "
+      f"Python: allow_code=({module!r},))"
+    )
 
 
 def _what_happened(error: BaseException) -> str:
@@ -501,31 +658,37 @@ def _what_happened(error: BaseException) -> str:
 
 
 def _resolve_tree(raw: dict, allow_code: tuple[str, ...] | None = None) -> dict:
-  """Resolves a whole config. allow_code: modules that it may import from, None = any, for the user's own."""
+  """Resolves a whole config. allow_code: modules that it may import from, None = any, for the
+  user's own.
+  """
   common = {key.path: key for key in KEYS}
   return _resolve_node(_plain(raw), "", "", common, allow_code)
 
 
-def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key], allow_code: tuple[str, ...] | None) -> dict:
+def _resolve_node(
+  node: dict, path: str, pattern: str, common: dict[str, Key], allow_code: tuple[str, ...] | None
+) -> dict:
   """Resolves the dict at `path`; `pattern` is the path with entry names replaced by `*`."""
   prefix, pattern_prefix = (f"{path}.", f"{pattern}.") if path else ("", "")
   if path in COLLECTIONS or pattern in COLLECTIONS:
     for name, entry in node.items():
       if not isinstance(entry, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {entry!r}")
-    return {name: _resolve_node(entry, f"{prefix}{name}", f"{pattern_prefix}*", common, allow_code)
-            for name, entry in node.items()}
+    return {
+      name: _resolve_node(entry, f"{prefix}{name}", f"{pattern_prefix}*", common, allow_code)
+      for name, entry in node.items()
+    }
   known: dict[str, tuple[Any, Any]] = {}  # name -> (type, default); type None = a nested dict
   for key in common.values():
-    if key.path.startswith(pattern_prefix) and (rest := key.path[len(pattern_prefix):]):
+    if key.path.startswith(pattern_prefix) and (rest := key.path[len(pattern_prefix) :]):
       head, _, tail = rest.partition(".")
       if tail or isinstance(key.default, dict):
         known[head] = (None, {})
       elif head != "*":
         known.setdefault(head, (key.type, key.default))
   for collection in COLLECTIONS:
-    if collection.startswith(pattern_prefix) and "." not in collection[len(pattern_prefix):]:
-      known[collection[len(pattern_prefix):]] = (None, {})
+    if collection.startswith(pattern_prefix) and "." not in collection[len(pattern_prefix) :]:
+      known[collection[len(pattern_prefix) :]] = (None, {})
   if pattern in ENTRIES:
     group, selector = ENTRIES[pattern]
     usual = group if group in KINDS[group] else ""  # a group with a kind of its own name
@@ -533,7 +696,9 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key], a
     if not name:
       raise ConfigError(f"{path} has no `{selector}`; there are: {', '.join(KINDS[group])}")
     if not isinstance(name, str) or (name not in KINDS[group] and ":" not in name):
-      raise ConfigError(f"{prefix}{selector} is {name!r}, which is no {group}{_nearest(str(name), KINDS[group])}")
+      raise ConfigError(
+        f"{prefix}{selector} is {name!r}, which is no {group}{_nearest(str(name), KINDS[group])}"
+      )
     known[selector] = (str, name)
     _check_code(name, KINDS[group].values(), f"{prefix}{selector}", allow_code)
     for setting, parameter in kind_settings(kind_function({"kind": name}, group)).items():
@@ -543,7 +708,9 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key], a
   for name in node:
     if name not in known:
       elsewhere = [key.path for key in KEYS if key.path.split(".")[-1] == name]
-      hint = _nearest(name, known) or (f". Did you mean {elsewhere[0]!r}?" if elsewhere else f"; there are: {', '.join(known)}")
+      hint = _nearest(name, known) or (
+        f". Did you mean {elsewhere[0]!r}?" if elsewhere else f"; there are: {', '.join(known)}"
+      )
       raise ConfigError(f"unknown key {prefix}{name}{hint}")
   for name, (kind, default) in known.items():
     value = node.get(name, default)
@@ -552,7 +719,9 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key], a
     elif kind is None or f"{pattern_prefix}{name}" in ENTRIES:
       if not isinstance(value, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {value!r}")
-      out[name] = _resolve_node(value, f"{prefix}{name}", f"{pattern_prefix}{name}", common, allow_code)
+      out[name] = _resolve_node(
+        value, f"{prefix}{name}", f"{pattern_prefix}{name}", common, allow_code
+      )
     else:
       out[name] = _typed(value, kind, f"{prefix}{name}", default)
       if Function() in typing.get_args(kind):
@@ -561,7 +730,9 @@ def _resolve_node(node: dict, path: str, pattern: str, common: dict[str, Key], a
 
 
 def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
-  """`value` as `kind`, or a ConfigError: also out of the range that `kind` states. Ints pass as floats, lists as tuples."""
+  """`value` as `kind`, or a ConfigError: also out of the range that `kind` states. Ints pass as
+  floats, lists as tuples.
+  """
   if typing.get_origin(kind) is Annotated:
     bare, *notes = typing.get_args(kind)
     value = _typed(value, bare, path, default)
@@ -575,7 +746,10 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   if origin is Literal:
     choices = typing.get_args(kind)
     if value not in choices:
-      raise ConfigError(f"{path} is {value!r}, but must be one of {', '.join(map(repr, choices))}{_nearest(str(value), [str(c) for c in choices])}")
+      raise ConfigError(
+        f"{path} is {value!r}, but must be one of "
+        f"{', '.join(map(repr, choices))}{_nearest(str(value), [str(c) for c in choices])}"
+      )
     return value
   if origin in (typing.Union, types.UnionType):
     errors = []
@@ -591,7 +765,10 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
     raise errors[0]
   if kind is Duration:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-      raise ConfigError(f"{path} is {value!r}, but must be a duration: steps (1000), '5%', '2 epochs' or '1e6 examples'")
+      raise ConfigError(
+        f"{path} is {value!r}, but must be a duration: steps (1000), '5%', '2 epochs' or '1e6 "
+        "examples'"
+      )
     if isinstance(value, int) and abs(value) > INT32:
       raise ConfigError(f"{path} is {value!r:.40}, but must be at most {INT32}")
     try:
@@ -619,7 +796,9 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   if isinstance(value, plain) and not (plain in (int, float) and isinstance(value, bool)):
     return value
   hint = f", such as {default!r}" if default not in (None, "", ()) else ""
-  raise ConfigError(f"{path} is {value!r} ({type(value).__name__}), but must be {_article(plain.__name__)}{hint}")
+  raise ConfigError(
+    f"{path} is {value!r} ({type(value).__name__}), but must be {_article(plain.__name__)}{hint}"
+  )
 
 
 def kind_settings(function: typing.Callable) -> dict[str, inspect.Parameter]:
@@ -627,14 +806,17 @@ def kind_settings(function: typing.Callable) -> dict[str, inspect.Parameter]:
   try:
     parameters = inspect.signature(function, eval_str=True).parameters
   except Exception as error:  # annotations of a user's function are code, too
-    raise ConfigError(f"the settings of {function!r:.80} cannot be read: {_what_happened(error)}") from error
+    raise ConfigError(
+      f"the settings of {function!r:.80} cannot be read: {_what_happened(error)}"
+    ) from error
   return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def load_function(target: str, what: str = "kind") -> typing.Callable:
   """The function "module:function"; the module may also be a file in the current folder.
 
-  what: names the setting in the error. Raises ConfigError: there is none, or `target` is not written so.
+  what: names the setting in the error. Raises ConfigError: there is none, or `target` is not
+  written so.
   """
   if not re.fullmatch(_FUNCTION, target):
     raise ConfigError(f"{what} {target!r}: write module:function")
@@ -655,7 +837,9 @@ def load_function(target: str, what: str = "kind") -> typing.Callable:
 
 
 def _set_override(tree: dict, path: str, value: Any) -> None:
-  """Sets a dotted path; entry names with slashes or dots (`retrieval/val`) match the longest existing key first."""
+  """Sets a dotted path; entry names with slashes or dots (`retrieval/val`) match the longest
+  existing key first.
+  """
   keys, node = path.split("."), tree
   if len(keys) > _DEEPEST:
     raise ConfigError(f"override {'.'.join(keys[:4])}... names a key deeper than {_DEEPEST} levels")

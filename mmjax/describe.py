@@ -1,4 +1,6 @@
-"""A resolved config as lines for people, with what each key and each setting of a kind means and takes."""
+"""A resolved config as lines for people, with what each key and each setting of a kind means and
+takes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from mmjax.ranges import in_words
 
 
 def describe(config: Mapping[str, Any], *, docs: bool = False) -> str:
-  """The lines `key = value`; with `docs` each followed by its meaning, what it takes, and its default."""
+  """The lines `key = value`; with `docs` each followed by its meaning, what it takes, and its
+  default.
+  """
   lines = []
   for path, value in flatten(config):
     lines.append(f"{path} = {value!r}" + (f"  # {explain(path, config)}" if docs else ""))
@@ -22,7 +26,9 @@ def describe(config: Mapping[str, Any], *, docs: bool = False) -> str:
 
 
 def explain(path: str, config: Mapping[str, Any]) -> str:
-  """What the key at `path` of a resolved config means: "Peak learning rate. (float, at least 0; default 0.001)"."""
+  """What the key at `path` of a resolved config means: "Peak learning rate. (float, at least 0;
+  default 0.001)".
+  """
   found = _key(path) or _setting(path, config)
   if not found:
     return "none named"
@@ -58,28 +64,32 @@ def _setting(path: str, config: Mapping[str, Any]) -> tuple[str, Any, Any] | Non
 
 
 def _entry(config: Mapping[str, Any], path: str, pattern: str) -> tuple[Any, str]:
-  """(the entry of `pattern` that `path` points into, what is left of the path). Names of entries may hold dots."""
+  """(the entry of `pattern` that `path` points into, what is left of the path). Names of entries
+  may hold dots.
+  """
   node, rest = config, path
   for part in pattern.split("."):
     fits = [name for name in node if part in ("*", name) and rest.startswith(f"{name}.")]
     if not fits:
       return None, rest
     name = max(fits, key=len)
-    node, rest = node[name], rest[len(name) + 1:]
+    node, rest = node[name], rest[len(name) + 1 :]
     if not hasattr(node, "keys"):
       return None, rest
   return node, rest
 
 
 def meaning(kind: str, group: str, setting: str) -> str:
-  """What the docstring of a kind says of a setting: the text after "setting:", or of the kind that it refers to."""
+  """What the docstring of a kind says of a setting: the text after "setting:", or of the kind that
+  it refers to.
+  """
   for text, names in _docstrings(kind, group, set()):
     labels = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     start = rf"(?:^|(?<=[.;\n] )|(?<=\n))((?:(?:{labels}), )*(?:{labels})): "
     heads = list(re.finditer(start, text, re.M))
     for at, head in enumerate(heads):
       if setting in head[1].split(", "):
-        body = text[head.end():heads[at + 1].start() if at + 1 < len(heads) else None]
+        body = text[head.end() : heads[at + 1].start() if at + 1 < len(heads) else None]
         body = re.split(r"\n\s*\n|\s(?=(?:Metrics|Returns|Raises|Needs)\b.*:)", body)[0]
         body = " ".join(body.split()).rstrip(";. ")
         if re.search(r"see `\w+`", body):
@@ -93,7 +103,9 @@ def meaning(kind: str, group: str, setting: str) -> str:
 
 
 def _docstrings(kind: str, group: str, before: set[str]) -> Iterator[tuple[str, list[str]]]:
-  """(docstring, names of settings) of a kind, then of those that it sends the reader to: "see `multitask`"."""
+  """(docstring, names of settings) of a kind, then of those that it sends the reader to: "see
+  `multitask`".
+  """
   function = kind_function({"kind": kind}, group)
   text, names = inspect.getdoc(function) or "", list(kind_settings(function))
   yield text, names

@@ -1,9 +1,11 @@
 """Paths of this machine and URLs of object stores (gs://, s3://), behind one door.
 
-An object store knows whole objects: no folders, no appending, no renaming. What needs those is done in a folder of this machine:
-`Mirror` copies a run's small files to their URL, `bring` copies data from its URL. Everything else goes to the URL directly, through
-etils and fsspec (extras `s3` and `gcs`), which find endpoint and credentials as the stores' own tools do (AWS_ENDPOINT_URL_S3,
-AWS_ACCESS_KEY_ID, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS, ...).
+An object store knows whole objects: no folders, no appending, no renaming. What needs those is done
+in a folder of this machine:
+`Mirror` copies a run's small files to their URL, `bring` copies data from its URL. Everything else
+goes to the URL directly, through etils and fsspec (extras `s3` and `gcs`), which find endpoint and
+credentials as the stores' own tools do (AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, ~/.aws,
+GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
 
 from __future__ import annotations
@@ -34,18 +36,31 @@ from mmjax.config import UserError
 
 log = logging.getLogger("mmjax")
 
-LARGEST = 2**31 - 2**20  # bytes of a file that is read whole: a record of a data set cannot hold more
+LARGEST = (
+  2**31 - 2**20
+)  # bytes of a file that is read whole: a record of a data set cannot hold more
 _STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
-_BUGS = (TypeError, AttributeError, NameError, LookupError, ArithmeticError, AssertionError, MemoryError)  # no store is to blame
+_BUGS = (
+  TypeError,
+  AttributeError,
+  NameError,
+  LookupError,
+  ArithmeticError,
+  AssertionError,
+  MemoryError,
+)  # no store is to blame
 _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
 
 
 class StoreError(Exception):
-  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on without it.
+  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on
+  without it.
   Not an OSError, which is caught where files may be missing or broken. why: the reason alone."""
 
-  def __init__(self, text: str, why: str = ""):  # of the text alone when it comes from another process
+  def __init__(
+    self, text: str, why: str = ""
+  ):  # of the text alone when it comes from another process
     super().__init__(text)
     self.why = why or text
 
@@ -55,31 +70,45 @@ def is_url(path: str | os.PathLike) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
-  """An absolute path of this machine, or a URL as it is. Raises UserError: a store that is not known."""
+  """An absolute path of this machine, or a URL as it is. Raises UserError: a store that is not
+  known.
+  """
   if not is_url(path):
     return epath.Path(path).expanduser().absolute()
   protocol = os.fspath(path).split("://")[0]
   if protocol not in _STORES:
-    raise UserError(f"{path}: no such kind of store. Write s3://bucket/folder, gs://bucket/folder or a path of this machine")
-  for name in ("s3", "gs", "gcs"):  # other processes, and TensorStore in this one, write too: a listing that is remembered is wrong
+    raise UserError(
+      f"{path}: no such kind of store. Write s3://bucket/folder, gs://bucket/folder or a path of "
+      "this machine"
+    )
+  for name in ("s3", "gs", "gcs"):
+    # other processes, and TensorStore in this one, write too: a listing that is remembered is wrong
     fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
   return epath.Path(path)
 
 
 def make_folder(path: Path | epath.Path) -> None:
-  """Makes a folder and those above it; in a store there are none, and an attempt to make one could make a bucket."""
+  """Makes a folder and those above it; in a store there are none, and an attempt to make one could
+  make a bucket.
+  """
   if not is_url(path):
     path.mkdir(parents=True, exist_ok=True)
 
 
 def check_name(what: str, name: str) -> None:
-  """Refuses what could not be a part of a path everywhere, or would leave its folder. Raises UserError. what: "a data set", ..."""
+  """Refuses what could not be a part of a path everywhere, or would leave its folder. Raises
+  UserError. what: "a data set", ...
+  """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-    raise UserError(f"{what} cannot be called {name!r:.200}: use small letters, digits and _, a letter first")
+    raise UserError(
+      f"{what} cannot be called {name!r:.200}: use small letters, digits and _, a letter first"
+    )
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-  """Writes a file of this machine so that it is there whole or not at all: readers see the old one or the new one. Raises OSError."""
+  """Writes a file of this machine so that it is there whole or not at all: readers see the old one
+  or the new one. Raises OSError.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
   try:
@@ -92,8 +121,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _turned(place: str | os.PathLike, turn: Callable[[Exception], Exception]) -> Iterator[None]:
-  """Raises `turn(error)` for what the store of `place`, or the way there, says. Errors at paths of this machine, and those of a
-  program, stay what they are."""
+  """Raises `turn(error)` for what the store of `place`, or the way there, says. Errors at paths of
+  this machine, and those of a program, stay what they are."""
   try:
     yield
   except (UserError, *_BUGS):
@@ -105,19 +134,28 @@ def _turned(place: str | os.PathLike, turn: Callable[[Exception], Exception]) ->
     raise told from error
 
 
-def store_errors(place: str | os.PathLike, what: str, hint: str = "") -> contextlib.AbstractContextManager:
-  """Turns what the store of `place`, or the way there, says into one line, UserError "WHAT: REASON HINT"."""
+def store_errors(
+  place: str | os.PathLike, what: str, hint: str = ""
+) -> contextlib.AbstractContextManager:
+  """Turns what the store of `place`, or the way there, says into one line, UserError "WHAT: REASON
+  HINT".
+  """
   return _turned(place, lambda error: UserError(f"{what}: {reason(error)}{hint}"))
 
 
 def _asking(path: str | os.PathLike) -> contextlib.AbstractContextManager:
-  """Turns what the store of a URL, or the way there, says into FileNotFoundError, which is an answer, or StoreError."""
+  """Turns what the store of a URL, or the way there, says into FileNotFoundError, which is an
+  answer, or StoreError.
+  """
+
   def turn(error: Exception) -> Exception:
     if isinstance(error, StoreError):
       return error
     why = reason(error)
     text = f"{path} cannot be read: {why}"
-    return FileNotFoundError(text) if isinstance(error, FileNotFoundError) else StoreError(text, why)
+    return (
+      FileNotFoundError(text) if isinstance(error, FileNotFoundError) else StoreError(text, why)
+    )
 
   return _turned(path, turn)
 
@@ -128,10 +166,15 @@ def reason(error: Exception) -> str:
     return error.why
   if isinstance(error, ImportError):
     return f"{str(error).splitlines()[0]}; pip install 'mmjax[s3]' or 'mmjax[gcs]'"
-  text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0] or type(error).__name__
+  text = (
+    getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0] or type(error).__name__
+  )
   if isinstance(error, FileNotFoundError) and "exist" not in text:
     text = f"nothing there ({text})"
-  return f"{text.rstrip('.')}. Check the bucket's name and permissions, and this machine's credentials and endpoint"
+  return (
+    f"{text.rstrip('.')}. Check the bucket's name and permissions, and this machine's credentials "
+    "and endpoint"
+  )
 
 
 def sizes(folder: str | os.PathLike) -> dict[str, int]:
@@ -144,30 +187,41 @@ def _listing(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
   with _asking(folder):
     fs, root = fsspec.core.url_to_fs(str(as_path(folder)))
     root = root.rstrip("/") + "/"
-    found = {path[len(root):]: _facts(info) for path, info in fs.find(root, detail=True).items()
-             if path.startswith(root) and not path.endswith("/")}
+    found = {
+      path[len(root) :]: _facts(info)
+      for path, info in fs.find(root, detail=True).items()
+      if path.startswith(root) and not path.endswith("/")
+    }
   return dict(sorted(found.items()))
 
 
 def _facts(info: dict) -> tuple[int, int]:
-  mark = next((str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if info.get(name)), "")
+  mark = next(
+    (str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if info.get(name)), ""
+  )
   return int(info["size"]), int(hashlib.blake2b(mark.encode(), digest_size=6).hexdigest(), 16)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-  """`size` bytes of an object from `offset` on; fewer where it ends before. Raises FileNotFoundError, StoreError."""
+  """`size` bytes of an object from `offset` on; fewer where it ends before. Raises
+  FileNotFoundError, StoreError.
+  """
   with _asking(path):
     fs, name = fsspec.core.url_to_fs(str(as_path(path)))
     return fs.cat_file(name, start=offset, end=offset + size)
 
 
 def open_binary(path: str | os.PathLike) -> BinaryIO:
-  """A file or object to read from, with seeking. It and its methods raise OSError; of an object FileNotFoundError, StoreError."""
+  """A file or object to read from, with seeking. It and its methods raise OSError; of an object
+  FileNotFoundError, StoreError.
+  """
   return _Object(path) if is_url(path) else open_file(path)
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-  """A regular file of this machine, links followed. Raises OSError: also for a pipe, socket or device, which could block for good."""
+  """A regular file of this machine, links followed. Raises OSError: also for a pipe, socket or
+  device, which could block for good.
+  """
   descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   try:
     mode = os.fstat(descriptor).st_mode
@@ -182,11 +236,15 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_file(path: str | os.PathLike, most: int = LARGEST) -> bytes:
-  """The bytes of a regular file. Raises OSError: as `open_file`, and (EFBIG) for more than `most` bytes."""
+  """The bytes of a regular file. Raises OSError: as `open_file`, and (EFBIG) for more than `most`
+  bytes.
+  """
   with open_file(path) as file:
     size = os.fstat(file.fileno()).st_size
     if size > most:
-      raise OSError(errno.EFBIG, f"{size / 2**20:.0f} MiB, more than {most / 2**20:.0f} MiB", os.fspath(path))
+      raise OSError(
+        errno.EFBIG, f"{size / 2**20:.0f} MiB, more than {most / 2**20:.0f} MiB", os.fspath(path)
+      )
     data = file.read(most + 1)
   if len(data) > most:  # it grew, or is one of those that do not know their size
     raise OSError(errno.EFBIG, f"more than {most / 2**20:.0f} MiB", os.fspath(path))
@@ -227,7 +285,8 @@ def size_and_mark(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def find(pattern: str) -> list[str]:
-  """The URLs that a pattern with *, ? and [] names, sorted. Raises UserError: the store cannot be read.
+  """The URLs that a pattern with *, ? and [] names, sorted. Raises UserError: the store cannot be
+  read.
 
   Not by fsspec's glob, which takes a folder that cannot be listed for an empty one.
   """
@@ -237,10 +296,17 @@ def find(pattern: str) -> list[str]:
     found = [bucket]
     for part in parts:
       if glob.has_magic(part):
-        found = [path for folder in found for path in _ls(fs, folder) if fnmatch.fnmatchcase(path, f"{glob.escape(folder)}/{part}")]
+        found = [
+          path
+          for folder in found
+          for path in _ls(fs, folder)
+          if fnmatch.fnmatchcase(path, f"{glob.escape(folder)}/{part}")
+        ]
       else:
         found = [f"{folder}/{part}" for folder in found]
-    return sorted(fs.unstrip_protocol(path) for path in found if glob.has_magic(parts[-1]) or fs.exists(path))
+    return sorted(
+      fs.unstrip_protocol(path) for path in found if glob.has_magic(parts[-1]) or fs.exists(path)
+    )
 
 
 def _ls(fs, folder: str) -> list[str]:
@@ -255,15 +321,18 @@ def cache_dir() -> Path:
   return Path(os.environ.get("MMJAX_CACHE") or "~/.cache/mmjax").expanduser()
 
 
-# -- What a run writes ------------------------------------------------------------------------------------------------------
+# -- What a run writes -----------------------------------------------------------------------------
 
 
 class Mirror:
-  """`folder`: where to write the files of a place. The place itself, or for a URL a folder of this machine that is copied there.
+  """`folder`: where to write the files of a place. The place itself, or for a URL a folder of this
+  machine that is copied there.
 
-  `push` copies what has changed, and so does a thread from time to time; leaving `with` pushes for the last time. Each has a folder
-  of its own, for several may write to one place (a run and `mmjax eval` of it); what a killed one left goes with the next.
-  active: False = this process writes nothing. check: called before files are copied; what it raises, `push` raises.
+  `push` copies what has changed, and so does a thread from time to time; leaving `with` pushes for
+  the last time. Each has a folder of its own, for several may write to one place (a run and `mmjax
+  eval` of it); what a killed one left goes with the next.
+  active: False = this process writes nothing. check: called before files are copied; what it
+  raises, `push` raises.
   """
 
   def __init__(
@@ -290,7 +359,8 @@ class Mirror:
       self._alive.close()
 
   def fetch(self, *names: str) -> None:
-    """Brings the files of these names that the place has: first of all, and again those that others write too.
+    """Brings the files of these names that the place has: first of all, and again those that others
+    write too.
 
     Raises UserError: the store cannot be read.
     """
@@ -321,8 +391,10 @@ class Mirror:
         self._alive = open(self.folder.parent / ".alive", "wb")
         fcntl.flock(self._alive, fcntl.LOCK_EX)
     except OSError as error:
-      raise UserError(f"{root}: cannot be written ({error.strerror}), where files for {self.place} are made. "
-                      "Set MMJAX_CACHE to another folder") from error
+      raise UserError(
+        f"{root}: cannot be written ({error.strerror}), where files for {self.place} are made. "
+        "Set MMJAX_CACHE to another folder"
+      ) from error
 
   def push(self) -> None:
     """Copies what is new or has changed; returns when the store has it. Raises UserError."""
@@ -341,11 +413,17 @@ class Mirror:
 
   def name(self, path: str | os.PathLike) -> str:
     """A path in the folder as the user knows it."""
-    return str(self.place / Path(path).relative_to(self.folder).as_posix()) if self._remote else str(path)
+    return (
+      str(self.place / Path(path).relative_to(self.folder).as_posix())
+      if self._remote
+      else str(path)
+    )
 
   def _push_often(self) -> None:
     while not self._over.wait(_SECONDS):
-      with contextlib.suppress(UserError, OSError):  # a store that stays away ends the run at the next checkpoint
+      with contextlib.suppress(
+        UserError, OSError
+      ):  # a store that stays away ends the run at the next checkpoint
         self.push()
 
 
@@ -354,7 +432,7 @@ def _stamp(path: Path) -> tuple[int, int]:
   return stat.st_size, stat.st_mtime_ns
 
 
-# -- Data -------------------------------------------------------------------------------------------------------------------
+# -- Data ------------------------------------------------------------------------------------------
 
 
 def cached(url: str) -> Path:
@@ -368,13 +446,22 @@ def cached(url: str) -> Path:
 def origin(path: str | os.PathLike) -> epath.Path | None:
   """The URL that a path below a folder of `cached` stands for; None for any other path."""
   path = Path(path)
-  return next((url / path.relative_to(root).as_posix() for root, url in _origins.items() if path.is_relative_to(root)), None)
+  return next(
+    (
+      url / path.relative_to(root).as_posix()
+      for root, url in _origins.items()
+      if path.is_relative_to(root)
+    ),
+    None,
+  )
 
 
 def bring(folder: Path) -> Path:
-  """The folder of this machine with what the URL of a folder below one of `cached` holds; copied once a machine.
+  """The folder of this machine with what the URL of a folder below one of `cached` holds; copied
+  once a machine.
 
-  It is named by content: what a process reads stays as it is when the URL gets other files. Returns `folder` where the URL has none.
+  It is named by content: what a process reads stays as it is when the URL gets other files. Returns
+  `folder` where the URL has none.
   Raises UserError: the store cannot be read, or the disk not be written.
   """
   url = origin(folder)
@@ -386,24 +473,34 @@ def bring(folder: Path) -> Path:
   copy, partial = root / folder.name, root.with_name(f".{root.name}.partial")
   try:
     root.parent.mkdir(parents=True, exist_ok=True)
-    with open(root.with_name(f".{root.name}.lock"), "w") as lock:  # of several processes of a machine one copies
+    with open(
+      root.with_name(f".{root.name}.lock"), "w"
+    ) as lock:  # of several processes of a machine one copies
       fcntl.flock(lock, fcntl.LOCK_EX)
       if copy.is_dir():
         return copy
       shutil.rmtree(partial, ignore_errors=True)
-      log.info("copying %s (%.1f MB) to %s", url, sum(size for size, _ in there.values()) / 1e6, copy)
+      log.info(
+        "copying %s (%.1f MB) to %s", url, sum(size for size, _ in there.values()) / 1e6, copy
+      )
       places = {name: partial / folder.name / name for name in there}
       for place in places.values():
         place.parent.mkdir(parents=True, exist_ok=True)
       with store_errors(url, f"{url} cannot be copied to {copy}"):
         fs, path = fsspec.core.url_to_fs(str(url))
-        fs.get([f"{path.rstrip('/')}/{name}" for name in there], [str(place) for place in places.values()])
+        fs.get(
+          [f"{path.rstrip('/')}/{name}" for name in there],
+          [str(place) for place in places.values()],
+        )
       for name, (size, _) in there.items():
         if places[name].stat().st_size != size:
           raise UserError(f"{url}/{name}: changed while it was copied. Start again")
       os.replace(partial, root)
   except OSError as error:
-    raise UserError(f"{copy}: cannot be written ({error.strerror}). Free space or set MMJAX_CACHE to another folder") from error
+    raise UserError(
+      f"{copy}: cannot be written ({error.strerror}). Free space or set MMJAX_CACHE to another "
+      "folder"
+    ) from error
   return copy
 
 

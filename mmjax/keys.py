@@ -1,6 +1,8 @@
-"""Every key of a config and every kind that an entry of it can name: the tables that config.py resolves with.
+"""Every key of a config and every kind that an entry of it can name: the tables that config.py
+resolves with.
 
-A new key is one line of `KEYS`; a new encoder, fusion, objective, ... is one line of `KINDS` (see config.py for what a kind is).
+A new key is one line of `KEYS`; a new encoder, fusion, objective, ... is one line of `KINDS` (see
+config.py for what a kind is).
 """
 
 from __future__ import annotations
@@ -55,10 +57,12 @@ SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "mask")
 
 
 class Special(NamedTuple):
-  """Marks a setting of a kind as special tokens: -1, or () for several, stands for the tokenizer's own (config.py).
+  """Marks a setting of a kind as special tokens: -1, or () for several, stands for the tokenizer's
+  own (config.py).
 
-  roles: which, of SPECIAL_TOKENS. needed: those without which the kind cannot work. when: the setting of the same entry
-  that must be on for that, or (the setting, its value); "" = always. warns: another token than the tokenizer's is a mistake.
+  roles: which, of SPECIAL_TOKENS. needed: those without which the kind cannot work. when: the
+  setting of the same entry that must be on for that, or (the setting, its value); "" = always.
+  warns: another token than the tokenizer's is a mistake.
   """
 
   roles: tuple[str, ...]
@@ -70,149 +74,483 @@ class Special(NamedTuple):
     return f"the tokenizer's {' '.join(f'<{role}>' for role in self.roles)} unless stated"
 
 
-# Every key of a config, except the settings of a kind: those stand in the kind's own function (see KINDS).
+# Every key of a config, except the settings of a kind: those stand in the kind's own function (see
+# KINDS).
 # `*` stands for the name that a config gives an entry.
 KEYS = (
   Key("seed", 0, Seed, "Seed of the initialisation, the data order, augmentation and dropout."),
   Key("train.steps", 1000, Steps, "Length of the run: steps, '10 epochs' or '1e6 examples'."),
   Key("train.batch_size", 256, Batch, "Examples in a global batch, over all hosts and devices."),
-  Key("train.microbatches", 1, Size,
-      "Splits a batch to save memory; the update stays the same, but for dropout, drawn for each part. Encoders with batch statistics "
-      "(resnet) that are not frozen are not split: theirs are of the whole batch."),
-  Key("train.deterministic", True, bool,
-      "On GPUs: only deterministic kernels (xla_gpu_deterministic_ops), chosen without timing, for steps and evaluation. TPUs always give "
-      "the same numbers, CPUs with as many threads, which a run keeps."),
-  Key("train.ema", 0.0, Decay, "Decay of an exponential moving average of the parameters, used by evaluation; 0 = none."),
-  Key("train.mixup", 0.0, NonNegative,
-      "Beta(a, a) parameter of image mixup (Zhang et al. 2018); 0 = off. For objectives whose targets follow the blend: contrastive, "
-      "distillation, classification of pictures alone."),
-  Key("train.max_skipped", 20, Size, "Consecutive non-finite steps (skipped and counted) after which the run ends."),
-  Key("train.rollback", 0, Count, "Go back to the last good checkpoint's parameters after so many skipped steps in a row; 0 = never."),
-  Key("train.hang_seconds", 600.0, NonNegative,
-      "Longest wait for a step, batch, save or evaluation batch before stacks are dumped and the process ends (compiling: 4 times); 0 = off."),
-  Key("train.compiler", "auto", Literal["auto", "none", "data", "fsdp", "tiles"],
-      "Options of the TPU compiler (parallel/compiler.py); auto = by the sharding."),
+  Key(
+    "train.microbatches",
+    1,
+    Size,
+    "Splits a batch to save memory; the update stays the same, but for dropout, drawn for each "
+    "part. Encoders with batch statistics (resnet) that are not frozen are not split: theirs are "
+    "of the whole batch.",
+  ),
+  Key(
+    "train.deterministic",
+    True,
+    bool,
+    "On GPUs: only deterministic kernels (xla_gpu_deterministic_ops), chosen without timing, for "
+    "steps and evaluation. TPUs always give the same numbers, CPUs with as many threads, which a "
+    "run keeps.",
+  ),
+  Key(
+    "train.ema",
+    0.0,
+    Decay,
+    "Decay of an exponential moving average of the parameters, used by evaluation; 0 = none.",
+  ),
+  Key(
+    "train.mixup",
+    0.0,
+    NonNegative,
+    "Beta(a, a) parameter of image mixup (Zhang et al. 2018); 0 = off. For objectives whose "
+    "targets follow the blend: contrastive, distillation, classification of pictures alone.",
+  ),
+  Key(
+    "train.max_skipped",
+    20,
+    Size,
+    "Consecutive non-finite steps (skipped and counted) after which the run ends.",
+  ),
+  Key(
+    "train.rollback",
+    0,
+    Count,
+    "Go back to the last good checkpoint's parameters after so many skipped steps in a row; 0 = "
+    "never.",
+  ),
+  Key(
+    "train.hang_seconds",
+    600.0,
+    NonNegative,
+    "Longest wait for a step, batch, save or evaluation batch before stacks are dumped and the "
+    "process ends (compiling: 4 times); 0 = off.",
+  ),
+  Key(
+    "train.compiler",
+    "auto",
+    Literal["auto", "none", "data", "fsdp", "tiles"],
+    "Options of the TPU compiler (parallel/compiler.py); auto = by the sharding.",
+  ),
   Key("train.on_restart", 10, Count, "Restarts after exit code 1 that a launcher may make."),
-  Key("allow_code", (), tuple,
-      "Modules outside this package whose code may run because a checkpoint that this run reads (a teacher) names it."),
-  Key("data.dir", "", str, "Folder or URL (s3://, gs://) of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax."),
-  Key("data.mix", "examples", Literal["examples", "steps"],
-      "How sources mix by weight: 'examples' draws every row, 'steps' one source for all rows of a step."),
+  Key(
+    "allow_code",
+    (),
+    tuple,
+    "Modules outside this package whose code may run because a checkpoint that this run reads (a "
+    "teacher) names it.",
+  ),
+  Key(
+    "data.dir",
+    "",
+    str,
+    "Folder or URL (s3://, gs://) of the data sets; '' = $MMJAX_DATA, else ~/.cache/mmjax.",
+  ),
+  Key(
+    "data.mix",
+    "examples",
+    Literal["examples", "steps"],
+    "How sources mix by weight: 'examples' draws every row, 'steps' one source for all rows of a "
+    "step.",
+  ),
   Key("data.modalities", (), tuple, "Modalities of a batch; () = those of model.encoders."),
-  Key("data.missing", "skip", Literal["skip", "mask"],
-      "A record that lacks a modality: its row does not count, or `<modality>.present` says so."),
-  Key("data.label", "none", Literal["none", "label", "labels", "answer"],
-      "Classes of a batch: the record's label, several of them ('a|b'), or the answer to the question that is its text."),
-  Key("data.classes", 0, Count, "Classes that a classifier tells apart: at least as many as the sources have."),
+  Key(
+    "data.missing",
+    "skip",
+    Literal["skip", "mask"],
+    "A record that lacks a modality: its row does not count, or `<modality>.present` says so.",
+  ),
+  Key(
+    "data.label",
+    "none",
+    Literal["none", "label", "labels", "answer"],
+    "Classes of a batch: the record's label, several of them ('a|b'), or the answer to the "
+    "question that is its text.",
+  ),
+  Key(
+    "data.classes",
+    0,
+    Count,
+    "Classes that a classifier tells apart: at least as many as the sources have.",
+  ),
   Key("data.workers", 0, Processes, "Data processes a host; 0 = threads of the main process."),
   Key("data.threads", 2, Threads, "Reading threads a data process."),
   Key("data.prefetch", 4, Few, "Batches prepared ahead."),
-  Key("data.max_unreadable", 100, Count, "Unreadable records (kept as rows that do not count) after which the run ends."),
-  Key("data.sources.*.name", "", str, "A data set under data.dir, or 'tars' (WebDataset files read where they are)."),
+  Key(
+    "data.max_unreadable",
+    100,
+    Count,
+    "Unreadable records (kept as rows that do not count) after which the run ends.",
+  ),
+  Key(
+    "data.sources.*.name",
+    "",
+    str,
+    "A data set under data.dir, or 'tars' (WebDataset files read where they are).",
+  ),
   Key("data.sources.*.split", "train", str, "Split, or several: 'train+validation'."),
-  Key("data.sources.*.path", "", str, "For 'tars': a glob or a brace pattern of the tar files, also at a URL (s3://, gs://)."),
-  Key("data.sources.*.languages", ("en",), tuple, "Languages that captions are drawn from; () = all that there are."),
-  Key("data.sources.*.captions", 0, Count, "Training draws from so many of the first captions of a language; 0 = from all."),
-  Key("data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."),
-  Key("data.sources.*.modalities", (), tuple, "For mix 'steps': modalities of this source's batches; () = data.modalities."),
-  Key("data.sources.*.length", 0, Count, "For mix 'steps': tokens a text of this source's batches; 0 = data.text.length, the most."),
-  Key("data.sources.*.group", 1, Size, "Neighbouring records that stay together when shuffled, such as one thing in all its motions."),
-  Key("data.sources.*.weight", 1.0, NonNegative, "Share of the rows of a batch, relative to the other sources."),
+  Key(
+    "data.sources.*.path",
+    "",
+    str,
+    "For 'tars': a glob or a brace pattern of the tar files, also at a URL (s3://, gs://).",
+  ),
+  Key(
+    "data.sources.*.languages",
+    ("en",),
+    tuple,
+    "Languages that captions are drawn from; () = all that there are.",
+  ),
+  Key(
+    "data.sources.*.captions",
+    0,
+    Count,
+    "Training draws from so many of the first captions of a language; 0 = from all.",
+  ),
+  Key(
+    "data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."
+  ),
+  Key(
+    "data.sources.*.modalities",
+    (),
+    tuple,
+    "For mix 'steps': modalities of this source's batches; () = data.modalities.",
+  ),
+  Key(
+    "data.sources.*.length",
+    0,
+    Count,
+    "For mix 'steps': tokens a text of this source's batches; 0 = data.text.length, the most.",
+  ),
+  Key(
+    "data.sources.*.group",
+    1,
+    Size,
+    "Neighbouring records that stay together when shuffled, such as one thing in all its motions.",
+  ),
+  Key(
+    "data.sources.*.weight",
+    1.0,
+    NonNegative,
+    "Share of the rows of a batch, relative to the other sources.",
+  ),
   Key("data.sources.*.cache", False, bool, "Keep decoded examples in memory (small data sets)."),
   Key("data.image.size", 224, Side, "Height and width in pixels that the model sees."),
-  Key("data.image.resize", "shortest", Literal["shortest", "squash", "longest", "naflex"],
-      "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad; naflex: no square, but as many patches at "
-      "the picture's aspect ratio as `tokens` allows (encoder 'naflex'; also in training)."),
-  Key("data.image.patch", 16, Side, "With 'naflex': height and width of a patch in pixels; the encoder's."),
-  Key("data.image.tokens", 256, Length, "With 'naflex': patches of a picture at most; shorter ones are padded."),
-  Key("data.image.crop", 1.0, Portion, "Evaluation with 'shortest': share of the shortest side that the centre crop keeps."),
-  Key("data.image.interpolation", "bicubic", Literal["bicubic", "bilinear"], "Resize filter, always antialiased."),
-  Key("data.image.mean", (0.5, 0.5, 0.5), Means, "Subtracted from pixels in [0, 1], per channel, on the device."),
-  Key("data.image.std", (0.5, 0.5, 0.5), Deviations, "Divides pixels after the mean, per channel, on the device."),
-  Key("data.image.augment.crop", (1.0, 1.0), Area, "Random resized crop: range of the area; (1, 1) = off."),
-  Key("data.image.augment.aspect", (0.75, 1.3333333), Factors, "Random resized crop: range of the aspect ratio."),
+  Key(
+    "data.image.resize",
+    "shortest",
+    Literal["shortest", "squash", "longest", "naflex"],
+    "Evaluation: shortest side then centre crop, squash to a square, or longest side then pad; "
+    "naflex: no square, but as many patches at the picture's aspect ratio as `tokens` allows "
+    "(encoder 'naflex'; also in training).",
+  ),
+  Key(
+    "data.image.patch",
+    16,
+    Side,
+    "With 'naflex': height and width of a patch in pixels; the encoder's.",
+  ),
+  Key(
+    "data.image.tokens",
+    256,
+    Length,
+    "With 'naflex': patches of a picture at most; shorter ones are padded.",
+  ),
+  Key(
+    "data.image.crop",
+    1.0,
+    Portion,
+    "Evaluation with 'shortest': share of the shortest side that the centre crop keeps.",
+  ),
+  Key(
+    "data.image.interpolation",
+    "bicubic",
+    Literal["bicubic", "bilinear"],
+    "Resize filter, always antialiased.",
+  ),
+  Key(
+    "data.image.mean",
+    (0.5, 0.5, 0.5),
+    Means,
+    "Subtracted from pixels in [0, 1], per channel, on the device.",
+  ),
+  Key(
+    "data.image.std",
+    (0.5, 0.5, 0.5),
+    Deviations,
+    "Divides pixels after the mean, per channel, on the device.",
+  ),
+  Key(
+    "data.image.augment.crop",
+    (1.0, 1.0),
+    Area,
+    "Random resized crop: range of the area; (1, 1) = off.",
+  ),
+  Key(
+    "data.image.augment.aspect",
+    (0.75, 1.3333333),
+    Factors,
+    "Random resized crop: range of the aspect ratio.",
+  ),
   Key("data.image.augment.flip", 0.0, Share, "Probability of a horizontal flip."),
   Key("data.image.augment.rotate", 0.0, Degrees, "Rotation drawn from +- this many degrees."),
-  Key("data.image.augment.scale", (1.0, 1.0), Factors, "Range of the zoom about the centre; below 1 shrinks."),
-  Key("data.image.augment.shift", 0.0, Share, "Shift drawn from +- this share of the size, both ways."),
-  Key("data.image.augment.jitter", (0.0, 0.0, 0.0, 0.0), Strengths, "Strengths of brightness, contrast, saturation and hue jitter."),
+  Key(
+    "data.image.augment.scale",
+    (1.0, 1.0),
+    Factors,
+    "Range of the zoom about the centre; below 1 shrinks.",
+  ),
+  Key(
+    "data.image.augment.shift", 0.0, Share, "Shift drawn from +- this share of the size, both ways."
+  ),
+  Key(
+    "data.image.augment.jitter",
+    (0.0, 0.0, 0.0, 0.0),
+    Strengths,
+    "Strengths of brightness, contrast, saturation and hue jitter.",
+  ),
   Key("data.image.augment.randaugment", 0, Count, "RandAugment: number of operations; 0 = off."),
   Key("data.image.augment.randaugment_magnitude", 9, Magnitude, "RandAugment: magnitude, 0 to 10."),
   Key("data.image.augment.erase", 0.0, Share, "Probability of random erasing."),
-  Key("data.image.augment.fill", 255, Grey, "Grey level of what rotation, scale and shift uncover."),
-  Key("data.text.tokenizer", "", str, "A tokenizer under data.dir/tokenizers, or a path (.model or tokenizer.json)."),
-  Key("data.text.vocab_size", 4096, Vocabulary, "Rows of the embedding table; at least the tokenizer's pieces."),
-  Key("data.text.length", 16, Length, "Tokens a caption: longer ones are cut (the end token kept), shorter ones padded."),
-  Key("data.text.bos", False, bool, "Put <bos> before a caption; not with a decoder, whose prompt does."),
+  Key(
+    "data.image.augment.fill", 255, Grey, "Grey level of what rotation, scale and shift uncover."
+  ),
+  Key(
+    "data.text.tokenizer",
+    "",
+    str,
+    "A tokenizer under data.dir/tokenizers, or a path (.model or tokenizer.json).",
+  ),
+  Key(
+    "data.text.vocab_size",
+    4096,
+    Vocabulary,
+    "Rows of the embedding table; at least the tokenizer's pieces.",
+  ),
+  Key(
+    "data.text.length",
+    16,
+    Length,
+    "Tokens a caption: longer ones are cut (the end token kept), shorter ones padded.",
+  ),
+  Key(
+    "data.text.bos",
+    False,
+    bool,
+    "Put <bos> before a caption; not with a decoder, whose prompt does.",
+  ),
   Key("data.text.eos", True, bool, "Put <eos> after a caption."),
   Key("data.text.lowercase", False, bool, "Lower-case captions before tokenising."),
-  Key("data.text.punctuation", True, bool, "False: take ASCII punctuation out of captions before tokenising (as SigLIP does)."),
-  Key("data.text.mask_padding", True, bool, "False: padding is seen by the model (as SigLIP was trained)."),
+  Key(
+    "data.text.punctuation",
+    True,
+    bool,
+    "False: take ASCII punctuation out of captions before tokenising (as SigLIP does).",
+  ),
+  Key(
+    "data.text.mask_padding",
+    True,
+    bool,
+    "False: padding is seen by the model (as SigLIP was trained).",
+  ),
   Key("data.text.pad_id", -1, TokenId, "Token of the padding; -1 = the tokenizer's own."),
-  Key("data.text.words", False, bool, "Batches also tell which word each token belongs to (whole-word masking)."),
-  Key("data.text.per_example", 1, Size, "Texts a row: several questions about one picture, which is then encoded once."),
-  Key("data.text.drop_words", 0.0, Dropout, "Training: probability that a word of a caption is left out (one always stays)."),
+  Key(
+    "data.text.words",
+    False,
+    bool,
+    "Batches also tell which word each token belongs to (whole-word masking).",
+  ),
+  Key(
+    "data.text.per_example",
+    1,
+    Size,
+    "Texts a row: several questions about one picture, which is then encoded once.",
+  ),
+  Key(
+    "data.text.drop_words",
+    0.0,
+    Dropout,
+    "Training: probability that a word of a caption is left out (one always stays).",
+  ),
   Key("data.audio.rate", 16_000, Hertz, "Samples a second; files of other rates are resampled."),
-  Key("data.audio.seconds", 2.0, Seconds, "Length of a waveform: longer ones are cut, shorter ones padded."),
+  Key(
+    "data.audio.seconds",
+    2.0,
+    Seconds,
+    "Length of a waveform: longer ones are cut, shorter ones padded.",
+  ),
   Key("data.audio.augment.speed", (1.0, 1.0), Factors, "Range of the playing speed (and pitch)."),
   Key("data.audio.augment.gain", (1.0, 1.0), Gains, "Range of the factor of the loudness."),
-  Key("data.audio.augment.noise", 0.0, NonNegative, "White noise of up to this share of the signal's root mean square."),
-  Key("data.audio.augment.shift", 0.0, NonNegative, "Silence of up to so many seconds put before the sound."),
+  Key(
+    "data.audio.augment.noise",
+    0.0,
+    NonNegative,
+    "White noise of up to this share of the signal's root mean square.",
+  ),
+  Key(
+    "data.audio.augment.shift",
+    0.0,
+    NonNegative,
+    "Silence of up to so many seconds put before the sound.",
+  ),
   Key("data.video.size", 64, Side, "Height and width of a frame in pixels."),
   Key("data.video.frames", 8, Frames, "Frames of a clip."),
-  Key("data.video.sampling", "uniform", Literal["uniform", "random"],
-      "Training: frames evenly over the clip, or one at random in each of its equal parts; evaluation is always uniform."),
-  Key("data.video.augment.crop", (1.0, 1.0), Area, "Range of the area of a crop that all frames share; (1, 1) = off."),
+  Key(
+    "data.video.sampling",
+    "uniform",
+    Literal["uniform", "random"],
+    "Training: frames evenly over the clip, or one at random in each of its equal parts; "
+    "evaluation is always uniform.",
+  ),
+  Key(
+    "data.video.augment.crop",
+    (1.0, 1.0),
+    Area,
+    "Range of the area of a crop that all frames share; (1, 1) = off.",
+  ),
   Key("data.video.augment.flip", 0.0, Share, "Probability of a horizontal flip of the whole clip."),
-  Key("data.video.augment.temporal", (1.0, 1.0), Area, "Range of the share of the clip that is kept; (1, 1) = all."),
-  Key("data.series.length", 64, Length, "Time steps of a sensor series: longer ones are cut, shorter ones padded."),
+  Key(
+    "data.video.augment.temporal",
+    (1.0, 1.0),
+    Area,
+    "Range of the share of the clip that is kept; (1, 1) = all.",
+  ),
+  Key(
+    "data.series.length",
+    64,
+    Length,
+    "Time steps of a sensor series: longer ones are cut, shorter ones padded.",
+  ),
   Key("data.series.channels", 3, Channels, "Values a time step."),
   Key("model.name", "dual_encoder", str, "The whole model."),
   Key("model.encoders", {}, dict, "One encoder a modality."),
   Key("objectives.*.weight", 1.0, NonNegative, "Factor of this objective in the loss."),
-  Key("objectives.*.sources", (), tuple, "For data.mix 'steps': sources whose steps this objective takes; () = all."),
+  Key(
+    "objectives.*.sources",
+    (),
+    tuple,
+    "For data.mix 'steps': sources whose steps this objective takes; () = all.",
+  ),
   Key("optimizer.name", "adamw", str, "The update rule."),
   Key("optimizer.lr", 1e-3, NonNegative, "Peak learning rate."),
-  Key("optimizer.weight_decay", 0.0, NonNegative, "Decoupled decay, multiplied by the learning rate."),
+  Key(
+    "optimizer.weight_decay", 0.0, NonNegative, "Decoupled decay, multiplied by the learning rate."
+  ),
   Key("optimizer.decay", r".*/(kernel|embedding)", str, "Regex of the parameters that decay."),
   Key("optimizer.clip", 1.0, NonNegative, "Clips the global norm of the gradient; 0 = off."),
-  Key("optimizer.rates", (), tuple,
-      "((regex, factor), ...): first match multiplies the learning rate; 0 freezes. A module whose parameters are all frozen runs as in evaluation: nothing is dropped, and batch statistics stay as they are."),
-  Key("optimizer.state_dtype", "float32", Literal["float32", "bfloat16"], "Dtype of the first moment."),
-  Key("optimizer.moments", "shared", Literal["shared", "source"],
-      "For data.mix 'steps': one state for all steps, or one for each source's, so that no task drowns another."),
-  Key("optimizers.*.name", "adamw", str, "The update rule of a group of parameters with an optimizer of its own (adversaries)."),
-  Key("optimizers.*.params", "", str, "Regex of the parameters of the group, which `optimizer` then leaves alone."),
-  *(Key(f"optimizers.*.{key}", default, kind, f"As optimizer.{key}, for this group.") for key, default, kind in (
-    ("lr", 1e-3, NonNegative), ("weight_decay", 0.0, NonNegative), ("decay", r".*/(kernel|embedding)", str), ("clip", 1.0, NonNegative),
-    ("rates", (), tuple), ("state_dtype", "float32", Literal["float32", "bfloat16"]), ("moments", "shared", Literal["shared", "source"]))),
+  Key(
+    "optimizer.rates",
+    (),
+    tuple,
+    "((regex, factor), ...): first match multiplies the learning rate; 0 freezes. A module whose "
+    "parameters are all frozen runs as in evaluation: nothing is dropped, and batch statistics "
+    "stay as they are.",
+  ),
+  Key(
+    "optimizer.state_dtype", "float32", Literal["float32", "bfloat16"], "Dtype of the first moment."
+  ),
+  Key(
+    "optimizer.moments",
+    "shared",
+    Literal["shared", "source"],
+    "For data.mix 'steps': one state for all steps, or one for each source's, so that no task "
+    "drowns another.",
+  ),
+  Key(
+    "optimizers.*.name",
+    "adamw",
+    str,
+    "The update rule of a group of parameters with an optimizer of its own (adversaries).",
+  ),
+  Key(
+    "optimizers.*.params",
+    "",
+    str,
+    "Regex of the parameters of the group, which `optimizer` then leaves alone.",
+  ),
+  *(
+    Key(f"optimizers.*.{key}", default, kind, f"As optimizer.{key}, for this group.")
+    for key, default, kind in (
+      ("lr", 1e-3, NonNegative),
+      ("weight_decay", 0.0, NonNegative),
+      ("decay", r".*/(kernel|embedding)", str),
+      ("clip", 1.0, NonNegative),
+      ("rates", (), tuple),
+      ("state_dtype", "float32", Literal["float32", "bfloat16"]),
+      ("moments", "shared", Literal["shared", "source"]),
+    )
+  ),
   Key("schedule.name", "cosine", str, "Learning rate over time."),
   Key("schedule.warmup", "5%", StepsOrNever, "Linear warm-up from zero."),
-  Key("precision.compute", "bfloat16", Literal["float32", "bfloat16"], "Dtype of activations; parameters and losses are float32."),
+  Key(
+    "precision.compute",
+    "bfloat16",
+    Literal["float32", "bfloat16"],
+    "Dtype of activations; parameters and losses are float32.",
+  ),
   Key("mesh.replica", 1, Devices, "Devices across slices (gradients only); -1 = what is left."),
   Key("mesh.data", -1, Devices, "Devices that split the batch; -1 = what is left."),
   Key("mesh.fsdp", 1, Devices, "Devices that split batch and parameters; -1 = what is left."),
   Key("mesh.tensor", 1, Devices, "Devices that split heads and hidden units; -1 = what is left."),
   Key("mesh.context", 1, Devices, "Devices that split sequences; -1 = what is left."),
-  Key("sharding", "replicated", Literal["replicated", "fsdp", "fsdp_tensor"], "Where parameters live (parallel/rules.py)."),
+  Key(
+    "sharding",
+    "replicated",
+    Literal["replicated", "fsdp", "fsdp_tensor"],
+    "Where parameters live (parallel/rules.py).",
+  ),
   Key("checkpoint.every", "10%", StepsOrNever, "Steps between checkpoints; 0 = one at the end."),
-  Key("checkpoint.minutes", 0.0, NonNegative, "Also save after this many minutes without one; 0 = off."),
+  Key(
+    "checkpoint.minutes",
+    0.0,
+    NonNegative,
+    "Also save after this many minutes without one; 0 = off.",
+  ),
   Key("checkpoint.keep", 2, Size, "Latest checkpoints to keep."),
-  Key("checkpoint.keep_every", 0, StepsOrNever, "Keep every checkpoint at a multiple of this for good; 0 = none."),
-  Key("checkpoint.best", "", str, "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'."),
-  Key("checkpoint.best_mode", "max", Literal["max", "min"], "Whether the best is the largest or the smallest."),
+  Key(
+    "checkpoint.keep_every",
+    0,
+    StepsOrNever,
+    "Keep every checkpoint at a multiple of this for good; 0 = none.",
+  ),
+  Key(
+    "checkpoint.best",
+    "",
+    str,
+    "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'.",
+  ),
+  Key(
+    "checkpoint.best_mode",
+    "max",
+    Literal["max", "min"],
+    "Whether the best is the largest or the smallest.",
+  ),
   Key("evaluation.every", "100%", StepsOrNever, "Steps between evaluations in the loop; 0 = none."),
   Key("evaluation.batch_size", 0, Count, "Examples an evaluation batch; 0 = train.batch_size."),
   Key("evaluation.evaluators", {}, dict, "Named evaluators."),
   Key("log.every", 10, Steps, "Steps between lines of metrics.jsonl."),
   Key("log.tensorboard", True, bool, "Also write TensorBoard events."),
   Key("log.wandb", "", str, "Also log to this Weights & Biases project; '' = do not."),
-  Key("init.from", "", str, "Checkpoint (run, step or import folder) that parameters and batch statistics start from."),
-  Key("init.map", ((".*", r"\g<0>"),), tuple,
-      "((regex of a parameter here, its name there or None for new), ...): the first match decides."),
+  Key(
+    "init.from",
+    "",
+    str,
+    "Checkpoint (run, step or import folder) that parameters and batch statistics start from.",
+  ),
+  Key(
+    "init.map",
+    ((".*", r"\g<0>"),),
+    tuple,
+    "((regex of a parameter here, its name there or None for new), ...): the first match decides.",
+  ),
 )
 
-# One line a kind: group -> name -> "module:function". The function's keyword-only parameters are the settings.
+# One line a kind: group -> name -> "module:function". The function's keyword-only parameters are
+# the settings.
 KINDS: dict[str, dict[str, str]] = {
   "model": {
     "dual_encoder": "mmjax.models.dual_encoder:dual_encoder",
@@ -247,9 +585,7 @@ KINDS: dict[str, dict[str, str]] = {
     "tubelets": "mmjax.models.encoders.video:tubelets",
     "series": "mmjax.models.encoders.series:series",
   },
-  "decoder": {
-    "decoder": "mmjax.models.decoder:decoder",
-  },
+  "decoder": {"decoder": "mmjax.models.decoder:decoder"},
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
     "matching": "mmjax.objectives.matching:matching",
@@ -288,14 +624,16 @@ KINDS: dict[str, dict[str, str]] = {
   },
 }
 
-# Functions of this package that settings of kinds name: a checkpoint's config may name these besides KINDS.
+# Functions of this package that settings of kinds name: a checkpoint's config may name these
+# besides KINDS.
 FUNCTIONS = (
   "mmjax.data.builders.emoji_scenes:check_caption",
   "mmjax.data.builders.moving_emoji:check_caption",
   "mmjax.data.builders.moving_emoji:choices",
 )
 
-# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for one named as its group).
+# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for
+# one named as its group).
 # An entry that is a setting of another kind (model.fusion) may be None: that model then has none.
 ENTRIES = {
   "model": ("model", "name"),
@@ -310,8 +648,30 @@ ENTRIES = {
 }
 # (data) -> {role: id, -1 = none}: the special tokens of a config's tokenizer.
 TOKENIZER = "mmjax.data.text:special_tokens"
-COLLECTIONS = ("data.sources", "objectives", "optimizers", "model.encoders", "evaluation.evaluators")
+COLLECTIONS = (
+  "data.sources",
+  "objectives",
+  "optimizers",
+  "model.encoders",
+  "evaluation.evaluators",
+)
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
-FREE_ON_RESUME = ("allow_code", "mesh.*", "sharding", "data.workers", "data.threads", "data.prefetch", "data.dir", "data.max_unreadable",
-                  "log.*", "checkpoint.*", "evaluation.*", "train.steps", "train.max_skipped", "train.on_restart", "train.hang_seconds", "train.compiler")
+FREE_ON_RESUME = (
+  "allow_code",
+  "mesh.*",
+  "sharding",
+  "data.workers",
+  "data.threads",
+  "data.prefetch",
+  "data.dir",
+  "data.max_unreadable",
+  "log.*",
+  "checkpoint.*",
+  "evaluation.*",
+  "train.steps",
+  "train.max_skipped",
+  "train.on_restart",
+  "train.hang_seconds",
+  "train.compiler",
+)

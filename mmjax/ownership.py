@@ -316,7 +316,9 @@ def _read_beat(folder: Any, number: int) -> str:
 
 
 def _read(path: Any) -> str:
-  """The text of a file or object, which somebody may be writing anew: in a store, in one request."""
+  """The text of a file or object, which somebody may be writing anew: in a store, in one
+  request.
+  """
   if not files.is_url(path):
     return path.read_text()
   fs, name = fsspec.core.url_to_fs(str(path))

@@ -1,6 +1,8 @@
-"""What is shown to people holds names, captions and keys from anywhere: here control characters lose their power.
+"""What is shown to people holds names, captions and keys from anywhere: here control characters
+lose their power.
 
-A terminal obeys escape sequences (C0, C1), and bidirectional overrides and line separators make a text look like another.
+A terminal obeys escape sequences (C0, C1), and bidirectional overrides and line separators make a
+text look like another.
 They are shown as \\u001b instead, which is also how JSON writes them.
 """
 
@@ -11,12 +13,18 @@ import re
 import sys
 from typing import Any, TextIO
 
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_UNSAFE = re.compile(
+  "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def printable(text: Any, keep: str = "") -> str:
-  """The text with control characters, line ends, bidirectional overrides and lone surrogates as \\uXXXX, but for those in `keep`."""
-  return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", str(text))
+  """The text with control characters, line ends, bidirectional overrides and lone surrogates as
+  \\uXXXX, but for those in `keep`.
+  """
+  return _UNSAFE.sub(
+    lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", str(text)
+  )
 
 
 def say(text: Any, file: TextIO | None = None) -> None:

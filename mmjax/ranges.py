@@ -1,7 +1,9 @@
-"""The numbers that keys and settings take: named ranges for annotations, which config.py checks and `--docs` shows.
+"""The numbers that keys and settings take: named ranges for annotations, which config.py checks and
+`--docs` shows.
 
-`depth: Depth = 12` in the signature of a kind, or `Key("train.ema", 0.0, Decay, ...)` in keys.py, states type and range
-at once. Bounds from above are far beyond what anyone trains, and keep a slip of the pen from asking for all the memory.
+`depth: Depth = 12` in the signature of a kind, or `Key("train.ema", 0.0, Decay, ...)` in keys.py,
+states type and range at once. Bounds from above are far beyond what anyone trains, and keep a slip
+of the pen from asking for all the memory.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
 INT32 = 2**31 - 1
-Duration = typing.NewType("Duration", object)  # 1000, "5%" (of train.steps), "2 epochs", "1e6 examples"
+Duration = typing.NewType(
+  "Duration", object
+)  # 1000, "5%" (of train.steps), "2 epochs", "1e6 examples"
 
 
 class Range(NamedTuple):
-  """Bounds of a number, or of each number in a tuple: `least` and `most` belong to it, `above` and `below` do not.
+  """Bounds of a number, or of each number in a tuple: `least` and `most` belong to it, `above` and
+  `below` do not.
 
   ascending: the numbers of a tuple do not fall, as those of an interval.
   """
@@ -30,22 +35,29 @@ class Range(NamedTuple):
   ascending: bool = False
 
   def holds(self, value: Any) -> bool:
-    """Whether a number, the number of a duration, or all numbers of a (nested) tuple lie in the range."""
+    """Whether a number, the number of a duration, or all numbers of a (nested) tuple lie in the
+    range.
+    """
     duration = re.match(r"\s*([0-9.]+(?:e[+-]?\d+)?)", value) if isinstance(value, str) else None
     numbers = [float(duration[1])] if duration else list(_numbers(value))
     return all(self._contains(number) for number in numbers) and not (
-      self.ascending and numbers != sorted(numbers))
+      self.ascending and numbers != sorted(numbers)
+    )
 
   def _contains(self, number: float) -> bool:
-    return (-math.inf < number < math.inf  # also of whole numbers that no float holds
-            and (self.least is None or number >= self.least)
-            and (self.most is None or number <= self.most)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below))
+    return (
+      -math.inf < number < math.inf  # also of whole numbers that no float holds
+      and (self.least is None or number >= self.least)
+      and (self.most is None or number <= self.most)
+      and (self.above is None or number > self.above)
+      and (self.below is None or number < self.below)
+    )
 
   def __str__(self) -> str:
     least = "" if self.least is None else f"at least {self.least:g}"
-    most = "" if self.most is None or self.most >= INT32 else f"at most {self.most:,}".replace(",", "_")
+    most = (
+      "" if self.most is None or self.most >= INT32 else f"at most {self.most:,}".replace(",", "_")
+    )
     above = "" if self.above is None else f"above {self.above:g}"
     below = "" if self.below is None else f"below {self.below:g}"
     text = " and ".join(filter(None, (least, above, most, below))) or "a finite number"
@@ -53,7 +65,9 @@ class Range(NamedTuple):
 
 
 class Function(NamedTuple):
-  """Marks a setting that may name a function, "module:function": config.py asks whether it may be imported."""
+  """Marks a setting that may name a function, "module:function": config.py asks whether it may be
+  imported.
+  """
 
   def holds(self, value: Any) -> bool:
     return True
@@ -102,7 +116,9 @@ TokenId = Annotated[int, Range(-1, INT32)]  # -1 = the tokenizer's own
 Width = Annotated[int, Range(0, 262_144)]  # channels or hidden units; 0 = by the model
 Depth = Annotated[int, Range(1, 1_000)]  # blocks
 Heads = Annotated[int, Range(0, 4_096)]  # 0 = width / 64
-Side = Annotated[int, Range(1, 16_384)]  # pixels of a picture, a frame or a patch, steps of a patch of time
+Side = Annotated[
+  int, Range(1, 16_384)
+]  # pixels of a picture, a frame or a patch, steps of a patch of time
 Length = Annotated[int, Range(1, 1_048_576)]  # tokens or time steps of a row
 Vocabulary = Annotated[int, Range(1, 16_777_216)]
 Batch = Annotated[int, Range(1, 16_777_216)]
@@ -133,7 +149,9 @@ Epsilon = Annotated[float, Range(above=0, most=1)]
 Sizes = Annotated[tuple, Range(1, INT32)]
 TokenIds = Annotated[tuple, Range(0, INT32)]
 Widths = Annotated[tuple[int, ...], Range(1, 262_144)]  # one or more
-Kernels = Annotated[tuple[int, ...], Range(1, 65_536)]  # sizes or strides of one or more convolutions
+Kernels = Annotated[
+  tuple[int, ...], Range(1, 65_536)
+]  # sizes or strides of one or more convolutions
 Strengths = Annotated[tuple, Range(0)]
 Means = Annotated[tuple, Range()]
 Deviations = Annotated[tuple, Range(above=0)]

@@ -1,4 +1,6 @@
-"""Eight simulated CPU devices in every test process, quick compilation, a compilation cache and the embedded data shared by the run."""
+"""Eight simulated CPU devices in every test process, quick compilation, a compilation cache and the
+embedded data shared by the run.
+"""
 
 import fcntl
 import logging
@@ -8,7 +10,9 @@ import tempfile
 
 SHARED = pathlib.Path(tempfile.gettempdir()) / f"mmjax-tests-{os.getuid()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("NPROC", "32")  # threads for the collectives of simulated devices, as multihost.initialize sets it
+os.environ.setdefault(
+  "NPROC", "32"
+)  # threads for the collectives of simulated devices, as multihost.initialize sets it
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(SHARED / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
@@ -19,9 +23,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config):
-  """Without the slow tests most of the time is compiling, so programs of the test processes themselves are hardly optimised.
+  """Without the slow tests most of the time is compiling, so programs of the test processes
+  themselves are hardly optimised.
 
-  Commands, which run in processes of their own, are, and so is everything with `launch/test.sh --all`.
+  Commands, which run in processes of their own, are, and so is everything with `launch/test.sh
+  --all`.
   """
   if "not slow" in config.option.markexpr:
     jax.config.update("jax_disable_most_optimizations", True)
@@ -35,7 +41,9 @@ def devices():
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory):
-  """moto's S3 server on this machine, named by the usual variables, with a bucket "bucket"; its address."""
+  """moto's S3 server on this machine, named by the usual variables, with a bucket "bucket"; its
+  address.
+  """
   import boto3
   import fsspec
   from moto.server import ThreadedMotoServer
@@ -45,9 +53,16 @@ def object_store(tmp_path_factory):
   server.start()
   address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
   with pytest.MonkeyPatch.context() as patch:
-    for name, value in dict(AWS_ENDPOINT_URL_S3=address, AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_REGION="us-east-1",
-                            AWS_DEFAULT_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true", AWS_CONFIG_FILE=os.devnull,
-                            MMJAX_CACHE=str(tmp_path_factory.mktemp("cache"))).items():
+    for name, value in dict(
+      AWS_ENDPOINT_URL_S3=address,
+      AWS_ACCESS_KEY_ID="key",
+      AWS_SECRET_ACCESS_KEY="secret",
+      AWS_REGION="us-east-1",
+      AWS_DEFAULT_REGION="us-east-1",
+      AWS_EC2_METADATA_DISABLED="true",
+      AWS_CONFIG_FILE=os.devnull,
+      MMJAX_CACHE=str(tmp_path_factory.mktemp("cache")),
+    ).items():
       patch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="bucket")
     yield address
@@ -65,8 +80,26 @@ def embedded_data(tmp_path_factory, worker_id):
   with open(folder.parent / "data.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # the other test process waits for this one's build
     from mmjax import cli
+
     assert cli.main(["data", "build", "openmoji"]) == 0
     if not (folder / "tokenizers" / "quickstart.model").exists():
-      assert cli.main(["data", "tokenizer", "--source", "openmoji", "--split", "train+validation", "--languages", "en",
-                       "--vocab-size", "1024", "--name", "quickstart"]) == 0
+      assert (
+        cli.main(
+          [
+            "data",
+            "tokenizer",
+            "--source",
+            "openmoji",
+            "--split",
+            "train+validation",
+            "--languages",
+            "en",
+            "--vocab-size",
+            "1024",
+            "--name",
+            "quickstart",
+          ]
+        )
+        == 0
+      )
   return folder

@@ -1,4 +1,6 @@
-"""Imports point downwards only, floor by floor; models and data do not know each other; mesh axes are named in one place."""
+"""Imports point downwards only, floor by floor; models and data do not know each other; mesh axes
+are named in one place.
+"""
 
 import ast
 import pathlib
@@ -6,8 +8,17 @@ import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "mmjax"
-FLOORS = [("printing", "ranges", "keys", "config", "describe", "files", "ownership"), ("parallel",), ("models", "data"), ("objectives",), ("state",), ("evaluation",),
-          ("training", "inference", "interop"), ("plan",), ("cli",)]
+FLOORS = [
+  ("printing", "ranges", "keys", "config", "describe", "files", "ownership"),
+  ("parallel",),
+  ("models", "data"),
+  ("objectives",),
+  ("state",),
+  ("evaluation",),
+  ("training", "inference", "interop"),
+  ("plan",),
+  ("cli",),
+]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 
@@ -29,7 +40,9 @@ def test_imports_point_downwards():
     if part == "__init__":
       continue
     for other in imports(path):
-      sideways = other != part and FLOOR[other] == FLOOR[part] and {part, other} == {"models", "data"}
+      sideways = (
+        other != part and FLOOR[other] == FLOOR[part] and {part, other} == {"models", "data"}
+      )
       if FLOOR[other] > FLOOR[part] or sideways:
         wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
   assert not wrong
@@ -40,21 +53,32 @@ def test_only_parallel_names_mesh_axes():
   for path in PACKAGE.rglob("*.py"):
     if path.relative_to(PACKAGE).parts[0] in ("parallel", "config.py", "keys.py"):
       continue
-    words = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    words = {
+      n.value
+      for n in ast.walk(ast.parse(path.read_text()))
+      if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
     if words & {"fsdp", "replica", "context", "tensor"}:
       wrong.append(str(path.relative_to(PACKAGE)))
   assert not wrong
 
 
 def test_help_loads_nothing_heavy():
-  code = ("import sys, mmjax.cli\ntry: mmjax.cli.main(['--help'])\nexcept SystemExit: pass\n"
-          "assert not {'jax', 'flax', 'numpy', 'grain', 'cv2'} & set(sys.modules)")
+  code = (
+    "import sys, mmjax.cli\ntry: mmjax.cli.main(['--help'])\nexcept SystemExit: pass\n"
+    "assert not {'jax', 'flax', 'numpy', 'grain', 'cv2'} & set(sys.modules)"
+  )
   assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_nothing_is_unpickled():
   for path in PACKAGE.rglob("*.py"):
     names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
-    modules = {a.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    modules = {
+      a.name
+      for n in ast.walk(ast.parse(path.read_text()))
+      if isinstance(n, (ast.Import, ast.ImportFrom))
+      for a in n.names
+    }
     assert "pickle" not in modules and "allow_pickle=True" not in path.read_text(), path
     assert not ({"loads"} & names and "marshal" in modules), path

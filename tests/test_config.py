@@ -18,21 +18,35 @@ def small():
   c.data.sources.emoji = dict(name="openmoji")
   c.data.image.size = 48
   c.data.text.tokenizer = "openmoji"
-  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit", patch=8), text=dict(kind="transformer")))
+  c.model = dict(
+    name="dual_encoder",
+    encoders=dict(image=dict(kind="vit", patch=8), text=dict(kind="transformer")),
+  )
   c.objectives.align = dict(kind="contrastive", between=("image", "text"))
   return c
 
 
 def test_entries_get_the_defaults_of_their_kind():
-  resolved = configs.resolve(small(), ["--config.objectives.align.loss=sigmoid", "config.optimizer.lr=3e-4"])
+  resolved = configs.resolve(
+    small(), ["--config.objectives.align.loss=sigmoid", "config.optimizer.lr=3e-4"]
+  )
   assert resolved.objectives.align.loss == "sigmoid" and resolved.objectives.align.weight == 1.0
-  assert resolved.optimizer.lr == 3e-4 and resolved.optimizer.name == "adamw" and "b2" in resolved.optimizer
+  assert (
+    resolved.optimizer.lr == 3e-4
+    and resolved.optimizer.name == "adamw"
+    and "b2" in resolved.optimizer
+  )
   assert resolved.data.sources.emoji.split == "train"
 
 
 def test_an_override_makes_a_missing_named_entry():
-  resolved = configs.resolve(small(), ["evaluation.evaluators.retrieval/val.kind=retrieval",
-                                       "evaluation.evaluators.retrieval/val.source=openmoji"])
+  resolved = configs.resolve(
+    small(),
+    [
+      "evaluation.evaluators.retrieval/val.kind=retrieval",
+      "evaluation.evaluators.retrieval/val.source=openmoji",
+    ],
+  )
   assert resolved.evaluation.evaluators["retrieval/val"].source == "openmoji"
 
 
@@ -43,31 +57,34 @@ def test_a_resolved_config_survives_json():
   assert json.loads(configs.to_json(resolved))["train"]["batch_size"] == 256
 
 
-@pytest.mark.parametrize(("override", "words"), [
-  ("optimizer.lrr=1", ["optimizer.lrr", "'lr'"]),
-  ("lr=1", ["unknown key lr", "optimizer.lr"]),
-  ("optimizer.lr=fast", ["optimizer.lr", "float"]),
-  ("train.batch_size=2.5", ["train.batch_size", "int"]),
-  ("train.batch_size=0", ["train.batch_size", "at least 1"]),
-  ("train.microbatches=3", ["256", "microbatches 3", "255"]),
-  ("mesh.data=3", ["3 devices", "255"]),
-  ("mesh.fsdp=-1", ["mesh.data", "mesh.fsdp", "-1"]),
-  ("train.steps=10 epoks", ["train.steps", "epochs"]),
-  ("objectives.align.between=('image','audio')", ['"audio"', "image, text"]),
-  ("objectives.align.loss=sigmoyd", ["'sigmoyd'", "'sigmoid'"]),
-  ("objectives.align.kind=contrastiv", ["contrastiv", "'contrastive'"]),
-  ("objectives.align=3", ["objectives.align", "dict"]),
-  ("model.encoders.image.kind=vitt", ["vitt", "'vit'"]),
-  ("model.encoders.image.patch=7", ["48", "patch 7", "49"]),
-  ("data.sources.emoji.languagse=('en',)", ["languagse", "'languages'"]),
-  ("data.image.augment.crop=(1,)", ["crop", "2 numbers"]),
-  ("data.image.augment.flip=true", ["flip", "float"]),
-  ("data.text.tokenizer=''", ["tokenizer", "mmjax data tokenizer"]),
-  ("optimizer.decay='('", ["optimizer.decay", "regular expression"]),
-  ("optimizer.rates=(1,)", ["optimizer.rates"]),
-  ("optimizer.moments=source", ["optimizer.moments", "data.mix", "'steps'"]),
-  ("sharding=fsdpp", ["'fsdpp'", "'fsdp'"]),
-])
+@pytest.mark.parametrize(
+  ("override", "words"),
+  [
+    ("optimizer.lrr=1", ["optimizer.lrr", "'lr'"]),
+    ("lr=1", ["unknown key lr", "optimizer.lr"]),
+    ("optimizer.lr=fast", ["optimizer.lr", "float"]),
+    ("train.batch_size=2.5", ["train.batch_size", "int"]),
+    ("train.batch_size=0", ["train.batch_size", "at least 1"]),
+    ("train.microbatches=3", ["256", "microbatches 3", "255"]),
+    ("mesh.data=3", ["3 devices", "255"]),
+    ("mesh.fsdp=-1", ["mesh.data", "mesh.fsdp", "-1"]),
+    ("train.steps=10 epoks", ["train.steps", "epochs"]),
+    ("objectives.align.between=('image','audio')", ['"audio"', "image, text"]),
+    ("objectives.align.loss=sigmoyd", ["'sigmoyd'", "'sigmoid'"]),
+    ("objectives.align.kind=contrastiv", ["contrastiv", "'contrastive'"]),
+    ("objectives.align=3", ["objectives.align", "dict"]),
+    ("model.encoders.image.kind=vitt", ["vitt", "'vit'"]),
+    ("model.encoders.image.patch=7", ["48", "patch 7", "49"]),
+    ("data.sources.emoji.languagse=('en',)", ["languagse", "'languages'"]),
+    ("data.image.augment.crop=(1,)", ["crop", "2 numbers"]),
+    ("data.image.augment.flip=true", ["flip", "float"]),
+    ("data.text.tokenizer=''", ["tokenizer", "mmjax data tokenizer"]),
+    ("optimizer.decay='('", ["optimizer.decay", "regular expression"]),
+    ("optimizer.rates=(1,)", ["optimizer.rates"]),
+    ("optimizer.moments=source", ["optimizer.moments", "data.mix", "'steps'"]),
+    ("sharding=fsdpp", ["'fsdpp'", "'fsdp'"]),
+  ],
+)
 def test_mistakes_are_refused_with_one_line_that_names_key_and_remedy(override, words):
   with pytest.raises(configs.ConfigError) as error:
     configs.resolve(small(), [override])
@@ -75,21 +92,24 @@ def test_mistakes_are_refused_with_one_line_that_names_key_and_remedy(override, 
   assert "\n" not in message and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("objective", "sound"), [
-  (dict(kind="contrastive"), True),
-  (dict(kind="contrastive", between=("audio", "text")), True),
-  (dict(kind="classification"), True),
-  (dict(kind="classification", modalities=("image", "text")), False),
-  (dict(kind="masked_patches"), True),
-  (dict(kind="masked_patches", context=("text",)), False),
-  (dict(kind="masked_tokens"), True),
-  (dict(kind="masked_tokens", context=("image",)), False),
-  (dict(kind="captioning"), False),
-  (dict(kind="captioning", source=("audio",)), True),
-  (dict(kind="matching"), False),
-  (dict(kind="gan"), False),
-  (dict(kind="embedding_distillation", teacher="runs/x"), True),
-])
+@pytest.mark.parametrize(
+  ("objective", "sound"),
+  [
+    (dict(kind="contrastive"), True),
+    (dict(kind="contrastive", between=("audio", "text")), True),
+    (dict(kind="classification"), True),
+    (dict(kind="classification", modalities=("image", "text")), False),
+    (dict(kind="masked_patches"), True),
+    (dict(kind="masked_patches", context=("text",)), False),
+    (dict(kind="masked_tokens"), True),
+    (dict(kind="masked_tokens", context=("image",)), False),
+    (dict(kind="captioning"), False),
+    (dict(kind="captioning", source=("audio",)), True),
+    (dict(kind="matching"), False),
+    (dict(kind="gan"), False),
+    (dict(kind="embedding_distillation", teacher="runs/x"), True),
+  ],
+)
 def test_mixup_is_refused_where_targets_do_not_follow_the_pictures(objective, sound):
   c = small()
   c.model.encoders.audio = dict(kind="whisper")
@@ -99,13 +119,18 @@ def test_mixup_is_refused_where_targets_do_not_follow_the_pictures(objective, so
   if sound:
     configs.resolve(c)
   else:
-    with pytest.raises(configs.ConfigError, match=rf"train.mixup blends pictures, but objectives.mine \({objective['kind']}\)"):
+    with pytest.raises(
+      configs.ConfigError,
+      match=rf"train.mixup blends pictures, but objectives.mine \({objective['kind']}\)",
+    ):
       configs.resolve(c)
 
 
 def test_a_decoder_is_not_taught_to_repeat_bos():
   c = small()
-  c.model = dict(name="captioner", decoder=dict(depth=1), encoders=dict(image=dict(kind="vit", patch=8)))
+  c.model = dict(
+    name="captioner", decoder=dict(depth=1), encoders=dict(image=dict(kind="vit", patch=8))
+  )
   c.objectives = dict(caption=dict(kind="captioning"))
   configs.resolve(c)
   with pytest.raises(configs.ConfigError, match="Set data.text.bos to False"):
@@ -114,7 +139,9 @@ def test_a_decoder_is_not_taught_to_repeat_bos():
 
 def test_settings_of_any_length_take_one_number_or_more():
   file = pathlib.Path(__file__).parent.parent / "configs/video_text.py"
-  assert configs.load(str(file), ["model.encoders.video.channels=(8, 16)"]).model.encoders.video.channels == (8, 16)
+  assert configs.load(
+    str(file), ["model.encoders.video.channels=(8, 16)"]
+  ).model.encoders.video.channels == (8, 16)
   for value in ("()", "('a',)"):
     with pytest.raises(configs.ConfigError, match="channels is .* but must be numbers, such as"):
       configs.load(str(file), [f"model.encoders.video.channels={value}"])
@@ -127,7 +154,13 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
 
 def test_keys_that_alter_numbers_are_named_on_resume_and_others_are_free():
   old = configs.resolve(small())
-  assert configs.changed_on_resume(old, configs.resolve(small(), ["mesh.data=2", "data.workers=2", "log.every=1", "train.steps=9"])) == []
+  assert (
+    configs.changed_on_resume(
+      old,
+      configs.resolve(small(), ["mesh.data=2", "data.workers=2", "log.every=1", "train.steps=9"]),
+    )
+    == []
+  )
   lines = configs.changed_on_resume(old, configs.resolve(small(), ["optimizer.lr=0.5"]))
   assert lines == ["optimizer.lr: 0.001 -> 0.5"]
 
@@ -147,20 +180,41 @@ def test_every_key_is_documented_and_there_are_fewer_than_150():
   assert len({key.path for key in configs.KEYS}) == len(configs.KEYS)
 
 
-@pytest.mark.parametrize("path", sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+  "path", sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.py")), ids=lambda p: p.stem
+)
 def test_shipped_configs_resolve_to_their_golden_copies(path):
-  """A changed default shows up as a diff in review: `mmjax config show CONFIG > tests/golden/NAME.txt` renews the copy."""
+  """A changed default shows up as a diff in review: `mmjax config show CONFIG >
+  tests/golden/NAME.txt` renews the copy.
+  """
   golden = pathlib.Path(__file__).parent / "golden" / f"{path.stem}.txt"
   assert describe(configs.load(str(path))) + "\n" == golden.read_text()
 
 
 ARGUMENTS = {
-  "easy_vqa": ("cross_attention", "merged_attention", "perceiver", "concat", "gated", "weighted_sum", "average", "decision", "question"),
-  "emoji_groups": ("linear", "scratch"), "multitask": ("captions", "questions", "names"), "quickstart": ("validation",),
-  "scene_words": ("blind",), "video_text": ("mean",),
+  "easy_vqa": (
+    "cross_attention",
+    "merged_attention",
+    "perceiver",
+    "concat",
+    "gated",
+    "weighted_sum",
+    "average",
+    "decision",
+    "question",
+  ),
+  "emoji_groups": ("linear", "scratch"),
+  "multitask": ("captions", "questions", "names"),
+  "quickstart": ("validation",),
+  "scene_words": ("blind",),
+  "video_text": ("mean",),
 }
 
 
-@pytest.mark.parametrize(("name", "arg"), [(name, arg) for name, args in ARGUMENTS.items() for arg in args])
+@pytest.mark.parametrize(
+  ("name", "arg"), [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
+)
 def test_every_argument_of_a_shipped_config_names_a_model(name, arg):
-  assert make_model(configs.load(str(pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py:{arg}")))
+  assert make_model(
+    configs.load(str(pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py:{arg}"))
+  )

@@ -37,7 +37,9 @@ def test_a_mirror_copies_what_changed_and_goes_on_with_what_was_there(object_sto
   assert not mirror.folder.exists()
   with files.Mirror(url) as mirror:
     mirror.fetch("metrics.jsonl", "eval.json")
-    assert (mirror.folder / "metrics.jsonl").read_text() == "1\n2\n" and not (mirror.folder / "eval.json").exists()
+    assert (mirror.folder / "metrics.jsonl").read_text() == "1\n2\n" and not (
+      mirror.folder / "eval.json"
+    ).exists()
     assert mirror.name(mirror.folder / "eval.json") == url + "/eval.json"
 
 
@@ -58,7 +60,10 @@ def test_mirrors_of_one_place_leave_each_other_alone(object_store):
 
 def test_what_a_killed_mirror_left_goes_with_the_next(object_store, tmp_path, monkeypatch):
   monkeypatch.setenv("MMJAX_CACHE", str(tmp_path))
-  code = "import os, signal\nfrom mmjax import files\nfiles.Mirror('s3://bucket/killed/run').fetch()\nos.kill(os.getpid(), signal.SIGKILL)"
+  code = (
+    "import os, signal\nfrom mmjax import "
+    "files\nfiles.Mirror('s3://bucket/killed/run').fetch()\nos.kill(os.getpid(), signal.SIGKILL)"
+  )
   assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
   (left,) = (tmp_path / "runs").glob("*/*/run")
   with files.Mirror("s3://bucket/killed/run") as mirror:
@@ -83,7 +88,9 @@ def test_an_error_of_the_run_is_not_hidden_by_one_of_the_store(object_store):
     mirror.fetch()
     (mirror.folder / "a").write_text("")
     raise ZeroDivisionError
-  told = pytest.raises(UserError, match="s3://nobody/run cannot be written: The specified bucket does not exist")
+  told = pytest.raises(
+    UserError, match="s3://nobody/run cannot be written: The specified bucket does not exist"
+  )
   with told, files.Mirror("s3://nobody/run") as mirror:
     mirror.fetch()
     (mirror.folder / "a").write_text("")
@@ -117,7 +124,9 @@ def test_only_the_store_of_a_url_is_blamed_and_only_for_its_own_errors(errors, t
   refused = files.StoreError("s3://bucket/run/a cannot be read: Forbidden", "Forbidden")
   assert str(told(refused, "s3://bucket/run")) == "http://docs cannot be written: Forbidden"  # once
   assert str(pickle.loads(pickle.dumps(refused))) == str(refused)  # data workers send it
-  assert "http://docs cannot be written: Forbidden. Check the bucket's name" in str(told(PermissionError("Forbidden"), "s3://bucket/run"))
+  assert "http://docs cannot be written: Forbidden. Check the bucket's name" in str(
+    told(PermissionError("Forbidden"), "s3://bucket/run")
+  )
   for mistake in (TypeError("x"), MemoryError(), KeyError("x")):
     assert told(mistake, "s3://bucket/run") is mistake
   assert "bucket" not in str(told(PermissionError(13, "Permission denied"), tmp_path))

@@ -1,4 +1,6 @@
-"""Every kind of the registry: importable, each of its settings documented, usable in a config without any setting."""
+"""Every kind of the registry: importable, each of its settings documented, usable in a config
+without any setting.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,30 @@ from mmjax.config import ENTRIES, KEYS, KINDS, UserError, kind_function
 ALL = [(group, name) for group, kinds in KINDS.items() for name in kinds]
 COMMON = {key.path.split(".")[-1] for key in KEYS}
 ARGUMENTS = {
-  "model": ("encoders", "data", "precision"), "fusion": ("modalities", "data", "precision"), "encoder": ("data", "precision"),
-  "decoder": ("data", "precision"), "objective": ("forward", "batch", "rng"), "evaluator": ("context",)}
+  "model": ("encoders", "data", "precision"),
+  "fusion": ("modalities", "data", "precision"),
+  "encoder": ("data", "precision"),
+  "decoder": ("data", "precision"),
+  "objective": ("forward", "batch", "rng"),
+  "evaluator": ("context",),
+}
 
 
 def parameters(function):
   every = inspect.signature(function).parameters.values()
-  return [p for p in every if p.kind is not p.KEYWORD_ONLY], [p for p in every if p.kind is p.KEYWORD_ONLY]
+  return [p for p in every if p.kind is not p.KEYWORD_ONLY], [
+    p for p in every if p.kind is p.KEYWORD_ONLY
+  ]
 
 
 def documentation(group, name, seen=()):
   """The docstring of a kind, and of those that it sends the reader to: "see `multitask`"."""
   text = inspect.getdoc(kind_function({"kind": name}, group)) or ""
-  others = [other for other in re.findall(r"see `(\w+)`", text, re.IGNORECASE) if other in KINDS[group] and other not in seen]
+  others = [
+    other
+    for other in re.findall(r"see `(\w+)`", text, re.IGNORECASE)
+    if other in KINDS[group] and other not in seen
+  ]
   return " ".join([text, *(documentation(group, other, (*seen, name)) for other in others)])
 
 
@@ -35,31 +48,48 @@ def documentation(group, name, seen=()):
 def test_a_kind_says_what_it_is_and_what_each_setting_means(group, name):
   function = kind_function({"kind": name}, group)
   positional, settings = parameters(function)
-  assert tuple(p.name for p in positional) == ARGUMENTS.get(group, tuple(p.name for p in positional))
+  assert tuple(p.name for p in positional) == ARGUMENTS.get(
+    group, tuple(p.name for p in positional)
+  )
   text = documentation(group, name)
   assert len(inspect.getdoc(function).splitlines()[0]) > 20
   known = COMMON if group in ("optimizer", "schedule") else set()  # those that KEYS explain
-  assert [p.name for p in settings if not re.search(rf"\b{p.name}\b", text) and p.name not in known] == []
+  assert [
+    p.name for p in settings if not re.search(rf"\b{p.name}\b", text) and p.name not in known
+  ] == []
   assert all(p.annotation is not p.empty for p in settings)
 
 
 @pytest.mark.parametrize("group, name", ALL)
 def test_a_kind_resolves_with_its_defaults(group, name):
   config = mmjax.config.base().to_dict()
-  (pattern, (_, selector)) = next((pattern, entry) for pattern, entry in ENTRIES.items() if entry[0] == group)
+  (pattern, (_, selector)) = next(
+    (pattern, entry) for pattern, entry in ENTRIES.items() if entry[0] == group
+  )
   _, settings = parameters(kind_function({"kind": name}, group))
   needed = {p.name: "something" for p in settings if p.default is p.empty}
-  config["optimizers"] = {p.default: dict(params=f"{p.default}/.*") for p in settings if p.name == "group"}
+  config["optimizers"] = {
+    p.default: dict(params=f"{p.default}/.*") for p in settings if p.name == "group"
+  }
   config["data"]["classes"], config["data"]["label"] = 3, "label"
   config["data"]["text"]["tokenizer"] = "any"
-  config["model"]["encoders"] = {m: dict(kind=k) for m, k in dict(image="vit", text="transformer", audio="whisper", video="frames", series="series").items()}
+  config["model"]["encoders"] = {
+    m: dict(kind=k)
+    for m, k in dict(
+      image="vit", text="transformer", audio="whisper", video="frames", series="series"
+    ).items()
+  }
   if pattern.startswith("model."):
     config["model"]["name"] = "multitask"
   node = config
   *above, last = pattern.replace("*", "text").split(".")
   for key in above:
     node = node[key]
-  before = node.get(last) if isinstance(node.get(last), dict) and group in ("model", "optimizer", "schedule") else {}
+  before = (
+    node.get(last)
+    if isinstance(node.get(last), dict) and group in ("model", "optimizer", "schedule")
+    else {}
+  )
   node[last] = {**before, selector: name, **needed}
   resolved = configs.resolve(config)
   for key in above:
@@ -67,7 +97,12 @@ def test_a_kind_resolves_with_its_defaults(group, name):
   entry = resolved[last]
   for p in settings:
     special = "Special(" in str(p.annotation)  # those are the tokenizer's
-    if p.default is not p.empty and not special and p.name not in before and not isinstance(entry[p.name], (configs.FrozenConfigDict, type(None))):
+    if (
+      p.default is not p.empty
+      and not special
+      and p.name not in before
+      and not isinstance(entry[p.name], (configs.FrozenConfigDict, type(None)))
+    ):
       assert entry[p.name] == p.default, p.name
   assert entry[selector] == name
 
@@ -76,10 +111,19 @@ def test_every_file_of_kinds_is_in_the_registry():
   """A function that looks like a kind of encoder, fusion or objective has its line."""
   package = pathlib.Path(mmjax.__file__).parent
   lines = {target for kinds in KINDS.values() for target in kinds.values()}
-  for path in [*package.glob("models/encoders/*.py"), package / "models" / "fusion.py", *package.glob("objectives/*.py")]:
+  for path in [
+    *package.glob("models/encoders/*.py"),
+    package / "models" / "fusion.py",
+    *package.glob("objectives/*.py"),
+  ]:
     module = "mmjax." + ".".join(path.relative_to(package).with_suffix("").parts)
     text = path.read_text()
-    found = re.findall(r"^def ([a-z]\w*)\((?:modalities: tuple, )?data: Mapping\[str, Any\], precision: Mapping\[str, Any\], \*,", text, re.MULTILINE)
+    found = re.findall(
+      r"^def ([a-z]\w*)\((?:modalities: tuple, )?data: Mapping\[str, Any\], precision: "
+      r"Mapping\[str, Any\], \*,",
+      text,
+      re.MULTILINE,
+    )
     found += re.findall(r"^@objective\(.*\)\ndef (\w+)\(", text, re.MULTILINE)
     assert {f"{module}:{name}" for name in found} <= lines, path
 

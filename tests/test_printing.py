@@ -1,4 +1,6 @@
-"""Names, captions and keys of strangers: no control character reaches a terminal or a page, and no name leaves its folder."""
+"""Names, captions and keys of strangers: no control character reaches a terminal or a page, and no
+name leaves its folder.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_printable_texts_are_one_harmless_line(text):
   assert clean(shown) and "\n" not in shown and "\t" not in shown
   shown.encode("utf-8")
   assert printable(shown) == shown
-  assert json.loads('"' + printable(text.replace("\\", "").replace('"', "")) + '"') == text.replace("\\", "").replace('"', "")
+  assert json.loads('"' + printable(text.replace("\\", "").replace('"', "")) + '"') == text.replace(
+    "\\", ""
+  ).replace('"', "")
 
 
 def test_what_people_write_stays_as_it_is():
@@ -54,7 +58,9 @@ def test_what_people_write_stays_as_it_is():
 
 @pytest.fixture
 def evil_folder(tmp_path):
-  """Pictures of which one is broken, with escape sequences in its name, its caption and its folder."""
+  """Pictures of which one is broken, with escape sequences in its name, its caption and its
+  folder.
+  """
   root = tmp_path / f"in{EVIL}"
   root.mkdir()
   (root / "good.png").write_bytes(picture(0))
@@ -65,10 +71,34 @@ def evil_folder(tmp_path):
 
 
 def test_converting_and_showing(evil_folder, tmp_path, capfd):
-  words = ["data", "convert", "folder", str(evil_folder), "--name", "mine", "--workers", "1", "--data-dir", str(tmp_path / "data")]
+  words = [
+    "data",
+    "convert",
+    "folder",
+    str(evil_folder),
+    "--name",
+    "mine",
+    "--workers",
+    "1",
+    "--data-dir",
+    str(tmp_path / "data"),
+  ]
   assert cli.main(words) == 0
   assert cli.main([*words, "--json"]) == 0
-  assert cli.main(["data", "show", "mine", "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "s.html")]) == 0
+  assert (
+    cli.main(
+      [
+        "data",
+        "show",
+        "mine",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "s.html"),
+      ]
+    )
+    == 0
+  )
   assert cli.main(["data", "convert", "folder", str(evil_folder) + EVIL, "--name", "other"]) == 1
   told = "".join(capfd.readouterr())
   assert clean(told) and "broken\\u001b" in told and "no such folder" in told
@@ -93,13 +123,18 @@ def test_search_and_generate(tmp_path, capfd, monkeypatch):
   for number, array in enumerate(tiny.pixels(2)):
     (photos / f"{number}{EVIL}.png").write_bytes(tiny.png(array))
   (photos / f"broken{EVIL}.png").write_bytes(b"no")
-  assert cli.main(["search", "--checkpoint", str(checkpoint), "--images", str(photos), "a red heart"]) == 0
-  monkeypatch.setattr("mmjax.inference.generate.generate", lambda *_, **__: [(f"a{EVIL}.png", f"text {EVIL}\nmore")])
+  assert (
+    cli.main(["search", "--checkpoint", str(checkpoint), "--images", str(photos), "a red heart"])
+    == 0
+  )
+  monkeypatch.setattr(
+    "mmjax.inference.generate.generate", lambda *_, **__: [(f"a{EVIL}.png", f"text {EVIL}\nmore")]
+  )
   assert cli.main(["generate", "--checkpoint", "x", "a.png"]) == 0
   assert cli.main(["generate", "--checkpoint", "x", "a.png", "--json"]) == 0
   told, errors = capfd.readouterr()
   assert clean(told + errors) and "text \\u001b" in told and "1\\u001b" in told
-  assert json.loads(told[told.index("[\n"):])[0]["text"] == f"text {EVIL}\nmore"
+  assert json.loads(told[told.index("[\n") :])[0]["text"] == f"text {EVIL}\nmore"
 
 
 def test_the_report(tmp_path):
@@ -107,26 +142,51 @@ def test_the_report(tmp_path):
   c.model.encoders.image = dict(kind="vit")
   c.log.wandb = EVIL
   rows = [dict(text=f"text {EVIL}", expected=[EVIL], right=False)]
-  write_report(tmp_path, configs.resolve(c), {EVIL: Result({EVIL: 1.0}, {"texts": dict(kind="texts", rows=rows)})})
+  write_report(
+    tmp_path,
+    configs.resolve(c),
+    {EVIL: Result({EVIL: 1.0}, {"texts": dict(kind="texts", rows=rows)})},
+  )
   page = (tmp_path / "report.html").read_text()
   assert clean(page) and "text \\u001b" in page
 
 
-NAMES = ("", "../../x", "/tmp/x", "a/b", "..", ".hidden", "A", "1", "a b", "a\n", "a\x00b", "é", EVIL)
+NAMES = (
+  "",
+  "../../x",
+  "/tmp/x",
+  "a/b",
+  "..",
+  ".hidden",
+  "A",
+  "1",
+  "a b",
+  "a\n",
+  "a\x00b",
+  "é",
+  EVIL,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_leaves_its_folder(name, evil_folder, tmp_path, capfd):
   data = tmp_path / "deep" / "data"
-  for words in (["data", "convert", "folder", str(evil_folder), "--name", name],
-                ["data", "convert", "folder", str(evil_folder), "--name", "fine", "--split", name],
-                ["data", "tokenizer", "--source", "openmoji", "--name", name]):
+  for words in (
+    ["data", "convert", "folder", str(evil_folder), "--name", name],
+    ["data", "convert", "folder", str(evil_folder), "--name", "fine", "--split", name],
+    ["data", "tokenizer", "--source", "openmoji", "--name", name],
+  ):
     try:
       code = cli.main([*words, "--data-dir", str(data)])
     except SystemExit as error:
       code = error.code
     told = capfd.readouterr().err
-    assert code in (1, 2) and told.count("\n") == 1 and clean(told) and ("cannot be called" in told or "empty" in told), told
+    assert (
+      code in (1, 2)
+      and told.count("\n") == 1
+      and clean(told)
+      and ("cannot be called" in told or "empty" in told)
+    ), told
   with pytest.raises(UserError, match="cannot be called"):
     convert("folder", evil_folder, name, data)
   with pytest.raises(UserError, match="cannot be called"):
@@ -139,15 +199,27 @@ def test_no_name_leaves_its_folder(name, evil_folder, tmp_path, capfd):
   assert sorted(os.listdir(tmp_path)) == [evil_folder.name]
 
 
-@pytest.mark.parametrize("words", [
-  ("train", "--config", "c.py", "--workdir", ""), ("train", "--config", "", "--workdir", "run"),
-  ("export", "--checkpoint", "x", "--to", "hf", "--out", ""), ("export", "--checkpoint", "", "--to", "hf", "--out", "o"),
-  ("import", "--from", "hf", "", "--out", "o"), ("import", "--from", "hf", "x", "--out", " "),
-  ("embed", "--checkpoint", "x", "--images", "", "--out", "o"), ("embed", "--checkpoint", "x", "--images", "p", "--out", ""),
-  ("search", "--checkpoint", "x", "--images", "", "words"), ("eval", "--checkpoint", "x", "--out", ""),
-  ("generate", "--checkpoint", "x", ""), ("data", "show", ""), ("data", "show", "a", "--out", ""), ("data", "build", ""),
-  ("data", "convert", "folder", "", "--name", "a"), ("plan", "--config", "c.py", "--topology", "v5e-4", "--out", ""),
-])
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("train", "--config", "c.py", "--workdir", ""),
+    ("train", "--config", "", "--workdir", "run"),
+    ("export", "--checkpoint", "x", "--to", "hf", "--out", ""),
+    ("export", "--checkpoint", "", "--to", "hf", "--out", "o"),
+    ("import", "--from", "hf", "", "--out", "o"),
+    ("import", "--from", "hf", "x", "--out", " "),
+    ("embed", "--checkpoint", "x", "--images", "", "--out", "o"),
+    ("embed", "--checkpoint", "x", "--images", "p", "--out", ""),
+    ("search", "--checkpoint", "x", "--images", "", "words"),
+    ("eval", "--checkpoint", "x", "--out", ""),
+    ("generate", "--checkpoint", "x", ""),
+    ("data", "show", ""),
+    ("data", "show", "a", "--out", ""),
+    ("data", "build", ""),
+    ("data", "convert", "folder", "", "--name", "a"),
+    ("plan", "--config", "c.py", "--topology", "v5e-4", "--out", ""),
+  ],
+)
 def test_an_empty_path_is_bad_usage(words, tmp_path, monkeypatch, capfd):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit) as error:

@@ -1,9 +1,12 @@
-"""Encoded sound -> int16 [rate * seconds] and how much of it is real: decoding, resampling, augmentation. NumPy, no JAX.
+"""Encoded sound -> int16 [rate * seconds] and how much of it is real: decoding, resampling,
+augmentation. NumPy, no JAX.
 
-`AudioTransform(config.data.audio, train)` is what the pipeline calls. Files are what libsndfile opens (WAV, FLAC, OGG, MP3,
-AIFF, ...), else the first sound track of what FFmpeg opens (M4A, AAC, WMA, a video), of any sample rate, depth and number of
-channels; channels are averaged. A WAV whose header was never filled in and an MP3 behind zeros are read. A file that is
-shorter than it says is `Unreadable` (see container.py). What is longer than `seconds` keeps its beginning. Augmentation, in this order, each with a draw of its own, so that switching one on leaves the others as they were:
+`AudioTransform(config.data.audio, train)` is what the pipeline calls. Files are what libsndfile
+opens (WAV, FLAC, OGG, MP3, AIFF, ...), else the first sound track of what FFmpeg opens (M4A, AAC,
+WMA, a video), of any sample rate, depth and number of channels; channels are averaged. A WAV whose
+header was never filled in and an MP3 behind zeros are read. A file that is shorter than it says is
+`Unreadable` (see container.py). What is longer than `seconds` keeps its beginning. Augmentation, in
+this order, each with a draw of its own, so that switching one on leaves the others as they were:
 
   1. speed   played faster by a factor from the range, pitch and all (Ko et al. 2015, Interspeech)
   2. shift   begins up to this many seconds later, after silence
@@ -33,9 +36,11 @@ _MP3_LENGTH = (b"Xing", b"Info", b"VBRI")  # in the first frame: then an MP3 say
 
 
 class AudioTransform:
-  """The sound transform of a config: `transform(data, rng) -> (waveform int16 [S], length int)`, zeros from `length` on.
+  """The sound transform of a config: `transform(data, rng) -> (waveform int16 [S], length int)`,
+  zeros from `length` on.
 
-  `data`: encoded bytes, or float32 [n] at the config's rate. With train=False nothing is random and `rng` may be None.
+  `data`: encoded bytes, or float32 [n] at the config's rate. With train=False nothing is random and
+  `rng` may be None.
   Raises Unreadable.
   """
 
@@ -43,27 +48,31 @@ class AudioTransform:
     self.rate, self.samples = int(config.rate), round(config.rate * config.seconds)
     self.augment = dict(config.augment.items()) if train else None
 
-  def __call__(self, data: bytes | np.ndarray, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int]:
+  def __call__(
+    self, data: bytes | np.ndarray, rng: np.random.Generator | None = None
+  ) -> tuple[np.ndarray, int]:
     x = data if isinstance(data, np.ndarray) else decode_audio(data, self.rate)
     if not len(x):
       raise Unreadable("audio of zero length")
     if self.augment is not None:
       x = augment(x, self.rate, rng, limit=self.samples, **self.augment)
-    x = x[:self.samples]
+    x = x[: self.samples]
     waveform = np.zeros(self.samples, np.int16)
-    waveform[:len(x)] = np.clip(np.rint(x * 32768.0), -32768, 32767)
+    waveform[: len(x)] = np.clip(np.rint(x * 32768.0), -32768, 32767)
     return waveform, len(x)
 
 
 def decode_audio(data: bytes, rate: int) -> np.ndarray:
-  """Mono float32 [n] in [-1, 1] at `rate`. Raises Unreadable: no sound file, damaged, without samples, too long."""
+  """Mono float32 [n] in [-1, 1] at `rate`. Raises Unreadable: no sound file, damaged, without
+  samples, too long.
+  """
   x, found = read_audio(data)
   return x if found == rate else resample(x, found, rate)
 
 
 def read_audio(data: bytes) -> tuple[np.ndarray, int]:
-  """(mono float32 [n] in [-1, 1], its rate) of a sound file, or of the sound track of a video. Raises Unreadable as
-  `decode_audio`."""
+  """(mono float32 [n] in [-1, 1], its rate) of a sound file, or of the sound track of a video.
+  Raises Unreadable as `decode_audio`."""
   if not data:
     raise Unreadable("empty file")
   check_whole(data)
@@ -73,7 +82,9 @@ def read_audio(data: bytes) -> tuple[np.ndarray, int]:
     try:
       x, found = _by_ffmpeg(data)
     except (av.error.FFmpegError, ValueError, IndexError, MemoryError) as other:
-      raise Unreadable(f"not a sound file that libsndfile or FFmpeg opens, or damaged{_detail(error)}") from other
+      raise Unreadable(
+        f"not a sound file that libsndfile or FFmpeg opens, or damaged{_detail(error)}"
+      ) from other
   if not len(x):
     raise Unreadable("audio of zero length")
   if not np.isfinite(x).all():
@@ -82,7 +93,9 @@ def read_audio(data: bytes) -> tuple[np.ndarray, int]:
 
 
 def _by_libsndfile(data: bytes) -> tuple[np.ndarray, int]:
-  """As `read_audio`, by libsndfile. Raises LibsndfileError: it does not open the file; Unreadable."""
+  """As `read_audio`, by libsndfile. Raises LibsndfileError: it does not open the file;
+  Unreadable.
+  """
   if data[:4] == b"RIFF":
     data = _with_size(data)
   elif data[:1] == b"\0" and not is_iso(data):
@@ -91,12 +104,26 @@ def _by_libsndfile(data: bytes) -> tuple[np.ndarray, int]:
   try:
     with file:
       found, channels = file.samplerate, file.channels
-      x = _joined((block.mean(1) if channels > 1 else block[:, 0] for block in _blocks(file)), found, channels)
-      announced = file.frames if file.format != "MP3" or any(mark in data[:8192] for mark in _MP3_LENGTH) else 0
-  except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:  # what libsndfile and its binding raise
+      x = _joined(
+        (block.mean(1) if channels > 1 else block[:, 0] for block in _blocks(file)), found, channels
+      )
+      announced = (
+        file.frames
+        if file.format != "MP3" or any(mark in data[:8192] for mark in _MP3_LENGTH)
+        else 0
+      )
+  except (
+    soundfile.SoundFileError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+  ) as error:  # what libsndfile and its binding raise
     raise Unreadable(f"damaged sound file{_detail(error)}") from error
   if len(x) < 0.99 * announced - found / 10:  # encoders count their padding differently
-    raise Unreadable(f"cut within its data: {len(x) / found:.1f} s of the {announced / found:.1f} s that its header announces")
+    raise Unreadable(
+      f"cut within its data: {len(x) / found:.1f} s of the {announced / found:.1f} s that its "
+      "header announces"
+    )
   return x, found
 
 
@@ -121,8 +148,12 @@ def _by_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
     return _joined((frame.to_ndarray().mean(0) for frame in frames), found, channels), found
 
 
-def _frames(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-  """The frames of a track. Raises FFmpegError: one cannot be decoded, unless it is the last, of a file that ends within it."""
+def _frames(
+  container: av.container.InputContainer, stream: av.AudioStream
+) -> Iterator[av.AudioFrame]:
+  """The frames of a track. Raises FFmpegError: one cannot be decoded, unless it is the last, of a
+  file that ends within it.
+  """
   broken = None
   for packet in container.demux(stream):
     if broken and packet.size:
@@ -145,32 +176,49 @@ def _joined(blocks: Iterable[np.ndarray], rate: int, channels: int) -> np.ndarra
 
 
 def _with_size(data: bytes) -> bytes:
-  """A WAV whose data chunk says 0 although more follows (a recorder that was streaming), with the size filled in."""
+  """A WAV whose data chunk says 0 although more follows (a recorder that was streaming), with the
+  size filled in.
+  """
   at, announced = 12, int.from_bytes(data[4:8], "little") + 8
   while at + 8 <= len(data):
-    size = int.from_bytes(data[at + 4:at + 8], "little")
-    if data[at:at + 4] == b"data":
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    if data[at : at + 4] == b"data":
       if size or not at + 8 < len(data) or len(data) <= announced < STREAMED:
         return data
       rest = (len(data) - at - 8).to_bytes(4, "little")
-      return data[:4] + (len(data) - 8).to_bytes(4, "little") + data[8:at + 4] + rest + data[at + 8:]
+      return (
+        data[:4] + (len(data) - 8).to_bytes(4, "little") + data[8 : at + 4] + rest + data[at + 8 :]
+      )
     at += 8 + size + size % 2
   return data
 
 
 def resample(x: np.ndarray, old: float, new: float) -> np.ndarray:
-  """float32 [n] at rate `old` -> [n * new / old, at least 1] at rate `new`, band-limited (soxr, high quality)."""
+  """float32 [n] at rate `old` -> [n * new / old, at least 1] at rate `new`, band-limited (soxr,
+  high quality).
+  """
   out = soxr.resample(x, old, new)
   return out if len(out) else np.ascontiguousarray(x[:1])
 
 
-def augment(x: np.ndarray, rate: int, rng: np.random.Generator, *, limit: int, speed: tuple[float, float] = (1.0, 1.0),
-            noise: float = 0.0, shift: float = 0.0, gain: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
-  """The changes of the module's table on float32 [n] at `rate`: float32 [m], m >= 1; samples beyond `limit` are not kept."""
+def augment(
+  x: np.ndarray,
+  rate: int,
+  rng: np.random.Generator,
+  *,
+  limit: int,
+  speed: tuple[float, float] = (1.0, 1.0),
+  noise: float = 0.0,
+  shift: float = 0.0,
+  gain: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
+  """The changes of the module's table on float32 [n] at `rate`: float32 [m], m >= 1; samples beyond
+  `limit` are not kept.
+  """
   draws = rng.random(4)
   if tuple(speed) != (1.0, 1.0):
     factor = speed[0] + draws[0] * (speed[1] - speed[0])
-    x = resample(x[:math.ceil(limit * factor) + rate], rate * factor, rate)
+    x = resample(x[: math.ceil(limit * factor) + rate], rate * factor, rate)
   if shift:
     x = np.concatenate([np.zeros(round(draws[1] * shift * rate), np.float32), x])
   x = x[:limit]

@@ -1,7 +1,9 @@
-"""Random changes of a picture, each a pure function of the picture, settings and numbers drawn from one generator.
+"""Random changes of a picture, each a pure function of the picture, settings and numbers drawn from
+one generator.
 
-`Augment` holds the settings (data.image.augment.*). `Augment.draw(rng)` draws 64 uniform numbers; every operation reads
-its own of them, so that switching one on or off leaves the draws of the others as they were. Order of the operations:
+`Augment` holds the settings (data.image.augment.*). `Augment.draw(rng)` draws 64 uniform numbers;
+every operation reads its own of them, so that switching one on or off leaves the draws of the
+others as they were. Order of the operations:
 
   1. random resized crop   `crop_box`     (image.py cuts and resizes, decoding only what it needs)
   2. rotate, scale, shift  `warp`         one affine map about the centre, bilinear, uncovered pixels get `fill`
@@ -22,12 +24,21 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mmjax.data.resample import antialias
 
-_CROP, _WARP, _FLIP, _JITTER, _ERASE = slice(0, 40), slice(40, 44), 44, slice(45, 53), slice(53, 60)  # of the 64
+_CROP, _WARP, _FLIP, _JITTER, _ERASE = (
+  slice(0, 40),
+  slice(40, 44),
+  44,
+  slice(45, 53),
+  slice(53, 60),
+)  # of the 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """Settings of data.image.augment (see config.py for their meaning). The defaults change nothing."""
+  """Settings of data.image.augment (see config.py for their meaning). The defaults change
+  nothing.
+  """
+
   crop: tuple[float, float] = (1.0, 1.0)
   aspect: tuple[float, float] = (0.75, 4 / 3)
   flip: float = 0.0
@@ -56,25 +67,34 @@ class Augment:
     """Operations 2 to 6 on uint8 [H, W, 3] -> the same shape."""
     if self.rotate or self.shift or tuple(self.scale) != (1.0, 1.0):
       angle, zoom, x, y = draws[_WARP]
-      pixels = warp(pixels, (2 * angle - 1) * self.rotate, self.scale[0] + zoom * (self.scale[1] - self.scale[0]),
-                    ((2 * x - 1) * self.shift, (2 * y - 1) * self.shift), self.fill)
+      pixels = warp(
+        pixels,
+        (2 * angle - 1) * self.rotate,
+        self.scale[0] + zoom * (self.scale[1] - self.scale[0]),
+        ((2 * x - 1) * self.shift, (2 * y - 1) * self.shift),
+        self.fill,
+      )
     if draws[_FLIP] < self.flip:
       pixels = cv2.flip(pixels, 1)
     if any(self.jitter):
       pixels = jitter(pixels, self.jitter, draws[_JITTER])
     if self.randaugment:
-      pixels = randaugment(pixels, self.randaugment_magnitude, self.fill, rng.random((self.randaugment, 2)))
+      pixels = randaugment(
+        pixels, self.randaugment_magnitude, self.fill, rng.random((self.randaugment, 2))
+      )
     if self.erase:
       pixels = erase(pixels, self.erase, draws[_ERASE], rng)
     return pixels
 
 
-def crop_box(height: int, width: int, area: tuple[float, float], aspect: tuple[float, float],
-             draws: np.ndarray) -> tuple[int, int, int, int]:
-  """A box of a random share of the area and a log-uniform aspect ratio width / height, inside the picture.
+def crop_box(
+  height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], draws: np.ndarray
+) -> tuple[int, int, int, int]:
+  """A box of a random share of the area and a log-uniform aspect ratio width / height, inside the
+  picture.
 
-  `draws` [40]: ten tries of (area, aspect, left, top); if none fits, the largest centred box within the aspect range,
-  as torchvision does.
+  `draws` [40]: ten tries of (area, aspect, left, top); if none fits, the largest centred box within
+  the aspect range, as torchvision does.
   """
   low, high = math.log(aspect[0]), math.log(aspect[1])
   for share, ratio, left, top in draws.reshape(10, 4).tolist():
@@ -90,18 +110,28 @@ def crop_box(height: int, width: int, area: tuple[float, float], aspect: tuple[f
   return x, y, x + w, y + h
 
 
-def warp(pixels: np.ndarray, degrees: float, zoom: float, shift: tuple[float, float], fill: int) -> np.ndarray:
-  """Turns counter-clockwise, zooms about the centre, then moves by `shift` (shares of width and height)."""
+def warp(
+  pixels: np.ndarray, degrees: float, zoom: float, shift: tuple[float, float], fill: int
+) -> np.ndarray:
+  """Turns counter-clockwise, zooms about the centre, then moves by `shift` (shares of width and
+  height).
+  """
   height, width = pixels.shape[:2]
   if zoom < 0.9:
     pixels = antialias(pixels, 1 / zoom, 1 / zoom)
   matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, zoom)
   matrix[:, 2] += shift[0] * width, shift[1] * height
-  return cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(fill, fill, fill))
+  return cv2.warpAffine(
+    pixels, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(fill, fill, fill)
+  )
 
 
-def jitter(pixels: np.ndarray, strengths: tuple[float, float, float, float], draws: np.ndarray) -> np.ndarray:
-  """torchvision's ColorJitter: factors in [max(0, 1 - s), 1 + s] (hue: +-s turns), in random order. `draws` [8]."""
+def jitter(
+  pixels: np.ndarray, strengths: tuple[float, float, float, float], draws: np.ndarray
+) -> np.ndarray:
+  """torchvision's ColorJitter: factors in [max(0, 1 - s), 1 + s] (hue: +-s turns), in random order.
+  `draws` [8].
+  """
   for operation in np.argsort(draws[4:]).tolist():
     strength, draw = strengths[operation], draws[operation]
     if not strength:
@@ -140,24 +170,33 @@ def adjust_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: int) -> Image.Image:
-  """Pillow's affine map about the centre: `matrix` (a, b, c, d, e, f) takes an output point to its source."""
+  """Pillow's affine map about the centre: `matrix` (a, b, c, d, e, f) takes an output point to its
+  source.
+  """
   a, b, c, d, e, f = matrix
   x, y = (image.width - 1) / 2, (image.height - 1) / 2
   data = (a, b, x - a * x - b * y + c, d, e, y - d * x - e * y + f)
-  return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3)
+  return image.transform(
+    image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3
+  )
 
 
 def _rotate(image: Image.Image, degrees: float, fill: int) -> Image.Image:
   return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=(fill, fill, fill))
 
 
-# name -> function(image, signed strength in [-1, 1], fill). Ranges of Cubuk et al. 2020 as in torchvision.
+# name -> function(image, signed strength in [-1, 1], fill). Ranges of Cubuk et al. 2020 as in
+# torchvision.
 RANDAUGMENT = {
   "identity": lambda image, m, fill: image,
   "shear_x": lambda image, m, fill: _affine(image, (1, 0.3 * m, 0, 0, 1, 0), fill),
   "shear_y": lambda image, m, fill: _affine(image, (1, 0, 0, 0.3 * m, 1, 0), fill),
-  "translate_x": lambda image, m, fill: _affine(image, (1, 0, 150 / 331 * m * image.width, 0, 1, 0), fill),
-  "translate_y": lambda image, m, fill: _affine(image, (1, 0, 0, 0, 1, 150 / 331 * m * image.height), fill),
+  "translate_x": lambda image, m, fill: _affine(
+    image, (1, 0, 150 / 331 * m * image.width, 0, 1, 0), fill
+  ),
+  "translate_y": lambda image, m, fill: _affine(
+    image, (1, 0, 0, 0, 1, 150 / 331 * m * image.height), fill
+  ),
   "rotate": lambda image, m, fill: _rotate(image, 30 * m, fill),
   "brightness": lambda image, m, fill: ImageEnhance.Brightness(image).enhance(1 + 0.9 * m),
   "saturation": lambda image, m, fill: ImageEnhance.Color(image).enhance(1 + 0.9 * m),
@@ -175,18 +214,30 @@ def randaugment(pixels: np.ndarray, magnitude: int, fill: int, draws: np.ndarray
   image = Image.fromarray(pixels)
   operations = list(RANDAUGMENT.values())
   for which, sign in draws.tolist():
-    image = operations[int(which * len(operations))](image, magnitude / 10 * (1 if sign < 0.5 else -1), fill)
+    image = operations[int(which * len(operations))](
+      image, magnitude / 10 * (1 if sign < 0.5 else -1), fill
+    )
   return np.array(image)
 
 
-def erase(pixels: np.ndarray, probability: float, draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Noise in a box of 2% to 33% of the area, aspect 0.3 to 3.3. `draws` [7]: whether, then area, aspect, top, left."""
+def erase(
+  pixels: np.ndarray, probability: float, draws: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+  """Noise in a box of 2% to 33% of the area, aspect 0.3 to 3.3. `draws` [7]: whether, then area,
+  aspect, top, left.
+  """
   if draws[0] >= probability:
     return pixels
   height, width = pixels.shape[:2]
-  area, ratio = height * width * (0.02 + 0.31 * draws[1]), math.exp(math.log(0.3) + draws[2] * math.log(3.3 / 0.3))
-  h, w = min(height, max(1, round(math.sqrt(area * ratio)))), min(width, max(1, round(math.sqrt(area / ratio))))
+  area, ratio = (
+    height * width * (0.02 + 0.31 * draws[1]),
+    math.exp(math.log(0.3) + draws[2] * math.log(3.3 / 0.3)),
+  )
+  h, w = (
+    min(height, max(1, round(math.sqrt(area * ratio)))),
+    min(width, max(1, round(math.sqrt(area / ratio)))),
+  )
   y, x = int(draws[3] * (height - h + 1)), int(draws[4] * (width - w + 1))
   pixels = pixels.copy()
-  pixels[y:y + h, x:x + w] = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+  pixels[y : y + h, x : x + w] = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
   return pixels

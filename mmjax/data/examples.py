@@ -1,4 +1,6 @@
-"""Records to the rows of a batch: media, texts, labels; random streams of rows; records that cannot be used."""
+"""Records to the rows of a batch: media, texts, labels; random streams of rows; records that cannot
+be used.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from mmjax.data.image import ImageTransform, decode
 from mmjax.data.media import WORDS, content_key
 from mmjax.data.naflex import SequenceTransform, picture_of
 from mmjax.data.sources import Source
-from mmjax.data.text import TextTransform, Tokenizer, check_texts, drop_words, load_tokenizer, split_key
+from mmjax.data.text import (
+  TextTransform,
+  Tokenizer,
+  check_texts,
+  drop_words,
+  load_tokenizer,
+  split_key,
+)
 from mmjax.printing import printable
 
 Batch = dict[str, Any]
@@ -24,7 +33,9 @@ MODALITIES = ("image", "text", "audio", "video", "series")
 
 
 class Place(NamedTuple):
-  """A row: record `index` of `source`; `part` chooses among its questions in evaluation (-1 = drawn at random)."""
+  """A row: record `index` of `source`; `part` chooses among its questions in evaluation (-1 = drawn
+  at random).
+  """
 
   source: Source
   index: int
@@ -36,7 +47,8 @@ class Absent(UserError):
 
 
 class Reader:
-  """One modality: `shapes` of its arrays for one example, `read`, which gives them for a record, and `example`, for a content.
+  """One modality: `shapes` of its arrays for one example, `read`, which gives them for a record,
+  and `example`, for a content.
 
   The last array is "key" uint32 [2]: equal for equal content (see media.content_key).
   """
@@ -50,24 +62,36 @@ class Reader:
   def blank(self, count: int) -> Arrays:
     return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self.shapes.items()}
 
-  def read(self, record: Record, kept: bool, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
-    """(the arrays in the order of `shapes`, what of `example`). kept: the record stays in memory, so what was decoded may be kept
-    in it. Raises Absent, or UserError (Unreadable)."""
+  def read(
+    self, record: Record, kept: bool, rng: np.random.Generator | None
+  ) -> tuple[tuple[Any, ...], str]:
+    """(the arrays in the order of `shapes`, what of `example`). kept: the record stays in memory,
+    so what was decoded may be kept in it. Raises Absent, or UserError (Unreadable)."""
     content = record.get(self.modality)
     if content is None:
       raise Absent(f"it has no {WORDS[self.modality]}")
     key, decoded = f"{self.modality} key", f"decoded {self.modality}"
     if kept and key not in record:
-      record[key], record[decoded] = split_key(content_key(record, self.modality)), self.decode(content)
+      record[key], record[decoded] = (
+        split_key(content_key(record, self.modality)),
+        self.decode(content),
+      )
     arrays, surplus = self.example(record.get(decoded, content), rng)
-    return (*arrays, record[key] if kept else split_key(content_key(record, self.modality))), surplus
+    return (
+      *arrays,
+      record[key] if kept else split_key(content_key(record, self.modality)),
+    ), surplus
 
   def decode(self, content: Any) -> Any:
-    """What is kept of a record in memory: the decoded array, of bytes or of an array. Raises Unreadable."""
+    """What is kept of a record in memory: the decoded array, of bytes or of an array. Raises
+    Unreadable.
+    """
     return content
 
   def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
-    """(the arrays without "key", how long the content is where only its beginning is used, "" = all of it is). Raises Unreadable."""
+    """(the arrays without "key", how long the content is where only its beginning is used, "" = all
+    of it is). Raises Unreadable.
+    """
     seen = self.transform(content, rng)
     return seen if isinstance(seen, tuple) else (seen,), ""
 
@@ -88,7 +112,9 @@ class ImageReader(Reader):
     return decode(content) if isinstance(content, bytes) else content
 
   def picture(self, content: bytes | np.ndarray) -> np.ndarray:
-    """A picture as the model sees it in evaluation, uint8 [H, W, 3]. Raises UserError (Unreadable)."""
+    """A picture as the model sees it in evaluation, uint8 [H, W, 3]. Raises UserError
+    (Unreadable).
+    """
     seen = self.transform(content)
     return picture_of(seen) if isinstance(seen, tuple) else seen
 
@@ -100,7 +126,11 @@ class AudioReader(Reader):
     from mmjax.data.audio import AudioTransform
 
     self.transform, self.seconds = AudioTransform(data.audio, train), data.audio.seconds
-    self.shapes = {"waveform": ((self.transform.samples,), np.int16), "length": ((), np.int32), "key": ((2,), np.uint32)}
+    self.shapes = {
+      "waveform": ((self.transform.samples,), np.int16),
+      "length": ((), np.int32),
+      "key": ((2,), np.uint32),
+    }
 
   def decode(self, content: Any) -> np.ndarray:
     from mmjax.data.audio import decode_audio
@@ -110,7 +140,9 @@ class AudioReader(Reader):
   def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
     sound = self.decode(content)
     long = len(sound) > self.transform.samples
-    return self.transform(sound, rng), f"{len(sound) / self.transform.rate:.1f} of {self.seconds:g} s" if long else ""
+    return self.transform(
+      sound, rng
+    ), f"{len(sound) / self.transform.rate:.1f} of {self.seconds:g} s" if long else ""
 
 
 class VideoReader(Reader):
@@ -120,8 +152,11 @@ class VideoReader(Reader):
     from mmjax.data.video import VideoTransform
 
     self.transform, video = VideoTransform(data.video, train), data.video
-    self.shapes = {"frames": ((video.frames, video.size, video.size, 3), np.uint8), "mask": ((video.frames,), np.bool_),
-                   "key": ((2,), np.uint32)}
+    self.shapes = {
+      "frames": ((video.frames, video.size, video.size, 3), np.uint8),
+      "mask": ((video.frames,), np.bool_),
+      "key": ((2,), np.uint32),
+    }
 
   def decode(self, content: Any) -> Any:
     from mmjax.data.video import decode_clip
@@ -136,20 +171,31 @@ class SeriesReader(Reader):
     from mmjax.data.series import SeriesTransform
 
     self.transform, self.length = SeriesTransform(data.series), data.series.length
-    self.shapes = {"values": ((self.length, data.series.channels), np.float32), "mask": ((self.length,), np.bool_),
-                   "key": ((2,), np.uint32)}
+    self.shapes = {
+      "values": ((self.length, data.series.channels), np.float32),
+      "mask": ((self.length,), np.bool_),
+      "key": ((2,), np.uint32),
+    }
 
   def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
-    return self.transform(content), f"{len(content)} of {self.length} steps" if len(content) > self.length else ""
+    return self.transform(content), f"{len(content)} of {self.length} steps" if len(
+      content
+    ) > self.length else ""
 
 
-READERS: dict[str, type[Reader]] = {"image": ImageReader, "audio": AudioReader, "video": VideoReader, "series": SeriesReader}
+READERS: dict[str, type[Reader]] = {
+  "image": ImageReader,
+  "audio": AudioReader,
+  "video": VideoReader,
+  "series": SeriesReader,
+}
 
 
 class Examples:
   """Records to a batch: reading, transforms, a caption or questions, tokens, labels.
 
-  An unusable record becomes a row of zeros that is not valid. With data.missing "mask" a record that only lacks a modality
+  An unusable record becomes a row of zeros that is not valid. With data.missing "mask" a record
+  that only lacks a modality
   is usable: `<modality>.present` bool [B] is False there.
   """
 
@@ -168,7 +214,9 @@ class Examples:
   @property
   def text(self) -> TextTransform:
     if self._text is None:
-      self._text = TextTransform(self.config.data.text, self._tokenizer or load_tokenizer(self.config.data))
+      self._text = TextTransform(
+        self.config.data.text, self._tokenizer or load_tokenizer(self.config.data)
+      )
     return self._text
 
   def reader(self, modality: str) -> Reader:
@@ -176,8 +224,13 @@ class Examples:
       self._readers[modality] = READERS[modality](self.config.data, self.train)
     return self._readers[modality]
 
-  def __call__(self, places: Sequence[Place], rngs: Iterable[np.random.Generator | None],
-               modalities: Sequence[str] | None = None, length: int = 0) -> Batch:
+  def __call__(
+    self,
+    places: Sequence[Place],
+    rngs: Iterable[np.random.Generator | None],
+    modalities: Sequence[str] | None = None,
+    length: int = 0,
+  ) -> Batch:
     data, modalities, count = self.config.data, modalities or self.modalities, len(places)
     batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": [], "cut": []}
     each = data.text.per_example
@@ -208,7 +261,7 @@ class Examples:
             if name in present:
               present[name][row] = False
         if labels is not None:
-          self._label(labels[row:row + 1], record, place.source, answers)
+          self._label(labels[row : row + 1], record, place.source, answers)
         batch["valid"][row] = True
       except UserError as error:
         texts[row] = [""] * each
@@ -218,39 +271,53 @@ class Examples:
     batch.update(media)
     if "text" in modalities:
       rows = self.text([text for row in texts for text in row], length)
-      batch["text"] = {k: v.reshape(count, each, *v.shape[1:]) if each > 1 else v for k, v in rows.items()}
+      batch["text"] = {
+        k: v.reshape(count, each, *v.shape[1:]) if each > 1 else v for k, v in rows.items()
+      }
     if data.missing == "mask":
       for name in modalities:
         batch[name] = {**batch[name], "present": present[name]}
     return batch if labels is None else {**batch, "label": labels}
 
-  def _texts(self, record: Record, place: Place, rng: np.random.Generator | None, wanted: bool) -> tuple[list[str], list[str]]:
-    """(texts, answers) of a row, `per_example` each; answers [] where texts are captions. Questions are drawn even if only their
-    answers are wanted. Raises Absent."""
+  def _texts(
+    self, record: Record, place: Place, rng: np.random.Generator | None, wanted: bool
+  ) -> tuple[list[str], list[str]]:
+    """(texts, answers) of a row, `per_example` each; answers [] where texts are captions. Questions
+    are drawn even if only their answers are wanted. Raises Absent."""
     each = self.config.data.text.per_example
     if getattr(place.source, "text", "caption") == "question":
       return self._questions(record, place.part, rng)
     return [self._caption(record, place.source, rng) if wanted else "" for _ in range(each)], []
 
   def _caption(self, record: Record, source: Source, rng: np.random.Generator | None) -> str:
-    """One of the captions: first a language, then one of its captions, then the words that stay. Without rng: the first."""
-    languages = [language for language in source.languages or record["captions"] if record["captions"].get(language)]
+    """One of the captions: first a language, then one of its captions, then the words that stay.
+    Without rng: the first.
+    """
+    languages = [
+      language
+      for language in source.languages or record["captions"]
+      if record["captions"].get(language)
+    ]
     if not languages:
       raise Absent(f"no caption in {', '.join(source.languages) or 'any language'}")
     if rng is None:
       return record["captions"][languages[0]][0]
     captions = record["captions"][languages[rng.integers(len(languages))]]
-    captions = captions[:getattr(source, "first_captions", 0) or None]
+    captions = captions[: getattr(source, "first_captions", 0) or None]
     caption = captions[rng.integers(len(captions))]
     return drop_words(caption, self.drop_words, rng) if self.drop_words else caption
 
-  def _questions(self, record: Record, part: int, rng: np.random.Generator | None) -> tuple[list[str], list[str]]:
-    """(questions, answers), `per_example` each: drawn, or the `part`-th so many, filled up with ""."""
+  def _questions(
+    self, record: Record, part: int, rng: np.random.Generator | None
+  ) -> tuple[list[str], list[str]]:
+    """(questions, answers), `per_example` each: drawn, or the `part`-th so many, filled up with
+    "".
+    """
     pairs, each = record.get("questions") or [], self.config.data.text.per_example
     if not pairs:
       raise Absent("it has no questions")
     if rng is None:
-      chosen = pairs[max(part, 0) * each:][:each]
+      chosen = pairs[max(part, 0) * each :][:each]
     else:
       order = rng.permutation(len(pairs))
       chosen = [pairs[order[i % len(pairs)]] for i in range(each)]
@@ -261,7 +328,9 @@ class Examples:
     """Writes the row [1, ...] of labels."""
     kind, numbers = self.config.data.label, self._class_numbers(source)
     if kind == "answer":
-      out[:] = np.array([numbers.get(answer, -1) for answer in answers] or [-1], np.int32).reshape(out.shape)
+      out[:] = np.array([numbers.get(answer, -1) for answer in answers] or [-1], np.int32).reshape(
+        out.shape
+      )
     elif kind == "labels":
       for name in filter(None, record["label"].split("|")):
         out[0, numbers[name]] = True
@@ -271,7 +340,9 @@ class Examples:
   def _class_numbers(self, source: Source) -> dict[str, int]:
     """{class: number} of a source."""
     if id(source) not in self._numbers:
-      self._numbers[id(source)] = {name: number for number, name in enumerate(class_names(source, self.config.data.label))}
+      self._numbers[id(source)] = {
+        name: number for number, name in enumerate(class_names(source, self.config.data.label))
+      }
     return self._numbers[id(source)]
 
 
@@ -281,29 +352,45 @@ def check_classes(config, sources: Sequence[Source]) -> None:
     return
   labelled = [source for source in sources if class_names(source, config.data.label)]
   if not labelled:
-    raise UserError(f"data.label is {config.data.label!r}, but no source has such classes: "
-                    f"{', '.join(source.name for source in sources)}. Set data.label='none' or choose another source")
+    raise UserError(
+      f"data.label is {config.data.label!r}, but no source has such classes: "
+      f"{', '.join(source.name for source in sources)}. Set data.label='none' or choose another "
+      "source"
+    )
   first = class_names(labelled[0], config.data.label)
   for source in labelled:
     names = class_names(source, config.data.label)
     if names != first:
-      raise UserError(f"sources {labelled[0].name} and {source.name} have different classes; a classifier needs one list of them")
+      raise UserError(
+        f"sources {labelled[0].name} and {source.name} have different classes; a classifier needs "
+        "one list of them"
+      )
     if len(names) > config.data.classes:
-      raise UserError(f"data.classes is {config.data.classes}, but {source.name} has {len(names)}: {', '.join(names[:12])}. "
-                      f"Set data.classes to {len(names)}")
+      raise UserError(
+        f"data.classes is {config.data.classes}, but {source.name} has {len(names)}: "
+        f"{', '.join(names[:12])}. Set data.classes to {len(names)}"
+      )
 
 
 def class_names(source: Source, label: str) -> tuple[str, ...]:
-  """The classes of a source in the order of their numbers, for data.label `label`; answers only where its texts are questions."""
+  """The classes of a source in the order of their numbers, for data.label `label`; answers only
+  where its texts are questions.
+  """
   if label == "answer":
-    return tuple(getattr(source, "answers", ())) if getattr(source, "text", "caption") == "question" else ()
+    return (
+      tuple(getattr(source, "answers", ()))
+      if getattr(source, "text", "caption") == "question"
+      else ()
+    )
   if label == "labels":
     return tuple(sorted({name for names in source.labels for name in names.split("|") if name}))
   return tuple(source.labels)
 
 
 def blank_labels(config, count: int) -> np.ndarray | None:
-  """Labels of `count` rows that have none: int32 [count] or [count, K] of -1, bool [count, classes], or None."""
+  """Labels of `count` rows that have none: int32 [count] or [count, K] of -1, bool [count,
+  classes], or None.
+  """
   kind, each = config.data.label, config.data.text.per_example
   if kind == "none":
     return None
@@ -313,14 +400,19 @@ def blank_labels(config, count: int) -> np.ndarray | None:
 
 
 def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, Any]:
-  """{modality: {array: (shape of an example, dtype)}}, and "label" where the config has one. length: tokens; 0 = data.text.length."""
+  """{modality: {array: (shape of an example, dtype)}}, and "label" where the config has one.
+  length: tokens; 0 = data.text.length.
+  """
   data, spec = config.data, {}
   length = length or data.text.length
   for name in modalities:
     if name == "text":
       each = (data.text.per_example,) if data.text.per_example > 1 else ()
-      spec[name] = {"tokens": ((*each, length), np.int32), "mask": ((*each, length), np.bool_),
-                    "key": ((*each, 2), np.uint32)}
+      spec[name] = {
+        "tokens": ((*each, length), np.int32),
+        "mask": ((*each, length), np.bool_),
+        "key": ((*each, 2), np.uint32),
+      }
       if data.text.words:
         spec[name]["words"] = ((*each, length), np.int32)
     else:
@@ -333,9 +425,11 @@ def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, An
 
 
 def streams(seed: int, step: int, rows: Sequence[int]) -> Iterator[np.random.Generator]:
-  """A stream of random numbers for each row: Philox (Salmon et al. 2011), whose counters differ in (step, row) and never meet.
+  """A stream of random numbers for each row: Philox (Salmon et al. 2011), whose counters differ in
+  (step, row) and never meet.
 
-  It is one generator that is set to the next row's counter: use each before taking the next. Making one takes 5 times as long.
+  It is one generator that is set to the next row's counter: use each before taking the next. Making
+  one takes 5 times as long.
   """
   bits = np.random.Philox(key=seed % 2**64)
   generator, state = np.random.Generator(bits), bits.state
@@ -346,7 +440,9 @@ def streams(seed: int, step: int, rows: Sequence[int]) -> Iterator[np.random.Gen
 
 
 def modalities_of(config, source: Mapping[str, Any] | None = None) -> list[str]:
-  """The modalities of the batches: those of the source's entry, else of data.modalities, else of model.encoders."""
+  """The modalities of the batches: those of the source's entry, else of data.modalities, else of
+  model.encoders.
+  """
   key, chosen = "model.encoders", list(config.model.encoders)
   if config.data.modalities:
     key, chosen = "data.modalities", list(config.data.modalities)
@@ -354,7 +450,9 @@ def modalities_of(config, source: Mapping[str, Any] | None = None) -> list[str]:
     key, chosen = "data.sources.*.modalities", list(source["modalities"])
   for name in chosen:
     if name not in MODALITIES:
-      raise UserError(f"{key}: the data has no modality {name!r}; there are: {', '.join(MODALITIES)}")
+      raise UserError(
+        f"{key}: the data has no modality {name!r}; there are: {', '.join(MODALITIES)}"
+      )
   return [name for name in MODALITIES if name in chosen]
 
 
@@ -364,7 +462,9 @@ def place_of(source: Source, index: int) -> str:
 
 
 def spread_rows(batch: Batch, real: np.ndarray) -> Batch:
-  """Puts the rows of a batch where `real` bool [B] is true, and rows that are not valid (zeros, empty ids, label -1) elsewhere."""
+  """Puts the rows of a batch where `real` bool [B] is true, and rows that are not valid (zeros,
+  empty ids, label -1) elsewhere.
+  """
   if real.all():
     return batch
 
@@ -374,7 +474,11 @@ def spread_rows(batch: Batch, real: np.ndarray) -> Batch:
     if isinstance(value, list):
       rest = iter(value)
       return [next(rest) if here else "" for here in real]
-    out = np.full((len(real), *value.shape[1:]), -1 if name == "label" and value.dtype != bool else 0, value.dtype)
+    out = np.full(
+      (len(real), *value.shape[1:]),
+      -1 if name == "label" and value.dtype != bool else 0,
+      value.dtype,
+    )
     out[real] = value
     return out
 
@@ -382,7 +486,9 @@ def spread_rows(batch: Batch, real: np.ndarray) -> Batch:
 
 
 class CutMedia:
-  """Counts and names sounds and series that are longer than the config takes: the first three by name, then each tenfold number."""
+  """Counts and names sounds and series that are longer than the config takes: the first three by
+  name, then each tenfold number.
+  """
 
   LIMIT = 10_000  # names that are kept
 
@@ -398,7 +504,11 @@ class CutMedia:
         continue
       names.add(name)
       if len(names) <= 3:
-        self._say(f"only the beginning is used of a {WORDS[modality]}, {surplus} ({_LENGTHS[modality]}): {name}", modality)
+        self._say(
+          f"only the beginning is used of a {WORDS[modality]}, {surplus} ({_LENGTHS[modality]}): "
+          f"{name}",
+          modality,
+        )
       elif len(names) in (10, 100, 1000, self.LIMIT):
         self.total()
 
@@ -407,20 +517,34 @@ class CutMedia:
     for modality, names in self.names.items():
       if len(names) > max(3, self._said.get(modality, 0)):
         at_least = "at least " if len(names) >= self.LIMIT else ""
-        self._say(f"{at_least}{len(names):,} {WORDS[modality]}{'s' if modality == 'audio' else ''} exceed {_LENGTHS[modality]}; only their beginning is used", modality)
+        self._say(
+          f"{at_least}{len(names):,} {WORDS[modality]}{'s' if modality == 'audio' else ''} exceed "
+          f"{_LENGTHS[modality]}; only their beginning is used",
+          modality,
+        )
 
   def _say(self, line: str, modality: str) -> None:
     self._said[modality] = len(self.names[modality])
     print(line, file=sys.stderr, flush=True)
 
 
-def report_unreadable(unreadable: Sequence[tuple[str, str]], known: dict[str, str], limit: int) -> None:
-  """Names each unusable record once on stderr; raises UserError when there are more than `limit`."""
+def report_unreadable(
+  unreadable: Sequence[tuple[str, str]], known: dict[str, str], limit: int
+) -> None:
+  """Names each unusable record once on stderr; raises UserError when there are more than
+  `limit`.
+  """
   for name, reason in unreadable:
     if name not in known:
       known[name] = reason
-      print(printable(f"unreadable record, its row does not count: {name}: {reason}"), file=sys.stderr, flush=True)
+      print(
+        printable(f"unreadable record, its row does not count: {name}: {reason}"),
+        file=sys.stderr,
+        flush=True,
+      )
   if len(known) > limit:
     last, reason = list(known.items())[-1]
-    raise UserError(f"{len(known)} records could not be read (data.max_unreadable is {limit}); the last: {last}: {reason}. "
-                    "Repair or convert the data again, or raise data.max_unreadable")
+    raise UserError(
+      f"{len(known)} records could not be read (data.max_unreadable is {limit}); the last: "
+      f"{last}: {reason}. Repair or convert the data again, or raise data.max_unreadable"
+    )

@@ -1,7 +1,10 @@
-"""Encoded picture -> uint8 [size, size, 3]: decoding, cropping, resizing, augmentation. NumPy and OpenCV, no JAX.
+"""Encoded picture -> uint8 [size, size, 3]: decoding, cropping, resizing, augmentation. NumPy and
+OpenCV, no JAX.
 
-`ImageTransform(config.data.image, train)` is what the pipeline calls. A file is what its first bytes say, whatever its
-ending: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC (with the package pillow-heif). It becomes 8-bit RGB:
+`ImageTransform(config.data.image, train)` is what the pipeline calls. A file is what its first
+bytes say, whatever its
+ending: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC (with the package pillow-heif). It becomes
+8-bit RGB:
 
   orientation     as EXIF, TIFF and HEIF say, so that the picture stands upright
   transparency    composited on white: alpha channels, transparent colours of palettes and of RGB
@@ -11,11 +14,13 @@ ending: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC (with the package pillow-
   several frames  the first frame of an animation, the first page of a TIFF
   bytes after it  ignored (a phone's video behind a JPEG)
 
-Whatever cannot be decoded whole is `Unreadable`, and so is a picture whose header announces more than 100 megapixels:
+Whatever cannot be decoded whole is `Unreadable`, and so is a picture whose header announces more
+than 100 megapixels:
 nothing of it is decoded.
 
-Training resizes with `resize_fast`, and a large JPEG is decoded at 1/2, 1/4 or 1/8 where the crop stays at least 1.5
-times as large as the output. Evaluation decodes everything and resizes exactly as Pillow. Order of the augmentation:
+Training resizes with `resize_fast`, and a large JPEG is decoded at 1/2, 1/4 or 1/8 where the crop
+stays at least 1.5 times as large as the output. Evaluation decodes everything and resizes exactly
+as Pillow. Order of the augmentation:
 see augment.py.
 """
 
@@ -36,54 +41,101 @@ from mmjax.data.augment import Augment
 from mmjax.data.resample import Box, resize_exact, resize_fast
 
 MAX_PIXELS = 100_000_000
-_WHOLE = 32  # pictures that are resized to at most so many times the output are resized whole, then cropped
-_KEEP = 1.5  # a JPEG is decoded smaller only while the crop stays this many times as large as the output
-_MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"),
-          (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"))
+# pictures that are resized to at most so many times the output are resized whole, then cropped
+_WHOLE = 32
+_KEEP = (
+  1.5  # a JPEG is decoded smaller only while the crop stays this many times as large as the output
+)
+_MAGIC = (
+  (b"\xff\xd8\xff", "JPEG"),
+  (b"\x89PNG\r\n\x1a\n", "PNG"),
+  (b"GIF87a", "GIF"),
+  (b"GIF89a", "GIF"),
+  (b"BM", "BMP"),
+  (b"II*\0", "TIFF"),
+  (b"MM\0*", "TIFF"),
+  (b"II+\0", "TIFF"),
+  (b"MM\0+", "TIFF"),
+)
 _AVIF = (b"avif", b"avis")  # brands of an ISO file
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow warns from 89 megapixels on
-cv2.setNumThreads(0)  # pictures run in parallel, one a thread or process: threads of OpenCV would get in the way
+warnings.filterwarnings(
+  "ignore", category=Image.DecompressionBombWarning
+)  # Pillow warns from 89 megapixels on
+cv2.setNumThreads(
+  0
+)  # pictures run in parallel, one a thread or process: threads of OpenCV would get in the way
 
 
 class Unreadable(UserError):
-  """A picture that cannot be decoded. The message is one line; it does not name the record, which the caller knows."""
+  """A picture that cannot be decoded. The message is one line; it does not name the record, which
+  the caller knows.
+  """
 
 
 class ImageTransform:
   """The picture transform of a config: `transform(data, rng) -> uint8 [size, size, 3]`.
 
-  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False nothing is random and `rng` may be None.
+  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False nothing is random and
+  `rng` may be None.
   Raises Unreadable.
   """
 
   def __init__(self, config, train: bool):
-    self.size, self.resize, self.interpolation = int(config.size), config.resize, config.interpolation
+    self.size, self.resize, self.interpolation = (
+      int(config.size),
+      config.resize,
+      config.interpolation,
+    )
     self.crop = config.crop
     self.augment = Augment(**dict(config.augment.items())) if train else None
 
-  def __call__(self, data: bytes | np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    return decode_and_transform(data, size=self.size, resize=self.resize, crop=self.crop,
-                                interpolation=self.interpolation, augment=self.augment, rng=rng)
+  def __call__(
+    self, data: bytes | np.ndarray, rng: np.random.Generator | None = None
+  ) -> np.ndarray:
+    return decode_and_transform(
+      data,
+      size=self.size,
+      resize=self.resize,
+      crop=self.crop,
+      interpolation=self.interpolation,
+      augment=self.augment,
+      rng=rng,
+    )
 
 
-def decode_and_transform(data: bytes | np.ndarray, *, size: int,
-                         resize: Literal["shortest", "squash", "longest"] = "shortest", crop: float = 1.0,
-                         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-                         augment: Augment | None = None, rng: np.random.Generator | None = None) -> np.ndarray:
+def decode_and_transform(
+  data: bytes | np.ndarray,
+  *,
+  size: int,
+  resize: Literal["shortest", "squash", "longest"] = "shortest",
+  crop: float = 1.0,
+  interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+  augment: Augment | None = None,
+  rng: np.random.Generator | None = None,
+) -> np.ndarray:
   """One picture as the model sees it: bytes (or uint8 [H, W, 3]) -> uint8 [size, size, 3].
 
-  Without `augment`: `resize`, exactly as Pillow; "shortest" keeps the share `crop` of the shortest side. With it: the operations of augment.py, drawn from `rng` alone.
+  Without `augment`: `resize`, exactly as Pillow; "shortest" keeps the share `crop` of the shortest
+  side. With it: the operations of augment.py, drawn from `rng` alone.
   Raises Unreadable.
   """
   if augment is None:
-    return _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation, crop=crop)
+    return _fit(
+      data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation, crop=crop
+    )
   draws = augment.draw(rng)
   if augment.crops:
     pixels = _crop(data, size, interpolation, augment, draws)
   elif resize == "longest":
-    pixels = _fit(data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation, augment.fill)
+    pixels = _fit(
+      data if isinstance(data, np.ndarray) else decode(data),
+      size,
+      resize,
+      interpolation,
+      augment.fill,
+    )
   else:
     pixels = data if isinstance(data, np.ndarray) else decode(data)
     left, top, right, bottom = (round(edge) for edge in _centre(*pixels.shape[:2], resize, crop))
@@ -103,38 +155,47 @@ def decode(data: bytes, reduction: int = 1) -> np.ndarray:
   else:
     pixels, orientation = _decode_pillow(data, kind)
     if reduction > 1:
-      pixels = cv2.resize(pixels, (-(-width // reduction), -(-height // reduction)), interpolation=cv2.INTER_AREA)
+      pixels = cv2.resize(
+        pixels, (-(-width // reduction), -(-height // reduction)), interpolation=cv2.INTER_AREA
+      )
   return _upright(pixels, orientation)
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-  """(height, width) as stored in the header, before the EXIF orientation; decodes nothing. Raises Unreadable."""
+  """(height, width) as stored in the header, before the EXIF orientation; decodes nothing. Raises
+  Unreadable.
+  """
   return _header(data)[1:]
 
 
-# -- geometry ----------------------------------------------------------------------------------------------------------
+# -- geometry --------------------------------------------------------------------------------------
 
 
 def _centre(height: int, width: int, resize: str, crop: float) -> Box:
-  """The part of a picture that fills a square: all of it (squash), or the share `crop` of the central square (shortest)."""
+  """The part of a picture that fills a square: all of it (squash), or the share `crop` of the
+  central square (shortest).
+  """
   if resize == "squash":
     return 0, 0, width, height
   side = min(height, width) * crop
   return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
-def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: int = 255, crop: float = 1.0) -> np.ndarray:
+def _fit(
+  pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: int = 255, crop: float = 1.0
+) -> np.ndarray:
   """Evaluation: resized exactly as Pillow, uint8 [H, W, 3] -> [size, size, 3].
 
-  "shortest" resizes the shortest side to `size` / `crop` and cuts the centre; of an odd margin the smaller half lies above or to the
-  left, as the image processors of transformers have it (torchvision and open_clip round to the nearest even number).
+  "shortest" resizes the shortest side to `size` / `crop` and cuts the centre; of an odd margin the
+  smaller half lies above or to the left, as the image processors of transformers have it
+  (torchvision and open_clip round to the nearest even number).
   """
   height, width = pixels.shape[:2]
   if resize == "longest":
     h, w = (max(1, round(n * size / max(height, width))) for n in (height, width))
     square = np.full((size, size, 3), fill, np.uint8)
     top, left = (size - h) // 2, (size - w) // 2
-    square[top:top + h, left:left + w] = resize_exact(pixels, (h, w), interpolation)
+    square[top : top + h, left : left + w] = resize_exact(pixels, (h, w), interpolation)
     return square
   if resize == "squash":
     return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation))
@@ -142,13 +203,20 @@ def _fit(pixels: np.ndarray, size: int, resize: str, interpolation: str, fill: i
   h, w = (target if n == short else int(target * n / short) for n in (height, width))
   top, left = (h - size) // 2, (w - size) // 2
   if h * w <= _WHOLE * size * size:
-    return np.ascontiguousarray(resize_exact(pixels, (h, w), interpolation)[top:top + size, left:left + size])
+    return np.ascontiguousarray(
+      resize_exact(pixels, (h, w), interpolation)[top : top + size, left : left + size]
+    )
   y, x = height / h, width / w  # a strip: only what is kept, which rounds otherwise
-  return np.ascontiguousarray(resize_exact(pixels, (size, size), interpolation,
-                                           (left * x, top * y, (left + size) * x, (top + size) * y)))
+  return np.ascontiguousarray(
+    resize_exact(
+      pixels, (size, size), interpolation, (left * x, top * y, (left + size) * x, (top + size) * y)
+    )
+  )
 
 
-def _crop(data: bytes | np.ndarray, size: int, interpolation: str, augment: Augment, draws: np.ndarray) -> np.ndarray:
+def _crop(
+  data: bytes | np.ndarray, size: int, interpolation: str, augment: Augment, draws: np.ndarray
+) -> np.ndarray:
   """The random resized crop, of a JPEG decoded no larger than the crop needs."""
   if isinstance(data, np.ndarray) or data[:3] != b"\xff\xd8\xff":
     pixels = data if isinstance(data, np.ndarray) else decode(data)
@@ -164,7 +232,9 @@ def _crop(data: bytes | np.ndarray, size: int, interpolation: str, augment: Augm
 
 
 def jpeg_crop(box: tuple[int, int, int, int], size: int) -> tuple[tuple[int, int, int, int], int]:
-  """(box, k): decode at 1/k, k in 1, 2, 4, 8, so that the box stays 1.5 times `size`. Its edges go to multiples of k."""
+  """(box, k): decode at 1/k, k in 1, 2, 4, 8, so that the box stays 1.5 times `size`. Its edges go
+  to multiples of k.
+  """
   side = min(box[2] - box[0], box[3] - box[1])
   k = max(k for k in (1, 2, 4, 8) if k == 1 or side >= _KEEP * k * size)
   return tuple(round(edge / k) * k for edge in box), k
@@ -181,14 +251,18 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
   return np.ascontiguousarray(pixels)
 
 
-# -- decoding ----------------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------
 
 
 def _header(data: bytes) -> tuple[str, int, int]:
-  """(format, height, width) without decoding. Raises Unreadable: unknown, cut within the header, too large."""
+  """(format, height, width) without decoding. Raises Unreadable: unknown, cut within the header,
+  too large.
+  """
   kind = _kind(data)
   if kind is None:
-    raise Unreadable("empty file" if not data else "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC picture")
+    raise Unreadable(
+      "empty file" if not data else "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC picture"
+    )
   try:
     if kind == "JPEG":
       height, width = simplejpeg.decode_jpeg_header(data, strict=False)[:2]
@@ -203,8 +277,10 @@ def _header(data: bytes) -> tuple[str, int, int]:
   except Exception as error:  # a decoder may raise anything on bytes from anywhere
     raise Unreadable(f"broken or cut {kind} header{_detail(error)}") from error
   if height * width > MAX_PIXELS:
-    raise Unreadable(f"{kind} of {width} x {height} = {height * width / 1e6:.0f} megapixels; "
-                     f"the limit is {MAX_PIXELS // 10**6}")
+    raise Unreadable(
+      f"{kind} of {width} x {height} = {height * width / 1e6:.0f} megapixels; "
+      f"the limit is {MAX_PIXELS // 10**6}"
+    )
   if height < 1 or width < 1:
     raise Unreadable(f"{kind} without pixels ({width} x {height})")
   return kind, height, width
@@ -216,7 +292,7 @@ def _kind(data: bytes) -> str | None:
     return "WEBP"
   if data[4:8] == b"ftyp":
     length = min(int.from_bytes(data[:4], "big"), 256)
-    brands = [data[8:12], *(data[at:at + 4] for at in range(16, length, 4))]
+    brands = [data[8:12], *(data[at : at + 4] for at in range(16, length, 4))]
     if any(brand in _AVIF for brand in brands):
       return "AVIF"
     return "HEIF" if brands[0] in _HEIF else None
@@ -224,18 +300,24 @@ def _kind(data: bytes) -> str | None:
 
 
 def _open(data: bytes, kind: str) -> Image.Image:
-  """The picture, not decoded yet. Raises Unreadable: no decoder is installed, a TIFF of huge tiles; what Pillow raises."""
+  """The picture, not decoded yet. Raises Unreadable: no decoder is installed, a TIFF of huge tiles;
+  what Pillow raises.
+  """
   if kind == "HEIF":
     try:
       import pillow_heif
     except ImportError as error:
-      raise Unreadable("a HEIC picture; reading these needs pillow-heif: pip install 'mmjax[heic]'") from error
+      raise Unreadable(
+        "a HEIC picture; reading these needs pillow-heif: pip install 'mmjax[heic]'"
+      ) from error
     pillow_heif.options.DECODE_THREADS = 1
     pillow_heif.register_heif_opener(thumbnails=False)
   if kind == "AVIF":
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
   picture = Image.open(io.BytesIO(data), formats=[kind])
-  if kind == "TIFF" and picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0) > MAX_PIXELS:  # of a tile
+  if (
+    kind == "TIFF" and picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0) > MAX_PIXELS
+  ):  # of a tile
     raise Unreadable(f"TIFF whose tiles have more than {MAX_PIXELS // 10**6} megapixels")
   return picture
 
@@ -244,7 +326,7 @@ def _png_end(data: bytes) -> int:
   """Where the last chunk of a PNG ends; 0 where it has no end."""
   at = 8
   while at + 12 <= len(data):
-    length, name = struct.unpack(">I4s", data[at:at + 8])
+    length, name = struct.unpack(">I4s", data[at : at + 8])
     at += length + 12
     if name == b"IEND":
       return at
@@ -252,7 +334,9 @@ def _png_end(data: bytes) -> int:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-  """(width, height) from the first chunk (RFC 9649). Raises ValueError: the file is shorter than its header says."""
+  """(width, height) from the first chunk (RFC 9649). Raises ValueError: the file is shorter than
+  its header says.
+  """
   if len(data) < 30 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
     raise ValueError("the file is shorter than it says")
   if data[12:16] == b"VP8X":
@@ -260,7 +344,9 @@ def _webp_size(data: bytes) -> tuple[int, int]:
   if data[12:16] == b"VP8L":
     bits = int.from_bytes(data[21:25], "little")
     return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-  return struct.unpack("<HH", data[26:30])[0] & 0x3FFF, struct.unpack("<HH", data[26:30])[1] & 0x3FFF
+  return struct.unpack("<HH", data[26:30])[0] & 0x3FFF, struct.unpack("<HH", data[26:30])[
+    1
+  ] & 0x3FFF
 
 
 def _decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.ndarray:
@@ -268,13 +354,17 @@ def _decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.nda
   rows, columns = -(-height // reduction), -(-width // reduction)
   try:
     if simplejpeg.decode_jpeg_header(data, strict=True)[2] in ("YCbCr", "RGB", "Gray"):
-      pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns, min_factor=reduction)
+      pixels = simplejpeg.decode_jpeg(
+        data, "RGB", min_height=rows, min_width=columns, min_factor=reduction
+      )
       if pixels.shape[:2] == (rows, columns):
         return pixels
   except ValueError:
     pass
   pixels, _ = _decode_pillow(data, "JPEG")
-  return cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_AREA) if reduction > 1 else pixels
+  return (
+    cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_AREA) if reduction > 1 else pixels
+  )
 
 
 def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
@@ -294,7 +384,9 @@ def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-  """RGB uint8 [H, W, 3] of a picture of any mode, as the module's docstring says; not turned. Raises Unreadable."""
+  """RGB uint8 [H, W, 3] of a picture of any mode, as the module's docstring says; not turned.
+  Raises Unreadable.
+  """
   if image.mode.startswith("I;16"):
     bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF: 12 or 16
     white = (1 << bits) - 1
@@ -303,7 +395,10 @@ def to_rgb(image: Image.Image) -> np.ndarray:
       grey = white - np.minimum(grey, white)
     return np.repeat(((grey * 255 + white // 2) // white).astype(np.uint8)[..., None], 3, axis=2)
   if image.mode in ("I", "F"):
-    raise Unreadable(f"a picture of 32 bits a channel or with signs ({image.mode}): which value is white? Save it with 8 or 16 bits")
+    raise Unreadable(
+      f"a picture of 32 bits a channel or with signs ({image.mode}): which value is white? Save "
+      "it with 8 or 16 bits"
+    )
   if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     white = Image.new("RGB", image.size, "white")
@@ -315,14 +410,19 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 def _orientation(data: bytes) -> int:
   """EXIF orientation of a JPEG, 1 to 8. Broken metadata does not make a picture unreadable."""
   at = 2  # walks the segments up to the picture itself
-  while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] not in (b"", b"\xc0", b"\xc2", b"\xda"):
-    if data[at + 1] == 0xE1 and data[at + 4:at + 10] == b"Exif\0\0":
+  while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (
+    b"",
+    b"\xc0",
+    b"\xc2",
+    b"\xda",
+  ):
+    if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
       try:
         value = Image.open(io.BytesIO(data), formats=["JPEG"]).getexif().get(0x0112, 1)
       except Exception:
         return 1
       return value if value in range(1, 9) else 1
-    at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
+    at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
   return 1
 
 

@@ -1,4 +1,6 @@
-"""What kinds of media files there are, and whether one can be decoded. Media always stay the encoded bytes that they are."""
+"""What kinds of media files there are, and whether one can be decoded. Media always stay the
+encoded bytes that they are.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +15,112 @@ from mmjax.data import image
 from mmjax.data.image import Unreadable
 
 ENDINGS = {  # small, without the dot; a GIF counts as a picture, of which its first frame is used
-  "image": ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
-  "audio": ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "m4b", "aac", "aif", "aiff", "au", "caf", "wma", "mka"),
-  "video": ("mp4", "m4v", "mkv", "webm", "mov", "avi", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "mts", "m2ts"),
+  "image": (
+    "jpg",
+    "jpeg",
+    "jpe",
+    "jfif",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "heic",
+    "heif",
+  ),
+  "audio": (
+    "wav",
+    "flac",
+    "ogg",
+    "oga",
+    "opus",
+    "mp3",
+    "m4a",
+    "m4b",
+    "aac",
+    "aif",
+    "aiff",
+    "au",
+    "caf",
+    "wma",
+    "mka",
+  ),
+  "video": (
+    "mp4",
+    "m4v",
+    "mkv",
+    "webm",
+    "mov",
+    "avi",
+    "mpg",
+    "mpeg",
+    "wmv",
+    "flv",
+    "3gp",
+    "ogv",
+    "mts",
+    "m2ts",
+  ),
 }
 UNREAD = {  # media that nothing here decodes: a file of these is left out, counted and named
-  "image": ("svg", "svgz", "jxl", "jp2", "j2k", "ico", "icns", "psd", "xcf", "eps", "tga", "dds", "exr", "hdr", "ppm", "pgm",
-            "pbm", "pnm", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "raw", "dcm"),
+  "image": (
+    "svg",
+    "svgz",
+    "jxl",
+    "jp2",
+    "j2k",
+    "ico",
+    "icns",
+    "psd",
+    "xcf",
+    "eps",
+    "tga",
+    "dds",
+    "exr",
+    "hdr",
+    "ppm",
+    "pgm",
+    "pbm",
+    "pnm",
+    "dng",
+    "cr2",
+    "cr3",
+    "nef",
+    "arw",
+    "orf",
+    "rw2",
+    "raf",
+    "raw",
+    "dcm",
+  ),
   "audio": ("mid", "midi", "amr", "ape", "wv", "spx", "ac3", "dsf", "ra", "sph"),
   "video": ("ts", "vob", "rm", "rmvb", "mxf", "asf", "divx", "y4m", "swf"),
 }
-WORDS = {"image": "picture", "audio": "sound", "video": "video", "series": "sensor series", "text": "text"}
+WORDS = {
+  "image": "picture",
+  "audio": "sound",
+  "video": "video",
+  "series": "sensor series",
+  "text": "text",
+}
 
 
 def modality_of(name: str | os.PathLike, column: str = "") -> str | None:
-  """"image", "audio" or "video" by the ending of a file name; None for any other.
+  """ "image", "audio" or "video" by the ending of a file name; None for any other.
 
-  column: the modality of the column that names it, "" = none. It decides where the ending says nothing, and a video in a
-  column of sounds is its sound track.
+  column: the modality of the column that names it, "" = none. It decides where the ending says
+  nothing, and a video in a column of sounds is its sound track.
   """
   found = _by_ending(name, ENDINGS)
   return column if column and (found is None or (column, found) == ("audio", "video")) else found
 
 
 def unread_modality_of(name: str | os.PathLike) -> str | None:
-  """What kind of media a file is, by an ending that is known but not read (.svg, .jxl, .mid); None for any other."""
+  """What kind of media a file is, by an ending that is known but not read (.svg, .jxl, .mid); None
+  for any other.
+  """
   return _by_ending(name, UNREAD)
 
 
@@ -49,9 +132,9 @@ def _by_ending(name: str | os.PathLike, table: Mapping[str, tuple[str, ...]]) ->
 def content_key(record: Mapping[str, Any], modality: str) -> int:
   """The key of one medium of a record, in [0, 2^64): equal keys are the same content.
 
-  A picture's is stored (`image_key`: of its pixels in the embedded data sets, else of its bytes). Others are hashes of the
-  stored bytes, and of shape and values of a series, computed when they are asked for: 1 ms a megabyte. The same sound in another
-  container has another key.
+  A picture's is stored (`image_key`: of its pixels in the embedded data sets, else of its bytes).
+  Others are hashes of the stored bytes, and of shape and values of a series, computed when they are
+  asked for: 1 ms a megabyte. The same sound in another container has another key.
   """
   if modality == "image":
     return record["image_key"]
@@ -63,7 +146,9 @@ def content_key(record: Mapping[str, Any], modality: str) -> int:
 
 
 def media_key(record: Mapping[str, Any]) -> int:
-  """The `image_key` of a record: a hash in [0, 2^64) of the bytes of its picture, else of its video, else of its sound."""
+  """The `image_key` of a record: a hash in [0, 2^64) of the bytes of its picture, else of its
+  video, else of its sound.
+  """
   return bytes_key(record.get("image") or record.get("video") or record.get("audio") or b"")
 
 
@@ -73,7 +158,9 @@ def bytes_key(data: bytes) -> int:
 
 
 def check(record: Mapping[str, Any]) -> None:
-  """Decodes all the media of a record once (a JPEG at an eighth of its size). Raises Unreadable, which names the kind."""
+  """Decodes all the media of a record once (a JPEG at an eighth of its size). Raises Unreadable,
+  which names the kind.
+  """
   if record.get("image") is not None:
     image.decode(record["image"], 8)
   if record.get("audio") is not None:
@@ -83,7 +170,9 @@ def check(record: Mapping[str, Any]) -> None:
   if record.get("video") is not None:
     from mmjax.data.video import decode_video
 
-    decode_video(record["video"], lambda count: sorted({0, count - 1}))  # everything is decoded, next to nothing kept
+    decode_video(
+      record["video"], lambda count: sorted({0, count - 1})
+    )  # everything is decoded, next to nothing kept
 
 
 def too_large(error: Unreadable) -> bool:

@@ -1,4 +1,6 @@
-"""Pictures of any aspect ratio as sequences of patches within a budget: the input of the encoder kind `naflex`. NumPy only."""
+"""Pictures of any aspect ratio as sequences of patches within a budget: the input of the encoder
+kind `naflex`. NumPy only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _EPS = 1e-5  # how finely the scale of a picture is sought
 
 
 class PatchSequence(NamedTuple):
-  """patches uint8 [N, p * p * 3]; positions int32 [N, 2], each (row, column); mask bool [N]; grid int32 [2], (rows, columns)."""
+  """patches uint8 [N, p * p * 3]; positions int32 [N, 2], each (row, column); mask bool [N]; grid
+  int32 [2], (rows, columns).
+  """
 
   patches: np.ndarray
   positions: np.ndarray
@@ -25,21 +29,33 @@ class PatchSequence(NamedTuple):
 
 
 class SequenceTransform:
-  """The picture transform of a config whose data.image.resize is "naflex": `transform(data, rng) -> PatchSequence`.
+  """The picture transform of a config whose data.image.resize is "naflex": `transform(data, rng) ->
+  PatchSequence`.
 
-  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False nothing is random and `rng` may be None. With it, the
-  operations of augment.py, drawn from `rng` alone; a random crop keeps its own aspect ratio. Raises Unreadable, also for a strip
+  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False nothing is random and
+  `rng` may be None. With it, the operations of augment.py, drawn from `rng` alone; a random crop
+  keeps its own aspect ratio. Raises Unreadable, also for a strip
   too long for the budget. `shapes`: {array of a PatchSequence: (shape, dtype)}.
   """
 
   def __init__(self, config, train: bool):
-    self.patch, self.budget, self.interpolation = int(config.patch), int(config.tokens), config.interpolation
+    self.patch, self.budget, self.interpolation = (
+      int(config.patch),
+      int(config.tokens),
+      config.interpolation,
+    )
     self.augment = Augment(**dict(config.augment.items())) if train else None
     n = self.budget
-    self.shapes = {"patches": ((n, self.patch**2 * 3), np.uint8), "positions": ((n, 2), np.int32), "mask": ((n,), np.bool_),
-                   "grid": ((2,), np.int32)}
+    self.shapes = {
+      "patches": ((n, self.patch**2 * 3), np.uint8),
+      "positions": ((n, 2), np.int32),
+      "mask": ((n,), np.bool_),
+      "grid": ((2,), np.int32),
+    }
 
-  def __call__(self, data: bytes | np.ndarray, rng: np.random.Generator | None = None) -> PatchSequence:
+  def __call__(
+    self, data: bytes | np.ndarray, rng: np.random.Generator | None = None
+  ) -> PatchSequence:
     pixels = data if isinstance(data, np.ndarray) else decode(data)
     if self.augment is None:
       return patch_sequence(pixels, self.patch, self.budget, self.interpolation)
@@ -52,39 +68,53 @@ class SequenceTransform:
     return cut(self.augment.apply(pixels, draws, rng), self.patch, self.budget)
 
 
-def patch_sequence(pixels: np.ndarray, patch: int, budget: int,
-                   interpolation: Literal["bicubic", "bilinear"] = "bilinear") -> PatchSequence:
-  """A picture uint8 [H, W, 3] resized to as many patches as `budget` allows at (nearly) its aspect ratio; N = budget.
+def patch_sequence(
+  pixels: np.ndarray,
+  patch: int,
+  budget: int,
+  interpolation: Literal["bicubic", "bilinear"] = "bilinear",
+) -> PatchSequence:
+  """A picture uint8 [H, W, 3] resized to as many patches as `budget` allows at (nearly) its aspect
+  ratio; N = budget.
 
-  Resizing is Pillow's antialiased one; bilinear is what SigLIP 2 prepares pictures with (Tschannen et al. 2025, arXiv:2502.14786).
+  Resizing is Pillow's antialiased one; bilinear is what SigLIP 2 prepares pictures with (Tschannen
+  et al. 2025, arXiv:2502.14786).
   Raises UserError: no uint8 RGB picture, no budget; Unreadable: a strip too long for the budget.
   """
   if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-    raise UserError(f"a picture must be uint8 of shape [H, W, 3], but is {pixels.dtype} of shape {list(pixels.shape)}")
+    raise UserError(
+      f"a picture must be uint8 of shape [H, W, 3], but is {pixels.dtype} of shape "
+      f"{list(pixels.shape)}"
+    )
   rows, columns = fitting_grid(pixels.shape[0], pixels.shape[1], patch, budget)
   return cut(resize_exact(pixels, (rows * patch, columns * patch), interpolation), patch, budget)
 
 
 def cut(pixels: np.ndarray, patch: int, budget: int) -> PatchSequence:
-  """A picture uint8 [rows * patch, columns * patch, 3] as patches, row by row, in each rows, columns, channels; the rest is zeros."""
+  """A picture uint8 [rows * patch, columns * patch, 3] as patches, row by row, in each rows,
+  columns, channels; the rest is zeros.
+  """
   rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
   count = rows * columns
   patches = np.zeros((budget, patch * patch * 3), np.uint8)
   positions = np.zeros((budget, 2), np.int32)
   patches[:count] = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(count, -1)
   positions[:count] = np.stack(np.divmod(np.arange(count), columns), axis=1)
-  return PatchSequence(patches, positions, np.arange(budget) < count, np.array([rows, columns], np.int32))
+  return PatchSequence(
+    patches, positions, np.arange(budget) < count, np.array([rows, columns], np.int32)
+  )
 
 
 def picture_of(sequence: PatchSequence) -> np.ndarray:
   """The picture uint8 [rows * p, columns * p, 3] that a sequence was cut from."""
   (rows, columns), patch = sequence.grid.tolist(), math.isqrt(sequence.patches.shape[1] // 3)
-  cells = sequence.patches[:rows * columns].reshape(rows, columns, patch, patch, 3)
+  cells = sequence.patches[: rows * columns].reshape(rows, columns, patch, patch, 3)
   return cells.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
 
 
 def fitting_grid(height: int, width: int, patch: int, budget: int) -> tuple[int, int]:
-  """(rows, columns) of patches of the largest scale at which a picture, each side rounded up to patches, has at most `budget`.
+  """(rows, columns) of patches of the largest scale at which a picture, each side rounded up to
+  patches, has at most `budget`.
 
   Raises UserError: the budget is below 1; Unreadable: a strip so long that no scale makes it fit.
   """
@@ -98,5 +128,8 @@ def fitting_grid(height: int, width: int, patch: int, budget: int) -> tuple[int,
     low, high = (middle, high) if rows * columns <= budget else (low, middle)
   rows, columns = at(low)
   if rows * columns > budget:
-    raise Unreadable(f"a picture of {width} x {height} pixels does not fit {budget} patches of {patch} at any scale. Crop it")
+    raise Unreadable(
+      f"a picture of {width} x {height} pixels does not fit {budget} patches of {patch} at any "
+      "scale. Crop it"
+    )
   return rows, columns

@@ -1,8 +1,10 @@
-"""Which record stands in which row of which batch: a pure function of (seed, step), the same on every host, worker and mesh.
+"""Which record stands in which row of which batch: a pure function of (seed, step), the same on
+every host, worker and mesh.
 
-Row b of step s is the global position p = s * batch_size + b. A periodic table says which source position p belongs to
-and how many of its positions came before; that count, split into epoch and offset, goes through a permutation of the
-source's records that the seed, the source and the epoch choose. Nothing is stored and nothing is sequential: any step costs O(batch_size).
+Row b of step s is the global position p = s * batch_size + b. A periodic table says which source
+position p belongs to and how many of its positions came before; that count, split into epoch and
+offset, goes through a permutation of the source's records that the seed, the source and the epoch
+choose. Nothing is stored and nothing is sequential: any step costs O(batch_size).
 """
 
 from __future__ import annotations
@@ -21,19 +23,33 @@ _ROUNDS = 8
 
 
 class Order:
-  """Order(lengths, weights, seed, batch_size): `rows(step)`, a shuffle per epoch of every source, mixed by weight.
+  """Order(lengths, weights, seed, batch_size): `rows(step)`, a shuffle per epoch of every source,
+  mixed by weight.
 
-  lengths: records of each source. weights: shares of the rows, relative to each other; a source with weight 0 is not drawn.
-  whole_steps: all rows of a step are of one source, and the weights are shares of the steps. groups: of each source, how many
-  neighbouring records stay together, in their order (a remainder at the end is left out).
+  lengths: records of each source. weights: shares of the rows, relative to each other; a source
+  with weight 0 is not drawn.
+  whole_steps: all rows of a step are of one source, and the weights are shares of the steps.
+  groups: of each source, how many neighbouring records stay together, in their order (a remainder
+  at the end is left out).
   """
 
-  def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, batch_size: int, *, whole_steps: bool = False,
-               groups: Sequence[int] = ()):
+  def __init__(
+    self,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    seed: int,
+    batch_size: int,
+    *,
+    whole_steps: bool = False,
+    groups: Sequence[int] = (),
+  ):
     if len(lengths) != len(weights) or not lengths:
       raise UserError("data.sources is empty: name at least one data set")
     if min(weights) < 0 or sum(weights) <= 0:
-      raise UserError(f"data.sources.*.weight are {tuple(weights)}, but must not be negative, and one must be positive")
+      raise UserError(
+        f"data.sources.*.weight are {tuple(weights)}, but must not be negative, and one must be "
+        "positive"
+      )
     for length, weight in zip(lengths, weights, strict=True):
       if weight and length < 1:
         raise UserError("a source of data.sources has no records")
@@ -41,8 +57,13 @@ class Order:
     self.counts = whole_shares(weights)
     self._table, self._before = _mixing_table(self.counts)
     self.whole_steps, self.groups = whole_steps, tuple(map(int, groups)) or (1,) * len(lengths)
-    if min(self.groups) < 1 or any(group > length for group, length in zip(self.groups, self.lengths, strict=True)):
-      raise UserError(f"data.sources.*.group are {self.groups}: give at least 1, and at most the records of the source")
+    if min(self.groups) < 1 or any(
+      group > length for group, length in zip(self.groups, self.lengths, strict=True)
+    ):
+      raise UserError(
+        f"data.sources.*.group are {self.groups}: give at least 1, and at most the records of the "
+        "source"
+      )
     self._group = np.asarray(self.groups, np.uint64)
     self._length = np.asarray(self.lengths, np.uint64)
     self._each = np.asarray(self.counts, np.uint64)
@@ -53,9 +74,13 @@ class Order:
     return sum(length for length, count in zip(self.lengths, self.counts, strict=True) if count)
 
   def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(source int64 [B], index int64 [B] into that source, epoch int64 [B] of that source) of the batch of `step`, from 0."""
+    """(source int64 [B], index int64 [B] into that source, epoch int64 [B] of that source) of the
+    batch of `step`, from 0.
+    """
     row = np.arange(self.batch_size, dtype=np.uint64)
-    position = np.full_like(row, step) if self.whole_steps else row + np.uint64(step * self.batch_size)
+    position = (
+      np.full_like(row, step) if self.whole_steps else row + np.uint64(step * self.batch_size)
+    )
     period, place = np.divmod(position, np.uint64(len(self._table)))
     source = self._table[place]
     nth = period * self._each[source] + self._before[place]  # of the positions of this source
@@ -63,7 +88,15 @@ class Order:
     group = self._group[source]
     groups = self._length[source] // group  # an epoch goes through these
     epoch, offset = np.divmod(nth, groups * group)
-    index = group * permute(offset // group, groups, _mix(epoch ^ _mix(source.astype(np.uint64) ^ _mix(np.uint64(self.seed % 2**64))))) + offset % group
+    index = (
+      group
+      * permute(
+        offset // group,
+        groups,
+        _mix(epoch ^ _mix(source.astype(np.uint64) ^ _mix(np.uint64(self.seed % 2**64)))),
+      )
+      + offset % group
+    )
     return source, index.astype(np.int64), epoch.astype(np.int64)
 
   def source(self, step: int) -> int:
@@ -73,26 +106,42 @@ class Order:
   def fingerprint(self) -> dict[str, Any]:
     """What decides the order, JSON-able: a resumed run must find the same."""
     table = hashlib.blake2b(self._table.astype("<i8").tobytes(), digest_size=6).hexdigest()
-    return {"seed": self.seed, "batch_size": self.batch_size, "lengths": list(self.lengths), "mixture": list(self.counts), "table": table,
-            **({"whole_steps": True} if self.whole_steps else {}),
-            **({"groups": list(self.groups)} if max(self.groups) > 1 else {})}
+    return {
+      "seed": self.seed,
+      "batch_size": self.batch_size,
+      "lengths": list(self.lengths),
+      "mixture": list(self.counts),
+      "table": table,
+      **({"whole_steps": True} if self.whole_steps else {}),
+      **({"groups": list(self.groups)} if max(self.groups) > 1 else {}),
+    }
 
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
-  """Weights as whole numbers with (nearly) the same proportions and a sum of at most about 4096; positive stays positive."""
-  shares = [fractions.Fraction(weight) / fractions.Fraction(sum(map(fractions.Fraction, weights))) for weight in weights]
+  """Weights as whole numbers with (nearly) the same proportions and a sum of at most about 4096;
+  positive stays positive.
+  """
+  shares = [
+    fractions.Fraction(weight) / fractions.Fraction(sum(map(fractions.Fraction, weights)))
+    for weight in weights
+  ]
   near = [share.limit_denominator(_PERIOD) for share in shares]
   period = np.lcm.reduce([share.denominator for share in near], dtype=object)
-  if sum(near) != 1 or period > _PERIOD or any(abs(a - b) > 1e-9 or (not a and b) for a, b in zip(near, shares, strict=True)):
+  if (
+    sum(near) != 1
+    or period > _PERIOD
+    or any(abs(a - b) > 1e-9 or (not a and b) for a, b in zip(near, shares, strict=True))
+  ):
     near, period = shares, _PERIOD
   return tuple(max(1, round(share * period)) if share else 0 for share in near)
 
 
 def permute(offset: np.ndarray, length: np.ndarray, key: np.ndarray) -> np.ndarray:
-  """The image of `offset` under a pseudo-random permutation of range(length) that `key` chooses; uint64 arrays, elementwise.
+  """The image of `offset` under a pseudo-random permutation of range(length) that `key` chooses;
+  uint64 arrays, elementwise.
 
-  A Feistel network on the next even number of bits, walked until it lands inside (Black & Rogaway 2002, "Ciphers with
-  arbitrary finite domains", cycle walking): fewer than 4 walks on average.
+  A Feistel network on the next even number of bits, walked until it lands inside (Black & Rogaway
+  2002, "Ciphers with arbitrary finite domains", cycle walking): fewer than 4 walks on average.
   """
   bits = np.ceil(np.log2(np.maximum(length, 2).astype(np.float64)))
   half = np.maximum(np.ceil(bits / 2), 1).astype(np.uint64)
@@ -114,7 +163,9 @@ def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-  """The finaliser of SplitMix64 (Steele et al. 2014): uint64 -> uint64, every bit depends on every bit."""
+  """The finaliser of SplitMix64 (Steele et al. 2014): uint64 -> uint64, every bit depends on every
+  bit.
+  """
   with np.errstate(over="ignore"):
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -123,9 +174,11 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 def _mixing_table(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-  """(source int64 [P], how many earlier places of the table are of the same source uint64 [P]), P = sum(counts).
+  """(source int64 [P], how many earlier places of the table are of the same source uint64 [P]), P =
+  sum(counts).
 
-  Source k stands at the places nearest to (j + 1/2) / counts[k] of the table, so every stretch of it has nearly the proportions.
+  Source k stands at the places nearest to (j + 1/2) / counts[k] of the table, so every stretch of
+  it has nearly the proportions.
   """
   source = np.concatenate([np.full(count, k, np.int64) for k, count in enumerate(counts)])
   nth = np.concatenate([np.arange(count) for count in counts])

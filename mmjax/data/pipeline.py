@@ -1,15 +1,19 @@
-"""The batches of a run: `Pipeline(config).batch(step)`, and `EvaluationData` in a fixed order. NumPy only, no JAX backend.
+"""The batches of a run: `Pipeline(config).batch(step)`, and `EvaluationData` in a fixed order.
+NumPy only, no JAX backend.
 
-A global batch is a function of (seed, step) alone: `order.py` says which record stands in which row, and a random generator
-keyed by (seed, step, row) draws the caption, the words it loses and the augmentation of the picture. So hosts, worker processes
-and threads only decide who does the work, a process can make just its own rows, and any step can be made first.
+A global batch is a function of (seed, step) alone: `order.py` says which record stands in which
+row, and a random generator keyed by (seed, step, row) draws the caption, the words it loses and the
+augmentation of the picture. So hosts, worker processes and threads only decide who does the work, a
+process can make just its own rows, and any step can be made first.
 
-A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B, L], "mask" bool [B, L],
-"key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B], "key"}, "video": {"frames" uint8 [B, T, H, W, 3],
-"mask" bool [B, T], "key"}, "series": {"values" float32 [B, T, C], "mask" bool [B, T], "key"}, "label" int32 [B], "valid" bool [B],
-"id": list of str}, with the modalities that the config asks for; equal keys are equal texts or media. Where data.image.resize is "naflex", the image is {"patches" uint8
-[B, N, p * p * 3], "positions" int32 [B, N, 2], "mask" bool [B, N], "grid" int32 [B, 2], "key"} (naflex.py). Where
-data.text.per_example is K > 1, texts are [B, K, ...].
+A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B,
+L], "mask" bool [B, L], "key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B],
+"key"}, "video": {"frames" uint8 [B, T, H, W, 3], "mask" bool [B, T], "key"}, "series": {"values"
+float32 [B, T, C], "mask" bool [B, T], "key"}, "label" int32 [B], "valid" bool [B], "id": list of
+str}, with the modalities that the config asks for; equal keys are equal texts or media. Where
+data.image.resize is "naflex", the image is {"patches" uint8 [B, N, p * p * 3], "positions" int32
+[B, N, 2], "mask" bool [B, N], "grid" int32 [B, 2], "key"} (naflex.py). Where data.text.per_example
+is K > 1, texts are [B, K, ...].
 """
 
 from __future__ import annotations
@@ -49,18 +53,25 @@ from mmjax.data.text import Tokenizer, text_key
 def batch_spec(config, batch_size: int | None = None, source: str = "") -> dict[str, Any]:
   """The `jax.ShapeDtypeStruct`s of a batch as the device gets it (no `id`), from the config alone.
 
-  source: whose batches, where data.mix is "steps" and sources differ; "" = with every modality that there is.
+  source: whose batches, where data.mix is "steps" and sources differ; "" = with every modality that
+  there is.
   """
   import jax
 
   size = batch_size or config.train.batch_size
   rows = row_spec(config, *_made_of(config, source))
-  spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x[0]), x[1]), rows, is_leaf=lambda x: isinstance(x, tuple))
+  spec = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((size, *x[0]), x[1]),
+    rows,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
   return {**spec, "valid": jax.ShapeDtypeStruct((size,), np.bool_)}
 
 
 def _made_of(config, source: str) -> tuple[list[str], int]:
-  """(modalities, tokens a text; 0 = data.text.length) of a source's batches; of all batches for "" and where sources mix within one."""
+  """(modalities, tokens a text; 0 = data.text.length) of a source's batches; of all batches for ""
+  and where sources mix within one.
+  """
   entry = config.data.sources[source] if source and config.data.mix == "steps" else None
   return modalities_of(config, entry), entry.length if entry else 0
 
@@ -68,8 +79,10 @@ def _made_of(config, source: str) -> tuple[list[str], int]:
 class Pipeline:
   """The training batches of a config.
 
-  rows: which rows of the global batch this process makes (int array; None = all), as the batch sharding deals them.
-  Attributes: examples (rows of an epoch), unreadable (records that could not be used so far, each counted once).
+  rows: which rows of the global batch this process makes (int array; None = all), as the batch
+  sharding deals them.
+  Attributes: examples (rows of an epoch), unreadable (records that could not be used so far, each
+  counted once).
   Raises UserError for what is missing (data set, split, language, tokenizer).
   """
 
@@ -83,8 +96,14 @@ class Pipeline:
     self.sources = [_named(name, entry, config) for name, entry in entries]
     check_classes(config, self.sources)
     self._made_of = [_made_of(config, name) for name, _ in entries]
-    self.order = Order([len(s) for s in self.sources], [entry.weight for _, entry in entries], config.seed, config.train.batch_size,
-                       whole_steps=config.data.mix == "steps", groups=[entry.group for _, entry in entries])
+    self.order = Order(
+      [len(s) for s in self.sources],
+      [entry.weight for _, entry in entries],
+      config.seed,
+      config.train.batch_size,
+      whole_steps=config.data.mix == "steps",
+      groups=[entry.group for _, entry in entries],
+    )
     self._examples = Examples(config, train=True)
 
   @property
@@ -96,34 +115,54 @@ class Pipeline:
     return len(self._bad)
 
   def source_of(self, step: int) -> str:
-    """The name of the entry of data.sources that a step's rows come from; "" where sources mix within a batch."""
+    """The name of the entry of data.sources that a step's rows come from; "" where sources mix
+    within a batch.
+    """
     return list(self.config.data.sources)[self.order.source(step)] if self.order.whole_steps else ""
 
   def fingerprint(self) -> dict[str, Any]:
-    """What the batches depend on besides the config, JSON-able: a resumed run must find the same."""
-    found = {"sources": [source.fingerprint for source in self.sources], "order": self.order.fingerprint()}
+    """What the batches depend on besides the config, JSON-able: a resumed run must find the
+    same.
+    """
+    found = {
+      "sources": [source.fingerprint for source in self.sources],
+      "order": self.order.fingerprint(),
+    }
     if "text" in self._examples.modalities:
-      found["tokenizer"] = f"{self.config.data.text.tokenizer}: content {self._examples.text.tokenizer.fingerprint}"
+      found["tokenizer"] = (
+        f"{self.config.data.text.tokenizer}: content {self._examples.text.tokenizer.fingerprint}"
+      )
     return found
 
   def batch(self, step: int) -> Batch:
-    """The batch of a step, counted from 0; only this process's rows. Raises UserError: too many unreadable records."""
+    """The batch of a step, counted from 0; only this process's rows. Raises UserError: too many
+    unreadable records.
+    """
     return self._settle(self._make(step))
 
   def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-    """The batches start, start + 1, ..., stop - 1, prepared ahead by data.threads threads or data.workers processes."""
+    """The batches start, start + 1, ..., stop - 1, prepared ahead by data.threads threads or
+    data.workers processes.
+    """
     import grain
 
     if start >= stop:
       return
     data = self.config.data
-    options = grain.ReadOptions(num_threads=max(1, data.threads), prefetch_buffer_size=max(1, data.prefetch))
+    options = grain.ReadOptions(
+      num_threads=max(1, data.threads), prefetch_buffer_size=max(1, data.prefetch)
+    )
     batches = grain.MapDataset.range(start, stop).map(_Make(self)).to_iter_dataset(options)
     if data.workers > 0:
       _parse_flags()
-      batches = grain.experimental.WithOptionsIterDataset(batches, grain.experimental.DatasetOptions(min_shm_size=1 << 16))
+      batches = grain.experimental.WithOptionsIterDataset(
+        batches, grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+      )
       each = -(-max(1, data.prefetch) // data.workers)
-      batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=each), _start_worker)
+      batches = batches.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=each),
+        _start_worker,
+      )
     iterator = iter(batches)
     try:
       for step in range(start, stop):
@@ -139,7 +178,9 @@ class Pipeline:
     """The ids of all rows of the global batch of a step."""
     if step not in self._ids:
       source, index, _ = self.order.rows(step)
-      self._remember(step, [self._id(s, i) for s, i in zip(source.tolist(), index.tolist(), strict=True)])
+      self._remember(
+        step, [self._id(s, i) for s, i in zip(source.tolist(), index.tolist(), strict=True)]
+      )
     return self._ids[step]
 
   def _id(self, source: int, index: int) -> str:
@@ -154,8 +195,8 @@ class Pipeline:
       self._ids.popitem(last=False)
 
   def _make(self, step: int) -> Batch:
-    """The batch with "unreadable": [(name, reason)] and "cut": [(modality, name, length)], which `_settle` takes out again. Runs
-    in a worker or a thread."""
+    """The batch with "unreadable": [(name, reason)] and "cut": [(modality, name, length)], which
+    `_settle` takes out again. Runs in a worker or a thread."""
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
     places = [Place(self.sources[source[row]], int(index[row])) for row in rows]
@@ -175,7 +216,9 @@ class Pipeline:
 
 
 class Caption(NamedTuple):
-  """A caption of an evaluation: `key` is the uint64 of its text key, `example` the index of its picture."""
+  """A caption of an evaluation: `key` is the uint64 of its text key, `example` the index of its
+  picture.
+  """
 
   text: str
   language: str
@@ -186,16 +229,25 @@ class Caption(NamedTuple):
 class EvaluationData:
   """A split in its stored order, without augmentation, with every caption.
 
-  entry: name, split, languages (and path, and text = "caption" or "question"). rows: which rows of each batch this process
-  makes (None = all). labels int32 [N] (-1 = none) index label_names; class_names: of the labels that `batches` gives;
-  media_keys {modality: uint64 [N]}, equal = the same content; captions: every one in the entry's languages; facts: what each record says about itself ({} = nothing);
-  places [(example, part)]: the rows of `batches` (several an example where its questions do not fit one row).
+  entry: name, split, languages (and path, and text = "caption" or "question"). rows: which rows of
+  each batch this process makes (None = all). labels int32 [N] (-1 = none) index label_names;
+  class_names: of the labels that `batches` gives;
+  media_keys {modality: uint64 [N]}, equal = the same content; captions: every one in the entry's
+  languages; facts: what each record says about itself ({} = nothing);
+  places [(example, part)]: the rows of `batches` (several an example where its questions do not fit
+  one row).
   tokenizer: of a checkpoint; None = the one that the config names, where texts are asked for.
   Raises UserError: no such data set, split or language; while reading: too many unreadable records.
   """
 
-  def __init__(self, config, entry: Mapping[str, Any], batch_size: int, rows: Sequence[int] | None = None,
-               tokenizer: Tokenizer | None = None):
+  def __init__(
+    self,
+    config,
+    entry: Mapping[str, Any],
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
+  ):
     self.config, self.batch_size = config, batch_size
     self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     self.source = open_source(entry, config)
@@ -217,27 +269,37 @@ class EvaluationData:
     return len(self._bad)
 
   def images(self) -> Iterator[Batch]:
-    """All pictures: {"image": {"pixels", "key"}, "valid", "id", "label"}; the last batch is filled up with rows that are not valid."""
+    """All pictures: {"image": {"pixels", "key"}, "valid", "id", "label"}; the last batch is filled
+    up with rows that are not valid.
+    """
     return self.media("image")
 
   def media(self, modality: str) -> Iterator[Batch]:
-    """One modality of every example: {modality: {...}, "valid", "id", "label"}, `label` by `label_names`; filled up at the end."""
+    """One modality of every example: {modality: {...}, "valid", "id", "label"}, `label` by
+    `label_names`; filled up at the end.
+    """
     for batch, index in self._batches([(i, -1) for i in range(len(self))], (modality,)):
       batch["label"] = np.where(index < 0, -1, self.labels[index]).astype(np.int32)
       yield batch
 
   def batches(self, modalities: Sequence[str]) -> Iterator[Batch]:
-    """Every row of `places` with several modalities, and `label` where data.label has one; filled up at the end."""
+    """Every row of `places` with several modalities, and `label` where data.label has one; filled
+    up at the end.
+    """
     for batch, _ in self._batches(self.places, tuple(modalities)):
       yield batch
 
-  def _batches(self, places: list[tuple[int, int]], modalities: tuple[str, ...]) -> Iterator[tuple[Batch, np.ndarray]]:
+  def _batches(
+    self, places: list[tuple[int, int]], modalities: tuple[str, ...]
+  ) -> Iterator[tuple[Batch, np.ndarray]]:
     """(batch, example of each row, -1 = none)."""
     for start in range(0, len(places), self.batch_size):
       row = start + self.rows
       real = row < len(places)
       chosen = [places[i] for i in row[real].tolist()]
-      batch = self._examples([Place(self.source, *place) for place in chosen], [None] * len(chosen), modalities)
+      batch = self._examples(
+        [Place(self.source, *place) for place in chosen], [None] * len(chosen), modalities
+      )
       self._cut.add(batch.pop("cut"))
       report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
       index = np.full(len(row), -1)
@@ -274,7 +336,9 @@ class EvaluationData:
     number = {label: i for i, label in enumerate(self.label_names)}
     asks, each = self.source.text == "question", self.config.data.text.per_example
     self.labels = np.full(len(self), -1, np.int32)
-    absent = np.arange(2**63, 2**63 + len(self), dtype=np.uint64)  # equal to no other; such a row is not valid
+    absent = np.arange(
+      2**63, 2**63 + len(self), dtype=np.uint64
+    )  # equal to no other; such a row is not valid
     self.media_keys = {name: absent.copy() for name in MODALITIES if name != "text"}
     for i in range(len(self)):
       try:
@@ -314,14 +378,18 @@ def _named(name: str, entry: Mapping[str, Any], config) -> Source:
 
 
 def _own(tree: Any) -> Any:
-  """Copies arrays out of the memory that workers share with this process, which is then free at once."""
+  """Copies arrays out of the memory that workers share with this process, which is then free at
+  once.
+  """
   if isinstance(tree, dict):
     return {name: _own(value) for name, value in tree.items()}
   return np.array(tree, subok=False) if isinstance(tree, np.ndarray) else tree
 
 
 def _parse_flags() -> None:
-  """Grain asks absl for flags when it starts workers, and absl fails unless a command line was parsed."""
+  """Grain asks absl for flags when it starts workers, and absl fails unless a command line was
+  parsed.
+  """
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
@@ -329,9 +397,11 @@ def _parse_flags() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-  """Runs first in a worker process. It never takes a device, leaves Ctrl-C to the main process, and does not outlive it.
+  """Runs first in a worker process. It never takes a device, leaves Ctrl-C to the main process, and
+  does not outlive it.
 
-  On SIGTERM (often sent to the whole process group) it goes on for a while: the main process may still need a batch to stop well.
+  On SIGTERM (often sent to the whole process group) it goes on for a while: the main process may
+  still need a batch to stop well.
   """
   import jax
 

@@ -21,13 +21,24 @@ from mmjax.data.sources import data_dir as default_data_dir
 from mmjax.files import write_whole
 from mmjax.printing import in_html, say
 
-THUMBNAIL = 320  # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
+# pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
+THUMBNAIL = 320
 _RIGHT_TO_LEFT = {"ar", "fa", "he", "ur"}
 
 
-def show_data_set(name: str, out: str | os.PathLike = "sample.html", *, split: str = "train", count: int = 48,
-                  seed: int = 0, data_dir: str | os.PathLike | None = None, log: Callable[[str], None] = say) -> Path:
-  """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some. Returns the file. Raises UserError."""
+def show_data_set(
+  name: str,
+  out: str | os.PathLike = "sample.html",
+  *,
+  split: str = "train",
+  count: int = 48,
+  seed: int = 0,
+  data_dir: str | os.PathLike | None = None,
+  log: Callable[[str], None] = say,
+) -> Path:
+  """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some. Returns the file.
+  Raises UserError.
+  """
   tars = name.endswith(".tar") and name not in list_datasets(default_data_dir(data_dir or None))
   entry = dict(name="tars", path=name) if tars else dict(name=name, split=split)
   source = open_source(entry | dict(languages=()), os.fspath(data_dir) if data_dir else None)
@@ -36,9 +47,15 @@ def show_data_set(name: str, out: str | os.PathLike = "sample.html", *, split: s
   return path
 
 
-def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLike, count: int = 48, seed: int = 0,
-         title: str = "") -> Path:
-  """Draws `count` random examples (all in order, if there are no more) of a source or a list of records.
+def show(
+  source: Source | Sequence[Mapping[str, Any]],
+  out_html: str | os.PathLike,
+  count: int = 48,
+  seed: int = 0,
+  title: str = "",
+) -> Path:
+  """Draws `count` random examples (all in order, if there are no more) of a source or a list of
+  records.
 
   The same seed draws the same ones. A record that cannot be read gets a tile that says why.
   Raises UserError: nothing to show, or `out_html` cannot be written.
@@ -85,18 +102,33 @@ def show(source: Source | Sequence[Mapping[str, Any]], out_html: str | os.PathLi
   if sizes:
     low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
     same = f"<b>{low[1]} × {low[0]}</b> pixels"
-    facts.append(f"<b>{low[1]}–{high[1]}</b> × <b>{low[0]}–{high[0]}</b> pixels" if (low != high).any() else same)
+    facts.append(
+      f"<b>{low[1]}–{high[1]}</b> × <b>{low[0]}–{high[0]}</b> pixels"
+      if (low != high).any()
+      else same
+    )
   for what, lengths in seconds.items():
     if lengths:
-      facts.append(f"{what} of <b>{np.median(lengths):.1f}</b> s (median), at most <b>{max(lengths):.1f}</b>")
+      facts.append(
+        f"{what} of <b>{np.median(lengths):.1f}</b> s (median), at most <b>{max(lengths):.1f}</b>"
+      )
   if captions:
     lengths = [len(text) for text in captions]
-    facts.append(f"captions of <b>{np.median(lengths):.0f}</b> characters (median), at most <b>{max(lengths)}</b>")
+    facts.append(
+      f"captions of <b>{np.median(lengths):.0f}</b> characters (median), at most "
+      f"<b>{max(lengths)}</b>"
+    )
   if unreadable:
     facts.append(f'<b class="bad">{unreadable} unreadable</b>')
   title = title or getattr(source, "name", "") or "sample"
-  page = _PAGE.format(title=in_html(title), style=_STYLE, facts="".join(f"<li>{fact}</li>" for fact in facts),
-                      languages=_chips("Languages", languages), labels=_chips("Labels", labels), tiles="\n".join(tiles))
+  page = _PAGE.format(
+    title=in_html(title),
+    style=_STYLE,
+    facts="".join(f"<li>{fact}</li>" for fact in facts),
+    languages=_chips("Languages", languages),
+    labels=_chips("Labels", labels),
+    tiles="\n".join(tiles),
+  )
   try:
     write_whole(Path(out_html).absolute(), page.encode("utf-8"))
   except OSError as error:
@@ -118,13 +150,20 @@ def _picture(record: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
   height, width = pixels.shape[:2]
   scale = THUMBNAIL / max(height, width)
   if scale < 1:
-    pixels = resize_exact(pixels, (max(1, round(height * scale)), max(1, round(width * scale))), "bicubic")
+    pixels = resize_exact(
+      pixels, (max(1, round(height * scale)), max(1, round(width * scale))), "bicubic"
+    )
   out = io.BytesIO()
   small = max(height, width) <= 128  # drawn pictures and icons stay exact, photographs become JPEG
-  Image.fromarray(pixels).save(out, "PNG" if small else "JPEG", **({} if small else dict(quality=88)))
+  Image.fromarray(pixels).save(
+    out, "PNG" if small else "JPEG", **({} if small else dict(quality=88))
+  )
   data = base64.b64encode(out.getvalue()).decode()
   kind = "png" if small else "jpeg"
-  return f'<img class="{"small" if small else ""}" alt="" src="data:image/{kind};base64,{data}">', (height, width)
+  return f'<img class="{"small" if small else ""}" alt="" src="data:image/{kind};base64,{data}">', (
+    height,
+    width,
+  )
 
 
 def _fault(error: Exception) -> str:
@@ -138,7 +177,9 @@ def _framed(picture: str) -> str:
 def _tile(record: Mapping[str, Any], parts: Sequence[str], size: str) -> str:
   """The HTML of a record; `parts`: of its media."""
   lines = []
-  for language, texts in sorted(record.get("captions", {}).items(), key=lambda item: (item[0] != "en", item[0])):
+  for language, texts in sorted(
+    record.get("captions", {}).items(), key=lambda item: (item[0] != "en", item[0])
+  ):
     direction = ' dir="rtl"' if language in _RIGHT_TO_LEFT else ""
     for number, text in enumerate(texts):
       mark = f"<dt>{in_html(language)}</dt>" if number == 0 else "<dt></dt>"
@@ -149,13 +190,18 @@ def _tile(record: Mapping[str, Any], parts: Sequence[str], size: str) -> str:
   wide = ' class="wide"' if any('class="strip"' in part for part in parts) else ""
   name, questions = in_html(record["id"]), show_media.answers(record.get("questions") or ())
   captions = f"<dl>{''.join(lines)}</dl>" if lines else ""
-  return f'<article{wide}>{"".join(parts)}{head}{captions}{questions}<div class="id" title="{name}">{name}</div></article>'
+  return (
+    f'<article{wide}>{"".join(parts)}{head}{captions}{questions}<div class="id" '
+    f'title="{name}">{name}</div></article>'
+  )
 
 
 def _chips(title: str, counts: Counter[str]) -> str:
   if not counts:
     return ""
-  chips = "".join(f"<span>{in_html(name)} <b>{count}</b></span>" for name, count in counts.most_common(40))
+  chips = "".join(
+    f"<span>{in_html(name)} <b>{count}</b></span>" for name, count in counts.most_common(40)
+  )
   return f'<div class="chips"><em>{title}</em>{chips}</div>'
 
 

@@ -1,7 +1,9 @@
-"""Where records come from: data sets under `data.dir` (TFDS ArrayRecord), and tars read where they are. Random access, NumPy only.
+"""Where records come from: data sets under `data.dir` (TFDS ArrayRecord), and tars read where they
+are. Random access, NumPy only.
 
-`open_source(entry, config)` gives a `Source`: `len(source)`, `source[i]` -> record (see builders/__init__.py) with the captions of
-the entry's languages. Adding a kind of source is one class and one line in `open_source`.
+`open_source(entry, config)` gives a `Source`: `len(source)`, `source[i]` -> record (see
+builders/__init__.py) with the captions of the entry's languages. Adding a kind of source is one
+class and one line in `open_source`.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from mmjax.data.builders import (
 class Source(Protocol):
   """Records with random access.
 
-  `labels`: class names, sorted. `answers`: to the questions of all splits, sorted. `text`: what the text of a row is, "caption" or "question",
-  `first_captions`: how many of the first captions training draws from, 0 = all (as the entry says). `languages`: those that captions may have. `fingerprint`: changes when the content does.
+  `labels`: class names, sorted. `answers`: to the questions of all splits, sorted. `text`: what the
+  text of a row is, "caption" or "question",
+  `first_captions`: how many of the first captions training draws from, 0 = all (as the entry says).
+  `languages`: those that captions may have. `fingerprint`: changes when the content does.
   `source[i]` raises UserError for a record that cannot be read, and only that.
   """
 
@@ -51,7 +55,8 @@ class Source(Protocol):
 
 
 def open_source(entry: Mapping[str, Any], config=None) -> Source:
-  """Opens the source that an entry of `data.sources` (or any mapping with name, split, languages, path) describes.
+  """Opens the source that an entry of `data.sources` (or any mapping with name, split, languages,
+  path) describes.
 
   Raises UserError: no such data set, split or language, or files are missing.
   """
@@ -62,7 +67,10 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
     from mmjax.data.tars import TarSource
 
     if not entry.get("path"):
-      raise UserError("a source named 'tars' has no path: give a glob or a brace pattern, such as 'shards/{00000..00009}.tar'")
+      raise UserError(
+        "a source named 'tars' has no path: give a glob or a brace pattern, such as "
+        "'shards/{00000..00009}.tar'"
+      )
     source: Source = TarSource(entry["path"], languages, data_dir(config))
   else:
     source = ArrayRecordSource(data_dir(config), name, entry.get("split") or "train", languages)
@@ -74,8 +82,8 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
 def data_dir(config=None) -> Path:
   """The folder of the data sets: `data.dir` of the config, else $MMJAX_DATA, else ~/.cache/mmjax.
 
-  `config`: a config, its `data` part, a path, or None. For a URL (s3://bucket/data) it is the folder of this machine to which data sets and
-  tokenizers are copied when they are opened.
+  `config`: a config, its `data` part, a path, or None. For a URL (s3://bucket/data) it is the
+  folder of this machine to which data sets and tokenizers are copied when they are opened.
   """
   if config is not None and not isinstance(config, (str, os.PathLike)):
     config = config.get("data", config).get("dir", "")
@@ -87,8 +95,10 @@ def local_data_dir(config=None) -> Path:
   """`data_dir`, to write data sets in. Raises UserError: it is a URL."""
   root = data_dir(config)
   if url := files.origin(root):
-    raise UserError(f"{url}: data sets are made on this machine and copied to a store then: name a local folder with --data-dir, and copy "
-                    f"what is made there, as with `aws s3 cp --recursive FOLDER {url}`")
+    raise UserError(
+      f"{url}: data sets are made on this machine and copied to a store then: name a local folder "
+      f"with --data-dir, and copy what is made there, as with `aws s3 cp --recursive FOLDER {url}`"
+    )
   return root
 
 
@@ -102,16 +112,26 @@ def list_datasets(root: str | os.PathLike) -> list[str]:
         name, _, rest = path.partition("/")
         there[name].append(rest)
     return sorted(name for name, rest in there.items() if finished_versions(rest))
-  return sorted(path.name for path in root.iterdir() if find_version(root, path.name)) if root.is_dir() else []
+  return (
+    sorted(path.name for path in root.iterdir() if find_version(root, path.name))
+    if root.is_dir()
+    else []
+  )
 
 
 def list_tokenizers(folder: Path) -> list[str]:
   """Names of the tokenizers in a folder, sorted."""
-  return sorted(path.stem for path in folder.iterdir() if path.suffix in (".model", ".json")) if folder.is_dir() else []
+  return (
+    sorted(path.stem for path in folder.iterdir() if path.suffix in (".model", ".json"))
+    if folder.is_dir()
+    else []
+  )
 
 
 class ArrayRecordSource:
-  """A data set that `builders.write_dataset` wrote, or several of its splits ("train+validation") one after the other."""
+  """A data set that `builders.write_dataset` wrote, or several of its splits ("train+validation")
+  one after the other.
+  """
 
   def __init__(self, root: Path, name: str, split: str, languages: Sequence[str] = ()):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -119,7 +139,9 @@ class ArrayRecordSource:
     example_class()
     folder = find_version(root, name)
     if folder is None:
-      raise UserError(f"no data set {name!r} under {files.origin(root) or root}{_how_to_get(root, name)}")
+      raise UserError(
+        f"no data set {name!r} under {files.origin(root) or root}{_how_to_get(root, name)}"
+      )
     self.name, self._languages = name, tuple(languages)
     info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     try:
@@ -127,16 +149,24 @@ class ArrayRecordSource:
       self.labels, there, content = tuple(facts["labels"]), facts["languages"], facts["content"]
       self.answers = tuple(facts.get("answers", ()))
     except (OSError, ValueError, KeyError) as error:
-      raise UserError(f"{folder} is a TFDS data set, but not one of mmjax (metadata.json: {error}). Make it with `mmjax data convert`") from error
+      raise UserError(
+        f"{folder} is a TFDS data set, but not one of mmjax (metadata.json: {error}). Make it "
+        "with `mmjax data convert`"
+      ) from error
     for language in languages:
       if language not in there:
-        raise UserError(f"data set {name!r} has no captions in {language!r}; its languages: {', '.join(there)}{_nearest(language, there)}")
+        raise UserError(
+          f"data set {name!r} has no captions in {language!r}; its languages: "
+          f"{', '.join(there)}{_nearest(language, there)}"
+        )
     self.languages = self._languages or tuple(there)
     shards = []
     for part in split.split("+"):
       shards += _shards(folder, info, part.strip())
     self._records = ArrayRecordDataSource(shards)
-    mark = hashlib.blake2b(json.dumps([content, [os.path.basename(f) for f in shards]]).encode(), digest_size=6).hexdigest()
+    mark = hashlib.blake2b(
+      json.dumps([content, [os.path.basename(f) for f in shards]]).encode(), digest_size=6
+    ).hexdigest()
     self.fingerprint = f"{name}/{folder.name}/{split}: {len(self)} examples, content {mark}"
 
   def __len__(self) -> int:
@@ -146,7 +176,9 @@ class ArrayRecordSource:
     try:
       data = self._records[index]
     except Exception as error:  # array_record raises bare RuntimeErrors
-      raise UserError(f"record {index} of {self.name} cannot be read ({str(error).splitlines()[0]})") from error
+      raise UserError(
+        f"record {index} of {self.name} cannot be read ({str(error).splitlines()[0]})"
+      ) from error
     return parse_record(data, self._languages)
 
 
@@ -169,16 +201,24 @@ class CachedSource:
 
 
 def _shards(folder: Path, info: Mapping[str, Any], split: str) -> list[str]:
-  """The files of a split as "path[0:count]", which array_record opens only when they are read. Raises UserError."""
+  """The files of a split as "path[0:count]", which array_record opens only when they are read.
+  Raises UserError.
+  """
   sizes = split_sizes(folder)
   if split not in sizes:
-    raise UserError(f"data set {info['name']!r} has no split {split!r}; there are: {', '.join(sizes)}{_nearest(split, sizes)}")
+    raise UserError(
+      f"data set {info['name']!r} has no split {split!r}; there are: "
+      f"{', '.join(sizes)}{_nearest(split, sizes)}"
+    )
   lengths = next(s["shardLengths"] for s in info["splits"] if s["name"] == split)
   files = []
   for number, length in enumerate(lengths):
     path = folder / f"{info['name']}-{split}.array_record-{number:05d}-of-{len(lengths):05d}"
     if not path.is_file():
-      raise UserError(f"{path} is missing from data set {info['name']!r}. Delete {folder} and make the data set again")
+      raise UserError(
+        f"{path} is missing from data set {info['name']!r}. Delete {folder} and make the data set "
+        "again"
+      )
     if int(length):
       files.append(f"{path}[0:{length}]")
   if not files:
@@ -187,11 +227,15 @@ def _shards(folder: Path, info: Mapping[str, Any], split: str) -> list[str]:
 
 
 def _how_to_get(root: Path, name: str) -> str:
-  """The end of an error about a missing data set: the nearest that is there, and the command that makes one."""
+  """The end of an error about a missing data set: the nearest that is there, and the command that
+  makes one.
+  """
   there = list_datasets(root)
   make = f"`mmjax data build {name}` makes it" if name in BUILDERS else ""
   if near := difflib.get_close_matches(name, sorted({*there, *BUILDERS}), n=1, cutoff=0.5):
-    make = make or f"Did you mean {near[0]!r}?" + ("" if near[0] in there else f" `mmjax data build {near[0]}` makes it")
+    make = make or f"Did you mean {near[0]!r}?" + (
+      "" if near[0] in there else f" `mmjax data build {near[0]}` makes it"
+    )
   elif not make:
     make = "Make it with `mmjax data convert`, or set $MMJAX_DATA to the folder that has it"
   return f" (there: {', '.join(there) or 'none'}). {make}"

@@ -1,12 +1,13 @@
-"""WebDataset tars, as img2dataset writes them, read where they are: `KEY.jpg`, `KEY.txt`, `KEY.json` in plain tars.
+"""WebDataset tars, as img2dataset writes them, read where they are: `KEY.jpg`, `KEY.txt`,
+`KEY.json` in plain tars.
 
-A key may have a sound (`KEY.flac`) and a video (`KEY.mp4`) beside a picture or instead of one, and a class (`KEY.cls`) or questions
-(in the JSON) beside captions or instead of them.
+A key may have a sound (`KEY.flac`) and a video (`KEY.mp4`) beside a picture or instead of one, and
+a class (`KEY.cls`) or questions (in the JSON) beside captions or instead of them.
 
-A tar is read through once for the places of its members (`index_tar`); the index is kept in a cache folder and made
-again when the size or time of the tar changes. After that every example is a few reads at known offsets. Nothing is
-ever unpacked, so no name in a tar can reach the disk; names with `..` or a leading `/`, links and devices are left out,
-and pickles are never read.
+A tar is read through once for the places of its members (`index_tar`); the index is kept in a cache
+folder and made again when the size or time of the tar changes. After that every example is a few
+reads at known offsets. Nothing is ever unpacked, so no name in a tar can reach the disk; names with
+`..` or a leading `/`, links and devices are left out, and pickles are never read.
 """
 
 from __future__ import annotations
@@ -39,10 +40,17 @@ from mmjax.printing import printable
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 _VERSION = 4  # of the index files
 _PLACES = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.places
-_NEAR = 1 << 16  # bytes between members of a key that are read in vain rather than asked for one by one
+_NEAR = (
+  1 << 16
+)  # bytes between members of a key that are read in vain rather than asked for one by one
 _MOST_NAMES = 1_000_000  # of one pattern
 _BRACE = r"\{([^{}]*)\}"
-_KINDS = {"txt": "txt", "json": "json", "cls": "cls", **{ending: name for name, endings in ENDINGS.items() for ending in endings}}
+_KINDS = {
+  "txt": "txt",
+  "json": "json",
+  "cls": "cls",
+  **{ending: name for name, endings in ENDINGS.items() for ending in endings},
+}
 _MEDIA = [_PLACES.index(name) for name in ("image", "audio", "video")]
 _TEXTS = [_PLACES.index(name) for name in ("txt", "json", "cls")]
 _log = logging.getLogger(__name__)
@@ -60,9 +68,11 @@ class BadSample(UserError):
 class TarIndex:
   """Where the pairs of media and texts of one tar are.
 
-  `keys` [N] str, in the order of the tar; `places` int64 [N, 6, 2]: offset and size of picture, .txt, .json, .cls, sound, video
-  (size -1 = absent). `skipped`: [(name, reason)] of what is no pair.
+  `keys` [N] str, in the order of the tar; `places` int64 [N, 6, 2]: offset and size of picture,
+  .txt, .json, .cls, sound, video (size -1 = absent). `skipped`: [(name, reason)] of what is no
+  pair.
   """
+
   path: str
   keys: np.ndarray
   places: np.ndarray
@@ -72,7 +82,9 @@ class TarIndex:
     return len(self.keys)
 
   def read(self, row: int, language: str = "en") -> dict[str, Any]:
-    """Record `row`, its captions taken to be in `language` unless its JSON says otherwise. Raises UserError."""
+    """Record `row`, its captions taken to be in `language` unless its JSON says otherwise. Raises
+    UserError.
+    """
     parts = self._parts(row)
     name = f"{Path(self.path).stem}/{self.keys[row]}"
     try:
@@ -82,35 +94,61 @@ class TarIndex:
     except (ValueError, RecursionError) as error:
       raise self._bad(row, Skip("broken row", f".txt, .json or .cls: {error}")) from error
     facts = facts if isinstance(facts, dict) else {}
-    cells = {role: facts.get(f"{role}s", facts.get(role)) for role in ("question", "answer", "conversation")}
-    cells |= {"conversation": cells["conversation"] or facts.get("messages"), "label": label or facts.get("label"), "language": facts.get("language")}
+    cells = {
+      role: facts.get(f"{role}s", facts.get(role))
+      for role in ("question", "answer", "conversation")
+    }
+    cells |= {
+      "conversation": cells["conversation"] or facts.get("messages"),
+      "label": label or facts.get("label"),
+      "language": facts.get("language"),
+    }
     captions = facts.get("captions") or (text if text is not None else facts.get("caption"))
     if captions or text is not None:
       cells["caption"] = captions
     said = annotate(cells, language)
     if isinstance(said, Skip):
       raise self._bad(row, said)
-    return said.record(name, {name: parts[name] for name in ("image", "audio", "video") if parts[name] is not None})
+    return said.record(
+      name, {name: parts[name] for name in ("image", "audio", "video") if parts[name] is not None}
+    )
 
   def _bad(self, row: int, skip: Skip) -> BadSample:
-    return BadSample(f"{self.path}: {self.keys[row]}: {skip.reason}{skip.detail and f' ({skip.detail})'}", skip)
+    return BadSample(
+      f"{self.path}: {self.keys[row]}: {skip.reason}{skip.detail and f' ({skip.detail})'}", skip
+    )
 
   def has(self, part: str) -> bool:
     """Whether any key has this part ("image", "audio", "video", "txt", "json", "cls")."""
     return bool((self.places[:, _PLACES.index(part), 1] >= 0).any())
 
   def _parts(self, row: int) -> dict[str, bytes | None]:
-    """{part: its bytes, None = absent}. At a URL members that lie together are read at once: a request costs more than a few kilobytes."""
-    places = {name: place for name, place in zip(_PLACES, self.places[row].tolist(), strict=True) if place[1] >= 0}
-    first, last = min(offset for offset, _ in places.values()), max(offset + size for offset, size in places.values())
-    together = files.is_url(self.path) and last - first <= sum(size for _, size in places.values()) + _NEAR
+    """{part: its bytes, None = absent}. At a URL members that lie together are read at once: a
+    request costs more than a few kilobytes.
+    """
+    places = {
+      name: place
+      for name, place in zip(_PLACES, self.places[row].tolist(), strict=True)
+      if place[1] >= 0
+    }
+    first, last = (
+      min(offset for offset, _ in places.values()),
+      max(offset + size for offset, size in places.values()),
+    )
+    together = (
+      files.is_url(self.path) and last - first <= sum(size for _, size in places.values()) + _NEAR
+    )
     span = self._bytes(first, last - first) if together else b""
     parts: dict[str, bytes | None] = dict.fromkeys(_PLACES)
     for name, (offset, size) in places.items():
-      parts[name] = span[offset - first:offset - first + size] if together else self._bytes(offset, size)
+      parts[name] = (
+        span[offset - first : offset - first + size] if together else self._bytes(offset, size)
+      )
       if len(parts[name]) != size:
-        raise UserError(f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. "
-                        f"Start again to index it anew")
+        raise UserError(
+          f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. "
+          f"Start again to index it anew"
+        )
     return parts
 
   def _bytes(self, offset: int, size: int) -> bytes:
@@ -124,15 +162,27 @@ class TarIndex:
 
 
 class TarSource:
-  """All pairs of media and texts of the tars that a path names: a glob, a brace pattern `{00000..00010}.tar`, a folder, or one file.
+  """All pairs of media and texts of the tars that a path names: a glob, a brace pattern
+  `{00000..00010}.tar`, a folder, or one file.
 
-  `source[i]` -> record with the captions in `languages` (() = all); captions that do not say their language count as
-  the first of these, else as English. Tars without any pair are left out with a warning, unless all are.
+  `source[i]` -> record with the captions in `languages` (() = all); captions that do not say their
+  language count as the first of these, else as English. Tars without any pair are left out with a
+  warning, unless all are.
   Raises UserError: nothing found, or no pair at all.
   """
 
-  def __init__(self, path: str | os.PathLike, languages: Sequence[str] = (), data_dir: str | os.PathLike | None = None):
-    self.name, self.languages, self.labels, self.answers = "tars", tuple(languages) or ("en",), (), ()
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    languages: Sequence[str] = (),
+    data_dir: str | os.PathLike | None = None,
+  ):
+    self.name, self.languages, self.labels, self.answers = (
+      "tars",
+      tuple(languages) or ("en",),
+      (),
+      (),
+    )
     self._all_languages = not languages
     self._indices = []
     self.skipped: Counter[str] = Counter()
@@ -145,7 +195,9 @@ class TarSource:
       self.skipped.update(reason for _, reason in found.skipped)
       self._indices.append(found)
     if not self._indices:
-      raise UserError(problems[0] + (f" (and {len(problems) - 1} more tars alike)" if len(problems) > 1 else ""))
+      raise UserError(
+        problems[0] + (f" (and {len(problems) - 1} more tars alike)" if len(problems) > 1 else "")
+      )
     for problem in problems:
       _log.warning("left out: %s", printable(problem))
     if self.skipped:
@@ -155,8 +207,12 @@ class TarSource:
     content = hashlib.blake2b(digest_size=6)
     for index in self._indices:
       places = index.places if index.has("audio") or index.has("video") else index.places[:, :4]
-      content.update(os.path.basename(index.path).encode() + index.keys.astype("U").tobytes() + places.tobytes())
-    self.fingerprint = f"{len(self._indices)} tars: {len(self)} examples, content {content.hexdigest()}"
+      content.update(
+        os.path.basename(index.path).encode() + index.keys.astype("U").tobytes() + places.tobytes()
+      )
+    self.fingerprint = (
+      f"{len(self._indices)} tars: {len(self)} examples, content {content.hexdigest()}"
+    )
 
   def __len__(self) -> int:
     return int(self._ends[-1])
@@ -168,23 +224,31 @@ class TarSource:
     tar = self._indices[which]
     record = tar.read(index - int(self._ends[which]) + len(tar), self.languages[0])
     if not self._all_languages:
-      record["captions"] = {name: texts for name, texts in record["captions"].items() if name in self.languages}
+      record["captions"] = {
+        name: texts for name, texts in record["captions"].items() if name in self.languages
+      }
     return record | {"label": ""}
 
 
-def index_tars(paths: Sequence[str], data_dir: str | os.PathLike | None = None) -> Iterator[TarIndex | UserError]:
+def index_tars(
+  paths: Sequence[str], data_dir: str | os.PathLike | None = None
+) -> Iterator[TarIndex | UserError]:
   """The index of each tar in order, or the UserError about it. Raises StoreError."""
+
   def one(path: str) -> TarIndex | UserError:
     try:
       return index_tar(path, data_dir)
     except UserError as error:
       return error
+
   with ThreadPoolExecutor(8) as threads:
     yield from threads.map(one, paths)
 
 
 def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> TarIndex:
-  """The index of one tar, from data_dir/tar_index if it is still right. Raises UserError: no tar, or no pair in it; StoreError."""
+  """The index of one tar, from data_dir/tar_index if it is still right. Raises UserError: no tar,
+  or no pair in it; StoreError.
+  """
   from mmjax.data.sources import data_dir as default_dir
 
   path = os.fspath(path) if files.is_url(path) else os.path.abspath(path)
@@ -204,7 +268,13 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
     pass  # absent, or not one of ours: made again below
   index = _scan(path, size)
   out = io.BytesIO()
-  np.savez(out, stamp=stamp, keys=index.keys, places=index.places, skipped=np.array(json.dumps(index.skipped)))
+  np.savez(
+    out,
+    stamp=stamp,
+    keys=index.keys,
+    places=index.places,
+    skipped=np.array(json.dumps(index.skipped)),
+  )
   try:
     files.write_whole(cache, out.getvalue())
   except OSError as error:
@@ -213,7 +283,9 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
 
 
 def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
-  """The files that a glob, brace pattern, folder, file or a list of these names. Raises UserError: there is none."""
+  """The files that a glob, brace pattern, folder, file or a list of these names. Raises UserError:
+  there is none.
+  """
   if not isinstance(path, (str, os.PathLike)):
     return [file for part in path for file in expand(part)]
   paths: list[str] = []
@@ -222,9 +294,16 @@ def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
       found = files.find(pattern if pattern.endswith(".tar") else f"{pattern.rstrip('/')}/*.tar")
     else:
       pattern = os.path.expanduser(pattern)
-      found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern))
+      found = sorted(
+        glob.glob(
+          os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern
+        )
+      )
     if not found:
-      raise UserError(f"{pattern}: no such tar" + (f" (from the pattern {path})" if pattern != os.fspath(path) else ""))
+      raise UserError(
+        f"{pattern}: no such tar"
+        + (f" (from the pattern {path})" if pattern != os.fspath(path) else "")
+      )
     paths += found
   return paths
 
@@ -280,7 +359,13 @@ def _scan(path: str, size: int) -> TarIndex:
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:
     with files.open_binary(path) as file:
       zipped = file.read(2) == b"\x1f\x8b"
-    hint = "compressed: make it a plain .tar with gunzip" if zipped else "an empty file" if not size else str(error)
+    hint = (
+      "compressed: make it a plain .tar with gunzip"
+      if zipped
+      else "an empty file"
+      if not size
+      else str(error)
+    )
     raise UserError(f"{path}: not a readable tar ({hint})") from error
   pairs = []
   for key, place in samples.items():
@@ -295,9 +380,15 @@ def _scan(path: str, size: int) -> TarIndex:
     else:
       pairs.append(key)
   if not pairs:
-    what = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in skipped).most_common())
+    what = ", ".join(
+      f"{count} {reason}"
+      for reason, count in Counter(reason for _, reason in skipped).most_common()
+    )
     left_out = f"; left out: {what}" if what else ""
-    raise UserError(f"{path}: no pair of a picture, sound or video and a caption (KEY.jpg with KEY.txt or KEY.json){left_out}")
+    raise UserError(
+      f"{path}: no pair of a picture, sound or video and a caption (KEY.jpg with KEY.txt or "
+      f"KEY.json){left_out}"
+    )
   return TarIndex(path, np.array(pairs), np.stack([samples[key] for key in pairs]), tuple(skipped))
 
 
@@ -325,12 +416,21 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
 
 
 def _braces(pattern: str) -> list[str]:
-  """Expands {00000..00010} (keeping leading zeros) and {a,b}. Raises UserError: it cannot be read, or names too many files."""
-  too_many = UserError(f"{pattern[:200]}: names more than {_MOST_NAMES:,} files. Name fewer, or the folder that they are in")
-  if math.prod(len(_options(inner, pattern)) for inner in re.findall(_BRACE, pattern)) > _MOST_NAMES:
+  """Expands {00000..00010} (keeping leading zeros) and {a,b}. Raises UserError: it cannot be read,
+  or names too many files.
+  """
+  too_many = UserError(
+    f"{pattern[:200]}: names more than {_MOST_NAMES:,} files. Name fewer, or the folder that they "
+    "are in"
+  )
+  if (
+    math.prod(len(_options(inner, pattern)) for inner in re.findall(_BRACE, pattern)) > _MOST_NAMES
+  ):
     raise too_many
   names = [pattern]
-  while re.search(_BRACE, names[0]):  # the innermost first, so that all names have the same braces left
+  while re.search(
+    _BRACE, names[0]
+  ):  # the innermost first, so that all names have the same braces left
     expanded, characters = [], 0
     for name in names:
       match = re.search(_BRACE, name)
@@ -339,7 +439,9 @@ def _braces(pattern: str) -> list[str]:
       if len(expanded) + len(options) > _MOST_NAMES or characters > 256 * _MOST_NAMES:
         raise too_many
       width = len(match[1].partition("..")[0]) if isinstance(options, range) else 0
-      expanded += [name[:match.start()] + str(option).zfill(width) + name[match.end():] for option in options]
+      expanded += [
+        name[: match.start()] + str(option).zfill(width) + name[match.end() :] for option in options
+      ]
     names = expanded
   return names
 
@@ -351,4 +453,6 @@ def _options(inner: str, pattern: str) -> range | list[str]:
     return range(first, last + 1) if first <= last else range(first, last - 1, -1)
   if "," in inner:
     return inner.split(",")
-  raise UserError(f"{pattern[:200]}: cannot read {{{inner[:80]}}}; write {{00000..00010}} or {{a,b}}")
+  raise UserError(
+    f"{pattern[:200]}: cannot read {{{inner[:80]}}}; write {{00000..00010}} or {{a,b}}"
+  )

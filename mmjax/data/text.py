@@ -1,7 +1,9 @@
-"""Captions to tokens: tokenizers (sentencepiece .model and Hugging Face tokenizer.json), cutting, padding, keys, training one.
+"""Captions to tokens: tokenizers (sentencepiece .model and Hugging Face tokenizer.json), cutting,
+padding, keys, training one.
 
-Tokenizers that `train_tokenizer` makes reserve <pad> 0, <bos> 1, <eos> 2, <unk> 3, <mask> 4 and 64 spare pieces, which text
-never becomes by itself, and fall back to bytes, so that no caption holds an unknown piece.
+Tokenizers that `train_tokenizer` makes reserve <pad> 0, <bos> 1, <eos> 2, <unk> 3, <mask> 4 and 64
+spare pieces, which text never becomes by itself, and fall back to bytes, so that no caption holds
+an unknown piece.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ SPARE = tuple(f"<spare_{number}>" for number in range(64))
 
 
 class Tokenizer:
-  """Text to ids. `encode(text) -> list[int]` adds no special tokens and raises UserError for half a character; ids that the tokenizer lacks are -1.
+  """Text to ids. `encode(text) -> list[int]` adds no special tokens and raises UserError for half a
+  character; ids that the tokenizer lacks are -1.
 
-  Attributes: vocab_size, pad_id, bos_id, eos_id, unk_id, mask_id. Made by `load_tokenizer` or `Tokenizer.from_assets`.
+  Attributes: vocab_size, pad_id, bos_id, eos_id, unk_id, mask_id. Made by `load_tokenizer` or
+  `Tokenizer.from_assets`.
   """
 
   vocab_size: int
@@ -54,7 +58,9 @@ class Tokenizer:
     raise NotImplementedError
 
   def word_starts(self, text: str) -> list[bool]:
-    """For each id of `encode(text)`: whether it begins a word (after white space; in WordPiece: is no continuation)."""
+    """For each id of `encode(text)`: whether it begins a word (after white space; in WordPiece: is
+    no continuation).
+    """
     raise NotImplementedError
 
   def to_assets(self) -> dict[str, bytes]:
@@ -76,7 +82,9 @@ class Tokenizer:
 
   @staticmethod
   def from_assets(assets: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer that `to_assets` gave (other files are ignored). Raises UserError: there is none, or it is damaged."""
+    """The tokenizer that `to_assets` gave (other files are ignored). Raises UserError: there is
+    none, or it is damaged.
+    """
     try:
       if "tokenizer.model" in assets:
         return _SentencePiece(assets)
@@ -87,7 +95,10 @@ class Tokenizer:
     except UserError:
       raise
     except Exception as error:  # both libraries raise bare RuntimeErrors and Exceptions
-      raise UserError(f"the tokenizer cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+      raise UserError(
+        "the tokenizer cannot be read "
+        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+      ) from error
     raise UserError("no tokenizer: neither tokenizer.model nor tokenizer.json is there")
 
   @staticmethod
@@ -97,28 +108,36 @@ class Tokenizer:
 
 
 def load_tokenizer(data) -> Tokenizer:
-  """The tokenizer of a config's `data` part: a name under data.dir/tokenizers, or a path of a .model, a tokenizer.json or their folder.
+  """The tokenizer of a config's `data` part: a name under data.dir/tokenizers, or a path of a
+  .model, a tokenizer.json or their folder.
 
-  Raises UserError: there is none (naming the nearest and the command that makes one), it cannot be read, or its vocabulary is
-  larger than data.text.vocab_size.
+  Raises UserError: there is none (naming the nearest and the command that makes one), it cannot be
+  read, or its vocabulary is larger than data.text.vocab_size.
   """
   name, root = data.text.tokenizer, data_dir(data)
   path = _find_tokenizer(name, root)
   try:
     tokenizer = Tokenizer.from_assets(_read_assets(path))
   except (UserError, OSError) as error:
-    raise UserError(f"data.text.tokenizer {path}: {error}. Make it again with `mmjax data tokenizer`") from error
+    raise UserError(
+      f"data.text.tokenizer {path}: {error}. Make it again with `mmjax data tokenizer`"
+    ) from error
   if tokenizer.vocab_size > data.text.vocab_size:
-    raise UserError(f"data.text.vocab_size is {data.text.vocab_size}, but tokenizer {path} has {tokenizer.vocab_size} pieces. "
-                    f"Set data.text.vocab_size to {tokenizer.vocab_size} or more")
+    raise UserError(
+      f"data.text.vocab_size is {data.text.vocab_size}, but tokenizer {path} has "
+      f"{tokenizer.vocab_size} pieces. Set data.text.vocab_size to {tokenizer.vocab_size} or more"
+    )
   return tokenizer
 
 
 def special_tokens(data) -> dict[str, int]:
-  """{"pad": id, "bos": ..., "eos": ..., "unk": ..., "mask": ...} of the tokenizer of a config's `data` part; -1 = it has none.
+  """{"pad": id, "bos": ..., "eos": ..., "unk": ..., "mask": ...} of the tokenizer of a config's
+  `data` part; -1 = it has none.
 
-  Where none is named, or a tokenizer of this project is not made yet, those of every tokenizer of this project. Raises
-  UserError: as `load_tokenizer`, and another program's tokenizer (tokenizer.json) that is not there.
+  Where none is named, or a tokenizer of this project is not made yet, those of every tokenizer of
+  this project. Raises
+  UserError: as `load_tokenizer`, and another program's tokenizer (tokenizer.json) that is not
+  there.
   """
   name = data.text.tokenizer
   try:
@@ -136,19 +155,31 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class TextTransform:
   """Captions as arrays: TextTransform(config.data.text, tokenizer)(captions, length) -> dict of
 
-  tokens int32 [N, L] (cut with <eos> kept, padded; L = length, 0 = data.text.length), mask bool [N, L] (True = real), key uint32 [N, 2]
-  (`text_key`), and with data.text.words: words int32 [N, L], the number of the word of each token (-1 = none).
+  tokens int32 [N, L] (cut with <eos> kept, padded; L = length, 0 = data.text.length), mask bool [N,
+  L] (True = real), key uint32 [N, 2] (`text_key`), and with data.text.words: words int32 [N, L],
+  the number of the word of each token (-1 = none).
   """
 
   def __init__(self, config, tokenizer: Tokenizer):
-    self.tokenizer, self.length, self.lowercase, self.mask_padding = tokenizer, config.length, config.lowercase, config.mask_padding
+    self.tokenizer, self.length, self.lowercase, self.mask_padding = (
+      tokenizer,
+      config.length,
+      config.lowercase,
+      config.mask_padding,
+    )
     self.punctuation, self.words = config.punctuation, config.get("words", False)
     self.pad_id = config.pad_id if config.pad_id >= 0 else max(tokenizer.pad_id, 0)
     if not 0 <= self.pad_id < config.vocab_size:
-      raise UserError(f"data.text.pad_id is {self.pad_id}, but must be below data.text.vocab_size {config.vocab_size}")
+      raise UserError(
+        f"data.text.pad_id is {self.pad_id}, but must be below data.text.vocab_size "
+        f"{config.vocab_size}"
+      )
     for name in ("bos", "eos"):
       if config[name] and getattr(tokenizer, f"{name}_id") < 0:
-        raise UserError(f"data.text.{name} is true, but tokenizer {config.tokenizer!r} has no <{name}>. Set data.text.{name}=false")
+        raise UserError(
+          f"data.text.{name} is true, but tokenizer {config.tokenizer!r} has no <{name}>. Set "
+          f"data.text.{name}=false"
+        )
     self.start = [tokenizer.bos_id] if config.bos else []
     self.end = [tokenizer.eos_id] if config.eos else []
     if len(self.start) + len(self.end) > self.length:
@@ -160,19 +191,19 @@ class TextTransform:
     words = np.full(tokens.shape, -1, np.int32)
     for row, caption in enumerate(captions):
       ids = self.encode(caption, length)
-      tokens[row, :len(ids)] = ids
-      mask[row, :len(ids)] = True
+      tokens[row, : len(ids)] = ids
+      mask[row, : len(ids)] = True
       if self.words:
         inner = slice(len(self.start), len(ids) - len(self.end))
-        starts = self.tokenizer.word_starts(self._prepared(caption))[:inner.stop - inner.start]
-        words[row, inner] = np.cumsum([False, *starts[1:]])[:len(starts)]
+        starts = self.tokenizer.word_starts(self._prepared(caption))[: inner.stop - inner.start]
+        words[row, inner] = np.cumsum([False, *starts[1:]])[: len(starts)]
     keys = np.array([text_key(c) for c in captions], np.uint32).reshape(-1, 2)
     return {"tokens": tokens, "mask": mask, "key": keys, **({"words": words} if self.words else {})}
 
   def encode(self, caption: str, length: int = 0) -> list[int]:
     """At most `length` ids (0 = data.text.length), with <bos> and <eos> as configured."""
     ids = self.tokenizer.encode(self._prepared(caption))
-    return self.start + ids[:(length or self.length) - len(self.start) - len(self.end)] + self.end
+    return self.start + ids[: (length or self.length) - len(self.start) - len(self.end)] + self.end
 
   def _prepared(self, caption: str) -> str:
     if self.lowercase:
@@ -186,15 +217,23 @@ def normalise_caption(caption: str) -> str:
 
 
 def check_texts(texts: Iterable[str]) -> None:
-  """Raises UserError: a text that UTF-8 cannot hold (half an emoji), on which tokenizers end in errors of their own."""
+  """Raises UserError: a text that UTF-8 cannot hold (half an emoji), on which tokenizers end in
+  errors of their own.
+  """
   for text in texts:
     if bad := broken_text(text):
       raise UserError(f"broken text: {bad}")
 
 
 def text_key(caption: str) -> tuple[int, int]:
-  """Hash of the normalised caption as two uint32, high half first: equal captions have equal keys."""
-  return split_key(int.from_bytes(hashlib.blake2b(normalise_caption(caption).encode(), digest_size=8).digest(), "big"))
+  """Hash of the normalised caption as two uint32, high half first: equal captions have equal
+  keys.
+  """
+  return split_key(
+    int.from_bytes(
+      hashlib.blake2b(normalise_caption(caption).encode(), digest_size=8).digest(), "big"
+    )
+  )
 
 
 def split_key(key: int) -> tuple[int, int]:
@@ -212,45 +251,84 @@ def drop_words(caption: str, probability: float, rng: np.random.Generator) -> st
   return " ".join(word for word, kept in zip(words, keep, strict=True) if kept)
 
 
-# -- Training a tokenizer ----------------------------------------------------------------------------------------------------
+# -- Training a tokenizer --------------------------------------------------------------------------
 
 
 def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size: int) -> Path:
-  """Trains a sentencepiece unigram model (Kudo 2018, arXiv:1804.10959) and writes it to `out`, whole or not at all.
+  """Trains a sentencepiece unigram model (Kudo 2018, arXiv:1804.10959) and writes it to `out`,
+  whole or not at all.
 
-  Captions that UTF-8 cannot hold are passed over. Deterministic: the same captions give the same bytes. Few captions may give fewer than `vocab_size` pieces.
-  Raises UserError: no captions, or vocab_size is too small for the reserved pieces and the 256 bytes.
+  Captions that UTF-8 cannot hold are passed over. Deterministic: the same captions give the same
+  bytes. Few captions may give fewer than `vocab_size` pieces.
+  Raises UserError: no captions, or vocab_size is too small for the reserved pieces and the 256
+  bytes.
   """
   import sentencepiece
 
-  texts = [text for caption in captions if (text := " ".join(caption.split())) and not broken_text(text)]
+  texts = [
+    text for caption in captions if (text := " ".join(caption.split())) and not broken_text(text)
+  ]
   if not texts:
     raise UserError("no captions to train a tokenizer on")
   fixed = len(RESERVED) + len(SPARE) + 256
   if vocab_size <= fixed:
-    raise UserError(f"vocab_size is {vocab_size}, but {fixed} pieces are reserved (special, spare and the 256 bytes). Give more, such as 4096")
+    raise UserError(
+      f"vocab_size is {vocab_size}, but {fixed} pieces are reserved (special, spare and the 256 "
+      "bytes). Give more, such as 4096"
+    )
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=vocab_size, hard_vocab_limit=False,
-        byte_fallback=True, character_coverage=0.995, normalization_rule_name="nmt_nfkc", max_sentence_length=1 << 16,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>", unk_piece="<unk>",
-        control_symbols=[RESERVED[4], *SPARE], num_threads=1, shuffle_input_sentence=False, minloglevel=2)
+      sentence_iterator=iter(texts),
+      model_writer=model,
+      model_type="unigram",
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      byte_fallback=True,
+      character_coverage=0.995,
+      normalization_rule_name="nmt_nfkc",
+      max_sentence_length=1 << 16,
+      pad_id=0,
+      bos_id=1,
+      eos_id=2,
+      unk_id=3,
+      pad_piece="<pad>",
+      bos_piece="<bos>",
+      eos_piece="<eos>",
+      unk_piece="<unk>",
+      control_symbols=[RESERVED[4], *SPARE],
+      num_threads=1,
+      shuffle_input_sentence=False,
+      minloglevel=2,
+    )
   except Exception as error:
     raise UserError(f"the tokenizer cannot be trained: {' '.join(str(error).split())}") from error
   out = Path(out)
   try:
     files.write_whole(out, model.getvalue())
   except OSError as error:
-    raise UserError(f"{out}: the tokenizer cannot be written ({error.strerror or error})") from error
+    raise UserError(
+      f"{out}: the tokenizer cannot be written ({error.strerror or error})"
+    ) from error
   return out
 
 
-def train_tokenizer_from_source(source: str, *, split: str = "train", languages: Sequence[str] = (), vocab_size: int = 4096,
-                                name: str | None = None, data_dir: str = "", path: str = "", log=say) -> Path:
-  """Trains on the captions and questions of data sets and writes DATA_DIR/tokenizers/NAME.model (None: those of the sources, joined by "_").
+def train_tokenizer_from_source(
+  source: str,
+  *,
+  split: str = "train",
+  languages: Sequence[str] = (),
+  vocab_size: int = 4096,
+  name: str | None = None,
+  data_dir: str = "",
+  path: str = "",
+  log=say,
+) -> Path:
+  """Trains on the captions and questions of data sets and writes DATA_DIR/tokenizers/NAME.model
+  (None: those of the sources, joined by "_").
 
-  source: a data set, or several, separated by commas: for a mix, whose texts then share their pieces. `languages`: those of each, () = all
+  source: a data set, or several, separated by commas: for a mix, whose texts then share their
+  pieces. `languages`: those of each, () = all
   that it has. `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
   """
   from mmjax.data import sources
@@ -258,16 +336,28 @@ def train_tokenizer_from_source(source: str, *, split: str = "train", languages:
   if name is not None:
     files.check_name("a tokenizer", name)
   root = sources.local_data_dir(data_dir)
-  opened = [open_source(dict(name=one.strip(), split=split, languages=tuple(languages), path=path), root) for one in source.split(",")]
+  opened = [
+    open_source(dict(name=one.strip(), split=split, languages=tuple(languages), path=path), root)
+    for one in source.split(",")
+  ]
   unreadable: dict[str, str] = {}
   captions = (text for one in opened for text in _readable_texts(one, unreadable))
-  out = train_tokenizer(captions, root / "tokenizers" / f"{name or '_'.join(one.name for one in opened)}.model", vocab_size)
+  out = train_tokenizer(
+    captions,
+    root / "tokenizers" / f"{name or '_'.join(one.name for one in opened)}.model",
+    vocab_size,
+  )
   spoken = sorted({language for one in opened for language in one.languages})
-  log(f"tokenizer {out}: {Tokenizer.from_assets(_read_assets(out)).vocab_size} pieces from {', '.join(one.name for one in opened)} {split}, "
-      f"languages {', '.join(spoken)}")
+  log(
+    f"tokenizer {out}: {Tokenizer.from_assets(_read_assets(out)).vocab_size} pieces from "
+    f"{', '.join(one.name for one in opened)} {split}, languages {', '.join(spoken)}"
+  )
   if unreadable:
     name, why = next(iter(unreadable.items()))
-    log(f"left out {len(unreadable):,} unreadable records, such as {printable(name)}: {printable(why)}")
+    log(
+      f"left out {len(unreadable):,} unreadable records, such as {printable(name)}: "
+      f"{printable(why)}"
+    )
   return out
 
 
@@ -284,10 +374,13 @@ def _readable_texts(source, unreadable: dict[str, str]) -> Iterator[str]:
 
 
 def _texts(record) -> list[str]:
-  return [*(caption for texts in record["captions"].values() for caption in texts), *(q for q, _ in record.get("questions") or ())]
+  return [
+    *(caption for texts in record["captions"].values() for caption in texts),
+    *(q for q, _ in record.get("questions") or ()),
+  ]
 
 
-# -- The three kinds -------------------------------------------------------------------------------------------------------------
+# -- The three kinds -------------------------------------------------------------------------------
 
 
 class _SentencePiece(Tokenizer):
@@ -302,7 +395,8 @@ class _SentencePiece(Tokenizer):
     self._model = sentencepiece.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
     self.vocab_size = self._model.get_piece_size()
     self.pad_id, self.bos_id, self.eos_id, self.unk_id = (
-      getattr(self._model, name)() for name in ("pad_id", "bos_id", "eos_id", "unk_id"))
+      getattr(self._model, name)() for name in ("pad_id", "bos_id", "eos_id", "unk_id")
+    )
     mask = self._model.piece_to_id("<mask>")
     self.mask_id = mask if mask != self.unk_id else -1
 
@@ -318,7 +412,9 @@ class _SentencePiece(Tokenizer):
 
 
 class _HuggingFace(Tokenizer):
-  """A Hugging Face tokenizer.json. Which pieces are special stands in tokenizer_config.json; without it, usual names decide."""
+  """A Hugging Face tokenizer.json. Which pieces are special stands in tokenizer_config.json;
+  without it, usual names decide.
+  """
 
   FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
   USUAL = {
@@ -339,11 +435,15 @@ class _HuggingFace(Tokenizer):
     self._model.no_padding()
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
     kind = json.loads(assets["tokenizer.json"]).get("model") or {}
-    self._continues = kind.get("continuing_subword_prefix") or "" if kind.get("type") == "WordPiece" else ""
+    self._continues = (
+      kind.get("continuing_subword_prefix") or "" if kind.get("type") == "WordPiece" else ""
+    )
     facts: dict = {}
     for name in reversed(self.FILES[1:]):
       facts.update({k: v for k, v in json.loads(assets.get(name, b"{}")).items() if v is not None})
-    self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id = (self._special(role, facts) for role in self.USUAL)
+    self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id = (
+      self._special(role, facts) for role in self.USUAL
+    )
 
   def _special(self, role: str, facts: Mapping) -> int:
     stated = facts.get(f"{role}_token") or facts.get(self.ALSO.get(role, ""))
@@ -364,11 +464,13 @@ class _HuggingFace(Tokenizer):
     encoding = self._model.encode(text, add_special_tokens=False)
     if self._continues:
       return [not piece.startswith(self._continues) for piece in encoding.tokens]
-    # By the text, for pieces mark words in several ways, at either end: one begins with white space, or follows it.
-    # A mark that is a piece of its own (the one before is blank) has begun the word; bytes of a character share a place.
+    # By the text, for pieces mark words in several ways, at either end: one begins with white
+    # space, or follows it.
+    # A mark that is a piece of its own (the one before is blank) has begun the word; bytes of a
+    # character share a place.
     starts, place, blank = [], -1, False
     for start, stop in encoding.offsets:
-      begins = text[start:stop][:1].isspace() or text[max(0, start - 1):start].isspace()
+      begins = text[start:stop][:1].isspace() or text[max(0, start - 1) : start].isspace()
       starts.append(place < 0 or (begins and not blank and start != place))
       place, blank = start, not text[start:stop].strip()
     return starts
@@ -383,12 +485,22 @@ def _find_tokenizer(name: str, root: Path) -> Path:
     if name and path.exists():
       return path
   if not name:
-    raise UserError("data.text.tokenizer is empty. Make one with `mmjax data tokenizer --source DATASET --name NAME` and name it")
+    raise UserError(
+      "data.text.tokenizer is empty. Make one with `mmjax data tokenizer --source DATASET --name "
+      "NAME` and name it"
+    )
   there = list_tokenizers(folder)
   near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
   hint = f" Did you mean {near[0]!r}?" if near else ""
-  make = "" if re.search(r"[/.]", name) else f" `mmjax data tokenizer --source DATASET --name {name}` makes one"
-  raise UserError(f"data.text.tokenizer: no tokenizer {name!r} under {files.origin(root) or root}/tokenizers (there: {', '.join(there) or 'none'}).{hint}{make}")
+  make = (
+    ""
+    if re.search(r"[/.]", name)
+    else f" `mmjax data tokenizer --source DATASET --name {name}` makes one"
+  )
+  raise UserError(
+    f"data.text.tokenizer: no tokenizer {name!r} under {files.origin(root) or root}/tokenizers "
+    f"(there: {', '.join(there) or 'none'}).{hint}{make}"
+  )
 
 
 def _read_assets(path: Path) -> dict[str, bytes]:
@@ -400,16 +512,26 @@ def _read_assets(path: Path) -> dict[str, bytes]:
       return {"tokenizer.model": files.read_file(spm)}
     assets = {name: files.read_file(found[name]) for name in _HuggingFace.FILES if name in found}
     if "tokenizer.json" not in assets and wordpiece.VOCABULARY in found:
-      assets["tokenizer.json"] = wordpiece.tokenizer_json({**assets, wordpiece.VOCABULARY: files.read_file(found[wordpiece.VOCABULARY])})
+      assets["tokenizer.json"] = wordpiece.tokenizer_json(
+        {**assets, wordpiece.VOCABULARY: files.read_file(found[wordpiece.VOCABULARY])}
+      )
     return assets
   if path.suffix == ".json":
-    beside = {name: path.with_name(name) for name in _HuggingFace.FILES[1:]} if path.name == "tokenizer.json" else {}
-    return {"tokenizer.json": files.read_file(path), **{name: files.read_file(file) for name, file in beside.items() if file.exists()}}
+    beside = (
+      {name: path.with_name(name) for name in _HuggingFace.FILES[1:]}
+      if path.name == "tokenizer.json"
+      else {}
+    )
+    return {
+      "tokenizer.json": files.read_file(path),
+      **{name: files.read_file(file) for name, file in beside.items() if file.exists()},
+    }
   return {"tokenizer.model": files.read_file(path)}
 
 
 class _Characters(Tokenizer):
-  """Characters, and one piece for the space, as a Wav2Vec2CTCTokenizer has them: a vocab.json {piece: id} and a tokenizer_config.json.
+  """Characters, and one piece for the space, as a Wav2Vec2CTCTokenizer has them: a vocab.json
+  {piece: id} and a tokenizer_config.json.
 
   decode leaves out the padding piece, which is CTC's blank.
   """
@@ -422,18 +544,27 @@ class _Characters(Tokenizer):
     facts = json.loads(assets.get("tokenizer_config.json", b"{}"))
     usual = dict(pad="<pad>", bos="<s>", eos="</s>", unk="<unk>", word_delimiter="|")
     stated = {role: facts.get(f"{role}_token") or piece for role, piece in usual.items()}
-    stated = {role: piece["content"] if isinstance(piece, dict) else piece for role, piece in stated.items()}
-    self._delimiter, self._space = stated["word_delimiter"], facts.get("replace_word_delimiter_char", " ")
+    stated = {
+      role: piece["content"] if isinstance(piece, dict) else piece for role, piece in stated.items()
+    }
+    self._delimiter, self._space = (
+      stated["word_delimiter"],
+      facts.get("replace_word_delimiter_char", " "),
+    )
     self._lowercase = bool(facts.get("do_lower_case"))
     self._pieces = {number: piece for piece, number in self._ids.items()}
     self.vocab_size = max(self._pieces) + 1
-    self.pad_id, self.bos_id, self.eos_id, self.unk_id = (self._ids.get(stated[role], -1) for role in ("pad", "bos", "eos", "unk"))
+    self.pad_id, self.bos_id, self.eos_id, self.unk_id = (
+      self._ids.get(stated[role], -1) for role in ("pad", "bos", "eos", "unk")
+    )
     self.mask_id = -1
 
   def encode(self, text: str) -> list[int]:
     check_texts([text])
     text = text.upper() if self._lowercase else text
-    return [self._ids.get(self._delimiter if piece == " " else piece, self.unk_id) for piece in text]
+    return [
+      self._ids.get(self._delimiter if piece == " " else piece, self.unk_id) for piece in text
+    ]
 
   def decode(self, ids: Sequence[int]) -> str:
     pieces = [self._pieces.get(int(i), "") for i in ids if i != self.pad_id]
@@ -441,4 +572,4 @@ class _Characters(Tokenizer):
     return text.lower() if self._lowercase else text
 
   def word_starts(self, text: str) -> list[bool]:
-    return [not before or before.isspace() for before in ("", *text[:-1])][:len(text)]
+    return [not before or before.isspace() for before in ("", *text[:-1])][: len(text)]

@@ -1,13 +1,16 @@
-"""Encoded video -> uint8 [T, size, size, 3] and which frames are real: decoding, clips, crops. NumPy, PyAV and OpenCV, no JAX.
+"""Encoded video -> uint8 [T, size, size, 3] and which frames are real: decoding, clips, crops.
+NumPy, PyAV and OpenCV, no JAX.
 
-`VideoTransform(config.data.video, train)` is what the pipeline calls. Containers are what FFmpeg opens; the first video
-stream counts, turned upright. Of a file only the frames that are wanted are converted and kept. A file that is shorter than it
-says is `Unreadable` (see container.py).
+`VideoTransform(config.data.video, train)` is what the pipeline calls. Containers are what FFmpeg
+opens; the first video stream counts, turned upright. Of a file only the frames that are wanted are
+converted and kept. A file that is shorter than it says is `Unreadable` (see container.py).
 
-Frames are chosen by time, from the container's timestamps: a clip of variable frame rate counts as the clip of constant rate
-that looks the same, in which a frame that stays is repeated. A video of n frames (so counted) gives min(n, T) frames. "uniform": the middle of each of T equal parts. "random" (training only): a random
-frame of each part (Wang et al. 2016, arXiv:1608.00859, section 3.1). In training a random share of the time
-(`augment.temporal`) is cut out first, then one box (`augment.crop`) and one flip (`augment.flip`) hold for all frames.
+Frames are chosen by time, from the container's timestamps: a clip of variable frame rate counts as
+the clip of constant rate that looks the same, in which a frame that stays is repeated. A video of n
+frames (so counted) gives min(n, T) frames. "uniform": the middle of each of T equal parts. "random"
+(training only): a random frame of each part (Wang et al. 2016, arXiv:1608.00859, section 3.1). In
+training a random share of the time (`augment.temporal`) is cut out first, then one box
+(`augment.crop`) and one flip (`augment.flip`) hold for all frames.
 """
 
 from __future__ import annotations
@@ -32,16 +35,20 @@ Pick = Callable[[int], np.ndarray]
 
 
 class Clip(NamedTuple):
-  """A decoded video: frames uint8 [n, H, W, 3]; shown int [S], which of them is seen in each of S equal slices of its time."""
+  """A decoded video: frames uint8 [n, H, W, 3]; shown int [S], which of them is seen in each of S
+  equal slices of its time.
+  """
 
   frames: np.ndarray
   shown: np.ndarray
 
 
 class VideoTransform:
-  """The video transform of a config: `transform(data, rng) -> (frames uint8 [T, size, size, 3], mask bool [T])`.
+  """The video transform of a config: `transform(data, rng) -> (frames uint8 [T, size, size, 3],
+  mask bool [T])`.
 
-  `data`: encoded bytes, a `Clip`, or frames uint8 [n, H, W, 3] of constant rate. With train=False nothing is random and `rng` may be None.
+  `data`: encoded bytes, a `Clip`, or frames uint8 [n, H, W, 3] of constant rate. With train=False
+  nothing is random and `rng` may be None.
   Raises Unreadable.
   """
 
@@ -50,7 +57,9 @@ class VideoTransform:
     self.random = train and config.sampling == "random"
     self.augment = dict(config.augment.items()) if train else {}
 
-  def __call__(self, data: bytes | Clip | np.ndarray, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def __call__(
+    self, data: bytes | Clip | np.ndarray, rng: np.random.Generator | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     draws = rng.random(44 + self.frames) if self.augment or self.random else None
     pick = lambda count: self.pick(count, draws)
     if isinstance(data, np.ndarray):
@@ -61,8 +70,11 @@ class VideoTransform:
       kept = data.frames[data.shown[pick(len(data.shown))]]
     else:
       kept = decode_video(data, pick)
-    frames, mask = np.zeros((self.frames, self.size, self.size, 3), np.uint8), np.arange(self.frames) < len(kept)
-    frames[:len(kept)] = self.spatial(kept, draws)
+    frames, mask = (
+      np.zeros((self.frames, self.size, self.size, 3), np.uint8),
+      np.arange(self.frames) < len(kept),
+    )
+    frames[: len(kept)] = self.spatial(kept, draws)
     return frames, mask
 
   def pick(self, count: int, draws: np.ndarray | None) -> np.ndarray:
@@ -80,7 +92,9 @@ class VideoTransform:
     return edges[:-1] + (inside * np.diff(edges)).astype(int)
 
   def spatial(self, frames: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
-    """uint8 [n, H, W, 3] -> [n, size, size, 3]: the same box and flip for all, or the central square (evaluation)."""
+    """uint8 [n, H, W, 3] -> [n, size, size, 3]: the same box and flip for all, or the central
+    square (evaluation).
+    """
     if not self.augment:
       return np.stack([decode_and_transform(frame, size=self.size) for frame in frames])
     height, width = frames.shape[1:3]
@@ -90,14 +104,20 @@ class VideoTransform:
       side = min(height, width)
       left, top = (width - side) // 2, (height - side) // 2
       right, bottom = left + side, top + side
-    out = [resize_fast(frame[top:bottom, left:right], (self.size, self.size), "bicubic") for frame in frames]
-    return np.stack([cv2.flip(frame, 1) for frame in out] if draws[2] < self.augment.get("flip", 0.0) else out)
+    out = [
+      resize_fast(frame[top:bottom, left:right], (self.size, self.size), "bicubic")
+      for frame in frames
+    ]
+    return np.stack(
+      [cv2.flip(frame, 1) for frame in out] if draws[2] < self.augment.get("flip", 0.0) else out
+    )
 
 
 def decode_video(data: bytes, pick: Pick | None = None) -> np.ndarray:
   """Frames uint8 [n, H, W, 3] of the first video stream, upright. Raises Unreadable.
 
-  pick: the number of equal slices of time -> those whose frames are wanted, ascending; None = every frame once.
+  pick: the number of equal slices of time -> those whose frames are wanted, ascending; None = every
+  frame once.
   """
   return _decode(data, pick).frames
 
@@ -120,7 +140,10 @@ def _decode(data: bytes, pick: Pick | None) -> Clip:
     found = _measure(data)
     wanted = np.arange(found.count) if pick is None else found.shown[pick(len(found.shown))]
     if len(wanted) * found.height * found.width > MAX_KEPT:
-      raise Unreadable(f"video of {len(wanted)} frames of {found.width} x {found.height}; the limit is {MAX_KEPT // 10**6} megapixels")
+      raise Unreadable(
+        f"video of {len(wanted)} frames of {found.width} x {found.height}; the limit is "
+        f"{MAX_KEPT // 10**6} megapixels"
+      )
     each, place = np.unique(wanted, return_inverse=True)
     kept = _frames(data, each)
   except av.error.EOFError as error:
@@ -136,7 +159,9 @@ def _decode(data: bytes, pick: Pick | None) -> Clip:
 
 
 class _Measure(NamedTuple):
-  """Of the first video stream: `count` frames of height x width, `shown` int [S] of a `Clip`, and its length in seconds."""
+  """Of the first video stream: `count` frames of height x width, `shown` int [S] of a `Clip`, and
+  its length in seconds.
+  """
 
   count: int
   height: int
@@ -153,7 +178,9 @@ def _measure(data: bytes) -> _Measure:
     stream = container.streams.video[0]
     height, width = stream.codec_context.height, stream.codec_context.width
     if height * width > MAX_PIXELS:
-      raise Unreadable(f"video of {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels a frame")
+      raise Unreadable(
+        f"video of {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels a frame"
+      )
     packets: list[tuple[int | None, int]] = []
     for packet in container.demux(stream):
       if packet.size and not packet.is_discard:
@@ -164,22 +191,32 @@ def _measure(data: bytes) -> _Measure:
       raise Unreadable("video without frames")
     if any(pts is None for pts, _ in packets):  # a container without timestamps
       rate = stream.average_rate
-      return _Measure(len(packets), height, width, np.arange(len(packets)), len(packets) / float(rate) if rate else 0.0)
+      return _Measure(
+        len(packets),
+        height,
+        width,
+        np.arange(len(packets)),
+        len(packets) / float(rate) if rate else 0.0,
+      )
     packets.sort()
     times, last = np.array([pts for pts, _ in packets]), packets[-1][1]
     if stream.duration:
       last = max(last, (stream.start_time or 0) + stream.duration - times[-1])
     elif container.duration and len(container.streams) == 1:  # in microseconds
-      last = max(last, float(container.duration / (1_000_000 * stream.time_base)) + times[0] - times[-1])
+      last = max(
+        last, float(container.duration / (1_000_000 * stream.time_base)) + times[0] - times[-1]
+      )
     shown, length = shown_frames(times, last)
     return _Measure(len(packets), height, width, shown, float(length * stream.time_base))
 
 
 def shown_frames(times: np.ndarray, last: float = 0) -> tuple[np.ndarray, float]:
-  """(which frame is seen in each of S equal slices of time, int [S], ascending; how long all of them take).
+  """(which frame is seen in each of S equal slices of time, int [S], ascending; how long all of
+  them take).
 
-  times: when each of n frames begins, ascending, in any unit; last: how long the last one stays, 0 = not known. Of a constant rate
-  (no frame half a frame too early or too late) S = n and each is seen once. Else a slice is as long as the shortest gap.
+  times: when each of n frames begins, ascending, in any unit; last: how long the last one stays, 0
+  = not known. Of a constant rate (no frame half a frame too early or too late) S = n and each is
+  seen once. Else a slice is as long as the shortest gap.
   """
   gaps = np.diff(times)
   end = times[-1] + max(last, float(np.median(gaps)) if len(gaps) else 0)

@@ -1,8 +1,8 @@
 """Evaluators: named measurements of a model on held-out data, in the loop and by `mmjax eval`.
 
-An evaluator is a kind (see mmjax.config): `evaluator(context, *, settings...) -> Result`. It asks its `Context` for
-data and for rows of any method of the model and never sees parameters, a model or a device mesh's axes, so a new one is one file and one
-line of `keys.KINDS`.
+An evaluator is a kind (see mmjax.config): `evaluator(context, *, settings...) -> Result`. It asks
+its `Context` for data and for rows of any method of the model and never sees parameters, a model or
+a device mesh's axes, so a new one is one file and one line of `keys.KINDS`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ Apply = Callable[[Any, str, tuple, Any], jax.Array]
 
 
 class Result(NamedTuple):
-  """What an evaluator found: numbers for eval.json, and figures (plain dicts with a `kind`) for report.html."""
+  """What an evaluator found: numbers for eval.json, and figures (plain dicts with a `kind`) for
+  report.html.
+  """
 
   metrics: dict[str, float]
   figures: dict[str, dict[str, Any]]
 
 
 class Embedded(NamedTuple):
-  """Embeddings on the host: vectors float32 [N, D]; valid bool [N], False where a record could not be read."""
+  """Embeddings on the host: vectors float32 [N, D]; valid bool [N], False where a record could not
+  be read.
+  """
 
   vectors: np.ndarray
   valid: np.ndarray
@@ -54,23 +58,29 @@ class Context:
     self._evaluation, self._params, self._seen = evaluation, params, seen
 
   def data(self, source: str, split: str, languages: Sequence[str] = (), text: str = "caption"):
-    """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a run.
+    """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a
+    run.
 
     text: what the text of a row is, "caption" or "question".
     """
     return self._evaluation.data(source, split, tuple(languages), text)
 
   def embed(self, modality: str, batches: Iterable[dict]) -> Embedded:
-    """Embeds every row of `batches` (padding included), on the mesh; each process gets all the rows."""
+    """Embeds every row of `batches` (padding included), on the mesh; each process gets all the
+    rows.
+    """
     pick = lambda batch: {name: batch[name] for name in (modality, "valid")}
     vectors, valid = self.apply("embedding", (modality,), map(pick, batches))
     return Embedded(vectors.astype(np.float32).reshape(len(valid), -1 if len(valid) else 0), valid)
 
-  def apply(self, method: str, args: tuple, batches: Iterable[dict], also: Sequence[str] = ()) -> tuple[np.ndarray, ...]:
-    """(rows, valid bool [N], then each array of the batch that `also` names) of every row of `batches`, padding included.
+  def apply(
+    self, method: str, args: tuple, batches: Iterable[dict], also: Sequence[str] = ()
+  ) -> tuple[np.ndarray, ...]:
+    """(rows, valid bool [N], then each array of the batch that `also` names) of every row of
+    `batches`, padding included.
 
-    rows: what `method(*args, batch)` of the model returns, [B, ...] or [B * K, ...] for a batch of B. Runs on the mesh; each
-    process gets all rows.
+    rows: what `method(*args, batch)` of the model returns, [B, ...] or [B * K, ...] for a batch of
+    B. Runs on the mesh; each process gets all rows.
     """
     waiting: collections.deque = collections.deque()
     taken: list[list[np.ndarray]] = []
@@ -97,7 +107,8 @@ class Context:
     return self._evaluation.tokenizer
 
   def images(self, data) -> Embedded:
-    """The pictures of an `EvaluationData`, one row an example; evaluators of one run on the same split share the work.
+    """The pictures of an `EvaluationData`, one row an example; evaluators of one run on the same
+    split share the work.
     """
     return self.media(data, "image")
 
@@ -105,21 +116,27 @@ class Context:
     """One modality of an `EvaluationData`, one row an example, shared as `images`."""
     split = getattr(getattr(data, "source", None), "fingerprint", None)
     if split is None or (split, modality) not in self._seen:
-      embedded = self.embed(modality, data.images() if modality == "image" else data.media(modality))
-      self._seen[split, modality] = Embedded(embedded.vectors[: len(data)], embedded.valid[: len(data)])
+      embedded = self.embed(
+        modality, data.images() if modality == "image" else data.media(modality)
+      )
+      self._seen[split, modality] = Embedded(
+        embedded.vectors[: len(data)], embedded.valid[: len(data)]
+      )
     return self._seen[split, modality]
 
   def texts(self, data, texts: Sequence[str]) -> np.ndarray:
-    """Embeddings float32 [N, D] of any texts, with the tokenizer of the checkpoint or else of the config."""
+    """Embeddings float32 [N, D] of any texts, with the tokenizer of the checkpoint or else of the
+    config.
+    """
     return self.embed("text", data.texts(list(texts))).vectors[: len(texts)]
 
 
 class Evaluation:
   """All evaluators of a config, run as often as wanted; the data is opened once.
 
-  `apply(variables, method, args, batch)` gives rows [B, ...] of a batch on the devices. `assets`: of a checkpoint; its
-  tokenizer is then used, and none needs to be under data.dir. `poll` is called after every batch (to ask whether the
-  machine is about to be taken away).
+  `apply(variables, method, args, batch)` gives rows [B, ...] of a batch on the devices. `assets`:
+  of a checkpoint; its tokenizer is then used, and none needs to be under data.dir. `poll` is called
+  after every batch (to ask whether the machine is about to be taken away).
   """
 
   def __init__(
@@ -137,16 +154,20 @@ class Evaluation:
     self._assets = dict(assets or {})
 
   def run(self, params: Any, names: str | Sequence[str] | None = None) -> dict[str, Result]:
-    """Runs the evaluators (all, or those that `names` picks, wildcards allowed) in the order of the config.
+    """Runs the evaluators (all, or those that `names` picks, wildcards allowed) in the order of the
+    config.
 
-    Raises UserError: a name picks none, or an evaluator cannot run (its data set is missing, say), which is named.
+    Raises UserError: a name picks none, or an evaluator cannot run (its data set is missing, say),
+    which is named.
     """
     evaluators = self.config.evaluation.evaluators
     results, seen = {}, {}
     for name in pick(self.config, names):
       kind = config_lib.kind_function(evaluators[name], "evaluator")
       with _naming(name):
-        results[name] = kind(Context(self, name, params, seen), **config_lib.settings(evaluators[name], "evaluator"))
+        results[name] = kind(
+          Context(self, name, params, seen), **config_lib.settings(evaluators[name], "evaluator")
+        )
     return results
 
   def check_sources(self, names: str | Sequence[str] | None = None) -> dict[str, str]:
@@ -160,7 +181,9 @@ class Evaluation:
       with _naming(name):
         for key in ("split", "train_split"):
           if entry.get("source") and entry.get(key):
-            source = dict(name=entry.source, split=entry[key], languages=entry.get("languages", ()), path="")
+            source = dict(
+              name=entry.source, split=entry[key], languages=entry.get("languages", ()), path=""
+            )
             found[f"{name} ({key})"] = open_source(source, self.config).fingerprint
     return found
 
@@ -168,9 +191,13 @@ class Evaluation:
     key = (source, split, languages, text)
     if key not in self._data:
       rows = multihost.local_rows(self.mesh, self.batch_size) if jax.process_count() > 1 else None
-      cache = any(entry.name == source and entry.cache for entry in self.config.data.sources.values())
+      cache = any(
+        entry.name == source and entry.cache for entry in self.config.data.sources.values()
+      )
       entry = dict(name=source, split=split, languages=languages, path="", cache=cache, text=text)
-      self._data[key] = EvaluationData(self.config, entry, self.batch_size, rows=rows, tokenizer=self._own_tokenizer)
+      self._data[key] = EvaluationData(
+        self.config, entry, self.batch_size, rows=rows, tokenizer=self._own_tokenizer
+      )
     return self._data[key]
 
   @property
@@ -198,7 +225,8 @@ def _naming(name: str):
 
 
 def pick(config, names: str | Sequence[str] | None) -> list[str]:
-  """The evaluators that `names` picks ("retrieval/*" is a wildcard), in the order of the config; None picks all.
+  """The evaluators that `names` picks ("retrieval/*" is a wildcard), in the order of the config;
+  None picks all.
 
   Raises UserError, with the nearest name, where one picks none.
   """
@@ -217,13 +245,15 @@ def pick(config, names: str | Sequence[str] | None) -> list[str]:
 def flat_metrics(results: dict[str, Result]) -> dict[str, float]:
   """{"<evaluator>/<metric>": value}, as in metrics.jsonl and `checkpoint.best`."""
   return {
-    f"{name}/{metric}": float(value) for name, result in results.items() for metric, value in result.metrics.items()
+    f"{name}/{metric}": float(value)
+    for name, result in results.items()
+    for metric, value in result.metrics.items()
   }
 
 
 def write_eval_json(workdir: str | Path, results: dict[str, Result]) -> Path:
-  """Writes {evaluator: {metric: value}} as eval.json of a run folder; evaluators that were not run now keep their
-  values.
+  """Writes {evaluator: {metric: value}} as eval.json of a run folder; evaluators that were not run
+  now keep their values.
   """
   path = Path(workdir) / "eval.json"
   table = {

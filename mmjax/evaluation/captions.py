@@ -1,4 +1,6 @@
-"""Texts that the model writes: captions of pictures and clips, transcripts of speech, against the references."""
+"""Texts that the model writes: captions of pictures and clips, transcripts of speech, against the
+references.
+"""
 
 from __future__ import annotations
 
@@ -31,26 +33,38 @@ def captions(
 ) -> Result:
   """What the decoder writes about each example, against its captions.
 
-  source: a data set. split: which of its splits. languages: captions of these are the references. modalities: what the decoder
-  reads. max_length: tokens at most; 0 = data.text.length. beams, length_penalty: of beam search; 1 = greedy. check:
-  "module:function(facts, text) -> bool, or {name: bool}" that says whether a text is right about what the record knows of itself.
-  by: a name in the records' facts ("voice"): word error rate, exactness and checks are also given for each of its values.
+  source: a data set. split: which of its splits. languages: captions of these are the references.
+  modalities: what the decoder
+  reads. max_length: tokens at most; 0 = data.text.length. beams, length_penalty: of beam search; 1
+  = greedy. check:
+  "module:function(facts, text) -> bool, or {name: bool}" that says whether a text is right about
+  what the record knows of itself.
+  by: a name in the records' facts ("voice"): word error rate, exactness and checks are also given
+  for each of its values.
   examples: how many the report shows.
-  Metrics: "bleu@4", "rouge_l", "cider_d" (each as in the COCO captions evaluation, on lower-case words), "exact" (share that is
-  one of the references), "word_error_rate" where each example has one reference, "right" (and "right/NAME") with `check`,
-  "examples", "unreadable".
+  Metrics: "bleu@4", "rouge_l", "cider_d" (each as in the COCO captions evaluation, on lower-case
+  words), "exact" (share that is one of the references), "word_error_rate" where each example has
+  one reference, "right" (and "right/NAME") with `check`, "examples", "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   data = context.data(source, split, languages)
   judge = load_function(check, f"{where}.check") if check else None
-  settings = (tuple(modalities), max_length or context.config.data.text.length, beams, length_penalty)
+  settings = (
+    tuple(modalities),
+    max_length or context.config.data.text.length,
+    beams,
+    length_penalty,
+  )
   tokens, valid = context.apply("write", settings, data.batches(modalities))
   references: dict[int, list[str]] = collections.defaultdict(list)
   for caption in data.captions:
     references[caption.example].append(caption.text)
   kept = [i for i in range(len(data)) if valid[i] and references[i]]
   if not kept:
-    raise UserError(f"{where}: {source} split {split} has no readable example with a caption in {', '.join(languages) or 'any language'}")
+    raise UserError(
+      f"{where}: {source} split {split} has no readable example with a caption in "
+      f"{', '.join(languages) or 'any language'}"
+    )
   tokenizer = context.tokenizer()
   end = (context.config.model.get("decoder") or {}).get("eos_id", tokenizer.eos_id)
   texts = [decode(tokenizer, tokens[i], end) for i in kept]
@@ -66,27 +80,44 @@ def captions(
   if by:
     values = np.array([str(data.facts[i].get(by, "")) for i in kept])
     groups.update({f"{value}/": np.flatnonzero(values == value) for value in np.unique(values)})
-  exact = np.array([normalise_caption(t) in map(normalise_caption, rs) for t, rs in zip(texts, expected, strict=True)])
-  verdicts = [_verdict(judge(data.facts[i], t)) for i, t in zip(kept, texts, strict=True)] if judge else []
+  exact = np.array(
+    [
+      normalise_caption(t) in map(normalise_caption, rs)
+      for t, rs in zip(texts, expected, strict=True)
+    ]
+  )
+  verdicts = (
+    [_verdict(judge(data.facts[i], t)) for i, t in zip(kept, texts, strict=True)] if judge else []
+  )
   for prefix, rows in groups.items():
     result[f"{prefix}exact"] = float(exact[rows].mean())
     if all(len(rs) == 1 for rs in expected):
-      result[f"{prefix}word_error_rate"] = metrics.word_error_rate([expected[i][0] for i in rows], [texts[i] for i in rows])
+      result[f"{prefix}word_error_rate"] = metrics.word_error_rate(
+        [expected[i][0] for i in rows], [texts[i] for i in rows]
+      )
     if verdicts:
       for name in verdicts[0]:
         result[f"{prefix}{name}"] = float(np.mean([verdicts[i][name] for i in rows]))
   result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data)]).sum()))
   right = np.array([v["right"] for v in verdicts]) if verdicts else exact
-  chosen = np.unique(np.linspace(0, len(kept) - 1, examples).round().astype(int)) if examples else []
+  chosen = (
+    np.unique(np.linspace(0, len(kept) - 1, examples).round().astype(int)) if examples else []
+  )
   rows = [
-    dict(text=texts[i], expected=expected[i][:3], right=bool(right[i]), **_seen(data, kept[i], modalities)) for i in chosen
+    dict(
+      text=texts[i],
+      expected=expected[i][:3],
+      right=bool(right[i]),
+      **_seen(data, kept[i], modalities),
+    )
+    for i in chosen
   ]
   return Result(result, {"texts": dict(kind="texts", rows=rows)})
 
 
 def decode(tokenizer, tokens: Sequence[int], eos_id: int) -> str:
-  """The text of generated ids, up to the decoder's end token, which padding may follow. Ids that no piece has (a model's
-  table may be longer) are left out."""
+  """The text of generated ids, up to the decoder's end token, which padding may follow. Ids that no
+  piece has (a model's table may be longer) are left out."""
   ids = list(itertools.takewhile(lambda token: token != eos_id, np.asarray(tokens).tolist()))
   return tokenizer.decode([i for i in ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
 
@@ -94,7 +125,10 @@ def decode(tokenizer, tokens: Sequence[int], eos_id: int) -> str:
 def _verdict(answer: bool | dict[str, bool]) -> dict[str, bool]:
   """{"right": all right, "right/NAME": that part}."""
   if isinstance(answer, dict):
-    return {"right": all(answer.values()), **{f"right/{name}": bool(value) for name, value in answer.items()}}
+    return {
+      "right": all(answer.values()),
+      **{f"right/{name}": bool(value) for name, value in answer.items()},
+    }
   return {"right": bool(answer)}
 
 

@@ -1,4 +1,6 @@
-"""Multiple choice without training on it: which of an example's own candidate texts is nearest to it?"""
+"""Multiple choice without training on it: which of an example's own candidate texts is nearest to
+it?
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ def multiple_choice(
   choices: FunctionName = "choices",
   by: str = "",
 ) -> Result:
-  """Accuracy of picking the right text among candidates, by the cosine of embeddings (as in EgoMCQ, Lin et al. 2022,
-  arXiv:2206.01670, section 4, with the candidates of an example that differ in one thing alone).
+  """Accuracy of picking the right text among candidates, by the cosine of embeddings (as in EgoMCQ,
+  Lin et al. 2022, arXiv:2206.01670, section 4, with the candidates of an example that differ in one
+  thing alone).
 
-  source: a data set. split: which of its splits. modality: what the texts are about. choices: "module:function(facts) -> (texts, the
-  number of the right one)", or a name in the records' facts of such a pair. by: a name in the facts: accuracy also for each of its
+  source: a data set. split: which of its splits. modality: what the texts are about. choices:
+  "module:function(facts) -> (texts, the number of the right one)", or a name in the records' facts
+  of such a pair. by: a name in the facts: accuracy also for each of its
   values. Metrics: "accuracy", "chance", "examples", "unreadable". Ties are pessimistic.
   """
   where = f"evaluation.evaluators.{context.name}"
@@ -40,16 +44,27 @@ def multiple_choice(
   for example, candidates, right in asked:
     similarity = vectors[[number[text] for text in candidates]] @ media.vectors[example]
     others = np.delete(similarity, right)
-    picked.append(right if similarity[right] > others.max() + 1e-6 else int(np.argmax(np.where(np.arange(len(candidates)) == right, -np.inf, similarity))))
+    picked.append(
+      right
+      if similarity[right] > others.max() + 1e-6
+      else int(np.argmax(np.where(np.arange(len(candidates)) == right, -np.inf, similarity)))
+    )
   truth = np.array([right for _, _, right in asked])
   picked = np.array(picked)
-  metrics = {"accuracy": float(np.mean(picked == truth)), "chance": float(np.mean([1 / len(c) for _, c, _ in asked]))}
+  metrics = {
+    "accuracy": float(np.mean(picked == truth)),
+    "chance": float(np.mean([1 / len(c) for _, c, _ in asked])),
+  }
   if by:
     values = np.array([str(data.facts[i].get(by, "")) for i, _, _ in asked])
-    metrics.update({f"{v}/accuracy": float(np.mean((picked == truth)[values == v])) for v in np.unique(values)})
+    metrics.update(
+      {f"{v}/accuracy": float(np.mean((picked == truth)[values == v])) for v in np.unique(values)}
+    )
   metrics.update(examples=float(len(asked)), unreadable=float((~media.valid).sum()))
   count = max(len(candidates) for _, candidates, _ in asked)
-  names = list(data.label_names) if len(data.label_names) == count else [str(n) for n in range(count)]
+  names = (
+    list(data.label_names) if len(data.label_names) == count else [str(n) for n in range(count)]
+  )
   return Result(metrics, {"confusion": confusion(truth, picked, names)})
 
 

@@ -1,4 +1,6 @@
-"""Classification by a head of the model: classes of pictures, sounds, clips, series, or answers to questions about them."""
+"""Classification by a head of the model: classes of pictures, sounds, clips, series, or answers to
+questions about them.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,22 @@ def classification(
 ) -> Result:
   """How often the classifier is right about `batch["label"]` (data.label says what that is).
 
-  source: a data set. split: which of its splits. languages: of the texts. modalities: what is classified, as in the objective.
-  text: what the text of a row is, "caption" or "question". drop: modalities that are hidden from the model (their `present` is
-  False), to see what it can tell without them. by: a name in the records' facts: accuracy is also given for each of its values.
-  Metrics: "accuracy", "accuracy@5", "mean_class_accuracy", "calibration_error" (15 bins), "majority" (share of the commonest class:
-  what guessing gets), "examples", "unreadable"; of several labels a row "mean_average_precision" instead.
+  source: a data set. split: which of its splits. languages: of the texts. modalities: what is
+  classified, as in the objective.
+  text: what the text of a row is, "caption" or "question". drop: modalities that are hidden from
+  the model (their `present` is False), to see what it can tell without them. by: a name in the
+  records' facts: accuracy is also given for each of its values.
+  Metrics: "accuracy", "accuracy@5", "mean_class_accuracy", "calibration_error" (15 bins),
+  "majority" (share of the commonest class:
+  what guessing gets), "examples", "unreadable"; of several labels a row "mean_average_precision"
+  instead.
   """
   where = f"evaluation.evaluators.{context.name}"
   if context.config.data.label == "none":
-    raise UserError(f"{where}: data.label is 'none', so that batches have no classes. Set it to 'label', 'labels' or 'answer'")
+    raise UserError(
+      f"{where}: data.label is 'none', so that batches have no classes. Set it to 'label', "
+      "'labels' or 'answer'"
+    )
   data = context.data(source, split, languages, text)
   batches = (_without(batch, drop) for batch in data.batches(modalities))
   logits, valid, labels = context.apply("classify", (tuple(modalities),), batches, also=("label",))
@@ -52,9 +61,17 @@ def classification(
   }
   if by:
     values = np.array([str(data.facts[data.places[row][0]].get(by, "")) for row in rows[kept]])
-    result.update({f"{v}/accuracy": float(np.mean(predicted[values == v] == labels[values == v])) for v in np.unique(values)})
+    result.update(
+      {
+        f"{v}/accuracy": float(np.mean(predicted[values == v] == labels[values == v]))
+        for v in np.unique(values)
+      }
+    )
   result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data.places)]).sum()))
-  names = [*data.class_names, *map(str, range(len(data.class_names), logits.shape[1]))]  # data.classes may leave room
+  names = [
+    *data.class_names,
+    *map(str, range(len(data.class_names), logits.shape[1])),
+  ]  # data.classes may leave room
   return Result(result, {"confusion": confusion(labels, predicted, names)})
 
 

@@ -1,6 +1,7 @@
 """report.html: one self-contained page of a run, for people who look.
 
-Scores, curves, examples with pictures, confusion, the config and the environment. The page loads nothing from anywhere.
+Scores, curves, examples with pictures, confusion, the config and the environment. The page loads
+nothing from anywhere.
 """
 
 from __future__ import annotations
@@ -42,13 +43,17 @@ PICTURE = 128  # pixels of the longest side of a picture in the page
 
 
 def write_report(
-  workdir: str | Path, config: Any, results: Mapping[str, Result], metrics_file: str | Path | None = None
+  workdir: str | Path,
+  config: Any,
+  results: Mapping[str, Result],
+  metrics_file: str | Path | None = None,
 ) -> Path:
   """Writes `workdir`/report.html and returns its path.
 
-  config: the resolved config. results: of the evaluators run now, with their figures; scores of others come from
-  eval.json. metrics_file: a metrics.jsonl; without one the page has no curves. Raises UserError if the folder cannot
-  be written.
+  config: the resolved config. results: of the evaluators run now, with their figures; scores of
+  others come from
+  eval.json. metrics_file: a metrics.jsonl; without one the page has no curves. Raises UserError if
+  the folder cannot be written.
   """
   workdir = Path(workdir)
   rows = read_metrics(metrics_file)
@@ -60,7 +65,9 @@ def write_report(
       title=workdir.resolve().name or "run",
       facts=[*_facts(config, rows), *_measured(workdir)],
       tiles=[_tile(name, metrics) for name, metrics in scores.items()],
-      tables=[(name, [(k, number(v)) for k, v in metrics.items()]) for name, metrics in scores.items()],
+      tables=[
+        (name, [(k, number(v)) for k, v in metrics.items()]) for name, metrics in scores.items()
+      ],
       charts=training_charts(rows),
       time=time_spent(rows),
       evaluation_charts=evaluation_charts(rows, list(scores)),
@@ -78,7 +85,9 @@ def write_report(
 
 
 def read_metrics(path: str | Path | None) -> list[dict[str, Any]]:
-  """The lines of a metrics.jsonl; lines that are cut off or no objects with a step are passed over."""
+  """The lines of a metrics.jsonl; lines that are cut off or no objects with a step are passed
+  over.
+  """
   rows = []
   if path is None or not Path(path).is_file():
     return rows
@@ -125,26 +134,42 @@ def number(value: Any) -> str:
 def _facts(config: Any, rows: list[dict]) -> list[tuple[str, str]]:
   facts = []
   if rows:
-    facts.append(("Step", f"{max(row['step'] for row in rows):,} of {number(config['train']['steps'])}"))
+    facts.append(
+      ("Step", f"{max(row['step'] for row in rows):,} of {number(config['train']['steps'])}")
+    )
   facts.append(("Batch", number(config["train"]["batch_size"])))
   losses = [row["loss"] for row in rows if isinstance(row.get("loss"), (int, float))]
   if losses:
     facts.append(("Loss", f"{losses[0]:.4g} → {losses[-1]:.4g}"))
-  speeds = [row["examples_per_second"] for row in rows if isinstance(row.get("examples_per_second"), (int, float))]
+  speeds = [
+    row["examples_per_second"]
+    for row in rows
+    if isinstance(row.get("examples_per_second"), (int, float))
+  ]
   if speeds:
     facts.append(("Examples a second", f"{float(np.median(speeds)):,.0f}"))
   times = [row["time"] for row in rows if isinstance(row.get("time"), (int, float))]
   if len(times) > 1:
     facts.append(("Time", _duration(max(times) - min(times))))
   facts.append(("Model", str(config["model"].get("name", ""))))
-  facts.append(("Encoders", ", ".join(f"{m}: {e.get('kind')}" for m, e in config["model"].get("encoders", {}).items())))
+  facts.append(
+    (
+      "Encoders",
+      ", ".join(f"{m}: {e.get('kind')}" for m, e in config["model"].get("encoders", {}).items()),
+    )
+  )
   return facts
 
 
 def _measured(workdir: Path) -> list[tuple[str, str]]:
   """What the run's steps took beside what was planned, as its last line said."""
   try:
-    return [("Measured", str(json.loads((workdir / "summary.json").read_text())["text"]).removeprefix("measured: "))]
+    return [
+      (
+        "Measured",
+        str(json.loads((workdir / "summary.json").read_text())["text"]).removeprefix("measured: "),
+      )
+    ]
   except (OSError, ValueError, KeyError, TypeError):
     return []
 
@@ -152,7 +177,11 @@ def _measured(workdir: Path) -> list[tuple[str, str]]:
 def _duration(seconds: float) -> str:
   hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
   return (
-    f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
+    f"{hours} h {minutes} min"
+    if hours
+    else f"{minutes} min {int(seconds % 60)} s"
+    if minutes
+    else f"{seconds:.0f} s"
   )
 
 
@@ -169,7 +198,9 @@ def _tile(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
     if isinstance(metrics.get(m), (int, float))
   ]
   if not heads:
-    heads = [(m, float(v)) for m, v in metrics.items() if isinstance(v, (int, float)) and m not in COUNTS][:4]
+    heads = [
+      (m, float(v)) for m, v in metrics.items() if isinstance(v, (int, float)) and m not in COUNTS
+    ][:4]
   counts = ", ".join(
     f"{number(metrics[m])} {m.replace('_', ' ')}"
     for m in COUNTS
@@ -179,7 +210,9 @@ def _tile(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
     name=name,
     heads=[
       dict(
-        label=label, text=f"{value:.3f}" if abs(value) < 10 else number(value), share=min(max(value, 0.0), 1.0) * 100
+        label=label,
+        text=f"{value:.3f}" if abs(value) < 10 else number(value),
+        share=min(max(value, 0.0), 1.0) * 100,
       )
       for label, value in heads[:4]
     ],
@@ -197,7 +230,9 @@ def _figures(results: Mapping[str, Result], kind: str) -> list[tuple[str, dict]]
 
 
 def _heat_map(figure: dict) -> dict[str, Any]:
-  """Cells of a confusion matrix with the share of their row; at most the 40 most frequent classes."""
+  """Cells of a confusion matrix with the share of their row; at most the 40 most frequent
+  classes.
+  """
   matrix, names = np.asarray(figure["matrix"]), list(figure["names"])
   total, rows = int(matrix.sum()), matrix.sum(axis=1)
   kept = np.flatnonzero((rows + matrix.sum(axis=0)) > 0)
@@ -229,7 +264,9 @@ def _heat_map(figure: dict) -> dict[str, Any]:
 
 
 def picture_uri(pixels: np.ndarray) -> str:
-  """A PNG (small pictures) or JPEG data URI of pixels uint8 [H, W, 3], at most PICTURE on the longest side."""
+  """A PNG (small pictures) or JPEG data URI of pixels uint8 [H, W, 3], at most PICTURE on the
+  longest side.
+  """
   picture = Image.fromarray(np.asarray(pixels, np.uint8))
   kind = "PNG" if max(picture.size) <= 64 else "JPEG"
   picture.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
@@ -239,13 +276,19 @@ def picture_uri(pixels: np.ndarray) -> str:
 
 
 def _without_controls(value: Any) -> Any:
-  """What the page shows of a value: names and texts of the data have their control characters escaped."""
+  """What the page shows of a value: names and texts of the data have their control characters
+  escaped.
+  """
   return printable(value, "\n\t") if type(value) is str else value
 
 
 def _environment() -> jinja2.Environment:
   environment = jinja2.Environment(
-    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_without_controls
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=_without_controls,
   )
   environment.filters.update(picture=picture_uri, number=number)
   environment.tests["tree"] = lambda value: isinstance(value, Mapping) and bool(value)

@@ -1,4 +1,6 @@
-"""The curves of report.html: light inline SVG, with the points beside it for the read-out under the pointer."""
+"""The curves of report.html: light inline SVG, with the points beside it for the read-out under the
+pointer.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ NAMES = dict(
 
 
 def training_charts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
-  """(charts to show at once, charts to fold away) of the rows of a metrics.jsonl: dicts with a title and an svg."""
+  """(charts to show at once, charts to fold away) of the rows of a metrics.jsonl: dicts with a
+  title and an svg.
+  """
   rows = [row for row in rows if "loss" in row]
   names = list(dict.fromkeys(name for row in rows for name in row))
   charts = {}
@@ -44,7 +48,8 @@ def training_charts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict], list[di
         title = dict(FIRST).get(name) or NAMES.get(name) or name.replace("_", " ")
         charts[name] = chart(title, [(name, points)], zero=name in ("lr", "examples_per_second"))
   objective = sorted(
-    (n for n in charts if "/" in n and not n.endswith(("/loss", "/scale", "/bias"))), key=lambda n: "accuracy" not in n
+    (n for n in charts if "/" in n and not n.endswith(("/loss", "/scale", "/bias"))),
+    key=lambda n: "accuracy" not in n,
   )
   shown = [name for name in ("loss", *objective[:2], "lr", "examples_per_second") if name in charts]
   if len(shown) % 2 and "grad_norm" in charts:
@@ -62,15 +67,24 @@ def evaluation_charts(rows: Sequence[dict[str, Any]], evaluators: Sequence[str])
       metric = name[len(evaluator) + 1 :]
       if ("R@" in metric or "accuracy" in metric) and len(points := _points(rows, name)) > 1:
         series.append(
-          (metric.replace("image_to_text", "i→t").replace("text_to_image", "t→i").replace("/", " "), points)
+          (
+            metric.replace("image_to_text", "i→t")
+            .replace("text_to_image", "t→i")
+            .replace("/", " "),
+            points,
+          )
         )
     if series:
       charts.append(chart(evaluator, series[:6], zero=True))
   return charts
 
 
-def chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], zero: bool = False) -> dict[str, Any]:
-  """A line chart. series: (name, [(x, y)]); `zero` keeps zero on the y axis. Returns dict(title, svg, last)."""
+def chart(
+  title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], zero: bool = False
+) -> dict[str, Any]:
+  """A line chart. series: (name, [(x, y)]); `zero` keeps zero on the y axis. Returns dict(title,
+  svg, last).
+  """
   series = [(name, _thin(points)) for name, points in series]
   xs = [x for _, points in series for x, _ in points]
   ys = [y for _, points in series for _, y in points]
@@ -86,28 +100,41 @@ def chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], z
       f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="3.5" text-anchor="end">{_short(tick)}</text>'
     )
   for tick in _ticks(left, right, 6):
-    parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_short(tick)}</text>')
+    parts.append(
+      f'<text class="tick" x="{x_of(tick):.1f}" y="{HEIGHT - 8}" '
+      f'text-anchor="middle">{_short(tick)}</text>'
+    )
   for i, (_, points) in enumerate(series):
     path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
     if len(series) == 1:
       base = HEIGHT - BOTTOM
       parts.append(
-        f'<polygon class="area s{i}" points="{x_of(points[0][0]):.1f},{base} {path} {x_of(points[-1][0]):.1f},{base}"/>'
+        f'<polygon class="area s{i}" points="{x_of(points[0][0]):.1f},{base} {path} '
+        f'{x_of(points[-1][0]):.1f},{base}"/>'
       )
     parts.append(f'<polyline class="line s{i}" points="{path}"/>')
     if len(points) <= 12:
-      parts += [f'<circle class="dot s{i}" r="2.6" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}"/>' for x, y in points]
+      parts += [
+        f'<circle class="dot s{i}" r="2.6" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}"/>'
+        for x, y in points
+      ]
   data = dict(
     box=[LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM],
     x=[left, right],
     y=[low, high],
-    series=[dict(name=name, points=[[x, float(f"{y:.6g}")] for x, y in points]) for name, points in series],
+    series=[
+      dict(name=name, points=[[x, float(f"{y:.6g}")] for x, y in points]) for name, points in series
+    ],
   )
   svg = (
     f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{markupsafe.escape(title)}" '
-    f'data-chart="{markupsafe.escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}<g class="hover"></g></svg>'
+    f'data-chart="{markupsafe.escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}<g '
+    'class="hover"></g></svg>'
   )
-  legend = [dict(name=name, index=i, last=_short(points[-1][1], 4)) for i, (name, points) in enumerate(series)]
+  legend = [
+    dict(name=name, index=i, last=_short(points[-1][1], 4))
+    for i, (name, points) in enumerate(series)
+  ]
   return dict(title=title, svg=markupsafe.Markup(svg), legend=legend)
 
 
@@ -115,7 +142,9 @@ def _points(rows: Sequence[dict], name: str) -> list[tuple[float, float]]:
   return [
     (row["step"], float(row[name]))
     for row in rows
-    if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool) and math.isfinite(row[name])
+    if isinstance(row.get(name), (int, float))
+    and not isinstance(row[name], bool)
+    and math.isfinite(row[name])
   ]
 
 
@@ -124,7 +153,10 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
   if len(points) <= POINTS:
     return points
   edges = [round(i * len(points) / POINTS) for i in range(POINTS + 1)]
-  return [(points[b - 1][0], sum(y for _, y in points[a:b]) / (b - a)) for a, b in zip(edges, edges[1:], strict=False)]
+  return [
+    (points[b - 1][0], sum(y for _, y in points[a:b]) / (b - a))
+    for a, b in zip(edges, edges[1:], strict=False)
+  ]
 
 
 def _range(ys: list[float], zero: bool) -> tuple[float, float]:

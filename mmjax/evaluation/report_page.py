@@ -1,4 +1,6 @@
-"""The template of report.html (jinja2), with its style and the few lines of script for the read-out of curves."""
+"""The template of report.html (jinja2), with its style and the few lines of script for the read-out
+of curves.
+"""
 
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -1,11 +1,12 @@
 """Retrieval between two modalities: does a picture find its captions, and a caption its pictures?
 
-Identical pictures, sounds, clips or series (equal keys of their content) are one item whose captions are all of theirs, and
-equal captions (equal text key) are one item, so nothing right can count as wrong. The rank of a query is that of its best positive; any positive
-counts (as in the Karpathy protocol for COCO and Flickr30k). Ties are pessimistic: a negative whose similarity is equal
-to the best positive's within `TIE`, or is not a number, stands before it. So the result depends neither on the order
-of items nor on rounding between batch sizes, blocks and devices, and a model that has collapsed to one point scores
-chance at best.
+Identical pictures, sounds, clips or series (equal keys of their content) are one item whose
+captions are all of theirs, and equal captions (equal text key) are one item, so nothing right can
+count as wrong. The rank of a query is that of its best positive; any positive counts (as in the
+Karpathy protocol for COCO and Flickr30k). Ties are pessimistic: a negative whose similarity is
+equal to the best positive's within `TIE`, or is not a number, stands before it. So the result
+depends neither on the order of items nor on rounding between batch sizes, blocks and devices, and a
+model that has collapsed to one point scores chance at best.
 """
 
 from __future__ import annotations
@@ -38,14 +39,18 @@ def retrieval(
   by: str = "",
   examples: Count = 8,
 ) -> Result:
-  """R@1, R@5, R@10 and the median rank, from one modality to another and back, over a whole split as the gallery.
+  """R@1, R@5, R@10 and the median rank, from one modality to another and back, over a whole split
+  as the gallery.
 
-  source: a data set. split: which of its splits. languages: captions of these count (() = all). between: two modalities;
-  equal pictures, sounds, clips and series are one item, texts are the captions. by: a name in
-  the records' facts ("voice"): R@1 of queries of the first modality is also given for each of its values. examples: queries
-  that the report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank", the sizes "images" and
-  "texts" (or whatever the modalities are) of the two galleries, and "unreadable": examples that could not be read and were
-  left out with captions that are only theirs.
+  source: a data set. split: which of its splits. languages: captions of these count (() = all).
+  between: two modalities;
+  equal pictures, sounds, clips and series are one item, texts are the captions. by: a name in the
+  records' facts ("voice"): R@1 of queries of the first modality is also given for each of its
+  values. examples: queries
+  that the report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank",
+  the sizes "images" and "texts" (or whatever the modalities are) of the two galleries, and
+  "unreadable": examples that could not be read and were left out with captions that are only
+  theirs.
   """
   where = f"evaluation.evaluators.{context.name}"
   if len(set(between)) != 2:
@@ -65,7 +70,11 @@ def retrieval(
   items = merge(keys[first], valid, owners, key_of_text)
   if not len(items.pairs):
     of = "picture" if first == "image" else first
-    what = f"readable {of} with a caption in {', '.join(languages) or 'any language'}" if texts else f"readable {of} with {between[1]}"
+    what = (
+      f"readable {of} with a caption in {', '.join(languages) or 'any language'}"
+      if texts
+      else f"readable {of} with {between[1]}"
+    )
     raise UserError(f"{where}: {source} split {split} has no {what}")
   other = between[1] if first == between[0] else between[0]
   vectors = {first: media[first].vectors[items.images]}
@@ -74,24 +83,34 @@ def retrieval(
   else:
     vectors[other] = media[other].vectors[items.texts]
   metrics, figures = {}, {}
-  show = {first: _shower(data, first, items.images), other: _shower(data, other, items.texts, texts)}
+  show = {
+    first: _shower(data, first, items.images),
+    other: _shower(data, other, items.texts, texts),
+  }
   for query, target in (between, between[::-1]):
     pairs = items.pairs if query == first else items.pairs[:, ::-1]
     rank = ranks(vectors[query], vectors[target], pairs, context.mesh)
     metrics.update({f"{query}_to_{target}/{name}": value for name, value in recall(rank).items()})
     if by and query == first:
       values = np.array([str(data.facts[i].get(by, "")) for i in items.images])
-      metrics.update({f"{query}_to_{target}/{v}/R@1": float(np.mean(rank[values == v] <= 1)) for v in np.unique(values)})
+      metrics.update(
+        {
+          f"{query}_to_{target}/{v}/R@1": float(np.mean(rank[values == v] <= 1))
+          for v in np.unique(values)
+        }
+      )
     figures[f"{query}_to_{target}"] = _examples(query, target, vectors, pairs, rank, examples, show)
   sizes = {first: items.images, other: items.texts}
-  metrics.update({f"{m}s" if m in ("image", "text") else m: float(len(sizes[m])) for m in (first, other)})
+  metrics.update(
+    {f"{m}s" if m in ("image", "text") else m: float(len(sizes[m])) for m in (first, other)}
+  )
   metrics["unreadable"] = float((~valid).sum())
   return Result(metrics, figures)
 
 
 class Items(NamedTuple):
-  """Merged galleries: images int [I], texts int [T] (the first example or caption of each item), pairs int [P, 2]
-  (image, text).
+  """Merged galleries: images int [I], texts int [T] (the first example or caption of each item),
+  pairs int [P, 2] (image, text).
   """
 
   images: np.ndarray
@@ -100,13 +119,20 @@ class Items(NamedTuple):
 
 
 def merge(media_keys: np.ndarray, valid: np.ndarray, owners: np.ndarray, keys: np.ndarray) -> Items:
-  """Merges equal pictures (or other media) and equal captions. media_keys uint64 [N], valid bool [N], owners int [C] (example of each
-  caption), keys uint64 [C]. Invalid pictures, pictures without a caption and captions without a picture are left out.
+  """Merges equal pictures (or other media) and equal captions. media_keys uint64 [N], valid bool
+  [N], owners int [C] (example of each caption), keys uint64 [C]. Invalid pictures, pictures without
+  a caption and captions without a picture are left out.
   """
   real = np.flatnonzero(valid[owners])
   text_first, text_item = np.unique(keys[real], return_index=True, return_inverse=True)[1:]
-  image_first, image_item = np.unique(media_keys[owners[real]], return_index=True, return_inverse=True)[1:]
-  pairs = np.unique(np.stack([image_item, text_item], axis=1), axis=0) if len(real) else np.zeros((0, 2), np.int64)
+  image_first, image_item = np.unique(
+    media_keys[owners[real]], return_index=True, return_inverse=True
+  )[1:]
+  pairs = (
+    np.unique(np.stack([image_item, text_item], axis=1), axis=0)
+    if len(real)
+    else np.zeros((0, 2), np.int64)
+  )
   return Items(owners[real][image_first], real[text_first], pairs)
 
 
@@ -120,17 +146,25 @@ def text_keys(keys: Any) -> np.ndarray:
 
 def recall(rank: np.ndarray) -> dict[str, float]:
   """{"R@1", "R@5", "R@10", "median_rank"} of ranks int [N], 1 = first."""
-  return {**{f"R@{k}": float(np.mean(rank <= k)) for k in (1, 5, 10)}, "median_rank": float(np.median(rank))}
+  return {
+    **{f"R@{k}": float(np.mean(rank <= k)) for k in (1, 5, 10)},
+    "median_rank": float(np.median(rank)),
+  }
 
 
 def ranks(
-  queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, mesh: Mesh, block: tuple[int, int] = BLOCK
+  queries: np.ndarray,
+  gallery: np.ndarray,
+  pairs: np.ndarray,
+  mesh: Mesh,
+  block: tuple[int, int] = BLOCK,
 ) -> np.ndarray:
-  """Rank int32 [Q] of each query's best positive: one plus the negatives that are at least as similar.
+  """Rank int32 [Q] of each query's best positive: one plus the negatives that are at least as
+  similar.
 
-  queries float32 [Q, D], gallery float32 [G, D], pairs int [P, 2] of (query, gallery item) that belong together; every
-  query needs one. Similarities are dot products in full float32, computed in blocks whose queries are split over the
-  mesh.
+  queries float32 [Q, D], gallery float32 [G, D], pairs int [P, 2] of (query, gallery item) that
+  belong together; every query needs one. Similarities are dot products in full float32, computed in
+  blocks whose queries are split over the mesh.
   """
   pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
   threshold = _best(queries, gallery, pairs) - TIE
@@ -151,7 +185,10 @@ def ranks(
       left_out[near[:, 0] - q, near[:, 1] - g] = True
       left_out[:, len(gallery) - g :] = True
       counts = counts + count(
-        some, _place(_padded(gallery[g : g + columns], columns), everywhere), limit, _place(left_out, row_sharding)
+        some,
+        _place(_padded(gallery[g : g + columns], columns), everywhere),
+        limit,
+        _place(left_out, row_sharding),
       )
     total[q : q + rows] = np.asarray(multihost.gather_rows(counts))[: len(queries) - q]
   return (total + 1).astype(np.int32)
@@ -173,7 +210,9 @@ def _best(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray) -> np.nda
   similarity = np.empty(len(pairs), np.float32)
   for start in range(0, len(pairs), 65536):
     q, g = pairs[start : start + 65536].T
-    similarity[start : start + 65536] = np.einsum("nd,nd->n", queries[q].astype(np.float64), gallery[g])
+    similarity[start : start + 65536] = np.einsum(
+      "nd,nd->n", queries[q].astype(np.float64), gallery[g]
+    )
   return np.maximum.reduceat(similarity, np.searchsorted(pairs[:, 0], np.arange(len(queries))))
 
 
@@ -183,7 +222,9 @@ def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _padded(x: np.ndarray, rows: int) -> np.ndarray:
-  return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)]) if len(x) < rows else x
+  return (
+    np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)]) if len(x) < rows else x
+  )
 
 
 def _shower(data, modality: str, index: np.ndarray, texts: list[str] | None = None):
@@ -199,10 +240,14 @@ def _shower(data, modality: str, index: np.ndarray, texts: list[str] | None = No
 
 
 def _examples(query, target, vectors, pairs, rank, count, show) -> dict[str, Any]:
-  """A figure: `count` queries spread over the split, each with its five most similar items, scores and which are
-  right.
+  """A figure: `count` queries spread over the split, each with its five most similar items, scores
+  and which are right.
   """
-  chosen = np.unique(np.linspace(0, len(vectors[query]) - 1, count).round().astype(int)) if count else np.zeros(0, int)
+  chosen = (
+    np.unique(np.linspace(0, len(vectors[query]) - 1, count).round().astype(int))
+    if count
+    else np.zeros(0, int)
+  )
   rows = []
   for i in chosen:
     similarity = vectors[target] @ vectors[query][i]
@@ -214,7 +259,9 @@ def _examples(query, target, vectors, pairs, rank, count, show) -> dict[str, Any
         rank=int(rank[i]),
         of=len(vectors[target]),
         expected=[show[target](j) for j in sorted(right)[:3]],
-        top=[dict(**show[target](j), score=float(similarity[j]), right=int(j) in right) for j in top],
+        top=[
+          dict(**show[target](j), score=float(similarity[j]), right=int(j) in right) for j in top
+        ],
       )
     )
   return dict(kind="retrieval", query=query, target=target, rows=rows)

@@ -1,8 +1,8 @@
-"""Zero-shot classification: a picture, sound, clip or series gets the class whose prompts are nearest (Radford et al. 2021,
-arXiv:2103.00020, 3.1.4).
+"""Zero-shot classification: a picture, sound, clip or series gets the class whose prompts are
+nearest (Radford et al. 2021, arXiv:2103.00020, 3.1.4).
 
-The embedding of a class is the normalised mean of the embeddings of its prompts: every name of the class in every
-template.
+The embedding of a class is the normalised mean of the embeddings of its prompts: every name of the
+class in every template.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ def zero_shot(
 ) -> Result:
   """Accuracy of classification by prompts, without any training on the classes.
 
-  source: a data set with labels. split: which of its splits. modality: what is classified, "image", "audio", "video" or
-  "series". languages: of the prompts; several are one ensemble, and each is also reported alone. classes: ((label,
-  (name, ...)), ...) instead of the names in evaluation/prompts.py; labels it leaves out keep theirs. templates: prompts
-  with {} for the name, instead of those of the modality in evaluation/prompts.py.
-  Metrics: "accuracy", "accuracy@5", "mean_class_accuracy" (the mean over classes of each one's accuracy), "examples",
-  "unreadable" (left out). Ties are pessimistic.
+  source: a data set with labels. split: which of its splits. modality: what is classified, "image",
+  "audio", "video" or "series". languages: of the prompts; several are one ensemble, and each is
+  also reported alone. classes: ((label, (name, ...)), ...) instead of the names in
+  evaluation/prompts.py; labels it leaves out keep theirs. templates: prompts with {} for the name,
+  instead of those of the modality in evaluation/prompts.py.
+  Metrics: "accuracy", "accuracy@5", "mean_class_accuracy" (the mean over classes of each one's
+  accuracy), "examples", "unreadable" (left out). Ties are pessimistic.
   """
   where = f"evaluation.evaluators.{context.name}"
   if modality == "text":
-    raise UserError(f"{where}.modality is 'text', which the classes are: name what is classified by them")
+    raise UserError(
+      f"{where}.modality is 'text', which the classes are: name what is classified by them"
+    )
   data = context.data(source, split, ())
   labels, label_names = np.asarray(data.labels), list(data.label_names)
   own = _own_names(where, classes, label_names)
@@ -47,7 +50,10 @@ def zero_shot(
   media = context.media(data, modality)
   rows = np.flatnonzero(media.valid & (labels >= 0))
   if not len(rows) or len(label_names) < 2:
-    raise UserError(f"{where}: {source} split {split} has no readable {modality} with a label of at least two classes")
+    raise UserError(
+      f"{where}: {source} split {split} has no readable {modality} with a label of at least two "
+      "classes"
+    )
   by_language = {}
   for language in languages or ("en",):
     prompt_sets = [
@@ -63,15 +69,17 @@ def zero_shot(
   metrics, predicted = classify(media.vectors[rows], both, labels[rows], context.mesh)
   if len(by_language) > 1:
     for language, vectors in by_language.items():
-      metrics[f"{language}/accuracy"] = classify(media.vectors[rows], vectors, labels[rows], context.mesh)[0][
-        "accuracy"
-      ]
+      metrics[f"{language}/accuracy"] = classify(
+        media.vectors[rows], vectors, labels[rows], context.mesh
+      )[0]["accuracy"]
   metrics.update(examples=float(len(rows)), unreadable=float((~media.valid).sum()))
   return Result(metrics, {"confusion": confusion(labels[rows], predicted, label_names)})
 
 
 def class_embeddings(embed, prompt_sets: Sequence[Sequence[str]]) -> np.ndarray:
-  """Embeddings float32 [C, D] of classes, each given by its prompts; `embed(list of N texts) -> [N, D]`."""
+  """Embeddings float32 [C, D] of classes, each given by its prompts; `embed(list of N texts) -> [N,
+  D]`.
+  """
   vectors = embed([prompt for prompt_set in prompt_sets for prompt in prompt_set])
   starts = np.cumsum([0] + [len(prompt_set) for prompt_set in prompt_sets[:-1]])
   return normalise(np.add.reduceat(vectors.astype(np.float64), starts, axis=0))
@@ -79,13 +87,17 @@ def class_embeddings(embed, prompt_sets: Sequence[Sequence[str]]) -> np.ndarray:
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
   """Rows of length one, float32 [N, D]; a row of zeros stays."""
-  return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+  return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)).astype(
+    np.float32
+  )
 
 
 def classify(
   media: np.ndarray, classes: np.ndarray, labels: np.ndarray, mesh
 ) -> tuple[dict[str, float], np.ndarray]:
-  """Metrics, and predicted classes int [N], of media float32 [N, D] against classes float32 [C, D]; labels int [N]."""
+  """Metrics, and predicted classes int [N], of media float32 [N, D] against classes float32 [C, D];
+  labels int [N].
+  """
   rank = ranks(media, classes, np.stack([np.arange(len(labels)), labels], axis=1), mesh)
   metrics = {
     "accuracy": float(np.mean(rank <= 1)),
@@ -119,7 +131,8 @@ def _own_names(where: str, classes: tuple, label_names: list[str]) -> dict[str, 
     label = known.get(prompts.words(str(pair[0])))
     if label is None:
       raise UserError(
-        f"{where}.classes names {pair[0]!r}, which is no class of the data; there are: {', '.join(label_names)}"
+        f"{where}.classes names {pair[0]!r}, which is no class of the data; there are: "
+        f"{', '.join(label_names)}"
       )
     own[label] = (pair[1],) if isinstance(pair[1], str) else tuple(pair[1])
   return own

@@ -1,1 +1,3 @@
-"""Using a trained model: embeddings, classification and search from a checkpoint alone, without the training data."""
+"""Using a trained model: embeddings, classification and search from a checkpoint alone, without the
+training data.
+"""

@@ -1,4 +1,6 @@
-"""`mmjax generate`: what a model with a decoder writes about files: captions of pictures and clips, transcripts of speech."""
+"""`mmjax generate`: what a model with a decoder writes about files: captions of pictures and clips,
+transcripts of speech.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,19 @@ def generate(
   allow_code: Sequence[str] = (),
   log: Callable[[str], None] = lambda line: say(line, sys.stderr),
 ) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:
-  """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted. timestamps: [(file, segments)]
-  of sounds, by a model that knows times; see `Predictor.write`, also for sounds longer than the model reads.
+  """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted.
+  timestamps: [(file, segments)] of sounds, by a model that knows times; see `Predictor.write`, also
+  for sounds longer than the model reads.
 
-  Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model writes no text or does not take
-  such files, a file that is none of picture, sound and video, or nothing could be read.
+  Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model
+  writes no text or does not take such files, a file that is none of picture, sound and video, or
+  nothing could be read.
   """
-  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint, allow_code=allow_code)
+  predictor = (
+    checkpoint
+    if isinstance(checkpoint, Predictor)
+    else Predictor.load(checkpoint, allow_code=allow_code)
+  )
   if not predictor.writes:
     predictor.write()  # says why not
   names = [name for file in files for name in _expand(file, predictor)]
@@ -39,7 +47,9 @@ def generate(
   for name, kind in zip(names, kinds, strict=True):
     if kind not in predictor.media:
       what = f"a file of {kind}" if kind else "no picture, sound or video by its ending"
-      raise UserError(f"{name} is {what}, but this checkpoint writes about {', '.join(sorted(predictor.media))}")
+      raise UserError(
+        f"{name} is {what}, but this checkpoint writes about {', '.join(sorted(predictor.media))}"
+      )
 
   def attempt(place: int):
     try:
@@ -56,22 +66,33 @@ def generate(
   for kind in sorted(set(kinds)):
     places = [place for place in read if kinds[place] == kind and place not in skipped]
     if places:
-      written = predictor.write(beams=beams, max_length=max_length, length_penalty=length_penalty, timestamps=timestamps,
-                                **{kind: [read[p] for p in places]})
+      written = predictor.write(
+        beams=beams,
+        max_length=max_length,
+        length_penalty=length_penalty,
+        timestamps=timestamps,
+        **{kind: [read[p] for p in places]},
+      )
       texts.update(zip(places, written, strict=True))
   if not texts:
-    raise UserError(f"none of the {len(names)} files could be read; the first: {next(iter(skipped.values()))}")
+    raise UserError(
+      f"none of the {len(names)} files could be read; the first: {next(iter(skipped.values()))}"
+    )
   if skipped:
     log(f"{len(texts)} of {len(names)} files read, {len(skipped)} skipped")
   return [(names[place], texts[place]) for place in sorted(texts)]
 
 
 def _expand(file: str | os.PathLike, predictor: Predictor) -> list[str]:
-  """The file itself, or the files in a folder that the model takes. Raises UserError: a folder without any."""
+  """The file itself, or the files in a folder that the model takes. Raises UserError: a folder
+  without any.
+  """
   path = Path(file)
   if not path.is_dir():
     return [os.fspath(file)]
-  found = sorted(str(p) for p in path.rglob("*") if not p.is_dir() and modality_of(p) in predictor.media)
+  found = sorted(
+    str(p) for p in path.rglob("*") if not p.is_dir() and modality_of(p) in predictor.media
+  )
   if not found:
     raise UserError(f"{file} has no files of {', '.join(sorted(predictor.media))} in it")
   return found

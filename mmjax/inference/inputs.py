@@ -1,4 +1,6 @@
-"""What users give a model (paths, bytes, arrays, PIL pictures) as the arrays of a batch, one example at a time."""
+"""What users give a model (paths, bytes, arrays, PIL pictures) as the arrays of a batch, one
+example at a time.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,13 @@ _AXES = {"image": 3, "audio": 1, "video": 4, "series": 2}  # of one item that is
 
 
 class MediaInputs:
-  """One modality of a config: `inputs(item, name)` -> its arrays for one example, {array: [...]}, as an evaluation makes them.
+  """One modality of a config: `inputs(item, name)` -> its arrays for one example, {array: [...]},
+  as an evaluation makes them.
 
-  An item is a path, encoded bytes, or an array: uint8 [H, W, 3] of a picture (or a PIL image), float [n] or [n, channels] of a
-  sound at the config's rate (-1 to 1, or int16), uint8 [T, H, W, 3] of a video, numbers [T, C] of a series (or a path of .npy), or
-  what this returned for one. Raises Unreadable, which names the item.
+  An item is a path, encoded bytes, or an array: uint8 [H, W, 3] of a picture (or a PIL image),
+  float [n] or [n, channels] of a sound at the config's rate (-1 to 1, or int16), uint8 [T, H, W, 3]
+  of a video, numbers [T, C] of a series (or a path of .npy), or what this returned for one. Raises
+  Unreadable, which names the item.
   """
 
   def __init__(self, config, modality: str):
@@ -42,10 +46,15 @@ class MediaInputs:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
     if surplus:
       self.cut.add([(self.modality, name or self._name(item), surplus)])
-    return {name: np.asarray(x, dtype) for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)}
+    return {
+      name: np.asarray(x, dtype)
+      for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)
+    }
 
   def sound(self, item: Item, name: str = "") -> Item:
-    """The whole of a sound, float32 [n] at the config's rate, however long; what is already arrays stays. Raises Unreadable."""
+    """The whole of a sound, float32 [n] at the config's rate, however long; what is already arrays
+    stays. Raises Unreadable.
+    """
     if isinstance(item, dict):
       return item
     from mmjax.data.audio import decode_audio
@@ -62,7 +71,11 @@ class MediaInputs:
   def items(self, given: Item | Iterable[Item]) -> Iterable[Item]:
     """Several items, of one or of several."""
     one = isinstance(given, (str, os.PathLike, bytes, Image.Image, dict))
-    return [given] if one or (isinstance(given, np.ndarray) and given.ndim <= _AXES[self.modality]) else given
+    return (
+      [given]
+      if one or (isinstance(given, np.ndarray) and given.ndim <= _AXES[self.modality])
+      else given
+    )
 
   def _content(self, item: Item) -> bytes | np.ndarray:
     """What the transform takes. Raises Unreadable."""
@@ -81,12 +94,19 @@ class MediaInputs:
 
   def _image(self, array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-      raise Unreadable(f"must be uint8 of shape [H, W, 3], but is {array.dtype} of shape {list(array.shape)}")
+      raise Unreadable(
+        f"must be uint8 of shape [H, W, 3], but is {array.dtype} of shape {list(array.shape)}"
+      )
     return array
 
   def _audio(self, array: np.ndarray) -> np.ndarray:
-    if array.ndim not in (1, 2) or not (array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating)):
-      raise Unreadable(f"must be float or int16 of shape [n] or [n, channels], but is {array.dtype} of shape {list(array.shape)}")
+    if array.ndim not in (1, 2) or not (
+      array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating)
+    ):
+      raise Unreadable(
+        f"must be float or int16 of shape [n] or [n, channels], but is {array.dtype} of shape "
+        f"{list(array.shape)}"
+      )
     sound = array.astype(np.float32) / (32768 if array.dtype == np.int16 else 1)
     if not np.isfinite(sound).all():
       raise Unreadable("audio with samples that are not numbers")
@@ -94,17 +114,27 @@ class MediaInputs:
 
   def _video(self, array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-      raise Unreadable(f"must be uint8 of shape [T, H, W, 3], but is {array.dtype} of shape {list(array.shape)}")
+      raise Unreadable(
+        f"must be uint8 of shape [T, H, W, 3], but is {array.dtype} of shape {list(array.shape)}"
+      )
     return array
 
   def _name(self, item: Item) -> str:
-    return str(item) if isinstance(item, (str, os.PathLike)) else f"a {WORDS[self.modality]} given as {type(item).__name__}"
+    return (
+      str(item)
+      if isinstance(item, (str, os.PathLike))
+      else f"a {WORDS[self.modality]} given as {type(item).__name__}"
+    )
 
 
 def _png(picture: Image.Image) -> bytes:
   data = io.BytesIO()
   upright = ImageOps.exif_transpose(picture)
-  (upright if upright.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else upright.convert("RGB")).save(data, "PNG", compress_level=0)
+  (
+    upright
+    if upright.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+    else upright.convert("RGB")
+  ).save(data, "PNG", compress_level=0)
   return data.getvalue()
 
 

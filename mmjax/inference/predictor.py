@@ -1,7 +1,7 @@
 """A checkpoint as an object that encodes, classifies and describes media: `mmjax.load(DIR)`.
 
-It carries the tokenizer and the preprocessing of the checkpoint, so that no data folder is needed, and runs on any
-mesh.
+It carries the tokenizer and the preprocessing of the checkpoint, so that no data folder is needed,
+and runs on any mesh.
 """
 
 from __future__ import annotations
@@ -33,23 +33,40 @@ from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 
 log = logging.getLogger("mmjax")
 
-BUCKETS = (1, 8, 32, 128, 512)  # batches are filled up to one of these, so that a handful of programs serve every size
+BUCKETS = (
+  1,
+  8,
+  32,
+  128,
+  512,
+)  # batches are filled up to one of these, so that a handful of programs serve every size
 WRITING = 32  # the most rows that texts are written for at once, times beams
 
 
 class Predictor:
-  """Encodes, classifies and describes media and texts with the parameters of a checkpoint of any kind of model.
+  """Encodes, classifies and describes media and texts with the parameters of a checkpoint of any
+  kind of model.
 
-  `scale`, `bias`: floats of the trained temperature, logits = scale * cosine + bias; None for a model without a joint space.
-  `width`: channels of an embedding. `joint`, `writes`: whether it has embeddings, and a decoder or a CTC head. `class_names`: of the
-  classifier's outputs, () where the checkpoint does not say. `config`, `assets`, `params`, `mesh`: what it was made of.
+  `scale`, `bias`: floats of the trained temperature, logits = scale * cosine + bias; None for a
+  model without a joint space.
+  `width`: channels of an embedding. `joint`, `writes`: whether it has embeddings, and a decoder or
+  a CTC head. `class_names`: of the classifier's outputs, () where the checkpoint does not say.
+  `config`, `assets`, `params`, `mesh`: what it was made of.
   """
 
-  def __init__(self, config, params: Any, assets: Mapping[str, bytes], mesh: Mesh | None = None, batch_size: int = 128,
-               model_state: Mapping[str, Any] | None = None):
-    """params: nested dict of arrays, anywhere. assets: {file name: content} with the tokenizer's files.
-    batch_size: the most examples that go through the model at once. model_state: what the model keeps besides parameters
-    (batch statistics), {collection: nested dict}."""
+  def __init__(
+    self,
+    config,
+    params: Any,
+    assets: Mapping[str, bytes],
+    mesh: Mesh | None = None,
+    batch_size: int = 128,
+    model_state: Mapping[str, Any] | None = None,
+  ):
+    """params: nested dict of arrays, anywhere. assets: {file name: content} with the tokenizer's
+    files.
+    batch_size: the most examples that go through the model at once. model_state: what the model
+    keeps besides parameters (batch statistics), {collection: nested dict}."""
     self.config, self.assets = config, dict(assets)
     self.mesh = _local_mesh(config) if mesh is None else mesh
     self._model = make_model(config)
@@ -64,11 +81,15 @@ class Predictor:
     self._decoder = getattr(self._model, "decoder", None)
     self.writes = can_write(self._model)
     self.class_names = tuple(json.loads(self.assets.get("classes.json", b"[]")))
-    self.text_transform = TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
+    self.text_transform = (
+      TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
+    )
     self.scale = self.bias = None
     with self._rules():
       if self.joint:
-        self.scale, self.bias = (float(x) for x in self._model.apply({"params": self.params}, method="temperature"))
+        self.scale, self.bias = (
+          float(x) for x in self._model.apply({"params": self.params}, method="temperature")
+        )
       jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
       self._embed = jit(functools.partial(_embed, self._model), static_argnums=1)
       self._classify = jit(functools.partial(_classify, self._model), static_argnums=1)
@@ -76,14 +97,20 @@ class Predictor:
     self.width = int(config.model.width)
 
   @classmethod
-  def load(cls, checkpoint: str | os.PathLike, *, mesh: Mesh | None = None, batch_size: int = 128,
-           allow_code: Sequence[str] = ()) -> Predictor:
-    """Opens a run folder, a step folder or an import folder. The parameters are the moving average where the run kept
-    one.
+  def load(
+    cls,
+    checkpoint: str | os.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    batch_size: int = 128,
+    allow_code: Sequence[str] = (),
+  ) -> Predictor:
+    """Opens a run folder, a step folder or an import folder. The parameters are the moving average
+    where the run kept one.
 
-    mesh: devices to run on; default all of this process, each with whole parameters. allow_code: modules outside this
-    package that the checkpoint may run code of, such as ("my_encoder",). Raises UserError: no checkpoint
-    there, or not a whole one.
+    mesh: devices to run on; default all of this process, each with whole parameters. allow_code:
+    modules outside this package that the checkpoint may run code of, such as ("my_encoder",).
+    Raises UserError: no checkpoint there, or not a whole one.
     """
     from mmjax.state import checkpoint as checkpoints
 
@@ -91,38 +118,45 @@ class Predictor:
     config = checkpoints.load_config(folder, allow_code)
     mesh = _local_mesh(config) if mesh is None else mesh
     shapes, shardings = param_spec(config), param_shardings(config, mesh)
-    spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    spec = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
     params, state = checkpoints.load_params(folder, spec), checkpoints.load_model_state(folder)
     return cls(config, params, checkpoints.load_assets(folder), mesh, batch_size, state)
 
   def encode_image(self, images: Item | Iterable[Item]) -> np.ndarray:
-    """float32 [N, D], rows of length one, of pictures: paths, encoded bytes, PIL images, or arrays uint8 [H, W, 3],
-    mixed as you like.
+    """float32 [N, D], rows of length one, of pictures: paths, encoded bytes, PIL images, or arrays
+    uint8 [H, W, 3], mixed as you like.
 
     Raises UserError naming the picture that cannot be read.
     """
     return self.encode("image", images)
 
   def encode_audio(self, sounds: Item | Iterable[Item]) -> np.ndarray:
-    """float32 [N, D], rows of length one, of sounds: paths, encoded bytes, or arrays float [n] or [n, channels] (or int16)
-    at the model's rate, config.data.audio.rate. Files may have any rate. Raises UserError as `encode_image`."""
+    """float32 [N, D], rows of length one, of sounds: paths, encoded bytes, or arrays float [n] or
+    [n, channels] (or int16) at the model's rate, config.data.audio.rate. Files may have any rate.
+    Raises UserError as `encode_image`."""
     return self.encode("audio", sounds)
 
   def encode_video(self, videos: Item | Iterable[Item]) -> np.ndarray:
-    """float32 [N, D], rows of length one, of videos: paths, encoded bytes, or arrays uint8 [T, H, W, 3]. Raises UserError as
-    `encode_image`."""
+    """float32 [N, D], rows of length one, of videos: paths, encoded bytes, or arrays uint8 [T, H,
+    W, 3]. Raises UserError as `encode_image`."""
     return self.encode("video", videos)
 
   def encode_series(self, series: Item | Iterable[Item]) -> np.ndarray:
-    """float32 [N, D], rows of length one, of sensor series: arrays [T, C], or paths of .npy files. Raises UserError as
-    `encode_image`."""
+    """float32 [N, D], rows of length one, of sensor series: arrays [T, C], or paths of .npy files.
+    Raises UserError as `encode_image`."""
     return self.encode("series", series)
 
   def encode_text(self, texts: str | Iterable[str]) -> np.ndarray:
-    """float32 [N, D], rows of length one, of texts; what is longer than the model's tokens is cut."""
+    """float32 [N, D], rows of length one, of texts; what is longer than the model's tokens is
+    cut.
+    """
     self._needs("text", joint=True)
     texts = [texts] if isinstance(texts, str) else texts
-    return self._embedded("text", (self.tokens(chunk) for chunk in _chunks(texts, self._buckets[-1])))
+    return self._embedded(
+      "text", (self.tokens(chunk) for chunk in _chunks(texts, self._buckets[-1]))
+    )
 
   def encode(self, modality: str, items: Item | Iterable[Item]) -> np.ndarray:
     """float32 [N, D], rows of length one, of items of any modality of the model."""
@@ -132,62 +166,117 @@ class Predictor:
     examples = in_threads(self.media[modality], self.media[modality].items(items))
     return self._embedded(modality, map(_stack, _chunks(examples, self._buckets[-1])))
 
-  def write(self, *, max_length: int = 0, beams: int = 1, length_penalty: float = 1.0, timestamps: bool = False,
-            **media: Item | Iterable[Item]) -> list[str] | list[list[Segment]]:
-    """The texts that a model with a decoder or a CTC head writes: captions of pictures and clips, transcripts of speech.
+  def write(
+    self,
+    *,
+    max_length: int = 0,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    timestamps: bool = False,
+    **media: Item | Iterable[Item],
+  ) -> list[str] | list[list[Segment]]:
+    """The texts that a model with a decoder or a CTC head writes: captions of pictures and clips,
+    transcripts of speech.
 
-    media: `image=`, `audio=`, `video=` or `series=` (one item or several); of several modalities the i-th items belong together.
-    max_length: tokens at most, 0 = those that the model was trained with. beams: 1 = the likeliest token each time, else the
-    width of the beam search; length_penalty: of it. A row's text depends on that row alone.
-    timestamps: of a sound the list of its `Segment`s (start, end, text, tokens) in place of one text, by a model whose decoder knows
-    times (Whisper). Such a model reads a sound longer than data.audio.seconds in windows (transcribe.py; max_length is of each); any
-    other reads that much of its beginning, and a warning names it.
-    Raises UserError: the model has no decoder or no such encoder, an item that cannot be read, or timestamps of what has none.
+    media: `image=`, `audio=`, `video=` or `series=` (one item or several); of several modalities
+    the i-th items belong together.
+    max_length: tokens at most, 0 = those that the model was trained with. beams: 1 = the likeliest
+    token each time, else the width of the beam search; length_penalty: of it. A row's text depends
+    on that row alone.
+    timestamps: of a sound the list of its `Segment`s (start, end, text, tokens) in place of one
+    text, by a model whose decoder knows times (Whisper). Such a model reads a sound longer than
+    data.audio.seconds in windows (transcribe.py; max_length is of each); any other reads that much
+    of its beginning, and a warning names it.
+    Raises UserError: the model has no decoder or no such encoder, an item that cannot be read, or
+    timestamps of what has none.
     """
     from mmjax.evaluation.captions import decode
 
     if not self.writes:
-      raise UserError("this checkpoint has no decoder and writes no text: generate with a captioner (model.decoder), or use `classify`")
+      raise UserError(
+        "this checkpoint has no decoder and writes no text: generate with a captioner "
+        "(model.decoder), or use `classify`"
+      )
     if beams > 1 and not self._decoder:
-      raise UserError(f"beams is {beams}, but a CTC head takes the likeliest token of each frame: beams=1")
+      raise UserError(
+        f"beams is {beams}, but a CTC head takes the likeliest token of each frame: beams=1"
+      )
     limit = self.config.data.text.length
     if not 0 <= max_length <= limit or beams < 1:
-      raise UserError(f"max_length is {max_length} and beams {beams}; give 0 to {limit} (what the model was trained with) and at least 1")
+      raise UserError(
+        f"max_length is {max_length} and beams {beams}; give 0 to {limit} (what the model was "
+        "trained with) and at least 1"
+      )
     if "text" in media:
-      raise UserError("a decoder writes text about other media: give image=, audio= or video=, not text=")
+      raise UserError(
+        "a decoder writes text about other media: give image=, audio= or video=, not text="
+      )
     rows = max(1, WRITING // beams)
     if timestamps and not (self._knows_times and tuple(media) == ("audio",)):
-      raise UserError("timestamps need audio= alone, and a decoder with tokens for times (model.decoder.time_tokens), as Whisper has")
+      raise UserError(
+        "timestamps need audio= alone, and a decoder with tokens for times "
+        "(model.decoder.time_tokens), as Whisper has"
+      )
     if tuple(media) == ("audio",):
-      sounds = list(in_threads(self.media["audio"].sound, self.media["audio"].items(media["audio"])))
+      sounds = list(
+        in_threads(self.media["audio"].sound, self.media["audio"].items(media["audio"]))
+      )
       long = [i for i, sound in enumerate(sounds) if timestamps or self._is_long(sound)]
       if long and self._knows_times:
         written = self._transcribe([sounds[i] for i in long], max_length, beams, length_penalty)
         if timestamps:
           return written
         short = [sound for i, sound in enumerate(sounds) if i not in set(long)]
-        texts = iter(self.write(max_length=max_length, beams=beams, length_penalty=length_penalty, audio=short) if short else ())
-        joined = {i: [t for s in segments for t in s.tokens if t < self._model.decoder.time_tokens]
-                  for i, segments in zip(long, written, strict=True)}
-        return [decode(self.tokenizer, joined[i], self._model.decoder.eos_id) if i in joined else next(texts)
-                for i in range(len(sounds))]
+        texts = iter(
+          self.write(max_length=max_length, beams=beams, length_penalty=length_penalty, audio=short)
+          if short
+          else ()
+        )
+        joined = {
+          i: [t for s in segments for t in s.tokens if t < self._model.decoder.time_tokens]
+          for i, segments in zip(long, written, strict=True)
+        }
+        return [
+          decode(self.tokenizer, joined[i], self._model.decoder.eos_id)
+          if i in joined
+          else next(texts)
+          for i in range(len(sounds))
+        ]
       for i in long:
-        log.warning("sound %d of %d is %.1f s long; the model reads the first %g (data.audio.seconds)", i + 1, len(sounds),
-                    len(sounds[i]) / self.config.data.audio.rate, self.config.data.audio.seconds)
+        log.warning(
+          "sound %d of %d is %.1f s long; the model reads the first %g (data.audio.seconds)",
+          i + 1,
+          len(sounds),
+          len(sounds[i]) / self.config.data.audio.rate,
+          self.config.data.audio.seconds,
+        )
       media = dict(audio=sounds)
-    tokens = self._run(self._write, (tuple(media), max_length or limit, beams, length_penalty), self._batches(media, rows), rows)
-    return [decode(self.tokenizer, row, self._decoder.eos_id if self._decoder else -1) for row in tokens]
+    tokens = self._run(
+      self._write,
+      (tuple(media), max_length or limit, beams, length_penalty),
+      self._batches(media, rows),
+      rows,
+    )
+    return [
+      decode(self.tokenizer, row, self._decoder.eos_id if self._decoder else -1) for row in tokens
+    ]
 
   @property
   def _knows_times(self) -> bool:
     encoder = self.config.model.encoders.get("audio", {})
-    return self.writes and getattr(self._decoder, "time_tokens", -1) >= 0 and encoder.get("normalisation") == "whisper"
+    return (
+      self.writes
+      and getattr(self._decoder, "time_tokens", -1) >= 0
+      and encoder.get("normalisation") == "whisper"
+    )
 
   def _is_long(self, sound: Item) -> bool:
     audio = self.config.data.audio
     return not isinstance(sound, dict) and len(sound) > round(audio.rate * audio.seconds)
 
-  def _transcribe(self, sounds: Sequence[Item], max_length: int, beams: int, length_penalty: float) -> list[list[Segment]]:
+  def _transcribe(
+    self, sounds: Sequence[Item], max_length: int, beams: int, length_penalty: float
+  ) -> list[list[Segment]]:
     """The segments of sounds of any length, window by window, those of several sounds at once."""
     from mmjax.evaluation.captions import decode
 
@@ -195,7 +284,9 @@ class Predictor:
       raise UserError("timestamps need whole sounds: give paths, bytes or waveforms")
     whole, most = self._model.decoder, self.config.data.text.length
     start = start_tokens(whole.prompt, whole.time_tokens)
-    if most >= whole.length - len(whole.prompt):  # as many as there are places for: one more without the token that is left out
+    if most >= whole.length - len(
+      whole.prompt
+    ):  # as many as there are places for: one more without the token that is left out
       most = whole.length - len(start)
     windows = Windows(self.config.model.encoders.audio, self.config.data.audio, whole.time_tokens)
     (timed, detect), rows, source = self._timed_programs, max(1, WRITING // beams), ("audio",)
@@ -205,15 +296,25 @@ class Predictor:
     seeks, found = [0] * len(sounds), [[] for _ in sounds]
     prompts = np.tile(np.asarray(start, np.int32), (len(sounds), 1))
     if whole.languages:
-      first = ({"audio": {"features": np.stack([cut(i) for i in part])}} for part in _chunks(range(len(sounds)), rows))
+      first = (
+        {"audio": {"features": np.stack([cut(i) for i in part])}}
+        for part in _chunks(range(len(sounds)), rows)
+      )
       prompts[:, 1] = self._run(detect, (source,), first, rows)
     while going := [i for i in range(len(sounds)) if seeks[i] < ends[i]]:
-      batches = ({"audio": {"features": np.stack([cut(i) for i in part])}, "prompt": {"tokens": prompts[part]}}
-                 for part in _chunks(going, rows))
+      batches = (
+        {
+          "audio": {"features": np.stack([cut(i) for i in part])},
+          "prompt": {"tokens": prompts[part]},
+        }
+        for part in _chunks(going, rows)
+      )
       written = self._run(timed, (source, max_length or most, beams, length_penalty), batches, rows)
       for i, row in zip(going, written.tolist(), strict=True):
         tokens = list(itertools.takewhile(lambda token: token != whole.eos_id, row))
-        segments, step = windows.segments(tokens, seeks[i], min(ends[i] - seeks[i], windows.frames), text)
+        segments, step = windows.segments(
+          tokens, seeks[i], min(ends[i] - seeks[i], windows.frames), text
+        )
         found[i] += segments
         seeks[i] += max(step, windows.stride)
     return found
@@ -222,24 +323,41 @@ class Predictor:
   def _timed_programs(self) -> tuple[Callable, Callable]:
     """(`write_timed`, `detect_language`) of the model whose prompt leaves room for times."""
     decoder = self._model.decoder
-    model = self._model.clone(decoder=decoder.clone(prompt=start_tokens(decoder.prompt, decoder.time_tokens)))
+    model = self._model.clone(
+      decoder=decoder.clone(prompt=start_tokens(decoder.prompt, decoder.time_tokens))
+    )
     jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
-    return (jit(functools.partial(write_timed, model), static_argnums=(1, 2, 3, 4)),
-            jit(functools.partial(detect_language, model), static_argnums=1))
+    return (
+      jit(functools.partial(write_timed, model), static_argnums=(1, 2, 3, 4)),
+      jit(functools.partial(detect_language, model), static_argnums=1),
+    )
 
   def classes(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
-    """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of yours instead).
+    """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of
+    yours instead).
 
-    inputs: `image=`, `text=`, `audio=`, `video=`, `series=`; of several modalities the i-th items belong together (a question about
-    a picture). Columns are named by `class_names`. Each row sums to 1, unless a record may have several labels (data.label), or the
-    classifier has a single output or gives scores (model.probabilities).
-    Raises UserError: the model has no classifier or no such encoder, or an item that cannot be read.
+    inputs: `image=`, `text=`, `audio=`, `video=`, `series=`; of several modalities the i-th items
+    belong together (a question about a picture). Columns are named by `class_names`. Each row sums
+    to 1, unless a record may have several labels (data.label), or the classifier has a single
+    output or gives scores (model.probabilities).
+    Raises UserError: the model has no classifier or no such encoder, or an item that cannot be
+    read.
     """
     if not getattr(self._model, "classes", 0):
-      raise UserError("this checkpoint has no classifier (data.classes): use `classify` with labels of your own")
-    order = next((tuple(entry.modalities) for entry in self.config.objectives.values()
-                  if entry.get("kind") == "classification" and set(entry.modalities) == set(inputs)), tuple(inputs))
-    logits = self._run(self._classify, (order,), self._batches(inputs, self._buckets[-1]), self._buckets[-1])
+      raise UserError(
+        "this checkpoint has no classifier (data.classes): use `classify` with labels of your own"
+      )
+    order = next(
+      (
+        tuple(entry.modalities)
+        for entry in self.config.objectives.values()
+        if entry.get("kind") == "classification" and set(entry.modalities) == set(inputs)
+      ),
+      tuple(inputs),
+    )
+    logits = self._run(
+      self._classify, (order,), self._batches(inputs, self._buckets[-1]), self._buckets[-1]
+    )
     kind = probabilities(self.config)
     if kind == "none":
       return logits
@@ -249,22 +367,30 @@ class Predictor:
     return weights / weights.sum(axis=1, keepdims=True)
 
   def classify(
-    self, items: Item | Iterable[Item], labels: Sequence[str], templates: Sequence[str] = ("{}",), modality: str = "image"
+    self,
+    items: Item | Iterable[Item],
+    labels: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+    modality: str = "image",
   ) -> np.ndarray:
-    """Probabilities float32 [N, C] that each picture (or item of another modality) belongs to each label, without training on
-    them.
+    """Probabilities float32 [N, C] that each picture (or item of another modality) belongs to each
+    label, without training on them.
 
-    A label is the normalised mean of its embeddings in `templates`, each with {} for the label. A model that
-    was trained with a sigmoid loss (SigLIP) gives each label a probability of its own, sigmoid(scale * cosine + bias): rows need
-    not sum to 1, for an item may fit several labels, or none. Any other gives softmax(scale * cosine) over the labels.
+    A label is the normalised mean of its embeddings in `templates`, each with {} for the label. A
+    model that was trained with a sigmoid loss (SigLIP) gives each label a probability of its own,
+    sigmoid(scale * cosine + bias): rows need not sum to 1, for an item may fit several labels, or
+    none. Any other gives softmax(scale * cosine) over the labels.
     """
     from mmjax.evaluation.zero_shot import class_embeddings
 
     if not labels or not templates or any("{}" not in template for template in templates):
       raise UserError(
-        f"classify needs labels, and templates with {{}} for the label, not {list(labels)!r} and {list(templates)!r}"
+        f"classify needs labels, and templates with {{}} for the label, not {list(labels)!r} and "
+        f"{list(templates)!r}"
       )
-    classes = class_embeddings(self.encode_text, [[t.replace("{}", label) for t in templates] for label in labels])
+    classes = class_embeddings(
+      self.encode_text, [[t.replace("{}", label) for t in templates] for label in labels]
+    )
     logits = self.scale * (self.encode(modality, items).astype(np.float64) @ classes.T)
     if self._pairwise(modality):
       return (1 / (1 + np.exp(-logits - self.bias))).astype(np.float32)
@@ -272,14 +398,20 @@ class Predictor:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
   def _pairwise(self, modality: str) -> bool:
-    """Whether a pair of this modality and a text has a probability of its own: by the loss between them, or, where none is known
-    (an import), by whether the logits have a learned bias, which a softmax cannot see."""
-    losses = {entry.loss for entry in self.config.objectives.values()
-              if entry.get("kind") == "contrastive" and set(entry.between) == {modality, "text"}}
+    """Whether a pair of this modality and a text has a probability of its own: by the loss between
+    them, or, where none is known (an import), by whether the logits have a learned bias, which a
+    softmax cannot see."""
+    losses = {
+      entry.loss
+      for entry in self.config.objectives.values()
+      if entry.get("kind") == "contrastive" and set(entry.between) == {modality, "text"}
+    }
     return "sigmoid" in losses if losses else bool(self.config.model.get("bias"))
 
   def pixels(self, image: Item, name: str = "") -> np.ndarray:
-    """One picture as the model takes it: uint8 [size, size, 3], or as it was cut into patches. Raises UserError (Unreadable) naming it."""
+    """One picture as the model takes it: uint8 [size, size, 3], or as it was cut into patches.
+    Raises UserError (Unreadable) naming it.
+    """
     self._needs("image")
     arrays = self.media["image"](image, name)
     return arrays["pixels"] if "pixels" in arrays else picture_of(PatchSequence(**arrays))
@@ -294,7 +426,11 @@ class Predictor:
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
     """Of the checkpoint, else the one that its config names. Raises UserError: there is neither."""
-    return Tokenizer.from_assets(self.assets) if Tokenizer.is_among(self.assets) else load_tokenizer(self.config.data)
+    return (
+      Tokenizer.from_assets(self.assets)
+      if Tokenizer.is_among(self.assets)
+      else load_tokenizer(self.config.data)
+    )
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -305,33 +441,52 @@ class Predictor:
     for modality in self.modalities:
       if modality not in ("image", "text"):
         mark.update(repr(self.config.data[modality].to_dict()).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path((self.params, self.model_state) if self.model_state else self.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      (self.params, self.model_state) if self.model_state else self.params
+    ):
       mark.update(jax.tree_util.keystr(path).encode())
       mark.update(np.ascontiguousarray(leaf).tobytes())
     return mark.hexdigest()
 
   def _embedded(self, modality: str, batches: Iterable[dict[str, np.ndarray]]) -> np.ndarray:
-    rows = self._run(self._embed, (modality,), ({modality: batch} for batch in batches), self._buckets[-1])
+    rows = self._run(
+      self._embed, (modality,), ({modality: batch} for batch in batches), self._buckets[-1]
+    )
     return rows if len(rows) else np.zeros((0, self.width), np.float32)
 
-  def _batches(self, inputs: Mapping[str, Item | Iterable[Item]], rows: int) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    """Batches of at most `rows` examples of several modalities at once. Raises UserError: not equally many."""
+  def _batches(
+    self, inputs: Mapping[str, Item | Iterable[Item]], rows: int
+  ) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+    """Batches of at most `rows` examples of several modalities at once. Raises UserError: not
+    equally many.
+    """
     if not inputs:
       raise UserError(f"give items of at least one modality: {'=, '.join(self.modalities)}=")
     for modality in inputs:
       self._needs(modality)
-    given = {m: list([x] if isinstance(x, str) else x) if m == "text" else list(self.media[m].items(x)) for m, x in inputs.items()}
+    given = {
+      m: list([x] if isinstance(x, str) else x) if m == "text" else list(self.media[m].items(x))
+      for m, x in inputs.items()
+    }
     if len({len(items) for items in given.values()}) > 1:
-      raise UserError(f"of several modalities the i-th items belong together, but there are "
-                      f"{', '.join(f'{len(items)} of {m}' for m, items in given.items())}")
-    parts = [map(self.tokens, _chunks(items, rows)) if m == "text" else map(_stack, _chunks(in_threads(self.media[m], items), rows))
-             for m, items in given.items()]
+      raise UserError(
+        f"of several modalities the i-th items belong together, but there are "
+        f"{', '.join(f'{len(items)} of {m}' for m, items in given.items())}"
+      )
+    parts = [
+      map(self.tokens, _chunks(items, rows))
+      if m == "text"
+      else map(_stack, _chunks(in_threads(self.media[m], items), rows))
+      for m, items in given.items()
+    ]
     for batch in zip(*parts, strict=True):
       yield dict(zip(given, batch, strict=True))
 
-  def _run(self, program: Callable, arguments: tuple, batches: Iterable[dict], limit: int) -> np.ndarray:
-    """Rows of `program(variables, *arguments, batch)` for batches of at most `limit` examples, each filled up to a bucket; the
-    next one is prepared while the devices work on the last."""
+  def _run(
+    self, program: Callable, arguments: tuple, batches: Iterable[dict], limit: int
+  ) -> np.ndarray:
+    """Rows of `program(variables, *arguments, batch)` for batches of at most `limit` examples, each
+    filled up to a bucket; the next one is prepared while the devices work on the last."""
     waiting, rows = None, []
     variables = {"params": self.params, **self.model_state}
     shards = batch_shards(self.mesh)
@@ -342,8 +497,13 @@ class Predictor:
           part.pop("key", None)
         count = len(jax.tree.leaves(batch)[0])
         size = next(bucket for bucket in buckets if bucket >= count)
-        filled = jax.tree.map(lambda x, extra=size - count: np.concatenate([x, np.repeat(x[:1], extra, axis=0)]), batch)
-        result = program(variables, *arguments, jax.device_put(filled, rules.batch_sharding(self.mesh))), count
+        filled = jax.tree.map(
+          lambda x, extra=size - count: np.concatenate([x, np.repeat(x[:1], extra, axis=0)]), batch
+        )
+        result = (
+          program(variables, *arguments, jax.device_put(filled, rules.batch_sharding(self.mesh))),
+          count,
+        )
         if waiting:
           rows.append(np.asarray(waiting[0])[: waiting[1]])
         waiting = result
@@ -356,18 +516,29 @@ class Predictor:
 
   def _needs(self, modality: str, joint: bool = False) -> None:
     if modality not in self.modalities:
-      raise UserError(f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(self.modalities))}")
+      raise UserError(
+        f"this checkpoint has no encoder for {modality}; it has "
+        f"{', '.join(sorted(self.modalities))}"
+      )
     if joint and not self.joint:
-      raise UserError("this checkpoint has no shared space (model.joint is False), so that it gives no embeddings")
+      raise UserError(
+        "this checkpoint has no shared space (model.joint is False), so that it gives no embeddings"
+      )
 
 
 def probabilities(config) -> str:
-  """What makes probabilities of the classifier's logits: "softmax", "sigmoid", or "none" where they are scores."""
-  return "sigmoid" if config.data.label == "labels" else config.model.get("probabilities", "softmax")
+  """What makes probabilities of the classifier's logits: "softmax", "sigmoid", or "none" where they
+  are scores.
+  """
+  return (
+    "sigmoid" if config.data.label == "labels" else config.model.get("probabilities", "softmax")
+  )
 
 
 def in_threads(function: Callable, items: Iterable, ahead: int = 64) -> Iterator:
-  """`function` of each item, in order, worked out by threads at most `ahead` items before it is asked for."""
+  """`function` of each item, in order, worked out by threads at most `ahead` items before it is
+  asked for.
+  """
   with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     for chunk in _chunks(items, ahead):
       yield from pool.map(function, chunk)
@@ -389,7 +560,9 @@ def _abstract(config) -> Any:
   from mmjax.data.pipeline import batch_spec
 
   model = make_model(config)
-  return jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch_spec(config, 1))["params"]
+  return jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch_spec(config, 1))[
+    "params"
+  ]
 
 
 def _embed(model, variables: Any, modality: str, batch: dict) -> jax.Array:

@@ -1,11 +1,11 @@
-"""`mmjax embed` and `mmjax search`: embeddings of folders, a text file or a data set in one .npz, and looking things
-up in it.
+"""`mmjax embed` and `mmjax search`: embeddings of folders, a text file or a data set in one .npz,
+and looking things up in it.
 
 The .npz loads with `allow_pickle=False`. Its arrays, each there when it was asked for:
-  image_embeddings float32 [N, D], image_ids str [N], image_keys uint64 [N] (equal = the same content); the same for audio, video
-  and series
-  text_embeddings float32 [T, D], texts str [T], text_keys uint64 [T] (equal = same caption), text_owners int64 [T]
-  (row of the caption's picture, sound, ..., -1 = none) skipped str [M] (what could not be read), scale, bias float32, model str (a
+  image_embeddings float32 [N, D], image_ids str [N], image_keys uint64 [N] (equal = the same
+  content); the same for audio, video and series text_embeddings float32 [T, D], texts str [T],
+  text_keys uint64 [T] (equal = same caption), text_owners int64 [T] (row of the caption's picture,
+  sound, ..., -1 = none) skipped str [M] (what could not be read), scale, bias float32, model str (a
   hash of the parameters)
 """
 
@@ -26,7 +26,9 @@ from mmjax.files import read_file
 from mmjax.inference.predictor import Predictor, in_threads
 from mmjax.printing import say
 
-FILES = {modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()}
+FILES = {
+  modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()
+}
 _NOUNS = {"image": "pictures", "audio": "sounds", "video": "videos", "series": "series"}
 Index = dict[str, np.ndarray]
 
@@ -46,20 +48,30 @@ def embed(
   allow_code: Sequence[str] = (),
   log: Callable[[str], None] = say,
 ) -> Path:
-  """Embeds folders of pictures (`images`), sounds (`audio`) or videos, the lines of a text file (`texts`), or a split of a data
-  set (`source`), and writes `out`.
+  """Embeds folders of pictures (`images`), sounds (`audio`) or videos, the lines of a text file
+  (`texts`), or a split of a data set (`source`), and writes `out`.
 
-  modality: of `source`; None = the first that model and records have. Unreadable files are named, skipped and counted.
+  modality: of `source`; None = the first that model and records have. Unreadable files are named,
+  skipped and counted.
   Raises UserError: nothing to embed, or `out` cannot be written.
   """
   out = Path(out)
-  folders = {name: folder for name, folder in (("image", images), ("audio", audio), ("video", video)) if folder}
+  folders = {
+    name: folder
+    for name, folder in (("image", images), ("audio", audio), ("video", video))
+    if folder
+  }
   if bool(source) == bool(folders or texts):
     raise UserError(
-      "embed takes --images, --audio, --video and --texts, or --source alone: give folders, a text file or a data set"
+      "embed takes --images, --audio, --video and --texts, or --source alone: give folders, a "
+      "text file or a data set"
     )
   _check_writable(out)
-  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint, allow_code=allow_code)
+  predictor = (
+    checkpoint
+    if isinstance(checkpoint, Predictor)
+    else Predictor.load(checkpoint, allow_code=allow_code)
+  )
   index: Index = {"skipped": np.array([], str)}
   for name, folder in folders.items():
     found = embed_folder(predictor, folder, log, name)
@@ -69,9 +81,13 @@ def embed(
   if source:
     index.update(embed_source(predictor, source, split, languages, log, modality))
   save(out, predictor, index)
-  counts = [f"{len(index[f'{name}_ids'])} {noun}" for name, noun in _NOUNS.items() if f"{name}_ids" in index]
+  counts = [
+    f"{len(index[f'{name}_ids'])} {noun}" for name, noun in _NOUNS.items() if f"{name}_ids" in index
+  ]
   counts += [f"{len(index['texts'])} texts"] if "texts" in index else []
-  log(f"wrote {out}: {', '.join(counts)}, {predictor.width} channels; {len(index['skipped'])} skipped")
+  log(
+    f"wrote {out}: {', '.join(counts)}, {predictor.width} channels; {len(index['skipped'])} skipped"
+  )
   return out
 
 
@@ -88,30 +104,51 @@ def search(
   allow_code: Sequence[str] = (),
   log: Callable[[str], None] = say,
 ) -> list[tuple[str, float]]:
-  """The `k` pictures (sounds, videos) nearest to `query` as (name, cosine), best first; ties by name.
+  """The `k` pictures (sounds, videos) nearest to `query` as (name, cosine), best first; ties by
+  name.
 
-  query: words, a path of a picture, sound or video, or a picture (bytes, PIL, uint8 array). images, audio, video: a folder to
-  search; index: what `embed` wrote. modality: which of an index; None = the first that it has. Raises UserError: not one place
-  to search is given, the index is of another model, or the query cannot be read.
+  query: words, a path of a picture, sound or video, or a picture (bytes, PIL, uint8 array). images,
+  audio, video: a folder to search; index: what `embed` wrote. modality: which of an index; None =
+  the first that it has. Raises UserError: not one place to search is given, the index is of another
+  model, or the query cannot be read.
   """
-  folders = {name: folder for name, folder in (("image", images), ("audio", audio), ("video", video)) if folder is not None}
+  folders = {
+    name: folder
+    for name, folder in (("image", images), ("audio", audio), ("video", video))
+    if folder is not None
+  }
   if len(folders) + (index is not None) != 1:
     raise UserError(
-      "search takes --images, --audio or --video (a folder) or --index (a file that `mmjax embed` wrote), one of them"
+      "search takes --images, --audio or --video (a folder) or --index (a file that `mmjax embed` "
+      "wrote), one of them"
     )
   if k < 1:
     raise UserError(f"-k is {k}, but must be at least 1")
-  predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor.load(checkpoint, allow_code=allow_code)
+  predictor = (
+    checkpoint
+    if isinstance(checkpoint, Predictor)
+    else Predictor.load(checkpoint, allow_code=allow_code)
+  )
   for name, folder in folders.items():
     modality, index = name, embed_folder(predictor, folder, log, name)
   if not isinstance(index, dict):
     index = load_index(index, predictor)
   modality = modality or next((name for name in _NOUNS if f"{name}_embeddings" in index), "image")
   if f"{modality}_embeddings" not in index:
-    raise UserError(f"the index has no {_NOUNS[modality]}. Make one with `mmjax embed --{_option(modality)} FOLDER` or `--source NAME`")
+    raise UserError(
+      f"the index has no {_NOUNS[modality]}. Make one with `mmjax embed --{_option(modality)} "
+      "FOLDER` or `--source NAME`"
+    )
   kind = "image"
   if isinstance(query, str):
-    kind = next((name for name, endings in FILES.items() if query.lower().endswith(endings) and os.path.isfile(query)), "text")
+    kind = next(
+      (
+        name
+        for name, endings in FILES.items()
+        if query.lower().endswith(endings) and os.path.isfile(query)
+      ),
+      "text",
+    )
   vector = predictor.encode(kind, [query])[0]
   scores = index[f"{modality}_embeddings"] @ vector
   ids = index[f"{modality}_ids"]
@@ -120,16 +157,21 @@ def search(
 
 
 def embed_folder(
-  predictor: Predictor, folder: str | os.PathLike, log: Callable[[str], None] = say, modality: str = "image"
+  predictor: Predictor,
+  folder: str | os.PathLike,
+  log: Callable[[str], None] = say,
+  modality: str = "image",
 ) -> Index:
-  """The pictures (sounds, videos) in a folder and its sub-folders, in the order of their names: image_embeddings, image_ids,
-  image_keys, skipped.
+  """The pictures (sounds, videos) in a folder and its sub-folders, in the order of their names:
+  image_embeddings, image_ids, image_keys, skipped.
   """
   root, endings, noun = Path(folder), FILES[modality], _NOUNS[modality]
   if not root.is_dir():
     raise UserError(f"{folder} is no folder. Give a folder of {noun}")
   names = sorted(
-    path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in endings and not path.is_dir()
+    path.relative_to(root).as_posix()
+    for path in root.rglob("*")
+    if path.suffix.lower() in endings and not path.is_dir()
   )
   if not names:
     raise UserError(f"{folder} has no {noun} ({' '.join(endings)})")
@@ -147,14 +189,22 @@ def embed_texts(predictor: Predictor, texts: Sequence[str]) -> Index:
 
 
 def embed_source(
-  predictor: Predictor, source: str, split: str, languages: Sequence[str] = (), log: Callable[[str], None] = say,
+  predictor: Predictor,
+  source: str,
+  split: str,
+  languages: Sequence[str] = (),
+  log: Callable[[str], None] = say,
   modality: str | None = None,
 ) -> Index:
-  """One modality of a data set and, where the model reads texts, its captions: every array of the module's docstring.
+  """One modality of a data set and, where the model reads texts, its captions: every array of the
+  module's docstring.
 
-  A split may be several: "train+validation". modality: None = the first of the model's that one of the first records has.
+  A split may be several: "train+validation". modality: None = the first of the model's that one of
+  the first records has.
   """
-  opened = open_source(dict(name=source, split=split, languages=tuple(languages), path=""), predictor.config)
+  opened = open_source(
+    dict(name=source, split=split, languages=tuple(languages), path=""), predictor.config
+  )
   captions: dict[int, list[str]] = {}
   modality = modality or _modality_of(opened, list(predictor.media))
 
@@ -168,7 +218,11 @@ def embed_source(
   if "text" not in predictor.modalities:
     return index
   owners = np.array([row for row, i in enumerate(kept) for _ in captions[i]], np.int64)
-  return {**index, **embed_texts(predictor, [text for i in kept for text in captions[i]]), "text_owners": owners}
+  return {
+    **index,
+    **embed_texts(predictor, [text for i in kept for text in captions[i]]),
+    "text_owners": owners,
+  }
 
 
 def save(out: Path, predictor: Predictor, index: Index) -> None:
@@ -192,18 +246,24 @@ def save(out: Path, predictor: Predictor, index: Index) -> None:
 
 
 def load_index(path: str | os.PathLike, predictor: Predictor | None = None) -> Index:
-  """Reads what `save` wrote; nothing is unpickled. With a predictor, refuses the index of another model. Raises
-  UserError.
+  """Reads what `save` wrote; nothing is unpickled. With a predictor, refuses the index of another
+  model. Raises UserError.
   """
   try:
     with np.load(path, allow_pickle=False) as file:
       index = {name: file[name] for name in file.files}
   except FileNotFoundError as error:
-    raise UserError(f"{path}: no such index. Make it with `mmjax embed --images FOLDER --out {path}`") from error
+    raise UserError(
+      f"{path}: no such index. Make it with `mmjax embed --images FOLDER --out {path}`"
+    ) from error
   except Exception as error:  # zipfile and NumPy raise many kinds for damaged files
     raise UserError(f"{path}: not an index of `mmjax embed`, or damaged. Make it again") from error
-  if predictor is not None and ("model" not in index or str(index["model"]) != predictor.fingerprint):
-    raise UserError(f"{path}: embedded by another model than this checkpoint. Make it again with `mmjax embed`")
+  if predictor is not None and (
+    "model" not in index or str(index["model"]) != predictor.fingerprint
+  ):
+    raise UserError(
+      f"{path}: embedded by another model than this checkpoint. Make it again with `mmjax embed`"
+    )
   return index
 
 
@@ -214,7 +274,9 @@ def read_lines(path: str | os.PathLike) -> list[str]:
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
   except UnicodeDecodeError as error:
-    raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8, one text a line") from error
+    raise UserError(
+      f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8, one text a line"
+    ) from error
   lines = [line for line in lines if line]
   if not lines:
     raise UserError(f"{path}: no text in it. Write one text a line")
@@ -224,9 +286,14 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def _embed_media(
   predictor: Predictor, modality: str, items: Sequence, read: Callable, log: Callable[[str], None]
 ) -> tuple[Index, list]:
-  """`read(item)` -> (name, content, key). Returns the arrays of an index for one modality, and the items that could be read."""
+  """`read(item)` -> (name, content, key). Returns the arrays of an index for one modality, and the
+  items that could be read.
+  """
   if modality not in predictor.media:
-    raise UserError(f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(predictor.modalities))}")
+    raise UserError(
+      f"this checkpoint has no encoder for {modality}; it has "
+      f"{', '.join(sorted(predictor.modalities))}"
+    )
   names, keys, kept, skipped = [], [], [], []
 
   def attempt(item):
@@ -252,7 +319,10 @@ def _embed_media(
 
   vectors = predictor.encode(modality, readable())
   if not names:
-    raise UserError(f"none of the {len(skipped)} {_NOUNS[modality]} could be read; the first: {skipped[0] if skipped else 'there is none'}")
+    raise UserError(
+      f"none of the {len(skipped)} {_NOUNS[modality]} could be read; the first: "
+      f"{skipped[0] if skipped else 'there is none'}"
+    )
   return {
     f"{modality}_embeddings": vectors,
     f"{modality}_ids": np.array(names, str),
@@ -262,7 +332,9 @@ def _embed_media(
 
 
 def _modality_of(source, modalities: Sequence[str]) -> str:
-  """The first of `modalities`, in the order of _NOUNS, that one of the first records of a source has."""
+  """The first of `modalities`, in the order of _NOUNS, that one of the first records of a source
+  has.
+  """
   order = [name for name in _NOUNS if name in modalities]
   for i in range(min(100, len(source))):
     try:

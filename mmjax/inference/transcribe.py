@@ -1,4 +1,6 @@
-"""Long sounds in windows that follow the times which the model writes (Radford et al. 2022, arXiv:2212.04356, section 4.5)."""
+"""Long sounds in windows that follow the times which the model writes (Radford et al. 2022,
+arXiv:2212.04356, section 4.5).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from mmjax.models.encoders.spectrogram import log10_mel
 
 
 class Segment(NamedTuple):
-  """A stretch of a sound, from `start` to `end` in seconds, and what is said in it. tokens: as the model wrote them, those for
-  times among them."""
+  """A stretch of a sound, from `start` to `end` in seconds, and what is said in it. tokens: as the
+  model wrote them, those for times among them."""
 
   start: float
   end: float
@@ -24,9 +26,11 @@ class Segment(NamedTuple):
 
 
 class Windows:
-  """Cuts sounds for a model that reads `frames` frames of its spectrogram at once, and what it writes into segments.
+  """Cuts sounds for a model that reads `frames` frames of its spectrogram at once, and what it
+  writes into segments.
 
-  encoder, audio: the config of the model's audio encoder, and data.audio. begin: the first of the tokens for times.
+  encoder, audio: the config of the model's audio encoder, and data.audio. begin: the first of the
+  tokens for times.
   seconds: of one step of these times.
   """
 
@@ -38,9 +42,11 @@ class Windows:
     self.seconds = self.hop * self.stride / self.rate
 
   def features(self, sound: np.ndarray) -> tuple[np.ndarray, int]:
-    """(the spectrogram of the whole of a sound float32 [n], float32 [F, mels] with F >= `frames`; how many frames are sound).
+    """(the spectrogram of the whole of a sound float32 [n], float32 [F, mels] with F >= `frames`;
+    how many frames are sound).
 
-    As `log_mel` makes it of the whole sound at once, but a few windows at a time: its waves take five times their memory.
+    As `log_mel` makes it of the whole sound at once, but a few windows at a time: its waves take
+    five times their memory.
     """
     padded = np.pad(sound, (0, max(0, self.samples - len(sound))))
     count, half = len(padded) // self.hop, self._mel["n_fft"] // 2
@@ -48,35 +54,45 @@ class Windows:
     parts = []
     for start in range(0, count, 2 * self.frames):
       size = min(2 * self.frames, count - start)
-      wave = padded[start * self.hop:(start + size) * self.hop + 2 * half]
+      wave = padded[start * self.hop : (start + size) * self.hop + 2 * half]
       parts.append(np.asarray(log10_mel(jnp.asarray(wave)[None], size, **self._mel)[0]))
     x = np.concatenate(parts)
     x = (np.maximum(x, x.max() - 8) + 4) / 4
     return x, min(count, -(-len(sound) // self.hop))
 
   def cut(self, features: np.ndarray, end: int, seek: int) -> np.ndarray:
-    """The window from frame `seek` of features [F, mels] on, float32 [frames, mels]: zeros from frame `end` on, unless all of it
-    fits one window, where silence is heard."""
+    """The window from frame `seek` of features [F, mels] on, float32 [frames, mels]: zeros from
+    frame `end` on, unless all of it fits one window, where silence is heard."""
     stop = seek + self.frames if len(features) == self.frames else min(end, seek + self.frames)
     window = features[seek:stop]
     return np.pad(window, ((0, self.frames - len(window)), (0, 0)))
 
-  def segments(self, tokens: Sequence[int], seek: int, frames: int, decode) -> tuple[list[Segment], int]:
-    """(the segments of what was written about a window, frames to go on). seek: its first frame; frames: that are sound in it.
+  def segments(
+    self, tokens: Sequence[int], seek: int, frames: int, decode
+  ) -> tuple[list[Segment], int]:
+    """(the segments of what was written about a window, frames to go on). seek: its first frame;
+    frames: that are sound in it.
 
-    Two times in a row end a segment and start the next. Where the last segment is not ended, the next window starts at its
-    start; where one time alone comes last, nothing more is said in this window. decode: tokens of a text -> str.
+    Two times in a row end a segment and start the next. Where the last segment is not ended, the
+    next window starts at its start; where one time alone comes last, nothing more is said in this
+    window. decode: tokens of a text -> str.
     """
     is_time = [token >= self.begin for token in tokens]
     offset = seek * self.seconds / self.stride
-    make = lambda first, last, part: Segment(offset + first * self.seconds, offset + last * self.seconds,
-                                             decode([t for t in part if t < self.begin]), tuple(part))
+    make = lambda first, last, part: Segment(
+      offset + first * self.seconds,
+      offset + last * self.seconds,
+      decode([t for t in part if t < self.begin]),
+      tuple(part),
+    )
     pairs = [i + 1 for i in range(len(tokens) - 1) if is_time[i] and is_time[i + 1]]
     if not pairs:
       times = [token - self.begin for token in tokens if token >= self.begin]
       return [make(0, (times and times[-1]) or frames // self.stride, tokens)], frames
     alone = is_time[-2:] == [False, True]
-    stops = [*pairs, len(tokens)] if alone else [*pairs[:-1], pairs[-1] + 1]  # with the second time of the last pair
+    stops = (
+      [*pairs, len(tokens)] if alone else [*pairs[:-1], pairs[-1] + 1]
+    )  # with the second time of the last pair
     found, start = [], 0
     for stop in stops:
       part = tokens[start:stop]
@@ -87,7 +103,9 @@ class Windows:
 
 
 def start_tokens(prompt: Sequence[int], begin: int) -> tuple[int, ...]:
-  """The prompt of a text with times: without the token, last in it, that says that there are none."""
+  """The prompt of a text with times: without the token, last in it, that says that there are
+  none.
+  """
   return tuple(prompt[:-1] if prompt[-1] == begin - 1 else prompt)
 
 

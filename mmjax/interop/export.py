@@ -1,16 +1,16 @@
-"""`mmjax export`: a checkpoint as files for other programs: Hugging Face, plain safetensors, StableHLO.
+"""`mmjax export`: a checkpoint as files for other programs: Hugging Face, plain safetensors,
+StableHLO.
 
-StableHLO: encode_image.stablehlo, encode_text.stablehlo, classes.stablehlo, write.stablehlo, ... (functions.py) are functions of
-(parameters, arrays) with a free batch size, for CPU, CUDA and TPU, with normalisation, log-mel and projection inside. meta.json
-has, for each of its `functions`, inputs and output, and how media and texts are prepared. They, params.npz, the tokenizer and
+StableHLO: encode_image.stablehlo, encode_text.stablehlo, classes.stablehlo, write.stablehlo, ...
+(functions.py) are functions of (parameters, arrays) with a free batch size, for CPU, CUDA and TPU,
+with normalisation, log-mel and projection inside. meta.json has, for each of its `functions`,
+inputs and output, and how media and texts are prepared. They, params.npz, the tokenizer and
 meta.json need jax, flatbuffers and NumPy, but not mmjax:
 
-  import json, jax, numpy as np
-  from jax import export
-  params = dict(np.load("exported/params.npz"))
-  meta = json.load(open("exported/meta.json"))
-  load = lambda name: jax.jit(export.deserialize(open(f"exported/{name}.stablehlo", "rb").read()).call)
-  encode_image, encode_text = load("encode_image"), load("encode_text")
+  import json, jax, numpy as np from jax import export params = dict(np.load("exported/params.npz"))
+  meta = json.load(open("exported/meta.json")) load = lambda name:
+  jax.jit(export.deserialize(open(f"exported/{name}.stablehlo", "rb").read()).call) encode_image,
+  encode_text = load("encode_image"), load("encode_text")
   pixels = np.zeros((3, *meta["image"]["shape"]), np.uint8)         # resized as meta["image"] says
   tokens = np.zeros((3, meta["text"]["length"]), np.int32)          # by the tokenizer beside it
   pictures, texts = encode_image(params, pixels), encode_text(params, tokens, tokens > 0)
@@ -40,12 +40,15 @@ FORMATS = ("hf", "safetensors", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(checkpoint: str | os.PathLike, to: str, out: str | os.PathLike, allow_code: Sequence[str] = ()) -> Path:
-  """Writes the checkpoint (run, step or import folder) as `to` ("hf", "safetensors" or "stablehlo") into the new
-  folder `out`.
+def export(
+  checkpoint: str | os.PathLike, to: str, out: str | os.PathLike, allow_code: Sequence[str] = ()
+) -> Path:
+  """Writes the checkpoint (run, step or import folder) as `to` ("hf", "safetensors" or "stablehlo")
+  into the new folder `out`.
 
-  The parameters are the moving average where the run kept one. allow_code: as of `mmjax.load`. Raises UserError: unknown format, no checkpoint, `out`
-  is not empty or cannot be written; nothing is left half-written.
+  The parameters are the moving average where the run kept one. allow_code: as of `mmjax.load`.
+  Raises UserError: unknown format, no checkpoint, `out` is not empty or cannot be written; nothing
+  is left half-written.
   """
   if to not in FORMATS:
     raise UserError(f"cannot export to {to!r}; there are: {', '.join(FORMATS)}")
@@ -61,13 +64,16 @@ def export(checkpoint: str | os.PathLike, to: str, out: str | os.PathLike, allow
 
 
 def write_safetensors(predictor: Predictor, folder: Path) -> None:
-  """model.safetensors (parameters under their names, "image/layers/..."), config.json, preprocessing.json and the
-  tokenizer's files.
+  """model.safetensors (parameters under their names, "image/layers/..."), config.json,
+  preprocessing.json and the tokenizer's files.
   """
   from safetensors.numpy import save_file
 
   save_file(
-    {name: np.ascontiguousarray(x) for name, x in flat_params({**predictor.params, **predictor.model_state}).items()},
+    {
+      name: np.ascontiguousarray(x)
+      for name, x in flat_params({**predictor.params, **predictor.model_state}).items()
+    },
     folder / "model.safetensors",
     metadata={"format": "mmjax", "version": __version__},
   )
@@ -77,7 +83,9 @@ def write_safetensors(predictor: Predictor, folder: Path) -> None:
 
 
 def write_stablehlo(predictor: Predictor, folder: Path) -> None:
-  """NAME.stablehlo of everything that the model does (functions.py), params.npz, meta.json and the tokenizer's files."""
+  """NAME.stablehlo of everything that the model does (functions.py), params.npz, meta.json and the
+  tokenizer's files.
+  """
   params = flat_params(predictor.params)
   params.update(flat_params(predictor.model_state))  # batch statistics, under "batch_stats/..."
   facts = preprocessing(predictor)
@@ -89,7 +97,8 @@ def write_stablehlo(predictor: Predictor, folder: Path) -> None:
     (out,) = lowered.out_avals
     facts["functions"][name] = dict(
       inputs=[dict(name=key, **array(*spec)) for key, spec in function.inputs.items()],
-      output=dict(array(out.shape[1:], out.dtype), gives=function.gives))
+      output=dict(array(out.shape[1:], out.dtype), gives=function.gives),
+    )
   np.savez(folder / "params.npz", **params)
   (folder / "meta.json").write_text(json.dumps(facts, indent=2))
   _write_assets(predictor, folder)
@@ -114,43 +123,86 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
       start=list(transform.start),
       end=list(transform.end),
       pad_id=transform.pad_id,
-      lowercase=text.lowercase, punctuation=text.punctuation,
+      lowercase=text.lowercase,
+      punctuation=text.punctuation,
       mask_padding=text.mask_padding,
       tokenizer=sorted(transform.tokenizer.to_assets()),
     )
   if predictor.writes:
     decoder = c.model.get("decoder")
-    ends = dict(eos_id=decoder.eos_id, pad_id=decoder.pad_id) if decoder else dict(eos_id=-1, pad_id=c.model.blank)
-    facts["written"] = dict(length=c.data.text.length, **ends,
-                            tokenizer=sorted(name for name in predictor.assets if name.startswith(("tokenizer.", "vocab."))))
+    ends = (
+      dict(eos_id=decoder.eos_id, pad_id=decoder.pad_id)
+      if decoder
+      else dict(eos_id=-1, pad_id=c.model.blank)
+    )
+    facts["written"] = dict(
+      length=c.data.text.length,
+      **ends,
+      tokenizer=sorted(
+        name for name in predictor.assets if name.startswith(("tokenizer.", "vocab."))
+      ),
+    )
   if predictor.class_names:
     facts["class_names"] = list(predictor.class_names)
   return facts
 
 
 def _image_facts(image) -> dict[str, Any]:
-  common = dict(dtype="uint8", resize=image.resize, interpolation=image.interpolation, antialias=True, mean=list(image.mean),
-                std=list(image.std), normalised_inside=True)
+  common = dict(
+    dtype="uint8",
+    resize=image.resize,
+    interpolation=image.interpolation,
+    antialias=True,
+    mean=list(image.mean),
+    std=list(image.std),
+    normalised_inside=True,
+  )
   if image.resize == "naflex":
-    return dict(common, patch=image.patch, tokens=image.tokens, order="patches row by row; in each rows, columns, channels",
-                positions="(row, column) of each patch", grid="(rows, columns) of patches", padding="zeros, mask false")
+    return dict(
+      common,
+      patch=image.patch,
+      tokens=image.tokens,
+      order="patches row by row; in each rows, columns, channels",
+      positions="(row, column) of each patch",
+      grid="(rows, columns) of patches",
+      padding="zeros, mask false",
+    )
   return dict(shape=[image.size, image.size, 3], crop=image.crop, **common)
 
 
 _MEDIA = {
   "image": _image_facts,
-  "audio": lambda audio: dict(rate=audio.rate, samples=round(audio.rate * audio.seconds), dtype="int16", channels="mean", scale=32768,
-                              padding="zeros from `length` on", features_inside=True),
-  "video": lambda video: dict(size=video.size, frames=video.frames, dtype="uint8", resize="shortest", interpolation="bicubic",
-                              antialias=True, sampling="the middle frame of each equal part; all of a shorter clip", padding="zeros, mask false",
-                              normalised_inside=True),
-  "series": lambda series: dict(length=series.length, channels=series.channels, dtype="float32", padding="zeros, mask false"),
+  "audio": lambda audio: dict(
+    rate=audio.rate,
+    samples=round(audio.rate * audio.seconds),
+    dtype="int16",
+    channels="mean",
+    scale=32768,
+    padding="zeros from `length` on",
+    features_inside=True,
+  ),
+  "video": lambda video: dict(
+    size=video.size,
+    frames=video.frames,
+    dtype="uint8",
+    resize="shortest",
+    interpolation="bicubic",
+    antialias=True,
+    sampling="the middle frame of each equal part; all of a shorter clip",
+    padding="zeros, mask false",
+    normalised_inside=True,
+  ),
+  "series": lambda series: dict(
+    length=series.length, channels=series.channels, dtype="float32", padding="zeros, mask false"
+  ),
 }
 
 
 def flat_params(params: Any) -> dict[str, np.ndarray]:
   """{"image/layers/attention/qkv/kernel": array} on the host."""
-  return {name: np.asarray(x) for name, x in flax.traverse_util.flatten_dict(params, sep="/").items()}
+  return {
+    name: np.asarray(x) for name, x in flax.traverse_util.flatten_dict(params, sep="/").items()
+  }
 
 
 def _write_assets(predictor: Predictor, folder: Path) -> None:

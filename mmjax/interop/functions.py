@@ -1,11 +1,13 @@
-"""What a model does for its users, as functions of arrays: what `mmjax export --to stablehlo` compiles, one file each.
+"""What a model does for its users, as functions of arrays: what `mmjax export --to stablehlo`
+compiles, one file each.
 
   encode_MODALITY   embeddings in the shared space                        Predictor.encode
   classes           probabilities of the model's own classifier           Predictor.classes
   write             the likeliest text about other media, token by token  Predictor.write
   draw              pictures from texts and noise                         (text_to_image_gan)
 
-Where a model classifies or writes from several sets of modalities, the names say which: classes_text_image, write_audio.
+Where a model classifies or writes from several sets of modalities, the names say which:
+classes_text_image, write_audio.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ Spec = dict[str, tuple[tuple[int, ...], Any]]
 
 
 class Function(NamedTuple):
-  """`run(variables, batch)` of arrays named as in a batch. inputs: {"image.pixels": (shape of one example, dtype)}. gives: what
-  comes out."""
+  """`run(variables, batch)` of arrays named as in a batch. inputs: {"image.pixels": (shape of one
+  example, dtype)}. gives: what comes out."""
 
   inputs: Spec
   run: Callable[[Any, Mapping[str, Any]], Array]
@@ -39,44 +41,76 @@ class Function(NamedTuple):
 
 
 def functions(config) -> dict[str, Function]:
-  """{name: function} of a resolved config's model, whose kernels run on every platform. Raises UserError: it does nothing of these."""
+  """{name: function} of a resolved config's model, whose kernels run on every platform. Raises
+  UserError: it does nothing of these.
+  """
   config = with_plain_kernels(config)
   model, found = make_model(config), {}
   if getattr(model, "joint", True):
     for modality in model.encoders:
-      found[f"encode_{modality}"] = Function(inputs(config, (modality,)), _embeds(model, modality), "embeddings of length one")
-  kinds = lambda key, *names: tuple(dict.fromkeys(tuple(e[key]) for e in config.objectives.values() if e.get("kind") in names and e[key]))
+      found[f"encode_{modality}"] = Function(
+        inputs(config, (modality,)), _embeds(model, modality), "embeddings of length one"
+      )
+  kinds = lambda key, *names: tuple(
+    dict.fromkeys(
+      tuple(e[key]) for e in config.objectives.values() if e.get("kind") in names and e[key]
+    )
+  )
   if getattr(model, "classes", 0):
     together = getattr(model, "fusion", None) is not None
-    sets = kinds("modalities", "classification") or ((tuple(model.encoders),) if together else tuple((m,) for m in model.encoders))
+    sets = kinds("modalities", "classification") or (
+      (tuple(model.encoders),) if together else tuple((m,) for m in model.encoders)
+    )
     for name, chosen in _named("classes", sets):
-      found[name] = Function(inputs(config, chosen), _classifies(model, chosen, probabilities(config)), "probabilities of the classes")
+      found[name] = Function(
+        inputs(config, chosen),
+        _classifies(model, chosen, probabilities(config)),
+        "probabilities of the classes",
+      )
   if can_write(model):
-    sets = kinds("source", "captioning", "autoregressive") or tuple((m,) for m in model.encoders if m != "text")
+    sets = kinds("source", "captioning", "autoregressive") or tuple(
+      (m,) for m in model.encoders if m != "text"
+    )
     for name, chosen in _named("write", sets):
-      found[name] = Function(inputs(config, chosen), _writes(model, chosen, config.data.text.length),
-                             "tokens, up to and with eos_id, then pad_id")
+      found[name] = Function(
+        inputs(config, chosen),
+        _writes(model, chosen, config.data.text.length),
+        "tokens, up to and with eos_id, then pad_id",
+      )
   if hasattr(model, "draw"):
     noise = {"noise": ((model.noise,), np.float32)}
-    found["draw"] = Function({**inputs(config, ("text",)), **noise}, _draws(model), "pictures, from standard normal noise")
+    found["draw"] = Function(
+      {**inputs(config, ("text",)), **noise}, _draws(model), "pictures, from standard normal noise"
+    )
   if not found:
-    raise UserError("this model has no shared space, classifier or decoder, so there is nothing to export as a function. Export to "
-                    "safetensors")
+    raise UserError(
+      "this model has no shared space, classifier or decoder, so there is nothing to export as a "
+      "function. Export to safetensors"
+    )
   return found
 
 
-def lower(function: Function, name: str, params: Mapping[str, Any], platforms: tuple[str, ...],
-          collections: tuple[str, ...] = ()) -> jax.export.Exported:
-  """`function` as (params, *arrays in the order of its inputs) -> array, with a symbolic batch size b.
+def lower(
+  function: Function,
+  name: str,
+  params: Mapping[str, Any],
+  platforms: tuple[str, ...],
+  collections: tuple[str, ...] = (),
+) -> jax.export.Exported:
+  """`function` as (params, *arrays in the order of its inputs) -> array, with a symbolic batch size
+  b.
 
-  params: {name: array}; only shapes and dtypes are used. collections: top-level names in it that are model state.
+  params: {name: array}; only shapes and dtypes are used. collections: top-level names in it that
+  are model state.
   """
   from jax import export as jax_export
 
   def call(weights: dict, *arrays: Array) -> Array:
     tree = flax.traverse_util.unflatten_dict(weights, sep="/")
     state = {collection: tree.pop(collection) for collection in collections}
-    batch = flax.traverse_util.unflatten_dict(dict(zip(function.inputs, arrays, strict=True)), sep=".")
+    batch = flax.traverse_util.unflatten_dict(
+      dict(zip(function.inputs, arrays, strict=True)), sep="."
+    )
     return function.run({"params": tree, **state}, batch)
 
   call.__name__ = name
@@ -87,7 +121,9 @@ def lower(function: Function, name: str, params: Mapping[str, Any], platforms: t
 
 
 def inputs(config, modalities: Iterable[str]) -> Spec:
-  """{"audio.waveform": (shape of one example, dtype), ...} of the arrays that encoders read, in the order of the modalities."""
+  """{"audio.waveform": (shape of one example, dtype), ...} of the arrays that encoders read, in the
+  order of the modalities.
+  """
   spec: Spec = {}
   for modality in modalities:
     if modality == "text":
@@ -100,7 +136,9 @@ def inputs(config, modalities: Iterable[str]) -> Spec:
 
 
 def _embeds(model: nn.Module, modality: str):
-  return lambda variables, batch: model.apply(variables, modality, batch, method="embedding").astype(jnp.float32)
+  return lambda variables, batch: model.apply(
+    variables, modality, batch, method="embedding"
+  ).astype(jnp.float32)
 
 
 def _classifies(model: nn.Module, modalities: tuple[str, ...], kind: str):
@@ -118,7 +156,9 @@ def _writes(model: nn.Module, source: tuple[str, ...], length: int):
 def _draws(model: nn.Module):
   def run(variables: Any, batch: Mapping[str, Any]) -> Array:
     text = model.apply(variables, batch, method="condition")
-    return jnp.round((model.apply(variables, text, batch["noise"], method="draw") + 1) * 127.5).astype(jnp.uint8)
+    return jnp.round(
+      (model.apply(variables, text, batch["noise"], method="draw") + 1) * 127.5
+    ).astype(jnp.uint8)
 
   return run
 

@@ -14,12 +14,23 @@ import numpy as np
 
 from mmjax.config import UserError
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
-          "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
 
 
 def read_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-  """{name: array} of a folder's model.safetensors, or of the files of its model.safetensors.index.json; memory-mapped.
+  """{name: array} of a folder's model.safetensors, or of the files of its
+  model.safetensors.index.json; memory-mapped.
 
   Raises UserError: neither is there, or a file is damaged.
   """
@@ -28,7 +39,11 @@ def read_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     return read(single)
   index = folder / "model.safetensors.index.json"
   if not index.exists():
-    old = ", only files that hold pickled code, which mmjax does not open: save it as safetensors" if list(folder.glob("*.bin")) else ""
+    old = (
+      ", only files that hold pickled code, which mmjax does not open: save it as safetensors"
+      if list(folder.glob("*.bin"))
+      else ""
+    )
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json{old}")
   places = read_json(index).get("weight_map", {})
   tensors: dict[str, np.ndarray] = {}
@@ -42,7 +57,9 @@ def read_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """{name: read-only array} of one file. Raises UserError: it is cut short, or no safetensors file."""
+  """{name: read-only array} of one file. Raises UserError: it is cut short, or no safetensors
+  file.
+  """
   path = Path(path)
   try:
     with open(path, "rb") as file:
@@ -50,12 +67,19 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
       if length > min(path.stat().st_size, 100_000_000):
         raise ValueError("its header is longer than the file")
       header = json.loads(file.read(length))
-    data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if path.stat().st_size > 8 + length else np.empty(0, np.uint8)
+    data = (
+      np.memmap(path, np.uint8, mode="r", offset=8 + length)
+      if path.stat().st_size > 8 + length
+      else np.empty(0, np.uint8)
+    )
     tensors = {}
     for name, entry in header.items():
       if name != "__metadata__":
         if entry["dtype"] not in DTYPES:
-          raise UserError(f"{path}: tensor {name} holds {entry['dtype']}, which is not supported. Save it in float32, float16 or bfloat16")
+          raise UserError(
+            f"{path}: tensor {name} holds {entry['dtype']}, which is not supported. Save it in "
+            "float32, float16 or bfloat16"
+          )
         start, end = entry["data_offsets"]
         if end > len(data):
           raise ValueError(f"tensor {name} lies beyond its end")
@@ -69,7 +93,9 @@ def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes one file that PyTorch programs read."""
   from safetensors.numpy import save_file
 
-  save_file({name: np.array(x, order="C") for name, x in tensors.items()}, path, metadata={"format": "pt"})
+  save_file(
+    {name: np.array(x, order="C") for name, x in tensors.items()}, path, metadata={"format": "pt"}
+  )
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -79,7 +105,11 @@ def read_json(path: str | os.PathLike) -> dict:
 
 def read_json_list(path: str | os.PathLike) -> list[dict]:
   """A JSON array of objects. Raises UserError: there is none."""
-  return _read_json(path, lambda value: isinstance(value, list) and all(isinstance(x, dict) for x in value), "it holds no array of objects")
+  return _read_json(
+    path,
+    lambda value: isinstance(value, list) and all(isinstance(x, dict) for x in value),
+    "it holds no array of objects",
+  )
 
 
 def _read_json(path: str | os.PathLike, fits: Callable[[Any], bool], otherwise: str) -> Any:

@@ -1,4 +1,6 @@
-"""Models: Flax linen modules, pure functions of (parameters, batch). `make_model(config)` builds the one of a config."""
+"""Models: Flax linen modules, pure functions of (parameters, batch). `make_model(config)` builds
+the one of a config.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,29 @@ NESTED = ("fusion", "decoder")  # entries of config.model that name a kind of th
 
 
 def with_plain_kernels(config: FrozenConfigDict) -> FrozenConfigDict:
-  """The config with the plain attention formula everywhere: it runs on every platform, and pads nothing."""
+  """The config with the plain attention formula everywhere: it runs on every platform, and pads
+  nothing.
+  """
+
   def plain(entry: Any) -> Any:
-    return {k: "xla" if k == "kernel" else plain(v) for k, v in entry.items()} if isinstance(entry, dict) else entry
+    return (
+      {k: "xla" if k == "kernel" else plain(v) for k, v in entry.items()}
+      if isinstance(entry, dict)
+      else entry
+    )
 
   tree = config.to_dict()
   return FrozenConfigDict({**tree, "model": plain(tree["model"])})
 
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
-  """The model of a resolved config: the kind `config.model.name`, with the encoders of `config.model.encoders`.
+  """The model of a resolved config: the kind `config.model.name`, with the encoders of
+  `config.model.encoders`.
 
-  An encoder's or a decoder's kind function takes (data, precision, *, settings), a fusion's (modalities, data, precision, *,
-  settings), a model's (encoders, data, precision, *, settings), with modules in the place of the entries `fusion` and
-  `decoder`. An encoder, fusion or decoder whose `width` is 0 gets the model's.
+  An encoder's or a decoder's kind function takes (data, precision, *, settings), a fusion's
+  (modalities, data, precision, *, settings), a model's (encoders, data, precision, *, settings),
+  with modules in the place of the entries `fusion` and `decoder`. An encoder, fusion or decoder
+  whose `width` is 0 gets the model's.
   """
   model, data, precision = config["model"], config["data"], config["precision"]
 
@@ -40,10 +51,18 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     except UserError as error:
       raise UserError(f"model.{path}: {error}") from error
 
-  encoders = {modality: make(entry, "encoder", f"encoders.{modality}") for modality, entry in model["encoders"].items()}
+  encoders = {
+    modality: make(entry, "encoder", f"encoders.{modality}")
+    for modality, entry in model["encoders"].items()
+  }
   if not encoders:
-    raise UserError("model.encoders is empty: name at least one encoder, such as image=dict(kind='vit')")
-  nested = {name: make(model[name], name, name, *([tuple(encoders)] if name == "fusion" else []))
-            for name in NESTED if model.get(name)}
+    raise UserError(
+      "model.encoders is empty: name at least one encoder, such as image=dict(kind='vit')"
+    )
+  nested = {
+    name: make(model[name], name, name, *([tuple(encoders)] if name == "fusion" else []))
+    for name in NESTED
+    if model.get(name)
+  }
   chosen = settings(model, "model", without=("encoders",))
   return kind_function(model, "model")(encoders, data, precision, **{**chosen, **nested})

@@ -1,7 +1,9 @@
 """Fusions: several modalities' encodings into one.
 
-A fusion is a module called with {modality: Encoded} (any of its modalities, widths may differ) that returns one Encoded.
-A modality adds nothing to rows where its mask is all False; a row without any modality gives zeros and no gradient.
+A fusion is a module called with {modality: Encoded} (any of its modalities, widths may differ) that
+returns one Encoded.
+A modality adds nothing to rows where its mask is all False; a row without any modality gives zeros
+and no gradient.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ Parts = dict[str, Encoded]
 
 
 class Fusion(nn.Module):
-  """What all fusions share: each modality's tokens and pooled vector go through one linear layer to `config.width`, then `join`.
+  """What all fusions share: each modality's tokens and pooled vector go through one linear layer to
+  `config.width`, then `join`.
 
-  Call: {modality: Encoded} -> Encoded(tokens [B, L, D], mask bool [B, L], pooled [B, D]), modalities in the order of `modalities`.
+  Call: {modality: Encoded} -> Encoded(tokens [B, L, D], mask bool [B, L], pooled [B, D]),
+  modalities in the order of `modalities`.
   """
 
   modalities: tuple[str, ...]
@@ -40,39 +44,68 @@ class Fusion(nn.Module):
   def __call__(self, encoded: Mapping[str, Encoded], *, train: bool = False) -> Encoded:
     for modality in encoded:
       if modality not in self.modalities:
-        raise UserError(f"the fusion has no modality {modality!r}; it has {', '.join(self.modalities)}")
-    parts = {m: self._project(m, encoded[m]) if self.projects else encoded[m] for m in self.modalities if m in encoded}
+        raise UserError(
+          f"the fusion has no modality {modality!r}; it has {', '.join(self.modalities)}"
+        )
+    parts = {
+      m: self._project(m, encoded[m]) if self.projects else encoded[m]
+      for m in self.modalities
+      if m in encoded
+    }
     tokens, mask, pooled = self.join(parts, train)
     some = there(parts).any(-1)
-    return Encoded(jnp.where(some[:, None, None], tokens, 0), mask & some[:, None], jnp.where(some[:, None], pooled, 0))
+    return Encoded(
+      jnp.where(some[:, None, None], tokens, 0),
+      mask & some[:, None],
+      jnp.where(some[:, None], pooled, 0),
+    )
 
   def join(self, parts: Parts, train: bool) -> Encoded:
-    """The fusion itself, of at least one projected modality; rows without any are zeroed afterwards."""
+    """The fusion itself, of at least one projected modality; rows without any are zeroed
+    afterwards.
+    """
     raise NotImplementedError
 
   def keeps(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
-    """Of these, whose tokens come out one for one after seeing the others', in their order along the output; () = none."""
+    """Of these, whose tokens come out one for one after seeing the others', in their order along
+    the output; () = none.
+    """
     return ()
 
   def _project(self, modality: str, part: Encoded) -> Encoded:
     c = self.config
     dense = Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_in")
-    return Encoded(jnp.where(part.mask[..., None], dense(part.tokens), 0), part.mask, keep_rows(dense(part.pooled), part.mask))
+    return Encoded(
+      jnp.where(part.mask[..., None], dense(part.tokens), 0),
+      part.mask,
+      keep_rows(dense(part.pooled), part.mask),
+    )
 
   def _all_pooled(self, parts: Parts) -> Array:
     """[B, modalities * D]: zeros for those that are missing."""
     nothing = jnp.zeros_like(next(iter(parts.values())).pooled)
-    return jnp.concatenate([parts[m].pooled if m in parts else nothing for m in self.modalities], axis=-1)
+    return jnp.concatenate(
+      [parts[m].pooled if m in parts else nothing for m in self.modalities], axis=-1
+    )
 
   def _with_modality(self, parts: Parts) -> Parts:
     """Tokens with a learned vector of their modality added."""
-    table = self.param("modality", with_axes(normal(0.02), ("modality", "embed")), (len(self.modalities), self.config.width), jnp.float32)
-    add = lambda m, part: part._replace(tokens=part.tokens + table[self.modalities.index(m)].astype(part.tokens.dtype))
+    table = self.param(
+      "modality",
+      with_axes(normal(0.02), ("modality", "embed")),
+      (len(self.modalities), self.config.width),
+      jnp.float32,
+    )
+    add = lambda m, part: part._replace(
+      tokens=part.tokens + table[self.modalities.index(m)].astype(part.tokens.dtype)
+    )
     return {m: add(m, part) for m, part in parts.items()}
 
   def _reader(self, rows: int) -> Array:
     """A learned token [B, 1, D] that reads the result off."""
-    token = self.param("class", with_axes(normal(0.02), ("embed",)), (self.config.width,), jnp.float32)
+    token = self.param(
+      "class", with_axes(normal(0.02), ("embed",)), (self.config.width,), jnp.float32
+    )
     return jnp.broadcast_to(token.astype(self.config.dtype), (rows, 1, self.config.width))
 
 
@@ -83,22 +116,33 @@ def there(parts: Mapping[str, Encoded]) -> Array:
 
 def in_a_row(parts: Mapping[str, Encoded]) -> tuple[Array, Array]:
   """All tokens [B, L, D] one after the other, and their mask [B, L]."""
-  return (jnp.concatenate([part.tokens for part in parts.values()], axis=1),
-          jnp.concatenate([part.mask for part in parts.values()], axis=1))
+  return (
+    jnp.concatenate([part.tokens for part in parts.values()], axis=1),
+    jnp.concatenate([part.mask for part in parts.values()], axis=1),
+  )
 
 
 def weigh(parts: Mapping[str, Encoded], logits: Array) -> Array:
-  """Mean of the pooled vectors [B, D] float32 with weights softmax(logits [B or 1, modalities]) over those that are there."""
+  """Mean of the pooled vectors [B, D] float32 with weights softmax(logits [B or 1, modalities])
+  over those that are there.
+  """
   has = there(parts)
   shares = jnp.where(has, jax.nn.softmax(jnp.where(has, logits, -1e30), axis=-1), 0)
-  return jnp.einsum("bm,bmd->bd", shares, jnp.stack([p.pooled.astype(jnp.float32) for p in parts.values()], axis=1), precision="highest")
+  return jnp.einsum(
+    "bm,bmd->bd",
+    shares,
+    jnp.stack([p.pooled.astype(jnp.float32) for p in parts.values()], axis=1),
+    precision="highest",
+  )
 
 
-# -- Feature level: of the pooled vectors; the tokens pass through, one modality after the other ------------------------------
+# -- Feature level: of the pooled vectors; the tokens pass through, one modality after the other ---
 
 
 class Concat(Fusion):
-  """pooled = MLP of the pooled vectors side by side (Ngiam et al. 2011, "Multimodal deep learning")."""
+  """pooled = MLP of the pooled vectors side by side (Ngiam et al. 2011, "Multimodal deep
+  learning").
+  """
 
   def join(self, parts: Parts, train: bool) -> Encoded:
     c = self.config
@@ -108,10 +152,17 @@ class Concat(Fusion):
 
 
 class WeightedSum(Fusion):
-  """pooled = sum_m a_m pooled_m, a = softmax of learned weights over the modalities that a row has."""
+  """pooled = sum_m a_m pooled_m, a = softmax of learned weights over the modalities that a row
+  has.
+  """
 
   def join(self, parts: Parts, train: bool) -> Encoded:
-    weights = self.param("weights", with_axes(nn.initializers.zeros, ("modality",)), (len(self.modalities),), jnp.float32)
+    weights = self.param(
+      "weights",
+      with_axes(nn.initializers.zeros, ("modality",)),
+      (len(self.modalities),),
+      jnp.float32,
+    )
     logits = jnp.stack([weights[self.modalities.index(m)] for m in parts])
     return Encoded(*in_a_row(parts), weigh(parts, logits[None]))
 
@@ -124,24 +175,30 @@ class Average(Fusion):
 
 
 class Gated(Fusion):
-  """Gated multimodal units (Arevalo et al. 2017, arXiv:1702.01992, section 3.1): h_m = tanh(W_m x_m), z_m = sigmoid(V_m
-  [x_1, ..., x_M]) by channel, pooled = sum of z_m * h_m over the modalities that a row has."""
+  """Gated multimodal units (Arevalo et al. 2017, arXiv:1702.01992, section 3.1): h_m = tanh(W_m
+  x_m), z_m = sigmoid(V_m [x_1, ..., x_M]) by channel, pooled = sum of z_m * h_m over the modalities
+  that a row has."""
 
   def join(self, parts: Parts, train: bool) -> Encoded:
     c, total, everything = self.config, 0, self._all_pooled(parts)
     for modality, part in parts.items():
-      value = jnp.tanh(Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_value")(part.pooled))
-      gate = jax.nn.sigmoid(Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_gate")(everything))
+      value = jnp.tanh(
+        Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_value")(part.pooled)
+      )
+      gate = jax.nn.sigmoid(
+        Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_gate")(everything)
+      )
       total += keep_rows(gate * value, part.mask)
     return Encoded(*in_a_row(parts), total)
 
 
-# -- Deep: tokens see tokens ------------------------------------------------------------------------------------------------
+# -- Deep: tokens see tokens -----------------------------------------------------------------------
 
 
 class MergedAttention(Fusion):
-  """One transformer over the tokens of all modalities and a learned token that is the result (Dou et al. 2022, METER,
-  arXiv:2111.02387, section 3.2, "merged attention"; FLAVA, arXiv:2112.04482)."""
+  """One transformer over the tokens of all modalities and a learned token that is the result (Dou
+  et al. 2022, METER, arXiv:2111.02387, section 3.2, "merged attention"; FLAVA,
+  arXiv:2112.04482)."""
 
   def keeps(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(m for m in self.modalities if m in modalities)
@@ -158,8 +215,9 @@ class MergedAttention(Fusion):
 
 
 class CrossAttention(Fusion):
-  """The tokens of one modality, and a learned token that is the result, attend to themselves and to the tokens of the others
-  (ALBEF, Li et al. 2021, arXiv:2107.07651, section 3.1). A row without that modality has the learned token alone."""
+  """The tokens of one modality, and a learned token that is the result, attend to themselves and to
+  the tokens of the others (ALBEF, Li et al. 2021, arXiv:2107.07651, section 3.1). A row without
+  that modality has the learned token alone."""
 
   query: str = "text"
 
@@ -172,38 +230,52 @@ class CrossAttention(Fusion):
     x, some = self._reader(rows), there(parts).any(-1, keepdims=True)
     mask, others = some, {m: part for m, part in parts.items() if m != self.query}
     if self.query in parts:
-      x, mask = jnp.concatenate([parts[self.query].tokens, x], axis=1), jnp.concatenate([parts[self.query].mask, some], axis=1)
-    context, context_mask = in_a_row(others) if others else (jnp.zeros_like(x[:, :1]), jnp.zeros((rows, 1), bool))
+      x, mask = (
+        jnp.concatenate([parts[self.query].tokens, x], axis=1),
+        jnp.concatenate([parts[self.query].mask, some], axis=1),
+      )
+    context, context_mask = (
+      in_a_row(others) if others else (jnp.zeros_like(x[:, :1]), jnp.zeros((rows, 1), bool))
+    )
     x = CrossTransformer(self.config, name="cross")(x, mask, context, context_mask, train=train)
     return Encoded(x[:, :-1], mask[:, :-1], x[:, -1])
 
 
 class Perceiver(Fusion):
-  """A few learned queries attend to themselves and to the tokens of all modalities (Perceiver resampler, Alayrac et al. 2022,
-  arXiv:2204.14198, section 3.1.1; Q-Former, Li et al. 2023, arXiv:2301.12597). tokens = the queries, pooled = their mean."""
+  """A few learned queries attend to themselves and to the tokens of all modalities (Perceiver
+  resampler, Alayrac et al. 2022, arXiv:2204.14198, section 3.1.1; Q-Former, Li et al. 2023,
+  arXiv:2301.12597). tokens = the queries, pooled = their mean."""
 
   latents: int = 16
 
   def join(self, parts: Parts, train: bool) -> Encoded:
     c = self.config
     context, context_mask = in_a_row(self._with_modality(parts))
-    x = self.param("latents", with_axes(normal(0.02), ("position", "embed")), (self.latents, c.width), jnp.float32)
+    x = self.param(
+      "latents",
+      with_axes(normal(0.02), ("position", "embed")),
+      (self.latents, c.width),
+      jnp.float32,
+    )
     x = jnp.broadcast_to(x.astype(c.dtype), (context.shape[0], *x.shape))
     mask = jnp.broadcast_to(context_mask.any(-1, keepdims=True), x.shape[:2])
     x = CrossTransformer(c, name="cross")(x, mask, context, context_mask, train=train)
     return Encoded(x, mask, x.astype(jnp.float32).mean(1))
 
 
-# -- Late: of the modalities' decisions -------------------------------------------------------------------------------------
+# -- Late: of the modalities' decisions ------------------------------------------------------------
 
 
 class Decision(Fusion):
-  """Each modality classifies alone; the decisions are combined (Kittler et al. 1998, "On combining classifiers").
+  """Each modality classifies alone; the decisions are combined (Kittler et al. 1998, "On combining
+  classifiers").
 
-  tokens [B, modalities, classes] float32: each modality's log-probabilities (`several` labels a row: logits), pooled
-  [B, classes]: the combined ones, which `Multimodal.classify` returns as its logits.
-  combine "mean": the mean with learned weights (softmax over the modalities that a row has). "vote": trained as the mean with
-  equal weights; otherwise each modality votes for its likeliest class (for and against each label), and the mean breaks ties.
+  tokens [B, modalities, classes] float32: each modality's log-probabilities (`several` labels a
+  row: logits), pooled [B, classes]: the combined ones, which `Multimodal.classify` returns as its
+  logits.
+  combine "mean": the mean with learned weights (softmax over the modalities that a row has).
+  "vote": trained as the mean with equal weights; otherwise each modality votes for its likeliest
+  class (for and against each label), and the mean breaks ties.
   """
 
   classes: int = 0
@@ -216,13 +288,27 @@ class Decision(Fusion):
   def join(self, parts: Parts, train: bool) -> Encoded:
     scores = {}
     for modality, part in parts.items():
-      logits = Dense((self.classes,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=f"{modality}_classifier")(
-          part.pooled.astype(jnp.float32))
+      logits = Dense(
+        (self.classes,),
+        ("embed", None),
+        jnp.float32,
+        nn.initializers.lecun_normal(),
+        name=f"{modality}_classifier",
+      )(part.pooled.astype(jnp.float32))
       score = logits if self.several else jax.nn.log_softmax(logits, axis=-1)
-      scores[modality] = Encoded(keep_rows(score, part.mask)[:, None], part.mask.any(-1, keepdims=True), keep_rows(score, part.mask))
+      scores[modality] = Encoded(
+        keep_rows(score, part.mask)[:, None],
+        part.mask.any(-1, keepdims=True),
+        keep_rows(score, part.mask),
+      )
     tokens, mask = in_a_row(scores)
     if self.combine == "mean":
-      weights = self.param("weights", with_axes(nn.initializers.zeros, ("modality",)), (len(self.modalities),), jnp.float32)
+      weights = self.param(
+        "weights",
+        with_axes(nn.initializers.zeros, ("modality",)),
+        (len(self.modalities),),
+        jnp.float32,
+      )
       pooled = weigh(scores, jnp.stack([weights[self.modalities.index(m)] for m in parts])[None])
     else:
       mean = weigh(scores, jnp.zeros((1, len(parts))))
@@ -238,18 +324,42 @@ class Decision(Fusion):
     return jnp.log(jnp.maximum(share / share.sum(-1, keepdims=True), 1e-30))
 
 
-# -- Kinds: (modalities, data, precision, *, settings) -> module --------------------------------------------------------------
+# -- Kinds: (modalities, data, precision, *, settings) -> module -----------------------------------
 
 
-def _config(precision: Mapping[str, Any], width: int, *, depth: int = 1, heads: int = 0, mlp: int = 0, dropout: float = 0.0,
-            **more: Any) -> TransformerConfig:
+def _config(
+  precision: Mapping[str, Any],
+  width: int,
+  *,
+  depth: int = 1,
+  heads: int = 0,
+  mlp: int = 0,
+  dropout: float = 0.0,
+  **more: Any,
+) -> TransformerConfig:
   heads = heads or max(1, width // 64)
-  return TransformerConfig(width=width, depth=depth, heads=heads, mlp=mlp or 4 * width, activation="gelu_tanh", eps=1e-6,
-                           dropout=dropout, dtype=jnp.dtype(precision["compute"]), **more)
+  return TransformerConfig(
+    width=width,
+    depth=depth,
+    heads=heads,
+    mlp=mlp or 4 * width,
+    activation="gelu_tanh",
+    eps=1e-6,
+    dropout=dropout,
+    dtype=jnp.dtype(precision["compute"]),
+    **more,
+  )
 
 
-def concat(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, mlp: Width = 0,
-           dropout: Dropout = 0.0) -> Concat:
+def concat(
+  modalities: tuple,
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 0,
+  mlp: Width = 0,
+  dropout: Dropout = 0.0,
+) -> Concat:
   """An MLP of the pooled vectors side by side.
 
   width: channels; 0 = the model's. mlp: hidden units; 0 = 4 * width. dropout: of the hidden units.
@@ -257,64 +367,153 @@ def concat(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, A
   return Concat(modalities, _config(precision, width, heads=1, mlp=mlp, dropout=dropout))
 
 
-def weighted_sum(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0) -> WeightedSum:
-  """A mean of the pooled vectors with learned weights, one a modality. width: channels; 0 = the model's."""
+def weighted_sum(
+  modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0
+) -> WeightedSum:
+  """A mean of the pooled vectors with learned weights, one a modality. width: channels; 0 = the
+  model's.
+  """
   return WeightedSum(modalities, _config(precision, width, heads=1))
 
 
-def gated(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0) -> Gated:
-  """A sum of the pooled vectors with gates computed from all of them, example by example. width: channels; 0 = the model's."""
+def gated(
+  modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0
+) -> Gated:
+  """A sum of the pooled vectors with gates computed from all of them, example by example. width:
+  channels; 0 = the model's.
+  """
   return Gated(modalities, _config(precision, width, heads=1))
 
 
-def average(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0) -> Average:
+def average(
+  modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0
+) -> Average:
   """The mean of the projected pooled vectors. width: channels; 0 = the model's."""
   return Average(modalities, _config(precision, width, heads=1))
 
 
-def cross_attention(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, query: str = "text",
-                    width: Width = 0, depth: Depth = 2, heads: Heads = 0, mlp: Width = 0, dropout: Dropout = 0.0,
-                    kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> CrossAttention:
+def cross_attention(
+  modalities: tuple,
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  query: str = "text",
+  width: Width = 0,
+  depth: Depth = 2,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  dropout: Dropout = 0.0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> CrossAttention:
   """The tokens of one modality attend to those of the others.
 
-  query: the modality that attends. width: channels; 0 = the model's. depth: blocks. heads: 0 = width / 64. mlp: hidden
-  units of a block; 0 = 4 * width. dropout: of the blocks. kernel, remat, scan_unroll: as in the encoders.
+  query: the modality that attends. width: channels; 0 = the model's. depth: blocks. heads: 0 =
+  width / 64. mlp: hidden units of a block; 0 = 4 * width. dropout: of the blocks. kernel, remat,
+  scan_unroll: as in the encoders.
   """
   if query not in modalities:
-    raise UserError(f"query {query!r} is no encoder of the model; there are: {', '.join(modalities)}")
-  config = _config(precision, width, depth=depth, heads=heads, mlp=mlp, dropout=dropout, kernel=kernel, remat=remat,
-                   scan_unroll=scan_unroll)
+    raise UserError(
+      f"query {query!r} is no encoder of the model; there are: {', '.join(modalities)}"
+    )
+  config = _config(
+    precision,
+    width,
+    depth=depth,
+    heads=heads,
+    mlp=mlp,
+    dropout=dropout,
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+  )
   return CrossAttention(modalities, config, query=query)
 
 
-def merged_attention(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0,
-                     depth: Depth = 2, heads: Heads = 0, mlp: Width = 0, dropout: Dropout = 0.0, kernel: Kernel = "auto",
-                     remat: Remat = "none", scan_unroll: Count = 0) -> MergedAttention:
+def merged_attention(
+  modalities: tuple,
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 0,
+  depth: Depth = 2,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  dropout: Dropout = 0.0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> MergedAttention:
   """One transformer over the tokens of all modalities. Settings: see `cross_attention`."""
-  config = _config(precision, width, depth=depth, heads=heads, mlp=mlp, dropout=dropout, kernel=kernel, remat=remat,
-                   scan_unroll=scan_unroll)
+  config = _config(
+    precision,
+    width,
+    depth=depth,
+    heads=heads,
+    mlp=mlp,
+    dropout=dropout,
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+  )
   return MergedAttention(modalities, config)
 
 
-def perceiver(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *, latents: Size = 16, width: Width = 0,
-              depth: Depth = 2, heads: Heads = 0, mlp: Width = 0, dropout: Dropout = 0.0, kernel: Kernel = "auto",
-              remat: Remat = "none", scan_unroll: Count = 0) -> Perceiver:
+def perceiver(
+  modalities: tuple,
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  latents: Size = 16,
+  width: Width = 0,
+  depth: Depth = 2,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  dropout: Dropout = 0.0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> Perceiver:
   """A fixed number of learned queries read the tokens of all modalities.
 
   latents: queries. The other settings: see `cross_attention`.
   """
-  config = _config(precision, width, depth=depth, heads=heads, mlp=mlp, dropout=dropout, kernel=kernel, remat=remat,
-                   scan_unroll=scan_unroll)
+  config = _config(
+    precision,
+    width,
+    depth=depth,
+    heads=heads,
+    mlp=mlp,
+    dropout=dropout,
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+  )
   return Perceiver(modalities, config, latents=latents)
 
 
-def decision(modalities: tuple, data: Mapping[str, Any], precision: Mapping[str, Any], *,
-             combine: Literal["mean", "vote"] = "mean") -> Decision:
+def decision(
+  modalities: tuple,
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  combine: Literal["mean", "vote"] = "mean",
+) -> Decision:
   """Each modality classifies alone into data.classes; the decisions are combined.
 
   combine: mean (of log-probabilities, with learned weights) or vote.
   """
   classes = data.get("classes", 0)
   if classes < 1:
-    raise UserError("the fusion 'decision' combines classifiers, but data.classes is 0: set it to the number of classes")
-  return Decision(modalities, _config(precision, 1), classes=classes, combine=combine, several=data.get("label") == "labels")
+    raise UserError(
+      "the fusion 'decision' combines classifiers, but data.classes is 0: set it to the number of "
+      "classes"
+    )
+  return Decision(
+    modalities,
+    _config(precision, 1),
+    classes=classes,
+    combine=combine,
+    several=data.get("label") == "labels",
+  )

@@ -1,4 +1,6 @@
-"""The small parts that every module uses: annotated parameters, dense layers, layer norm, activations, the MLP."""
+"""The small parts that every module uses: annotated parameters, dense layers, layer norm,
+activations, the MLP.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ class Encoded(NamedTuple):
 
 
 def with_axes(init: Init, axes: Sequence[str | None]) -> Init:
-  """An initialiser whose parameter carries logical axis names, one a dimension (mapped by parallel/rules.py)."""
+  """An initialiser whose parameter carries logical axis names, one a dimension (mapped by
+  parallel/rules.py).
+  """
   return nn.with_logical_partitioning(init, tuple(axes))
 
 
 def constrain(x: Array, axes: tuple[str | None, ...] | None = None) -> Array:
-  """Activations laid out by their logical axes; None: batch, length, embed for [B, L, D], batch, embed for [B, D].
+  """Activations laid out by their logical axes; None: batch, length, embed for [B, L, D], batch,
+  embed for [B, D].
 
-  A dimension that its devices do not divide (a text of 77 tokens over two devices) is held whole by each of them.
+  A dimension that its devices do not divide (a text of 77 tokens over two devices) is held whole by
+  each of them.
   """
   if not nn.get_logical_axis_rules() or jax.sharding.get_abstract_mesh().empty:
     return x
@@ -50,17 +56,20 @@ def normal(stddev: float) -> Init:
 
 
 def xavier(fan_in: int, fan_out: int) -> Init:
-  """Glorot-uniform with fans that do not depend on how the parameter is shaped (Glorot and Bengio 2010)."""
+  """Glorot-uniform with fans that do not depend on how the parameter is shaped (Glorot and Bengio
+  2010).
+  """
   limit = math.sqrt(6 / (fan_in + fan_out))
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 class Dense(nn.Module):
-  """y = x @ kernel + bias over the last dimensions of x, computed in `dtype`; parameters are float32.
+  """y = x @ kernel + bias over the last dimensions of x, computed in `dtype`; parameters are
+  float32.
 
-  Call: x [..., *inputs] -> [..., *features]. kernel [*inputs, *features]. `axes` names the kernel's dimensions; the bias
-  takes the last ones. For rematerialisation, results of `affine` are named "dense". apart: returns (x @ kernel, bias or None)
-  for a caller that adds the bias itself.
+  Call: x [..., *inputs] -> [..., *features]. kernel [*inputs, *features]. `axes` names the kernel's
+  dimensions; the bias takes the last ones. For rematerialisation, results of `affine` are named
+  "dense". apart: returns (x @ kernel, bias or None) for a caller that adds the bias itself.
   """
 
   features: tuple[int, ...]
@@ -73,29 +82,45 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     n = len(self.axes) - len(self.features)
-    inputs = x.shape[x.ndim - n:]
+    inputs = x.shape[x.ndim - n :]
     init = self.kernel_init or xavier(math.prod(inputs), math.prod(self.features))
-    kernel = self.param("kernel", with_axes(init, self.axes), (*inputs, *self.features), jnp.float32)
+    kernel = self.param(
+      "kernel", with_axes(init, self.axes), (*inputs, *self.features), jnp.float32
+    )
     bias = None
     if self.use_bias:
-      bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32).astype(self.dtype)
+      bias = self.param(
+        "bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32
+      ).astype(self.dtype)
     x, kernel, axes = x.astype(self.dtype), kernel.astype(self.dtype), self.axes[n:]
-    return (affine(x, kernel, None, n, axes), bias) if self.apart else affine(x, kernel, bias, n, axes)
+    return (
+      (affine(x, kernel, None, n, axes), bias) if self.apart else affine(x, kernel, bias, n, axes)
+    )
 
 
-def affine(x: Array, kernel: Array, bias: Array | None, n: int, axes: tuple[str | None, ...]) -> Array:
-  """x [..., *inputs] times kernel [*inputs, *features] over the `n` dimensions of inputs, plus bias [*features]: [..., *features].
+def affine(
+  x: Array, kernel: Array, bias: Array | None, n: int, axes: tuple[str | None, ...]
+) -> Array:
+  """x [..., *inputs] times kernel [*inputs, *features] over the `n` dimensions of inputs, plus bias
+  [*features]: [..., *features].
   axes: logical names of the features.
 
-  On a lone CPU device all are flattened to matrices first: XLA's CPU backend transposes whole activations in memory for the
-  kernel's gradient when it has to contract over several dimensions. So are rows [N, ...] on TPUs, where no device axis splits
-  the features: the result then has the one layout that kernels read without a copy. Elsewhere nothing is reshaped, so that shardings
-  pass through.
+  On a lone CPU device all are flattened to matrices first: XLA's CPU backend transposes whole
+  activations in memory for the kernel's gradient when it has to contract over several dimensions.
+  So are rows [N, ...] on TPUs, where no device axis splits
+  the features: the result then has the one layout that kernels read without a copy. Elsewhere
+  nothing is reshaped, so that shardings pass through.
   """
-  cpu, rows, columns = on_lone_cpu(), x.shape[:x.ndim - n], kernel.shape[n:]
-  whole = len(rows) == 1 and platform() == "tpu" and not any(places((*rows, *columns), ("batch", *axes))[1:])
+  cpu, rows, columns = on_lone_cpu(), x.shape[: x.ndim - n], kernel.shape[n:]
+  whole = (
+    len(rows) == 1
+    and platform() == "tpu"
+    and not any(places((*rows, *columns), ("batch", *axes))[1:])
+  )
   if not (cpu or whole):
-    y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+    y = jax.lax.dot_general(
+      x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ()))
+    )
     return checkpoint_name(y if bias is None else y + bias, "dense")
   x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns))
   if cpu:
@@ -108,7 +133,9 @@ def affine(x: Array, kernel: Array, bias: Array | None, n: int, axes: tuple[str 
 
 @jax.custom_vjp
 def _matmul(x: Array, kernel: Array) -> Array:
-  """x [N, I] @ kernel [I, O]; the kernel's gradient is computed wide rather than tall, which Eigen does in half the time."""
+  """x [N, I] @ kernel [I, O]; the kernel's gradient is computed wide rather than tall, which Eigen
+  does in half the time.
+  """
   return x @ kernel
 
 
@@ -123,43 +150,62 @@ _matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
 
 @jax.custom_vjp
 def _row_major(x: Array, kernel: Array, bias: Array | None) -> Array:
-  """x [N, I] @ kernel [I, O] + bias [O] on TPUs. The kernel's gradient is asked for row by row: in the layout of a parameter such as
-  [D, 3, H, K], which the compiler stores with D innermost, it would have the cotangent of all rows transposed in memory."""
+  """x [N, I] @ kernel [I, O] + bias [O] on TPUs. The kernel's gradient is asked for row by row: in
+  the layout of a parameter such as [D, 3, H, K], which the compiler stores with D innermost, it
+  would have the cotangent of all rows transposed in memory."""
   return x @ kernel if bias is None else x @ kernel + bias
 
 
-def _row_major_backward(kept: tuple[Array, Array, Array | None], cotangent: Array) -> tuple[Array, Array, Array | None]:
+def _row_major_backward(
+  kept: tuple[Array, Array, Array | None], cotangent: Array
+) -> tuple[Array, Array, Array | None]:
   x, kernel, bias = kept
   slope = None if bias is None else cotangent.astype(jnp.float32).sum(0).astype(bias.dtype)
   return cotangent @ kernel.T, with_layout_constraint(x.T @ cotangent, Layout((0, 1))), slope
 
 
-_row_major.defvjp(lambda x, kernel, bias: (_row_major(x, kernel, bias), (x, kernel, bias)), _row_major_backward)
+_row_major.defvjp(
+  lambda x, kernel, bias: (_row_major(x, kernel, bias), (x, kernel, bias)), _row_major_backward
+)
 
 
 class LayerNorm(nn.Module):
-  """Layer normalisation (Ba et al. 2016) with float32 statistics. Call: x [..., D] -> [..., D] in `dtype`."""
+  """Layer normalisation (Ba et al. 2016) with float32 statistics. Call: x [..., D] -> [..., D] in
+  `dtype`.
+  """
 
   eps: float
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    scale = self.param("scale", with_axes(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32)
-    bias = self.param("bias", with_axes(nn.initializers.zeros, ("embed",)), (x.shape[-1],), jnp.float32)
-    return materialise(normalise(x.astype(jnp.float32), scale, bias, self.eps, x.dtype == jnp.bfloat16).astype(self.dtype))
+    scale = self.param(
+      "scale", with_axes(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32
+    )
+    bias = self.param(
+      "bias", with_axes(nn.initializers.zeros, ("embed",)), (x.shape[-1],), jnp.float32
+    )
+    return materialise(
+      normalise(x.astype(jnp.float32), scale, bias, self.eps, x.dtype == jnp.bfloat16).astype(
+        self.dtype
+      )
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalise(x: Array, scale: Array, bias: Array, eps: float, coarse: bool = False) -> Array:
-  """(x - mean) / sqrt(variance + eps) * scale + bias over the last dimension. The backward pass keeps x and two numbers a row.
+  """(x - mean) / sqrt(variance + eps) * scale + bias over the last dimension. The backward pass
+  keeps x and two numbers a row.
 
-  coarse: x was bfloat16, whose rounding is larger than that of E[x^2] - E[x]^2 in float32; both means then take one pass.
+  coarse: x was bfloat16, whose rounding is larger than that of E[x^2] - E[x]^2 in float32; both
+  means then take one pass.
   """
   return _normalise_forward(x, scale, bias, eps, coarse)[0]
 
 
-def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float, coarse: bool) -> tuple[Array, tuple[Array, ...]]:
+def _normalise_forward(
+  x: Array, scale: Array, bias: Array, eps: float, coarse: bool
+) -> tuple[Array, tuple[Array, ...]]:
   mean = x.mean(-1, keepdims=True)
   if coarse:
     variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
@@ -169,7 +215,9 @@ def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float, coarse: 
   return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
 
 
-def _normalise_backward(eps: float, coarse: bool, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
+def _normalise_backward(
+  eps: float, coarse: bool, kept: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, Array]:
   x, mean, inverse, scale = kept
   rows = tuple(range(x.ndim - 1))
   unit = (x - mean) * inverse
@@ -203,13 +251,17 @@ def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
 def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
   if name == "gelu_tanh" and platform() == "tpu":
     return ((cotangent * _gelu_tanh_derivative(x.astype(jnp.float32))).astype(x.dtype),)
-  x = materialise(x)  # or the CPU compiler would keep the forward pass's intermediates, several times the size of x
+  x = materialise(
+    x
+  )  # or the CPU compiler would keep the forward pass's intermediates, several times the size of x
   _, derivative = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
   return (materialise(cotangent * derivative),)
 
 
 def _gelu_tanh_derivative(x: Array) -> Array:
-  """In half the operations of automatic differentiation; a TPU's vector unit is the slower part of the products it is fused with."""
+  """In half the operations of automatic differentiation; a TPU's vector unit is the slower part of
+  the products it is fused with.
+  """
   square, a, b = jnp.square(x), math.sqrt(2 / math.pi), 0.044715 * math.sqrt(2 / math.pi)
   share = 0.5 + 0.5 * jnp.tanh(x * (a + b * square))  # gelu_tanh(x) / x
   return share * (1 + (x - x * share) * (2 * a + 6 * b * square))
@@ -233,49 +285,76 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     width = x.shape[-1]
-    h = Dense((self.hidden * (1 + self.gated),), ("embed", "mlp"), self.dtype, use_bias=self.use_bias, name="up")(x)
-    h = activate(self.activation, h[..., :self.hidden]) * h[..., self.hidden:] if self.gated else activate(self.activation, h)
+    h = Dense(
+      (self.hidden * (1 + self.gated),),
+      ("embed", "mlp"),
+      self.dtype,
+      use_bias=self.use_bias,
+      name="up",
+    )(x)
+    h = (
+      activate(self.activation, h[..., : self.hidden]) * h[..., self.hidden :]
+      if self.gated
+      else activate(self.activation, h)
+    )
     return Dense((width,), ("mlp", "embed"), self.dtype, use_bias=self.use_bias, name="down")(h)
 
 
 def hide_patches(module: nn.Module, x: Array, batch: Mapping[str, Array]) -> Array:
-  """x [B, L, D] with a learned token of `module` where batch["patch_mask"], bool [B, L], is True; without it, x as it is.
+  """x [B, L, D] with a learned token of `module` where batch["patch_mask"], bool [B, L], is True;
+  without it, x as it is.
 
   Encoders call it in their compact method between embedding their input and adding positions.
   """
   if "patch_mask" not in batch:
     return x
-  token = module.param("mask_token", with_axes(normal(0.02), ("embed",)), (x.shape[-1],), jnp.float32)
+  token = module.param(
+    "mask_token", with_axes(normal(0.02), ("embed",)), (x.shape[-1],), jnp.float32
+  )
   return jnp.where(batch["patch_mask"][..., None], token.astype(x.dtype), x)
 
 
-def sincos_positions(height: int, width: int, channels: int, temperature: float = 10_000.0) -> np.ndarray:
-  """Fixed two-dimensional positions [height * width, channels], float32 (MoCo v3, Chen et al. 2021, arXiv:2104.02057)."""
+def sincos_positions(
+  height: int, width: int, channels: int, temperature: float = 10_000.0
+) -> np.ndarray:
+  """Fixed two-dimensional positions [height * width, channels], float32 (MoCo v3, Chen et al. 2021,
+  arXiv:2104.02057).
+  """
   if channels % 4:
     raise ValueError(f"sin-cos positions need a width divisible by 4, not {channels}")
   y, x = np.mgrid[:height, :width].astype(np.float64)
   omega = temperature ** -(np.arange(channels // 4) / max(1, channels // 4 - 1))
   angles_y, angles_x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
-  return np.concatenate([np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)], 1).astype(np.float32)
+  return np.concatenate(
+    [np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)], 1
+  ).astype(np.float32)
 
 
-def resize_positions(table: Array, old: tuple[int, int], new: tuple[int, int], antialias: bool = False) -> Array:
-  """Learned positions of a grid `old`, [old[0] * old[1], D], interpolated to the grid `new`: [new[0] * new[1], D].
+def resize_positions(
+  table: Array, old: tuple[int, int], new: tuple[int, int], antialias: bool = False
+) -> Array:
+  """Learned positions of a grid `old`, [old[0] * old[1], D], interpolated to the grid `new`:
+  [new[0] * new[1], D].
 
-  Bicubic with a = -0.75 and half-pixel centres, as transformers does with `interpolate_pos_encoding`; antialias: with a = -0.5,
-  over as many more places as the grid shrinks, as `torch.nn.functional.interpolate(..., antialias=True)`.
+  Bicubic with a = -0.75 and half-pixel centres, as transformers does with
+  `interpolate_pos_encoding`; antialias: with a = -0.5, over as many more places as the grid
+  shrinks, as `torch.nn.functional.interpolate(..., antialias=True)`.
   """
   if old == new:
     return table
   weights = _antialiased_weights if antialias else _cubic_weights
   rows, columns = (jnp.asarray(weights(o, n), table.dtype) for o, n in zip(old, new, strict=True))
   grid = table.reshape(*old, table.shape[-1])
-  return jnp.einsum("ah,bw,hwd->abd", rows, columns, grid, precision="highest").reshape(-1, table.shape[-1])
+  return jnp.einsum("ah,bw,hwd->abd", rows, columns, grid, precision="highest").reshape(
+    -1, table.shape[-1]
+  )
 
 
 @functools.lru_cache(maxsize=64)
 def _cubic_weights(old: int, new: int) -> np.ndarray:
-  """[new, old] weights of one-dimensional cubic convolution (Keys 1981, a = -0.75), edges repeated."""
+  """[new, old] weights of one-dimensional cubic convolution (Keys 1981, a = -0.75), edges
+  repeated.
+  """
   a, out = -0.75, np.zeros((new, old))
   for i in range(new):
     centre = (i + 0.5) * old / new - 0.5
@@ -289,9 +368,14 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _antialiased_weights(old: int, new: int) -> np.ndarray:
-  """[new, old] weights of one-dimensional cubic convolution (a = -0.5), stretched where `new` is smaller, cut off at the edges."""
+  """[new, old] weights of one-dimensional cubic convolution (a = -0.5), stretched where `new` is
+  smaller, cut off at the edges.
+  """
   a, scale = -0.5, old / new
   distance = np.abs(np.arange(old) + 0.5 - scale * (np.arange(new)[:, None] + 0.5)) / max(scale, 1)
-  near, far = (a + 2) * distance**3 - (a + 3) * distance**2 + 1, a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+  near, far = (
+    (a + 2) * distance**3 - (a + 3) * distance**2 + 1,
+    a * (distance**3 - 5 * distance**2 + 8 * distance - 4),
+  )
   weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
   return weights / weights.sum(1, keepdims=True)

@@ -1,7 +1,7 @@
 """One model for every objective: encoders, a fusion, a decoder, and the heads that objectives read.
 
-It is the dual encoder with more parts, so that `embedding` and `temperature` are the same. Kinds: `fusion_encoder` (FLAVA,
-ALBEF), `captioner` (CoCa) and `multitask`, which has them all.
+It is the dual encoder with more parts, so that `embedding` and `temperature` are the same. Kinds:
+`fusion_encoder` (FLAVA, ALBEF), `captioner` (CoCa) and `multitask`, which has them all.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ Batch = Mapping[str, Any]
 class Multimodal(DualEncoder):
   """Encoders, and what a config adds to them; each method reads the parts that it needs.
 
-  Several texts an example (text.tokens [B, K, L]) are B * K rows to every method; the other modalities' rows are repeated K
-  times beside them. `masked_patches`: modalities whose hidden patches are predicted. `shared`: encoders share one transformer
-  (`trunk`) and own only their inputs, norms and poolings.
+  Several texts an example (text.tokens [B, K, L]) are B * K rows to every method; the other
+  modalities' rows are repeated K
+  times beside them. `masked_patches`: modalities whose hidden patches are predicted. `shared`:
+  encoders share one transformer (`trunk`) and own only their inputs, norms and poolings.
   """
 
   fusion: nn.Module | None = None
@@ -50,35 +51,67 @@ class Multimodal(DualEncoder):
     if self.shared:
       self.trunk = Transformer(next(iter(self.encoders.values())).config)
     super().setup()
-    head = lambda count, name: Dense((count,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=name)
+    head = lambda count, name: Dense(
+      (count,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=name
+    )
     if self.classes:
-      names = ["classifier"] if self.fusion is not None else [f"{modality}_classifier" for modality in self.encoders]
-      self.classifiers = {name: head(self.classes, name) for name in names if not getattr(self.fusion, "decides", False)}
+      names = (
+        ["classifier"]
+        if self.fusion is not None
+        else [f"{modality}_classifier" for modality in self.encoders]
+      )
+      self.classifiers = {
+        name: head(self.classes, name)
+        for name in names
+        if not getattr(self.fusion, "decides", False)
+      }
     if self.matches:
       self.match_head = head(1, "matcher")
     if self.masked_text:
       self.token_head = TokenHead(self.dtype, name="masked_text_head")
-    self.patch_heads = {modality: PatchHead(name=f"{modality}_patches") for modality in self.masked_patches}
+    self.patch_heads = {
+      modality: PatchHead(name=f"{modality}_patches") for modality in self.masked_patches
+    }
     if self.decoder is not None:
-      how = (self.decoder.config.width, self.decoder.project_memory, self.decoder.memory_positions, self.dtype)
-      self.memories = {modality: MemoryTokens(*how, name=f"{modality}_memory")
-                       for modality in self.encoders if modality != "text"}
+      how = (
+        self.decoder.config.width,
+        self.decoder.project_memory,
+        self.decoder.memory_positions,
+        self.dtype,
+      )
+      self.memories = {
+        modality: MemoryTokens(*how, name=f"{modality}_memory")
+        for modality in self.encoders
+        if modality != "text"
+      }
 
   def adopt(self, encoder: nn.Module) -> nn.Module:
     return encoder.clone(parent=None, trunk=self.trunk) if self.shared else super().adopt(encoder)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> dict[str, Array]:
-    """{modality: embedding} (nothing without a shared space); uses every part once, so that `init` makes all parameters."""
+    """{modality: embedding} (nothing without a shared space); uses every part once, so that `init`
+    makes all parameters.
+    """
     have = tuple(modality for modality in self.encoders if modality in batch)
-    out = super().__call__(batch, train=train) if self.joint else {m: self.encode(m, batch, train=train).pooled for m in have}
+    out = (
+      super().__call__(batch, train=train)
+      if self.joint
+      else {m: self.encode(m, batch, train=train).pooled for m in have}
+    )
     if self.masked_text:
       self.readout("text", batch, train=train)
     for modality in self.masked_patches:
       hidden = jnp.zeros(self.patches(modality, batch)[1].shape, bool)
-      self.reconstruct(modality, {**batch, modality: {**batch[modality], "patch_mask": hidden}}, train=train)
+      self.reconstruct(
+        modality, {**batch, modality: {**batch[modality], "patch_mask": hidden}}, train=train
+      )
     if self.fusion is not None:
       self.fuse(have, batch, train=train)
-    for modalities in ([have] if self.fusion is not None else [(modality,) for modality in have]) if self.classes else []:
+    for modalities in (
+      ([have] if self.fusion is not None else [(modality,) for modality in have])
+      if self.classes
+      else []
+    ):
       self.classify(modalities, batch, train=train)
     if self.matches:
       self.match(have, batch, train=train)
@@ -92,24 +125,37 @@ class Multimodal(DualEncoder):
     return super().encode(modality, batch, train=train)
 
   def fuse(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Encoded:
-    """What the fusion makes of these modalities: tokens [B, L, D] of all that it keeps, mask [B, L], pooled [B, D]."""
+    """What the fusion makes of these modalities: tokens [B, L, D] of all that it keeps, mask [B,
+    L], pooled [B, D].
+    """
     if self.fusion is None:
-      raise UserError("the model has no fusion: give config.model.fusion, such as dict(kind='merged_attention')")
+      raise UserError(
+        "the model has no fusion: give config.model.fusion, such as dict(kind='merged_attention')"
+      )
     return self.fusion(self._encoded(modalities, batch, train), train=train)
 
   def classify(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
-    """float32 logits [B, classes] from the fused modalities, or from one alone in a model without a fusion.
+    """float32 logits [B, classes] from the fused modalities, or from one alone in a model without a
+    fusion.
 
-    The fusion "decision" classifies each modality itself: the logits are then its combined log-probabilities.
+    The fusion "decision" classifies each modality itself: the logits are then its combined
+    log-probabilities.
     """
     if not self.classes:
       raise UserError("the model has no classifier: set data.classes to the number of classes")
     if self.fusion is None:
       if len(modalities) != 1:
-        raise UserError(f"classifying {' + '.join(modalities)} needs a fusion: give config.model.fusion, or name one modality")
-      return self.classifiers[f"{modalities[0]}_classifier"](self.encode(modalities[0], batch, train=train).pooled)
+        raise UserError(
+          f"classifying {' + '.join(modalities)} needs a fusion: give config.model.fusion, or "
+          "name one modality"
+        )
+      return self.classifiers[f"{modalities[0]}_classifier"](
+        self.encode(modalities[0], batch, train=train).pooled
+      )
     pooled = self.fuse(modalities, batch, train=train).pooled
-    return pooled.astype(jnp.float32) if self.fusion.decides else self.classifiers["classifier"](pooled)
+    return (
+      pooled.astype(jnp.float32) if self.fusion.decides else self.classifiers["classifier"](pooled)
+    )
 
   def match(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
     """float32 logits [B] that the modalities of a row belong together."""
@@ -117,35 +163,59 @@ class Multimodal(DualEncoder):
       raise UserError("the model has no matching head: set model.match to True")
     return self.match_head(self.fuse(modalities, batch, train=train).pooled)[:, 0]
 
-  def readout(self, modality: str, batch: Batch, *, context: tuple[str, ...] = (), train: bool = False) -> tuple[Array, Array, Array]:
-    """(hidden [B, L, D], table [V, D], bias [V]): logits of a text's tokens are hidden table^T + bias. `context`: modalities
-    that its tokens see through the fusion."""
+  def readout(
+    self, modality: str, batch: Batch, *, context: tuple[str, ...] = (), train: bool = False
+  ) -> tuple[Array, Array, Array]:
+    """(hidden [B, L, D], table [V, D], bias [V]): logits of a text's tokens are hidden table^T +
+    bias. `context`: modalities that its tokens see through the fusion."""
     if not self.masked_text or modality != "text":
-      raise UserError(f"the model has no output table for masked {modality}: set model.masked_text to True and mask the text")
+      raise UserError(
+        f"the model has no output table for masked {modality}: set model.masked_text to True and "
+        "mask the text"
+      )
     return self.token_head(self._in_context(modality, batch, context, train).tokens, self.table())
 
-  def reconstruct(self, modality: str, batch: Batch, *, context: tuple[str, ...] = (), train: bool = False) -> Array:
-    """float32 [B, L, values]: predictions of the patches of `patches`, for a batch whose patch_mask hides some."""
+  def reconstruct(
+    self, modality: str, batch: Batch, *, context: tuple[str, ...] = (), train: bool = False
+  ) -> Array:
+    """float32 [B, L, values]: predictions of the patches of `patches`, for a batch whose patch_mask
+    hides some.
+    """
     if modality not in self.masked_patches:
-      raise UserError(f"the model has no head for masked patches of {modality}: name it in model.masked_patches")
+      raise UserError(
+        f"the model has no head for masked patches of {modality}: name it in model.masked_patches"
+      )
     values, _ = self.patches(modality, batch)
-    tokens = self._in_context(modality, batch, context, train).tokens[:, -values.shape[1]:]  # without a class token before them
+    tokens = self._in_context(modality, batch, context, train).tokens[
+      :, -values.shape[1] :
+    ]  # without a class token before them
     return self.patch_heads[modality](tokens, values.shape[-1])
 
   def patches(self, modality: str, batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
-    """(values float32 [B, L, values] that each token of a modality stands for, which are real bool [B, L])."""
+    """(values float32 [B, L, values] that each token of a modality stands for, which are real bool
+    [B, L]).
+    """
     encoder = getattr(self, modality)
     if not hasattr(encoder, "patches"):
-      raise UserError(f"model.masked_patches has {modality!r}, but its encoder {type(encoder).__name__} cannot hide patches")
+      raise UserError(
+        f"model.masked_patches has {modality!r}, but its encoder {type(encoder).__name__} cannot "
+        "hide patches"
+      )
     return encoder.patches(batch[modality])
 
-  def decode(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
-    """(hidden [B, L, D], table [V, D]): hidden[:, l] predicts token l of batch["text"] from the tokens before it and the
-    tokens of the source modalities; source () = from the text alone."""
+  def decode(
+    self, source: tuple[str, ...], batch: Batch, *, train: bool = False
+  ) -> tuple[Array, Array]:
+    """(hidden [B, L, D], table [V, D]): hidden[:, l] predicts token l of batch["text"] from the
+    tokens before it and the tokens of the source modalities; source () = from the text alone."""
     return self.transcribe(source, batch, train=train)[:2]
 
-  def transcribe(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
-    """What `decode` gives, and what the decoder attends to: tokens [B, S, D], which are real bool [B, S]."""
+  def transcribe(
+    self, source: tuple[str, ...], batch: Batch, *, train: bool = False
+  ) -> tuple[Array, Array, Array | None, Array | None]:
+    """What `decode` gives, and what the decoder attends to: tokens [B, S, D], which are real bool
+    [B, S].
+    """
     if self.decoder is None:
       raise UserError("the model has no decoder: give config.model.decoder, such as dict(depth=4)")
     text = one_text_a_row(batch["text"])
@@ -155,35 +225,56 @@ class Multimodal(DualEncoder):
       memory, memory_mask = repeat_rows(memory, times), repeat_rows(memory_mask, times)
     tokens, start = shift_right(text["tokens"], self.decoder.prompt), len(self.decoder.prompt)
     mask = jnp.concatenate([jnp.ones((tokens.shape[0], start), bool), text["mask"][:, :-1]], axis=1)
-    hidden = self.decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1:]
+    hidden = self.decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1 :]
     return hidden, self.decoder.table(), memory, memory_mask
 
-  def memory(self, source: tuple[str, ...], batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
-    """What the decoder attends to: tokens of the source modalities [B, S, decoder width], one after the other, mask [B, S]."""
+  def memory(
+    self, source: tuple[str, ...], batch: Batch, *, train: bool = False
+  ) -> tuple[Array, Array]:
+    """What the decoder attends to: tokens of the source modalities [B, S, decoder width], one after
+    the other, mask [B, S].
+    """
     if "text" in source or not source:
-      raise UserError(f"a decoder writes text from other modalities, not from {source!r}: leave the text out of `source`")
+      raise UserError(
+        f"a decoder writes text from other modalities, not from {source!r}: leave the text out of "
+        "`source`"
+      )
     encoded = {modality: self.encode(modality, batch, train=train) for modality in source}
-    return (jnp.concatenate([self.memories[modality](part.tokens) for modality, part in encoded.items()], axis=1),
-            jnp.concatenate([part.mask for part in encoded.values()], axis=1))
+    return (
+      jnp.concatenate(
+        [self.memories[modality](part.tokens) for modality, part in encoded.items()], axis=1
+      ),
+      jnp.concatenate([part.mask for part in encoded.values()], axis=1),
+    )
 
   def start_writing(self, source: tuple[str, ...], batch: Batch, *, length: int) -> tuple[Any, Any]:
-    """(an empty cache for the prompt and texts of `length` tokens, what the decoder attends to): for `next_logits`."""
+    """(an empty cache for the prompt and texts of `length` tokens, what the decoder attends to):
+    for `next_logits`.
+    """
     memory, mask = self.memory(source, batch)
     cache = self.decoder.init_cache(memory.shape[0], length + len(self.decoder.prompt) - 1)
     return cache, self.decoder.init_memory(memory, mask)
 
   def next_logits(self, token: Array, index: Array, cache: Any, memory: Any) -> tuple[Array, Any]:
-    """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache with it)."""
+    """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache
+    with it).
+    """
     return self.decoder.step_logits(token, index, cache, memory)
 
   def detect_language(self, cache: Any, memory: Any) -> Array:
     """int32 [B]: the decoder's language of each row, from what `start_writing` gave."""
     return self.decoder.detect_language(cache, memory)
 
-  def fill(self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
-    """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be guessed."""
+  def fill(
+    self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False
+  ) -> Array:
+    """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be
+    guessed.
+    """
     hidden, table, bias = self.readout(modality, batch, context=context, train=train)
-    guess = lambda row: jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(jnp.int32)
+    guess = lambda row: jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(
+      jnp.int32
+    )
     return jax.lax.map(guess, hidden)
 
   def table(self) -> Array:
@@ -194,27 +285,36 @@ class Multimodal(DualEncoder):
     """{modality: Encoded} with equally many rows."""
     encoded = {modality: self.encode(modality, batch, train=train) for modality in modalities}
     rows = max(part.mask.shape[0] for part in encoded.values())
-    return {modality: jax.tree.map(lambda x: repeat_rows(x, rows // x.shape[0]), part) for modality, part in encoded.items()}
+    return {
+      modality: jax.tree.map(lambda x: repeat_rows(x, rows // x.shape[0]), part)
+      for modality, part in encoded.items()
+    }
 
-  def _in_context(self, modality: str, batch: Batch, context: tuple[str, ...], train: bool) -> Encoded:
+  def _in_context(
+    self, modality: str, batch: Batch, context: tuple[str, ...], train: bool
+  ) -> Encoded:
     """A modality's tokens after the fusion, where it keeps them; else as its encoder gives them."""
     chosen = (modality, *context)
     kept = self.fusion.keeps(chosen) if self.fusion is not None else ()
     if modality not in kept:
       if context:
-        raise UserError(f"{modality} tokens do not see {' and '.join(context)}: the fusion keeps no {modality} tokens that saw "
-                        "others. Use 'merged_attention' (or 'cross_attention' from that modality), or no context")
+        raise UserError(
+          f"{modality} tokens do not see {' and '.join(context)}: the fusion keeps no {modality} "
+          "tokens that saw others. Use 'merged_attention' (or 'cross_attention' from that "
+          "modality), or no context"
+        )
       return self.encode(modality, batch, train=train)
     encoded = self._encoded(chosen, batch, train)
     fused = self.fusion(encoded, train=train)
-    start = sum(encoded[m].tokens.shape[1] for m in kept[:kept.index(modality)])
+    start = sum(encoded[m].tokens.shape[1] for m in kept[: kept.index(modality)])
     cut = slice(start, start + encoded[modality].tokens.shape[1])
     return Encoded(fused.tokens[:, cut], fused.mask[:, cut], fused.pooled)
 
 
 class MemoryTokens(nn.Module):
-  """Tokens of a source as the decoder sees them: a linear layer unless not `project`, and learned positions where `positions`: places
-  are easily lost in an encoder that was trained to tell what is there. Call: x [B, S, *] -> [B, S, D]."""
+  """Tokens of a source as the decoder sees them: a linear layer unless not `project`, and learned
+  positions where `positions`: places are easily lost in an encoder that was trained to tell what is
+  there. Call: x [B, S, *] -> [B, S, D]."""
 
   width: int
   project: bool
@@ -225,20 +325,29 @@ class MemoryTokens(nn.Module):
   def __call__(self, x: Array) -> Array:
     y = x
     if self.project:
-      # The kernel stands beside the positions: its name is image_memory/kernel with them or without.
+      # The kernel stands beside the positions: its name is image_memory/kernel with them or
+      # without.
       dense = Dense((self.width,), ("joint", "embed"), self.dtype)
       nn.share_scope(self, dense)
       y = dense(x)
     elif x.shape[-1] != self.width:
-      raise UserError(f"model.decoder.project_memory is False, but {self.name} gets {x.shape[-1]} channels and the decoder has {self.width}")
+      raise UserError(
+        f"model.decoder.project_memory is False, but {self.name} gets {x.shape[-1]} channels and "
+        f"the decoder has {self.width}"
+      )
     if self.positions:
-      y = y + self.param("position", with_axes(nn.initializers.normal(0.02), ("position", "embed")), (x.shape[1], self.width),
-                         jnp.float32).astype(self.dtype)
+      y = y + self.param(
+        "position",
+        with_axes(nn.initializers.normal(0.02), ("position", "embed")),
+        (x.shape[1], self.width),
+        jnp.float32,
+      ).astype(self.dtype)
     return y
 
 
 class TokenHead(nn.Module):
-  """The transform of BERT before its tied output table (Devlin et al. 2019, arXiv:1810.04805): dense, gelu, layer norm, bias.
+  """The transform of BERT before its tied output table (Devlin et al. 2019, arXiv:1810.04805):
+  dense, gelu, layer norm, bias.
 
   Call: x [B, L, *], table [V, D] -> (hidden [B, L, D], table, bias [V]).
   """
@@ -248,12 +357,16 @@ class TokenHead(nn.Module):
   @nn.compact
   def __call__(self, x: Array, table: Array) -> tuple[Array, Array, Array]:
     x = activate("gelu", Dense((table.shape[1],), ("joint", "embed"), self.dtype, name="dense")(x))
-    bias = self.param("bias", with_axes(nn.initializers.zeros, ("vocab",)), (table.shape[0],), jnp.float32)
+    bias = self.param(
+      "bias", with_axes(nn.initializers.zeros, ("vocab",)), (table.shape[0],), jnp.float32
+    )
     return LayerNorm(1e-12, self.dtype, name="norm")(x), table, bias
 
 
 class PatchHead(nn.Module):
-  """A linear layer to the values of a patch (SimMIM, Xie et al. 2022, arXiv:2111.09886). Call: x [B, L, D], values -> [B, L, values]."""
+  """A linear layer to the values of a patch (SimMIM, Xie et al. 2022, arXiv:2111.09886). Call: x
+  [B, L, D], values -> [B, L, values].
+  """
 
   @nn.compact
   def __call__(self, x: Array, values: int) -> Array:
@@ -261,7 +374,9 @@ class PatchHead(nn.Module):
 
 
 def one_text_a_row(text: Mapping[str, Array]) -> dict[str, Array]:
-  """tokens, mask, words [B, K, L] (and present [B] or [B, K]) as B * K rows; a batch of one text a row stays as it is."""
+  """tokens, mask, words [B, K, L] (and present [B] or [B, K]) as B * K rows; a batch of one text a
+  row stays as it is.
+  """
   if text["tokens"].ndim == 2:
     return dict(text)
   rows, times = text["tokens"].shape[:2]
@@ -278,50 +393,134 @@ def repeat_rows(x: Array, times: int) -> Array:
   return jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
-# -- Kinds: (encoders, data, precision, *, settings) -> module ------------------------------------------------------------------
+# -- Kinds: (encoders, data, precision, *, settings) -> module -------------------------------------
 
 
-def fusion_encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *,
-                   width: Width = 512, fusion: nn.Module | None = None, match: bool = False, masked_text: bool = False,
-                   masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
-                   projection_bias: bool = False, scale_init: Positive = 1 / 0.07, scale_max: Positive = 100.0, bias: bool = False,
-                   bias_init: Finite = -10.0, discriminator: Count = 0) -> Multimodal:
-  """Encoders and a fusion of their outputs (FLAVA, Singh et al. 2022, arXiv:2112.04482; ALBEF). Settings: see `multitask`."""
+def fusion_encoder(
+  encoders: Mapping[str, nn.Module],
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 512,
+  fusion: nn.Module | None = None,
+  match: bool = False,
+  masked_text: bool = False,
+  masked_patches: tuple = (),
+  shared: bool = False,
+  joint: bool = True,
+  unprojected: tuple = (),
+  projection_bias: bool = False,
+  scale_init: Positive = 1 / 0.07,
+  scale_max: Positive = 100.0,
+  bias: bool = False,
+  bias_init: Finite = -10.0,
+  discriminator: Count = 0,
+) -> Multimodal:
+  """Encoders and a fusion of their outputs (FLAVA, Singh et al. 2022, arXiv:2112.04482; ALBEF).
+  Settings: see `multitask`.
+  """
   if fusion is None:
-    raise UserError("model.fusion is missing: name one, such as dict(kind='merged_attention'), or use another model")
-  return multitask(encoders, data, precision, width=width, fusion=fusion, match=match, masked_text=masked_text,
-                   masked_patches=masked_patches, shared=shared, joint=joint, unprojected=unprojected,
-                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init,
-                   discriminator=discriminator)
+    raise UserError(
+      "model.fusion is missing: name one, such as dict(kind='merged_attention'), or use another "
+      "model"
+    )
+  return multitask(
+    encoders,
+    data,
+    precision,
+    width=width,
+    fusion=fusion,
+    match=match,
+    masked_text=masked_text,
+    masked_patches=masked_patches,
+    shared=shared,
+    joint=joint,
+    unprojected=unprojected,
+    projection_bias=projection_bias,
+    scale_init=scale_init,
+    scale_max=scale_max,
+    bias=bias,
+    bias_init=bias_init,
+    discriminator=discriminator,
+  )
 
 
-def captioner(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
-              decoder: nn.Module | None = None, shared: bool = False, joint: bool = False, unprojected: tuple = (),
-              projection_bias: bool = False, scale_init: Positive = 1 / 0.07, scale_max: Positive = 100.0, bias: bool = False,
-              bias_init: Finite = -10.0, discriminator: Count = 0) -> Multimodal:
-  """Encoders and a text decoder that attends to them; with `joint` and a text encoder also embeddings (CoCa, Yu et al. 2022,
-  arXiv:2205.01917). Settings: see `multitask`."""
+def captioner(
+  encoders: Mapping[str, nn.Module],
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 512,
+  decoder: nn.Module | None = None,
+  shared: bool = False,
+  joint: bool = False,
+  unprojected: tuple = (),
+  projection_bias: bool = False,
+  scale_init: Positive = 1 / 0.07,
+  scale_max: Positive = 100.0,
+  bias: bool = False,
+  bias_init: Finite = -10.0,
+  discriminator: Count = 0,
+) -> Multimodal:
+  """Encoders and a text decoder that attends to them; with `joint` and a text encoder also
+  embeddings (CoCa, Yu et al. 2022, arXiv:2205.01917). Settings: see `multitask`."""
   if decoder is None:
-    raise UserError("model.decoder is missing: give its settings, such as dict(depth=4), or use another model")
-  return multitask(encoders, data, precision, width=width, decoder=decoder, shared=shared, joint=joint, unprojected=unprojected,
-                   projection_bias=projection_bias, scale_init=scale_init, scale_max=scale_max, bias=bias, bias_init=bias_init,
-                   discriminator=discriminator)
+    raise UserError(
+      "model.decoder is missing: give its settings, such as dict(depth=4), or use another model"
+    )
+  return multitask(
+    encoders,
+    data,
+    precision,
+    width=width,
+    decoder=decoder,
+    shared=shared,
+    joint=joint,
+    unprojected=unprojected,
+    projection_bias=projection_bias,
+    scale_init=scale_init,
+    scale_max=scale_max,
+    bias=bias,
+    bias_init=bias_init,
+    discriminator=discriminator,
+  )
 
 
-def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
-              fusion: nn.Module | None = None, decoder: nn.Module | None = None, match: bool = False, masked_text: bool = False,
-              masked_patches: tuple = (), shared: bool = False, joint: bool = True, unprojected: tuple = (),
-              projection_bias: bool = False, scale_init: Positive = 1 / 0.07, scale_max: Positive = 100.0, bias: bool = False,
-              bias_init: Finite = -10.0, discriminator: Count = 0) -> Multimodal:
-  """Encoders with any of: a shared space, a fusion, a decoder, heads. With data.classes, also a classifier.
+def multitask(
+  encoders: Mapping[str, nn.Module],
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 512,
+  fusion: nn.Module | None = None,
+  decoder: nn.Module | None = None,
+  match: bool = False,
+  masked_text: bool = False,
+  masked_patches: tuple = (),
+  shared: bool = False,
+  joint: bool = True,
+  unprojected: tuple = (),
+  projection_bias: bool = False,
+  scale_init: Positive = 1 / 0.07,
+  scale_max: Positive = 100.0,
+  bias: bool = False,
+  bias_init: Finite = -10.0,
+  discriminator: Count = 0,
+) -> Multimodal:
+  """Encoders with any of: a shared space, a fusion, a decoder, heads. With data.classes, also a
+  classifier.
 
   width: channels of the shared space, and of encoders, fusion and decoder that do not say theirs.
-  fusion: settings of a fusion, such as dict(kind="cross_attention"). decoder: settings of the text decoder.
-  match: a head that tells whether modalities belong together. masked_text: an output table for masked tokens, tied to the
-  text encoder's. masked_patches: modalities whose hidden patches are predicted.
-  shared: one transformer serves every encoder; they own their inputs, norms and poolings, and have the same settings of blocks.
+  fusion: settings of a fusion, such as dict(kind="cross_attention"). decoder: settings of the text
+  decoder.
+  match: a head that tells whether modalities belong together. masked_text: an output table for
+  masked tokens, tied to the text encoder's. masked_patches: modalities whose hidden patches are
+  predicted.
+  shared: one transformer serves every encoder; they own their inputs, norms and poolings, and have
+  the same settings of blocks.
   joint: project every modality to one space (contrastive, retrieval, matching).
-  unprojected, projection_bias, scale_init, scale_max, bias, bias_init, discriminator: of that space; see `dual_encoder`.
+  unprojected, projection_bias, scale_init, scale_max, bias, bias_init, discriminator: of that
+  space; see `dual_encoder`.
   """
   have = ", ".join(sorted(encoders))
   for key, modalities in dict(unprojected=unprojected, masked_patches=masked_patches).items():
@@ -329,25 +528,51 @@ def multitask(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precis
       if modality not in encoders:
         raise UserError(f"model.{key} names {modality!r}, but model.encoders has {have}")
   if masked_text and not hasattr(encoders.get("text"), "table"):
-    raise UserError(f"model.masked_text needs a text encoder with a table of tokens, but model.encoders has {have}")
+    raise UserError(
+      "model.masked_text needs a text encoder with a table of tokens, but model.encoders has "
+      f"{have}"
+    )
   if match and fusion is None:
-    raise UserError("model.match needs a fusion: give config.model.fusion, such as dict(kind='cross_attention')")
+    raise UserError(
+      "model.match needs a fusion: give config.model.fusion, such as dict(kind='cross_attention')"
+    )
   if match and fusion.decides:
     raise UserError("model.match needs a fusion of features, not 'decision'")
   if shared:
     _check_shared(encoders)
   return Multimodal(
-    dict(encoders), width=width, unprojected=tuple(unprojected), projection_bias=projection_bias, scale_init=scale_init,
-    scale_max=scale_max, use_bias=bias, bias_init=bias_init, joint=joint, fusion=fusion, decoder=decoder,
-    classes=data.get("classes", 0), matches=match, masked_text=masked_text, masked_patches=tuple(masked_patches), shared=shared,
-    judges=discriminator, dtype=jnp.dtype(precision["compute"]))
+    dict(encoders),
+    width=width,
+    unprojected=tuple(unprojected),
+    projection_bias=projection_bias,
+    scale_init=scale_init,
+    scale_max=scale_max,
+    use_bias=bias,
+    bias_init=bias_init,
+    joint=joint,
+    fusion=fusion,
+    decoder=decoder,
+    classes=data.get("classes", 0),
+    matches=match,
+    masked_text=masked_text,
+    masked_patches=tuple(masked_patches),
+    shared=shared,
+    judges=discriminator,
+    dtype=jnp.dtype(precision["compute"]),
+  )
 
 
 def _check_shared(encoders: Mapping[str, nn.Module]) -> None:
   first = next(iter(encoders))
   for modality, encoder in encoders.items():
     if not hasattr(encoder, "trunk"):
-      raise UserError(f"model.shared: the {modality} encoder {type(encoder).__name__} has no transformer that it could share")
+      raise UserError(
+        f"model.shared: the {modality} encoder {type(encoder).__name__} has no transformer that "
+        "it could share"
+      )
     if encoder.config != encoders[first].config:
-      raise UserError(f"model.shared: the encoders {first} and {modality} differ in the settings of their blocks (width, depth, "
-                      "heads, mlp, norm, activation, causal, bias, eps, dropout, kernel, remat, scan_unroll). Make them equal")
+      raise UserError(
+        f"model.shared: the encoders {first} and {modality} differ in the settings of their "
+        "blocks (width, depth, heads, mlp, norm, activation, causal, bias, eps, dropout, kernel, "
+        "remat, scan_unroll). Make them equal"
+      )

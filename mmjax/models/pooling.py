@@ -18,10 +18,11 @@ SentencePooling = Literal["class", "max", "mean", "mean_sqrt", "weighted_mean", 
 
 
 class AttentionPool(nn.Module):
-  """One learned query attends to the tokens, then an MLP with a residual (Lee et al. 2019, arXiv:1810.00825, "PMA" with
-  k = 1; the "MAP head" of Zhai et al. 2022, arXiv:2106.04560).
+  """One learned query attends to the tokens, then an MLP with a residual (Lee et al. 2019,
+  arXiv:1810.00825, "PMA" with k = 1; the "MAP head" of Zhai et al. 2022, arXiv:2106.04560).
 
-  Call: tokens [B, L, D], mask bool [B, L] (True = real) -> [B, D]. A row without any real token pools to zeros.
+  Call: tokens [B, L, D], mask bool [B, L] (True = real) -> [B, D]. A row without any real token
+  pools to zeros.
   """
 
   config: TransformerConfig
@@ -31,36 +32,50 @@ class AttentionPool(nn.Module):
     c = self.config
     query = self.param("query", with_axes(xavier(1, c.width), ("embed",)), (c.width,), jnp.float32)
     query = jnp.broadcast_to(query.astype(c.dtype), (tokens.shape[0], 1, c.width))
-    x = Attention(c.heads, c.dtype, use_bias=c.bias, kernel="xla", name="attention")(query, tokens, mask=mask)
-    x = x + Mlp(c.mlp, c.activation, c.dtype, c.bias, name="mlp")(LayerNorm(c.eps, c.dtype, name="norm")(x))
+    x = Attention(c.heads, c.dtype, use_bias=c.bias, kernel="xla", name="attention")(
+      query, tokens, mask=mask
+    )
+    x = x + Mlp(c.mlp, c.activation, c.dtype, c.bias, name="mlp")(
+      LayerNorm(c.eps, c.dtype, name="norm")(x)
+    )
     return keep_rows(x[:, 0], mask)
 
 
 def mean(tokens: Array, mask: Array) -> Array:
-  """Mean of the real tokens: [B, L, D], bool [B, L] -> [B, D] float32; zeros where there is none."""
+  """Mean of the real tokens: [B, L, D], bool [B, L] -> [B, D] float32; zeros where there is
+  none.
+  """
   weights = mask.astype(jnp.float32)
   weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)
   return jnp.einsum("bl,bld->bd", weights, tokens.astype(jnp.float32), precision="highest")
 
 
 def sentence(tokens: Array, mask: Array, kinds: Sequence[SentencePooling]) -> Array:
-  """What sentence-transformers pools, one kind beside the other: [B, L, D], bool [B, L] -> [B, len(kinds) * D] float32.
+  """What sentence-transformers pools, one kind beside the other: [B, L, D], bool [B, L] -> [B,
+  len(kinds) * D] float32.
 
-  weighted_mean: the l-th real token counts l times. mean_sqrt: the sum over the root of the number of tokens. Zeros where there is none.
+  weighted_mean: the l-th real token counts l times. mean_sqrt: the sum over the root of the number
+  of tokens. Zeros where there is none.
   """
   count = mask.sum(-1, keepdims=True, dtype=jnp.float32)
   found = []
   for kind in kinds:
     if kind == "max":
-      found.append(keep_rows(jnp.where(mask[..., None], tokens.astype(jnp.float32), -jnp.inf).max(1), mask))
+      found.append(
+        keep_rows(jnp.where(mask[..., None], tokens.astype(jnp.float32), -jnp.inf).max(1), mask)
+      )
     elif kind == "mean_sqrt":
       found.append(mean(tokens, mask) * jnp.sqrt(count))
     elif kind == "weighted_mean":
       weights = jnp.where(mask, jnp.arange(1, mask.shape[1] + 1, dtype=jnp.float32), 0)
       weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)
-      found.append(jnp.einsum("bl,bld->bd", weights, tokens.astype(jnp.float32), precision="highest"))
+      found.append(
+        jnp.einsum("bl,bld->bd", weights, tokens.astype(jnp.float32), precision="highest")
+      )
     else:
-      found.append({"mean": mean, "class": first, "last": last}[kind](tokens, mask).astype(jnp.float32))
+      found.append(
+        {"mean": mean, "class": first, "last": last}[kind](tokens, mask).astype(jnp.float32)
+      )
   return jnp.concatenate(found, axis=-1)
 
 

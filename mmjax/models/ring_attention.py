@@ -1,10 +1,11 @@
-"""Ring attention: the sequence is split over a mesh axis, and keys and values travel from device to device until every
-query has met every key (Liu et al. 2023, arXiv:2310.01889).
+"""Ring attention: the sequence is split over a mesh axis, and keys and values travel from device to
+device until every query has met every key (Liu et al. 2023, arXiv:2310.01889).
 
-A device holds its own queries and one block of keys and values at a time, with a running softmax in float32 (Milakov and
-Gimelshein 2018, arXiv:1805.02867). The backward pass sends the blocks round once more and computes their weights again, and
-the gradients of a block travel with it until they are home. So neither pass ever holds logits of more than its own queries
-against AT_ONCE keys. Rows without a key that they may see give exactly zero, and take and give no gradient.
+A device holds its own queries and one block of keys and values at a time, with a running softmax in
+float32 (Milakov and Gimelshein 2018, arXiv:1805.02867). The backward pass sends the blocks round
+once more and computes their weights again, and the gradients of a block travel with it until they
+are home. So neither pass ever holds logits of more than its own queries against AT_ONCE keys. Rows
+without a key that they may see give exactly zero, and take and give no gradient.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 
-AT_ONCE = 1024  # keys of a visiting block whose logits are held at once, where its length has such a divisor
+# keys of a visiting block whose logits are held at once, where its length has such a divisor
+AT_ONCE = 1024
 
 
 class Ring(NamedTuple):
-  """What does not change on the way round. spec: places of query, key, value and result [B, L, H, K]; its second entry is the
-  axis of the ring, which has `devices` devices."""
+  """What does not change on the way round. spec: places of query, key, value and result [B, L, H,
+  K]; its second entry is the axis of the ring, which has `devices` devices."""
 
   spec: P
   devices: int
@@ -51,14 +53,19 @@ class Ring(NamedTuple):
     return jax.tree.map(lambda x: lax.ppermute(x, self.axis, to), tree)
 
   def logits(self, query: Array, key: Array, mask: Array | None, start: Array) -> Array:
-    """float32 [B, H, L, T] of a tile of keys, the first of which is number `start` of the sequence; -inf where it may not be seen.
+    """float32 [B, H, L, T] of a tile of keys, the first of which is number `start` of the sequence;
+    -inf where it may not be seen.
 
     query [B, H, L, K], scaled; key [B, H, T, K]; mask bool [B, T], or [B, L, S] of all keys.
     """
     logits = _product("bhld,bhtd->bhlt", query, key)
     length, keys = logits.shape[2:]
     if mask is not None:
-      seen = mask[:, None, None] if mask.ndim == 2 else lax.dynamic_slice_in_dim(mask, start, keys, 2)[:, None]
+      seen = (
+        mask[:, None, None]
+        if mask.ndim == 2
+        else lax.dynamic_slice_in_dim(mask, start, keys, 2)[:, None]
+      )
       logits = jnp.where(seen, logits, -jnp.inf)
     if self.causal:
       row = lax.axis_index(self.axis) * length + jnp.arange(length)
@@ -67,8 +74,9 @@ class Ring(NamedTuple):
 
 
 def ring_attention(query: Array, key: Array, value: Array, mask: Array | None, ring: Ring) -> Array:
-  """query [B, L, H, K], key and value [B, S, H, K], mask bool [B, S] | [B, L, S] | None -> [B, L, H, K], the same as the plain
-  formula. L and S are multiples of the ring's devices; lengths may differ. Arrays are global: call it outside of shard_map."""
+  """query [B, L, H, K], key and value [B, S, H, K], mask bool [B, S] | [B, L, S] | None -> [B, L,
+  H, K], the same as the plain formula. L and S are multiples of the ring's devices; lengths may
+  differ. Arrays are global: call it outside of shard_map."""
   return _attend(ring, query, key, value, mask)
 
 
@@ -77,24 +85,38 @@ def _attend(ring: Ring, query: Array, key: Array, value: Array, mask: Array | No
   return _forward(ring, query, key, value, mask)[0]
 
 
-def _forward(ring: Ring, query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, tuple]:
-  run = jax.shard_map(functools.partial(_forward_here, ring), in_specs=ring.specs(mask), out_specs=(ring.spec, ring.sums()),
-                      check_vma=False)
+def _forward(
+  ring: Ring, query: Array, key: Array, value: Array, mask: Array | None
+) -> tuple[Array, tuple]:
+  run = jax.shard_map(
+    functools.partial(_forward_here, ring),
+    in_specs=ring.specs(mask),
+    out_specs=(ring.spec, ring.sums()),
+    check_vma=False,
+  )
   out, norm = run(query, key, value, mask)
   return out, (query, key, value, mask, out, norm)
 
 
 def _backward(ring: Ring, kept: tuple, cotangent: Array) -> tuple:
-  run = jax.shard_map(functools.partial(_backward_here, ring), in_specs=(*ring.specs(kept[3]), ring.spec, ring.sums(), ring.spec),
-                      out_specs=(ring.spec,) * 3, check_vma=False)
+  run = jax.shard_map(
+    functools.partial(_backward_here, ring),
+    in_specs=(*ring.specs(kept[3]), ring.spec, ring.sums(), ring.spec),
+    out_specs=(ring.spec,) * 3,
+    check_vma=False,
+  )
   return *run(*kept, cotangent), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _forward_here(ring: Ring, query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array]:
-  """One device's queries: (result [B, L, H, K], log of the sum of exponentials float32 [B, H, L], 0 where no key was seen)."""
+def _forward_here(
+  ring: Ring, query: Array, key: Array, value: Array, mask: Array | None
+) -> tuple[Array, Array]:
+  """One device's queries: (result [B, L, H, K], log of the sum of exponentials float32 [B, H, L], 0
+  where no key was seen).
+  """
   query, key, value = _by_head(ring, query, key, value)
   rows = query.shape[:3]
 
@@ -108,7 +130,9 @@ def _forward_here(ring: Ring, query: Array, key: Array, value: Array, mask: Arra
     return now, total * shrink + weights.sum(-1), out * shrink[..., None] + more
 
   def visit(state: tuple, block: tuple, source: Array) -> tuple:
-    return _over_tiles(lambda state, at, part: meet(state, *part, source * block[0].shape[2] + at), state, block)
+    return _over_tiles(
+      lambda state, at, part: meet(state, *part, source * block[0].shape[2] + at), state, block
+    )
 
   state = jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, value.shape[-1]))
   highest, total, out = _round(ring, visit, state, (key, value, mask))[0]
@@ -118,34 +142,60 @@ def _forward_here(ring: Ring, query: Array, key: Array, value: Array, mask: Arra
   return out, jnp.where(some, highest + jnp.log(total), 0)
 
 
-def _backward_here(ring: Ring, query: Array, key: Array, value: Array, mask: Array | None, out: Array, norm: Array,
-                   cotangent: Array) -> tuple[Array, Array, Array]:
-  """Gradients of one device's queries, keys and values (Dao et al. 2022, arXiv:2205.14135, appendix B.4)."""
+def _backward_here(
+  ring: Ring,
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: Array | None,
+  out: Array,
+  norm: Array,
+  cotangent: Array,
+) -> tuple[Array, Array, Array]:
+  """Gradients of one device's queries, keys and values (Dao et al. 2022, arXiv:2205.14135, appendix
+  B.4).
+  """
   dtypes = query.dtype, key.dtype, value.dtype
   query, key, value = _by_head(ring, query, key, value)
   cotangent, out = cotangent.swapaxes(1, 2), out.swapaxes(1, 2)
   inner = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
-  def meet(state: tuple, key: Array, value: Array, mask: Array | None, at: Array, start: Array) -> tuple:
+  def meet(
+    state: tuple, key: Array, value: Array, mask: Array | None, at: Array, start: Array
+  ) -> tuple:
     into_query, into_key, into_value = state
     weights = jnp.exp(ring.logits(query, key, mask, start) - norm[..., None])
     push = (weights * (_product("bhld,bhtd->bhlt", cotangent, value) - inner)).astype(query.dtype)
-    add = lambda x, more: lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, at, more.shape[2], 2) + more, at, 2)
-    return (into_query + _product("bhlt,bhtd->bhld", push, key), add(into_key, _product("bhlt,bhld->bhtd", push, query)),
-            add(into_value, _product("bhlt,bhld->bhtd", weights.astype(cotangent.dtype), cotangent)))
+    add = lambda x, more: lax.dynamic_update_slice_in_dim(
+      x, lax.dynamic_slice_in_dim(x, at, more.shape[2], 2) + more, at, 2
+    )
+    return (
+      into_query + _product("bhlt,bhtd->bhld", push, key),
+      add(into_key, _product("bhlt,bhld->bhtd", push, query)),
+      add(into_value, _product("bhlt,bhld->bhtd", weights.astype(cotangent.dtype), cotangent)),
+    )
 
   def visit(state: tuple, block: tuple, source: Array) -> tuple:
-    return _over_tiles(lambda state, at, part: meet(state, *part, at, source * block[0].shape[2] + at), state, block)
+    return _over_tiles(
+      lambda state, at, part: meet(state, *part, at, source * block[0].shape[2] + at), state, block
+    )
 
   state = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
   into_query, into_key, into_value = _round(ring, visit, state, (key, value, mask), travel=2)[0]
-  return tuple(x.astype(dtype).swapaxes(1, 2) for x, dtype in zip((into_query * ring.scale, into_key, into_value), dtypes, strict=True))
+  return tuple(
+    x.astype(dtype).swapaxes(1, 2)
+    for x, dtype in zip((into_query * ring.scale, into_key, into_value), dtypes, strict=True)
+  )
 
 
-def _round(ring: Ring, visit: Callable, state: tuple, block: tuple, travel: int = 0) -> tuple[tuple, tuple]:
-  """`visit(state, block, source)` with the block of every device, this one's first: (state, the block that came last).
+def _round(
+  ring: Ring, visit: Callable, state: tuple, block: tuple, travel: int = 0
+) -> tuple[tuple, tuple]:
+  """`visit(state, block, source)` with the block of every device, this one's first: (state, the
+  block that came last).
 
-  The last `travel` parts of the state belong to the block: they go with it, and come home at the end. A mask of pairs stays.
+  The last `travel` parts of the state belong to the block: they go with it, and come home at the
+  end. A mask of pairs stays.
   """
   here = lax.axis_index(ring.axis)
   stays = block[2] is not None and block[2].ndim == 3
@@ -167,7 +217,9 @@ def _round(ring: Ring, visit: Callable, state: tuple, block: tuple, travel: int 
 
 
 def _over_tiles(meet: Callable, state: tuple, block: tuple) -> tuple:
-  """`meet(state, at, (key, value, mask))` with a block's tiles, one after the other; `at`: the first key of the tile in the block."""
+  """`meet(state, at, (key, value, mask))` with a block's tiles, one after the other; `at`: the
+  first key of the tile in the block.
+  """
   key, value, mask = block
   keys = key.shape[2]
   tile = max(n for n in range(1, min(keys, AT_ONCE) + 1) if keys % n == 0)
@@ -177,7 +229,11 @@ def _over_tiles(meet: Callable, state: tuple, block: tuple) -> tuple:
   def one(number: int, state: tuple) -> tuple:
     at = number * tile
     cut = lambda x, axis: lax.dynamic_slice_in_dim(x, at, tile, axis)
-    return meet(state, at, (cut(key, 2), cut(value, 2), cut(mask, 1) if mask is not None and mask.ndim == 2 else mask))
+    return meet(
+      state,
+      at,
+      (cut(key, 2), cut(value, 2), cut(mask, 1) if mask is not None and mask.ndim == 2 else mask),
+    )
 
   return lax.fori_loop(0, keys // tile, one, state)
 

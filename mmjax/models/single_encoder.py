@@ -1,4 +1,6 @@
-"""One encoder as a whole model: to embed with an imported BERT, ViT, ResNet or Swin, and to fine-tune it as a classifier."""
+"""One encoder as a whole model: to embed with an imported BERT, ViT, ResNet or Swin, and to
+fine-tune it as a classifier.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,33 @@ from mmjax.ranges import Count, Sizes, Width
 Array = jax.Array
 Probabilities = Literal["softmax", "sigmoid", "none"]
 DenseActivation = Literal["identity", "tanh", "relu", "gelu", "sigmoid", "silu"]
-DENSE_ACTIVATIONS = {"identity": jnp.asarray, "tanh": jnp.tanh, "relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False),
-                     "sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
+DENSE_ACTIVATIONS = {
+  "identity": jnp.asarray,
+  "tanh": jnp.tanh,
+  "relu": jax.nn.relu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "sigmoid": jax.nn.sigmoid,
+  "silu": jax.nn.silu,
+}
 
 
 class SingleEncoder(nn.Module):
-  """Exactly one encoder, and heads for what it was trained with. `embedding` is its pooled output, of length one.
+  """Exactly one encoder, and heads for what it was trained with. `embedding` is its pooled output,
+  of length one.
 
-  `sentence_pooling`: pools the encoder's tokens in place of its own pooling, and `dense` are layers after it, each of so many
-  channels and with a function of `dense_activations`, as sentence-transformers has them.
-  `projected`: the pooled output goes through a linear layer to `width` channels first, as CLIP's towers have it.
-  `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it has a layer norm before it.
-  `probabilities`: what makes probabilities of its logits: softmax, sigmoid (of one label, or several at once), or "none" (scores).
-  `spelling`: tokens of a CTC head on each token of the encoder, for `spell`; 0 = none. `blank`: the one that stands for none.
-  `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of DESIGN.md, {modality: {...}}.
+  `sentence_pooling`: pools the encoder's tokens in place of its own pooling, and `dense` are layers
+  after it, each of so many channels and with a function of `dense_activations`, as
+  sentence-transformers has them.
+  `projected`: the pooled output goes through a linear layer to `width` channels first, as CLIP's
+  towers have it.
+  `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it
+  has a layer norm before it.
+  `probabilities`: what makes probabilities of its logits: softmax, sigmoid (of one label, or
+  several at once), or "none" (scores).
+  `spelling`: tokens of a CTC head on each token of the encoder, for `spell`; 0 = none. `blank`: the
+  one that stands for none.
+  `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of
+  DESIGN.md, {modality: {...}}.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -55,13 +70,27 @@ class SingleEncoder(nn.Module):
 
   def setup(self) -> None:
     for modality, encoder in self.encoders.items():
-      setattr(self, modality, encoder.clone(parent=None))  # the parameters of "image" are image/..., not encoders_image/...
+      setattr(
+        self, modality, encoder.clone(parent=None)
+      )  # the parameters of "image" are image/..., not encoders_image/...
     if self.classes:
-      self.classifier = (NormedClassifier(self.classes, self.eps) if self.classifier_norm
-                         else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02)))
+      self.classifier = (
+        NormedClassifier(self.classes, self.eps)
+        if self.classifier_norm
+        else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02))
+      )
     if self.projected:
-      self.projection = Dense((self.width,), ("embed", "joint"), jnp.float32, nn.initializers.lecun_normal(), self.projection_bias)
-    self.dense_layer = [Dense((width,), ("embed", "embed_out"), jnp.float32, use_bias=self.dense_bias) for width in self.dense]
+      self.projection = Dense(
+        (self.width,),
+        ("embed", "joint"),
+        jnp.float32,
+        nn.initializers.lecun_normal(),
+        self.projection_bias,
+      )
+    self.dense_layer = [
+      Dense((width,), ("embed", "embed_out"), jnp.float32, use_bias=self.dense_bias)
+      for width in self.dense
+    ]
     if self.spelling:
       self.speller = Dense((self.spelling,), ("embed", "vocab"), jnp.float32, normal(0.02))
     if self.masked_tokens:
@@ -83,7 +112,9 @@ class SingleEncoder(nn.Module):
   def encode(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Encoded:
     """tokens [B, L, D], mask [B, L], pooled [B, D]."""
     if modality not in self.encoders:
-      raise UserError(f"the model has no encoder for {modality!r}; it has {', '.join(self.encoders)}")
+      raise UserError(
+        f"the model has no encoder for {modality!r}; it has {', '.join(self.encoders)}"
+      )
     encoded = getattr(self, modality)(batch[modality], train=train)
     if not self.sentence_pooling:
       return encoded
@@ -96,19 +127,26 @@ class SingleEncoder(nn.Module):
     """float32 [B, width] of length 1; zeros for a row where the modality is missing."""
     x = self._pooled(modality, batch, train).astype(jnp.float32)
     if x.shape[-1] != self.width:
-      raise UserError(f"model.width is {self.width}, but the encoder of {modality} gives {x.shape[-1]} channels. Set it to that")
+      raise UserError(
+        f"model.width is {self.width}, but the encoder of {modality} gives {x.shape[-1]} "
+        "channels. Set it to that"
+      )
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
   def _pooled(self, modality: str, batch: Mapping[str, Any], train: bool) -> Array:
     """[B, width]: the pooled output, projected if the model does so."""
     encoded = self.encode(modality, batch, train=train)
-    return keep_rows(self.projection(encoded.pooled), encoded.mask) if self.projected else encoded.pooled
+    return (
+      keep_rows(self.projection(encoded.pooled), encoded.mask) if self.projected else encoded.pooled
+    )
 
   def temperature(self) -> tuple[Array, Array]:
     """(1, 0), float32 scalars: a single encoder compares by the cosine itself."""
     return jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
 
-  def classify(self, modalities: tuple[str, ...], batch: Mapping[str, Any], *, train: bool = False) -> Array:
+  def classify(
+    self, modalities: tuple[str, ...], batch: Mapping[str, Any], *, train: bool = False
+  ) -> Array:
     """float32 logits [B, classes] from the pooled output."""
     if not self.classes:
       raise UserError("this model has no classifier: set model.classes")
@@ -116,18 +154,35 @@ class SingleEncoder(nn.Module):
     return self.classifier(self._pooled(modality, batch, train))
 
   def spell(self, modalities: tuple[str, ...], batch: Mapping[str, Any]) -> Array:
-    """int32 [B, L]: the likeliest token of each token of the encoder by the CTC head, `blank` where it is not real."""
+    """int32 [B, L]: the likeliest token of each token of the encoder by the CTC head, `blank` where
+    it is not real.
+    """
     (modality,) = modalities
     encoded = self.encode(modality, batch)
-    return jnp.where(encoded.mask, jnp.argmax(self.speller(encoded.tokens), axis=-1), self.blank).astype(jnp.int32)
+    return jnp.where(
+      encoded.mask, jnp.argmax(self.speller(encoded.tokens), axis=-1), self.blank
+    ).astype(jnp.int32)
 
-  def readout(self, modality: str, batch: Mapping[str, Any], *, context: tuple[str, ...] = (),
-              train: bool = False) -> tuple[Array, Array, Array]:
-    """(hidden [B, L, D], table float32 [V, D], bias float32 [V]): logits over the vocabulary = hidden table^T + bias."""
+  def readout(
+    self,
+    modality: str,
+    batch: Mapping[str, Any],
+    *,
+    context: tuple[str, ...] = (),
+    train: bool = False,
+  ) -> tuple[Array, Array, Array]:
+    """(hidden [B, L, D], table float32 [V, D], bias float32 [V]): logits over the vocabulary =
+    hidden table^T + bias.
+    """
     if not self.masked_tokens or context:
-      raise UserError("this model predicts no masked tokens" + (f" from {', '.join(context)}" if context else ": set model.masked_tokens"))
+      raise UserError(
+        "this model predicts no masked tokens"
+        + (f" from {', '.join(context)}" if context else ": set model.masked_tokens")
+      )
     table = getattr(self, modality).table()
-    hidden, bias = self.masked_head(self.encode(modality, batch, train=train).tokens, table.shape[0])
+    hidden, bias = self.masked_head(
+      self.encode(modality, batch, train=train).tokens, table.shape[0]
+    )
     return hidden, table, bias
 
 
@@ -144,7 +199,8 @@ class NormedClassifier(nn.Module):
 
 
 class MaskedTokenHead(nn.Module):
-  """Dense layer, activation, norm, and a bias for each token (Devlin et al. 2019, arXiv:1810.04805).
+  """Dense layer, activation, norm, and a bias for each token (Devlin et al. 2019,
+  arXiv:1810.04805).
 
   Call: tokens [B, L, D], vocabulary size V -> (hidden [B, L, D], bias float32 [V]).
   """
@@ -156,49 +212,103 @@ class MaskedTokenHead(nn.Module):
   def __call__(self, tokens: Array, vocab_size: int) -> tuple[Array, Array]:
     x = Dense((tokens.shape[-1],), ("embed", "mlp"), tokens.dtype, name="dense")(tokens)
     x = LayerNorm(self.eps, tokens.dtype, name="norm")(activate(self.activation, x))
-    return x, self.param("bias", with_axes(nn.initializers.zeros, ("vocab",)), (vocab_size,), jnp.float32)
+    return x, self.param(
+      "bias", with_axes(nn.initializers.zeros, ("vocab",)), (vocab_size,), jnp.float32
+    )
 
 
-def encoder(encoders: Mapping[str, nn.Module], data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 512,
-            classes: Count = 0, classifier_norm: bool = False, masked_tokens: bool = False, projection: bool = False,
-            projection_bias: bool = False, sentence_pooling: tuple = (), dense: Sizes = (), dense_activations: tuple = (),
-            dense_bias: bool = True, probabilities: Probabilities = "softmax", spelling: Count = 0,
-            blank: Count = 0) -> SingleEncoder:
+def encoder(
+  encoders: Mapping[str, nn.Module],
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 512,
+  classes: Count = 0,
+  classifier_norm: bool = False,
+  masked_tokens: bool = False,
+  projection: bool = False,
+  projection_bias: bool = False,
+  sentence_pooling: tuple = (),
+  dense: Sizes = (),
+  dense_activations: tuple = (),
+  dense_bias: bool = True,
+  probabilities: Probabilities = "softmax",
+  spelling: Count = 0,
+  blank: Count = 0,
+) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.
-  classes: outputs of a linear classifier; 0 = none. classifier_norm: a layer norm before it, as AST has.
-  probabilities: of the classifier's outputs: softmax, sigmoid (one label, or several at once) or none (they are scores).
-  masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text alone).
-  sentence_pooling: what is pooled of the tokens of a text, side by side, in place of the encoder's own pooling: class, max, mean,
-  mean_sqrt, weighted_mean, last; () = that one.
-  dense: widths of layers after it; dense_activations: of each, identity, tanh, relu, gelu, sigmoid or silu; dense_bias: they have one.
-  spelling: tokens of a CTC head on the encoder's tokens, which writes what is said in a sound; 0 = none. blank: the token for nothing.
-  projection: a linear layer from the pooled output to `width` channels; projection_bias: it has a bias.
+  classes: outputs of a linear classifier; 0 = none. classifier_norm: a layer norm before it, as AST
+  has.
+  probabilities: of the classifier's outputs: softmax, sigmoid (one label, or several at once) or
+  none (they are scores).
+  masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text
+  alone).
+  sentence_pooling: what is pooled of the tokens of a text, side by side, in place of the encoder's
+  own pooling: class, max, mean, mean_sqrt, weighted_mean, last; () = that one.
+  dense: widths of layers after it; dense_activations: of each, identity, tanh, relu, gelu, sigmoid
+  or silu; dense_bias: they have one.
+  spelling: tokens of a CTC head on the encoder's tokens, which writes what is said in a sound; 0 =
+  none. blank: the token for nothing.
+  projection: a linear layer from the pooled output to `width` channels; projection_bias: it has a
+  bias.
   """
   if len(encoders) != 1:
-    raise UserError(f"model.name 'encoder' takes exactly one encoder, but model.encoders has {', '.join(sorted(encoders)) or 'none'}")
+    raise UserError(
+      "model.name 'encoder' takes exactly one encoder, but model.encoders has "
+      f"{', '.join(sorted(encoders)) or 'none'}"
+    )
   (module,) = encoders.values()
   if masked_tokens and not hasattr(module, "table"):
     raise UserError("model.masked_tokens needs a text encoder (transformer or bert)")
   if spelling and blank >= spelling:
-    raise UserError(f"model.blank is {blank}, but model.spelling has the tokens 0 to {spelling - 1}")
+    raise UserError(
+      f"model.blank is {blank}, but model.spelling has the tokens 0 to {spelling - 1}"
+    )
   if classifier_norm and not hasattr(module, "config"):
-    raise UserError(f"model.classifier_norm needs an encoder that is a transformer, not {type(module).__name__}")
+    raise UserError(
+      f"model.classifier_norm needs an encoder that is a transformer, not {type(module).__name__}"
+    )
   _check_sentence(module, sentence_pooling, dense, dense_activations)
-  settings = dict(activation=module.config.activation, eps=module.config.eps) if masked_tokens or classifier_norm else {}
-  return SingleEncoder(dict(encoders), width, classes, masked_tokens, classifier_norm=classifier_norm,
-                       projected=projection, projection_bias=projection_bias, sentence_pooling=tuple(sentence_pooling),
-                       dense=tuple(dense), dense_activations=tuple(dense_activations), dense_bias=dense_bias,
-                       probabilities=probabilities, spelling=spelling, blank=blank, **settings)
+  settings = (
+    dict(activation=module.config.activation, eps=module.config.eps)
+    if masked_tokens or classifier_norm
+    else {}
+  )
+  return SingleEncoder(
+    dict(encoders),
+    width,
+    classes,
+    masked_tokens,
+    classifier_norm=classifier_norm,
+    projected=projection,
+    projection_bias=projection_bias,
+    sentence_pooling=tuple(sentence_pooling),
+    dense=tuple(dense),
+    dense_activations=tuple(dense_activations),
+    dense_bias=dense_bias,
+    probabilities=probabilities,
+    spelling=spelling,
+    blank=blank,
+    **settings,
+  )
 
 
-def _check_sentence(module: nn.Module, poolings: Sequence[str], dense: Sequence[int], activations: Sequence[str]) -> None:
+def _check_sentence(
+  module: nn.Module, poolings: Sequence[str], dense: Sequence[int], activations: Sequence[str]
+) -> None:
   """Raises UserError: unknown kinds, layers without a pooling, or an encoder of no text."""
-  for name, values, known in (("sentence_pooling", poolings, get_args(SentencePooling)), ("dense_activations", activations, DENSE_ACTIVATIONS)):
+  for name, values, known in (
+    ("sentence_pooling", poolings, get_args(SentencePooling)),
+    ("dense_activations", activations, DENSE_ACTIVATIONS),
+  ):
     if unknown := [value for value in values if value not in known]:
       raise UserError(f"model.{name} has {unknown[0]!r}; there are: {', '.join(known)}")
   if (dense and not poolings) or len(dense) != len(activations):
-    raise UserError(f"model.dense is {tuple(dense)}, which needs model.sentence_pooling and as many model.dense_activations")
+    raise UserError(
+      f"model.dense is {tuple(dense)}, which needs model.sentence_pooling and as many "
+      "model.dense_activations"
+    )
   if poolings and not hasattr(module, "table"):
     raise UserError("model.sentence_pooling needs a text encoder")

@@ -1,8 +1,11 @@
-"""Objectives: pure functions of (forward, batch, rng) that return sums and weights; only training/step.py divides.
+"""Objectives: pure functions of (forward, batch, rng) that return sums and weights; only
+training/step.py divides.
 
-An objective is a function `name(forward, batch, rng, *, settings...) -> Losses`. `forward(method, *args)` applies a method
-of the model to the batch; it is memoised, so objectives share work. Its attribute `couples_examples` says whether the
-loss of one example depends on the others: then microbatches go through the exact two-pass embedding cache. `mixup` says where
+An objective is a function `name(forward, batch, rng, *, settings...) -> Losses`. `forward(method,
+*args)` applies a method of the model to the batch; it is memoised, so objectives share work. Its
+attribute `couples_examples` says whether the
+loss of one example depends on the others: then microbatches go through the exact two-pass embedding
+cache. `mixup` says where
 it is sound on pictures that train.mixup blended: what it asks for must then follow the blend.
 """
 
@@ -14,19 +17,23 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-# "loss" and metrics: (sum, weight), float32 scalars. "opponent", where an objective names a `group` of config.optimizers: the loss
-# that this group minimises; the config's `weight` is a factor of "loss" alone. Neither may move the other's parameters.
+# "loss" and metrics: (sum, weight), float32 scalars. "opponent", where an objective names a `group`
+# of config.optimizers: the loss that this group minimises; the config's `weight` is a factor of
+# "loss" alone. Neither may move the other's parameters.
 Losses = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Forward(Protocol):
-  """forward("embedding", "image") applies that method to the batch; `batch=` gives another view of it.
+  """forward("embedding", "image") applies that method to the batch; `batch=` gives another view of
+  it.
 
-  `fixed=GROUP`: parameters of that group of config.optimizers are constants. `teacher(DIR, method, ...)`: the same of another
-  checkpoint's model, a constant.
+  `fixed=GROUP`: parameters of that group of config.optimizers are constants. `teacher(DIR, method,
+  ...)`: the same of another checkpoint's model, a constant.
   """
 
-  def __call__(self, method: str, *args: Any, batch: dict | None = None, fixed: str = "", **kwargs: Any) -> Any: ...
+  def __call__(
+    self, method: str, *args: Any, batch: dict | None = None, fixed: str = "", **kwargs: Any
+  ) -> Any: ...
 
   def teacher(self, path: str, method: str, *args: Any, batch: dict | None = None) -> Any: ...
 
@@ -34,8 +41,13 @@ class Forward(Protocol):
 Mixup = Literal["always", "alone", "never"]
 
 
-def objective(*, couples_examples: bool, mixup: Mixup = "never") -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:
-  """Marks a function as an objective. mixup: it is sound on blended pictures always, where it reads nothing beside them, or never."""
+def objective(
+  *, couples_examples: bool, mixup: Mixup = "never"
+) -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:
+  """Marks a function as an objective. mixup: it is sound on blended pictures always, where it reads
+  nothing beside them, or never.
+  """
+
   def mark(function: Callable[..., Losses]) -> Callable[..., Losses]:
     function.couples_examples, function.mixup = couples_examples, mixup
     return function
@@ -44,16 +56,20 @@ def objective(*, couples_examples: bool, mixup: Mixup = "never") -> Callable[[Ca
 
 
 def is_highest(logits: jax.Array, index: jax.Array) -> jax.Array:
-  """bool [...]: whether entry `index` [...] of the last axis of `logits` is above all others. A tie is none: a model that tells
-  nothing apart is never right."""
+  """bool [...]: whether entry `index` [...] of the last axis of `logits` is above all others. A tie
+  is none: a model that tells nothing apart is never right."""
   here = jnp.arange(logits.shape[-1]) == index[..., None]
   return jnp.where(here, logits, -jnp.inf).max(-1) > jnp.where(here, -jnp.inf, logits).max(-1)
 
 
 def counted(batch: dict, *, every: tuple = (), some: tuple = ()) -> jax.Array:
-  """bool [B]: rows that are valid, have all modalities of `every`, and at least one of `some` (where it names any)."""
+  """bool [B]: rows that are valid, have all modalities of `every`, and at least one of `some`
+  (where it names any).
+  """
   size = jax.tree.leaves(batch)[0].shape[0]
-  has = lambda m: batch[m]["present"].reshape(size, -1).any(-1) if "present" in batch[m] else jnp.ones(size, bool)
+  has = lambda m: (
+    batch[m]["present"].reshape(size, -1).any(-1) if "present" in batch[m] else jnp.ones(size, bool)
+  )
   rows = batch.get("valid", jnp.ones(size, bool))
   for modality in every:
     rows &= has(modality)

@@ -11,18 +11,28 @@ Array = jax.Array
 
 
 @objective(couples_examples=False, mixup="always")
-def modality_adversary(forward: Forward, batch: dict, rng: Array, *, between: tuple = ("image", "text"),
-                       group: str = "adversary") -> Losses:
-  """The minimax game of Ganin and Lempitsky 2015 (arXiv:1409.7495, equation 1) over modalities in the place of domains.
+def modality_adversary(
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  between: tuple = ("image", "text"),
+  group: str = "adversary",
+) -> Losses:
+  """The minimax game of Ganin and Lempitsky 2015 (arXiv:1409.7495, equation 1) over modalities in
+  the place of domains.
 
-  The model's discriminator (model.discriminator, parameters discriminator/...) names the modality of each embedding; its cross-
-  entropy in nats is "opponent", which moves nothing but the group's parameters. "loss" is minus the same cross-entropy and moves
-  the encoders: times the config's `weight`, their gradient is that of a gradient reversal layer of this strength. Both updates
-  are made in the same step, each by its own optimizer: c.optimizers.adversary = dict(name="adamw", params=r"discriminator/.*").
+  The model's discriminator (model.discriminator, parameters discriminator/...) names the modality
+  of each embedding; its cross- entropy in nats is "opponent", which moves nothing but the group's
+  parameters. "loss" is minus the same cross-entropy and moves
+  the encoders: times the config's `weight`, their gradient is that of a gradient reversal layer of
+  this strength. Both updates
+  are made in the same step, each by its own optimizer: c.optimizers.adversary = dict(name="adamw",
+  params=r"discriminator/.*").
 
   between: the modalities. group: that of the discriminator.
-  Rows count for each of the modalities that they have. Returns "accuracy" of the discriminator; aligned
-  spaces bring it down to 1 / modalities.
+  Rows count for each of the modalities that they have. Returns "accuracy" of the discriminator;
+  aligned spaces bring it down to 1 / modalities.
   """
   between = tuple(between)
   fool = opponent = right = weight = jnp.zeros((), jnp.float32)

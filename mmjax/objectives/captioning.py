@@ -1,4 +1,6 @@
-"""Text word by word: captions of a source (image, audio, ...) by a cross-attending decoder, and plain language modelling."""
+"""Text word by word: captions of a source (image, audio, ...) by a cross-attending decoder, and
+plain language modelling.
+"""
 
 from __future__ import annotations
 
@@ -18,48 +20,82 @@ Array = jax.Array
 
 
 @objective(couples_examples=False)
-def captioning(forward: Forward, batch: dict, rng: Array, *, source: tuple = ("image",), label_smoothing: Dropout = 0.0,
-               ctc: NonNegative = 0.0, eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",), when="ctc")] = -1,
-               blank: Annotated[TokenId, Special(("pad",), needed=("pad",), when="ctc", warns=False)] = -1) -> Losses:
-  """Cross-entropy of each token of the text given the source and the tokens before it (Vinyals et al. 2015, arXiv:1411.4555,
-  equation 2; the captioning loss of CoCa, Yu et al. 2022, arXiv:2205.01917, equation 2).
+def captioning(
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  source: tuple = ("image",),
+  label_smoothing: Dropout = 0.0,
+  ctc: NonNegative = 0.0,
+  eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",), when="ctc")] = -1,
+  blank: Annotated[TokenId, Special(("pad",), needed=("pad",), when="ctc", warns=False)] = -1,
+) -> Losses:
+  """Cross-entropy of each token of the text given the source and the tokens before it (Vinyals et
+  al. 2015, arXiv:1411.4555, equation 2; the captioning loss of CoCa, Yu et al. 2022,
+  arXiv:2205.01917, equation 2).
 
-  source: modalities that the decoder attends to. label_smoothing: share of the target that is spread over the vocabulary.
-  ctc: what the decoder attends to spells the text too, by the decoder's table, and this many times that loss is added (Watanabe et
-  al. 2017, hybrid CTC/attention): for speech, whose order is that of its text. eos_id: the end, which nobody says; -1 = the
-  tokenizer's. blank: the token that stands for no token; -1 = the tokenizer's <pad>.
-  Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is a mean over real tokens,
-  <eos> among them. "accuracy": share of tokens that are the likeliest one; "sequence_accuracy": share of texts where all are,
-  each given the true tokens before it; with `ctc` also "ctc", that loss a token. Rows with `valid` False, or without the source or the
-  text, do not count; for "ctc" neither do those whose source has fewer tokens than the text. Raises UserError: ctc without a source, an end or a blank.
+  source: modalities that the decoder attends to. label_smoothing: share of the target that is
+  spread over the vocabulary.
+  ctc: what the decoder attends to spells the text too, by the decoder's table, and this many times
+  that loss is added (Watanabe et al. 2017, hybrid CTC/attention): for speech, whose order is that
+  of its text. eos_id: the end, which nobody says; -1 = the tokenizer's. blank: the token that
+  stands for no token; -1 = the tokenizer's <pad>.
+  Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is
+  a mean over real tokens, <eos> among them. "accuracy": share of tokens that are the likeliest one;
+  "sequence_accuracy": share of texts where all are, each given the true tokens before it; with
+  `ctc` also "ctc", that loss a token. Rows with `valid` False, or without the source or the text,
+  do not count; for "ctc" neither do those whose source has fewer tokens than the text. Raises
+  UserError: ctc without a source, an end or a blank.
   """
   if ctc and not source:
-    raise UserError("captioning: ctc spells a text from its source, but `source` names none. Name one, or set ctc to 0")
+    raise UserError(
+      "captioning: ctc spells a text from its source, but `source` names none. Name one, or set "
+      "ctc to 0"
+    )
   if ctc and min(eos_id, blank) < 0:
-    raise UserError(f"captioning: ctc needs an end and a blank, but eos_id is {eos_id} and blank {blank}. Name tokens for them")
+    raise UserError(
+      f"captioning: ctc needs an end and a blank, but eos_id is {eos_id} and blank {blank}. Name "
+      "tokens for them"
+    )
   hidden, table, *spelled = forward("transcribe" if ctc else "decode", tuple(source))
   rows, length, width = hidden.shape
   text = batch["text"]
   counted = jnp.repeat(_counted(batch, (*source, "text")), rows // text["tokens"].shape[0])
   real = text["mask"].reshape(rows, length) & counted[:, None]
   targets = jnp.where(real, text["tokens"].reshape(rows, length), -1)
-  loss, right = row_cross_entropy(hidden.reshape(-1, width), table, targets.reshape(-1), label_smoothing=label_smoothing)
+  loss, right = row_cross_entropy(
+    hidden.reshape(-1, width), table, targets.reshape(-1), label_smoothing=label_smoothing
+  )
   weight = lambda x: x.sum(dtype=jnp.float32)
   some = real.any(-1)
   whole = (right.reshape(rows, length) | ~real).all(-1) & some
-  out = {"accuracy": (weight(right), weight(real)), "sequence_accuracy": (weight(whole), weight(some))}
+  out = {
+    "accuracy": (weight(right), weight(real)),
+    "sequence_accuracy": (weight(whole), weight(some)),
+  }
   if not ctc:
     return {"loss": (loss, weight(real)), **out}
   frames, heard = spelled
   tokens = text["tokens"].reshape(rows, length)
   said = real & (tokens != eos_id)
-  alignment, aligned = alignment_loss(frames, heard & counted[:, None], table, tokens, said, blank=blank)
-  return {"loss": (loss + ctc * alignment, weight(real)), "ctc": (alignment, weight(said & aligned[:, None])), **out}
+  alignment, aligned = alignment_loss(
+    frames, heard & counted[:, None], table, tokens, said, blank=blank
+  )
+  return {
+    "loss": (loss + ctc * alignment, weight(real)),
+    "ctc": (alignment, weight(said & aligned[:, None])),
+    **out,
+  }
 
 
 @objective(couples_examples=False)
-def autoregressive(forward: Forward, batch: dict, rng: Array, *, source: tuple = (), label_smoothing: Dropout = 0.0) -> Losses:
-  """Language modelling: cross-entropy of each token given those before it (Bengio et al. 2003). See `captioning`."""
+def autoregressive(
+  forward: Forward, batch: dict, rng: Array, *, source: tuple = (), label_smoothing: Dropout = 0.0
+) -> Losses:
+  """Language modelling: cross-entropy of each token given those before it (Bengio et al. 2003). See
+  `captioning`.
+  """
   return captioning(forward, batch, rng, source=source, label_smoothing=label_smoothing)
 
 

@@ -1,4 +1,6 @@
-"""Classes: of one modality or of several that a model fuses (visual question answering with a closed set of answers too)."""
+"""Classes: of one modality or of several that a model fuses (visual question answering with a
+closed set of answers too).
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,28 @@ Array = jax.Array
 
 
 @objective(couples_examples=False, mixup="alone")
-def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tuple = ("image",), label_smoothing: Dropout = 0.0) -> Losses:
+def classification(
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  modalities: tuple = ("image",),
+  label_smoothing: Dropout = 0.0,
+) -> Losses:
   """Cross-entropy of the classes given the modalities.
 
-  One label a row, batch["label"] int32 [B] (-1 = none), or [B, K] for K texts a row: softmax, in nats. Targets are (1 - e)
-  onehot + e / classes for label smoothing e (Szegedy et al. 2016, arXiv:1512.00567, section 7). Any number of labels, bool
-  [B, classes]: the sum of sigmoid cross-entropies over the classes, targets smoothed towards 1/2.
-  Mixup (Zhang et al. 2018, arXiv:1710.09412): where a modality was mixed, `mix_weight` float32 [B] of it is the row's own label
-  and the rest that of the row mixed in, `mix_label`; an unlabelled one of the two does not count, the other with its share.
+  One label a row, batch["label"] int32 [B] (-1 = none), or [B, K] for K texts a row: softmax, in
+  nats. Targets are (1 - e) onehot + e / classes for label smoothing e (Szegedy et al. 2016,
+  arXiv:1512.00567, section 7). Any number of labels, bool [B, classes]: the sum of sigmoid
+  cross-entropies over the classes, targets smoothed towards 1/2.
+  Mixup (Zhang et al. 2018, arXiv:1710.09412): where a modality was mixed, `mix_weight` float32 [B]
+  of it is the row's own label and the rest that of the row mixed in, `mix_label`; an unlabelled one
+  of the two does not count, the other with its share.
 
-  modalities: what is classified. label_smoothing: e. Rows with `valid` False, or without any of the modalities, do not count.
-  Returns "accuracy": share of rows whose (own) label is likelier than any other class; of single labels with several a row.
+  modalities: what is classified. label_smoothing: e. Rows with `valid` False, or without any of the
+  modalities, do not count.
+  Returns "accuracy": share of rows whose (own) label is likelier than any other class; of single
+  labels with several a row.
   """
   modalities = tuple(modalities)
   logits = forward("classify", modalities).astype(jnp.float32)
@@ -30,7 +43,13 @@ def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tup
   times = logits.shape[0] // batch["label"].shape[0]
   each = lambda x: jnp.repeat(x, times) if x.ndim == 1 else x.reshape(logits.shape[0], *x.shape[2:])
   rows = _rows(batch, modalities, times)
-  label = batch["label"] if several else each(batch["label"]) if batch["label"].ndim == 2 else batch["label"]
+  label = (
+    batch["label"]
+    if several
+    else each(batch["label"])
+    if batch["label"].ndim == 2
+    else batch["label"]
+  )
   sides = [(label, jnp.ones(logits.shape[0], jnp.float32))]
   for modality in modalities:
     if "mix_label" in batch[modality]:
@@ -48,11 +67,16 @@ def classification(forward: Forward, batch: dict, rng: Array, *, modalities: tup
     counts = rows
   else:
     right, counts = is_highest(logits, label), rows & (label >= 0)
-  return {"loss": (total, weights), "accuracy": (jnp.where(counts, right, 0).sum(dtype=jnp.float32), counts.sum(dtype=jnp.float32))}
+  return {
+    "loss": (total, weights),
+    "accuracy": (jnp.where(counts, right, 0).sum(dtype=jnp.float32), counts.sum(dtype=jnp.float32)),
+  }
 
 
 def _rows(batch: dict, modalities: tuple, times: int) -> Array:
-  """bool [B * times]: rows that count. With several texts a row, `text.present` may be of each text."""
+  """bool [B * times]: rows that count. With several texts a row, `text.present` may be of each
+  text.
+  """
   rows = jnp.repeat(counted(batch, some=modalities), times)
   present = batch["text"].get("present") if "text" in modalities else None
   if present is not None and present.ndim == 2 and modalities == ("text",):

@@ -1,7 +1,9 @@
-"""Contrastive losses over the global batch: softmax InfoNCE and pairwise sigmoid, in blocks that travel a ring.
+"""Contrastive losses over the global batch: softmax InfoNCE and pairwise sigmoid, in blocks that
+travel a ring.
 
-Both are written once, for one device and for a pod: `parallel.collectives` brings rows and columns together tile by tile,
-and the backward pass computes each tile again from a few numbers a row, so the matrix of similarities never exists.
+Both are written once, for one device and for a pod: `parallel.collectives` brings rows and columns
+together tile by tile, and the backward pass computes each tile again from a few numbers a row, so
+the matrix of similarities never exists.
 """
 
 from __future__ import annotations
@@ -21,27 +23,38 @@ _LOW = -1e30  # logit of a pair that does not count; finite, so that differences
 
 
 @objective(couples_examples=True, mixup="always")
-def contrastive(forward: Forward, batch: dict, rng: Array, *, between: tuple = ("image", "text"),
-                loss: Literal["softmax", "sigmoid"] = "softmax", chunk: Size = 8) -> Losses:
-  """Pulls the two sides of an example together and pushes different examples apart, over the global batch.
+def contrastive(
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  between: tuple = ("image", "text"),
+  loss: Literal["softmax", "sigmoid"] = "softmax",
+  chunk: Size = 8,
+) -> Losses:
+  """Pulls the two sides of an example together and pushes different examples apart, over the global
+  batch.
 
-  With embeddings x_i, y_j [B, D] of the two modalities in `between`, s_ij = x_i . y_j and positives P_ij in [0, 1]:
+  With embeddings x_i, y_j [B, D] of the two modalities in `between`, s_ij = x_i . y_j and positives
+  P_ij in [0, 1]:
 
-  softmax (InfoNCE both ways; Radford et al. 2021, arXiv:2103.00020; several positives as in Khosla et al. 2020,
-  arXiv:2004.11362, L_out): l_ij = scale s_ij; the loss of example i is the mean of two cross-entropies,
+  softmax (InfoNCE both ways; Radford et al. 2021, arXiv:2103.00020; several positives as in Khosla
+  et al. 2020, arXiv:2004.11362, L_out): l_ij = scale s_ij; the loss of example i is the mean of two
+  cross-entropies,
     1/2 [ log sum_j exp l_ij - sum_j P_ij l_ij / sum_j P_ij ]  (row i)  +  1/2 [ log sum_k exp l_ki - sum_k P_ki l_ki / sum_k P_ki ].
   sigmoid (Zhai et al. 2023, arXiv:2303.15343): l_ij = scale s_ij + bias; the loss of example i is
     sum_j P_ij softplus(-l_ij) + (1 - P_ij) softplus(l_ij).
 
-  P_ij = 1 where i = j, where `<modality>.key` uint32 [B, 2] of a modality in `between` is equal (the same caption, the
-  identical picture), else 0. Mixup: where row i of a modality was mixed from w of itself (`<modality>.mix_weight` float32
-  [B]) and 1 - w of row m (`mix_row` int32 [B]), P_ij = w P'_ij + (1 - w) P'_mj with P' as above; likewise for columns.
+  P_ij = 1 where i = j, where `<modality>.key` uint32 [B, 2] of a modality in `between` is equal
+  (the same caption, the identical picture), else 0. Mixup: where row i of a modality was mixed from
+  w of itself (`<modality>.mix_weight` float32 [B]) and 1 - w of row m (`mix_row` int32 [B]), P_ij =
+  w P'_ij + (1 - w) P'_mj with P' as above; likewise for columns.
   Rows with `valid` or `<modality>.present` False count neither as rows nor as columns.
 
-  chunk: neighbouring devices whose blocks are gathered before the ring moves on (cut to a divisor of the devices); more
-  is fewer hops and more memory, and the same numbers up to rounding.
-  Returns: sums over the examples, weight = how many count; "accuracy" = share of rows of the first modality that have
-  a positive nearer than every other column.
+  chunk: neighbouring devices whose blocks are gathered before the ring moves on (cut to a divisor
+  of the devices); more is fewer hops and more memory, and the same numbers up to rounding.
+  Returns: sums over the examples, weight = how many count; "accuracy" = share of rows of the first
+  modality that have a positive nearer than every other column.
   """
   first, second = between
   x, y = forward("embedding", first), forward("embedding", second)
@@ -54,15 +67,17 @@ def contrastive(forward: Forward, batch: dict, rng: Array, *, between: tuple = (
 
 
 class Labels(NamedTuple):
-  """Who a row is: names uint32 [B, V, N] (its index, then two words a key) of each of the V rows it was mixed from, and
-  weights float32 [B, V]; zero weights where the row does not count."""
+  """Who a row is: names uint32 [B, V, N] (its index, then two words a key) of each of the V rows it
+  was mixed from, and weights float32 [B, V]; zero weights where the row does not count."""
 
   names: Array
   weights: Array
 
 
 def labels_of(batch: dict, between: tuple, side: str, valid: Array) -> Labels:
-  """Who the rows of modality `side` are, by their place and by the keys of every modality in `between`."""
+  """Who the rows of modality `side` are, by their place and by the keys of every modality in
+  `between`.
+  """
   size = valid.shape[0]
   names = [jnp.arange(size, dtype=jnp.uint32)[:, None]]
   names += [batch[m]["key"].astype(jnp.uint32) for m in dict.fromkeys(between) if "key" in batch[m]]
@@ -74,21 +89,51 @@ def labels_of(batch: dict, between: tuple, side: str, valid: Array) -> Labels:
   return Labels(both, jnp.stack([weight, 1 - weight], axis=1) * valid[:, None])
 
 
-# -- The two losses, with their derivatives -------------------------------------------------------------------------------
+# -- The two losses, with their derivatives --------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pairwise(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
-  """(sum of the loss, rows that have a positive nearer than any other column) of x, y float32 [B, D], scalars, and Labels of both."""
+def _pairwise(
+  loss: str,
+  ring: Ring,
+  x: Array,
+  y: Array,
+  scale: Array,
+  bias: Array,
+  rows: Labels,
+  columns: Labels,
+) -> tuple:
+  """(sum of the loss, rows that have a positive nearer than any other column) of x, y float32 [B,
+  D], scalars, and Labels of both.
+  """
   return _forward(loss, ring, x, y, scale, bias, rows, columns)[0]
 
 
-def _forward(loss: str, ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
+def _forward(
+  loss: str,
+  ring: Ring,
+  x: Array,
+  y: Array,
+  scale: Array,
+  bias: Array,
+  rows: Labels,
+  columns: Labels,
+) -> tuple:
   if loss == "softmax":
-    function = per_device(ring, functools.partial(_softmax_sums, ring), (False, False, True, False, False), (True, True, False, False, False))
+    function = per_device(
+      ring,
+      functools.partial(_softmax_sums, ring),
+      (False, False, True, False, False),
+      (True, True, False, False, False),
+    )
     total, hits, y, row_norms, column_norms = function(x, y, scale, rows, columns)
     return (total, hits), (x, y, scale, bias, rows, columns, row_norms, column_norms)
-  function = per_device(ring, functools.partial(_sigmoid_sums, ring), (False, False, True, True, False, False), (True, True, False))
+  function = per_device(
+    ring,
+    functools.partial(_sigmoid_sums, ring),
+    (False, False, True, True, False, False),
+    (True, True, False),
+  )
   total, hits, y = function(x, y, scale, bias, rows, columns)
   return (total, hits), (x, y, scale, bias, rows, columns)
 
@@ -97,12 +142,27 @@ def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
   pull = cotangents[0]  # of the loss; the hits of the accuracy have no derivative
   if loss == "softmax":
     x, y, scale, bias, rows, columns, row_norms, column_norms = saved
-    function = per_device(ring, functools.partial(_softmax_gradients, ring), (True, False, False, True, False, False, False, False),
-                          (False, False, True))
+    function = per_device(
+      ring,
+      functools.partial(_softmax_gradients, ring),
+      (True, False, False, True, False, False, False, False),
+      (False, False, True),
+    )
     dx, dy, dscale = function(pull, x, y, scale, rows, columns, row_norms, column_norms)
-    return dx, dy, dscale, jnp.zeros_like(bias), None, None  # adding a constant to every logit changes nothing
-  function = per_device(ring, functools.partial(_sigmoid_gradients, ring), (True, False, False, True, True, False, False),
-                        (False, False, True, True))
+    return (
+      dx,
+      dy,
+      dscale,
+      jnp.zeros_like(bias),
+      None,
+      None,
+    )  # adding a constant to every logit changes nothing
+  function = per_device(
+    ring,
+    functools.partial(_sigmoid_gradients, ring),
+    (True, False, False, True, True, False, False),
+    (False, False, True, True),
+  )
   return *function(pull, *saved), None, None
 
 
@@ -110,7 +170,9 @@ _pairwise.defvjp(_forward, _backward)
 
 
 class Norms(NamedTuple):
-  """What softmax keeps of a row: the largest logit, sum of exp(logit - largest), sum of P and of P * logit, [B] each."""
+  """What softmax keeps of a row: the largest logit, sum of exp(logit - largest), sum of P and of P
+  * logit, [B] each.
+  """
 
   largest: Array
   total: Array
@@ -118,21 +180,34 @@ class Norms(NamedTuple):
   positive_logits: Array
 
 
-def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels) -> tuple:
+def _softmax_sums(
+  ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels
+) -> tuple:
   size = x.shape[0]
 
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: Norms) -> tuple:
     logits, positives = _logits(rows, columns, scale), positives_of(rows[1], columns[1])
-    return ((_merge(row_sums[0], _norms(logits, positives, 1)), *_nearest(logits, positives, *row_sums[1:])),
-            _merge(column_sums, _norms(logits, positives, 0)))
+    return (
+      (
+        _merge(row_sums[0], _norms(logits, positives, 1)),
+        *_nearest(logits, positives, *row_sums[1:]),
+      ),
+      _merge(column_sums, _norms(logits, positives, 0)),
+    )
 
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
   start = Norms(zeros + _LOW, zeros, zeros, zeros)
-  (row, nearest, rival), column, (home, _) = ring.visit(tile, rows, columns, (start, zeros + _LOW, zeros + _LOW), start)
+  (row, nearest, rival), column, (home, _) = ring.visit(
+    tile, rows, columns, (start, zeros + _LOW, zeros + _LOW), start
+  )
   largest = ring.group_max(column.largest)
-  column = column._replace(largest=ring.own(largest), total=ring.scatter_sum(column.total * jnp.exp(column.largest - largest)),
-                           positive=ring.scatter_sum(column.positive), positive_logits=ring.scatter_sum(column.positive_logits))
+  column = column._replace(
+    largest=ring.own(largest),
+    total=ring.scatter_sum(column.total * jnp.exp(column.largest - largest)),
+    positive=ring.scatter_sum(column.positive),
+    positive_logits=ring.scatter_sum(column.positive_logits),
+  )
   total = 0.5 * (_cross_entropy(row).sum() + _cross_entropy(column).sum())
   hits = jnp.where(_counts(rows[1]) & (nearest > rival), 1.0, 0.0).sum()
   total, hits = ring.total((total, hits))
@@ -140,20 +215,39 @@ def _softmax_sums(ring: Ring, x: Array, y: Array, scale: Array, rows: Labels, co
   return total, hits, home[:size], row, column
 
 
-def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, rows: Labels, columns: Labels,
-                       row_norms: Norms, column_norms: Norms) -> tuple:
+def _softmax_gradients(
+  ring: Ring,
+  pull: Array,
+  x: Array,
+  y: Array,
+  scale: Array,
+  rows: Labels,
+  columns: Labels,
+  row_norms: Norms,
+  column_norms: Norms,
+) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
     logits, positives = _logits(rows, columns, scale), positives_of(rows[1], columns[1])
-    (row_largest, row_share, row_pull), (column_largest, column_share, column_pull) = rows[2], columns[2]
+    (row_largest, row_share, row_pull), (column_largest, column_share, column_pull) = (
+      rows[2],
+      columns[2],
+    )
     # d loss / d logits: the two softmaxes less the two target distributions.
-    push = (jnp.exp(logits - row_largest[:, None]) * row_share[:, None] +
-            jnp.exp(logits - column_largest[None]) * column_share[None])
-    return _add_gradients(push - positives * (row_pull[:, None] + column_pull[None]), scale, rows, columns, row_sums, dy)
+    push = (
+      jnp.exp(logits - row_largest[:, None]) * row_share[:, None]
+      + jnp.exp(logits - column_largest[None]) * column_share[None]
+    )
+    return _add_gradients(
+      push - positives * (row_pull[:, None] + column_pull[None]), scale, rows, columns, row_sums, dy
+    )
 
   def shares(norms: Norms) -> tuple:
     counts = norms.positive > 0
-    return (norms.largest, jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.total, 1), 0),
-            jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.positive, 1), 0))
+    return (
+      norms.largest,
+      jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.total, 1), 0),
+      jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.positive, 1), 0),
+    )
 
   rows = pad_rows((_where(rows, x), rows, shares(row_norms)))
   columns = pad_rows((y, columns, shares(column_norms)))
@@ -161,26 +255,47 @@ def _softmax_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array
   return dx, dy, dscale
 
 
-def _sigmoid_sums(ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels) -> tuple:
+def _sigmoid_sums(
+  ring: Ring, x: Array, y: Array, scale: Array, bias: Array, rows: Labels, columns: Labels
+) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, column_sums: tuple) -> tuple:
     total, *nearest = row_sums
     logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
     share = jnp.minimum(positives, 1)
-    losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)  # no counting pair: 0 * 1e30 + 1 * 0
+    losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(
+      logits
+    )  # no counting pair: 0 * 1e30 + 1 * 0
     return (total + losses.sum(1), *_nearest(logits, positives, *nearest)), column_sums
 
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
-  (total, nearest, rival), _, (home, _) = ring.visit(tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ())
+  (total, nearest, rival), _, (home, _) = ring.visit(
+    tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ()
+  )
   hits = jnp.where(_counts(rows[1]) & (nearest > rival), 1.0, 0.0).sum()
-  return *ring.total((total.sum(), hits)), home[:x.shape[0]]
+  return *ring.total((total.sum(), hits)), home[: x.shape[0]]
 
 
-def _sigmoid_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array, bias: Array, rows: Labels,
-                       columns: Labels) -> tuple:
+def _sigmoid_gradients(
+  ring: Ring,
+  pull: Array,
+  x: Array,
+  y: Array,
+  scale: Array,
+  bias: Array,
+  rows: Labels,
+  columns: Labels,
+) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
     logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
-    return _add_gradients(pull * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)), scale, rows, columns, row_sums, dy)
+    return _add_gradients(
+      pull * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)),
+      scale,
+      rows,
+      columns,
+      row_sums,
+      dy,
+    )
 
   rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((y, columns))
   return _gradients(ring, tile, rows, columns, x.shape[0])
@@ -189,19 +304,27 @@ def _sigmoid_gradients(ring: Ring, pull: Array, x: Array, y: Array, scale: Array
 def _gradients(ring: Ring, tile: Any, rows: tuple, columns: tuple, size: int) -> tuple:
   """(dx, dy, dscale, dbias) of `size` rows, from a tile that calls `_add_gradients`."""
   zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
-  (dx, dscale, dbias), dy, _ = ring.visit(tile, rows, columns, (jnp.zeros_like(rows[0]), zeros, zeros), jnp.zeros_like(columns[0]))
+  (dx, dscale, dbias), dy, _ = ring.visit(
+    tile, rows, columns, (jnp.zeros_like(rows[0]), zeros, zeros), jnp.zeros_like(columns[0])
+  )
   return dx[:size], ring.scatter_sum(dy)[:size], *ring.total((dscale.sum(), dbias.sum()))
 
 
-def _add_gradients(gradient: Array, scale: Array, rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
-  """Adds what d loss / d logits [b, c] of one tile gives to dx, dscale and dbias (by row), and dy."""
+def _add_gradients(
+  gradient: Array, scale: Array, rows: tuple, columns: tuple, row_sums: tuple, dy: Array
+) -> tuple:
+  """Adds what d loss / d logits [b, c] of one tile gives to dx, dscale and dbias (by row), and
+  dy.
+  """
   dx, dscale, dbias = row_sums
   along = _matmul(gradient, columns[0])
-  return ((dx + scale * along, dscale + (along * rows[0]).sum(1), dbias + gradient.sum(1)),
-          dy + scale * _matmul(gradient.T, rows[0]))
+  return (
+    (dx + scale * along, dscale + (along * rows[0]).sum(1), dbias + gradient.sum(1)),
+    dy + scale * _matmul(gradient.T, rows[0]),
+  )
 
 
-# -- One tile -------------------------------------------------------------------------------------------------------------
+# -- One tile --------------------------------------------------------------------------------------
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -237,9 +360,14 @@ def positives_of(rows: Labels, columns: Labels) -> Array:
 
 
 def _nearest(logits: Array, positives: Array, nearest: Array, rival: Array) -> tuple[Array, Array]:
-  """The largest logits of a positive and of another column so far, [b] each. A tie of the two is no hit."""
+  """The largest logits of a positive and of another column so far, [b] each. A tie of the two is no
+  hit.
+  """
   positive = positives > 0
-  return (jnp.maximum(nearest, jnp.where(positive, logits, _LOW).max(1)), jnp.maximum(rival, jnp.where(positive, _LOW, logits).max(1)))
+  return (
+    jnp.maximum(nearest, jnp.where(positive, logits, _LOW).max(1)),
+    jnp.maximum(rival, jnp.where(positive, _LOW, logits).max(1)),
+  )
 
 
 def _norms(logits: Array, positives: Array, axis: int) -> Norms:

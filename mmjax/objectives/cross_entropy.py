@@ -1,7 +1,8 @@
-"""Cross-entropy over a vocabulary in chunks of rows: the matrix of logits [N, V] never exists at once.
+"""Cross-entropy over a vocabulary in chunks of rows: the matrix of logits [N, V] never exists at
+once.
 
-Where a gradient is wanted, each chunk's share of it is computed as soon as its logits are there, so that a logit is computed
-once and forgotten (Liger, Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+Where a gradient is wanted, each chunk's share of it is computed as soon as its logits are there, so
+that a logit is computed once and forgotten (Liger, Hsu et al. 2024, arXiv:2410.10989, section 3.2).
 """
 
 from __future__ import annotations
@@ -22,34 +23,60 @@ LOGITS = 2**23  # of a device's chunk where the caller names no size: 32 MiB in 
 LEAST = 256  # rows of a chunk, below which reading the table costs more than the product
 
 
-def token_cross_entropy(hidden: Array, table: Array, targets: Array, *, bias: Array | None = None,
-                        label_smoothing: float = 0.0, chunk: int = 0) -> tuple[Array, Array, Array]:
-  """(sum of the loss, rows that count, rows whose target has the highest logit, alone), float32 scalars.
+def token_cross_entropy(
+  hidden: Array,
+  table: Array,
+  targets: Array,
+  *,
+  bias: Array | None = None,
+  label_smoothing: float = 0.0,
+  chunk: int = 0,
+) -> tuple[Array, Array, Array]:
+  """(sum of the loss, rows that count, rows whose target has the highest logit, alone), float32
+  scalars.
 
-  hidden [N, D], table [V, D], targets int32 [N] (-1 = the row does not count, whatever it holds), bias [V] or None.
-  logits = hidden table^T + bias; the loss of a row is -sum_v q_v log softmax(logits)_v in nats, with q = (1 - e) onehot(target)
-  + e / V for label smoothing e (Szegedy et al. 2016, arXiv:1512.00567, section 7). Products in the dtype of `hidden`, sums in float32.
-  chunk: rows of a device whose logits are held at once; 0 = by size. Rows split over the batch and context axes and a table split along V
-  stay where they are. Only the loss has a derivative.
+  hidden [N, D], table [V, D], targets int32 [N] (-1 = the row does not count, whatever it holds),
+  bias [V] or None.
+  logits = hidden table^T + bias; the loss of a row is -sum_v q_v log softmax(logits)_v in nats,
+  with q = (1 - e) onehot(target) + e / V for label smoothing e (Szegedy et al. 2016,
+  arXiv:1512.00567, section 7). Products in the dtype of `hidden`, sums in float32.
+  chunk: rows of a device whose logits are held at once; 0 = by size. Rows split over the batch and
+  context axes and a table split along V stay where they are. Only the loss has a derivative.
   """
-  loss, right = row_cross_entropy(hidden, table, targets, bias=bias, label_smoothing=label_smoothing, chunk=chunk)
+  loss, right = row_cross_entropy(
+    hidden, table, targets, bias=bias, label_smoothing=label_smoothing, chunk=chunk
+  )
   return loss, (targets >= 0).sum(dtype=jnp.float32), right.sum(dtype=jnp.float32)
 
 
-def row_cross_entropy(hidden: Array, table: Array, targets: Array, *, bias: Array | None = None,
-                      label_smoothing: float = 0.0, chunk: int = 0) -> tuple[Array, Array]:
-  """(sum of the loss, bool [N]: rows whose target alone has the highest logit, False where they do not count). See `token_cross_entropy`."""
+def row_cross_entropy(
+  hidden: Array,
+  table: Array,
+  targets: Array,
+  *,
+  bias: Array | None = None,
+  label_smoothing: float = 0.0,
+  chunk: int = 0,
+) -> tuple[Array, Array]:
+  """(sum of the loss, bool [N]: rows whose target alone has the highest logit, False where they do
+  not count). See `token_cross_entropy`.
+  """
   rows, vocabulary = targets.shape[0], table.shape[0]
   plan = _plan(rows, vocabulary, chunk)
   missing = plan.total - rows
   hidden = jnp.where((targets >= 0)[:, None], hidden, 0)
-  hidden, targets = jnp.pad(hidden, ((0, missing), (0, 0))), jnp.pad(targets, (0, missing), constant_values=-1)
+  hidden, targets = (
+    jnp.pad(hidden, ((0, missing), (0, 0))),
+    jnp.pad(targets, (0, missing), constant_values=-1),
+  )
   loss, right = _chunked(label_smoothing, _split(hidden, plan), table, bias, _split(targets, plan))
   return loss, right.swapaxes(0, 1).reshape(-1)[:rows]
 
 
 class _Plan(NamedTuple):
-  """Rows as [chunks, shards, size]: each trip of the loop takes `size` rows of every device that has some."""
+  """Rows as [chunks, shards, size]: each trip of the loop takes `size` rows of every device that
+  has some.
+  """
 
   chunks: int
   shards: int
@@ -61,7 +88,9 @@ class _Plan(NamedTuple):
 
 
 def _plan(rows: int, vocabulary: int, chunk: int) -> _Plan:
-  """Few rows of padding: the chunks are made a little smaller until they divide a device's rows, where some number does."""
+  """Few rows of padding: the chunks are made a little smaller until they divide a device's rows,
+  where some number does.
+  """
   shards = _shards()
   each = math.ceil(rows / shards)
   most = min(each, chunk or max(LEAST, LOGITS // vocabulary))
@@ -71,14 +100,18 @@ def _plan(rows: int, vocabulary: int, chunk: int) -> _Plan:
 
 
 def _shards() -> int:
-  """Pieces that the current mesh cuts the tokens of a batch into; 1 without one, and where the caller has cut it already."""
+  """Pieces that the current mesh cuts the tokens of a batch into; 1 without one, and where the
+  caller has cut it already.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty or mesh.manual_axes else math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def _split(x: Array, plan: _Plan) -> Array:
   """[N, ...] -> [chunks, shards, size, ...]; a device's rows stay its own."""
-  return _over_devices(x.reshape(plan.shards, plan.chunks, plan.size, *x.shape[1:]), 0).swapaxes(0, 1)
+  return _over_devices(x.reshape(plan.shards, plan.chunks, plan.size, *x.shape[1:]), 0).swapaxes(
+    0, 1
+  )
 
 
 def _over_devices(x: Array, axis: int) -> Array:
@@ -91,7 +124,9 @@ def _over_devices(x: Array, axis: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array) -> tuple[Array, Array]:
+def _chunked(
+  smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array
+) -> tuple[Array, Array]:
   """hidden [C, S, n, D], targets [C, S, n] -> (loss sum, right [C, S, n])."""
   cast = table.astype(hidden.dtype)
 
@@ -102,12 +137,19 @@ def _chunked(smoothing: float, hidden: Array, table: Array, bias: Array | None, 
   return jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets))
 
 
-def _forward(smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array) -> tuple[tuple, Any]:
-  """The same, and d loss / d (hidden, table, bias). What a device adds to the table is summed over devices once, at the end."""
+def _forward(
+  smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array
+) -> tuple[tuple, Any]:
+  """The same, and d loss / d (hidden, table, bias). What a device adds to the table is summed over
+  devices once, at the end.
+  """
   cast = table.astype(hidden.dtype)
   shards, (vocabulary, width) = hidden.shape[1], table.shape
-  start = (jnp.zeros((), jnp.float32), _over_devices(jnp.zeros((shards, vocabulary, width), jnp.float32), 0),
-           None if bias is None else jnp.zeros((shards, vocabulary), jnp.float32))
+  start = (
+    jnp.zeros((), jnp.float32),
+    _over_devices(jnp.zeros((shards, vocabulary, width), jnp.float32), 0),
+    None if bias is None else jnp.zeros((shards, vocabulary), jnp.float32),
+  )
 
   def body(carry: tuple, part: tuple[Array, Array]) -> tuple[tuple, tuple]:
     total, into_table, into_bias = carry
@@ -118,10 +160,17 @@ def _forward(smoothing: float, hidden: Array, table: Array, bias: Array | None, 
     push = push.astype(rows.dtype)
     into_rows = _product("snv,vd->snd", push, cast)
     into_table = _over_devices(into_table + _product("snv,snd->svd", push, rows), 0)
-    return (total + found.loss.sum(), into_table, into_bias), (found.right, into_rows.astype(rows.dtype))
+    return (total + found.loss.sum(), into_table, into_bias), (
+      found.right,
+      into_rows.astype(rows.dtype),
+    )
 
   (total, into_table, into_bias), (right, into_rows) = jax.lax.scan(body, start, (hidden, targets))
-  gradients = into_rows, into_table.sum(0).astype(table.dtype), None if bias is None else into_bias.sum(0).astype(bias.dtype)
+  gradients = (
+    into_rows,
+    into_table.sum(0).astype(table.dtype),
+    None if bias is None else into_bias.sum(0).astype(bias.dtype),
+  )
   return (total, right), gradients
 
 
@@ -134,7 +183,9 @@ _chunked.defvjp(_forward, _backward)
 
 
 class _Found(NamedTuple):
-  """Of a chunk [S, n]: logits [S, n, V] float32, the log of their sum of exponentials, the loss, whether the target is highest."""
+  """Of a chunk [S, n]: logits [S, n, V] float32, the log of their sum of exponentials, the loss,
+  whether the target is highest.
+  """
 
   logits: Array
   norm: Array
@@ -142,7 +193,9 @@ class _Found(NamedTuple):
   right: Array
 
 
-def _losses(smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array) -> _Found:
+def _losses(
+  smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array
+) -> _Found:
   logits = _product("snd,vd->snv", hidden, table)
   logits = logits if bias is None else logits + bias.astype(jnp.float32)
   norm = jax.nn.logsumexp(logits, axis=-1)
@@ -156,12 +209,19 @@ def _losses(smoothing: float, hidden: Array, table: Array, bias: Array | None, t
 
 def _pushes(smoothing: float, found: _Found, targets: Array) -> Array:
   """d loss / d logits: the softmax less the target distribution; zero in rows that do not count."""
-  wanted = jnp.where(_is_target(found.logits, targets), 1 - smoothing, 0) + smoothing / found.logits.shape[-1]
-  return jnp.where((targets >= 0)[..., None], jnp.exp(found.logits - found.norm[..., None]) - wanted, 0)
+  wanted = (
+    jnp.where(_is_target(found.logits, targets), 1 - smoothing, 0)
+    + smoothing / found.logits.shape[-1]
+  )
+  return jnp.where(
+    (targets >= 0)[..., None], jnp.exp(found.logits - found.norm[..., None]) - wanted, 0
+  )
 
 
 def _is_target(logits: Array, targets: Array) -> Array:
-  return jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+  return (
+    jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+  )
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:

@@ -1,4 +1,6 @@
-"""Distillation: learning the outputs of another checkpoint's model, `teacher="DIR"` (a run, step or import folder)."""
+"""Distillation: learning the outputs of another checkpoint's model, `teacher="DIR"` (a run, step or
+import folder).
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,25 @@ Array = jax.Array
 
 
 @objective(couples_examples=False, mixup="always")
-def embedding_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",)) -> Losses:
-  """1 - cosine of one's own embedding and the teacher's, of each of the modalities (the feature distillation of CLIP-KD, Yang et
-  al. 2024, arXiv:2307.12732, section 3.2, up to a factor: embeddings have length one).
+def embedding_distillation(
+  forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",)
+) -> Losses:
+  """1 - cosine of one's own embedding and the teacher's, of each of the modalities (the feature
+  distillation of CLIP-KD, Yang et al. 2024, arXiv:2307.12732, section 3.2, up to a factor:
+  embeddings have length one).
 
-  A row counts for each of the modalities that it has. Both models have the same width. Returns "cosine", the mean cosine.
+  A row counts for each of the modalities that it has. Both models have the same width. Returns
+  "cosine", the mean cosine.
   """
   total = weight = jnp.zeros((), jnp.float32)
   for modality in modalities:
     mine, theirs = forward("embedding", modality), forward.teacher(teacher, "embedding", modality)
     if mine.shape != theirs.shape:
-      raise UserError(f"embedding_distillation: {modality} embeddings are {list(mine.shape)} here and {list(theirs.shape)} in {teacher}. "
-                      "Set model.width to the teacher's, or use similarity_distillation")
+      raise UserError(
+        f"embedding_distillation: {modality} embeddings are {list(mine.shape)} here and "
+        f"{list(theirs.shape)} in {teacher}. Set model.width to the teacher's, or use "
+        "similarity_distillation"
+      )
     rows = _times(counted(batch, every=(modality,)), mine)
     total += jnp.where(rows, (mine * theirs).sum(-1), 0).sum()
     weight += rows.sum(dtype=jnp.float32)
@@ -32,15 +41,22 @@ def embedding_distillation(forward: Forward, batch: dict, rng: Array, *, teacher
 
 
 @objective(couples_examples=True, mixup="always")
-def similarity_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: str, between: tuple = ("image", "text")) -> Losses:
-  """Which rows of the other modality each row is near to, as the teacher sees it; the widths may differ.
+def similarity_distillation(
+  forward: Forward, batch: dict, rng: Array, *, teacher: str, between: tuple = ("image", "text")
+) -> Losses:
+  """Which rows of the other modality each row is near to, as the teacher sees it; the widths may
+  differ.
 
-  The mean, over rows of the global batch and both directions, of KL(p || q): p and q are the softmax over the other modality's
-  rows of scale * cosine, with the teacher's scale and one's own (contrastive relational distillation of CLIP-KD, section 3.1).
-  between: the two modalities. Rows that are not valid or lack one of the two do not count, and are nobody's neighbour.
+  The mean, over rows of the global batch and both directions, of KL(p || q): p and q are the
+  softmax over the other modality's rows of scale * cosine, with the teacher's scale and one's own
+  (contrastive relational distillation of CLIP-KD, section 3.1).
+  between: the two modalities. Rows that are not valid or lack one of the two do not count, and are
+  nobody's neighbour.
   Returns "agreement": share of rows whose nearest neighbour is the teacher's.
   """
-  own, theirs = (_similarities(ask, between) for ask in (forward, lambda *args: forward.teacher(teacher, *args)))
+  own, theirs = (
+    _similarities(ask, between) for ask in (forward, lambda *args: forward.teacher(teacher, *args))
+  )
   valid = _times(counted(batch, every=between), own)
   total = right = jnp.zeros((), jnp.float32)
   for mine, aim in ((own, theirs), (own.T, theirs.T)):
@@ -52,20 +68,31 @@ def similarity_distillation(forward: Forward, batch: dict, rng: Array, *, teache
 
 
 @objective(couples_examples=False, mixup="always")
-def logit_distillation(forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",),
-                       temperature: Positive = 2.0) -> Losses:
-  """T^2 KL(softmax(teacher / T) || softmax(own / T)) of the logits of a classifier (Hinton et al. 2015, arXiv:1503.02531, section 2).
+def logit_distillation(
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  teacher: str,
+  modalities: tuple = ("image",),
+  temperature: Positive = 2.0,
+) -> Losses:
+  """T^2 KL(softmax(teacher / T) || softmax(own / T)) of the logits of a classifier (Hinton et al.
+  2015, arXiv:1503.02531, section 2).
 
-  T^2 keeps the gradient's size whatever the temperature T, so that a `classification` objective beside it weighs the same. No
-  labels are needed. Both models have the same classes. Rows with `valid` False, or without any of the modalities, do not count.
+  T^2 keeps the gradient's size whatever the temperature T, so that a `classification` objective
+  beside it weighs the same. No labels are needed. Both models have the same classes. Rows with
+  `valid` False, or without any of the modalities, do not count.
   Returns "agreement": share of rows whose likeliest class is the teacher's.
   """
   modalities = tuple(modalities)
   mine = forward("classify", modalities).astype(jnp.float32)
   theirs = forward.teacher(teacher, "classify", modalities).astype(jnp.float32)
   if mine.shape != theirs.shape:
-    raise UserError(f"logit_distillation: {mine.shape[-1]} classes here and {theirs.shape[-1]} in {teacher}. "
-                    "Set data.classes to the teacher's")
+    raise UserError(
+      f"logit_distillation: {mine.shape[-1]} classes here and {theirs.shape[-1]} in {teacher}. "
+      "Set data.classes to the teacher's"
+    )
   rows = _times(counted(batch, some=modalities), mine)
   losses = temperature**2 * divergence(theirs / temperature, mine / temperature)
   same = is_highest(mine, jnp.argmax(theirs, -1))
@@ -84,8 +111,10 @@ def _similarities(ask, between: tuple) -> Array:
   """scale * cosine of every row of the first with every row of the second, [B, B]."""
   first, second = (ask("embedding", modality) for modality in between)
   if len(first) != len(second):
-    raise UserError(f"similarity_distillation compares one {between[0]} with one {between[1]}, but the batch has {len(first)} "
-                    f"and {len(second)}: set data.text.per_example to 1")
+    raise UserError(
+      f"similarity_distillation compares one {between[0]} with one {between[1]}, but the batch "
+      f"has {len(first)} and {len(second)}: set data.text.per_example to 1"
+    )
   return ask("temperature")[0] * jnp.matmul(first, second.T, precision="highest")
 
 

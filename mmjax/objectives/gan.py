@@ -12,24 +12,41 @@ Array = jax.Array
 
 
 @objective(couples_examples=True)
-def gan(forward: Forward, batch: dict, rng: Array, *, group: str = "discriminator", noise: Size = 16, r1: NonNegative = 1.0,
-        r1_rows: Size = 4, shift: Share = 0.125, contrast: NonNegative = 1.0, reconstruction: NonNegative = 0.0) -> Losses:
-  """Non-saturating losses (Goodfellow et al. 2014, arXiv:1406.2661, section 3) of a text-conditional generator and its discriminator.
+def gan(
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  group: str = "discriminator",
+  noise: Size = 16,
+  r1: NonNegative = 1.0,
+  r1_rows: Size = 4,
+  shift: Share = 0.125,
+  contrast: NonNegative = 1.0,
+  reconstruction: NonNegative = 0.0,
+) -> Losses:
+  """Non-saturating losses (Goodfellow et al. 2014, arXiv:1406.2661, section 3) of a
+  text-conditional generator and its discriminator.
 
-  D(picture, text) is a logit. "loss", the generator's: softplus(-D(fake, text)) + contrast * the cross-entropy in nats of the text
-  that a drawn picture is of, among those of the batch, by softmax over D(fake, .) + reconstruction * |fake - real| (the mean over
-  pixels in [-1, 1]; pix2pix, Isola et al. 2017, arXiv:1611.07004).
-  "opponent", the loss of the parameters of `group`: softplus(-D(real, text)) + softplus(D(fake, text)) + contrast * the same
-  cross-entropy of real pictures (XMC-GAN, Zhang et al. 2021, arXiv:2101.04702, section 4) + r1 / 2 * |dD(real, text) / d real|^2
-  (R1, Mescheder et al. 2018, arXiv:1801.04406, eq. 9). Each moves parameters of its own side only; the text encoder learns from the
-  side whose optimizer has it.
+  D(picture, text) is a logit. "loss", the generator's: softplus(-D(fake, text)) + contrast * the
+  cross-entropy in nats of the text that a drawn picture is of, among those of the batch, by softmax
+  over D(fake, .) + reconstruction * |fake - real| (the mean over pixels in [-1, 1]; pix2pix, Isola
+  et al. 2017, arXiv:1611.07004).
+  "opponent", the loss of the parameters of `group`: softplus(-D(real, text)) + softplus(D(fake,
+  text)) + contrast * the same cross-entropy of real pictures (XMC-GAN, Zhang et al. 2021,
+  arXiv:2101.04702, section 4) + r1 / 2 * |dD(real, text) / d real|^2 (R1, Mescheder et al. 2018,
+  arXiv:1801.04406, eq. 9). Each moves parameters of its own side only; the text encoder learns from
+  the side whose optimizer has it.
 
-  noise: dimensions of the generator's, as model.noise. r1_rows: the penalty is taken on every r1_rows-th row of the batch.
-  shift: real and drawn pictures are both moved by up to this share of the side before D sees them (DiffAugment, Zhao et al.
+  noise: dimensions of the generator's, as model.noise. r1_rows: the penalty is taken on every
+  r1_rows-th row of the batch.
+  shift: real and drawn pictures are both moved by up to this share of the side before D sees them
+  (DiffAugment, Zhao et al.
   2020, arXiv:2006.10738), white uncovered.
   Rows that are not valid or lack one of the two do not count; equal texts are never told apart.
-  Returns "real", "fake": mean of D; "r1": the mean squared gradient; "accuracy" of D on real and drawn pictures; "match_real",
-  "match_fake": share whose own text (or an equal one) has the highest D.
+  Returns "real", "fake": mean of D; "r1": the mean squared gradient; "accuracy" of D on real and
+  drawn pictures; "match_real", "match_fake": share whose own text (or an equal one) has the highest
+  D.
   """
   keys = dict(zip(("noise", "real", "fake"), jax.random.split(rng, 3), strict=True))
   valid = counted(batch, every=("image", "text"))
@@ -40,16 +57,26 @@ def gan(forward: Forward, batch: dict, rng: Array, *, group: str = "discriminato
   weight = total(1.0)
 
   def judge(scores: Array) -> tuple[Array, Array, Array]:
-    """(D of a picture with its own text, cross-entropy of that text, whether it is the likeliest), [B] each, of D [B, B]."""
+    """(D of a picture with its own text, cross-entropy of that text, whether it is the likeliest),
+    [B] each, of D [B, B].
+    """
     own = jnp.diagonal(scores)
     others = jnp.where(valid & ~same, scores, -1e30)
-    return own, jax.nn.logsumexp(jnp.concatenate([own[:, None], others], axis=1), axis=1) - own, own > others.max(1)
+    return (
+      own,
+      jax.nn.logsumexp(jnp.concatenate([own[:, None], others], axis=1), axis=1) - own,
+      own > others.max(1),
+    )
 
   # The generator, against a discriminator that stays as it is.
   text = forward("condition", fixed=group)
   fake = forward("draw", text, jax.random.normal(keys["noise"], (len(text), noise)))
-  own, entropy, found_fake = judge(forward("score", move(fake, shift, keys["fake"]), text, fixed=group))
-  loss = jax.nn.softplus(-own) + contrast * entropy + reconstruction * jnp.abs(fake - real).mean(sides)
+  own, entropy, found_fake = judge(
+    forward("score", move(fake, shift, keys["fake"]), text, fixed=group)
+  )
+  loss = (
+    jax.nn.softplus(-own) + contrast * entropy + reconstruction * jnp.abs(fake - real).mean(sides)
+  )
 
   # The discriminator, against a generator that stays as it is.
   text, fake = forward("condition", fixed="main"), jax.lax.stop_gradient(fake)
@@ -57,9 +84,13 @@ def gan(forward: Forward, batch: dict, rng: Array, *, group: str = "discriminato
   on_real, entropy, found_real = judge(forward("score", seen, text))
   on_fake = jnp.diagonal(forward("score", move(fake, shift, keys["fake"]), text))
   opponent = total(jax.nn.softplus(-on_real) + jax.nn.softplus(on_fake) + contrast * entropy)
-  metrics = {"real": (total(on_real), weight), "fake": (total(on_fake), weight),
-             "accuracy": (total((on_real > 0) + (on_fake < 0).astype(jnp.float32)), 2 * weight),
-             "match_real": (total(found_real), weight), "match_fake": (total(found_fake), weight)}
+  metrics = {
+    "real": (total(on_real), weight),
+    "fake": (total(on_fake), weight),
+    "accuracy": (total((on_real > 0) + (on_fake < 0).astype(jnp.float32)), 2 * weight),
+    "match_real": (total(found_real), weight),
+    "match_fake": (total(found_fake), weight),
+  }
   if r1:
     some = slice(None, None, r1_rows)
     fixed_text = jax.lax.stop_gradient(text[some])
@@ -72,7 +103,9 @@ def gan(forward: Forward, batch: dict, rng: Array, *, group: str = "discriminato
 
 
 def move(pictures: Array, share: float, rng: Array) -> Array:
-  """Pictures [B, H, W, 3] in [-1, 1], each moved by up to `share` of its sides both ways; white comes in. Differentiable."""
+  """Pictures [B, H, W, 3] in [-1, 1], each moved by up to `share` of its sides both ways; white
+  comes in. Differentiable.
+  """
   if not share:
     return pictures
   for axis, key in zip((1, 2), jax.random.split(rng), strict=True):
@@ -81,5 +114,7 @@ def move(pictures: Array, share: float, rng: Array) -> Array:
     by = jax.random.randint(key, (len(pictures),), -limit, limit + 1)
     at = jnp.arange(size)
     take = (at[None, :, None] - by[:, None, None] == at).astype(pictures.dtype)  # [B, to, from]
-    pictures = jnp.einsum("bts,bshc->bthc" if axis == 1 else "bts,bhsc->bhtc", take, pictures - 1) + 1
+    pictures = (
+      jnp.einsum("bts,bshc->bthc" if axis == 1 else "bts,bhsc->bhtc", take, pictures - 1) + 1
+    )
   return pictures

@@ -1,1 +1,3 @@
-"""Devices: mesh, placement of parameters and batches, collectives, processes. The only package that names mesh axes."""
+"""Devices: mesh, placement of parameters and batches, collectives, processes. The only package that
+names mesh axes.
+"""

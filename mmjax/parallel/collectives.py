@@ -1,8 +1,10 @@
-"""All pairs of rows of a global batch, block by block: neighbours gather, then blocks travel a ring of groups.
+"""All pairs of rows of a global batch, block by block: neighbours gather, then blocks travel a ring
+of groups.
 
-With D devices and `chunk` c, devices 0..c-1 form the first group, and so on. A device holds its own rows and meets the
-columns of one group at a time (all_gather within the group), after which the columns move on to the next group
-(ppermute): D / c hops instead of D, c times the memory of one block. c = 1 is a plain ring, c = D one all_gather.
+With D devices and `chunk` c, devices 0..c-1 form the first group, and so on. A device holds its own
+rows and meets the columns of one group at a time (all_gather within the group), after which the
+columns move on to the next group (ppermute): D / c hops instead of D, c times the memory of one
+block. c = 1 is a plain ring, c = D one all_gather.
 """
 
 from __future__ import annotations
@@ -19,15 +21,21 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax.parallel.mesh import BATCH_AXES
 
-BLOCK = 4 * 2**20  # pairs of a tile: 16 MiB in float32, so that a tile and what is computed from it stay below 64 MB
+BLOCK = (
+  4 * 2**20
+  # pairs of a tile: 16 MiB in float32, so that a tile and what is computed from it stay below 64 MB
+)
 SIDE = 2048  # rows of a tile where a device's rows make too large a block
 
-# tile(rows, columns, row_sums, column_sums) -> (row_sums, column_sums): adds what these rows and columns have together.
+# tile(rows, columns, row_sums, column_sums) -> (row_sums, column_sums): adds what these rows and
+# columns have together.
 Tile = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 class Ring(NamedTuple):
-  """Devices that share a batch, in groups of `chunk`. Its methods run inside `per_device` (arrays of one device)."""
+  """Devices that share a batch, in groups of `chunk`. Its methods run inside `per_device` (arrays
+  of one device).
+  """
 
   devices: int
   chunk: int
@@ -44,14 +52,20 @@ class Ring(NamedTuple):
     """[b, ...] -> [chunk * b, ...], the rows of the group in order."""
     if self.chunk == 1:
       return tree
-    gather = functools.partial(lax.all_gather, axis_name=BATCH_AXES, axis_index_groups=self._neighbours, tiled=True)
+    gather = functools.partial(
+      lax.all_gather, axis_name=BATCH_AXES, axis_index_groups=self._neighbours, tiled=True
+    )
     return jax.tree.map(gather, tree)
 
   def scatter_sum(self, tree: Any) -> Any:
-    """[chunk * b, ...] -> [b, ...]: the sum over the group, of which each device keeps its own rows."""
+    """[chunk * b, ...] -> [b, ...]: the sum over the group, of which each device keeps its own
+    rows.
+    """
     if self.chunk == 1:
       return tree
-    scatter = functools.partial(lax.psum_scatter, axis_name=BATCH_AXES, axis_index_groups=self._neighbours, tiled=True)
+    scatter = functools.partial(
+      lax.psum_scatter, axis_name=BATCH_AXES, axis_index_groups=self._neighbours, tiled=True
+    )
     return jax.tree.map(scatter, tree)
 
   def group_max(self, x: jax.Array) -> jax.Array:
@@ -73,13 +87,16 @@ class Ring(NamedTuple):
     """The sum over all devices."""
     return tree if self.devices == 1 else lax.psum(tree, BATCH_AXES)
 
-  def visit(self, tile: Tile, rows: Any, columns: Any, row_sums: Any, column_sums: Any) -> tuple[Any, Any, Any]:
+  def visit(
+    self, tile: Tile, rows: Any, columns: Any, row_sums: Any, column_sums: Any
+  ) -> tuple[Any, Any, Any]:
     """Lets this device's rows meet the columns of all devices.
 
-    rows, columns: trees of [b, ...]; row_sums, column_sums: trees of [b, ...] with the values that sums start from.
-    Returns (row_sums, column_sums, columns). Column sums travel with their columns and return home: [chunk * b, ...], to be
-    added up over the group (`scatter_sum`). The columns are back home too: who keeps these, and not the ones that left,
-    keeps one copy less alive on the way.
+    rows, columns: trees of [b, ...]; row_sums, column_sums: trees of [b, ...] with the values that
+    sums start from.
+    Returns (row_sums, column_sums, columns). Column sums travel with their columns and return home:
+    [chunk * b, ...], to be added up over the group (`scatter_sum`). The columns are back home too:
+    who keeps these, and not the ones that left, keeps one copy less alive on the way.
     """
     work = functools.partial(_over_tiles, tile, rows, block_rows=jax.tree.leaves(rows)[0].shape[0])
     home, columns = columns, self.gather(columns)
@@ -93,31 +110,47 @@ class Ring(NamedTuple):
       row_sums, column_sums = work(columns, row_sums, column_sums)
       return ahead, row_sums, self.hop(column_sums)
 
-    columns, row_sums, column_sums = lax.fori_loop(0, self.groups, meet, (columns, row_sums, column_sums))
+    columns, row_sums, column_sums = lax.fori_loop(
+      0, self.groups, meet, (columns, row_sums, column_sums)
+    )
     return row_sums, column_sums, jax.tree.map(self.own, columns)
 
 
 def make_ring(chunk: int) -> Ring:
-  """The ring of the mesh in use; without one, a single device. The chunk is the largest divisor up to `chunk`."""
+  """The ring of the mesh in use; without one, a single device. The chunk is the largest divisor up
+  to `chunk`.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-  return Ring(devices, max(c for c in range(1, devices + 1) if devices % c == 0 and c <= max(1, chunk)))
+  return Ring(
+    devices, max(c for c in range(1, devices + 1) if devices % c == 0 and c <= max(1, chunk))
+  )
 
 
-def per_device(ring: Ring, function: Callable, whole: tuple[bool, ...], whole_out: tuple[bool, ...]) -> Callable:
+def per_device(
+  ring: Ring, function: Callable, whole: tuple[bool, ...], whole_out: tuple[bool, ...]
+) -> Callable:
   """`function` of one device's rows as a function of global arrays.
 
-  whole: for each argument, True where every device gets all of it (scalars), False where it gets its rows.
+  whole: for each argument, True where every device gets all of it (scalars), False where it gets
+  its rows.
   Axes that do not split the batch (tensor, context) repeat the work.
   """
   if ring.devices == 1:
     return function
   spec = lambda is_whole: P() if is_whole else P(BATCH_AXES)
-  return jax.shard_map(function, in_specs=tuple(map(spec, whole)), out_specs=tuple(map(spec, whole_out)), check_vma=False)
+  return jax.shard_map(
+    function,
+    in_specs=tuple(map(spec, whole)),
+    out_specs=tuple(map(spec, whole_out)),
+    check_vma=False,
+  )
 
 
 def pad_rows(tree: Any) -> Any:
-  """Appends zero rows where a device's rows would not cut into equal tiles (fewer than one a thousand)."""
+  """Appends zero rows where a device's rows would not cut into equal tiles (fewer than one a
+  thousand).
+  """
   size = jax.tree.leaves(tree)[0].shape[0]
   extra = _tiles(size) * _tile_rows(size) - size
   if not extra:
@@ -133,11 +166,15 @@ def _tile_rows(rows: int) -> int:
   return math.ceil(rows / _tiles(rows))
 
 
-def _over_tiles(tile: Tile, rows: Any, columns: Any, row_sums: Any, column_sums: Any, *, block_rows: int) -> tuple[Any, Any]:
+def _over_tiles(
+  tile: Tile, rows: Any, columns: Any, row_sums: Any, column_sums: Any, *, block_rows: int
+) -> tuple[Any, Any]:
   """`tile` over all pairs of rows and columns, never more than BLOCK of them at once."""
   side = _tile_rows(block_rows)
   down, across = block_rows // side, jax.tree.leaves(columns)[0].shape[0] // side
-  merged = max(m for m in range(1, across + 1) if across % m == 0 and (m == 1 or m * side * side <= BLOCK))
+  merged = max(
+    m for m in range(1, across + 1) if across % m == 0 and (m == 1 or m * side * side <= BLOCK)
+  )
   across //= merged
   if down == across == 1:
     return tile(rows, columns, row_sums, column_sums)
@@ -155,5 +192,7 @@ def _over_tiles(tile: Tile, rows: Any, columns: Any, row_sums: Any, column_sums:
     column_sums, row_sums = lax.scan(one_tile, column_sums, (rows, row_sums))
     return row_sums, column_sums
 
-  row_sums, column_sums = lax.scan(one_column, cut(row_sums, down), (cut(columns, across), cut(column_sums, across)))
+  row_sums, column_sums = lax.scan(
+    one_column, cut(row_sums, down), (cut(columns, across), cut(column_sums, across))
+  )
   return join(row_sums), join(column_sums)

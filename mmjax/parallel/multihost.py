@@ -1,7 +1,8 @@
 """Processes: starting them, dealing rows of a batch to their devices, agreeing on flags.
 
-JAX's multi-controller runtime does the work: every process runs the same program. Which rows a process loads follows
-from the sharding of the batch alone, so a global batch is the same for any number of processes.
+JAX's multi-controller runtime does the work: every process runs the same program. Which rows a
+process loads follows from the sharding of the batch alone, so a global batch is the same for any
+number of processes.
 """
 
 from __future__ import annotations
@@ -28,53 +29,80 @@ _HEARTBEAT_SECONDS = 60
 
 
 def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> None:
-  """Joins the other processes of this run, if there are any. Call it before the first use of a device; again is harmless.
+  """Joins the other processes of this run, if there are any. Call it before the first use of a
+  device; again is harmless.
 
-  Looked at in turn: MMJAX_COORDINATOR (host:port), MMJAX_PROCESSES, MMJAX_PROCESS_ID, as launch/local_multiprocess.sh sets
-  them; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM, Open MPI and TPU pods, which JAX detects.
-  MMJAX_COORDINATOR=auto leaves all to JAX (a TPU VM says nothing in its environment, only to those who ask its metadata server).
-  MMJAX_CPU_DEVICES sets the number of simulated CPU devices a process; MMJAX_HEARTBEAT_SECONDS (60) after how long without a
-  sign of life a process counts as dead, which ends the others. Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, else in
-  `shared`/compiled where there are several processes (only 0 writes, and all should read), else in ~/.cache/mmjax/compiled.
-  shared: a folder or bucket that all processes see. Raises UserError: a variable is missing or wrong.
+  Looked at in turn: MMJAX_COORDINATOR (host:port), MMJAX_PROCESSES, MMJAX_PROCESS_ID, as
+  launch/local_multiprocess.sh sets them; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+  JAX_PROCESS_ID; SLURM, Open MPI and TPU pods, which JAX detects.
+  MMJAX_COORDINATOR=auto leaves all to JAX (a TPU VM says nothing in its environment, only to those
+  who ask its metadata server).
+  MMJAX_CPU_DEVICES sets the number of simulated CPU devices a process; MMJAX_HEARTBEAT_SECONDS (60)
+  after how long without a sign of life a process counts as dead, which ends the others. Compiled
+  programs are kept in JAX_COMPILATION_CACHE_DIR, else in `shared`/compiled where there are several
+  processes (only 0 writes, and all should read), else in ~/.cache/mmjax/compiled.
+  shared: a folder or bucket that all processes see. Raises UserError: a variable is missing or
+  wrong.
   """
   del config  # nothing of a run's numbers depends on it
   if jax.distributed.is_initialized():
     return
   environment = os.environ
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves out evaluators
+    jax.config.update(
+      "jax_persistent_cache_min_compile_time_secs", 0.1
+    )  # JAX's 1 s leaves out evaluators
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
   if jax.config.jax_num_cpu_devices > 1:
-    # XLA's CPU devices share one pool, in which every waiting collective holds a thread. With as few threads as devices (its
-    # default), two independent collectives can take all of them while a device that both wait for has none: a deadlock.
+    # XLA's CPU devices share one pool, in which every waiting collective holds a thread. With as
+    # few threads as devices (its default), two independent collectives can take all of them while a
+    # device that both wait for has none: a deadlock.
     environment.setdefault("NPROC", str(4 * jax.config.jax_num_cpu_devices))
   if environment.get("MMJAX_COORDINATOR") == "auto":
     _join()
   elif any(environment.get(name) for name in _LOCAL):
     missing = [name for name in _LOCAL if not environment.get(name)]
     if missing:
-      raise UserError(f"{', '.join(missing)} not set, though {', '.join(n for n in _LOCAL if n not in missing)} is: "
-                      "set all three or none; launch/local_multiprocess.sh does")
-    count, number = _count("MMJAX_PROCESSES", environment[_LOCAL[1]]), _count("MMJAX_PROCESS_ID", environment[_LOCAL[2]], least=0)
+      raise UserError(
+        f"{', '.join(missing)} not set, though {', '.join(n for n in _LOCAL if n not in missing)} "
+        "is: set all three or none; launch/local_multiprocess.sh does"
+      )
+    count, number = (
+      _count("MMJAX_PROCESSES", environment[_LOCAL[1]]),
+      _count("MMJAX_PROCESS_ID", environment[_LOCAL[2]], least=0),
+    )
     if number >= count:
-      raise UserError(f"MMJAX_PROCESS_ID is {number}, but MMJAX_PROCESSES is {count}: ids run from 0 to {count - 1}")
+      raise UserError(
+        f"MMJAX_PROCESS_ID is {number}, but MMJAX_PROCESSES is {count}: ids run from 0 to "
+        f"{count - 1}"
+      )
     if count > 1:
       _join(coordinator_address=environment[_LOCAL[0]], num_processes=count, process_id=number)
   elif environment.get("JAX_COORDINATOR_ADDRESS"):
     numbers = dict(num_processes="JAX_NUM_PROCESSES", process_id="JAX_PROCESS_ID")
-    _join(coordinator_address=environment["JAX_COORDINATOR_ADDRESS"],
-          **{k: _count(name, environment[name], least=0) for k, name in numbers.items() if environment.get(name)})
+    _join(
+      coordinator_address=environment["JAX_COORDINATOR_ADDRESS"],
+      **{
+        k: _count(name, environment[name], least=0)
+        for k, name in numbers.items()
+        if environment.get(name)
+      },
+    )
   elif _cluster_processes(environment) > 1:
     _join()
   if not jax.config.jax_compilation_cache_dir:
     together = shared and jax.distributed.is_initialized()
-    jax.config.update("jax_compilation_cache_dir", f"{shared}/compiled" if together else os.path.expanduser("~/.cache/mmjax/compiled"))
+    jax.config.update(
+      "jax_compilation_cache_dir",
+      f"{shared}/compiled" if together else os.path.expanduser("~/.cache/mmjax/compiled"),
+    )
 
 
 def leave(code: int) -> None:
-  """Ends this process now if it has peers: the usual way out waits until all of them are there, and they wait for this one."""
+  """Ends this process now if it has peers: the usual way out waits until all of them are there, and
+  they wait for this one.
+  """
   if jax.distributed.is_initialized() and jax.process_count() > 1:
     sys.stdout.flush()
     sys.stderr.flush()
@@ -82,8 +110,12 @@ def leave(code: int) -> None:
 
 
 def silence_allowed() -> int:
-  """Seconds without a sign of life after which JAX takes a process for dead and ends the others, without a word on where they were."""
-  return _count("MMJAX_HEARTBEAT_SECONDS", os.environ.get("MMJAX_HEARTBEAT_SECONDS", str(_HEARTBEAT_SECONDS)))
+  """Seconds without a sign of life after which JAX takes a process for dead and ends the others,
+  without a word on where they were.
+  """
+  return _count(
+    "MMJAX_HEARTBEAT_SECONDS", os.environ.get("MMJAX_HEARTBEAT_SECONDS", str(_HEARTBEAT_SECONDS))
+  )
 
 
 def is_main() -> bool:
@@ -92,28 +124,37 @@ def is_main() -> bool:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Rows of a global batch that this process must load: int64, ascending. Processes that share a data shard get equal rows.
+  """Rows of a global batch that this process must load: int64, ascending. Processes that share a
+  data shard get equal rows.
 
   Raises UserError: the mesh does not divide the batch.
   """
   if batch_size % batch_shards(mesh):
-    raise UserError(f"a batch of {batch_size} does not divide over the {batch_shards(mesh)} devices of "
-                    "mesh.replica x data x fsdp. Change train.batch_size or the mesh")
-  slices = {s.indices(batch_size)[:2] for (s, *_) in
-            batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()}
+    raise UserError(
+      f"a batch of {batch_size} does not divide over the {batch_shards(mesh)} devices of "
+      "mesh.replica x data x fsdp. Change train.batch_size or the mesh"
+    )
+  slices = {
+    s.indices(batch_size)[:2]
+    for (s, *_) in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  }
   return np.concatenate([np.arange(start, stop) for start, stop in sorted(slices)])
 
 
 def to_device(batch: dict, mesh: Mesh) -> dict:
-  """A batch of this process's rows (in the order of `local_rows`) as global arrays, split over the batch axes.
+  """A batch of this process's rows (in the order of `local_rows`) as global arrays, split over the
+  batch axes.
 
-  Dtypes stay (pixels travel as uint8); entries that are not numbers (`id`) and top-level names of the host are dropped.
+  Dtypes stay (pixels travel as uint8); entries that are not numbers (`id`) and top-level names of
+  the host are dropped.
   """
   sharding = batch_sharding(mesh)
   numbers = {name: value for name, value in batch.items() if name != "id" and _is_numeric(value)}
   local = len(jax.tree.leaves(numbers)[0])
-  shards = {s.indices(batch_shards(mesh))[0] for (s, *_) in
-            sharding.addressable_devices_indices_map((batch_shards(mesh),)).values()}
+  shards = {
+    s.indices(batch_shards(mesh))[0]
+    for (s, *_) in sharding.addressable_devices_indices_map((batch_shards(mesh),)).values()
+  }
   size = local * batch_shards(mesh) // len(shards)
   rows = local_rows(mesh, size)
   place = lambda x: _global_array(np.asarray(x), rows, size, sharding)
@@ -135,7 +176,9 @@ def any_process(flag: bool) -> bool:
 
 
 def all_agree(value: int) -> bool:
-  """Whether every process passed the same 31-bit integer (a step, a crc32 shifted right). Every process must call it."""
+  """Whether every process passed the same 31-bit integer (a step, a crc32 shifted right). Every
+  process must call it.
+  """
   if jax.process_count() == 1:
     return True
   values = np.asarray(multihost_utils.process_allgather(np.asarray(value & 0x7FFFFFFF, np.int32)))
@@ -149,13 +192,14 @@ def gather_texts(text: str) -> list[str]:
   content = np.frombuffer(text.encode(), np.uint8)
   sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content)))).ravel()
   padded = np.zeros(max(sizes), np.uint8)
-  padded[:len(content)] = content
+  padded[: len(content)] = content
   rows = np.asarray(multihost_utils.process_allgather(padded))
   return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def together(make: Callable[[], T]) -> T:
-  """`make()` in every process: what it raises as UserError in one, all raise, so that none waits for one that has ended.
+  """`make()` in every process: what it raises as UserError in one, all raise, so that none waits
+  for one that has ended.
 
   Every process must call it.
   """
@@ -186,7 +230,7 @@ def _global_array(x: np.ndarray, rows: np.ndarray, size: int, sharding: NamedSha
   def shard(index: tuple[slice, ...]) -> np.ndarray:
     start, stop, _ = index[0].indices(size)
     first = int(np.searchsorted(rows, start))
-    return x[first:first + stop - start]
+    return x[first : first + stop - start]
 
   return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard, dtype=x.dtype)
 
@@ -194,19 +238,26 @@ def _global_array(x: np.ndarray, rows: np.ndarray, size: int, sharding: NamedSha
 def _is_numeric(value: Any) -> bool:
   if isinstance(value, dict):
     return True
-  return isinstance(value, (np.ndarray, jax.Array)) and value.dtype.kind in "biuf" or getattr(
-    getattr(value, "dtype", None), "name", "") == "bfloat16"
+  return (
+    isinstance(value, (np.ndarray, jax.Array))
+    and value.dtype.kind in "biuf"
+    or getattr(getattr(value, "dtype", None), "name", "") == "bfloat16"
+  )
 
 
 def _join(**settings: Any) -> None:
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")  # XLA refuses them else; other platforms ignore it
+  jax.config.update(
+    "jax_cpu_collectives_implementation", "gloo"
+  )  # XLA refuses them else; other platforms ignore it
   heartbeat = silence_allowed()
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **settings)
   except (RuntimeError, ValueError) as error:
     where = settings.get("coordinator_address", "the cluster's coordinator")
-    raise UserError(f"cannot join the other processes at {where}: {str(error).splitlines()[0]}. "
-                    "Check that all were started with the same address and count") from error
+    raise UserError(
+      f"cannot join the other processes at {where}: {str(error).splitlines()[0]}. "
+      "Check that all were started with the same address and count"
+    ) from error
 
 
 def _cluster_processes(environment: Any) -> int:

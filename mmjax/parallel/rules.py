@@ -1,10 +1,13 @@
 """Where arrays live: logical axis names -> mesh axes, one table a strategy.
 
-Models name the axes of every parameter (`embed`, `mlp`, `heads`, ...) and of activations (`batch`, `length`, `embed`, ...);
-a strategy is a row of `RULES` and nothing else. Rules apply in order and a mesh axis is used once an array, so that
-`batch` comes first: in an activation it takes `fsdp`, and `embed` then stays whole. Under every strategy sequences are split
-over `context`, where it divides their length (models/layers.py `constrain`), and attention runs as a ring over it
-(models/ring_attention.py); a sequence that it does not divide is whole on each of these devices, which repeat the work.
+Models name the axes of every parameter (`embed`, `mlp`, `heads`, ...) and of activations (`batch`,
+`length`, `embed`, ...);
+a strategy is a row of `RULES` and nothing else. Rules apply in order and a mesh axis is used once
+an array, so that
+`batch` comes first: in an activation it takes `fsdp`, and `embed` then stays whole. Under every
+strategy sequences are split over `context`, where it divides their length (models/layers.py
+`constrain`), and attention runs as a ring over it (models/ring_attention.py); a sequence that it
+does not divide is whole on each of these devices, which repeat the work.
 """
 
 from __future__ import annotations
@@ -29,12 +32,17 @@ _ACTIVATIONS = (("batch", BATCH_AXES), ("length", "context"))
 RULES: dict[str, Rules] = {
   # Every device holds every parameter; only the batch is split, and sequences.
   "replicated": _ACTIVATIONS,
-  # Parameters and optimizer state split along their model width, gathered layer by layer when they are used.
+  # Parameters and optimizer state split along their model width, gathered layer by layer when they
+  # are used.
   "fsdp": _ACTIVATIONS + (("embed", "fsdp"),),
-  # The same, and heads, hidden units and vocabulary split over `tensor` (Megatron-LM, arXiv:1909.08053, section 3).
-  "fsdp_tensor": _ACTIVATIONS + (("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"), ("embed", "fsdp")),
+  # The same, and heads, hidden units and vocabulary split over `tensor` (Megatron-LM,
+  # arXiv:1909.08053, section 3).
+  "fsdp_tensor": _ACTIVATIONS
+  + (("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"), ("embed", "fsdp")),
 }
-SMALL = 4096  # elements (of one layer) below which a parameter is held whole: moving it costs more than keeping it
+# elements (of one layer) below which a parameter is held whole: moving it costs more than keeping
+# it
+SMALL = 4096
 
 
 def logical_rules(config: FrozenConfigDict) -> Rules:
@@ -44,7 +52,9 @@ def logical_rules(config: FrozenConfigDict) -> Rules:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
-  """Within it, logical constraints of a model mean `rules` on `mesh`. Tracing and running both belong inside."""
+  """Within it, logical constraints of a model mean `rules` on `mesh`. Tracing and running both
+  belong inside.
+  """
   with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
     yield
 
@@ -59,7 +69,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain_batch(tree: Any, *, axis: int = 0) -> Any:
-  """Keeps axis `axis` of every array of `tree` split over the batch axes; without a mesh, changes nothing."""
+  """Keeps axis `axis` of every array of `tree` split over the batch axes; without a mesh, changes
+  nothing.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
@@ -68,7 +80,10 @@ def constrain_batch(tree: Any, *, axis: int = 0) -> Any:
 
 
 def param_axes(boxed: Any) -> Any:
-  """The logical axis names of each parameter of a boxed (abstract) tree, as tuples; () where a parameter names none."""
+  """The logical axis names of each parameter of a boxed (abstract) tree, as tuples; () where a
+  parameter names none.
+  """
+
   def names(x: Any) -> tuple:
     return tuple(x.names) if isinstance(x, nn.LogicallyPartitioned) else (None,) * x.ndim
 
@@ -76,21 +91,29 @@ def param_axes(boxed: Any) -> Any:
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-  """NamedShardings for the parameters of a boxed (abstract) tree, as `jax.eval_shape(model.init, ...)` gives it.
+  """NamedShardings for the parameters of a boxed (abstract) tree, as `jax.eval_shape(model.init,
+  ...)` gives it.
 
-  A dimension that its mesh axes do not divide is held whole, and so is a parameter with fewer than SMALL elements a layer.
+  A dimension that its mesh axes do not divide is held whole, and so is a parameter with fewer than
+  SMALL elements a layer.
   """
   return axes_shardings(param_axes(boxed), nn.unbox(boxed), mesh, rules)
 
 
 def axes_shardings(axes: Any, spec: Any, mesh: Mesh, rules: Rules) -> Any:
-  """NamedShardings of a tree of arrays (or ShapeDtypeStructs), from a tree like it whose leaves are tuples of axis names.
+  """NamedShardings of a tree of arrays (or ShapeDtypeStructs), from a tree like it whose leaves are
+  tuples of axis names.
 
   Optimizer state that is described by the axes of its parameters so comes to lie where they lie.
   """
   leaves, tree = jax.tree.flatten(spec)
   names = jax.tree.leaves(axes, is_leaf=_is_names)
-  return tree.unflatten([NamedSharding(mesh, spec_for(n, x.shape, mesh, rules)) for n, x in zip(names, leaves, strict=True)])
+  return tree.unflatten(
+    [
+      NamedSharding(mesh, spec_for(n, x.shape, mesh, rules))
+      for n, x in zip(names, leaves, strict=True)
+    ]
+  )
 
 
 def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
@@ -103,31 +126,42 @@ def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> 
 
 
 def places(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P:
-  """Which mesh axes split an array of these logical axes, by the rules in use; None where they would not split it evenly."""
+  """Which mesh axes split an array of these logical axes, by the rules in use; None where they
+  would not split it evenly.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return P(*(None for _ in shape))
-  return P(*(_fits(axes, n, mesh) for axes, n in zip(nn.logical_to_mesh_axes(names), shape, strict=True)))
+  return P(
+    *(_fits(axes, n, mesh) for axes, n in zip(nn.logical_to_mesh_axes(names), shape, strict=True))
+  )
 
 
 def devices_along(axes: Any) -> int:
-  """Devices of the mesh in use that an entry of a PartitionSpec names; 1 for None, or without a mesh."""
+  """Devices of the mesh in use that an entry of a PartitionSpec names; 1 for None, or without a
+  mesh.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else _count(axes, mesh)
 
 
 def gather_parameters(params: Any, spec: Any, axes: Any) -> Any:
-  """Parameters outside layer stacks, whole along `fsdp`, as every device needs them; their gradients are scattered again.
+  """Parameters outside layer stacks, whole along `fsdp`, as every device needs them; their
+  gradients are scattered again.
 
-  Without it XLA may compute a lookup in a table of split columns on whole batches and exchange the results (all-to-all).
-  Stacks are left to be gathered layer by layer. spec: tree of ShapeDtypeStruct with shardings; axes: of logical names.
+  Without it XLA may compute a lookup in a table of split columns on whole batches and exchange the
+  results (all-to-all).
+  Stacks are left to be gathered layer by layer. spec: tree of ShapeDtypeStruct with shardings;
+  axes: of logical names.
   """
   leaves, tree = jax.tree.flatten(params)
   names = jax.tree.leaves(axes, is_leaf=_is_names)
   out = []
   for x, at, name in zip(leaves, jax.tree.leaves(spec), names, strict=True):
     whole = P(*(None if entry == "fsdp" else entry for entry in at.sharding.spec))
-    out.append(x if "layers" in name or whole == at.sharding.spec else _gather(x, whole, at.sharding.spec))
+    out.append(
+      x if "layers" in name or whole == at.sharding.spec else _gather(x, whole, at.sharding.spec)
+    )
   return tree.unflatten(out)
 
 
@@ -137,8 +171,11 @@ def _gather(x: jax.Array, whole: P, split: P) -> jax.Array:
 
 
 def _scatter(whole: P, split: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-  # Summed whole first: split at once, the gradient of a lookup would exchange the batch for columns.
-  return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, whole), split),)
+  # Summed whole first: split at once, the gradient of a lookup would exchange the batch for
+  # columns.
+  return (
+    jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, whole), split),
+  )
 
 
 _gather.defvjp(lambda x, whole, split: (_gather(x, whole, split), None), _scatter)

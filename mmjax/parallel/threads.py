@@ -1,6 +1,8 @@
-"""The threads of a CPU run. XLA cuts sums by their number, so a step gives the same bits only with as many of them.
+"""The threads of a CPU run. XLA cuts sums by their number, so a step gives the same bits only with
+as many of them.
 
-A run therefore keeps the number that it began with (cpu_threads.json in its folder), on however many cores it goes on.
+A run therefore keeps the number that it began with (cpu_threads.json in its folder), on however
+many cores it goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ def count() -> int:
 
 
 def recorded(workdir: str | os.PathLike) -> int:
-  """The number that the run in `workdir` began with; 0 = no run on CPUs, or one of an older version."""
+  """The number that the run in `workdir` began with; 0 = no run on CPUs, or one of an older
+  version.
+  """
   with files.store_errors(workdir, f"{workdir} cannot be read"):
     try:
       return int(json.loads((files.as_path(workdir) / FILE).read_text())["threads"])
@@ -32,17 +36,23 @@ def recorded(workdir: str | os.PathLike) -> int:
 
 
 def keep(workdir: str | os.PathLike) -> str:
-  """Gives this process the threads of the run in `workdir`. Call it before the first use of a device.
+  """Gives this process the threads of the run in `workdir`. Call it before the first use of a
+  device.
 
-  Returns a line that says so, or why it could not; "" where nothing differs. Several simulated devices share a pool of their own
-  (multihost.initialize), and other devices have no such threads: neither is touched.
+  Returns a line that says so, or why it could not; "" where nothing differs. Several simulated
+  devices share a pool of their own (multihost.initialize), and other devices have no such threads:
+  neither is touched.
   """
   began, here = recorded(workdir), count()
   if not began or began == here or os.environ.get("MMJAX_CPU_DEVICES", "1") != "1":
     return ""
   if os.environ.get("NPROC") or xla_bridge.backends_are_initialized():
-    return (f"{workdir} began with {began} CPU thread(s), but this process has {here}: from here on its numbers differ in their last bits. "
-            f"Start with NPROC={began} to keep them")
+    return (
+      f"{workdir} began with {began} CPU thread(s), but this process has {here}: from here on its "
+      f"numbers differ in their last bits. Start with NPROC={began} to keep them"
+    )
   os.environ["NPROC"] = str(began)
-  return (f"{workdir} keeps the {began} CPU thread(s) that it began with, so that its numbers stay the same to the bit "
-          f"(NPROC={here} would use the {here} of this machine)")
+  return (
+    f"{workdir} keeps the {began} CPU thread(s) that it began with, so that its numbers stay the "
+    f"same to the bit (NPROC={here} would use the {here} of this machine)"
+  )

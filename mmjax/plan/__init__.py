@@ -55,9 +55,10 @@ def plan(
 ) -> dict[str, Any]:
   """What a step of `config` takes on the slice `name`: the dict of plan.json.
 
-  dump_hlo: file for the compiled text. cache: folder of earlier answers, None = none. remedies: try changes where it
-  does not fit. say: gets a line before everything that takes long. Raises UserError: no such slice, or a mesh that does
-  not fit it.
+  dump_hlo: file for the compiled text. cache: folder of earlier answers, None = none. remedies: try
+  changes where it
+  does not fit. say: gets a line before everything that takes long. Raises UserError: no such slice,
+  or a mesh that does not fit it.
   """
   target, changes = topology.parse(name), ()
   if changes := for_slices(config.mesh, target.slices):
@@ -77,7 +78,9 @@ def plan(
   return {**result, "cached": False}
 
 
-def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, say: Say) -> dict[str, Any]:
+def _compile(
+  config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, say: Say
+) -> dict[str, Any]:
   real = topology.has_libtpu()
   devices = topology.devices(target) if real else topology.simulated(target)
   step, length = make_step(config, make_mesh(config, devices))
@@ -107,7 +110,9 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
     except jax.errors.JaxRuntimeError as error:
       refusal = memory.out_of_memory(str(error))
       if refusal is None:
-        raise UserError(f"{target.name}: the compiler refuses this step: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(
+          f"{target.name}: the compiler refuses this step: {' '.join(str(error).split())[:400]}"
+        ) from error
       chip = {part: count * target.chip.devices for part, count in state_bytes(step).items()}
       return {
         **head,
@@ -115,38 +120,66 @@ def _compile(config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, sa
         "memory": {**chip, **refusal, "peak": refusal["used"]},
         "warnings": memory.replicated(step),
       }
-    kinds[source] = analyse(step, compiled, target.chip, text=text, steps=length, dump_hlo=dump_hlo, timed=real, source=source)
+    kinds[source] = analyse(
+      step,
+      compiled,
+      target.chip,
+      text=text,
+      steps=length,
+      dump_hlo=dump_hlo,
+      timed=real,
+      source=source,
+    )
   return {**head, **_together(config, kinds)}
 
 
 def _together(config: FrozenConfigDict, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """The figures of a run whose steps are of several kinds: memory of the one that takes most, times of the mean step."""
+  """The figures of a run whose steps are of several kinds: memory of the one that takes most, times
+  of the mean step.
+  """
   largest = max(kinds.values(), key=lambda kind: kind["memory"]["peak"])
   if len(kinds) == 1:
     return largest
   shares = {source: config.data.sources[source].weight for source in kinds}
   shares = {source: share / sum(shares.values()) for source, share in shares.items()}
   mean = lambda part, key: sum(shares[source] * kind[part][key] for source, kind in kinds.items())
-  together = {**largest, "kinds": {
-    source: dict(share=shares[source], peak=kind["memory"]["peak"], seconds=kind.get("step", {}).get("seconds"))
-    for source, kind in kinds.items()}}
+  together = {
+    **largest,
+    "kinds": {
+      source: dict(
+        share=shares[source],
+        peak=kind["memory"]["peak"],
+        seconds=kind.get("step", {}).get("seconds"),
+      )
+      for source, kind in kinds.items()
+    },
+  }
   for part in ("step", "run"):
     if part in largest:
-      together[part] = {key: mean(part, key) if isinstance(value, (int, float)) else value for key, value in largest[part].items()}
+      together[part] = {
+        key: mean(part, key) if isinstance(value, (int, float)) else value
+        for key, value in largest[part].items()
+      }
   return together
 
 
 def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Step, int | None]:
-  """(the step of a run, its length where that is known). Data are opened only where durations are in epochs."""
+  """(the step of a run, its length where that is known). Data are opened only where durations are
+  in epochs.
+  """
   examples = None
   if any(isinstance(value, str) and "epoch" in value for _, value in configs.flatten(config)):
     from mmjax.data.pipeline import Pipeline
 
     try:
       examples = Pipeline(config).examples
-    except UserError:  # the data are elsewhere: the step is the same, only the length of the run stays unknown
+    except (
+      UserError
+    ):  # the data are elsewhere: the step is the same, only the length of the run stays unknown
       return Step(config, mesh, steps=1000, examples=1000 * config.train.batch_size), None
-  length = configs.in_steps(config.train.steps, steps=None, batch_size=config.train.batch_size, examples=examples)
+  length = configs.in_steps(
+    config.train.steps, steps=None, batch_size=config.train.batch_size, examples=examples
+  )
   return Step(config, mesh, steps=length, examples=examples), length
 
 
@@ -161,7 +194,8 @@ def analyse(
   timed: bool = True,
   source: str = "",
 ) -> dict[str, Any]:
-  """The figures of a compiled step. text: the program, where it is known. timed: the compiler estimates cycles (TPU), else memory
+  """The figures of a compiled step. text: the program, where it is known. timed: the compiler
+  estimates cycles (TPU), else memory
   only. source: the kind of step."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
   per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
@@ -177,7 +211,9 @@ def analyse(
   result["collectives"] = found
   widths = {n for x in jax.tree.leaves(step.params_spec) for n in x.shape}
   shards = 1 if batch in widths else batch_shards(step.mesh)
-  result["warnings"] = memory.replicated(step) + cost.warnings(module, found, batch=batch, shards=shards)
+  result["warnings"] = memory.replicated(step) + cost.warnings(
+    module, found, batch=batch, shards=shards
+  )
   flops, tokens = model_flops(step), tokens_of(step)
   result["model"] = dict(
     parameters=sum(x.size for x in jax.tree.leaves(step.params_spec)),
@@ -188,8 +224,8 @@ def analyse(
   left_out = ["data loading, transfers from the host, evaluation and checkpoints"]
   if timed and not text:
     left_out.append(
-      f"time and collectives: jax {jax.__version__} cannot read what this libtpu compiled for {chip.name}; the pair of "
-      "versions that jax[tpu] installs may"
+      f"time and collectives: jax {jax.__version__} cannot read what this libtpu compiled for "
+      f"{chip.name}; the pair of versions that jax[tpu] installs may"
     )
   elif timed:
     spent = _spent(step, module, text, chip, source)
@@ -207,13 +243,15 @@ def analyse(
     )
     left_out += _left_out(spent, links, seconds, result["custom_calls"])
     if steps:
-      result["run"] = dict(steps=steps, hours=seconds * steps / 3600, chip_hours=seconds * steps * chips / 3600)
+      result["run"] = dict(
+        steps=steps, hours=seconds * steps / 3600, chip_hours=seconds * steps * chips / 3600
+      )
     else:
       left_out.append("the length of the run: train.steps is in epochs, and the data are not here")
   else:
     left_out.append(
-      "time: without libtpu the step is compiled for simulated CPU devices, whose kernels and buffers differ; memory "
-      "is rough. pip install 'mmjax[tpu]' works on machines without TPUs"
+      "time: without libtpu the step is compiled for simulated CPU devices, whose kernels and "
+      "buffers differ; memory is rough. pip install 'mmjax[tpu]' works on machines without TPUs"
     )
   if any(policy.startswith("offload") for policy in remat_of(step.config).values()):
     left_out.append("activations on their way to the memory of the host and back (remat offload)")
@@ -221,17 +259,23 @@ def analyse(
   return result
 
 
-def _spent(step: Step, module: hlo.Module, text: str, chip: topology.Chip, source: str) -> dict[str, Any]:
+def _spent(
+  step: Step, module: hlo.Module, text: str, chip: topology.Chip, source: str
+) -> dict[str, Any]:
   kernels = []
   if "tpu_custom_call" in text:
     with rules.use(step.mesh, step.rules):
       update = functools.partial(step.update, source=source)
-      kernels = kernels_of(jax.make_jaxpr(update)(step.state_spec, step.batch_spec_of(source), step.taught_spec).jaxpr)
+      kernels = kernels_of(
+        jax.make_jaxpr(update)(step.state_spec, step.batch_spec_of(source), step.taught_spec).jaxpr
+      )
   return cost.cost(module, chip, kernels)
 
 
 def estimate(step: Step, compiled: jax.stages.Compiled, source: str = "") -> float | None:
-  """Seconds of a compiled step by the compiler's cycles; None where they are not known (no TPU, or no text)."""
+  """Seconds of a compiled step by the compiler's cycles; None where they are not known (no TPU, or
+  no text).
+  """
   chip = topology.chip_of(step.mesh.devices.flat[0])
   text = _text(compiled) if chip else ""
   return _spent(step, hlo.parse(text), text, chip, source)["seconds"] or None if text else None
@@ -241,8 +285,8 @@ def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) 
   lines = []
   if links:
     lines.append(
-      f"waiting for collectives: {links * 1e3:.2f} ms at the full speed of the links if nothing hid them "
-      f"({100 * links / seconds:.0f}% of the step); networks between slices are slower"
+      f"waiting for collectives: {links * 1e3:.2f} ms at the full speed of the links if nothing "
+      f"hid them ({100 * links / seconds:.0f}% of the step); networks between slices are slower"
       if seconds
       else "collectives"
     )
@@ -252,21 +296,27 @@ def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) 
     lines.append(f"{spent['without_estimate']} operation(s) that the compiler gives no cycles for")
   blind = sum(row["count"] for row in calls if "unknown" in row["basis"])
   if blind:
-    lines.append(f"FLOPs of {blind} custom call(s) that no traced kernel explains: costed by bytes alone")
+    lines.append(
+      f"FLOPs of {blind} custom call(s) that no traced kernel explains: costed by bytes alone"
+    )
   return lines
 
 
-# -- What the model does, apart from any compiler ----------------------------------------------------------------------
+# -- What the model does, apart from any compiler --------------------------------------------------
 
 
 def model_flops(step: Step) -> dict[str, float]:
-  """FLOPs of one step over all devices, forward and backward (`Step.flops_per_step`): {modality: ..., "objectives": ..., "total": ...}."""
+  """FLOPs of one step over all devices, forward and backward (`Step.flops_per_step`): {modality:
+  ..., "objectives": ..., "total": ...}.
+  """
   counted = step.counted
   total, by_part = step.flops_per_step(), {}
   for modality in step.config.model.get("encoders", {}):
     if modality in counted.batch_spec:
 
-      def output(params: Any, state: Any, batch: dict, taught: Any, modality: str = modality) -> Any:
+      def output(
+        params: Any, state: Any, batch: dict, taught: Any, modality: str = modality
+      ) -> Any:
         encoded = counted.model.apply({"params": params, **state}, modality, batch, method="encode")
         return encoded.tokens.sum() + encoded.pooled.sum()
 
@@ -283,7 +333,9 @@ def tokens_of(step: Step) -> dict[str, int]:
         {"params": params, **state}, modality, batch, method="encode"
       )
       with rules.use(step.mesh, step.rules):
-        found[modality] = jax.eval_shape(encode, step.params_spec, step.model_state_spec, step.batch_spec).tokens.shape[1]
+        found[modality] = jax.eval_shape(
+          encode, step.params_spec, step.model_state_spec, step.batch_spec
+        ).tokens.shape[1]
   return found
 
 
@@ -304,7 +356,9 @@ def settings_of(config: FrozenConfigDict, step: Step | None = None) -> dict[str,
 
 def remat_of(config: FrozenConfigDict) -> dict[str, str]:
   """{"encoders.image", "fusion", "decoder", ...: remat policy} of every stack of the model."""
-  encoders = {f"encoders.{modality}": entry for modality, entry in config.model.get("encoders", {}).items()}
+  encoders = {
+    f"encoders.{modality}": entry for modality, entry in config.model.get("encoders", {}).items()
+  }
   stacks = {**encoders, **{name: config.model.get(name) or {} for name in NESTED}}
   return {path: entry["remat"] for path, entry in stacks.items() if "remat" in entry}
 
@@ -314,24 +368,39 @@ def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:
   return [f"model.{path}.remat={policy}" for path in remat_of(config)]
 
 
-# -- Where it does not fit ---------------------------------------------------------------------------------------------
+# -- Where it does not fit -------------------------------------------------------------------------
 
 
-def _remedies(config: FrozenConfigDict, target: topology.Slice, cache: str | None, say: Say) -> list[dict[str, Any]]:
-  """Tries to keep less (remat), then less at once (microbatches), then state that is smaller or split, until it fits:
+def _remedies(
+  config: FrozenConfigDict, target: topology.Slice, cache: str | None, say: Say
+) -> list[dict[str, Any]]:
+  """Tries to keep less (remat), then less at once (microbatches), then state that is smaller or
+  split, until it fits:
   what was tried, in that order."""
   tried = []
-  kept = min((LEAST_MEMORY.index(policy) for policy in remat_of(config).values()), default=len(LEAST_MEMORY))
-  least = with_remat(config, max("full", LEAST_MEMORY[min(kept, len(LEAST_MEMORY) - 1)], key=LEAST_MEMORY.index))
-  changes = [with_remat(config, policy) for policy in ("dots_no_batch", "full") if LEAST_MEMORY.index(policy) > kept]
-  changes += [[*least, f"train.microbatches={n}"] for n in (2, 4, 8, 16) if n > config.train.microbatches]
+  kept = min(
+    (LEAST_MEMORY.index(policy) for policy in remat_of(config).values()), default=len(LEAST_MEMORY)
+  )
+  least = with_remat(
+    config, max("full", LEAST_MEMORY[min(kept, len(LEAST_MEMORY) - 1)], key=LEAST_MEMORY.index)
+  )
+  changes = [
+    with_remat(config, policy)
+    for policy in ("dots_no_batch", "full")
+    if LEAST_MEMORY.index(policy) > kept
+  ]
+  changes += [
+    [*least, f"train.microbatches={n}"] for n in (2, 4, 8, 16) if n > config.train.microbatches
+  ]
   if config.optimizer.state_dtype == "float32":
     changes.append([*least, "optimizer.state_dtype=bfloat16"])
   if config.sharding == "replicated":
     changes += [[*least, *layout] for layout in layouts(target.device_count, target.slices)[1:2]]
   for overrides in changes:
     try:
-      other = plan(configs.resolve(config, overrides), target.name, cache=cache, remedies=False, say=say)
+      other = plan(
+        configs.resolve(config, overrides), target.name, cache=cache, remedies=False, say=say
+      )
     except ConfigError:  # the batch cannot be cut so small
       continue
     tried.append(
@@ -348,18 +417,27 @@ def _remedies(config: FrozenConfigDict, target: topology.Slice, cache: str | Non
   return tried
 
 
-# -- Remembering -------------------------------------------------------------------------------------------------------
+# -- Remembering -----------------------------------------------------------------------------------
 
 
 def _key(config: FrozenConfigDict, target: topology.Slice) -> str:
-  """Of the config, the slice, the compiler and this package's source: a change of any of them is planned anew."""
+  """Of the config, the slice, the compiler and this package's source: a change of any of them is
+  planned anew.
+  """
   digest = hashlib.sha256()
   for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
     digest.update(path.read_bytes())
-  versions = [jax.__version__, importlib.metadata.version("libtpu") if topology.has_libtpu() else "no libtpu"]
+  versions = [
+    jax.__version__,
+    importlib.metadata.version("libtpu") if topology.has_libtpu() else "no libtpu",
+  ]
   ignored = ("log", "checkpoint", "evaluation")
-  kept = {key: value for key, value in json.loads(configs.to_json(config)).items() if key not in ignored}
-  digest.update(json.dumps([kept, target.libtpu_name, target.slices, versions], sort_keys=True).encode())
+  kept = {
+    key: value for key, value in json.loads(configs.to_json(config)).items() if key not in ignored
+  }
+  digest.update(
+    json.dumps([kept, target.libtpu_name, target.slices, versions], sort_keys=True).encode()
+  )
   return digest.hexdigest()[:32]
 
 
@@ -371,15 +449,20 @@ def _text(compiled: jax.stages.Compiled, dump: str = "") -> str:
       return text
   except jax.errors.JaxRuntimeError:
     pass
-  found = sorted(Path(dump).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size) if dump else []
+  found = (
+    sorted(Path(dump).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+    if dump
+    else []
+  )
   return found[-1].read_text() if found else ""
 
 
 def _summary(config: FrozenConfigDict) -> str:
   chosen = settings_of(config)
   return (
-    f"{chosen['model']}, batch {chosen['batch_size']}, {chosen['sharding']}, "
-    f"remat {'/'.join(dict.fromkeys(chosen['remat'].values())) or 'none'}, microbatches {chosen['microbatches']}"
+    f"{chosen['model']}, batch {chosen['batch_size']}, {chosen['sharding']}, remat "
+    f"{'/'.join(dict.fromkeys(chosen['remat'].values())) or 'none'}, microbatches "
+    f"{chosen['microbatches']}"
   )
 
 

@@ -148,7 +148,8 @@ def _closing(text: str, start: int) -> int:
 
 
 def runs(module: Module, *, inside_fusions: bool = False) -> Iterator[Run]:
-  """Every operation that a step runs, loops multiplied out. Of a conditional, the branch with the most cycles.
+  """Every operation that a step runs, loops multiplied out. Of a conditional, the branch with the
+  most cycles.
 
   inside_fusions: also what fusions wrap (collectives hide there); their cycles stand outside.
   """
@@ -175,7 +176,9 @@ def _runs(module: Module, computation: str, times: int, inside: bool) -> Iterato
 
 
 def _cycles(module: Module, computation: str) -> int:
-  return sum((run.operation.cycles or 0) * run.times for run in _runs(module, computation, 1, False))
+  return sum(
+    (run.operation.cycles or 0) * run.times for run in _runs(module, computation, 1, False)
+  )
 
 
 def trip_count(module: Module, computation: str, loop: Operation) -> tuple[int, bool]:
@@ -205,7 +208,9 @@ def trip_count(module: Module, computation: str, loop: Operation) -> tuple[int, 
 
 
 def _start(module: Module, computation: str, loop: Operation, condition: list[Operation]) -> int:
-  """The counter's first value, where it is a constant that the condition's single counter starts from; else 0."""
+  """The counter's first value, where it is a constant that the condition's single counter starts
+  from; else 0.
+  """
   counters = {
     int(match[1])
     for op in condition
@@ -220,6 +225,8 @@ def _start(module: Module, computation: str, loop: Operation, condition: list[Op
     first = module.find(computation, first.operands[0])
   return (
     int(first.operands[0])
-    if first is not None and first.opcode == "constant" and re.fullmatch(r"-?\d+", first.operands[0])
+    if first is not None
+    and first.opcode == "constant"
+    and re.fullmatch(r"-?\d+", first.operands[0])
     else 0
   )

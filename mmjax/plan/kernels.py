@@ -1,4 +1,6 @@
-"""What hand-written (Pallas) kernels compute and move, by their blocks: the compiler has no estimate of them."""
+"""What hand-written (Pallas) kernels compute and move, by their blocks: the compiler has no
+estimate of them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Arrays = tuple[tuple[str, tuple[int, ...]], ...]  # ((HLO dtype, dimensions), ..
 
 
 class Kernel(NamedTuple):
-  """One call of a kernel on one device: what it is given and gives, FLOPs, and bytes between memory and chip."""
+  """One call of a kernel on one device: what it is given and gives, FLOPs, and bytes between memory
+  and chip.
+  """
 
   name: str
   operands: Arrays
@@ -25,12 +29,16 @@ class Kernel(NamedTuple):
 
 
 def kernels_of(jaxpr: Any) -> list[Kernel]:
-  """The kernels in a traced function, one entry a call in the source; inside a shard_map, of one device."""
+  """The kernels in a traced function, one entry a call in the source; inside a shard_map, of one
+  device.
+  """
   return [_kernel(equation) for equation in _calls(jaxpr)]
 
 
 def match(kernels: Sequence[Kernel], operands: Arrays, results: Arrays) -> Kernel | None:
-  """The kernel with these operands and results, or else with these results alone. Ties: the most FLOPs."""
+  """The kernel with these operands and results, or else with these results alone. Ties: the most
+  FLOPs.
+  """
   by = lambda pick: [k for k in kernels if pick(k)]
   found = by(lambda k: sorted(k.operands) == sorted(operands) and k.results == results) or by(
     lambda k: k.results == results
@@ -57,7 +65,9 @@ def _kernel(equation: Any) -> Kernel:
   moved = sum(_moved(block, grid) for block in mapping.block_mappings)
   moved += sum(_bytes(v.aval) for v in equation.invars[: mapping.num_index_operands])
   name = (
-    equation.params.get("name") or str(getattr(equation.params.get("name_and_src_info"), "name", "")) or "pallas_call"
+    equation.params.get("name")
+    or str(getattr(equation.params.get("name_and_src_info"), "name", ""))
+    or "pallas_call"
   )
   return Kernel(
     name,
@@ -69,7 +79,9 @@ def _kernel(equation: Any) -> Kernel:
 
 
 def _moved(block: Any, grid: list[int]) -> float:
-  """Bytes of one operand: a block moves with the innermost grid dimension that its index depends on."""
+  """Bytes of one operand: a block moves with the innermost grid dimension that its index depends
+  on.
+  """
   depends = _dependent(block.index_map_jaxpr.jaxpr, len(grid))
   inner = max((i for i in depends if grid[i] > 1), default=-1)
   sizes = [getattr(n, "block_size", n) for n in block.block_shape]

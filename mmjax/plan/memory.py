@@ -1,4 +1,6 @@
-"""Memory of a step that the compiler refuses or that holds too much: by how much it does not fit, and what is whole on every chip."""
+"""Memory of a step that the compiler refuses or that holds too much: by how much it does not fit,
+and what is whole on every chip.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def out_of_memory(message: str) -> dict[str, Any] | None:
-  """{"used", "limit", "over", "largest": [{"bytes", "shape", "source"}]} of a refusal; None for other errors."""
+  """{"used", "limit", "over", "largest": [{"bytes", "shape", "source"}]} of a refusal; None for
+  other errors.
+  """
   if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
     return None
   numbers = {
@@ -30,25 +34,40 @@ def out_of_memory(message: str) -> dict[str, Any] | None:
   largest = []
   for block in re.split(r"\n\s*\d+\. Size: ", message)[1:8]:
     size = re.match(r"([\d.]+)([KMGT]?)", block)
-    shape, source = re.search(r"Shape: (\w+\[[\d,]*\])", block), re.search(r'op_name="([^"]*)"', block)
+    shape, source = (
+      re.search(r"Shape: (\w+\[[\d,]*\])", block),
+      re.search(r'op_name="([^"]*)"', block),
+    )
     if size:
       largest.append(
-        dict(bytes=_bytes(size[1], size[2]), shape=shape[1] if shape else "", source=source[1] if source else "")
+        dict(
+          bytes=_bytes(size[1], size[2]),
+          shape=shape[1] if shape else "",
+          source=source[1] if source else "",
+        )
       )
-  return dict(used=numbers.get("used"), limit=numbers.get("limit"), over=numbers.get("over"), largest=largest)
+  return dict(
+    used=numbers.get("used"), limit=numbers.get("limit"), over=numbers.get("over"), largest=largest
+  )
 
 
 def replicated(step: Step) -> list[str]:
-  """Large state that every device holds whole although the config splits parameters: one line each."""
+  """Large state that every device holds whole although the config splits parameters: one line
+  each.
+  """
   if step.config.sharding == "replicated" or step.mesh.size == 1:
     return []
   lines = []
-  for part, tree in (("parameter", step.params_spec), ("optimizer state", step.state_spec.opt_states)):
+  for part, tree in (
+    ("parameter", step.params_spec),
+    ("optimizer state", step.state_spec.opt_states),
+  ):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       if leaf.sharding.is_fully_replicated and local_bytes(leaf) >= LARGE:
         lines.append(
-          f"{part} {jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.dtype}{list(leaf.shape)} "
-          f"({local_bytes(leaf) / 2**20:.0f} MiB) is whole on every chip: no axis of it is divisible by the mesh"
+          f"{part} {jax.tree_util.keystr(path, simple=True, separator='/')} "
+          f"{leaf.dtype}{list(leaf.shape)} ({local_bytes(leaf) / 2**20:.0f} MiB) is whole on "
+          "every chip: no axis of it is divisible by the mesh"
         )
   return lines
 

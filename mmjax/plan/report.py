@@ -34,10 +34,13 @@ def command(
   say = lambda line: printing.say(line, sys.stderr)
   if not topology.has_libtpu():
     say(
-      "libtpu is not installed: planning on simulated CPU devices, memory only (mend: pip install 'mmjax[tpu]')"
+      "libtpu is not installed: planning on simulated CPU devices, memory only (mend: pip install "
+      "'mmjax[tpu]')"
     )
   cache = None if no_cache else CACHE
-  result = plan(config, target.name, dump_hlo=dump_hlo, cache=cache, say=say, remedies=not sweep_all)
+  result = plan(
+    config, target.name, dump_hlo=dump_hlo, cache=cache, say=say, remedies=not sweep_all
+  )
   if sweep_all:
     result["sweep"] = sweep(config, target.name, cache=cache, say=say)
   if out:
@@ -62,7 +65,8 @@ def describe(result: dict[str, Any]) -> str:
   ]
   if result.get("changes"):
     lines.append(
-      f"  with {' '.join(f'--config.{change}' for change in result['changes'])}, as several slices need: train with it"
+      f"  with {' '.join(f'--config.{change}' for change in result['changes'])}, as several "
+      "slices need: train with it"
     )
   lines += ["", *_memory(result), *_time(result)]
   for title, key in (("warnings", "warnings"), ("not in these figures", "left_out")):
@@ -72,7 +76,10 @@ def describe(result: dict[str, Any]) -> str:
     lines += [
       "",
       "tried",
-      *(f"  {_verdict(row)}  {' '.join(f'--config.{c}' for c in row['change'])}" for row in result["tried"]),
+      *(
+        f"  {_verdict(row)}  {' '.join(f'--config.{c}' for c in row['change'])}"
+        for row in result["tried"]
+      ),
     ]
   if result.get("sweep"):
     lines += ["", *_sweep(result["sweep"])]
@@ -93,12 +100,19 @@ def _memory(result: dict[str, Any]) -> list[str]:
   lines += [f"  {text:36}{gib(used[name]):>12}" for name, text in names.items() if used.get(name)]
   if result["fits"]:
     lines.append(
-      f"  {'peak':36}{gib(used['peak']):>12} of {gib(capacity)} ({100 * used['peak'] / capacity:.0f}%): fits"
+      f"  {'peak':36}{gib(used['peak']):>12} of {gib(capacity)} "
+      f"({100 * used['peak'] / capacity:.0f}%): fits"
     )
   else:
     limit = used.get("limit") or capacity
-    lines.append(f"  {'peak':36}{gib(used.get('peak')):>12} of {gib(limit)}: does not fit, by {gib(used.get('over'))}")
-    lines += [f"    {gib(row['bytes']):>10}  {row['shape']}  {row['source'][-90:]}" for row in used.get("largest", ())]
+    lines.append(
+      f"  {'peak':36}{gib(used.get('peak')):>12} of {gib(limit)}: does not fit, by "
+      f"{gib(used.get('over'))}"
+    )
+    lines += [
+      f"    {gib(row['bytes']):>10}  {row['shape']}  {row['source'][-90:]}"
+      for row in used.get("largest", ())
+    ]
   return lines
 
 
@@ -106,7 +120,10 @@ def _time(result: dict[str, Any]) -> list[str]:
   lines = []
   if model := result.get("model"):
     parts = (
-      ", ".join(f"{name} {100 * value / model['flops_per_step']:.1f}%" for name, value in model["flops"].items())
+      ", ".join(
+        f"{name} {100 * value / model['flops_per_step']:.1f}%"
+        for name, value in model["flops"].items()
+      )
       if model["flops_per_step"]
       else ""
     )
@@ -118,34 +135,43 @@ def _time(result: dict[str, Any]) -> list[str]:
     ]
   if step := result.get("step"):
     lines.append(
-      f"  {'estimated time':36}{step['seconds'] * 1e3:>9.3f} ms  ({step['cycles'] / 1e6:.2f} million cycles, "
-      f"{step['custom_call_cycles'] / 1e6:.2f} of them for custom calls)"
+      f"  {'estimated time':36}{step['seconds'] * 1e3:>9.3f} ms  ({step['cycles'] / 1e6:.2f} "
+      f"million cycles, {step['custom_call_cycles'] / 1e6:.2f} of them for custom calls)"
     )
     lines.append(f"  {'estimated utilisation (MFU)':36}{100 * step['mfu']:>10.1f} %")
     lines.append(
-      f"  {'examples, tokens a second':36}{step['examples_per_second']:>12,.0f}  {step['tokens_per_second']:,.0f}"
+      f"  {'examples, tokens a second':36}{step['examples_per_second']:>12,.0f}  "
+      f"{step['tokens_per_second']:,.0f}"
     )
   for source, kind in result.get("kinds", {}).items():
     time = f"{kind['seconds'] * 1e3:>9.3f} ms" if kind["seconds"] else f"{'':>12}"
-    lines.append(f"  {'  steps of ' + source:36}{time}  ({100 * kind['share']:.0f}% of the steps, peak {kind['peak'] / 2**30:.2f} GiB)")
+    lines.append(
+      f"  {'  steps of ' + source:36}{time}  ({100 * kind['share']:.0f}% of the steps, peak "
+      f"{kind['peak'] / 2**30:.2f} GiB)"
+    )
   if run := result.get("run"):
     lines.append(
-      f"  {'whole run':36}{run['chip_hours']:>12,.2f} chip-hours  ({run['steps']:,} steps, {run['hours']:,.2f} hours)"
+      f"  {'whole run':36}{run['chip_hours']:>12,.2f} chip-hours  ({run['steps']:,} steps, "
+      f"{run['hours']:,.2f} hours)"
     )
   if calls := result.get("custom_calls"):
     lines += ["", f"custom calls{'':26}{'count':>8}{'GFLOP':>10}{'MiB':>10}{'Mcycles':>10}"]
     lines += [
-      f"  {row['name'][:34]:36}{row['count']:>8}{row['flops'] / 1e9:>10.3f}{row['bytes'] / 2**20:>10.2f}"
-      f"{row['cycles_added'] / 1e6:>10.3f}"
+      "  "
+      f"{row['name'][:34]:36}{row['count']:>8}{row['flops'] / 1e9:>10.3f}{row['bytes'] / 2**20:>10.2f}{row['cycles_added'] / 1e6:>10.3f}"
       for row in calls
     ]
   if found := result.get("collectives"):
     lines += ["", f"collectives{'':27}{'count':>8}{'MiB a chip':>12}"]
-    lines += [f"  {kind:36}{entry['count']:>8}{entry['bytes'] / 2**20:>12.2f}" for kind, entry in found.items()]
+    lines += [
+      f"  {kind:36}{entry['count']:>8}{entry['bytes'] / 2**20:>12.2f}"
+      for kind, entry in found.items()
+    ]
   if largest := result.get("largest"):
     lines += ["", f"where the cycles go{'':19}{'count':>8}{'Mcycles':>10}"]
     lines += [
-      f"  {row['operation'][:34]:36}{row['count']:>8}{row['cycles'] / 1e6:>10.3f}  {row['source'][-70:]}"
+      f"  {row['operation'][:34]:36}{row['count']:>8}{row['cycles'] / 1e6:>10.3f}  "
+      f"{row['source'][-70:]}"
       for row in largest[:8]
     ]
   return lines
@@ -159,7 +185,11 @@ def _sweep(rows: list[dict[str, Any]]) -> list[str]:
       continue
     mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "one device"
     remat = "/".join(dict.fromkeys(row["remat"].values())) or "-"
-    timed = f"{row['seconds'] * 1e3:>11.3f}{100 * row['mfu']:>8.1f}" if row.get("seconds") else f"{'':>19}"
+    timed = (
+      f"{row['seconds'] * 1e3:>11.3f}{100 * row['mfu']:>8.1f}"
+      if row.get("seconds")
+      else f"{'':>19}"
+    )
     lines.append(
       f"{mesh:32}{row['sharding']:14}{remat:15}{row['microbatches']:>6}{timed}{gib(row['peak']):>13}"
       + ("" if row["fits"] else "  does not fit")

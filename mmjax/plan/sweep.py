@@ -1,4 +1,6 @@
-"""`mmjax plan --sweep`: the same step on other meshes, with other remat policies and microbatches, best first."""
+"""`mmjax plan --sweep`: the same step on other meshes, with other remat policies and microbatches,
+best first.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
   """Every mesh of `parallel.mesh.layouts` x remat x microbatches, the fastest that fits first.
 
-  More microbatches are tried only where fewer do not fit: they save memory and never time. A row: the settings,
-  "overrides" to get them, "fits", "peak", "seconds", "mfu", or "error" where a combination is impossible.
+  More microbatches are tried only where fewer do not fit: they save memory and never time. A row:
+  the settings, "overrides" to get them, "fits", "peak", "seconds", "mfu", or "error" where a
+  combination is impossible.
   """
   target, rows = topology.parse(name), []
   for layout in layouts(target.device_count, target.slices):
@@ -57,5 +60,10 @@ def sweep(
         if result["fits"]:
           break
   return sorted(
-    rows, key=lambda row: (not row["fits"], row.get("seconds") or float("inf"), row.get("peak") or float("inf"))
+    rows,
+    key=lambda row: (
+      not row["fits"],
+      row.get("seconds") or float("inf"),
+      row.get("peak") or float("inf"),
+    ),
   )

@@ -1,4 +1,6 @@
-"""Names of TPU slices, what a chip of each kind has, and devices to compile for that need not be there."""
+"""Names of TPU slices, what a chip of each kind has, and devices to compile for that need not be
+there.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ GIB = 2**30
 class Chip(NamedTuple):
   """One kind of TPU chip (vendor's pages: cloud.google.com/tpu/docs/v5e and its neighbours).
 
-  clock: what turns the compiler's cycles into seconds; with the number and size of the matrix units it gives `peak`.
-  links: bytes a second that a chip sends to its neighbours, over all links. counts: what the number in a name counts.
+  clock: what turns the compiler's cycles into seconds; with the number and size of the matrix units
+  it gives `peak`.
+  links: bytes a second that a chip sends to its neighbours, over all links. counts: what the number
+  in a name counts.
   """
 
   name: str
@@ -45,16 +49,61 @@ CHIPS = {
   chip.name: chip
   for chip in (
     Chip(
-      "v4", 275e12, 32 * GIB, 1228e9, 300e9, 1.05e9, 1, "cores", 3, 4096, ("TPU v4",), {"chip_config_name": "megacore"}
+      "v4",
+      275e12,
+      32 * GIB,
+      1228e9,
+      300e9,
+      1.05e9,
+      1,
+      "cores",
+      3,
+      4096,
+      ("TPU v4",),
+      {"chip_config_name": "megacore"},
     ),
-    Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9, 1.5e9, 1, "chips", 2, 256, ("TPU v5 lite", "TPU v5e"), {}),
-    Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, 1.75e9, 1, "cores", 3, 6144, ("TPU v5", "TPU v5p"), {}),
-    Chip("v6e", 918e12, 32 * GIB, 1640e9, 400e9, 1.75e9, 1, "chips", 2, 256, ("TPU v6 lite", "TPU v6e"), {}),
+    Chip(
+      "v5e",
+      197e12,
+      16 * GIB,
+      819e9,
+      200e9,
+      1.5e9,
+      1,
+      "chips",
+      2,
+      256,
+      ("TPU v5 lite", "TPU v5e"),
+      {},
+    ),
+    Chip(
+      "v5p", 459e12, 95 * GIB, 2765e9, 600e9, 1.75e9, 1, "cores", 3, 6144, ("TPU v5", "TPU v5p"), {}
+    ),
+    Chip(
+      "v6e",
+      918e12,
+      32 * GIB,
+      1640e9,
+      400e9,
+      1.75e9,
+      1,
+      "chips",
+      2,
+      256,
+      ("TPU v6 lite", "TPU v6e"),
+      {},
+    ),
     Chip("7x", 2307e12, 192 * GIB, 7380e9, 1200e9, 2.2e9, 2, "cores", 3, 9216, ("TPU7x",), {}),
   )
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
-_FAMILIES = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}  # as libtpu spells them
+_FAMILIES = {
+  "v4": "v4",
+  "v5e": "v5e",
+  "v5p": "v5p",
+  "v6e": "v6e",
+  "7x": "tpu7x",
+}  # as libtpu spells them
 
 
 class Slice(NamedTuple):
@@ -79,9 +128,12 @@ class Slice(NamedTuple):
 
 
 def parse(name: str) -> Slice:
-  """The slice of a product name: v5e-16 and v6e-16 (16 chips), v4-32, v5p-32 and 7x-32 (32 cores, 16 chips), 2xv5e-256
-  (two slices of 256 chips), v5p:4x4x12 (a shape in chips). Raises UserError naming the nearest valid name."""
-  match = re.fullmatch(rf"(?:(\d+)x)?({'|'.join((*CHIPS, *_ALIASES))})(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip().lower())
+  """The slice of a product name: v5e-16 and v6e-16 (16 chips), v4-32, v5p-32 and 7x-32 (32 cores,
+  16 chips), 2xv5e-256 (two slices of 256 chips), v5p:4x4x12 (a shape in chips). Raises UserError
+  naming the nearest valid name."""
+  match = re.fullmatch(
+    rf"(?:(\d+)x)?({'|'.join((*CHIPS, *_ALIASES))})(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip().lower()
+  )
   kind = _ALIASES.get(match[2], match[2]) if match else ""
   if not match:
     raise UserError(f"--topology {name}: no such TPU{_did_you_mean(name)}")
@@ -94,22 +146,24 @@ def parse(name: str) -> Slice:
     if len(shape) != chip.dimensions or min(shape) < 1 or math.prod(shape) > chip.largest:
       example = "x".join(("4",) * chip.dimensions)
       raise UserError(
-        f"--topology {name}: a {kind} slice has {chip.dimensions} dimensions and at most {chip.largest} chips, "
-        f"such as {prefix}{kind}:{example}"
+        f"--topology {name}: a {kind} slice has {chip.dimensions} dimensions and at most "
+        f"{chip.largest} chips, such as {prefix}{kind}:{example}"
       )
     return Slice(name, chip, shape, slices)
   sizes = product_sizes(chip)
   if int(match[3]) not in sizes:
     nearest = min(sizes, key=lambda n: (abs(math.log(n / max(1, int(match[3])))), n))
     raise UserError(
-      f"--topology {name}: no {kind} slice has {match[3]} {chip.counts}. Did you mean {prefix}{kind}-{nearest}? "
-      f"There are: {', '.join(map(str, sizes))} {chip.counts}"
+      f"--topology {name}: no {kind} slice has {match[3]} {chip.counts}. Did you mean "
+      f"{prefix}{kind}-{nearest}? There are: {', '.join(map(str, sizes))} {chip.counts}"
     )
   return Slice(name, chip, sizes[int(match[3])], slices)
 
 
 def product_sizes(chip: Chip) -> dict[int, tuple[int, ...]]:
-  """{the number in the product name: shape in chips}, doubling from the smallest slice to the largest."""
+  """{the number in the product name: shape in chips}, doubling from the smallest slice to the
+  largest.
+  """
   sizes, chips = {}, 1 if chip.dimensions == 2 else 4
   while chips <= chip.largest:
     power = int(math.log2(chips))
@@ -130,7 +184,7 @@ def chip_of(device: jax.Device) -> Chip | None:
   return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
 
 
-# -- Devices -----------------------------------------------------------------------------------------------------------
+# -- Devices ---------------------------------------------------------------------------------------
 
 
 def has_libtpu() -> bool:
@@ -143,7 +197,9 @@ def prepare() -> None:
 
 
 def devices(target: Slice) -> list[jax.Device]:
-  """Devices of the slice that exist for the compiler only. Raises UserError: libtpu does not know such a slice."""
+  """Devices of the slice that exist for the compiler only. Raises UserError: libtpu does not know
+  such a slice.
+  """
   from jax.experimental import topologies
 
   # What libtpu reads when it starts: no look for real TPUs, several compilers side by side.
@@ -156,7 +212,9 @@ def devices(target: Slice) -> list[jax.Device]:
     options["chips_per_host_bounds"] = (*target.shape, *(1,) * (3 - len(target.shape)))
   try:
     with quiet():
-      found = topologies.get_topology_desc(platform="tpu", topology_name=target.libtpu_name, **options).devices
+      found = topologies.get_topology_desc(
+        platform="tpu", topology_name=target.libtpu_name, **options
+      ).devices
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
     raise UserError(
@@ -172,15 +230,18 @@ def devices(target: Slice) -> list[jax.Device]:
 
 
 def simulated(target: Slice) -> list[jax.Device]:
-  """As many simulated CPU devices. Raises UserError where this process has started JAX with fewer."""
+  """As many simulated CPU devices. Raises UserError where this process has started JAX with
+  fewer.
+  """
   if jax.config.jax_num_cpu_devices < target.device_count:
     with contextlib.suppress(RuntimeError):
       jax.config.update("jax_num_cpu_devices", target.device_count)
   found = jax.devices("cpu")
   if len(found) < target.device_count:
     raise UserError(
-      f"--topology {target.name} needs {target.device_count} simulated devices, and this process has {len(found)}. "
-      "Run `mmjax plan` as a command of its own, or install libtpu (pip install 'mmjax[tpu]')"
+      f"--topology {target.name} needs {target.device_count} simulated devices, and this process "
+      f"has {len(found)}. Run `mmjax plan` as a command of its own, or install libtpu (pip "
+      "install 'mmjax[tpu]')"
     )
   return found[: target.device_count]
 
@@ -206,7 +267,9 @@ def quiet() -> Iterator[None]:
 
 def _did_you_mean(name: str) -> str:
   every = [f"{chip.name}-{size}" for chip in CHIPS.values() for size in product_sizes(chip)]
-  near = difflib.get_close_matches(re.sub(r"^\d+x(?=v|7)", "", name.lower()), every, n=1, cutoff=0.5)
+  near = difflib.get_close_matches(
+    re.sub(r"^\d+x(?=v|7)", "", name.lower()), every, n=1, cutoff=0.5
+  )
   return (
     f". Did you mean {near[0]!r}?" if near else "."
   ) + " Names look like v5e-16, v6e-256, v4-32, v5p-128, 7x-64, or 2xv5e-256 for two slices"

@@ -1,1 +1,3 @@
-"""What training carries from step to step: the state, its optimizer and schedule, and the checkpoints of it."""
+"""What training carries from step to step: the state, its optimizer and schedule, and the
+checkpoints of it.
+"""

@@ -1,13 +1,17 @@
-"""Checkpoints: a thin layer over Orbax that saves in the background and never trusts a file that it has not checked.
+"""Checkpoints: a thin layer over Orbax that saves in the background and never trusts a file that it
+has not checked.
 
-A checkpoint is a folder with the items `params`, `rest` (step, optimizer, model state, moving average), `data`, `config`,
-`assets` (tokenizer and the like, base64 in JSON) and a manifest (manifest.py). A run keeps them in WORKDIR/checkpoints/STEP; an
-import folder has the items params, config and assets, and model_state where the model keeps any (batch statistics). Leaves are stored under their names, "image/layers/mlp/up/kernel",
-so that a checkpoint restores onto any mesh and into any program that knows the names.
+A checkpoint is a folder with the items `params`, `rest` (step, optimizer, model state, moving
+average), `data`, `config`, `assets` (tokenizer and the like, base64 in JSON) and a manifest
+(manifest.py). A run keeps them in WORKDIR/checkpoints/STEP; an import folder has the items params,
+config and assets, and model_state where the model keeps any (batch statistics). Leaves are stored
+under their names, "image/layers/mlp/up/kernel", so that a checkpoint restores onto any mesh and
+into any program that knows the names.
 
-A save is written to STEP.orbax-checkpoint-tmp and renamed when everything, the manifest last, is in it: killed at any moment, a
-process leaves the earlier checkpoints as they were. At a URL of an object store, which has no rename, a folder STEP counts from when it
-has its manifest. In runs of several processes all of them call `save` and `restore`;
+A save is written to STEP.orbax-checkpoint-tmp and renamed when everything, the manifest last, is in
+it: killed at any moment, a process leaves the earlier checkpoints as they were. At a URL of an
+object store, which has no rename, a folder STEP counts from when it has its manifest. In runs of
+several processes all of them call `save` and `restore`;
 process 0 alone lists, checks, renames and deletes.
 """
 
@@ -45,19 +49,31 @@ _CLOCK_STEPS = 10  # several processes agree on the clock (checkpoint.minutes) e
 class Checkpointer:
   """Saves and restores the checkpoints of one run, as config.checkpoint says."""
 
-  def __init__(self, workdir: str, config: FrozenConfigDict, *, steps: int, examples: int | None = None,
-               check: Callable[[], None] | None = None):
-    """`steps`: length of the run, for durations in percent; `examples`: of an epoch. `check`: called before anything is
-    changed or becomes visible; what it raises, `save` and `wait` raise. Raises UserError: unwritable folder."""
+  def __init__(
+    self,
+    workdir: str,
+    config: FrozenConfigDict,
+    *,
+    steps: int,
+    examples: int | None = None,
+    check: Callable[[], None] | None = None,
+  ):
+    """`steps`: length of the run, for durations in percent; `examples`: of an epoch. `check`:
+    called before anything is changed or becomes visible; what it raises, `save` and `wait` raise.
+    Raises UserError: unwritable folder."""
     self._check = check
     self._root = files.as_path(workdir) / "checkpoints"
-    convert = lambda value: in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
+    convert = lambda value: in_steps(
+      value, steps=steps, batch_size=config.train.batch_size, examples=examples
+    )
     self._config, self._options = config, config.checkpoint
     self._every, self._keep_every = convert(self._options.every), convert(self._options.keep_every)
     self._writer: storage.Writer | None = None
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
-    self._bad: set[int] = set()  # found unusable; they count for nothing and are overwritten or deleted
+    self._bad: set[int] = (
+      set()
+    )  # found unusable; they count for nothing and are overwritten or deleted
     self._saved_at = time.monotonic()
     self._present: set[int] = set()  # as this process last left them
     self.protected = 0  # a step that is never deleted, 0 = none
@@ -67,13 +83,23 @@ class Checkpointer:
         (self._root / ".writable").write_text("")
         (self._root / ".writable").unlink()
 
-  def save(self, step: int, state: TrainState, *, data: Mapping | None = None,
-           config: FrozenConfigDict | Mapping | str | None = None, assets: Mapping[str, bytes] | None = None,
-           metrics: Mapping[str, float] | None = None, force: bool = False) -> bool:
-    """Saves if it is time to (call it every step), or if `force`; returns whether it did. Writing goes on in the background.
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    data: Mapping | None = None,
+    config: FrozenConfigDict | Mapping | str | None = None,
+    assets: Mapping[str, bytes] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    force: bool = False,
+  ) -> bool:
+    """Saves if it is time to (call it every step), or if `force`; returns whether it did. Writing
+    goes on in the background.
 
-    The state may be donated or changed as soon as this returns. A step that is already saved is not saved again; new
-    `metrics` of it are noted (for checkpoint.best). Waits for the save before it, if that is still being written.
+    The state may be donated or changed as soon as this returns. A step that is already saved is not
+    saved again; new `metrics` of it are noted (for checkpoint.best). Waits for the save before it,
+    if that is still being written.
     Raises UserError: the disk is full or unwritable, now or during the save before.
     """
     self._raise_early()
@@ -91,9 +117,19 @@ class Checkpointer:
       self._prune()
     if decision != "save":
       return False
-    facts = dict(step=int(step), time=time.time(), metrics=_plain_metrics(metrics or {}), average=state.ema is not None)
-    items = dict(params=state.params, rest=_rest(state), data=dict(data or {}), config=storage.config_dict(config),
-                 assets=storage.encode(assets))
+    facts = dict(
+      step=int(step),
+      time=time.time(),
+      metrics=_plain_metrics(metrics or {}),
+      average=state.ema is not None,
+    )
+    items = dict(
+      params=state.params,
+      rest=_rest(state),
+      data=dict(data or {}),
+      config=storage.config_dict(config),
+      assets=storage.encode(assets),
+    )
     with self._saving(step):
       self._writer = self._writer or storage.Writer(self._root, self._check)
       self._writer.start(self._root / str(step), items, facts)
@@ -102,12 +138,16 @@ class Checkpointer:
     self._thread.start()
     return True
 
-  def restore(self, spec: TrainState, only: int | None = None) -> tuple[TrainState, dict, int] | None:
-    """(state, data, step) of the newest usable checkpoint, or None if there is none at all; `only`: of that step or none.
+  def restore(
+    self, spec: TrainState, only: int | None = None
+  ) -> tuple[TrainState, dict, int] | None:
+    """(state, data, step) of the newest usable checkpoint, or None if there is none at all; `only`:
+    of that step or none.
 
-    spec: TrainState of ShapeDtypeStruct with shardings: any mesh. One that is corrupt or half-written is named in a warning, and
-    the one before it is used. Raises UserError: none is usable though some exist, or the newest is of another model
-    (a leaf is missing, extra, or of another shape or dtype; nothing is ever cast).
+    spec: TrainState of ShapeDtypeStruct with shardings: any mesh. One that is corrupt or
+    half-written is named in a warning, and
+    the one before it is used. Raises UserError: none is usable though some exist, or the newest is
+    of another model (a leaf is missing, extra, or of another shape or dtype; nothing is ever cast).
     """
     self.wait()
     steps = from_main(sorted(self._steps(), reverse=True) if jax.process_index() == 0 else [])
@@ -125,8 +165,10 @@ class Checkpointer:
         continue
       return state, data, step
     if steps:
-      raise UserError(f"{self._root}: no usable checkpoint, all are corrupt ({', '.join(map(str, steps))}). Restore one from a "
-                      f"copy, or delete the folder to start anew")
+      raise UserError(
+        f"{self._root}: no usable checkpoint, all are corrupt ({', '.join(map(str, steps))}). "
+        "Restore one from a copy, or delete the folder to start anew"
+      )
     return None
 
   def latest_step(self) -> int | None:
@@ -134,7 +176,9 @@ class Checkpointer:
     return max(self._steps(), default=None)
 
   def finished_step(self) -> int:
-    """The newest step, if its files are all there with the sizes that they had, else 0; in every process what 0 sees."""
+    """The newest step, if its files are all there with the sizes that they had, else 0; in every
+    process what 0 sees.
+    """
     step = 0
     if jax.process_index() == 0:
       with contextlib.suppress(Corrupt):
@@ -172,7 +216,9 @@ class Checkpointer:
     rest = storage.read_arrays(folder / "rest", _rest(spec))
     state = TrainState(params=params, **rest)
     within = lambda tree: None if tree is None else clamped(tree, self._config)
-    return state.replace(params=within(state.params), ema=within(state.ema)), storage.read_json(folder / "data")
+    return state.replace(params=within(state.params), ema=within(state.ema)), storage.read_json(
+      folder / "data"
+    )
 
   def due(self, step: int) -> bool:
     """Whether the step count or the clock asks for a checkpoint; the same in every process."""
@@ -186,7 +232,7 @@ class Checkpointer:
     return step % _CLOCK_STEPS == 0 and bool(from_main([int(late)])[0])
 
   def _decide(self, step: int, metrics: Mapping[str, float], force: bool) -> str:
-    """"save", "note" (the metrics of a step that is saved) or ""; process 0 only."""
+    """ "save", "note" (the metrics of a step that is saved) or ""; process 0 only."""
     self._name_missing()
     if step in self._steps():
       with contextlib.suppress(Corrupt):  # then it is written anew
@@ -199,11 +245,19 @@ class Checkpointer:
     return "save" if not known or sign * self._best_of(metrics) > max(known) else ""
 
   def _name_missing(self) -> None:
-    """Warns of checkpoints that somebody else deleted while the run goes on; the folder is made again."""
+    """Warns of checkpoints that somebody else deleted while the run goes on; the folder is made
+    again.
+    """
     gone = sorted(self._present - set(self._steps()))
     if gone:
-      log.warning("%s: %s no longer there, though this run did not delete %s; the next save is whole again", self._root,
-                  f"checkpoint {gone[0]} is" if len(gone) == 1 else f"checkpoints {', '.join(map(str, gone))} are", "it" if len(gone) == 1 else "them")
+      log.warning(
+        "%s: %s no longer there, though this run did not delete %s; the next save is whole again",
+        self._root,
+        f"checkpoint {gone[0]} is"
+        if len(gone) == 1
+        else f"checkpoints {', '.join(map(str, gone))} are",
+        "it" if len(gone) == 1 else "them",
+      )
       self._present -= set(gone)
     with disk_errors(self._root, f"cannot write checkpoints to {self._root}"):
       files.make_folder(self._root)
@@ -212,7 +266,9 @@ class Checkpointer:
   def _saving(self, step: int) -> Iterator[None]:
     try:
       latest = self.latest_step()
-      safe = f"checkpoint {latest} is intact" if latest is not None else "there is no earlier checkpoint"
+      safe = (
+        f"checkpoint {latest} is intact" if latest is not None else "there is no earlier checkpoint"
+      )
     except UserError:  # a store that does not answer
       safe = "earlier checkpoints are intact"
     hint = f"; {safe}. Free space or mend the folder, then start again"
@@ -221,7 +277,10 @@ class Checkpointer:
         yield
       except BaseException:
         if jax.process_index() == 0:
-          storage.delete(self._root / (str(step) if files.is_url(self._root) else f"{step}{TEMPORARY}"), patience=5.0)
+          storage.delete(
+            self._root / (str(step) if files.is_url(self._root) else f"{step}{TEMPORARY}"),
+            patience=5.0,
+          )
         raise
 
   def _finish(self, step: int) -> None:
@@ -237,10 +296,19 @@ class Checkpointer:
   def _prune(self) -> None:
     if jax.process_index() != 0:
       return
-    keep = kept(self._steps(), self._known_metrics(), keep=self._options.keep, keep_every=self._keep_every,
-                mode=self._options.best_mode) | {self.protected}
+    keep = kept(
+      self._steps(),
+      self._known_metrics(),
+      keep=self._options.keep,
+      keep_every=self._keep_every,
+      mode=self._options.best_mode,
+    ) | {self.protected}
     for path in self._listing():
-      if self._is_half_written(path) or path.name.endswith(DELETED) or (path.name.isdigit() and int(path.name) not in keep):
+      if (
+        self._is_half_written(path)
+        or path.name.endswith(DELETED)
+        or (path.name.isdigit() and int(path.name) not in keep)
+      ):
         storage.delete(path)
     self._present = set(self._steps())
 
@@ -265,26 +333,37 @@ class Checkpointer:
     return path.name.endswith(TEMPORARY)
 
   def _steps(self) -> list[int]:
-    return [int(path.name) for path in self._listing()
-            if path.name.isdigit() and int(path.name) not in self._bad and not self._is_half_written(path)]
+    return [
+      int(path.name)
+      for path in self._listing()
+      if path.name.isdigit() and int(path.name) not in self._bad and not self._is_half_written(path)
+    ]
 
 
-def kept(steps: list[int], metrics: Mapping[int, float], *, keep: int, keep_every: int, mode: str) -> set[int]:
-  """The steps that stay: the latest `keep`, multiples of `keep_every` (0 = none), and the best by `metrics`."""
-  chosen = set(sorted(steps)[-max(1, keep):]) | {step for step in steps if keep_every and step % keep_every == 0}
+def kept(
+  steps: list[int], metrics: Mapping[int, float], *, keep: int, keep_every: int, mode: str
+) -> set[int]:
+  """The steps that stay: the latest `keep`, multiples of `keep_every` (0 = none), and the best by
+  `metrics`.
+  """
+  chosen = set(sorted(steps)[-max(1, keep) :]) | {
+    step for step in steps if keep_every and step % keep_every == 0
+  }
   known = [step for step in steps if step in metrics]
   if known:
     chosen.add((max if mode == "max" else min)(known, key=lambda step: metrics[step]))
   return chosen
 
 
-# -- reading without a run ------------------------------------------------------------------------------------------------
+# -- reading without a run -------------------------------------------------------------------------
 
 
 def find_checkpoint(path: str) -> epath.Path:
-  """The checkpoint at `path`: a run folder (its newest usable step), a step folder, or an import folder; files checked.
+  """The checkpoint at `path`: a run folder (its newest usable step), a step folder, or an import
+  folder; files checked.
 
-  Raises UserError: there is none, or none that is intact. Corrupt ones that are passed over are named in a warning.
+  Raises UserError: there is none, or none that is intact. Corrupt ones that are passed over are
+  named in a warning.
   """
   root = files.as_path(path)
   with files.store_errors(path, f"{path} cannot be read"):
@@ -292,13 +371,25 @@ def find_checkpoint(path: str) -> epath.Path:
 
 
 def _find_checkpoint(path: str, root: epath.Path) -> epath.Path:
-  steps_root = next((r for r in (root / "checkpoints", root) if r.is_dir() and any(p.name.isdigit() for p in r.iterdir())), None)
+  steps_root = next(
+    (
+      r
+      for r in (root / "checkpoints", root)
+      if r.is_dir() and any(p.name.isdigit() for p in r.iterdir())
+    ),
+    None,
+  )
   if steps_root is None:
     if not (root / manifest.NAME).exists() and not (root / "params").exists():
-      raise UserError(f"{path}: no checkpoint here. Give a run folder (with checkpoints/ in it), a step folder or an import folder")
+      raise UserError(
+        f"{path}: no checkpoint here. Give a run folder (with checkpoints/ in it), a step folder "
+        "or an import folder"
+      )
     candidates = [root]
   else:
-    candidates = sorted((p for p in steps_root.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name))
+    candidates = sorted(
+      (p for p in steps_root.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name)
+    )
   for folder in candidates:
     try:
       return _verified(folder)
@@ -306,35 +397,50 @@ def _find_checkpoint(path: str, root: epath.Path) -> epath.Path:
       problem = f"checkpoint {folder} is corrupt: {error}"
       if folder != candidates[-1]:
         log.warning("%s; trying the one before", problem)
-  raise UserError(f"{problem}. " + ("No other one is usable. " if len(candidates) > 1 else "") + "Restore it from a copy")
+  raise UserError(
+    f"{problem}. "
+    + ("No other one is usable. " if len(candidates) > 1 else "")
+    + "Restore it from a copy"
+  )
 
 
 def load_params(path: str, spec: Any = None, *, average: bool = True) -> Any:
-  """Parameters of a checkpoint: nested dict of NumPy arrays, or arrays sharded as `spec` (tree of ShapeDtypeStruct) says.
+  """Parameters of a checkpoint: nested dict of NumPy arrays, or arrays sharded as `spec` (tree of
+  ShapeDtypeStruct) says.
 
-  `average`: the moving average where the run kept one, as evaluation does. Raises UserError: no checkpoint, or one of another
-  model than `spec` (names, shapes and dtypes must agree).
+  `average`: the moving average where the run kept one, as evaluation does. Raises UserError: no
+  checkpoint, or one of another model than `spec` (names, shapes and dtypes must agree).
   """
   folder = find_checkpoint(path)
   if average and manifest.read(folder)["average"]:
-    params = storage.read_arrays(folder / "rest", None if spec is None else {"ema": spec}, only="ema/")["ema"]
+    params = storage.read_arrays(
+      folder / "rest", None if spec is None else {"ema": spec}, only="ema/"
+    )["ema"]
   else:
     params = storage.read_arrays(folder / "params", spec)
-  return clamped(params, storage.read_json(folder / "config"))  # older runs clipped where the scale is used
+  return clamped(
+    params, storage.read_json(folder / "config")
+  )  # older runs clipped where the scale is used
 
 
 def load_model_state(path: str, spec: Any = None) -> Any:
-  """What the model of a checkpoint keeps besides parameters (batch statistics), {collection: nested dict}; {} if nothing.
+  """What the model of a checkpoint keeps besides parameters (batch statistics), {collection: nested
+  dict}; {} if nothing.
 
-  NumPy arrays, or arrays sharded as `spec` (tree of ShapeDtypeStruct) says. Raises UserError as `load_params`.
+  NumPy arrays, or arrays sharded as `spec` (tree of ShapeDtypeStruct) says. Raises UserError as
+  `load_params`.
   """
   folder = find_checkpoint(path)
   if (folder / "model_state").exists():
     return storage.read_arrays(folder / "model_state", spec)
-  if not (folder / "rest").exists() or not any(name.startswith("model_state/") for name in storage.stored_leaves(folder / "rest")):
+  if not (folder / "rest").exists() or not any(
+    name.startswith("model_state/") for name in storage.stored_leaves(folder / "rest")
+  ):
     return {}
   manifest.verify(folder, ("rest",))
-  return storage.read_arrays(folder / "rest", None if spec is None else {"model_state": spec}, only="model_state/")["model_state"]
+  return storage.read_arrays(
+    folder / "rest", None if spec is None else {"model_state": spec}, only="model_state/"
+  )["model_state"]
 
 
 def load_assets(path: str) -> dict[str, bytes]:
@@ -346,8 +452,9 @@ def load_assets(path: str) -> dict[str, bytes]:
 
 
 def load_config(path: str, allow_code: Sequence[str] = ()) -> FrozenConfigDict:
-  """The resolved config of the run that wrote the checkpoint, or of the import. It may come from a stranger: its kinds are those of
-  this package, or of the modules in `allow_code`. Raises UserError: it names others, or is no config of this version."""
+  """The resolved config of the run that wrote the checkpoint, or of the import. It may come from a
+  stranger: its kinds are those of this package, or of the modules in `allow_code`. Raises
+  UserError: it names others, or is no config of this version."""
   folder = find_checkpoint(path)
   try:
     return from_json(json.dumps(storage.read_json(folder / "config")), allow_code)
@@ -357,11 +464,18 @@ def load_config(path: str, allow_code: Sequence[str] = ()) -> FrozenConfigDict:
     raise UserError(f"checkpoint {folder}: its config is none of this version ({error})") from error
 
 
-def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | str, assets: Mapping[str, bytes],
-                model_state: Mapping[str, Any] | None = None) -> None:
-  """Writes an import folder: the weights of another program, with the config and assets that make them a model here.
+def save_import(
+  folder: str,
+  params: Any,
+  config: FrozenConfigDict | Mapping | str,
+  assets: Mapping[str, bytes],
+  model_state: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes an import folder: the weights of another program, with the config and assets that make
+  them a model here.
 
-  model_state: what the model keeps besides parameters, {collection: nested dict}; an item of its own where there is any.
+  model_state: what the model keeps besides parameters, {collection: nested dict}; an item of its
+  own where there is any.
   Raises UserError: the folder exists and is not empty, or cannot be written.
   """
   path = files.as_path(folder)
@@ -382,18 +496,25 @@ def save_import(folder: str, params: Any, config: FrozenConfigDict | Mapping | s
       writer.close()
 
 
-def restore_into(params: Any, path: str, rules: tuple = ((".*", r"\g<0>"),), model_state: Any = None) -> tuple[Any, Any, list[str]]:
-  """Starts `params` from the checkpoint at `path` (config.init.from) by the rules of config.init.map; see transfer.py.
+def restore_into(
+  params: Any, path: str, rules: tuple = ((".*", r"\g<0>"),), model_state: Any = None
+) -> tuple[Any, Any, list[str]]:
+  """Starts `params` from the checkpoint at `path` (config.init.from) by the rules of
+  config.init.map; see transfer.py.
 
-  params: initialised arrays, which keep their shardings. model_state: what the model keeps besides them (batch statistics), which
-  follows the parameters of its module. Returns both and the report, a line for each that was loaded, resized, new or left. Raises
-  UserError: a rule or a name that matches nothing, shapes that do not agree, or statistics that are not there.
+  params: initialised arrays, which keep their shardings. model_state: what the model keeps besides
+  them (batch statistics), which follows the parameters of its module. Returns both and the report,
+  a line for each that was loaded, resized, new or left. Raises
+  UserError: a rule or a name that matches nothing, shapes that do not agree, or statistics that are
+  not there.
   """
   folder = find_checkpoint(path)  # once: a run that goes on may save a newer one meanwhile
   source = load_params(folder)
   loaded, lines = transfer(params, source, rules, path)
   if model_state:
-    model_state, more = transfer_state(model_state, load_model_state(folder), params, source, rules, path)
+    model_state, more = transfer_state(
+      model_state, load_model_state(folder), params, source, rules, path
+    )
     lines += more
   return loaded, model_state or {}, lines
 
@@ -404,7 +525,9 @@ def names_and_shapes(path: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _checked(folder: epath.Path, read: Callable[[], Any]) -> Any:
-  """`read()` of a checkpoint whose files are as they were written, in every process. Raises Corrupt."""
+  """`read()` of a checkpoint whose files are as they were written, in every process. Raises
+  Corrupt.
+  """
   if jax.process_count() > 1:
     problem = None
     if jax.process_index() == 0:
@@ -435,13 +558,18 @@ def _verified(folder: epath.Path) -> epath.Path:
   content = manifest.read(folder)
   key = (str(folder), json.dumps(content["files"], sort_keys=True))
   if key not in _intact:
-    manifest.verify(folder, ("params", "config", "assets", "model_state", *(("rest",) if content["average"] else ())))
+    manifest.verify(
+      folder,
+      ("params", "config", "assets", "model_state", *(("rest",) if content["average"] else ())),
+    )
     _intact.add(key)
   return folder
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-  return dict(step=state.step, model_state=state.model_state, opt_states=state.opt_states, ema=state.ema)
+  return dict(
+    step=state.step, model_state=state.model_state, opt_states=state.opt_states, ema=state.ema
+  )
 
 
 def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,8 +1,11 @@
-"""What makes a checkpoint complete: manifest.json, the last file in it, with the size and CRC-32 of every other file.
+"""What makes a checkpoint complete: manifest.json, the last file in it, with the size and CRC-32 of
+every other file.
 
-Orbax notices missing files and broken indices, but stores tensors without checksums; the manifest notices every changed byte.
-A folder without a manifest was never finished. The manifest guards itself by a checksum of its own content. Object stores keep
-checksums of their own, and reading a checkpoint twice costs there: of a large object the manifest has only the size.
+Orbax notices missing files and broken indices, but stores tensors without checksums; the manifest
+notices every changed byte.
+A folder without a manifest was never finished. The manifest guards itself by a checksum of its own
+content. Object stores keep checksums of their own, and reading a checkpoint twice costs there: of a
+large object the manifest has only the size.
 """
 
 from __future__ import annotations
@@ -28,15 +31,24 @@ _THREADS = 4
 
 
 class Corrupt(Exception):
-  """A checkpoint that is half-written or damaged. The message says which file and what is wrong with it."""
+  """A checkpoint that is half-written or damaged. The message says which file and what is wrong
+  with it.
+  """
 
 
 def write(folder: epath.Path, **facts: Any) -> None:
   """Sums up every file under `folder`; `facts` (JSON values) are kept with it."""
-  sizes = {name: size for name, size in places.sizes(folder).items() if name not in (NAME, _COMMITTED)}
+  sizes = {
+    name: size for name, size in places.sizes(folder).items() if name not in (NAME, _COMMITTED)
+  }
   names, stored = list(sizes), places.is_url(folder)
   with ThreadPoolExecutor(_THREADS) as pool:
-    sums = list(pool.map(lambda name: [sizes[name], None] if stored and sizes[name] > SMALL else _sum(folder / name), names))
+    sums = list(
+      pool.map(
+        lambda name: [sizes[name], None] if stored and sizes[name] > SMALL else _sum(folder / name),
+        names,
+      )
+    )
   _put(folder, {**facts, "files": dict(zip(names, sums, strict=True))})
 
 
@@ -46,7 +58,9 @@ def update(folder: epath.Path, **facts: Any) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-  """The facts and {"files": {name: [size, CRC-32]}}; of a large object [size, None]. Raises Corrupt, UserError."""
+  """The facts and {"files": {name: [size, CRC-32]}}; of a large object [size, None]. Raises
+  Corrupt, UserError.
+  """
   try:
     with _opened(folder / NAME) as file:
       content = json.loads(file.read())
@@ -63,14 +77,18 @@ def read(folder: epath.Path) -> dict[str, Any]:
 
 
 def verify(folder: epath.Path, items: Sequence[str] | None = None) -> None:
-  """Reads every file (of the named items, sub-folders of the checkpoint) and compares. Raises Corrupt, UserError."""
+  """Reads every file (of the named items, sub-folders of the checkpoint) and compares. Raises
+  Corrupt, UserError.
+  """
   check_content(folder, check_structure(folder, items))
 
 
 def check_structure(folder: epath.Path, items: Sequence[str] | None = None) -> list[str]:
-  """Compares names, sizes, and the content of small files: after it, the checkpoint can be read without surprises.
+  """Compares names, sizes, and the content of small files: after it, the checkpoint can be read
+  without surprises.
 
-  Returns the names of the large files, whose content remains to be checked by `check_content`. Raises Corrupt, UserError.
+  Returns the names of the large files, whose content remains to be checked by `check_content`.
+  Raises Corrupt, UserError.
   """
   files = read(folder)["files"]
   with places.store_errors(folder, f"checkpoint {folder} cannot be read"):
@@ -87,7 +105,9 @@ def check_structure(folder: epath.Path, items: Sequence[str] | None = None) -> l
 
 
 def check_content(folder: epath.Path, names: Sequence[str]) -> None:
-  """Compares the checksums of the named files, but of large objects, which have none. Raises Corrupt, UserError."""
+  """Compares the checksums of the named files, but of large objects, which have none. Raises
+  Corrupt, UserError.
+  """
   files = read(folder)["files"]
 
   def check(name: str) -> None:
@@ -114,7 +134,9 @@ def _put(folder: epath.Path, content: dict[str, Any]) -> None:
 def _sum(path: epath.Path) -> list[int]:
   """[size, CRC-32] of a file."""
   size = crc = 0
-  buffer = memoryview(bytearray(_CHUNK))  # one for the whole file: memory that is new for each part costs more than its sum
+  buffer = memoryview(
+    bytearray(_CHUNK)
+  )  # one for the whole file: memory that is new for each part costs more than its sum
   with _opened(path) as file:
     while count := file.readinto(buffer):
       size, crc = size + count, zlib.crc32(buffer[:count], crc)
@@ -123,7 +145,9 @@ def _sum(path: epath.Path) -> list[int]:
 
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[BinaryIO]:
-  """A file of a checkpoint, to read. Raises OSError; UserError: the store does not answer, which says nothing of the checkpoint."""
+  """A file of a checkpoint, to read. Raises OSError; UserError: the store does not answer, which
+  says nothing of the checkpoint.
+  """
   try:
     with places.open_binary(path) as file:
       yield file

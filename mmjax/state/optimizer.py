@@ -1,18 +1,23 @@
-"""Optimizers: kinds `(axes, *, settings) -> optax.GradientTransformation`, and `make_optimizer`, which completes them.
+"""Optimizers: kinds `(axes, *, settings) -> optax.GradientTransformation`, and `make_optimizer`,
+which completes them.
 
-A kind scales gradients into directions of about unit size (optax's `scale_by_*`); it knows neither rate nor decay.
-`make_optimizer` adds what all share, in this order: frozen leaves are taken out, the global norm is clipped, the kind's
-rule, decoupled weight decay, the rate of each parameter (rules, schedule, peak).
+A kind scales gradients into directions of about unit size (optax's `scale_by_*`); it knows neither
+rate nor decay.
+`make_optimizer` adds what all share, in this order: frozen leaves are taken out, the global norm is
+clipped, the kind's rule, decoupled weight decay, the rate of each parameter (rules, schedule,
+peak).
 
-`make_optimizers` makes those of a run: "main", and one for each entry of config.optimizers, which takes the parameters that its
-`params` matches away from "main". Each sees the others' parameters as frozen, so their states and norms have nothing in common.
+`make_optimizers` makes those of a run: "main", and one for each entry of config.optimizers, which
+takes the parameters that its `params` matches away from "main". Each sees the others' parameters as
+frozen, so their states and norms have nothing in common.
 
-Layers are stored stacked, and a stack gets the update that its layers would get alone: leaves whose first logical axis is
-"layers" are handled a layer at a time wherever a rule looks at more than single elements (adafactor, muon).
+Layers are stored stacked, and a stack gets the update that its layers would get alone: leaves whose
+first logical axis is "layers" are handled a layer at a time wherever a rule looks at more than
+single elements (adafactor, muon).
 
-Where each step has a source of its own (data.mix "steps"), `moments` "source" gives every source moments of its own: a step's
-direction then comes from its own task's gradients alone, and tasks whose gradients differ in scale need no weights (AdaTask,
-Yang et al. 2023, arXiv:2211.15055).
+Where each step has a source of its own (data.mix "steps"), `moments` "source" gives every source
+moments of its own: a step's direction then comes from its own task's gradients alone, and tasks
+whose gradients differ in scale need no weights (AdaTask, Yang et al. 2023, arXiv:2211.15055).
 """
 
 from __future__ import annotations
@@ -34,15 +39,20 @@ from mmjax.ranges import Decay, Depth, Epsilon, NonNegative, Positive, Share, Si
 from mmjax.state.paths import by_name, map_named, matches, nearest
 from mmjax.state.schedule import Schedule, make_schedule
 
-Axes = Any  # a tree like the parameters whose leaves are tuples of logical axis names (or None), one a dimension
+# a tree like the parameters whose leaves are tuples of logical axis names (or None), one a
+# dimension
+Axes = Any
 StateDtype = Literal["float32", "bfloat16"]
 
 
 class Optimizer(NamedTuple):
-  """tx: `init(params)`, `update(gradients, state, params, *, step=None, source="") -> (updates, state)`; apply with
-  `optax.apply_updates`. Without `step` the schedule follows the number of updates made. source: whose moments are used.
-  schedule: step -> the learning rate (peak times factor) that `update` applies where no rule changes it.
+  """tx: `init(params)`, `update(gradients, state, params, *, step=None, source="") -> (updates,
+  state)`; apply with `optax.apply_updates`. Without `step` the schedule follows the number of
+  updates made. source: whose moments are used.
+  schedule: step -> the learning rate (peak times factor) that `update` applies where no rule
+  changes it.
   trained: tree of bool like the parameters; False where no slice of the leaf is ever changed."""
+
   tx: optax.GradientTransformationExtraArgs
   schedule: Schedule
   trained: Any
@@ -51,35 +61,56 @@ class Optimizer(NamedTuple):
 class Optimizers(NamedTuple):
   """The optimizers of a run by group of parameters, "main" first; each parameter belongs to one.
 
-  init(params) -> {group: state}; update(gradients, states, params, *, step, source) -> (updates, states).
+  init(params) -> {group: state}; update(gradients, states, params, *, step, source) -> (updates,
+  states).
   trained: as of an Optimizer, of all groups together."""
+
   groups: dict[str, Optimizer]
   trained: Any
 
   def init(self, params: Any) -> dict[str, OptimizerState]:
     return {name: optimizer.tx.init(params) for name, optimizer in self.groups.items()}
 
-  def update(self, gradients: Any, states: Mapping[str, Any], params: Any, *, step: Any = None,
-             source: str = "") -> tuple[Any, dict[str, Any]]:
-    results = {name: optimizer.tx.update(gradients, states[name], params, step=step, source=source)
-               for name, optimizer in self.groups.items()}
-    updates = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *(part for part, _ in results.values()))  # zero but of one
+  def update(
+    self,
+    gradients: Any,
+    states: Mapping[str, Any],
+    params: Any,
+    *,
+    step: Any = None,
+    source: str = "",
+  ) -> tuple[Any, dict[str, Any]]:
+    results = {
+      name: optimizer.tx.update(gradients, states[name], params, step=step, source=source)
+      for name, optimizer in self.groups.items()
+    }
+    updates = jax.tree.map(
+      lambda *parts: functools.reduce(jnp.add, parts), *(part for part, _ in results.values())
+    )  # zero but of one
     return updates, {name: state for name, (_, state) in results.items()}
 
 
 class OptimizerState(NamedTuple):
-  """count: int32, updates made. rule: state of the kind, over the leaves (and slices of stacks) that are trained; {source: state}
-  where each source has moments of its own."""
+  """count: int32, updates made. rule: state of the kind, over the leaves (and slices of stacks)
+  that are trained; {source: state} where each source has moments of its own."""
+
   count: jax.Array
   rule: Any
 
 
-# -- kinds --------------------------------------------------------------------------------------------------------------
+# -- kinds -----------------------------------------------------------------------------------------
 
 
-def adamw(axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.999, eps: Epsilon = 1e-8,
-          state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is `optimizer.weight_decay`.
+def adamw(
+  axes: Axes,
+  *,
+  b1: Decay = 0.9,
+  b2: Decay = 0.999,
+  eps: Epsilon = 1e-8,
+  state_dtype: StateDtype = "float32",
+) -> optax.GradientTransformation:
+  """Adam (Kingma and Ba 2015, arXiv:1412.6980); the decoupled decay (Loshchilov and Hutter 2019) is
+  `optimizer.weight_decay`.
 
   b1, b2: decays of the first and second moments. eps: added to the root of the second.
   """
@@ -87,8 +118,11 @@ def adamw(axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.999, eps: Epsilon = 1e-8
   return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype)
 
 
-def lion(axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.99, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times below AdamW's.
+def lion(
+  axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.99, state_dtype: StateDtype = "float32"
+) -> optax.GradientTransformation:
+  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum. Wants a rate 3 to 10 times
+  below AdamW's.
 
   b1: share of the momentum in the update. b2: its decay.
   """
@@ -96,17 +130,35 @@ def lion(axes: Axes, *, b1: Decay = 0.9, b2: Decay = 0.99, state_dtype: StateDty
   return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=state_dtype)
 
 
-def adafactor(axes: Axes, *, decay_rate: Share = 0.8, max_decay: Share = 0.999, min_factored: Size = 32,
-              update_clip: NonNegative = 1.0, momentum: Decay = 0.9, parameter_scale: bool = False,
-              state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), by default as Zhai et al. 2022 (arXiv:2106.04560) use it for vision.
+def adafactor(
+  axes: Axes,
+  *,
+  decay_rate: Share = 0.8,
+  max_decay: Share = 0.999,
+  min_factored: Size = 32,
+  update_clip: NonNegative = 1.0,
+  momentum: Decay = 0.9,
+  parameter_scale: bool = False,
+  state_dtype: StateDtype = "float32",
+) -> optax.GradientTransformation:
+  """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), by default as Zhai et al. 2022
+  (arXiv:2106.04560) use it for vision.
 
-  The second moment decays by min(1 - t^-decay_rate, max_decay) and is factored over the two largest dimensions if both have
-  `min_factored` or more. `update_clip`: largest RMS of a leaf's update; 0 = off. `momentum`: on the updates, in `state_dtype`;
-  0 = none. `parameter_scale`: multiplies an update by the RMS of its parameter. All of it for each layer by itself.
+  The second moment decays by min(1 - t^-decay_rate, max_decay) and is factored over the two largest
+  dimensions if both have
+  `min_factored` or more. `update_clip`: largest RMS of a leaf's update; 0 = off. `momentum`: on the
+  updates, in `state_dtype`;
+  0 = none. `parameter_scale`: multiplies an update by the RMS of its parameter. All of it for each
+  layer by itself.
   """
-  decay = lambda step, rate: jnp.minimum(1 - (jnp.asarray(step, jnp.float32) + 1) ** -rate, max_decay)
-  parts = [optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_factored, decay_rate_fn=decay)]
+  decay = lambda step, rate: jnp.minimum(
+    1 - (jnp.asarray(step, jnp.float32) + 1) ** -rate, max_decay
+  )
+  parts = [
+    optax.scale_by_factored_rms(
+      decay_rate=decay_rate, min_dim_size_to_factor=min_factored, decay_rate_fn=decay
+    )
+  ]
   if update_clip:
     parts.append(optax.clip_by_block_rms(update_clip))
   if parameter_scale:
@@ -117,23 +169,49 @@ def adafactor(axes: Axes, *, decay_rate: Share = 0.8, max_decay: Share = 0.999, 
   return optax.chain(*parts)
 
 
-def muon(axes: Axes, *, beta: Decay = 0.95, nesterov: bool = True, iterations: Depth = 5,
-         newton_schulz: Literal["float32", "bfloat16"] = "float32", rms: Positive = 0.2, b1: Decay = 0.9, b2: Decay = 0.999,
-         eps: Epsilon = 1e-8, adam_rate: NonNegative = 1.0, state_dtype: StateDtype = "float32") -> optax.GradientTransformation:
-  """Muon (Jordan et al. 2024): momentum of a matrix, orthogonalised; everything else by Adam, at `adam_rate` times the rate.
+def muon(
+  axes: Axes,
+  *,
+  beta: Decay = 0.95,
+  nesterov: bool = True,
+  iterations: Depth = 5,
+  newton_schulz: Literal["float32", "bfloat16"] = "float32",
+  rms: Positive = 0.2,
+  b1: Decay = 0.9,
+  b2: Decay = 0.999,
+  eps: Epsilon = 1e-8,
+  adam_rate: NonNegative = 1.0,
+  state_dtype: StateDtype = "float32",
+) -> optax.GradientTransformation:
+  """Muon (Jordan et al. 2024): momentum of a matrix, orthogonalised; everything else by Adam, at
+  `adam_rate` times the rate.
 
-  `matrix_axes` says which leaves are matrices: kernels, one matrix a layer, and query, key and value each for itself.
-  An update is multiplied by `rms` * sqrt(larger side), which gives it the RMS of an Adam update (Liu et al. 2025,
-  arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over. `newton_schulz`: precision of the `iterations`.
+  `matrix_axes` says which leaves are matrices: kernels, one matrix a layer, and query, key and
+  value each for itself.
+  An update is multiplied by `rms` * sqrt(larger side), which gives it the RMS of an Adam update
+  (Liu et al. 2025, arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over.
+  `newton_schulz`: precision of the `iterations`.
   beta: decay of the momentum; nesterov: looked at one step ahead. b1, b2, eps: of Adam.
   """
   sides = {name: matrix_axes(name, leaf) for name, leaf in _axes_by_name(axes).items()}
   labels = lambda tree: map_named(lambda name, _: "matrix" if sides[name] else "other", tree)
-  return optax.partition({
-      "matrix": scale_by_muon(sides, beta=beta, nesterov=nesterov, iterations=iterations, rms=rms,
-                              precision=newton_schulz, momentum_dtype=state_dtype),
-      "other": optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype), optax.scale(adam_rate)),
-  }, labels)
+  return optax.partition(
+    {
+      "matrix": scale_by_muon(
+        sides,
+        beta=beta,
+        nesterov=nesterov,
+        iterations=iterations,
+        rms=rms,
+        precision=newton_schulz,
+        momentum_dtype=state_dtype,
+      ),
+      "other": optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=state_dtype), optax.scale(adam_rate)
+      ),
+    },
+    labels,
+  )
 
 
 class MuonState(NamedTuple):
@@ -141,9 +219,20 @@ class MuonState(NamedTuple):
   mu: Any  # momentum, like the parameters
 
 
-def scale_by_muon(sides: Mapping[str, tuple], *, beta: float, nesterov: bool, iterations: int, rms: float, precision: str,
-                  momentum_dtype: str) -> optax.GradientTransformation:
-  """Orthogonalised momentum of leaves [..., inputs..., ..., outputs...]; `sides` as `matrix_axes` gives them, by name."""
+def scale_by_muon(
+  sides: Mapping[str, tuple],
+  *,
+  beta: float,
+  nesterov: bool,
+  iterations: int,
+  rms: float,
+  precision: str,
+  momentum_dtype: str,
+) -> optax.GradientTransformation:
+  """Orthogonalised momentum of leaves [..., inputs..., ..., outputs...]; `sides` as `matrix_axes`
+  gives them, by name.
+  """
+
   def init(params):
     return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=momentum_dtype))
 
@@ -164,8 +253,12 @@ def scale_by_muon(sides: Mapping[str, tuple], *, beta: float, nesterov: bool, it
       order = batch + inputs + outputs
       size = lambda dims: math.prod(x.shape[i] for i in dims)
       matrices = x.transpose(order).reshape(size(batch), size(inputs), size(outputs))
-      matrices = orthogonalize(matrices, iterations, precision) * (rms * math.sqrt(max(size(inputs), size(outputs))))
-      return matrices.reshape([x.shape[i] for i in order]).transpose(np.argsort(order)).astype(x.dtype)
+      matrices = orthogonalize(matrices, iterations, precision) * (
+        rms * math.sqrt(max(size(inputs), size(outputs)))
+      )
+      return (
+        matrices.reshape([x.shape[i] for i in order]).transpose(np.argsort(order)).astype(x.dtype)
+      )
 
     return map_named(direction, momentum), MuonState(count, optax.tree.cast(mu, momentum_dtype))
 
@@ -173,7 +266,9 @@ def scale_by_muon(sides: Mapping[str, tuple], *, beta: float, nesterov: bool, it
 
 
 def orthogonalize(x: jax.Array, iterations: int = 5, precision: str = "float32") -> jax.Array:
-  """Matrices [N, R, C] with their singular values moved near 1 (0.7 to 1.2), by Jordan's quintic Newton-Schulz iteration."""
+  """Matrices [N, R, C] with their singular values moved near 1 (0.7 to 1.2), by Jordan's quintic
+  Newton-Schulz iteration.
+  """
   a, b, c = 3.4445, -4.7750, 2.0315
   wide = x.shape[-2] <= x.shape[-1]
   x = x if wide else x.mT
@@ -186,11 +281,13 @@ def orthogonalize(x: jax.Array, iterations: int = 5, precision: str = "float32")
 
 
 def matrix_axes(name: str, axes: tuple) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-  """(input dimensions, output dimensions) of a leaf that muon takes as matrices, None for one that it leaves to Adam.
+  """(input dimensions, output dimensions) of a leaf that muon takes as matrices, None for one that
+  it leaves to Adam.
 
-  Matrices are leaves called "kernel", except those that read tokens, patches or positions directly. "layers" and "qkv" count
-  matrices; "heads" and "kv" are one side together: qkv [embed, qkv, heads, kv] is 3 matrices embed x (heads kv), out
-  [heads, kv, embed] is (heads kv) x embed. With more than two sides (a convolution) the last is the output.
+  Matrices are leaves called "kernel", except those that read tokens, patches or positions directly.
+  "layers" and "qkv" count matrices; "heads" and "kv" are one side together: qkv [embed, qkv, heads,
+  kv] is 3 matrices embed x (heads kv), out [heads, kv, embed] is (heads kv) x embed. With more than
+  two sides (a convolution) the last is the output.
   """
   if name.split("/")[-1] != "kernel" or {"vocab", "patch", "position"} & set(axes):
     return None
@@ -208,17 +305,25 @@ def matrix_axes(name: str, axes: tuple) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def per_layer(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
-  """`tx` on every leaf by itself, and on every layer of a stacked leaf by itself. Its state stays a NamedTuple of trees.
+  """`tx` on every leaf by itself, and on every layer of a stacked leaf by itself. Its state stays a
+  NamedTuple of trees.
 
-  `tx` must treat leaves independently and have a NamedTuple as its state: trees like the parameters, and scalar `count`.
+  `tx` must treat leaves independently and have a NamedTuple as its state: trees like the
+  parameters, and scalar `count`.
   """
   stacked = {name: bool(leaf) and leaf[0] == "layers" for name, leaf in _axes_by_name(axes).items()}
 
   def gather(parts: list, like: Any) -> Any:
     """One state whose fields are trees, from a state for each leaf."""
     kind, tree = type(parts[0]), jax.tree.structure(like)
-    return kind(*(getattr(parts[0], field) if field == "count" else tree.unflatten([getattr(part, field) for part in parts])
-                  for field in kind._fields))
+    return kind(
+      *(
+        getattr(parts[0], field)
+        if field == "count"
+        else tree.unflatten([getattr(part, field) for part in parts])
+        for field in kind._fields
+      )
+    )
 
   def mapped(state: Any) -> Any:
     return type(state)(*(None if field == "count" else 0 for field in state._fields))
@@ -231,89 +336,166 @@ def per_layer(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTra
     return gather(parts, params) if parts else tx.init(params)
 
   def update(updates, state, params):
-    names, leaves, tree = list(by_name(updates)), jax.tree.leaves(updates), jax.tree.structure(updates)
+    names, leaves, tree = (
+      list(by_name(updates)),
+      jax.tree.leaves(updates),
+      jax.tree.structure(updates),
+    )
     if not names:
       return updates, state
-    states = [type(state)(*column) for column in zip(*(
-        [value] * len(names) if field == "count" else tree.flatten_up_to(value)
-        for field, value in zip(state._fields, state, strict=True)), strict=True)] or [state] * len(names)
+    states = [
+      type(state)(*column)
+      for column in zip(
+        *(
+          [value] * len(names) if field == "count" else tree.flatten_up_to(value)
+          for field, value in zip(state._fields, state, strict=True)
+        ),
+        strict=True,
+      )
+    ] or [state] * len(names)
     out = []
-    for name, leaf, part, param in zip(names, leaves, states, tree.flatten_up_to(params), strict=True):
+    for name, leaf, part, param in zip(
+      names, leaves, states, tree.flatten_up_to(params), strict=True
+    ):
       spec = mapped(part)
-      one = jax.vmap(tx.update, in_axes=(0, spec, 0), out_axes=(0, spec)) if stacked[name] else tx.update
+      one = (
+        jax.vmap(tx.update, in_axes=(0, spec, 0), out_axes=(0, spec))
+        if stacked[name]
+        else tx.update
+      )
       out.append(one(leaf, part, param))
     return tree.unflatten([o[0] for o in out]), gather([o[1] for o in out], updates)
 
   return optax.GradientTransformation(init, update)
 
 
-# -- what all kinds share ------------------------------------------------------------------------------------------------
+# -- what all kinds share --------------------------------------------------------------------------
 
 
-def make_optimizers(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int, examples: int | None = None,
-                    sources: tuple[str, ...] = ()) -> Optimizers:
-  """The optimizers of a run: config.optimizer as "main", and config.optimizers; see `make_optimizer` for the arguments.
+def make_optimizers(
+  config: FrozenConfigDict,
+  axes: Axes,
+  params_spec: Any,
+  *,
+  steps: int,
+  examples: int | None = None,
+  sources: tuple[str, ...] = (),
+) -> Optimizers:
+  """The optimizers of a run: config.optimizer as "main", and config.optimizers; see
+  `make_optimizer` for the arguments.
 
-  Raises UserError: as `make_optimizer`; two groups match the same parameter; "main" or another is left with nothing."""
+  Raises UserError: as `make_optimizer`; two groups match the same parameter; "main" or another is
+  left with nothing."""
   names = by_name(params_spec)
   owners = dict.fromkeys(names, "main")
   for group, entry in config.optimizers.items():
     taken = [name for name in names if matches(entry.params, name).any()]
     if not taken:
-      raise UserError(f"optimizers.{group}.params: {entry.params!r} matches no parameter; the nearest is {nearest(entry.params, names)!r}")
+      raise UserError(
+        f"optimizers.{group}.params: {entry.params!r} matches no parameter; the nearest is "
+        f"{nearest(entry.params, names)!r}"
+      )
     for name in taken:
       if owners[name] != "main":
-        raise UserError(f"optimizers.{owners[name]}.params and optimizers.{group}.params both match {name}: make them disjoint")
+        raise UserError(
+          f"optimizers.{owners[name]}.params and optimizers.{group}.params both match {name}: "
+          "make them disjoint"
+        )
       owners[name] = group
   if "main" not in owners.values():
-    raise UserError("optimizers: their `params` match every parameter, which leaves nothing to `optimizer`. Leave one of them out")
-  groups = {group: make_optimizer(config, axes, params_spec, steps=steps, examples=examples, group=group, sources=sources,
-                                  owned={name for name, owner in owners.items() if owner == group})
-            for group in ("main", *config.optimizers)}
-  return Optimizers(groups, jax.tree.map(lambda *trained: any(trained), *(optimizer.trained for optimizer in groups.values())))
+    raise UserError(
+      "optimizers: their `params` match every parameter, which leaves nothing to `optimizer`. "
+      "Leave one of them out"
+    )
+  groups = {
+    group: make_optimizer(
+      config,
+      axes,
+      params_spec,
+      steps=steps,
+      examples=examples,
+      group=group,
+      sources=sources,
+      owned={name for name, owner in owners.items() if owner == group},
+    )
+    for group in ("main", *config.optimizers)
+  }
+  return Optimizers(
+    groups,
+    jax.tree.map(
+      lambda *trained: any(trained), *(optimizer.trained for optimizer in groups.values())
+    ),
+  )
 
 
-def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, steps: int, examples: int | None = None,
-                   group: str = "main", owned: set[str] | None = None, sources: tuple[str, ...] = ()) -> Optimizer:
-  """The optimizer of config.optimizer (or config.optimizers[group]) and config.schedule for a run of `steps`.
+def make_optimizer(
+  config: FrozenConfigDict,
+  axes: Axes,
+  params_spec: Any,
+  *,
+  steps: int,
+  examples: int | None = None,
+  group: str = "main",
+  owned: set[str] | None = None,
+  sources: tuple[str, ...] = (),
+) -> Optimizer:
+  """The optimizer of config.optimizer (or config.optimizers[group]) and config.schedule for a run
+  of `steps`.
 
-  axes: logical axes of each parameter. params_spec: tree of ShapeDtypeStruct (or arrays), unboxed. `examples`: of an epoch.
-  owned: names of the parameters it trains (None = all); the others are frozen to it. A rate of 0 (optimizer.rates) freezes: such leaves, or slices of a stack, have no optimizer state, are not decayed, get an
-  update of exactly zero, and do not count in the clipped norm. sources: those that take turns, a step each; with
-  `moments` "source" each has a state of its own.
+  axes: logical axes of each parameter. params_spec: tree of ShapeDtypeStruct (or arrays), unboxed.
+  `examples`: of an epoch.
+  owned: names of the parameters it trains (None = all); the others are frozen to it. A rate of 0
+  (optimizer.rates) freezes: such leaves, or slices of a stack, have no optimizer state, are not
+  decayed, get an update of exactly zero, and do not count in the clipped norm. sources: those that
+  take turns, a step each; with `moments` "source" each has a state of its own.
 
   Raises UserError: a regex matches no parameter (the nearest is named), or everything is frozen.
   """
-  entry, where = (config.optimizer, "optimizer") if group == "main" else (config.optimizers[group], f"optimizers.{group}")
+  entry, where = (
+    (config.optimizer, "optimizer")
+    if group == "main"
+    else (config.optimizers[group], f"optimizers.{group}")
+  )
   spec, named_axes = by_name(params_spec), _axes_by_name(axes)
-  layers = {name: leaf.shape[0] if named_axes[name][:1] == ("layers",) else None for name, leaf in spec.items()}
+  layers = {
+    name: leaf.shape[0] if named_axes[name][:1] == ("layers",) else None
+    for name, leaf in spec.items()
+  }
   rates = _rates(f"{where}.rates", entry.rates, layers)
   decays = {name: np.zeros(count or (), bool) for name, count in layers.items()}
   if entry.weight_decay:
     decays = {name: matches(entry.decay, name, count) for name, count in layers.items()}
     _check_used(f"{where}.decay", entry.decay, decays)
-  rates = {name: rate if owned is None or name in owned else 0 * rate for name, rate in rates.items()}
+  rates = {
+    name: rate if owned is None or name in owned else 0 * rate for name, rate in rates.items()
+  }
   trained = {name: np.flatnonzero(rate) for name, rate in rates.items()}
   if not any(map(len, trained.values())):
-    raise UserError(f"{where}.rates freezes every parameter: nothing would be trained. Leave one out")
+    raise UserError(
+      f"{where}.rates freezes every parameter: nothing would be trained. Leave one out"
+    )
 
   def view(tree):
     """The trained leaves, and of partly frozen stacks the trained slices."""
+
     def pick(name, leaf):
       if not len(trained[name]):
         return optax.MaskedNode()
       return leaf if len(trained[name]) == rates[name].size else leaf[_index(trained[name])]
+
     return map_named(pick, tree)
 
   def fill(updates, like):
     """Updates of the view as a tree like the parameters: zero where frozen."""
     some = by_name(updates)
+
     def put(name, leaf):
       if name not in some:
         return jnp.zeros_like(leaf)
       if len(trained[name]) == rates[name].size:
         return some[name]
       return jnp.zeros_like(leaf, some[name].dtype).at[_index(trained[name])].set(some[name])
+
     return map_named(put, like)
 
   kind = kind_function(entry, "optimizer")
@@ -325,13 +507,19 @@ def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, st
   own = sources if entry.moments == "source" else ()
 
   def init(params):
-    new = lambda: rule.init(view(params))  # anew for each: buffers that are donated must not be the same
-    return OptimizerState(jnp.zeros((), jnp.int32), {source: new() for source in own} if own else new())
+    new = lambda: rule.init(
+      view(params)
+    )  # anew for each: buffers that are donated must not be the same
+    return OptimizerState(
+      jnp.zeros((), jnp.int32), {source: new() for source in own} if own else new()
+    )
 
   def update(gradients, state, params, *, step=None, source="", **unused):
     del unused
     kept = view(params)
-    updates, rule_state = rule.update(view(gradients), state.rule[source] if own else state.rule, kept)
+    updates, rule_state = rule.update(
+      view(gradients), state.rule[source] if own else state.rule, kept
+    )
     rule_state = {**state.rule, source: rule_state} if own else rule_state
     rate = -schedule(state.count if step is None else step)
 
@@ -345,15 +533,20 @@ def make_optimizer(config: FrozenConfigDict, axes: Axes, params_spec: Any, *, st
     updates = fill(map_named(scale, updates, kept), gradients)
     return updates, OptimizerState(optax.safe_increment(state.count), rule_state)
 
-  return Optimizer(optax.GradientTransformationExtraArgs(init, update), schedule,
-                   map_named(lambda name, _: bool(len(trained[name])), params_spec))
+  return Optimizer(
+    optax.GradientTransformationExtraArgs(init, update),
+    schedule,
+    map_named(lambda name, _: bool(len(trained[name])), params_spec),
+  )
 
 
 def state_axes(optimizer: Optimizer | Optimizers, params_spec: Any, axes: Axes) -> Any:
-  """Logical axes of every leaf of the optimizer's state, as a tree like its `init(params)` with tuples as leaves.
+  """Logical axes of every leaf of the optimizer's state, as a tree like its `init(params)` with
+  tuples as leaves.
 
-  A leaf shaped like its parameter has the parameter's axes; a factored moment lacks the one that was averaged over; what
-  belongs to no parameter (counts) has (). Use them with the rules that shard the parameters.
+  A leaf shaped like its parameter has the parameter's axes; a factored moment lacks the one that
+  was averaged over; what belongs to no parameter (counts) has (). Use them with the rules that
+  shard the parameters.
   """
   named_axes, spec = _axes_by_name(axes), by_name(params_spec)
   init = optimizer.init if isinstance(optimizer, Optimizers) else optimizer.tx.init
@@ -371,23 +564,30 @@ def state_axes(optimizer: Optimizer | Optimizers, params_spec: Any, axes: Axes) 
 
 
 def keep_unused(new: Any, old: Any, used: Any) -> Any:
-  """The optimizer's state `new`, but `old` in what belongs to parameters that a step did not use (`used`: bools like the parameters).
+  """The optimizer's state `new`, but `old` in what belongs to parameters that a step did not use
+  (`used`: bools like the parameters).
 
   Counts go on for all: a bias correction sees every step of the run.
   """
   named_used, before = by_name(used), by_name(old)
-  return map_named(lambda name, leaf: leaf if named_used.get(_owner(name, named_used), True) else before[name], new)
+  return map_named(
+    lambda name, leaf: leaf if named_used.get(_owner(name, named_used), True) else before[name], new
+  )
 
 
 def _owner(name: str, parameters: Mapping[str, Any]) -> str | None:
-  """The parameter that a leaf of the optimizer's state belongs to: "rule/0/mu/image/patch/kernel" -> "image/patch/kernel"."""
+  """The parameter that a leaf of the optimizer's state belongs to: "rule/0/mu/image/patch/kernel"
+  -> "image/patch/kernel".
+  """
   parts = name.split("/")
   return next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in parameters), None)
 
 
 def _reduced_axes(shape: tuple, axes: tuple, reduced: tuple, from_right: bool) -> tuple:
   """Axes of an array that has the dimensions `shape` less some; (None, ...) if it is not that."""
-  stack = axes[:1] == ("layers",) and len(reduced) > 0  # partly frozen stacks have fewer layers in the state
+  stack = (
+    axes[:1] == ("layers",) and len(reduced) > 0
+  )  # partly frozen stacks have fewer layers in the state
   body, names, rest = (shape[1:], axes[1:], reduced[1:]) if stack else (shape, axes, reduced)
   pairs, found = list(zip(body, names, strict=True)), []
   for size in reversed(rest) if from_right else rest:
@@ -405,7 +605,9 @@ def _rates(where: str, rules: tuple, layers: dict[str, int | None]) -> dict[str,
   free = {name: np.ones(count or (), bool) for name, count in layers.items()}
   for pattern, factor in rules:
     if not isinstance(factor, (int, float)) or factor < 0:
-      raise UserError(f"{where}: the factor of {pattern!r} is {factor!r}, but must be a number of 0 or more")
+      raise UserError(
+        f"{where}: the factor of {pattern!r} is {factor!r}, but must be a number of 0 or more"
+      )
     taken = {name: matches(pattern, name, count) for name, count in layers.items()}
     _check_used(where, pattern, taken)
     for name, match in taken.items():
@@ -416,7 +618,9 @@ def _rates(where: str, rules: tuple, layers: dict[str, int | None]) -> dict[str,
 
 def _check_used(key: str, pattern: str, taken: dict[str, np.ndarray]) -> None:
   if not any(match.any() for match in taken.values()):
-    raise UserError(f"{key}: {pattern!r} matches no parameter; the nearest is {nearest(pattern, taken)!r}")
+    raise UserError(
+      f"{key}: {pattern!r} matches no parameter; the nearest is {nearest(pattern, taken)!r}"
+    )
 
 
 def _axes_by_name(axes: Axes) -> dict[str, tuple]:

@@ -1,10 +1,12 @@
 """Names of parameters, and regexes over them that can address the layers of a stacked leaf.
 
-A leaf's name is its path in the tree, joined by slashes: "image/layers/attention/qkv/kernel". A leaf under "layers" is
-stacked: its first axis counts the layers, and slice i also has the name "image/layers[i]/attention/qkv/kernel". A regex
-matches a name as a whole (`re.fullmatch`). One that names the stacked leaf takes all slices; `layers[2:6]`, `layers[3]`
-or `layers[-2:]` in a regex takes the slices that Python's indexing would; backslashes before the
-brackets are needed only if the stop is negative.
+A leaf's name is its path in the tree, joined by slashes: "image/layers/attention/qkv/kernel". A
+leaf under "layers" is
+stacked: its first axis counts the layers, and slice i also has the name
+"image/layers[i]/attention/qkv/kernel". A regex matches a name as a whole (`re.fullmatch`). One that
+names the stacked leaf takes all slices; `layers[2:6]`, `layers[3]` or `layers[-2:]` in a regex
+takes the slices that Python's indexing would; backslashes before the brackets are needed only if
+the stop is negative.
 """
 
 from __future__ import annotations
@@ -23,17 +25,24 @@ _RANGE = re.compile(r"layers\\?\[(-?\d*)(:(-?\d*))?\\?\]")
 
 def name_of(keys: tuple) -> str:
   """The name of a key path of `jax.tree_util`."""
-  return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+  return "/".join(
+    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys
+  )
 
 
 def by_name(tree: Any, is_leaf=None) -> dict[str, Any]:
   """{name: leaf}, in the order of the tree."""
-  return {name_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
+  return {
+    name_of(keys): leaf
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+  }
 
 
 def map_named(function, tree: Any, *rest: Any, is_leaf=None) -> Any:
   """Like `jax.tree.map`, with the name as the first argument."""
-  return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(name_of(keys), *leaves), tree, *rest, is_leaf=is_leaf)
+  return jax.tree_util.tree_map_with_path(
+    lambda keys, *leaves: function(name_of(keys), *leaves), tree, *rest, is_leaf=is_leaf
+  )
 
 
 def matches(pattern: str, name: str, layers: int | None = None) -> np.ndarray:
@@ -56,13 +65,15 @@ def nearest(pattern: str, names: Iterable[str]) -> str:
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str, layers: int) -> re.Pattern:
   """The regex with `layers[a:b]` spelt out for a stack of so many layers."""
+
   def numbers(match: re.Match) -> str:
     start, colon, stop = match[1], match[2], match[3]
     if colon is None:
       if not start:
         return match[0]
-      chosen = range(layers)[int(start):][:1] if -layers <= int(start) < layers else ()
+      chosen = range(layers)[int(start) :][:1] if -layers <= int(start) < layers else ()
     else:
-      chosen = range(layers)[int(start) if start else None:int(stop) if stop else None]
+      chosen = range(layers)[int(start) if start else None : int(stop) if stop else None]
     return rf"layers\[(?:{'|'.join(map(str, chosen)) or '(?!)'})\]"
+
   return re.compile(_RANGE.sub(numbers, pattern))

@@ -1,4 +1,6 @@
-"""The one place that talks to Orbax: writing a folder of items in the background, reading arrays strictly, disk errors."""
+"""The one place that talks to Orbax: writing a folder of items in the background, reading arrays
+strictly, disk errors.
+"""
 
 from __future__ import annotations
 
@@ -29,34 +31,63 @@ from mmjax.state import manifest
 from mmjax.state.paths import by_name, map_named
 
 TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted"
-_PATIENCE = 30 * 24 * 3600  # seconds; Orbax's 20 minutes go by the wall clock, which may jump. The watchdog bounds a save.
-_DISK_ERROR = re.compile(r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS error")
+_PATIENCE = (
+  30 * 24 * 3600
+)  # seconds; Orbax's 20 minutes go by the wall clock, which may jump. The watchdog bounds a save.
+_DISK_ERROR = re.compile(
+  r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS "
+  r"error"
+)
 
 
 class Writer(ocp.AsyncCheckpointer):
-  """Writes one folder at a time in the background, with the manifest as its last file before the final rename.
+  """Writes one folder at a time in the background, with the manifest as its last file before the
+  final rename.
 
-  At a URL there is no rename: the folder is written in its place, and counts from when it has its manifest.
+  At a URL there is no rename: the folder is written in its place, and counts from when it has its
+  manifest.
   check: called before a folder is sealed; what it raises, the save raises.
   """
 
   def __init__(self, place: epath.Path, check: Callable[[], None] | None = None):
     _prepare(place)
     self._check = check
-    mode = ocp.options.AtomicityMode.COMMIT_FILE if files.is_url(place) else ocp.options.AtomicityMode.AUTO
+    mode = (
+      ocp.options.AtomicityMode.COMMIT_FILE
+      if files.is_url(place)
+      else ocp.options.AtomicityMode.AUTO
+    )
     atomicity = ocp.options.AtomicityOptions(mode=mode)
     arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
-    handlers = dict(params=arrays(), rest=arrays(), model_state=arrays(), data=ocp.JsonCheckpointHandler(), config=ocp.JsonCheckpointHandler(),
-                    assets=ocp.JsonCheckpointHandler())
-    super().__init__(ocp.CompositeCheckpointHandler(
-                         composite_options=ocp.CompositeOptions(atomicity_options=atomicity), **handlers), atomicity_options=atomicity,
-                     async_options=ocp.options.AsyncOptions(timeout_secs=_PATIENCE, post_finalization_callback=self._seal),
-                     checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False))
+    handlers = dict(
+      params=arrays(),
+      rest=arrays(),
+      model_state=arrays(),
+      data=ocp.JsonCheckpointHandler(),
+      config=ocp.JsonCheckpointHandler(),
+      assets=ocp.JsonCheckpointHandler(),
+    )
+    super().__init__(
+      ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(atomicity_options=atomicity), **handlers
+      ),
+      atomicity_options=atomicity,
+      async_options=ocp.options.AsyncOptions(
+        timeout_secs=_PATIENCE, post_finalization_callback=self._seal
+      ),
+      checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False),
+    )
 
   def start(self, folder: epath.Path, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     self._facts = facts
-    arguments = {name: (ocp.args.PyTreeSave(nested(item)) if name in ("params", "rest", "model_state") else ocp.args.JsonSave(item))
-                 for name, item in items.items()}
+    arguments = {
+      name: (
+        ocp.args.PyTreeSave(nested(item))
+        if name in ("params", "rest", "model_state")
+        else ocp.args.JsonSave(item)
+      )
+      for name, item in items.items()
+    }
     self.save(folder, args=ocp.args.Composite(**arguments), force=True)
 
   def get_temporary_path(self, directory):
@@ -70,22 +101,30 @@ class Writer(ocp.AsyncCheckpointer):
 
 
 def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
-  """The arrays of an item, as `spec` says (then strict), or as nested NumPy arrays; `only` the names with that prefix."""
+  """The arrays of an item, as `spec` says (then strict), or as nested NumPy arrays; `only` the
+  names with that prefix.
+  """
   stored = {name: leaf for name, leaf in stored_leaves(folder).items() if name.startswith(only)}
   if spec is not None:
     _check_same(folder, stored, by_name(spec))
   wanted = stored if spec is None else by_name(spec)
   restore_args = {
-      name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-      if getattr(leaf, "sharding", None) is not None else ocp.RestoreArgs(restore_type=np.ndarray)
-      for name, leaf in wanted.items()}
+    name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    if getattr(leaf, "sharding", None) is not None
+    else ocp.RestoreArgs(restore_type=np.ndarray)
+    for name, leaf in wanted.items()
+  }
   item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
   _prepare(folder)
   if spec is None:
     _check_memory(folder, stored)
   with damage(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    tree = reader.restore(folder, args=ocp.args.PyTreeRestore(
-        item=nest(item), restore_args=nest(restore_args), partial_restore=bool(only)))
+    tree = reader.restore(
+      folder,
+      args=ocp.args.PyTreeRestore(
+        item=nest(item), restore_args=nest(restore_args), partial_restore=bool(only)
+      ),
+    )
   if spec is None:
     return tree
   values = by_name(tree)
@@ -97,7 +136,9 @@ def stored_leaves(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   _prepare(folder)
   with damage(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.metadata(folder).item_metadata.tree
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()}
+    return {
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_name(tree).items()
+    }
 
 
 def _check_memory(folder: epath.Path, stored: Mapping[str, Any]) -> None:
@@ -105,7 +146,10 @@ def _check_memory(folder: epath.Path, stored: Mapping[str, Any]) -> None:
   needed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in stored.values())
   there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if needed > there:
-    raise UserError(f"{folder}: its arrays take {needed / 2**30:.1f} GiB, this machine has {there / 2**30:.1f} GiB")
+    raise UserError(
+      f"{folder}: its arrays take {needed / 2**30:.1f} GiB, this machine has {there / 2**30:.1f} "
+      "GiB"
+    )
 
 
 @contextlib.contextmanager
@@ -118,21 +162,30 @@ def damage(folder: str | os.PathLike) -> Iterator[None]:
     raise
   except Exception as error:
     reason = next(iter(str(error).splitlines()), "")[:200]
-    raise UserError(f"{folder}: damaged, or no checkpoint of mmjax ({type(error).__name__}: {reason}). "
-                    "Restore it from a copy") from error
+    raise UserError(
+      f"{folder}: damaged, or no checkpoint of mmjax ({type(error).__name__}: {reason}). "
+      "Restore it from a copy"
+    ) from error
 
 
 def _check_same(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  """Raises UserError unless names, shapes and dtypes agree: nothing is dropped, filled in or cast silently."""
+  """Raises UserError unless names, shapes and dtypes agree: nothing is dropped, filled in or cast
+  silently.
+  """
   describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
   problems = [f"{name} is missing" for name in wanted if name not in stored]
   problems += [f"{name} is not in this model" for name in stored if name not in wanted]
-  problems += [f"{name} is {describe(stored[name])}, here {describe(leaf)}" for name, leaf in wanted.items()
-               if name in stored and describe(stored[name]) != describe(leaf)]
+  problems += [
+    f"{name} is {describe(stored[name])}, here {describe(leaf)}"
+    for name, leaf in wanted.items()
+    if name in stored and describe(stored[name]) != describe(leaf)
+  ]
   if problems:
     more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-    raise UserError(f"{folder}: checkpoint of another model: {'; '.join(problems[:4])}{more}. Use the config that wrote it, or start "
-                    f"from it with init.from and init.map")
+    raise UserError(
+      f"{folder}: checkpoint of another model: {'; '.join(problems[:4])}{more}. Use the config "
+      "that wrote it, or start from it with init.from and init.map"
+    )
 
 
 def from_main(values: list[int]) -> list[int]:
@@ -146,7 +199,9 @@ def from_main(values: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def disk_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterator[None]:
-  """Turns what the disk or the object store of `place` says (Orbax wraps it in many types) into one line."""
+  """Turns what the disk or the object store of `place` says (Orbax wraps it in many types) into one
+  line.
+  """
   try:
     with files.store_errors(place, what, hint):
       yield
@@ -157,14 +212,17 @@ def disk_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterator
     if not isinstance(error, OSError) and not match:
       raise
     reason = getattr(error, "strerror", None) or (match[0] if match else str(error).split("\n")[0])
-    raise UserError(f"{what}: {reason}{hint or '. Free space, or choose another folder'}") from error
+    raise UserError(
+      f"{what}: {reason}{hint or '. Free space, or choose another folder'}"
+    ) from error
 
 
 def delete(path: epath.Path, *, patience: float = 0.0) -> None:
-  """Deletes a folder; a checkpoint is renamed first (at a URL: loses its manifest), so that a kill never leaves half of one.
+  """Deletes a folder; a checkpoint is renamed first (at a URL: loses its manifest), so that a kill
+  never leaves half of one.
 
-  patience: seconds to try for, while what is left of a failed save may still add files. What cannot be deleted stays: the next
-  save tries again.
+  patience: seconds to try for, while what is left of a failed save may still add files. What cannot
+  be deleted stays: the next save tries again.
   """
   end = time.monotonic() + patience
   with contextlib.suppress(Exception):
@@ -209,7 +267,9 @@ def read_json(folder: epath.Path) -> dict:
 def config_dict(config: FrozenConfigDict | Mapping | str | None) -> dict:
   if isinstance(config, str):
     return json.loads(config)
-  return config.to_dict() if isinstance(config, (ConfigDict, FrozenConfigDict)) else dict(config or {})
+  return (
+    config.to_dict() if isinstance(config, (ConfigDict, FrozenConfigDict)) else dict(config or {})
+  )
 
 
 def encode(assets: Mapping[str, bytes] | None) -> dict[str, str]:
@@ -219,7 +279,8 @@ def encode(assets: Mapping[str, bytes] | None) -> dict[str, str]:
 def _prepare(folder: epath.Path) -> None:
   """Makes Orbax quiet, and able to write and read `folder`.
 
-  Orbax 0.12 has TensorStore's drivers for this machine's disk and gs://, not the one for s3://. The one function in which it
+  Orbax 0.12 has TensorStore's drivers for this machine's disk and gs://, not the one for s3://. The
+  one function in which it
   names a driver gets it here: what it would say of gs://, said of s3://.
   """
   _quiet()
@@ -242,8 +303,9 @@ def _kvstore(build: Callable[..., dict], directory: str, *args: Any, **settings:
 def _as_s3(spec: Any) -> Any:
   """A TensorStore spec with s3 in the place of gcs.
 
-  TensorStore finds credentials as AWS's tools do (loudly: those of the environment are named here, so that it looks no further), but does
-  not look at the variables that name another store than AWS's.
+  TensorStore finds credentials as AWS's tools do (loudly: those of the environment are named here,
+  so that it looks no further), but does not look at the variables that name another store than
+  AWS's.
   """
   if isinstance(spec, list):
     return [_as_s3(part) for part in spec]
@@ -253,12 +315,22 @@ def _as_s3(spec: Any) -> Any:
     return {name: _as_s3(part) for name, part in spec.items()}
   endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
   region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-  facts = dict(driver="s3") | (dict(endpoint=endpoint.rstrip("/"), aws_region=region) if endpoint else {})
-  return spec | facts | (dict(aws_credentials=dict(type="environment")) if os.environ.get("AWS_ACCESS_KEY_ID") else {})
+  facts = dict(driver="s3") | (
+    dict(endpoint=endpoint.rstrip("/"), aws_region=region) if endpoint else {}
+  )
+  return (
+    spec
+    | facts
+    | (
+      dict(aws_credentials=dict(type="environment")) if os.environ.get("AWS_ACCESS_KEY_ID") else {}
+    )
+  )
 
 
 def _quiet() -> None:
-  """Orbax logs tracebacks for every failed file and leaves tasks of a failed save behind; users get our one line instead."""
+  """Orbax logs tracebacks for every failed file and leaves tasks of a failed save behind; users get
+  our one line instead.
+  """
   for name in ("absl", "asyncio"):
     logger = logging.getLogger(name)
     if _not_orbax not in logger.filters:
@@ -274,5 +346,7 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 def _not_closed_loop(show: Callable[[Any], None], problem: Any) -> None:
   """TensorStore reports results of a failed save to an event loop that Orbax has closed."""
-  if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+  if not (
+    isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"
+  ):
     show(problem)

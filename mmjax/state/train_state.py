@@ -18,7 +18,8 @@ class TrainState:
 
   step: int32 scalar, the number of steps done (also the position in the data).
   params: nested dict of arrays, unboxed; names are final, because checkpoints and regexes use them.
-  model_state: nested dict of what a model keeps besides parameters (batch statistics); {} if nothing.
+  model_state: nested dict of what a model keeps besides parameters (batch statistics); {} if
+  nothing.
   opt_states: {group of parameters: its optimizer's state}; "main", and those of config.optimizers.
   ema: exponential moving average of the parameters, shaped like them, or None.
   """
@@ -36,8 +37,10 @@ class TrainState:
 
 
 def clamped(params: Any, config: Mapping[str, Any]) -> Any:
-  """`params` with the log of the logit scale at most that of model.scale_max, as CLIP clamps it after every update (Radford et al.
-  2021, arXiv:2103.00020, section 2.5): what is stored, exported and used is then one number. params: NumPy or JAX arrays."""
+  """`params` with the log of the logit scale at most that of model.scale_max, as CLIP clamps it
+  after every update (Radford et al.
+  2021, arXiv:2103.00020, section 2.5): what is stored, exported and used is then one number.
+  params: NumPy or JAX arrays."""
   limit = config.get("model", {}).get("scale_max")
   if not limit or "log_scale" not in params:
     return params

@@ -1,15 +1,22 @@
-"""Fine-tuning: parameters of one model from those of another, by regex, with a report of what happened to each.
+"""Fine-tuning: parameters of one model from those of another, by regex, with a report of what
+happened to each.
 
-Rules are ((regex of a name here, the name there or None), ...); the first that matches a name decides. The name there may use
-groups of the regex (r"\\1"); None leaves the new parameter as it was initialised. Nothing is dropped or filled in silently:
-a name that no rule covers, one that the checkpoint lacks, and shapes that differ are errors. Exceptions, each in the report:
+Rules are ((regex of a name here, the name there or None), ...); the first that matches a name
+decides. The name there may use groups of the regex (r"\\1"); None leaves the new parameter as it
+was initialised. Nothing is dropped or filled in silently:
+a name that no rule covers, one that the checkpoint lacks, and shapes that differ are errors.
+Exceptions, each in the report:
 
-Tables of positions, leaves called "position" of shape [L, D], fit another length. Under "image" they are square grids of patches,
-row by row, after at most one position of a class token: the grid is resized (bicubic, Keys a = -0.5, half-pixel centres,
-antialiased when it shrinks: `jax.image.resize`), the class token's row is copied, or left out where the model has none.
+Tables of positions, leaves called "position" of shape [L, D], fit another length. Under "image"
+they are square grids of patches,
+row by row, after at most one position of a class token: the grid is resized (bicubic, Keys a =
+-0.5, half-pixel centres,
+antialiased when it shrinks: `jax.image.resize`), the class token's row is copied, or left out where
+the model has none.
 Elsewhere they count tokens: a shorter table takes the first rows.
 
-What a model keeps besides parameters (batch statistics) goes with the parameters of its module: `transfer_state`.
+What a model keeps besides parameters (batch statistics) goes with the parameters of its module:
+`transfer_state`.
 """
 
 from __future__ import annotations
@@ -27,24 +34,39 @@ from mmjax.config import UserError
 from mmjax.state.paths import by_name, map_named, nearest
 
 
-def transfer(params: Any, source: Any, rules: tuple, where: str = "the checkpoint") -> tuple[Any, list[str]]:
-  """(parameters, report lines): `params` (a tree of arrays) with values of `source` (a tree of NumPy arrays) by `rules`.
+def transfer(
+  params: Any, source: Any, rules: tuple, where: str = "the checkpoint"
+) -> tuple[Any, list[str]]:
+  """(parameters, report lines): `params` (a tree of arrays) with values of `source` (a tree of
+  NumPy arrays) by `rules`.
 
-  Values get the dtype and the sharding of the parameter they replace; a change of dtype is said in the report.
+  Values get the dtype and the sharding of the parameter they replace; a change of dtype is said in
+  the report.
   """
   here, there = by_name(params), by_name(source)
   for pattern, _ in rules:
     if not any(re.fullmatch(pattern, name) for name in here):
-      raise UserError(f"init.map: {pattern!r} matches no parameter of this model; the nearest is {nearest(pattern, here)!r}")
+      raise UserError(
+        f"init.map: {pattern!r} matches no parameter of this model; the nearest is "
+        f"{nearest(pattern, here)!r}"
+      )
   return _taken(params, {name: _origin(name, rules, there, where) for name in here}, there, where)
 
 
-def transfer_state(state: Any, source: Any, params: Any, source_params: Any, rules: tuple,
-                   where: str = "the checkpoint") -> tuple[Any, list[str]]:
-  """The same for what a model keeps besides parameters, {collection: nested dict}: batch statistics come from the module that the
-  parameters beside them come from, and stay new where all of those are new.
+def transfer_state(
+  state: Any,
+  source: Any,
+  params: Any,
+  source_params: Any,
+  rules: tuple,
+  where: str = "the checkpoint",
+) -> tuple[Any, list[str]]:
+  """The same for what a model keeps besides parameters, {collection: nested dict}: batch statistics
+  come from the module that the parameters beside them come from, and stay new where all of those
+  are new.
 
-  Raises UserError: that module has none in the checkpoint, or of another shape; or the parameters come from several modules.
+  Raises UserError: that module has none in the checkpoint, or of another shape; or the parameters
+  come from several modules.
   """
   names, there = by_name(source_params), by_name(source)
   modules: dict[str, set[str]] = {}
@@ -57,16 +79,22 @@ def transfer_state(state: Any, source: Any, params: Any, source_params: Any, rul
     module, leaf = _split(rest)
     found = sorted(modules.get(module, ()))
     if len(found) > 1:
-      raise UserError(f"init.map: {name} belongs to parameters that come from several places: {', '.join(found)}. Take all of "
-                      f"{module} from one")
+      raise UserError(
+        f"init.map: {name} belongs to parameters that come from several places: "
+        f"{', '.join(found)}. Take all of {module} from one"
+      )
     origins[name] = "/".join(filter(None, (collection, found[0], leaf))) if found else None
     if found and origins[name] not in there:
-      raise UserError(f"init.map: {module} comes from {found[0]!r}, but {where} has no {origins[name]}. Map {module}/.* to None to keep "
-                      "it new")
+      raise UserError(
+        f"init.map: {module} comes from {found[0]!r}, but {where} has no {origins[name]}. Map "
+        f"{module}/.* to None to keep it new"
+      )
   return _taken(state, origins, there, where)
 
 
-def _taken(tree: Any, origins: Mapping[str, str | None], there: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
+def _taken(
+  tree: Any, origins: Mapping[str, str | None], there: Mapping[str, Any], where: str
+) -> tuple[Any, list[str]]:
   """(`tree` with the leaves `there` that `origins` names for it, report lines)."""
   values, lines, used = {}, {"loaded": [], "resized": [], "new": []}, set()
   for name, leaf in by_name(tree).items():
@@ -80,19 +108,27 @@ def _taken(tree: Any, origins: Mapping[str, str | None], there: Mapping[str, Any
     cast = f" ({value.dtype} -> {leaf.dtype})" if value.dtype != leaf.dtype else ""
     values[name] = _placed(value.astype(leaf.dtype), leaf)
     source_name = f" from {origin}" if origin != name else ""
-    lines["resized" if change else "loaded"].append(f"{'resized' if change else 'loaded'} {name}{source_name}{change}{cast}")
+    lines["resized" if change else "loaded"].append(
+      f"{'resized' if change else 'loaded'} {name}{source_name}{change}{cast}"
+    )
   left = [f"left {name} {list(there[name].shape)}" for name in there if name not in used]
-  return map_named(lambda name, _: values[name], tree), lines["loaded"] + lines["resized"] + lines["new"] + left
+  return map_named(lambda name, _: values[name], tree), lines["loaded"] + lines["resized"] + lines[
+    "new"
+  ] + left
 
 
 def resize_grid(table: np.ndarray, length: int) -> np.ndarray | None:
-  """Positions [L, D] of a square grid as [length, D] of another; None if either is no square (plus one class token)."""
+  """Positions [L, D] of a square grid as [length, D] of another; None if either is no square (plus
+  one class token).
+  """
   old, new = _grid(len(table)), _grid(length)
   if old is None or new is None or (new[1] and not old[1]):
     return None
   (old_side, old_class), (new_side, new_class) = old, new
   grid = table[old_class:].reshape(old_side, old_side, -1)
-  grid = jax.image.resize(jnp.asarray(grid, jnp.float32), (new_side, new_side, grid.shape[-1]), "bicubic", antialias=True)
+  grid = jax.image.resize(
+    jnp.asarray(grid, jnp.float32), (new_side, new_side, grid.shape[-1]), "bicubic", antialias=True
+  )
   grid = np.asarray(grid).reshape(new_side * new_side, -1).astype(table.dtype)
   return np.concatenate([table[:new_class], grid])
 
@@ -111,10 +147,15 @@ def _origin(name: str, rules: tuple, there: Mapping[str, Any], where: str) -> st
     if match := re.fullmatch(pattern, name):
       origin = None if target is None else match.expand(target)
       if origin is not None and origin not in there:
-        raise UserError(f"init.map: {name} should come from {origin!r}, which {where} lacks; the nearest there is "
-                        f"{nearest(re.escape(origin), there)!r}. Map it to another name, or to None to keep it new")
+        raise UserError(
+          f"init.map: {name} should come from {origin!r}, which {where} lacks; the nearest there "
+          f"is {nearest(re.escape(origin), there)!r}. Map it to another name, or to None to keep "
+          "it new"
+        )
       return origin
-  raise UserError(f"init.map: no rule covers {name}. Add one, such as ({name!r}, None) to keep it new")
+  raise UserError(
+    f"init.map: no rule covers {name}. Add one, such as ({name!r}, None) to keep it new"
+  )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -123,8 +164,12 @@ def _split(name: str) -> tuple[str, str]:
   return module, leaf
 
 
-def _fit(name: str, value: np.ndarray, shape: tuple[int, ...], where: str) -> tuple[np.ndarray, str]:
-  """The value in this shape, and " [old] -> [new]" if it had to change. Raises UserError if it cannot."""
+def _fit(
+  name: str, value: np.ndarray, shape: tuple[int, ...], where: str
+) -> tuple[np.ndarray, str]:
+  """The value in this shape, and " [old] -> [new]" if it had to change. Raises UserError if it
+  cannot.
+  """
   if value.shape == shape:
     return value, ""
   parts = name.split("/")
@@ -132,11 +177,13 @@ def _fit(name: str, value: np.ndarray, shape: tuple[int, ...], where: str) -> tu
     if parts[0] == "image":
       resized = resize_grid(value, shape[0])
     else:
-      resized = value[:shape[0]] if shape[0] < len(value) else None
+      resized = value[: shape[0]] if shape[0] < len(value) else None
     if resized is not None:
       return resized, f" {list(value.shape)} -> {list(shape)}"
-  raise UserError(f"init.map: {name} is {list(shape)} here, but {list(value.shape)} in {where}. Change the model, or map it to None "
-                  f"to keep it new")
+  raise UserError(
+    f"init.map: {name} is {list(shape)} here, but {list(value.shape)} in {where}. Change the "
+    "model, or map it to None to keep it new"
+  )
 
 
 def _placed(value: np.ndarray, like: Any) -> Any:

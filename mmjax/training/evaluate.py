@@ -1,4 +1,6 @@
-"""`mmjax eval`: a checkpoint, its evaluators (or those of another config), eval.json and report.html."""
+"""`mmjax eval`: a checkpoint, its evaluators (or those of another config), eval.json and
+report.html.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,22 @@ from mmjax.state import checkpoint
 from mmjax.training.step import Step
 
 
-def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrides: Sequence[str] = (), suite: str | None = None,
-             out: str | os.PathLike | None = None, allow_code: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-  """Evaluates the checkpoint at `path` (run, step or import folder) and writes eval.json and report.html.
+def evaluate(
+  path: str | os.PathLike,
+  *,
+  config_file: str | None = None,
+  overrides: Sequence[str] = (),
+  suite: str | None = None,
+  out: str | os.PathLike | None = None,
+  allow_code: Sequence[str] = (),
+) -> dict[str, dict[str, float]]:
+  """Evaluates the checkpoint at `path` (run, step or import folder) and writes eval.json and
+  report.html.
 
-  allow_code: modules that the checkpoint's config may take code from, besides those that `config_file` names.
-  Returns: {evaluator name: {metric: value}}. Raises UserError: no checkpoint there, no such evaluator.
+  allow_code: modules that the checkpoint's config may take code from, besides those that
+  `config_file` names.
+  Returns: {evaluator name: {metric: value}}. Raises UserError: no checkpoint there, no such
+  evaluator.
   """
   found = checkpoint.find_checkpoint(path)
   theirs = configs.load(config_file, overrides) if config_file else None
@@ -36,9 +48,16 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
     if theirs:
       tree["evaluation"] = theirs.to_dict()["evaluation"]
     own = any(name.startswith("tokenizer.") for name in assets)
-    config = configs.resolve(tree, () if theirs else overrides, Tokenizer.from_assets(assets).special_tokens if own else None)
+    config = configs.resolve(
+      tree,
+      () if theirs else overrides,
+      Tokenizer.from_assets(assets).special_tokens if own else None,
+    )
   if not config.evaluation.evaluators:
-    raise UserError(f"{path}: the config of this checkpoint has no evaluation.evaluators. Name a config that has some with --config")
+    raise UserError(
+      f"{path}: the config of this checkpoint has no evaluation.evaluators. Name a config that "
+      "has some with --config"
+    )
   multihost.initialize(config)
   mesh = make_mesh(config)
   configs.check(config, jax.device_count())
@@ -46,7 +65,8 @@ def evaluate(path: str | os.PathLike, *, config_file: str | None = None, overrid
   with jax.set_mesh(mesh):
     params = checkpoint.load_params(found, step.params_spec)
     results = evaluation.Evaluation(config, step.apply, mesh, assets=assets).run(
-      {"params": params, **checkpoint.load_model_state(found)}, names=suite)
+      {"params": params, **checkpoint.load_model_state(found)}, names=suite
+    )
   if multihost.is_main():
     with files.Mirror(out or run_folder(path)) as mirror:
       mirror.fetch("metrics.jsonl", "eval.json", "summary.json")

@@ -1,4 +1,6 @@
-"""FLOPs of a traced function and of its derivative, counted from matrix products: loops multiplied out, kernels included."""
+"""FLOPs of a traced function and of its derivative, counted from matrix products: loops multiplied
+out, kernels included.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def count_training_flops(loss: Callable[..., Any], params: Any, *args: Any) -> float:
-  """`count_flops` of loss(params, *args), a scalar, and of its gradient by `params`: once where nothing is differentiated (frozen
-  modules, teachers, what stop_gradient cuts off), three times where both factors of a product are. Recomputation is not counted.
+  """`count_flops` of loss(params, *args), a scalar, and of its gradient by `params`: once where
+  nothing is differentiated (frozen modules, teachers, what stop_gradient cuts off), three times
+  where both factors of a product are. Recomputation is not counted.
 
-  The products of the gradient are those of the directional derivative, transposed. Derivatives that modules define themselves are
-  replaced by those of what they compute; operations that have none (the largest over devices) count as constants.
+  The products of the gradient are those of the directional derivative, transposed. Derivatives that
+  modules define themselves are replaced by those of what they compute; operations that have none
+  (the largest over devices) count as constants.
   """
   traced = jax.make_jaxpr(loss)(params, *args)
   plain = jaxpr_as_fun(ClosedJaxpr(_without_own_derivatives(traced.jaxpr), traced.consts))
@@ -50,10 +54,16 @@ def _without_own_derivatives(jaxpr: Jaxpr) -> Jaxpr:
       for i, x in enumerate(inputs):
         if isinstance(x, Var) and jnp.issubdtype(x.aval.dtype, jnp.inexact):
           inputs[i] = Var(x.aval)
-          equations.append(equation.replace(invars=[x], outvars=[inputs[i]], primitive=stop, params={}, effects=no_effects))
+          equations.append(
+            equation.replace(
+              invars=[x], outvars=[inputs[i]], primitive=stop, params={}, effects=no_effects
+            )
+          )
       equation = equation.replace(invars=inputs)
     if equation.primitive.name == "custom_vjp_call":
-      equation = equation.replace(primitive=closed_call_p, params=dict(call_jaxpr=plain(params["call_jaxpr"])))
+      equation = equation.replace(
+        primitive=closed_call_p, params=dict(call_jaxpr=plain(params["call_jaxpr"]))
+      )
     elif equation.primitive.name != "custom_jvp_call":
       equation = equation.replace(params={name: plain(value) for name, value in params.items()})
     equations.append(equation)
@@ -61,8 +71,9 @@ def _without_own_derivatives(jaxpr: Jaxpr) -> Jaxpr:
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
-  """2 m n k for every matrix product (and convolution) that `function` computes over all devices, for args given as
-  arrays or ShapeDtypeStructs. Nothing is computed. A loop of unknown length counts once."""
+  """2 m n k for every matrix product (and convolution) that `function` computes over all devices,
+  for args given as arrays or ShapeDtypeStructs. Nothing is computed. A loop of unknown length
+  counts once."""
   return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -88,8 +99,14 @@ def _equation(equation: Any) -> float:
 
 
 def _bodies(params: dict) -> list:
-  """The functions that an equation calls. Of a custom derivative only the function itself, not its rules."""
-  values = [v for value in params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
+  """The functions that an equation calls. Of a custom derivative only the function itself, not its
+  rules.
+  """
+  values = [
+    v
+    for value in params.values()
+    for v in (value if isinstance(value, (tuple, list)) else (value,))
+  ]
   return [v for v in values if hasattr(v, "eqns") or hasattr(getattr(v, "jaxpr", None), "eqns")]
 
 
@@ -97,7 +114,11 @@ def _times(name: str, params: dict) -> float:
   if name == "scan":
     return params["length"]
   if name == "shard_map":
-    return math.prod(size for axis, size in params["mesh"].shape.items() if axis in params.get("manual_axes", params["mesh"].axis_names))
+    return math.prod(
+      size
+      for axis, size in params["mesh"].shape.items()
+      if axis in params.get("manual_axes", params["mesh"].axis_names)
+    )
   if name == "pallas_call":
     return math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
   return 1

@@ -1,8 +1,9 @@
-"""A run from start to end: data, model, checkpoint, steps, metrics, evaluation. One call starts or resumes it.
+"""A run from start to end: data, model, checkpoint, steps, metrics, evaluation. One call starts or
+resumes it.
 
-What makes it exact: the data position is the step, randomness is folded from the step, metrics of a step are on disk
-before a checkpoint of that step exists, and lines past the restored step are cut. So a run that is killed anywhere and
-started again writes what an unbroken run writes.
+What makes it exact: the data position is the step, randomness is folded from the step, metrics of a
+step are on disk before a checkpoint of that step exists, and lines past the restored step are cut.
+So a run that is killed anywhere and started again writes what an unbroken run writes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ from mmjax.state import checkpoint, schedule
 from mmjax.state.storage import disk_errors
 from mmjax.training import agreement
 from mmjax.training.goodput import Clock
-from mmjax.training.metrics import MetricsFile, Progress, TensorBoard, WeightsAndBiases, import_wandb, memory_in_use
+from mmjax.training.metrics import (
+  MetricsFile,
+  Progress,
+  TensorBoard,
+  WeightsAndBiases,
+  import_wandb,
+  memory_in_use,
+)
 from mmjax.training.profile import Profile, parse
 from mmjax.training.recovery import Faults
 from mmjax.training.step import Step
@@ -47,15 +55,24 @@ from mmjax.training.watchdog import Watchdog
 DONE, STOPPED = 0, 75
 
 
-def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change: bool = False, profile: str = "",
-          estimate: Estimate | None = None) -> int:
-  """Trains `config` in `workdir`, from its newest checkpoint if there is one. profile: steps to trace, "START:STOP".
+def train(
+  config: FrozenConfigDict,
+  workdir: str | os.PathLike,
+  *,
+  allow_change: bool = False,
+  profile: str = "",
+  estimate: Estimate | None = None,
+) -> int:
+  """Trains `config` in `workdir`, from its newest checkpoint if there is one. profile: steps to
+  trace, "START:STOP".
   estimate: says how long a step should take on TPUs (the planner; it stands above this floor).
 
-  Returns: 0 when the run is complete, 75 when SIGTERM or Ctrl-C ended it early with a checkpoint saved.
+  Returns: 0 when the run is complete, 75 when SIGTERM or Ctrl-C ended it early with a checkpoint
+  saved.
   Ends the process with exit code 1 when it hangs (train.hang_seconds), or waits for one that does.
-  Raises UserError: another process trains in the folder, it holds another run, a source changed, the mesh does not fit, the processes
-  of this run differ in config, data or code, too many bad steps or records.
+  Raises UserError: another process trains in the folder, it holds another run, a source changed,
+  the mesh does not fit, the processes of this run differ in config, data or code, too many bad
+  steps or records.
   """
   begin = time.monotonic()
   if not os.fspath(workdir):
@@ -65,24 +82,60 @@ def train(config: FrozenConfigDict, workdir: str | os.PathLike, *, allow_change:
   multihost.initialize(config, shared=str(workdir))
   if kept:
     print_main(kept)
-  watchdog = Watchdog(config.train.hang_seconds, silence=0.75 * multihost.silence_allowed(), process=jax.process_index(),
-                      processes=jax.process_count())
+  watchdog = Watchdog(
+    config.train.hang_seconds,
+    silence=0.75 * multihost.silence_allowed(),
+    process=jax.process_index(),
+    processes=jax.process_count(),
+  )
   # From here on: a signal that comes while compiling is not lost.
   with StopSignal() as stop, watchdog:
     mesh, pipeline = multihost.together(functools.partial(open_data, config))
-    with own(workdir, stop) as owner, files.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check) as mirror:
-      return _train(config, mesh, pipeline, mirror, owner, stop, watchdog, begin, allow_change, profile, estimate)
+    with (
+      own(workdir, stop) as owner,
+      files.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check) as mirror,
+    ):
+      return _train(
+        config,
+        mesh,
+        pipeline,
+        mirror,
+        owner,
+        stop,
+        watchdog,
+        begin,
+        allow_change,
+        profile,
+        estimate,
+      )
 
 
-def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: files.Mirror, owner: Owner | None, stop: StopSignal,
-           watchdog: Watchdog, begin: float, allow_change: bool, profile: str, estimate: Estimate | None) -> int:
+def _train(
+  config: FrozenConfigDict,
+  mesh: Mesh,
+  pipeline: Pipeline,
+  mirror: files.Mirror,
+  owner: Owner | None,
+  stop: StopSignal,
+  watchdog: Watchdog,
+  begin: float,
+  allow_change: bool,
+  profile: str,
+  estimate: Estimate | None,
+) -> int:
   say, workdir, batch_size = print_main, mirror.place, config.train.batch_size
 
-  # -- What the run is: durations, the step, evaluators; the same in every process ----------------------------------------
+  # -- What the run is: durations, the step, evaluators; the same in every process -----------------
   units = dict(batch_size=batch_size, examples=pipeline.examples)
   steps = configs.in_steps(config.train.steps, steps=None, **units)
-  every = {name: configs.in_steps(value, steps=steps, **units) for name, value in (
-    ("checkpoint", config.checkpoint.every), ("evaluation", config.evaluation.every), ("log", config.log.every))}
+  every = {
+    name: configs.in_steps(value, steps=steps, **units)
+    for name, value in (
+      ("checkpoint", config.checkpoint.every),
+      ("evaluation", config.evaluation.every),
+      ("log", config.log.every),
+    )
+  }
 
   def open_run() -> Step:
     open_workdir(workdir, config, allow_change)
@@ -100,15 +153,20 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
     agreement.check(agreement.facts(config, pipeline, evaluated))
   watchdog.start(workdir)
 
-  saver = checkpoint.Checkpointer(workdir, config, steps=steps, examples=pipeline.examples, check=owner and owner.check)
+  saver = checkpoint.Checkpointer(
+    workdir, config, steps=steps, examples=pipeline.examples, check=owner and owner.check
+  )
   last = saver.finished_step()
   if last >= steps and is_finished(workdir, last, config if evaluators else None):
-    say(f"{workdir} is complete: {last} of {steps} steps. Raise train.steps to go on, or choose another --workdir.")
+    say(
+      f"{workdir} is complete: {last} of {steps} steps. Raise train.steps to go on, or choose "
+      "another --workdir."
+    )
     saver.close()
     return DONE
   mirror.fetch("metrics.jsonl", "goodput.json", "eval.json")
 
-  # -- State: restored, or initialised on the mesh -----------------------------------------------------------------------
+  # -- State: restored, or initialised on the mesh -------------------------------------------------
   restored = saver.restore(step.state_spec)
   if restored:
     state, data, start = restored
@@ -117,44 +175,65 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
   else:
     state, data, start = step.init(config.seed), {}, 0
     if config.init["from"]:
-      params, model_state, lines = checkpoint.restore_into(state.params, config.init["from"], config.init.map, state.model_state)
+      params, model_state, lines = checkpoint.restore_into(
+        state.params, config.init["from"], config.init.map, state.model_state
+      )
       lines += other_tokenizer(config)
       state = step.with_params(state, params, model_state)
       for line in lines:
         say(line)
   last = max(start, steps)
   tracer = Profile(profile, mirror.folder, first=start + 1, last=steps, active=multihost.is_main())
-  clock = Clock(mirror.folder if multihost.is_main() else None, begin, start, productive=data.get("productive", 0.0), notify=watchdog.at)
+  clock = Clock(
+    mirror.folder if multihost.is_main() else None,
+    begin,
+    start,
+    productive=data.get("productive", 0.0),
+    notify=watchdog.at,
+  )
   faults = Faults.of(data)
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  say(f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-      f"{pipeline.examples} examples an epoch, {steps} steps of {batch_size}")
+  say(
+    f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} "
+    f"{jax.devices()[0].platform} device(s), {pipeline.examples} examples an epoch, {steps} steps "
+    f"of {batch_size}"
+  )
   if owner:
     owner.check()
     evaluation.replace_file(mirror.folder / "config.json", configs.to_json(config))
     if jax.devices()[0].platform == "cpu" and not threads.recorded(workdir):
-      evaluation.replace_file(mirror.folder / threads.FILE, json.dumps({"threads": threads.count()}))
+      evaluation.replace_file(
+        mirror.folder / threads.FILE, json.dumps({"threads": threads.count()})
+      )
 
-  # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----------------------------
+  # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -------
   moment = time.monotonic()
   with configs.mistakes(), clock.measure("compilation"):
     summary = Summary(step, step.compile(), estimate)
     stopping = multihost.any_process(stop.received)  # waits for the other processes' compilers
-  say(f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s after the start")
+  say(
+    f"compiled in {time.monotonic() - moment:.1f} s; first step {time.monotonic() - begin:.1f} s "
+    "after the start"
+  )
   say(summary.memory())
   if stopping:
     saver.close()
-    say(f"stopped by {stop.name} before step {start + 1} of {steps}. The same command goes on from here.")
+    say(
+      f"stopped by {stop.name} before step {start + 1} of {steps}. The same command goes on from "
+      "here."
+    )
     return STOPPED
 
-  # -- The loop ----------------------------------------------------------------------------------------------------------
+  # -- The loop ------------------------------------------------------------------------------------
   outputs = Outputs(mirror, start, config, owner) if multihost.is_main() else None
   progress = Progress(start, steps) if multihost.is_main() else None
   assets = inference_assets(config, pipeline)
   pending: deque = deque()
 
   def settle(keep: int) -> None:
-    """Reads the metrics of all but the `keep` newest dispatched steps: reading the newest would stall the device."""
+    """Reads the metrics of all but the `keep` newest dispatched steps: reading the newest would
+    stall the device.
+    """
     while len(pending) > keep:
       at, metrics = pending.popleft()
       with clock.measure("compute", at):
@@ -163,13 +242,23 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
       clock.finished(skipped)
       faults.count(skipped)
       if skipped:
-        say(f"step {at}: loss or gradient is not finite; update skipped ({faults.skipped} so far; "
-            f"ids {', '.join(map(str, pipeline.ids(at - 1)[:4]))}, ...)")
+        say(
+          f"step {at}: loss or gradient is not finite; update skipped ({faults.skipped} so far; "
+          f"ids {', '.join(map(str, pipeline.ids(at - 1)[:4]))}, ...)"
+        )
         if faults.skipped_in_a_row >= config.train.max_skipped:
-          raise UserError(f"{workdir}: {faults.skipped_in_a_row} steps in a row were not finite (train.max_skipped), the last is step {at}. "
-                          "Lower optimizer.lr, raise schedule.warmup or set optimizer.clip; then start again from the last checkpoint")
+          raise UserError(
+            f"{workdir}: {faults.skipped_in_a_row} steps in a row were not finite "
+            f"(train.max_skipped), the last is step {at}. Lower optimizer.lr, raise "
+            "schedule.warmup or set optimizer.clip; then start again from the last checkpoint"
+          )
       if outputs and (at % every["log"] == 0 or at in (1, steps)):
-        row = dict(step=at, time=time.time(), **{k: float(v) for k, v in metrics.items()}, skipped_total=faults.skipped)
+        row = dict(
+          step=at,
+          time=time.time(),
+          **{k: float(v) for k, v in metrics.items()},
+          skipped_total=faults.skipped,
+        )
         if config.train.rollback:
           row["rollbacks"] = faults.rollbacks
         row["ids_crc32"] = zlib.crc32("\n".join(map(str, pipeline.ids(at - 1))).encode())
@@ -183,10 +272,18 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
       settle(0)
       faults.saving(at, every["checkpoint"])
       saver.protected = faults.good if config.train.rollback else 0
-      position = dict(step=at, steps=steps, fingerprint=pipeline.fingerprint(), productive=clock.productive, **dataclasses.asdict(faults))
+      position = dict(
+        step=at,
+        steps=steps,
+        fingerprint=pipeline.fingerprint(),
+        productive=clock.productive,
+        **dataclasses.asdict(faults),
+      )
       with clock.measure("checkpoint", at):
         outputs and outputs.sync()
-        saver.save(at, state, data=position, config=config, assets=assets, metrics=metrics, force=due)
+        saver.save(
+          at, state, data=position, config=config, assets=assets, metrics=metrics, force=due
+        )
 
   def evaluate(at: int) -> dict:
     with clock.measure("evaluation", at):
@@ -194,7 +291,10 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
     if outputs:
       outputs.evaluated(at, results)
       for name, result in results.items():
-        progress.say(f"step {at}: {name}: " + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4]))
+        progress.say(
+          f"step {at}: {name}: "
+          + "  ".join(f"{k} {v:.4g}" for k, v in list(result.metrics.items())[:4])
+        )
     return results
 
   results = None
@@ -203,7 +303,9 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
       batches = pipeline.iterate(start, steps)
       for at in range(start + 1, steps + 1):
         with tracer.step(at):
-          with clock.measure("data", at, busy=lambda: bool(pending) and not pending[-1][1]["loss"].is_ready()):
+          with clock.measure(
+            "data", at, busy=lambda: bool(pending) and not pending[-1][1]["loss"].is_ready()
+          ):
             batch = next(batches)
           with clock.measure("transfer", at):
             batch = multihost.to_device(batch, mesh)
@@ -213,7 +315,9 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
           say(f"step {at}: trace written to {mirror.name(folder)}")
         pending.append((at, metrics))
         settle(1)
-        if outputs and at == min(start + 2, steps):  # the first step is told; the devices compute the second
+        if outputs and at == min(
+          start + 2, steps
+        ):  # the first step is told; the devices compute the second
           say(summary.work())
         if faults.decides_now(config):
           settle(0)
@@ -229,16 +333,27 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
           results = evaluate(at)
         # Processes agree on stopping at logged steps: asking costs a collective.
         with clock.measure("agreement", at):
-          stopping = stop.received if jax.process_count() == 1 else at % every["log"] == 0 and multihost.any_process(stop.received)
-        save(at, evaluation.flat_metrics(results) if results else None, force=stopping or at == steps)
+          stopping = (
+            stop.received
+            if jax.process_count() == 1
+            else at % every["log"] == 0 and multihost.any_process(stop.received)
+          )
+        save(
+          at, evaluation.flat_metrics(results) if results else None, force=stopping or at == steps
+        )
         if stopping and at < steps:
           with clock.measure("checkpoint", at):
             saver.wait()
           progress and progress.close()
-          say(f"stopped by {stop.name} at step {at} of {steps}; checkpoint saved. The same command goes on from here.")
+          say(
+            f"stopped by {stop.name} at step {at} of {steps}; checkpoint saved. The same command "
+            "goes on from here."
+          )
           return STOPPED
       settle(0)
-      if evaluators and results is None:  # the last checkpoint is there, but what comes after it is not
+      if (
+        evaluators and results is None
+      ):  # the last checkpoint is there, but what comes after it is not
         results = evaluate(last)
         save(last, evaluation.flat_metrics(results), force=False)
       with clock.measure("checkpoint", last):
@@ -260,7 +375,7 @@ def _train(config: FrozenConfigDict, mesh: Mesh, pipeline: Pipeline, mirror: fil
         ends.callback(progress.close)
 
 
-# -- Parts of the story ---------------------------------------------------------------------------------------------------
+# -- Parts of the story ----------------------------------------------------------------------------
 
 
 class StopSignal:
@@ -292,7 +407,9 @@ class StopSignal:
 class Outputs:
   """Everything that the main process writes into the run folder while training."""
 
-  def __init__(self, mirror: files.Mirror, step: int, config: FrozenConfigDict, owner: Owner | None = None):
+  def __init__(
+    self, mirror: files.Mirror, step: int, config: FrozenConfigDict, owner: Owner | None = None
+  ):
     self._mirror, self._owner = mirror, owner
     if owner:
       owner.check()
@@ -300,7 +417,9 @@ class Outputs:
       self._file = MetricsFile(mirror.folder, step)
       self._boards = [TensorBoard(mirror.folder, step)] if config.log.tensorboard else []
     if config.log.wandb:
-      self._boards.append(WeightsAndBiases(config.log.wandb, mirror.place, mirror.folder, config.to_dict()))
+      self._boards.append(
+        WeightsAndBiases(config.log.wandb, mirror.place, mirror.folder, config.to_dict())
+      )
 
   def write(self, row: dict) -> None:
     if self._owner:
@@ -319,10 +438,14 @@ class Outputs:
   def step_seconds(self, batch_size: int) -> float | None:
     """Seconds a step by what is written: the median; None where no line has a speed."""
     speeds = [row.get("examples_per_second") for row in report.read_metrics(self._file.path)]
-    return statistics.median(batch_size / speed for speed in speeds if speed) if any(speeds) else None
+    return (
+      statistics.median(batch_size / speed for speed in speeds if speed) if any(speeds) else None
+    )
 
   def sync(self) -> None:
-    """Everything that was written is on the disk, or at the URL: before a checkpoint that stands for it."""
+    """Everything that was written is on the disk, or at the URL: before a checkpoint that stands
+    for it.
+    """
     with self._disk_errors():
       self._file.sync()
     self._mirror.push()
@@ -342,20 +465,27 @@ class Outputs:
         ends.callback(output.close)
 
   def _disk_errors(self):
-    return disk_errors(self._mirror.folder, f"{self._mirror.place}: metrics cannot be written",
-                       ". What was saved is intact: free space or mend the folder, then start again")
+    return disk_errors(
+      self._mirror.folder,
+      f"{self._mirror.place}: metrics cannot be written",
+      ". What was saved is intact: free space or mend the folder, then start again",
+    )
 
 
 def open_data(config: FrozenConfigDict) -> tuple[Mesh, Pipeline]:
-  """The mesh, and this process's part of the training data on it. Raises UserError: the mesh does not fit, data is missing."""
+  """The mesh, and this process's part of the training data on it. Raises UserError: the mesh does
+  not fit, data is missing.
+  """
   mesh = make_mesh(config)
   configs.check(config, jax.device_count())
   return mesh, Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
 
 
 def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.nullcontext:
-  """Process 0 as the one owner of the run folder, the others as nobody. MMJAX_OWNER_SECONDS: how long to wait for another run
-  in it to end, as launchers set it before they start a run again. Raises UserError in every process: it is in use."""
+  """Process 0 as the one owner of the run folder, the others as nobody. MMJAX_OWNER_SECONDS: how
+  long to wait for another run in it to end, as launchers set it before they start a run again.
+  Raises UserError in every process: it is in use."""
+
   def claim() -> Owner | contextlib.nullcontext:
     if not multihost.is_main():
       return contextlib.nullcontext()
@@ -368,7 +498,9 @@ def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.null
 
 
 def is_finished(workdir: Path, step: int, config: FrozenConfigDict | None) -> bool:
-  """Whether everything that a run leaves at its end is in its folder, made at `step`; what process 0 sees. config: with evaluators."""
+  """Whether everything that a run leaves at its end is in its folder, made at `step`; what process
+  0 sees. config: with evaluators.
+  """
   finished = False
   if multihost.is_main():
     with files.store_errors(workdir, f"{workdir} cannot be read"):
@@ -395,52 +527,73 @@ def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) ->
   except configs.UntrustedCode as error:
     raise UserError(f"{written}: {error}") from error
   except (ValueError, UserError) as error:
-    raise UserError(f"{written} is not a config of this version ({error}). Choose another --workdir") from error
+    raise UserError(
+      f"{written} is not a config of this version ({error}). Choose another --workdir"
+    ) from error
   changes = configs.changed_on_resume(old, config)
   if changes and not allow_change:
-    raise UserError(f"{workdir} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, "
-                    "or pass --allow-change to go on with the new ones")
+    raise UserError(
+      f"{workdir} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, "
+      "or pass --allow-change to go on with the new ones"
+    )
 
 
 def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
-  """What inference needs besides parameters, {file name: content}: the tokenizer of a model that reads or writes texts, and
-  classes.json, the names of a classifier's outputs."""
+  """What inference needs besides parameters, {file name: content}: the tokenizer of a model that
+  reads or writes texts, and classes.json, the names of a classifier's outputs."""
   texts = "text" in config.model.encoders or config.model.get("decoder")
   assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and texts else {}
-  names = next(filter(None, (class_names(source, config.data.label) for source in pipeline.sources)), ())
+  names = next(
+    filter(None, (class_names(source, config.data.label) for source in pipeline.sources)), ()
+  )
   if config.data.label != "none" and names:
     assets["classes.json"] = json.dumps(names).encode()
   return assets
 
 
 def other_tokenizer(config) -> list[str]:
-  """A line that warns where init.from was trained with another tokenizer than this run's, [] where not (or where one has none)."""
+  """A line that warns where init.from was trained with another tokenizer than this run's, [] where
+  not (or where one has none).
+  """
   theirs = checkpoint.load_assets(config.init["from"])
   if not config.data.text.tokenizer or not any(name.startswith("tokenizer.") for name in theirs):
     return []
   if Tokenizer.from_assets(theirs).fingerprint == load_tokenizer(config.data).fingerprint:
     return []
-  return [f"warning: init.from {config.init['from']} was trained with another tokenizer than data.text.tokenizer "
-          f"{config.data.text.tokenizer!r}: its embeddings of tokens stand for other pieces. Use its tokenizer, or leave them new by init.map"]
+  return [
+    f"warning: init.from {config.init['from']} was trained with another tokenizer than "
+    f"data.text.tokenizer {config.data.text.tokenizer!r}: its embeddings of tokens stand for "
+    "other pieces. Use its tokenizer, or leave them new by init.map"
+  ]
 
 
-def check_position(config, data: dict, pipeline: Pipeline, steps: int, start: int, allow_change: bool) -> None:
-  """Refuses to go on with other data or another tokenizer, or with a schedule whose past would change. Raises UserError."""
+def check_position(
+  config, data: dict, pipeline: Pipeline, steps: int, start: int, allow_change: bool
+) -> None:
+  """Refuses to go on with other data or another tokenizer, or with a schedule whose past would
+  change. Raises UserError.
+  """
   if allow_change:
     return
   now, then = json.loads(json.dumps(pipeline.fingerprint())), data["fingerprint"]
-  differ = [f"{k}: {then[k]!r} -> {now[k]!r}" for k in now if k in then and then[k] != now[k]]  # older ones have no tokenizer
+  differ = [
+    f"{k}: {then[k]!r} -> {now[k]!r}" for k in now if k in then and then[k] != now[k]
+  ]  # older ones have no tokenizer
   if differ:
-    raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore it, or pass --allow-change")
+    raise UserError(
+      f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore it, or "
+      "pass --allow-change"
+    )
   past = schedule.make_schedule(config, steps=data["steps"], examples=pipeline.examples)
   future = schedule.make_schedule(config, steps=steps, examples=pipeline.examples)
   if not schedule.same_past(past, future, start):
-    raise UserError(f"train.steps {data['steps']} -> {steps} would change the learning rate of steps that are done "
-                    f"(schedule.name={config.schedule.name}). Keep train.steps, use schedule.name=constant, or pass --allow-change")
+    raise UserError(
+      f"train.steps {data['steps']} -> {steps} would change the learning rate of steps that are "
+      f"done (schedule.name={config.schedule.name}). Keep train.steps, use "
+      "schedule.name=constant, or pass --allow-change"
+    )
 
 
 def print_main(text: str) -> None:
   if multihost.is_main():
     printing.say(text)
-
-

@@ -12,7 +12,9 @@ from mmjax.training.step import Step
 
 
 def state_bytes(step: Step) -> dict[str, float]:
-  """Bytes on one device, padding not counted: parameters, optimizer, average (EMA), model_state, batch."""
+  """Bytes on one device, padding not counted: parameters, optimizer, average (EMA), model_state,
+  batch.
+  """
   state = step.state_spec
   parts = dict(
     parameters=state.params,
@@ -25,9 +27,11 @@ def state_bytes(step: Step) -> dict[str, float]:
 
 
 def compiled_bytes(compiled: jax.stages.Compiled, *, peak_known: bool = True) -> dict[str, float]:
-  """Bytes on one device by the compiler's count; arguments: state and batch; temporaries: activations, gradients.
+  """Bytes on one device by the compiler's count; arguments: state and batch; temporaries:
+  activations, gradients.
 
-  peak_known: the compiler knows what is alive at once (TPU); otherwise everything is added up. Zeros where it tells nothing.
+  peak_known: the compiler knows what is alive at once (TPU); otherwise everything is added up.
+  Zeros where it tells nothing.
   """
   analysis = compiled.memory_analysis()
   if analysis is None:

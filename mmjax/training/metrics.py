@@ -1,4 +1,6 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard events, the progress line; and what they are computed from."""
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events, the progress line; and what
+they are computed from.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,19 @@ from mmjax import files
 from mmjax.config import UserError
 from mmjax.printing import printable, say
 
-# Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors' data sheets).
+# Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors'
+# data sheets).
 PEAK_FLOPS = {
-  "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
   "NVIDIA H200": 989e12,
 }
 
@@ -51,7 +62,9 @@ class MetricsFile:
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Appends `row`; non-finite floats become null (JSON has none)."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    clean = {
+      k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
     self._file.write(json.dumps(clean) + "\n")
     self._file.flush()
 
@@ -68,7 +81,8 @@ class MetricsFile:
 class TensorBoard:
   """The numbers of metrics.jsonl as TensorBoard events; events past the restored step are purged.
 
-  Written by the caller's own thread: the SummaryWriter of tensorboardX has one that dies when the disk is full, and then waits for it.
+  Written by the caller's own thread: the SummaryWriter of tensorboardX has one that dies when the
+  disk is full, and then waits for it.
   """
 
   def __init__(self, folder: Path, step: int):
@@ -85,9 +99,13 @@ class TensorBoard:
     self._flushed = -math.inf
 
   def write(self, row: Mapping[str, Any]) -> None:
-    numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+    numbers = {
+      k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time")
+    }
     values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-    self._writer.write_event(self._event(step=row["step"], wall_time=row["time"], summary=self._summary(value=values)))
+    self._writer.write_event(
+      self._event(step=row["step"], wall_time=row["time"], summary=self._summary(value=values))
+    )
     if time.monotonic() - self._flushed > 10:
       self._writer.flush()
       self._flushed = time.monotonic()
@@ -98,8 +116,8 @@ class TensorBoard:
 
 @contextlib.contextmanager
 def _without(*modules: str) -> Iterator[None]:
-  """Within it these modules cannot be imported: tensorboardX imports PyTorch and cloud clients where they are installed, which
-  takes seconds, for nothing here."""
+  """Within it these modules cannot be imported: tensorboardX imports PyTorch and cloud clients
+  where they are installed, which takes seconds, for nothing here."""
   kept = {name: sys.modules.get(name) for name in modules}
   sys.modules.update(dict.fromkeys(modules))
   try:
@@ -112,15 +130,26 @@ def _without(*modules: str) -> Iterator[None]:
 
 
 class WeightsAndBiases:
-  """The same as a Weights & Biases run, which a resumed run goes on with; named after `workdir`. Raises UserError: no wandb."""
+  """The same as a Weights & Biases run, which a resumed run goes on with; named after `workdir`.
+  Raises UserError: no wandb.
+  """
 
   def __init__(self, project: str, workdir: Path, folder: Path, config: Mapping[str, Any]):
     name = workdir if files.is_url(workdir) else workdir.resolve()
-    self._run = import_wandb().init(project=project, name=name.name, id=f"{name.name}-{zlib.crc32(str(name).encode()):08x}", resume="allow",
-                                    dir=str(folder), config=dict(config))
+    self._run = import_wandb().init(
+      project=project,
+      name=name.name,
+      id=f"{name.name}-{zlib.crc32(str(name).encode()):08x}",
+      resume="allow",
+      dir=str(folder),
+      config=dict(config),
+    )
 
   def write(self, row: Mapping[str, Any]) -> None:
-    self._run.log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time")}, step=row["step"])
+    self._run.log(
+      {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "time")},
+      step=row["step"],
+    )
 
   def close(self) -> None:
     self._run.finish()
@@ -131,7 +160,10 @@ def import_wandb() -> Any:
   try:
     import wandb
   except ImportError as error:
-    raise UserError("log.wandb names a project, but the package wandb is not installed. `pip install wandb`, or leave log.wandb empty") from error
+    raise UserError(
+      "log.wandb names a project, but the package wandb is not installed. `pip install wandb`, or "
+      "leave log.wandb empty"
+    ) from error
   return wandb
 
 
@@ -143,11 +175,24 @@ class Progress:
     self.total, self._bar = total, None
     self._first, self._begin = start, time.monotonic()
     if self._out.isatty():
-      from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+      from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+      )
       from rich.progress import Progress as Bar
 
-      self._bar = Bar(TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                      TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+      self._bar = Bar(
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+      )
       self._task = self._bar.add_task("train", total=total, completed=start, text="")
       self._bar.start()
 
@@ -190,7 +235,9 @@ def memory_in_use() -> float:
 
 
 def utilisation(flops_per_step: float, seconds_per_step: float) -> float | None:
-  """Model FLOPs utilisation in [0, 1] (PaLM, arXiv:2204.02311, appendix B); None where the device's peak is not known."""
+  """Model FLOPs utilisation in [0, 1] (PaLM, arXiv:2204.02311, appendix B); None where the device's
+  peak is not known.
+  """
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   if not peak or not seconds_per_step:
     return None

@@ -1,10 +1,12 @@
-"""Steps that are not finite: how many, in a row, and when a run goes back to an earlier checkpoint because of them.
+"""Steps that are not finite: how many, in a row, and when a run goes back to an earlier checkpoint
+because of them.
 
-A rollback (train.rollback) takes parameters, optimizer state and averages from the last good checkpoint; the step count, and with it data order,
-randomness and learning rate, goes on. So a batch that did harm is not seen again, nothing in metrics.jsonl is taken back, and
-whether and where to a run goes back depends on its steps alone: it is the same for a run that was killed in between. Good is
-a checkpoint at a multiple of checkpoint.every that no skipped step came right before (skipped steps change nothing: one saved amid them
-holds what made them so).
+A rollback (train.rollback) takes parameters, optimizer state and averages from the last good
+checkpoint; the step count, and with it data order, randomness and learning rate, goes on. So a
+batch that did harm is not seen again, nothing in metrics.jsonl is taken back, and whether and where
+to a run goes back depends on its steps alone: it is the same for a run that was killed in between.
+Good is a checkpoint at a multiple of checkpoint.every that no skipped step came right before
+(skipped steps change nothing: one saved amid them holds what made them so).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from mmjax.state.train_state import TrainState
 
 @dataclasses.dataclass
 class Faults:
-  """The counts of a run; a checkpoint keeps them in its item `data`. good: the last good checkpoint, 0 = none yet."""
+  """The counts of a run; a checkpoint keeps them in its item `data`. good: the last good
+  checkpoint, 0 = none yet.
+  """
 
   skipped: int = 0
   skipped_in_a_row: int = 0
@@ -39,21 +43,31 @@ class Faults:
     self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
   def decides_now(self, config: FrozenConfigDict) -> bool:
-    """Whether the outcome of the step just made could call for a rollback, so that it is read before the next."""
+    """Whether the outcome of the step just made could call for a rollback, so that it is read
+    before the next.
+    """
     return bool(config.train.rollback) and self.skipped_in_a_row >= config.train.rollback - 1
 
   def rollback_due(self, config: FrozenConfigDict) -> bool:
     return bool(config.train.rollback) and self.skipped_in_a_row == config.train.rollback
 
-  def roll_back(self, saver: Checkpointer, spec: TrainState, at: int, say: Callable[[str], None]) -> TrainState:
-    """The state of the last good checkpoint, its own step in it. Raises UserError: it is gone or corrupt."""
-    say(f"step {at}: {self.skipped_in_a_row} steps in a row were not finite (train.rollback); back to the parameters of "
-        f"checkpoint {self.good}, on with step {at + 1}")
+  def roll_back(
+    self, saver: Checkpointer, spec: TrainState, at: int, say: Callable[[str], None]
+  ) -> TrainState:
+    """The state of the last good checkpoint, its own step in it. Raises UserError: it is gone or
+    corrupt.
+    """
+    say(
+      f"step {at}: {self.skipped_in_a_row} steps in a row were not finite (train.rollback); back "
+      f"to the parameters of checkpoint {self.good}, on with step {at + 1}"
+    )
     self.rollbacks += 1
     found = saver.restore(spec, only=self.good)
     if found is None:
-      raise UserError(f"checkpoint {self.good} of this run, to which it has to go back (train.rollback), is gone. "
-                      "Start again to go on from the newest")
+      raise UserError(
+        f"checkpoint {self.good} of this run, to which it has to go back (train.rollback), is "
+        "gone. Start again to go on from the newest"
+      )
     return found[0]
 
   def saving(self, step: int, every: int) -> None:

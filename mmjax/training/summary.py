@@ -1,4 +1,5 @@
-"""What a step should take, by the compiler and the formula, and what it then took: two lines at the start of a run, one at its end.
+"""What a step should take, by the compiler and the formula, and what it then took: two lines at the
+start of a run, one at its end.
 
 RUN/summary.json keeps the figures, and report.html shows the last line. Nothing is compiled for it.
 """
@@ -19,68 +20,114 @@ from mmjax.training.step import Step
 
 log = logging.getLogger("mmjax")
 NAME = "summary.json"
-# (step, executable, source) -> seconds of a step on the devices that it was compiled for; None where nothing tells.
+# (step, executable, source) -> seconds of a step on the devices that it was compiled for; None
+# where nothing tells.
 Estimate = Callable[[Step, jax.stages.Compiled, str], float | None]
 
 
 class Summary:
   """The plan of a run's step, and the comparison with what was measured.
 
-  compiled: the executables, one a kind of step, in the order of step.sources. estimate: asked once, where there are TPUs.
+  compiled: the executables, one a kind of step, in the order of step.sources. estimate: asked once,
+  where there are TPUs.
   """
 
-  def __init__(self, step: Step, compiled: Sequence[jax.stages.Compiled], estimate: Estimate | None = None):
+  def __init__(
+    self, step: Step, compiled: Sequence[jax.stages.Compiled], estimate: Estimate | None = None
+  ):
     self._step, self._compiled, self._estimate = step, compiled, estimate
     self._device = jax.local_devices()[0]
-    used = [compiled_bytes(executable, peak_known=self._device.platform != "cpu") for executable in compiled]
+    used = [
+      compiled_bytes(executable, peak_known=self._device.platform != "cpu")
+      for executable in compiled
+    ]
     self.bytes = {**state_bytes(step), **max(used, key=lambda kind: kind["peak"])}
     self.flops, self.seconds = 0.0, None
 
   def memory(self) -> str:
     """The first line: the memory of a device."""
-    parts = ", ".join(f"{name.replace('_', ' ')} {gib(self.bytes[name])}" for name in
-                      ("parameters", "optimizer", "average", "model_state", "batch", "temporaries") if self.bytes[name])
+    parts = ", ".join(
+      f"{name.replace('_', ' ')} {gib(self.bytes[name])}"
+      for name in ("parameters", "optimizer", "average", "model_state", "batch", "temporaries")
+      if self.bytes[name]
+    )
     limit = (self._device.memory_stats() or {}).get("bytes_limit")
-    return f"memory of a device: {parts}; peak {gib(self.bytes['peak'])}" + (f" of {gib(limit)}" if limit else "")
+    return f"memory of a device: {parts}; peak {gib(self.bytes['peak'])}" + (
+      f" of {gib(limit)}" if limit else ""
+    )
 
   def work(self) -> str:
     """The second line. It takes a moment: call it while the devices compute."""
     self.flops = self._step.flops_per_step()
     if self._estimate and self._device.platform == "tpu":
       try:
-        each = {source: self._estimate(self._step, one, source) for one, source in zip(self._compiled, self._step.sources, strict=True)}
+        each = {
+          source: self._estimate(self._step, one, source)
+          for one, source in zip(self._compiled, self._step.sources, strict=True)
+        }
         self.seconds = None if None in each.values() else self._step.mean_over_kinds(each.get)
       except Exception as error:  # a run does not end because a plan of it cannot be made
         log.warning("no estimate of the time of a step: %s: %s", type(error).__name__, error)
     text = f"a step: {_flop(self.flops)} of the model"
-    return f"{text}; estimated {self.seconds * 1e3:.1f} ms{_mfu(utilisation(self.flops, self.seconds))}" if self.seconds else text
+    return (
+      f"{text}; estimated {self.seconds * 1e3:.1f} ms{_mfu(utilisation(self.flops, self.seconds))}"
+      if self.seconds
+      else text
+    )
 
   def compare(self, seconds: float | None, folder: Path) -> str:
-    """The last line; writes NAME in `folder`. seconds: of a step as measured, None if there were too few."""
-    self.flops = self.flops or self._step.flops_per_step()  # of a run that had only its end left to do
-    planned = dict(flops=self.flops, seconds=self.seconds, mfu=utilisation(self.flops, self.seconds or 0), memory=self.bytes)
-    measured = dict(seconds=seconds, memory=memory_in_use(), mfu=utilisation(self.flops, seconds or 0))
+    """The last line; writes NAME in `folder`. seconds: of a step as measured, None if there were
+    too few.
+    """
+    self.flops = (
+      self.flops or self._step.flops_per_step()
+    )  # of a run that had only its end left to do
+    planned = dict(
+      flops=self.flops,
+      seconds=self.seconds,
+      mfu=utilisation(self.flops, self.seconds or 0),
+      memory=self.bytes,
+    )
+    measured = dict(
+      seconds=seconds, memory=memory_in_use(), mfu=utilisation(self.flops, seconds or 0)
+    )
     parts = []
     if seconds:
-      measured.update(examples_per_second=self._step.config.train.batch_size / seconds, flops_per_second=self.flops / seconds)
-      parts += [f"{seconds * 1e3:.1f} ms a step" + (f" (estimated {self.seconds * 1e3:.1f})" if self.seconds else ""),
-                f"{measured['examples_per_second']:,.0f} examples/s",
-                f"{_flop(measured['flops_per_second'])}/s{_mfu(measured['mfu'])}"
-                + (f" (estimated {100 * planned['mfu']:.1f}%)" if planned["mfu"] else "")]
+      measured.update(
+        examples_per_second=self._step.config.train.batch_size / seconds,
+        flops_per_second=self.flops / seconds,
+      )
+      parts += [
+        f"{seconds * 1e3:.1f} ms a step"
+        + (f" (estimated {self.seconds * 1e3:.1f})" if self.seconds else ""),
+        f"{measured['examples_per_second']:,.0f} examples/s",
+        f"{_flop(measured['flops_per_second'])}/s{_mfu(measured['mfu'])}"
+        + (f" (estimated {100 * planned['mfu']:.1f}%)" if planned["mfu"] else ""),
+      ]
     cpu = self._device.platform == "cpu"
-    parts.append(f"memory {gib(measured['memory'])}{' of the whole process' if cpu else ''} (planned {gib(self.bytes['peak'])} a device)")
+    parts.append(
+      f"memory {gib(measured['memory'])}{' of the whole process' if cpu else ''} (planned "
+      f"{gib(self.bytes['peak'])} a device)"
+    )
     text = f"measured: {', '.join(parts)}"
-    replace_file(folder / NAME, json.dumps(dict(planned=planned, measured=measured, text=text), indent=2) + "\n")
+    replace_file(
+      folder / NAME,
+      json.dumps(dict(planned=planned, measured=measured, text=text), indent=2) + "\n",
+    )
     return text
 
   def finished(self, folder: Path, step: int) -> None:
     """Notes, after all else that a run leaves, that it ended at `step`."""
     path = folder / NAME
-    replace_file(path, json.dumps({**json.loads(path.read_text()), "finished": step}, indent=2) + "\n")
+    replace_file(
+      path, json.dumps({**json.loads(path.read_text()), "finished": step}, indent=2) + "\n"
+    )
 
 
 def finished_step(folder: Path) -> int | None:
-  """The step at which the run in a folder (a path or URL) has ended with all that it leaves; None: it has not."""
+  """The step at which the run in a folder (a path or URL) has ended with all that it leaves; None:
+  it has not.
+  """
   try:
     step = json.loads((folder / NAME).read_text())["finished"]
   except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -93,5 +140,8 @@ def _mfu(share: float | None) -> str:
 
 
 def _flop(count: float) -> str:
-  scale, unit = next(((scale, unit) for scale, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if count >= scale), (1e6, "M"))
+  scale, unit = next(
+    ((scale, unit) for scale, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if count >= scale),
+    (1e6, "M"),
+  )
   return f"{count / scale:.1f} {unit}FLOP"

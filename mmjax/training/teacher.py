@@ -1,4 +1,6 @@
-"""Teachers: models of other checkpoints whose outputs an objective learns from. They are inputs of a step and never change."""
+"""Teachers: models of other checkpoints whose outputs an objective learns from. They are inputs of
+a step and never change.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,28 @@ SAME = {
   "video": ("video.size",),
   "series": ("series.channels",),
 }
-LONGEST = {"text": "text.length", "audio": "audio.seconds", "video": "video.frames", "series": "series.length"}  # at most the teacher's
+LONGEST = {
+  "text": "text.length",
+  "audio": "audio.seconds",
+  "video": "video.frames",
+  "series": "series.length",
+}  # at most the teacher's
 
 
 class Teacher:
-  """The model of the checkpoint at `path` (a run, step or import folder), with its own settings, for batches of a pupil.
+  """The model of the checkpoint at `path` (a run, step or import folder), with its own settings,
+  for batches of a pupil.
 
-  model: the linen module. spec: its variables as a tree of ShapeDtypeStruct with shardings; nothing is read from the weights
-  until `load`. Raises UserError: no checkpoint there, or one that reads pictures, texts, ... of another kind.
+  model: the linen module. spec: its variables as a tree of ShapeDtypeStruct with shardings; nothing
+  is read from the weights
+  until `load`. Raises UserError: no checkpoint there, or one that reads pictures, texts, ... of
+  another kind.
   """
 
   def __init__(self, path: str, config: FrozenConfigDict, mesh: Mesh, batch: Mapping[str, Any]):
-    self.path = checkpoint.find_checkpoint(path)  # once: a run that goes on may save a newer one meanwhile
+    self.path = checkpoint.find_checkpoint(
+      path
+    )  # once: a run that goes on may save a newer one meanwhile
     self.config = checkpoint.load_config(self.path, config.allow_code)
     self.model = make_model(self.config)
     self._check(config, [modality for modality in self.config.model.encoders if modality in batch])
@@ -49,22 +61,35 @@ class Teacher:
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     self.spec = {
       "params": jax.tree.map(place, nn.unbox(boxed), rules.param_shardings(boxed, mesh, table)),
-      **jax.tree.map(lambda x: place(x, rules.replicated(mesh)), nn.unbox(variables))}
+      **jax.tree.map(lambda x: place(x, rules.replicated(mesh)), nn.unbox(variables)),
+    }
 
   def load(self, config: FrozenConfigDict) -> dict[str, Any]:
-    """The variables, placed. Raises UserError: not those of its config, or another tokenizer than that of `config`."""
+    """The variables, placed. Raises UserError: not those of its config, or another tokenizer than
+    that of `config`.
+    """
     theirs = checkpoint.load_assets(self.path)
     if theirs and all("text" in c.model.encoders for c in (self.config, config)):
-      if any(theirs.get(name) != content for name, content in load_tokenizer(config.data).to_assets().items()):
-        raise UserError(f"teacher {self.path} was trained with another tokenizer than data.text.tokenizer "
-                        f"{config.data.text.tokenizer!r}. Use its tokenizer")
+      if any(
+        theirs.get(name) != content
+        for name, content in load_tokenizer(config.data).to_assets().items()
+      ):
+        raise UserError(
+          f"teacher {self.path} was trained with another tokenizer than data.text.tokenizer "
+          f"{config.data.text.tokenizer!r}. Use its tokenizer"
+        )
     state = {name: tree for name, tree in self.spec.items() if name != "params"}
     loaded = checkpoint.load_model_state(self.path, state) if state else {}
     return {"params": checkpoint.load_params(self.path, self.spec["params"]), **loaded}
 
   def gathered(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Within a step: the variables as the model gets them, gathered where that is better done once."""
-    return {**variables, "params": rules.gather_parameters(variables["params"], self.spec["params"], self._axes)}
+    """Within a step: the variables as the model gets them, gathered where that is better done
+    once.
+    """
+    return {
+      **variables,
+      "params": rules.gather_parameters(variables["params"], self.spec["params"], self._axes),
+    }
 
   def _variables(self, rng: jax.Array) -> Any:
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch_spec(self.config, 1))
@@ -74,14 +99,20 @@ class Teacher:
     value = lambda c, key: c.data[key.split(".")[0]][key.split(".")[1]]
     patches = lambda c: c.data.image.resize == "naflex"
     if "image" in modalities and patches(config) and not patches(self.config):
-      raise UserError(f"teacher {self.path} takes pictures of one size, but data.image.resize is 'naflex' here. Choose another teacher "
-                      "or resize")
+      raise UserError(
+        f"teacher {self.path} takes pictures of one size, but data.image.resize is 'naflex' here. "
+        "Choose another teacher or resize"
+      )
     for modality in modalities:
       for key in SAME.get(modality, ()):
         if value(self.config, key) != value(config, key):
-          raise UserError(f"teacher {self.path} was trained with data.{key} {value(self.config, key)!r}, but it is {value(config, key)!r} "
-                          "here. Set it to the teacher's")
+          raise UserError(
+            f"teacher {self.path} was trained with data.{key} {value(self.config, key)!r}, but it "
+            f"is {value(config, key)!r} here. Set it to the teacher's"
+          )
       key = LONGEST.get(modality)
       if key and value(config, key) > value(self.config, key):
-        raise UserError(f"teacher {self.path} takes data.{key} up to {value(self.config, key)!r}, but it is {value(config, key)!r} here. "
-                        "Lower it")
+        raise UserError(
+          f"teacher {self.path} takes data.{key} up to {value(self.config, key)!r}, but it is "
+          f"{value(config, key)!r} here. Lower it"
+        )

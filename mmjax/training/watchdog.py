@@ -1,10 +1,13 @@
-"""Notices a run that hangs: writes every thread's stack, says in one line what was waited for, and ends with exit code 1.
+"""Notices a run that hangs: writes every thread's stack, says in one line what was waited for, and
+ends with exit code 1.
 
-The main thread says what it begins (`at`); if nothing else begins within the bound, the process hangs: a disk that does not answer, a
-data source, a device, or a collective that another process never joins. In runs of several processes each one also writes
-RUN/heartbeats/I, from a thread that goes on while the main one waits. A process that waits long looks at the others' files:
-whose does not change any more is stopped (SIGSTOP), dead, or on a machine that is gone, and is named. JAX's coordination service also knows
-heartbeats, but not while the process that hosts it (0) is the one that is stopped; and it ends a process before anything is written.
+The main thread says what it begins (`at`); if nothing else begins within the bound, the process
+hangs: a disk that does not answer, a data source, a device, or a collective that another process
+never joins. In runs of several processes each one also writes RUN/heartbeats/I, from a thread that
+goes on while the main one waits. A process that waits long looks at the others' files:
+whose does not change any more is stopped (SIGSTOP), dead, or on a machine that is gone, and is
+named. JAX's coordination service also knows heartbeats, but not while the process that hosts it (0)
+is the one that is stopped; and it ends a process before anything is written.
 """
 
 from __future__ import annotations
@@ -20,24 +23,38 @@ from collections.abc import Callable, Iterable
 
 from mmjax import files
 
-PATIENCE = {"the compiler": 4, "start-up (opening data, restoring)": 4}  # times the bound, for what may well take long
+PATIENCE = {
+  "the compiler": 4,
+  "start-up (opening data, restoring)": 4,
+}  # times the bound, for what may well take long
 _BEAT = 10.0  # seconds between heartbeats, at most
 
 
 class Watchdog:
   """Ends this process when it makes no progress. Use it in `with`; it sleeps until `start`.
 
-  seconds: the bound on one wait; 0 = off. silence: the bound where another process gives no sign of life any more, if lower.
-  end: called with the exit code; `os._exit`, since a main thread that hangs cannot be asked to leave.
+  seconds: the bound on one wait; 0 = off. silence: the bound where another process gives no sign of
+  life any more, if lower.
+  end: called with the exit code; `os._exit`, since a main thread that hangs cannot be asked to
+  leave.
   """
 
-  def __init__(self, seconds: float, *, silence: float = math.inf, process: int = 0, processes: int = 1,
-               end: Callable[[int], None] = os._exit):
+  def __init__(
+    self,
+    seconds: float,
+    *,
+    silence: float = math.inf,
+    process: int = 0,
+    processes: int = 1,
+    end: Callable[[int], None] = os._exit,
+  ):
     self._seconds, self._quiet = seconds, min(seconds, silence)
     self._process, self._processes, self._end = process, processes, end
     self._beat = min(_BEAT, self._quiet / 10)
     self._now = ("start-up (opening data, restoring)", time.monotonic())
-    self._peers: dict[int, tuple[str, float]] = {}  # process: (its heartbeat, when that was first seen)
+    self._peers: dict[
+      int, tuple[str, float]
+    ] = {}  # process: (its heartbeat, when that was first seen)
     self._waiting = 0.0
     self._over = threading.Event()
     self._threads: list[threading.Thread] = []
@@ -48,7 +65,9 @@ class Watchdog:
     self.at(self._now[0])
     if self._seconds:
       loops = [self._watch, self._exchange] if self._processes > 1 else [self._watch]
-      self._threads = [threading.Thread(target=loop, name="watchdog", daemon=True) for loop in loops]
+      self._threads = [
+        threading.Thread(target=loop, name="watchdog", daemon=True) for loop in loops
+      ]
       for thread in self._threads:
         thread.start()
 
@@ -68,7 +87,7 @@ class Watchdog:
     """A part of it is done (a batch of an evaluation)."""
     self.at(self._now[0])
 
-  # -- Threads --------------------------------------------------------------------------------------------------------------
+  # -- Threads -------------------------------------------------------------------------------------
 
   def _watch(self) -> None:
     tick = min(1.0, self._quiet / 10)
@@ -77,19 +96,25 @@ class Watchdog:
       now, current = time.monotonic(), self._now
       if current is not watched:
         watched, excused = current, 0.0
-      if now - before > 3 * tick:  # this whole process was stopped, or its machine asleep: nobody waited
+      if (
+        now - before > 3 * tick
+      ):  # this whole process was stopped, or its machine asleep: nobody waited
         excused += now - before
       before = now
       what, since = watched
       self._waiting = max(0.0, now - since - excused)
-      patience = PATIENCE.get(what, 1)  # a process that starts late has an old heartbeat in the folder until then
+      patience = PATIENCE.get(
+        what, 1
+      )  # a process that starts late has an old heartbeat in the folder until then
       silent = self.silent(now) if self._waiting >= self._quiet * patience else {}
       if silent or self._waiting >= self._seconds * patience:
         self._over.set()
         self._end_with(what, silent)
 
   def _exchange(self) -> None:
-    """Writes this process's heartbeat; reads the others' while this process waits suspiciously long, and only then."""
+    """Writes this process's heartbeat; reads the others' while this process waits suspiciously
+    long, and only then.
+    """
     folder, count = self._folder / "heartbeats", 0
     while True:
       count += 1
@@ -108,28 +133,41 @@ class Watchdog:
         return
 
   def silent(self, now: float) -> dict[int, float]:
-    """{process: seconds} of those that were looked at and have given no sign of life for several heartbeats."""
+    """{process: seconds} of those that were looked at and have given no sign of life for several
+    heartbeats.
+    """
     quiet = {peer: now - seen for peer, (_, seen) in sorted(dict(self._peers).items())}
-    return {peer: seconds for peer, seconds in quiet.items() if seconds >= max(4 * self._beat, self._quiet / 3)}
+    return {
+      peer: seconds
+      for peer, seconds in quiet.items()
+      if seconds >= max(4 * self._beat, self._quiet / 3)
+    }
 
-  # -- The end --------------------------------------------------------------------------------------------------------------
+  # -- The end -------------------------------------------------------------------------------------
 
   def _end_with(self, what: str, silent: Iterable[int]) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = self._folder / "stacks" / f"process-{self._process}-{stamp}.txt"
     written: list[str] = []
-    writer = threading.Thread(target=lambda: written.append(self._write_stacks(path, what)), daemon=True)
+    writer = threading.Thread(
+      target=lambda: written.append(self._write_stacks(path, what)), daemon=True
+    )
     writer.start()
     writer.join(timeout=10)  # the disk may be what hangs
     who = ""
     if silent:
-      names = ", ".join(f"process {peer} (for {seconds:.0f} s)" for peer, seconds in dict(silent).items())
+      names = ", ".join(
+        f"process {peer} (for {seconds:.0f} s)" for peer, seconds in dict(silent).items()
+      )
       who = f"; no sign of life from {names}: stopped, dead or cut off"
     elif self._processes > 1:
       who = "; every other process gives signs of life"
-    line = (f"mmjax: process {self._process} of {self._processes} hangs: {what} did not end within {self._waiting:.0f} s "
-            f"(train.hang_seconds){who}. Stacks: {written[0] if written else 'could not be written'}. "
-            "Ending with exit code 1; the same command goes on from the last checkpoint\n")
+    line = (
+      f"mmjax: process {self._process} of {self._processes} hangs: {what} did not end within "
+      f"{self._waiting:.0f} s (train.hang_seconds){who}. Stacks: "
+      f"{written[0] if written else 'could not be written'}. Ending with exit code 1; the same "
+      "command goes on from the last checkpoint\n"
+    )
     os.write(2, line.encode())
     self._end(1)
 

@@ -1,6 +1,7 @@
-"""Seconds from the start of `mmjax train` to its first step, on the quickstart: imports, data, initialisation and a warm compile cache.
+"""Seconds from the start of `mmjax train` to its first step, on the quickstart: imports, data,
+initialisation and a warm compile cache.
 
-  python tests/bench/startup.py --runs 3      # the first run fills the cache and is not counted
+python tests/bench/startup.py --runs 3      # the first run fills the cache and is not counted
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ ROOT = pathlib.Path(__file__).parents[2]
 def start(config: str) -> float:
   """Wall seconds until the line of step 1; the run is then ended."""
   with tempfile.TemporaryDirectory() as folder:
-    command = [sys.executable, "-m", "mmjax.cli", "train", "--config", config, "--workdir", f"{folder}/run"]
+    command = [
+      sys.executable,
+      "-m",
+      "mmjax.cli",
+      "train",
+      "--config",
+      config,
+      "--workdir",
+      f"{folder}/run",
+    ]
     environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
     begin = time.monotonic()
-    run = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = subprocess.Popen(
+      command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     lines = []
     for line in run.stdout:
       lines.append(line)
@@ -38,7 +50,9 @@ def start(config: str) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--config", default=str(ROOT / "configs/quickstart.py"))
   parser.add_argument("--runs", type=int, default=3)
   options = parser.parse_args()
@@ -48,7 +62,11 @@ def main() -> None:
     seconds = start(options.config)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{seconds:.1f} s to the first step, {processor:.1f} s of processor time; load {os.getloadavg()[0]:.1f}", flush=True)
+    print(
+      f"{seconds:.1f} s to the first step, {processor:.1f} s of processor time; load "
+      f"{os.getloadavg()[0]:.1f}",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The train step of a small image-text model in mmjax against open_clip's shapes in PyTorch, side by side on this machine.
+"""The train step of a small image-text model in mmjax against open_clip's shapes in PyTorch, side
+by side on this machine.
 
   python tests/bench/train_step.py [--heads 2] [--pairs 12] [--hugepages jax]
 
-Both sides: 48x48 pictures, patch 8, width 128, depth 4 in both towers, 16 text tokens, batch 256, float32, exact GELU,
-softmax contrastive loss, AdamW; forward, backward and update. The PyTorch side is written after open_clip's modules
-(nn.MultiheadAttention blocks, class token, norm before the blocks, causal text pooled at the highest token). Each side
-lives in a process of its own and steps in turn, so that neither's threads disturb the other; minima and medians are printed,
-of seconds and of processor seconds. On a busy machine compare the latter with --threads 1: waiting threads that spin count too.
+Both sides: 48x48 pictures, patch 8, width 128, depth 4 in both towers, 16 text tokens, batch 256,
+float32, exact GELU, softmax contrastive loss, AdamW; forward, backward and update. The PyTorch side
+is written after open_clip's modules (nn.MultiheadAttention blocks, class token, norm before the
+blocks, causal text pooled at the highest token). Each side lives in a process of its own and steps
+in turn, so that neither's threads disturb the other; minima and medians are printed, of seconds and
+of processor seconds. On a busy machine compare the latter with --threads 1: waiting threads that
+spin count too.
 """
 
 from __future__ import annotations
@@ -47,9 +50,16 @@ def jax_step(args: argparse.Namespace) -> Callable[[], float]:
 
   c = mmjax.config.base()
   tower = dict(depth=args.depth, heads=args.heads, activation="gelu")
-  c.model = dict(name="dual_encoder", width=args.width, encoders=dict(
-      image=dict(kind="vit", patch=PATCH, pooling="class", input_norm=True, patch_bias=False, **tower),
-      text=dict(kind="transformer", causal=True, pooling="highest", **tower)))
+  c.model = dict(
+    name="dual_encoder",
+    width=args.width,
+    encoders=dict(
+      image=dict(
+        kind="vit", patch=PATCH, pooling="class", input_norm=True, patch_bias=False, **tower
+      ),
+      text=dict(kind="transformer", causal=True, pooling="highest", **tower),
+    ),
+  )
   c.data.image.size, c.data.text.length, c.data.text.vocab_size = SIZE, LENGTH, VOCABULARY
   c.precision.compute = "float32"
   model = make_model(mmjax.config.resolve(c))
@@ -59,10 +69,15 @@ def jax_step(args: argparse.Namespace) -> Callable[[], float]:
   tx = optax.adamw(1e-3)
 
   def loss(params: dict) -> jax.Array:
-    out, (scale, _) = model.apply({"params": params}, data), model.apply({"params": params}, method="temperature")
+    out, (scale, _) = (
+      model.apply({"params": params}, data),
+      model.apply({"params": params}, method="temperature"),
+    )
     logits = scale * out["image"] @ out["text"].T
     labels = jnp.arange(len(logits))
-    losses = [optax.softmax_cross_entropy_with_integer_labels(x, labels).mean() for x in (logits, logits.T)]
+    losses = [
+      optax.softmax_cross_entropy_with_integer_labels(x, labels).mean() for x in (logits, logits.T)
+    ]
     return sum(losses) / 2
 
   def step(params: dict, state: tuple) -> tuple:
@@ -109,7 +124,9 @@ def torch_step(args: argparse.Namespace) -> Callable[[], float]:
       self.text_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
       self.embedding = nn.Embedding(VOCABULARY, width)
       self.text_position = nn.Parameter(0.01 * torch.randn(LENGTH, width))
-      self.image_projection, self.text_projection = (nn.Parameter(width**-0.5 * torch.randn(width, width)) for _ in range(2))
+      self.image_projection, self.text_projection = (
+        nn.Parameter(width**-0.5 * torch.randn(width, width)) for _ in range(2)
+      )
       self.log_scale = nn.Parameter(torch.tensor(2.6593))
       self.register_buffer("mask", torch.full((LENGTH, LENGTH), float("-inf")).triu_(1))
       nn.init.normal_(self.embedding.weight, std=0.02)
@@ -150,7 +167,7 @@ def torch_step(args: argparse.Namespace) -> Callable[[], float]:
 
 def worker(args: argparse.Namespace) -> None:
   """Takes one step for each line read; prints "seconds processor-seconds loss"."""
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
   run = {"jax": jax_step, "torch": torch_step}[args.worker](args)
   for _ in range(3):
     run()
@@ -162,11 +179,19 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  for name, default in dict(batch=256, width=128, depth=4, heads=2, pairs=12, threads=os.cpu_count()).items():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  for name, default in dict(
+    batch=256, width=128, depth=4, heads=2, pairs=12, threads=os.cpu_count()
+  ).items():
     parser.add_argument(f"--{name}", type=int, default=default)
-  parser.add_argument("--hugepages", choices=("none", "jax", "both"), default="none",
-                      help="who runs with GLIBC_TUNABLES=glibc.malloc.hugetlb=1")
+  parser.add_argument(
+    "--hugepages",
+    choices=("none", "jax", "both"),
+    default="none",
+    help="who runs with GLIBC_TUNABLES=glibc.malloc.hugetlb=1",
+  )
   parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.worker:
@@ -176,8 +201,13 @@ def main() -> None:
     env = dict(os.environ, JAX_PLATFORMS="cpu")
     if args.hugepages == "both" or args.hugepages == side:
       env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    sides[side] = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--worker", side], env=env, text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    sides[side] = subprocess.Popen(
+      [sys.executable, __file__, *sys.argv[1:], "--worker", side],
+      env=env,
+      text=True,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
     if sides[side].stdout.readline().strip() != "ready":
       raise SystemExit(f"the {side} side failed to start")
   times: dict[str, list[tuple[float, ...]]] = {side: [] for side in sides}
@@ -192,9 +222,15 @@ def main() -> None:
   for i, what in enumerate(("seconds", "processor seconds")):
     values = {side: [step[i] for step in steps] for side, steps in times.items()}
     for side in sides:
-      print(f"{side:5s}  min {min(values[side]):.3f}   median {statistics.median(values[side]):.3f}   {what} of {args.pairs} steps")
+      print(
+        f"{side:5s}  min {min(values[side]):.3f}   median {statistics.median(values[side]):.3f}   "
+        f"{what} of {args.pairs} steps"
+      )
     pairs = [j / t for j, t in zip(values["jax"], values["torch"], strict=True)]
-    print(f"jax / torch: {min(values['jax']) / min(values['torch']):.3f} of minima, {statistics.median(pairs):.3f} median of pairs\n")
+    print(
+      f"jax / torch: {min(values['jax']) / min(values['torch']):.3f} of minima, "
+      f"{statistics.median(pairs):.3f} median of pairs\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A small data set and a tokenizer for it, made once a session: `tiny` is the data folder, `config` a resolved config on it."""
+"""A small data set and a tokenizer for it, made once a session: `tiny` is the data folder, `config`
+a resolved config on it.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,30 @@ def picture(seed: int, size: int = 20) -> bytes:
 
 def record(i: int, **changes) -> dict:
   colour = COLOURS[i % len(COLOURS)]
-  captions = {"en": [f"a {colour} thing number {i}", f"thing {i} in {colour}"], "de": [f"ein Ding {i}"]}
-  return {"id": f"r{i:03d}", "image": picture(i), "captions": captions, "label": colour, "image_key": 2**64 - 1 - i, **changes}
+  captions = {
+    "en": [f"a {colour} thing number {i}", f"thing {i} in {colour}"],
+    "de": [f"ein Ding {i}"],
+  }
+  return {
+    "id": f"r{i:03d}",
+    "image": picture(i),
+    "captions": captions,
+    "label": colour,
+    "image_key": 2**64 - 1 - i,
+    **changes,
+  }
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
   root = tmp_path_factory.mktemp("data")
   records = [record(i) for i in range(60)]
-  write_dataset("tiny", root, {"train": records[:37], "validation": records[37:50], "test": records[50:]}, card="# tiny\n")
+  write_dataset(
+    "tiny",
+    root,
+    {"train": records[:37], "validation": records[37:50], "test": records[50:]},
+    card="# tiny\n",
+  )
   broken = [record(i) for i in range(8)]
   broken[2]["image"] = broken[2]["image"][:40]
   broken[5]["captions"] = {}
@@ -44,7 +61,9 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def config(tiny):
-  """config(**{"train.batch_size": 8, ...}) -> a resolved config with pictures and captions of `tiny`."""
+  """config(**{"train.batch_size": 8, ...}) -> a resolved config with pictures and captions of
+  `tiny`.
+  """
 
   def make(**changes):
     c = configs.base()
@@ -52,7 +71,10 @@ def config(tiny):
     c.data.sources.tiny = dict(name="tiny", split="train", languages=("en", "de"))
     c.data.image.size, c.data.text.length, c.train.batch_size = 16, 12, 8
     c.data.text.drop_words, c.data.image.augment.rotate = 0.2, 10.0
-    c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit", patch=8), text=dict(kind="transformer")))
+    c.model = dict(
+      name="dual_encoder",
+      encoders=dict(image=dict(kind="vit", patch=8), text=dict(kind="transformer")),
+    )
     return configs.resolve(c, [f"{path}={value!r}" for path, value in changes.items()])
 
   return make

@@ -20,7 +20,9 @@ OFF = dict(speed=(1.0, 1.0), noise=0.0, shift=0.0, gain=(1.0, 1.0))
 
 
 def tone(seconds=0.5, rate=RATE, hertz=440.0):
-  return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+  return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(
+    np.float32
+  )
 
 
 def encode(x, rate=RATE, kind="WAV", subtype=None):
@@ -30,7 +32,9 @@ def encode(x, rate=RATE, kind="WAV", subtype=None):
 
 
 def transform(train=False, seconds=1.0, **augment):
-  return AudioTransform(ConfigDict(dict(rate=RATE, seconds=seconds, augment={**OFF, **augment})), train=train)
+  return AudioTransform(
+    ConfigDict(dict(rate=RATE, seconds=seconds, augment={**OFF, **augment})), train=train
+  )
 
 
 def loudest(x, rate=RATE):
@@ -38,9 +42,19 @@ def loudest(x, rate=RATE):
   return np.abs(np.fft.rfft(x)).argmax() * rate / len(x)
 
 
-@pytest.mark.parametrize("kind, subtype, error", (
-    ("WAV", "PCM_16", 1e-4), ("WAV", "PCM_U8", 1e-2), ("WAV", "PCM_24", 1e-5), ("WAV", "FLOAT", 1e-6), ("WAV", "ULAW", 2e-2),
-    ("FLAC", "PCM_16", 1e-4), ("OGG", "VORBIS", 0.1), ("AIFF", "PCM_16", 1e-4)))
+@pytest.mark.parametrize(
+  "kind, subtype, error",
+  (
+    ("WAV", "PCM_16", 1e-4),
+    ("WAV", "PCM_U8", 1e-2),
+    ("WAV", "PCM_24", 1e-5),
+    ("WAV", "FLOAT", 1e-6),
+    ("WAV", "ULAW", 2e-2),
+    ("FLAC", "PCM_16", 1e-4),
+    ("OGG", "VORBIS", 0.1),
+    ("AIFF", "PCM_16", 1e-4),
+  ),
+)
 def test_formats(kind, subtype, error):
   got = decode_audio(encode(tone(), kind=kind, subtype=subtype), RATE)
   assert got.dtype == np.float32 and got.shape == (8000,)
@@ -52,12 +66,14 @@ def test_other_rates_keep_length_and_pitch(rate):
   got = decode_audio(encode(tone(rate=rate), rate, kind="FLAC"), RATE)
   assert abs(len(got) - 8000) <= 1
   assert abs(loudest(got[:8000]) - 440) <= 2
-  np.testing.assert_allclose(got[500:-500], tone()[500:len(got) - 500], atol=5e-3)
+  np.testing.assert_allclose(got[500:-500], tone()[500 : len(got) - 500], atol=5e-3)
 
 
 def test_channels_are_averaged():
   both = np.stack([tone(), 0.5 * tone(hertz=900)], 1)
-  np.testing.assert_allclose(decode_audio(encode(both, subtype="FLOAT"), RATE), both.mean(1), atol=1e-6)
+  np.testing.assert_allclose(
+    decode_audio(encode(both, subtype="FLOAT"), RATE), both.mean(1), atol=1e-6
+  )
 
 
 def test_the_waveform_is_exact_cut_and_padded():
@@ -70,10 +86,15 @@ def test_the_waveform_is_exact_cut_and_padded():
   waveform, length = transform(seconds=0.25)(encode(samples))
   assert length == 4000
   np.testing.assert_array_equal(waveform, samples[:4000])
-  np.testing.assert_array_equal(transform()(np.array([2.0, -2.0], np.float32))[0][:2], [32767, -32768])
+  np.testing.assert_array_equal(
+    transform()(np.array([2.0, -2.0], np.float32))[0][:2], [32767, -32768]
+  )
 
 
-PLAYLIST = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n"  # FFmpeg would listen there
+# FFmpeg would listen there
+PLAYLIST = (
+  b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n"
+)
 
 
 def by_ffmpeg(x, container, codec, film=False, **options):
@@ -84,7 +105,10 @@ def by_ffmpeg(x, container, codec, film=False, **options):
     stream = file.add_stream(codec, rate=RATE, layout="mono")
     if film:
       pictures.width = pictures.height = 16
-      frames = [av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24") for _ in range(5)]
+      frames = [
+        av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        for _ in range(5)
+      ]
       file.mux([packet for frame in (*frames, None) for packet in pictures.encode(frame)])
     frame = av.AudioFrame.from_ndarray(x[None], format="fltp", layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
@@ -106,20 +130,34 @@ def chirp(seconds=1.0):
   return (0.5 * np.sin(2 * np.pi * (300 + 600 * at) * at)).astype(np.float32)
 
 
-@pytest.mark.parametrize("container, codec, film", (
-    ("mp4", "aac", False), ("adts", "aac", False), ("mp4", "alac", False), ("matroska", "flac", False), ("mp4", "aac", True),
-    ("matroska", "aac", True), ("avi", "mp3", True), ("mpegts", "aac", True)))
+@pytest.mark.parametrize(
+  "container, codec, film",
+  (
+    ("mp4", "aac", False),
+    ("adts", "aac", False),
+    ("mp4", "alac", False),
+    ("matroska", "flac", False),
+    ("mp4", "aac", True),
+    ("matroska", "aac", True),
+    ("avi", "mp3", True),
+    ("mpegts", "aac", True),
+  ),
+)
 def test_what_ffmpeg_opens_is_read_and_of_a_video_the_sound_track(container, codec, film):
   x = chirp()
   got = decode_audio(by_ffmpeg(x, container, codec, film=film), RATE)
   assert got.dtype == np.float32 and abs(len(got) - len(x)) <= 4096
-  lag = np.correlate(np.pad(got, (0, 4096))[:len(x) + 4096], x[2000:-2000], "valid").argmax() - 2000
+  lag = (
+    np.correlate(np.pad(got, (0, 4096))[: len(x) + 4096], x[2000:-2000], "valid").argmax() - 2000
+  )
   assert 0 <= lag <= 2200  # what encoders put before the sound, where a container cannot say so
-  got = np.pad(got, (0, 8192))[lag:lag + len(x)]
+  got = np.pad(got, (0, 8192))[lag : lag + len(x)]
   assert np.corrcoef(got[500:-500], x[500:-500])[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("codec, kind", (("flac", "FLAC"), ("libmp3lame", "MP3"), ("pcm_s16le", "WAV")))
+@pytest.mark.parametrize(
+  "codec, kind", (("flac", "FLAC"), ("libmp3lame", "MP3"), ("pcm_s16le", "WAV"))
+)
 def test_libsndfile_and_ffmpeg_decode_the_same(codec, kind):
   data = encode(chirp(), kind=kind)
   (ours, rate), (theirs, other) = audio._by_libsndfile(data), audio._by_ffmpeg(data)
@@ -128,11 +166,21 @@ def test_libsndfile_and_ffmpeg_decode_the_same(codec, kind):
   np.testing.assert_allclose(ours[:shared], theirs[:shared], atol=2e-3)
 
 
-@pytest.mark.parametrize("riff, size", ((0, 0), (36, 0), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x7FFFFFFF, 0x7FFFFFDB), (0x80000024, 0x80000000)))
+@pytest.mark.parametrize(
+  "riff, size",
+  (
+    (0, 0),
+    (36, 0),
+    (0xFFFFFFFF, 0),
+    (0xFFFFFFFF, 0xFFFFFFFF),
+    (0x7FFFFFFF, 0x7FFFFFDB),
+    (0x80000024, 0x80000000),
+  ),
+)
 def test_a_wav_whose_header_was_never_filled_in_is_read(riff, size):
   data = bytearray(encode(tone(), subtype="PCM_16"))
   at = data.index(b"data") + 4
-  data[4:8], data[at:at + 4] = riff.to_bytes(4, "little"), size.to_bytes(4, "little")
+  data[4:8], data[at : at + 4] = riff.to_bytes(4, "little"), size.to_bytes(4, "little")
   np.testing.assert_allclose(decode_audio(bytes(data), RATE), tone(), atol=1e-4)
 
 
@@ -144,29 +192,40 @@ def test_an_mp3_behind_zeros_is_the_mp3(zeros):
 
 def test_a_sound_cut_within_its_data_is_refused_where_its_header_tells():
   x = np.concatenate([chirp()] * 20)
-  whole = {"wav": encode(x), "flac": encode(x, kind="FLAC"), "aiff": encode(x, kind="AIFF"), "mp3": encode(x, kind="MP3"),
-           "m4a": by_ffmpeg(x, "mp4", "aac", movflags="empty_moov"), "mka": by_ffmpeg(x, "matroska", "flac"),
-           "mp4": by_ffmpeg(x, "mp4", "aac", film=True)}
+  whole = {
+    "wav": encode(x),
+    "flac": encode(x, kind="FLAC"),
+    "aiff": encode(x, kind="AIFF"),
+    "mp3": encode(x, kind="MP3"),
+    "m4a": by_ffmpeg(x, "mp4", "aac", movflags="empty_moov"),
+    "mka": by_ffmpeg(x, "matroska", "flac"),
+    "mp4": by_ffmpeg(x, "mp4", "aac", film=True),
+  }
   for name, data in whole.items():
     assert len(decode_audio(data, RATE)) >= len(x), name
     for share in (0.3, 0.7, 0.95):
       with pytest.raises(Unreadable, match="cut within its data|damaged"):
-        decode_audio(data[:int(len(data) * share)], RATE)
+        decode_audio(data[: int(len(data) * share)], RATE)
   for data in (encode(x, kind="OGG"), by_ffmpeg(x, "adts", "aac")):  # do not say how long they are
-    assert 0.5 * len(x) < len(decode_audio(data[:int(len(data) * 0.7)], RATE)) < 0.9 * len(x)
+    assert 0.5 * len(x) < len(decode_audio(data[: int(len(data) * 0.7)], RATE)) < 0.9 * len(x)
 
 
 def damaged():
   good, flac = encode(tone()), encode(tone(2.0), kind="FLAC")
   noise = np.random.default_rng(0).integers(0, 256, len(flac) // 2, dtype=np.uint8).tobytes()
   return {
-    "empty": (b"", "empty file"), "not sound": (b"<html>not a sound</html>" * 9, "not a sound file"),
-    "header alone": (good[:44], "cut within its data"), "cut header": (good[:20], "cut within its data"),
-    "a picture": (b"\x89PNG\r\n\x1a\n" * 9, "not a sound file"), "a playlist": (PLAYLIST, "not a sound file"),
+    "empty": (b"", "empty file"),
+    "not sound": (b"<html>not a sound</html>" * 9, "not a sound file"),
+    "header alone": (good[:44], "cut within its data"),
+    "cut header": (good[:20], "cut within its data"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" * 9, "not a sound file"),
+    "a playlist": (PLAYLIST, "not a sound file"),
     "a video without sound": (silent_film(), "no sound track"),
-    "no samples": (encode(np.zeros(0, np.float32)), "zero length"), "no samples, flac": (encode(np.zeros(0, np.float32), kind="FLAC"), "."),
-    "garbage after the header": (flac[:len(flac) // 2] + noise, "damaged|not a sound"),
-    "not numbers": (encode(np.full(99, np.nan, np.float32), subtype="FLOAT"), "not numbers")}
+    "no samples": (encode(np.zeros(0, np.float32)), "zero length"),
+    "no samples, flac": (encode(np.zeros(0, np.float32), kind="FLAC"), "."),
+    "garbage after the header": (flac[: len(flac) // 2] + noise, "damaged|not a sound"),
+    "not numbers": (encode(np.full(99, np.nan, np.float32), subtype="FLOAT"), "not numbers"),
+  }
 
 
 @pytest.mark.parametrize("case", damaged())
@@ -174,7 +233,11 @@ def test_what_cannot_be_read_is_one_clear_line(case):
   data, message = damaged()[case]
   with pytest.raises(Unreadable, match=message) as error:
     transform()(data)
-  assert "\n" not in str(error.value) and len(str(error.value)) < 200 and "BytesIO" not in str(error.value)
+  assert (
+    "\n" not in str(error.value)
+    and len(str(error.value)) < 200
+    and "BytesIO" not in str(error.value)
+  )
 
 
 def test_too_long_is_refused_before_it_fills_the_memory(monkeypatch):
@@ -188,7 +251,9 @@ def test_too_long_is_refused_before_it_fills_the_memory(monkeypatch):
 def test_speed_changes_length_and_pitch():
   waveform, length = transform(train=True, speed=(1.25, 1.25))(tone(), np.random.default_rng(0))
   assert abs(length - 6400) <= 1 and abs(loudest(waveform[:6400]) - 550) <= 3
-  waveform, length = transform(train=True, seconds=0.5, speed=(2.0, 2.0))(tone(3.0), np.random.default_rng(0))
+  waveform, length = transform(train=True, seconds=0.5, speed=(2.0, 2.0))(
+    tone(3.0), np.random.default_rng(0)
+  )
   assert length == 8000 and abs(loudest(waveform) - 880) <= 3
 
 
@@ -205,7 +270,9 @@ def test_shift_gain_and_noise_do_what_they_say():
     waveform, _ = transform(train=True, noise=0.2)(x, rng())
     added = waveform[:8000] / 32768 - x
     assert 0 < added.std() <= 0.21 * np.sqrt(np.square(x).mean())
-  assert transform(train=True, shift=9.0)(tone(0.01), np.random.default_rng(1))[1] == RATE  # at most `seconds`
+  assert (
+    transform(train=True, shift=9.0)(tone(0.01), np.random.default_rng(1))[1] == RATE
+  )  # at most `seconds`
 
 
 def test_augmentation_is_a_function_of_the_stream_and_evaluation_needs_none():

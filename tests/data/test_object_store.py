@@ -40,29 +40,46 @@ def test_records_and_tokenizer_equal_the_local_ones(remote, tiny, config, monkey
   assert load_tokenizer(distant.data).to_assets() == load_tokenizer(local.data).to_assets()
   assert Pipeline(distant).fingerprint() == Pipeline(local).fingerprint()
   monkeypatch.setenv("MMJAX_DATA", remote)
-  assert open_source(dict(name="tiny", split="test"))[0] == open_source(dict(name="tiny", split="test"), tiny)[0]
+  assert (
+    open_source(dict(name="tiny", split="test"))[0]
+    == open_source(dict(name="tiny", split="test"), tiny)[0]
+  )
 
 
 def test_the_newest_whole_version_is_taken_and_a_change_is_seen(remote, tiny):
   url = files.as_path(remote)
   for path in (tiny / "tiny" / "1.0.0").iterdir():
     (url / "changing" / "1.0.0" / path.name).write_bytes(path.read_bytes())
-  (url / "changing" / "1.1.0" / "dataset_info.json").write_text("{}")  # not finished: no features.json
+  (url / "changing" / "1.1.0" / "dataset_info.json").write_text(
+    "{}"
+  )  # not finished: no features.json
   folder = builders.find_version(data_dir(remote), "changing")
   assert folder.name == "1.0.0"
-  assert {p.name for p in folder.iterdir() if p.name[0] != "."} == set(os.listdir(tiny / "tiny" / "1.0.0"))
+  assert {p.name for p in folder.iterdir() if p.name[0] != "."} == set(
+    os.listdir(tiny / "tiny" / "1.0.0")
+  )
   (url / "changing" / "1.0.0" / "README.md").write_text("# another\n")
-  assert (builders.find_version(data_dir(remote), "changing") / "README.md").read_text() == "# another\n"
+  assert (
+    builders.find_version(data_dir(remote), "changing") / "README.md"
+  ).read_text() == "# another\n"
   assert builders.find_version(data_dir(remote), "nothing") is None
 
 
 def test_what_is_missing_names_the_url_and_nothing_is_made_there(remote, tmp_path):
-  with pytest.raises(UserError, match=r"no data set 'tinny' under s3://bucket/datasets .*Did you mean 'tiny'"):
+  with pytest.raises(
+    UserError, match=r"no data set 'tinny' under s3://bucket/datasets .*Did you mean 'tiny'"
+  ):
     open_source(dict(name="tinny"), remote)
-  with pytest.raises(UserError, match="s3://nobody/data/tiny cannot be read|no data set 'tiny' under s3://nobody/data"):
+  with pytest.raises(
+    UserError,
+    match="s3://nobody/data/tiny cannot be read|no data set 'tiny' under s3://nobody/data",
+  ):
     open_source(dict(name="tiny"), "s3://nobody/data")
-  for make in (lambda: builders.build("openmoji", remote), lambda: convert.convert("folder", str(tmp_path), "mine", remote),
-               lambda: sources.local_data_dir(remote)):
+  for make in (
+    lambda: builders.build("openmoji", remote),
+    lambda: convert.convert("folder", str(tmp_path), "mine", remote),
+    lambda: sources.local_data_dir(remote),
+  ):
     with pytest.raises(UserError, match="s3://bucket/datasets: data sets are made on this machine"):
       make()
 
@@ -90,7 +107,9 @@ def test_a_store_that_does_not_answer_costs_no_record(object_store, tmp_path, mo
   monkeypatch.setenv("MMJAX_DATA", str(tmp_path / "data"))
   url = files.as_path(f"s3://bucket/hiccup{reads}")
   for shard in range(2):
-    (url / "a" / f"{shard}.tar").write_bytes(open(write_tar(tmp_path / "x.tar", pairs(shard * 10, 5)), "rb").read())
+    (url / "a" / f"{shard}.tar").write_bytes(
+      open(write_tar(tmp_path / "x.tar", pairs(shard * 10, 5)), "rb").read()
+    )
   real, left = S3File.read, [reads]
 
   def read(self, length=-1):
@@ -103,12 +122,25 @@ def test_a_store_that_does_not_answer_costs_no_record(object_store, tmp_path, mo
     raise PermissionError("Forbidden")
 
   entry = dict(name="tars", path=f"{url}/*/*.tar")
-  with monkeypatch.context() as patch, pytest.raises(files.StoreError, match=r"s3://bucket/hiccup.*/[01].tar cannot be read: Forbidden"):
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(
+      files.StoreError, match=r"s3://bucket/hiccup.*/[01].tar cannot be read: Forbidden"
+    ),
+  ):
     patch.setattr(*((S3File, "read", read) if reads else (files, "_facts", refuse)))
     open_source(entry)
-  with monkeypatch.context() as patch, pytest.raises(UserError, match=r"\*.tar cannot be read: Forbidden"):
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(UserError, match=r"\*.tar cannot be read: Forbidden"),
+  ):
     listing = S3FileSystem._lsdir
-    patch.setattr(S3FileSystem, "_lsdir", lambda self, path, *words, **named: (
-      refuse() if path.endswith("/a") else listing(self, path, *words, **named)))
+    patch.setattr(
+      S3FileSystem,
+      "_lsdir",
+      lambda self, path, *words, **named: (
+        refuse() if path.endswith("/a") else listing(self, path, *words, **named)
+      ),
+    )
     open_source(entry)
   assert len(open_source(entry)) == 10

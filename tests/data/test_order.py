@@ -17,7 +17,9 @@ seeds = st.integers(0, 2**63)
 def test_every_epoch_is_a_permutation_of_the_source(length, seed, batch):
   order = Order([length], [1.0], seed, batch)
   steps = -(-3 * length // batch)
-  source, index, epoch = map(np.concatenate, zip(*(order.rows(s) for s in range(steps)), strict=True))
+  source, index, epoch = map(
+    np.concatenate, zip(*(order.rows(s) for s in range(steps)), strict=True)
+  )
   assert not source.any()
   for e in range(3):
     assert sorted(index[epoch == e]) == list(range(length)) or e == epoch[-1]
@@ -25,14 +27,21 @@ def test_every_epoch_is_a_permutation_of_the_source(length, seed, batch):
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(lengths, min_size=1, max_size=4), weights=st.data(), seed=seeds, batch=st.integers(1, 40))
+@given(
+  sizes=st.lists(lengths, min_size=1, max_size=4),
+  weights=st.data(),
+  seed=seeds,
+  batch=st.integers(1, 40),
+)
 def test_a_mixture_has_its_proportions_and_permutes_every_source(sizes, weights, seed, batch):
   weights = weights.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
   order = Order(sizes, weights, seed, batch)
   rows = [order.rows(s) for s in range(60)]
   source, index, epoch = map(np.concatenate, zip(*rows, strict=True))
   share = np.array(weights) / sum(weights)
-  count = np.array([(source[:n] == k).sum() for n in (len(source) // 2, len(source)) for k in range(len(sizes))]).reshape(2, -1)
+  count = np.array(
+    [(source[:n] == k).sum() for n in (len(source) // 2, len(source)) for k in range(len(sizes))]
+  ).reshape(2, -1)
   for n, row in zip((len(source) // 2, len(source)), count, strict=True):
     assert np.abs(row - share * n).max() <= len(sizes)  # at every moment, not only on average
   for k, size in enumerate(sizes):
@@ -43,7 +52,9 @@ def test_a_mixture_has_its_proportions_and_permutes_every_source(sizes, weights,
 @settings(max_examples=30, deadline=None)
 @given(length=lengths, seed=seeds, batch=st.integers(1, 40), step=st.integers(0, 10**9))
 def test_the_rows_do_not_depend_on_the_batch_size(length, seed, batch, step):
-  """Row p of the stream is the same however it is cut into batches, so random access equals sequential access."""
+  """Row p of the stream is the same however it is cut into batches, so random access equals
+  sequential access.
+  """
   order, one = Order([length, 5], [2, 1], seed, batch), Order([length, 5], [2, 1], seed, 1)
   whole = np.stack(order.rows(step))
   for row in {0, batch // 2, batch - 1}:
@@ -61,7 +72,10 @@ def test_epochs_and_seeds_differ_and_look_shuffled():
 
 def test_small_permutations_are_nearly_uniform():
   keys = np.arange(48_000, dtype=np.uint64)
-  images = [permute(np.full(keys.shape, i, np.uint64), np.full(keys.shape, 4, np.uint64), keys) for i in range(4)]
+  images = [
+    permute(np.full(keys.shape, i, np.uint64), np.full(keys.shape, 4, np.uint64), keys)
+    for i in range(4)
+  ]
   code = sum(image * np.uint64(4**i) for i, image in enumerate(images))
   counts = np.unique(code, return_counts=True)[1]
   assert len(counts) == 24 and counts.min() > 1800 and counts.max() < 2200
@@ -84,7 +98,12 @@ def test_weights():
 def test_the_fingerprint_changes_with_what_decides_the_order():
   base = Order([10, 20], [1, 2], 0, 8).fingerprint()
   assert base == Order([10, 20], [2, 4], 0, 8).fingerprint()
-  others = [Order([10, 21], [1, 2], 0, 8), Order([10, 20], [2, 1], 0, 8), Order([10, 20], [1, 2], 1, 8), Order([10, 20], [1, 2], 0, 4)]
+  others = [
+    Order([10, 21], [1, 2], 0, 8),
+    Order([10, 20], [2, 1], 0, 8),
+    Order([10, 20], [1, 2], 1, 8),
+    Order([10, 20], [1, 2], 0, 4),
+  ]
   assert all(other.fingerprint() != base for other in others)
 
 

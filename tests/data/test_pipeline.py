@@ -1,4 +1,6 @@
-"""Batches: the same whatever the workers, rows and start; captions, unreadable records, no JAX backend; evaluation data."""
+"""Batches: the same whatever the workers, rows and start; captions, unreadable records, no JAX
+backend; evaluation data.
+"""
 
 import json
 import os
@@ -24,16 +26,28 @@ def assert_equal(a, b):
 
 
 def entry(**changes):
-  return {"name": "tiny", "split": "test", "languages": ("en",), "path": "", "weight": 1.0, "cache": False, **changes}
+  return {
+    "name": "tiny",
+    "split": "test",
+    "languages": ("en",),
+    "path": "",
+    "weight": 1.0,
+    "cache": False,
+    **changes,
+  }
 
 
 def test_the_spec_describes_the_batches(config):
   c = config()
   batch = {k: v for k, v in Pipeline(c).batch(0).items() if k != "id"}
   spec = batch_spec(c)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), spec
+  )
   assert batch_spec(c, 3)["text"]["tokens"].shape == (3, 12)
-  assert "text" not in batch_spec(config(**{"model.encoders": dict(image=dict(kind="vit", patch=8))}))
+  assert "text" not in batch_spec(
+    config(**{"model.encoders": dict(image=dict(kind="vit", patch=8))})
+  )
 
 
 def test_a_batch_holds_the_records_of_its_ids(config):
@@ -43,8 +57,16 @@ def test_a_batch_holds_the_records_of_its_ids(config):
   for row, name in enumerate(batch["id"]):
     i = int(name[1:])
     captions = [caption for captions in record(i)["captions"].values() for caption in captions]
-    text = tokenizer.decode([int(t) for t, real in zip(batch["text"]["tokens"][row], batch["text"]["mask"][row], strict=True) if real])
-    assert any(caption.startswith(text.rstrip("⁇ ").rstrip()) for caption in captions)  # perhaps cut
+    text = tokenizer.decode(
+      [
+        int(t)
+        for t, real in zip(batch["text"]["tokens"][row], batch["text"]["mask"][row], strict=True)
+        if real
+      ]
+    )
+    assert any(
+      caption.startswith(text.rstrip("⁇ ").rstrip()) for caption in captions
+    )  # perhaps cut
     assert tuple(batch["text"]["key"][row]) in [text_key(caption) for caption in captions]
     assert batch["image"]["key"][row].tolist() == [2**32 - 1, 2**32 - 1 - i]
     assert np.abs(batch["image"]["pixels"][row].astype(int) - evaluate(picture(i))).mean() < 12
@@ -59,7 +81,13 @@ def test_any_step_any_rows_any_start(config):
       assert_equal(batch, whole[step])
   rows = np.array([6, 1, 2])
   for step, batch in enumerate(Pipeline(c, rows=rows).iterate(0, 3)):
-    for modality, name in (("image", "pixels"), ("image", "key"), ("text", "tokens"), ("text", "mask"), ("text", "key")):
+    for modality, name in (
+      ("image", "pixels"),
+      ("image", "key"),
+      ("text", "tokens"),
+      ("text", "mask"),
+      ("text", "key"),
+    ):
       np.testing.assert_array_equal(batch[modality][name], whole[step][modality][name][rows])
     assert batch["id"] == [whole[step]["id"][row] for row in rows]
   assert list(Pipeline(c).iterate(4, 4)) == []
@@ -76,19 +104,28 @@ def test_worker_processes_change_nothing(config, workers):
   assert pipeline.ids(4) == expected[2]["id"]
 
 
-@pytest.mark.parametrize("changes", [{"data.threads": 1}, {"data.threads": 4, "data.prefetch": 9}, {"data.sources.tiny.cache": True}])
+@pytest.mark.parametrize(
+  "changes",
+  [{"data.threads": 1}, {"data.threads": 4, "data.prefetch": 9}, {"data.sources.tiny.cache": True}],
+)
 def test_threads_prefetch_and_cache_change_nothing(config, changes):
-  for a, b in zip(Pipeline(config(**changes)).iterate(0, 12), Pipeline(config()).iterate(0, 12), strict=True):
+  for a, b in zip(
+    Pipeline(config(**changes)).iterate(0, 12), Pipeline(config()).iterate(0, 12), strict=True
+  ):
     assert_equal(a, b)
 
 
 def test_the_seed_changes_order_captions_and_augmentation(config):
   a, b = Pipeline(config()).batch(0), Pipeline(config(seed=1)).batch(0)
   assert a["id"] != b["id"]
-  first, second = (Pipeline(config(**{"train.batch_size": 37})).batch(step) for step in (0, 1))  # two epochs
+  first, second = (
+    Pipeline(config(**{"train.batch_size": 37})).batch(step) for step in (0, 1)
+  )  # two epochs
   assert sorted(first["id"]) == sorted(second["id"]) and first["id"] != second["id"]
   place = [second["id"].index(name) for name in first["id"]]
-  assert (first["image"]["pixels"] != second["image"]["pixels"][place]).any(axis=(1, 2, 3)).mean() > 0.9
+  assert (first["image"]["pixels"] != second["image"]["pixels"][place]).any(
+    axis=(1, 2, 3)
+  ).mean() > 0.9
   assert 0.3 < (first["text"]["key"] != second["text"]["key"][place]).any(axis=1).mean() < 1
 
 
@@ -101,18 +138,28 @@ def test_ids_of_the_global_batch(config):
 def test_captions_come_evenly_from_the_languages(config):
   c = config(**{"train.batch_size": 37, "data.text.drop_words": 0.0})
   german = {text_key(f"ein Ding {i}") for i in range(60)}
-  drawn = np.concatenate([[tuple(key) in german for key in Pipeline(c).batch(step)["text"]["key"]] for step in range(6)])
+  drawn = np.concatenate(
+    [[tuple(key) in german for key in Pipeline(c).batch(step)["text"]["key"]] for step in range(6)]
+  )
   assert 0.4 < drawn.mean() < 0.6
   only = config(**{"data.sources.tiny.languages": ("de",), "data.text.drop_words": 0.0})
   assert {tuple(key) for key in Pipeline(only).batch(0)["text"]["key"]} <= german
 
 
 def test_a_mixture_of_sources(config):
-  c = config(**{"data.sources.more": dict(name="tiny", split="test", languages=("en",), weight=3.0), "train.batch_size": 16})
+  c = config(
+    **{
+      "data.sources.more": dict(name="tiny", split="test", languages=("en",), weight=3.0),
+      "train.batch_size": 16,
+    }
+  )
   ids = Pipeline(c).batch(0)["id"]
   assert sum(int(name[1:]) >= 50 for name in ids) == 12
   fingerprint = Pipeline(c).fingerprint()
-  assert json.loads(json.dumps(fingerprint)) == fingerprint and fingerprint != Pipeline(config()).fingerprint()
+  assert (
+    json.loads(json.dumps(fingerprint)) == fingerprint
+    and fingerprint != Pipeline(config()).fingerprint()
+  )
 
 
 def test_unreadable_records_keep_their_rows(config, capsys):
@@ -126,21 +173,33 @@ def test_unreadable_records_keep_their_rows(config, capsys):
       assert not batch["image"]["pixels"][row].any() and batch["text"]["mask"][row].sum() == 1
   assert pipeline.unreadable == 2
   lines = capsys.readouterr().err.splitlines()
-  assert len(lines) == 2 and any("broken r002" in line for line in lines) and any("no caption in en, de" in line for line in lines)
+  assert (
+    len(lines) == 2
+    and any("broken r002" in line for line in lines)
+    and any("no caption in en, de" in line for line in lines)
+  )
 
 
 def test_too_many_unreadable_records_end_the_run(config):
   c = config(**{"data.sources.tiny.name": "broken", "data.max_unreadable": 1})
-  with pytest.raises(UserError, match="2 records could not be read.*data.max_unreadable is 1.*broken r00"):
+  with pytest.raises(
+    UserError, match="2 records could not be read.*data.max_unreadable is 1.*broken r00"
+  ):
     list(Pipeline(c).iterate(0, 3))
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-  ({"data.sources.tiny.name": "tinny"}, "data.sources.tiny: no data set 'tinny'.*Did you mean 'tiny'"),
-  ({"data.sources.tiny.weight": 0.0}, "every source has weight 0"),
-  ({"data.sources": {}}, "data.sources is empty"),
-  ({"data.text.vocab_size": 99}, "data.text.vocab_size is 99, but tokenizer .* has 400 pieces"),
-])
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    (
+      {"data.sources.tiny.name": "tinny"},
+      "data.sources.tiny: no data set 'tinny'.*Did you mean 'tiny'",
+    ),
+    ({"data.sources.tiny.weight": 0.0}, "every source has weight 0"),
+    ({"data.sources": {}}, "data.sources is empty"),
+    ({"data.text.vocab_size": 99}, "data.text.vocab_size is 99, but tokenizer .* has 400 pieces"),
+  ],
+)
 def test_mistakes_show_before_the_first_batch(config, changes, words):
   with pytest.raises(UserError, match=words):
     Pipeline(config(**changes))
@@ -176,29 +235,56 @@ def test_no_process_starts_a_jax_backend(config, tmp_path, workers):
   from mmjax.config import to_json
 
   (tmp_path / "probe.py").write_text(PROBE)
-  environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": os.getcwd()}
-  done = subprocess.run([sys.executable, str(tmp_path / "probe.py"), to_json(config(**{"data.workers": workers}))], env=environment,
-                        capture_output=True, text=True, timeout=300, check=False)
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {
+    "PYTHONPATH": os.getcwd()
+  }
+  done = subprocess.run(
+    [sys.executable, str(tmp_path / "probe.py"), to_json(config(**{"data.workers": workers}))],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   assert "Traceback" not in done.stderr and "leaked" not in done.stderr
   main, *seen = done.stdout.splitlines()
   seen = [line.split(" ", 1) for line in seen]
   assert len(seen) == 4 and all(rest == f"[] {'cpu' if workers else None}" for _, rest in seen)
-  assert len({pid for pid, _ in seen}) == max(1, workers) and (main in {pid for pid, _ in seen}) == (not workers)
+  assert len({pid for pid, _ in seen}) == max(1, workers) and (
+    main in {pid for pid, _ in seen}
+  ) == (not workers)
 
 
 def test_evaluation_data(config):
   data = EvaluationData(config(), entry(), batch_size=4)
   assert len(data) == 10
   batches = list(data.images())
-  assert [name for b in batches for name in b["id"]] == [f"r{i:03d}" for i in range(50, 60)] + ["", ""]
-  assert [b["valid"].tolist() for b in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+  assert [name for b in batches for name in b["id"]] == [f"r{i:03d}" for i in range(50, 60)] + [
+    "",
+    "",
+  ]
+  assert [b["valid"].tolist() for b in batches] == [
+    [True] * 4,
+    [True] * 4,
+    [True, True, False, False],
+  ]
   assert batches[0]["image"]["pixels"].shape == (4, 16, 16, 3) and "text" not in batches[0]
-  np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), [*data.labels, -1, -1])
+  np.testing.assert_array_equal(
+    np.concatenate([b["label"] for b in batches]), [*data.labels, -1, -1]
+  )
   assert [data.label_names[i] for i in data.labels] == [record(i)["label"] for i in range(50, 60)]
-  np.testing.assert_array_equal(data.media_keys["image"], np.uint64(2**64 - 1) - np.arange(50, 60, dtype=np.uint64))
-  assert [(c.text, c.language, c.example) for c in data.captions[:2]] == [("a green thing number 50", "en", 0), ("thing 50 in green", "en", 0)]
-  assert len(data.captions) == 20 and len(EvaluationData(config(), entry(languages=()), 4).captions) == 30
+  np.testing.assert_array_equal(
+    data.media_keys["image"], np.uint64(2**64 - 1) - np.arange(50, 60, dtype=np.uint64)
+  )
+  assert [(c.text, c.language, c.example) for c in data.captions[:2]] == [
+    ("a green thing number 50", "en", 0),
+    ("thing 50 in green", "en", 0),
+  ]
+  assert (
+    len(data.captions) == 20
+    and len(EvaluationData(config(), entry(languages=()), 4).captions) == 30
+  )
   high, low = text_key("thing 50 in green")
   assert data.captions[1].key == high << 32 | low
   np.testing.assert_array_equal(data.picture(3), batches[0]["image"]["pixels"][3])
@@ -209,12 +295,20 @@ def test_evaluation_batches_of_some_rows_and_texts(config):
   part = EvaluationData(config(), entry(cache=True), 4, rows=rows)
   for a, b in zip(whole.images(), part.images(), strict=True):
     assert b.pop("id") == [a["id"][row] for row in rows]
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(y, x[rows]), {k: v for k, v in a.items() if k != "id"}, b)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_array_equal(y, x[rows]),
+      {k: v for k, v in a.items() if k != "id"},
+      b,
+    )
   texts = ["a red thing", "", "ein Ding", "x", "y"]
   first, second = whole.texts(texts)
   assert first["valid"].all() and second["valid"].tolist() == [True, False, False, False]
-  assert first["text"]["tokens"].shape == second["text"]["tokens"].shape == (4, 12) and set(first) == {"text", "valid"}
-  np.testing.assert_array_equal(next(part.texts(texts))["text"]["tokens"], first["text"]["tokens"][rows])
+  assert first["text"]["tokens"].shape == second["text"]["tokens"].shape == (4, 12) and set(
+    first
+  ) == {"text", "valid"}
+  np.testing.assert_array_equal(
+    next(part.texts(texts))["text"]["tokens"], first["text"]["tokens"][rows]
+  )
   *_, last = part.texts(texts)
   np.testing.assert_array_equal(last["text"]["tokens"], second["text"]["tokens"][rows])
 

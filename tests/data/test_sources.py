@@ -1,4 +1,6 @@
-"""Data sets on disk: what is written is what is read, splits, languages, errors that help, half-written and damaged ones."""
+"""Data sets on disk: what is written is what is read, splits, languages, errors that help,
+half-written and damaged ones.
+"""
 
 import os
 import shutil
@@ -15,7 +17,15 @@ from tests.data.conftest import record
 
 
 def entry(**changes):
-  return {"name": "tiny", "split": "train", "languages": (), "path": "", "weight": 1.0, "cache": False, **changes}
+  return {
+    "name": "tiny",
+    "split": "train",
+    "languages": (),
+    "path": "",
+    "weight": 1.0,
+    "cache": False,
+    **changes,
+  }
 
 
 def test_records_are_read_as_they_were_written(tiny):
@@ -29,7 +39,9 @@ def test_records_are_read_as_they_were_written(tiny):
 
 def test_several_splits_are_one_after_the_other(tiny):
   source = open_source(entry(split="test+validation"), tiny)
-  assert [source[i]["id"] for i in range(len(source))] == [f"r{i:03d}" for i in [*range(50, 60), *range(37, 50)]]
+  assert [source[i]["id"] for i in range(len(source))] == [
+    f"r{i:03d}" for i in [*range(50, 60), *range(37, 50)]
+  ]
 
 
 def test_only_the_wanted_languages_are_read(tiny):
@@ -46,14 +58,26 @@ def test_tfds_opens_the_same_files(tiny):
   import tensorflow_datasets as tfds
 
   example = tfds.builder_from_directory(str(find_version(tiny, "tiny"))).as_data_source("test")[0]
-  assert example["id"] == b"r050" and example["image"].shape == (20, 20, 3) and example["captions"]["text"][2] == b"ein Ding 50"
+  assert (
+    example["id"] == b"r050"
+    and example["image"].shape == (20, 20, 3)
+    and example["captions"]["text"][2] == b"ein Ding 50"
+  )
   assert "tensorflow" not in sys.modules
 
 
 def test_the_fingerprint_follows_the_content(tiny, tmp_path):
   here = open_source(entry(), tiny).fingerprint
   records = [record(i) for i in range(37)]
-  write_dataset("tiny", tmp_path / "same", {"train": records, "validation": map(record, range(37, 50)), "test": map(record, range(50, 60))})
+  write_dataset(
+    "tiny",
+    tmp_path / "same",
+    {
+      "train": records,
+      "validation": map(record, range(37, 50)),
+      "test": map(record, range(50, 60)),
+    },
+  )
   assert open_source(entry(), tmp_path / "same").fingerprint == here
   records[4] = record(4, captions={"en": ["another"]})
   write_dataset("tiny", tmp_path / "other", {"train": records})
@@ -61,16 +85,19 @@ def test_the_fingerprint_follows_the_content(tiny, tmp_path):
   assert open_source(entry(split="test"), tiny).fingerprint != here
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-  (dict(name="tinny"), ["no data set 'tinny'", "Did you mean 'tiny'"]),
-  (dict(name="openmoj"), ["Did you mean 'openmoji'", "mmjax data build openmoji"]),
-  (dict(name="openmoji"), ["mmjax data build openmoji", "there: broken, tiny"]),
-  (dict(name="qqq"), ["mmjax data convert", "MMJAX_DATA"]),
-  (dict(split="trian"), ["no split 'trian'", "train, validation, test", "Did you mean 'train'"]),
-  (dict(split="train+tets"), ["no split 'tets'", "Did you mean 'test'"]),
-  (dict(languages=("en", "fr")), ["no captions in 'fr'", "de, en"]),
-  (dict(name="tars"), ["no path"]),
-])
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    (dict(name="tinny"), ["no data set 'tinny'", "Did you mean 'tiny'"]),
+    (dict(name="openmoj"), ["Did you mean 'openmoji'", "mmjax data build openmoji"]),
+    (dict(name="openmoji"), ["mmjax data build openmoji", "there: broken, tiny"]),
+    (dict(name="qqq"), ["mmjax data convert", "MMJAX_DATA"]),
+    (dict(split="trian"), ["no split 'trian'", "train, validation, test", "Did you mean 'train'"]),
+    (dict(split="train+tets"), ["no split 'tets'", "Did you mean 'test'"]),
+    (dict(languages=("en", "fr")), ["no captions in 'fr'", "de, en"]),
+    (dict(name="tars"), ["no path"]),
+  ],
+)
 def test_mistakes_name_the_way_out(tiny, changes, words):
   with pytest.raises(UserError) as error:
     open_source(entry(**changes), tiny)
@@ -110,9 +137,11 @@ def test_a_build_that_fails_leaves_no_data_set(tmp_path):
 
 
 def test_a_build_that_is_killed_leaves_no_data_set(tmp_path):
-  code = ("import os, sys\nfrom mmjax.data.builders import write_dataset\nfrom tests.data.conftest import record\n"
-          "def records():\n  yield record(0)\n  os.kill(os.getpid(), 9)\n  yield record(1)\n"
-          f"write_dataset('half', {str(tmp_path)!r}, {{'train': records()}})")
+  code = (
+    "import os, sys\nfrom mmjax.data.builders import write_dataset\nfrom tests.data.conftest "
+    "import record\ndef records():\n  yield record(0)\n  os.kill(os.getpid(), 9)\n  yield "
+    f"record(1)\nwrite_dataset('half', {str(tmp_path)!r}, {{'train': records()}})"
+  )
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
   assert find_version(tmp_path, "half") is None
   left = next((tmp_path / "half").glob("incomplete.*_1.0.0"))
@@ -145,5 +174,7 @@ def test_the_folder_of_the_data(monkeypatch, tiny, config):
   assert data_dir(config()) == tiny and data_dir(config().data) == tiny
   monkeypatch.delenv("MMJAX_DATA")
   assert str(data_dir(None)).endswith(".cache/mmjax")
-  assert list_datasets(tiny) == ["broken", "tiny"] and list_tokenizers(tiny / "tokenizers") == ["tiny"]
+  assert list_datasets(tiny) == ["broken", "tiny"] and list_tokenizers(tiny / "tokenizers") == [
+    "tiny"
+  ]
   assert sources.list_datasets(tiny / "nowhere") == []

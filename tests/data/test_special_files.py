@@ -1,4 +1,6 @@
-"""Pipes, sockets, devices and endless patterns among the data: left out and named, and nothing waits for them."""
+"""Pipes, sockets, devices and endless patterns among the data: left out and named, and nothing
+waits for them.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ from tests.data.test_tars import pairs, write_tar
 @pytest.fixture(autouse=True)
 def in_time():
   """A test that waits for a pipe fails rather than hangs."""
+
   def over(*_):
     raise AssertionError("20 s are over")
+
   before = signal.signal(signal.SIGALRM, over)
   signal.alarm(20)
   yield
@@ -77,7 +81,9 @@ def test_a_folder_with_pipes_and_devices(tmp_path):
   picture(root / "words.png")
   summary = convert("folder", root, "mine", tmp_path / "data", log=lambda line: None)
   assert summary.examples == 1 and sum(summary.skipped.values()) == len(names) + 1
-  assert {"pipe.png", "socket.png"} <= {name for names in summary.first_skipped.values() for name in names}
+  assert {"pipe.png", "socket.png"} <= {
+    name for names in summary.first_skipped.values() for name in names
+  }
 
 
 def test_a_table_or_a_tar_that_is_a_pipe(tmp_path):
@@ -91,13 +97,16 @@ def test_a_table_or_a_tar_that_is_a_pipe(tmp_path):
   assert len(TarSource(tmp_path / "{a,b}.tar", data_dir=tmp_path / "data")) == 2
 
 
-@pytest.mark.parametrize("pattern", [
-  "{0..1000000000}.tar",
-  "{0..999999}{0..999999}.tar",
-  "{{0..9999},{0..9999}}{0..9999}.tar",
-  "{a,b}" * 30 + ".tar",
-  "{a,b}" * 3000 + ".tar",
-])
+@pytest.mark.parametrize(
+  "pattern",
+  [
+    "{0..1000000000}.tar",
+    "{0..999999}{0..999999}.tar",
+    "{{0..9999},{0..9999}}{0..9999}.tar",
+    "{a,b}" * 30 + ".tar",
+    "{a,b}" * 3000 + ".tar",
+  ],
+)
 def test_a_pattern_of_too_many_names(pattern):
   with pytest.raises(UserError, match="names more than 1,000,000 files"):
     expand(pattern)

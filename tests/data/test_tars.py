@@ -43,8 +43,14 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
 def pairs(start, count):
   members = []
   for n in range(start, start + count):
-    facts = json.dumps(dict(caption=f"caption {n}", url="http://x/y.jpg", key=f"{n:09d}", status="success")).encode()
-    members += [(f"{n:09d}.jpg", jpeg(n)), (f"{n:09d}.txt", f"caption {n}".encode()), (f"{n:09d}.json", facts)]
+    facts = json.dumps(
+      dict(caption=f"caption {n}", url="http://x/y.jpg", key=f"{n:09d}", status="success")
+    ).encode()
+    members += [
+      (f"{n:09d}.jpg", jpeg(n)),
+      (f"{n:09d}.txt", f"caption {n}".encode()),
+      (f"{n:09d}.json", facts),
+    ]
   return members
 
 
@@ -57,7 +63,9 @@ def data_dir(tmp_path, monkeypatch):
 def test_examples_of_several_tars(tmp_path):
   for shard in range(3):
     write_tar(tmp_path / f"{shard:05d}.tar", pairs(shard * 10, 5))
-  source = open_source(dict(name="tars", path=str(tmp_path / "{00000..00002}.tar"), languages=("en",)))
+  source = open_source(
+    dict(name="tars", path=str(tmp_path / "{00000..00002}.tar"), languages=("en",))
+  )
   assert len(source) == 15 and source.languages == ("en",) and source.labels == ()
   for index, number in enumerate([*range(5), *range(10, 15), *range(20, 25)]):
     record = source[index]
@@ -70,12 +78,19 @@ def test_examples_of_several_tars(tmp_path):
   assert again[7] == source[7] and again.fingerprint == source.fingerprint
 
 
-names = st.text(st.characters(codec="utf-8", exclude_characters="/.\0", exclude_categories=("Cs", "Cc")), min_size=1, max_size=120)
+names = st.text(
+  st.characters(codec="utf-8", exclude_characters="/.\0", exclude_categories=("Cs", "Cc")),
+  min_size=1,
+  max_size=120,
+)
 
 
 @settings(max_examples=40, deadline=None)
-@given(keys=st.lists(names, min_size=1, max_size=8, unique=True), sizes=st.lists(st.integers(0, 3000), min_size=8, max_size=8),
-       format=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+@given(
+  keys=st.lists(names, min_size=1, max_size=8, unique=True),
+  sizes=st.lists(st.integers(0, 3000), min_size=8, max_size=8),
+  format=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
+)
 def test_the_index_equals_what_tarfile_lists(tmp_path_factory, keys, sizes, format):
   folder = tmp_path_factory.mktemp("tar")
   members = []
@@ -115,9 +130,19 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, data_dir):
 def test_nothing_dangerous_is_read_and_nothing_is_written(tmp_path):
   link, device = tarfile.TarInfo("link.jpg"), tarfile.TarInfo("device.jpg")
   link.type, link.linkname, device.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.CHRTYPE
-  hostile = [("../evil.jpg", jpeg(1)), ("../evil.txt", b"x"), ("/abs.jpg", jpeg(1)), ("/abs.txt", b"x"), ("a/../../b.jpg", jpeg(1)),
-             ("link.jpg", link), ("link.txt", b"x"), ("device.jpg", device), ("p.pickle", b"cos\nsystem\n(S'touch /tmp/pwned'\ntR."),
-             ("q.pyd", b"x"), ("r.pkl", b"x")]
+  hostile = [
+    ("../evil.jpg", jpeg(1)),
+    ("../evil.txt", b"x"),
+    ("/abs.jpg", jpeg(1)),
+    ("/abs.txt", b"x"),
+    ("a/../../b.jpg", jpeg(1)),
+    ("link.jpg", link),
+    ("link.txt", b"x"),
+    ("device.jpg", device),
+    ("p.pickle", b"cos\nsystem\n(S'touch /tmp/pwned'\ntR."),
+    ("q.pyd", b"x"),
+    ("r.pkl", b"x"),
+  ]
   path = write_tar(tmp_path / "a.tar", hostile + pairs(0, 1))
   before = sorted(os.listdir(tmp_path))
   source = TarSource(path, ("en",), tmp_path / "elsewhere")
@@ -126,7 +151,9 @@ def test_nothing_dangerous_is_read_and_nothing_is_written(tmp_path):
   assert sorted(os.listdir(tmp_path)) == sorted([*before, "elsewhere"])
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, b"\0" * 10240, b"\x1f\x8b" + b"x" * 600])
+@pytest.mark.parametrize(
+  "content", [b"", b"no tar at all" * 100, b"\0" * 10240, b"\x1f\x8b" + b"x" * 600]
+)
 def test_what_is_no_tar_is_named(tmp_path, content):
   (tmp_path / "a.tar").write_bytes(content)
   with pytest.raises(UserError, match="a.tar") as error:
@@ -169,12 +196,28 @@ def test_a_tar_that_shrinks_under_us_gives_an_error_not_garbage(tmp_path):
 
 def test_captions_by_language(tmp_path):
   both = json.dumps(dict(captions={"en": "a cat", "de": ["eine Katze", " "], "fr": ""})).encode()
-  path = write_tar(tmp_path / "a.tar", [("1.png", jpeg(1)), ("1.json", both), ("2.png", jpeg(2)), ("2.txt", b"ein Hund"),
-                                        ("3.png", jpeg(3)), ("3.txt", b"  "), ("4.png", jpeg(4)), ("4.json", b'{"caption": "four"}'),
-                                        ("5.png", jpeg(5)), ("5.json", b"[not json"), ("6.png", jpeg(6)), ("6.txt", b"\xff\xfe")])
+  path = write_tar(
+    tmp_path / "a.tar",
+    [
+      ("1.png", jpeg(1)),
+      ("1.json", both),
+      ("2.png", jpeg(2)),
+      ("2.txt", b"ein Hund"),
+      ("3.png", jpeg(3)),
+      ("3.txt", b"  "),
+      ("4.png", jpeg(4)),
+      ("4.json", b'{"caption": "four"}'),
+      ("5.png", jpeg(5)),
+      ("5.json", b"[not json"),
+      ("6.png", jpeg(6)),
+      ("6.txt", b"\xff\xfe"),
+    ],
+  )
   everything, german = TarSource(path), TarSource(path, ("de",))
   assert everything[0]["captions"] == {"en": ["a cat"], "de": ["eine Katze"]}
-  assert german[0]["captions"] == {"de": ["eine Katze"]} and german[1]["captions"] == {"de": ["ein Hund"]}
+  assert german[0]["captions"] == {"de": ["eine Katze"]} and german[1]["captions"] == {
+    "de": ["ein Hund"]
+  }
   assert everything[3]["captions"] == {"en": ["four"]}
   for row, what in ((2, "no caption"), (4, "broken"), (5, "broken")):
     with pytest.raises(UserError, match=what):
@@ -196,7 +239,10 @@ def test_patterns(tmp_path):
 
 def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
   (tmp_path / "x").mkdir()
-  a, b = write_tar(tmp_path / "a.tar", pairs(0, 3)), write_tar(tmp_path / "x" / "a.tar", pairs(0, 3))
+  a, b = (
+    write_tar(tmp_path / "a.tar", pairs(0, 3)),
+    write_tar(tmp_path / "x" / "a.tar", pairs(0, 3)),
+  )
   assert TarSource(a).fingerprint == TarSource(b).fingerprint
   write_tar(tmp_path / "x" / "a.tar", pairs(1, 3))
   assert TarSource(a).fingerprint != TarSource(b).fingerprint

@@ -1,4 +1,6 @@
-"""Video files to frames: what is decoded, which frames are chosen, crops that hold for all frames, damage."""
+"""Video files to frames: what is decoded, which frames are chosen, crops that hold for all frames,
+damage.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def encode(frames, container="matroska", codec="ffv1", pixels="bgr0"):
 
 
 def timed(times, last, container="matroska", codec="ffv1", pixels="bgr0"):
-  """A clip whose i-th frame begins at times[i] ms, all of its pixels i; the last stays `last` ms (where the container says so)."""
+  """A clip whose i-th frame begins at times[i] ms, all of its pixels i; the last stays `last` ms
+  (where the container says so).
+  """
   out = io.BytesIO()
   with av.open(out, "w", format=container) as file:
     stream = file.add_stream(codec, rate=1000)
@@ -64,7 +68,10 @@ def clip(count=12, height=16, width=16):
 
 
 def transform(train=False, size=16, frames=4, sampling="uniform", **augment):
-  return VideoTransform(ConfigDict(dict(size=size, frames=frames, sampling=sampling, augment={**OFF, **augment})), train=train)
+  return VideoTransform(
+    ConfigDict(dict(size=size, frames=frames, sampling=sampling, augment={**OFF, **augment})),
+    train=train,
+  )
 
 
 def numbers(frames):
@@ -74,13 +81,20 @@ def numbers(frames):
 def test_lossless_files_come_back_exactly():
   frames = clip()
   np.testing.assert_array_equal(decode_video(encode(frames)), frames)
-  np.testing.assert_array_equal(decode_video(encode(frames), lambda count: np.array([1, 5, count - 1])), frames[[1, 5, 11]])
+  np.testing.assert_array_equal(
+    decode_video(encode(frames), lambda count: np.array([1, 5, count - 1])), frames[[1, 5, 11]]
+  )
 
 
-@pytest.mark.parametrize("container, codec, pixels", (("mp4", "libx264", "yuv420p"), ("avi", "mpeg4", "yuv420p"), ("gif", "gif", "rgb8")))
+@pytest.mark.parametrize(
+  "container, codec, pixels",
+  (("mp4", "libx264", "yuv420p"), ("avi", "mpeg4", "yuv420p"), ("gif", "gif", "rgb8")),
+)
 def test_usual_containers(container, codec, pixels):
   y, x = np.mgrid[:48, :64]
-  frames = np.stack([np.stack([x * 3, y * 4, np.full_like(x, 20 * i)], -1) for i in range(8)]).astype(np.uint8)
+  frames = np.stack(
+    [np.stack([x * 3, y * 4, np.full_like(x, 20 * i)], -1) for i in range(8)]
+  ).astype(np.uint8)
   got = decode_video(encode(frames, "mp4" if container == "mp4" else container, codec, pixels))
   assert got.shape == frames.shape
   assert np.abs(got.astype(int) - frames).mean() < 25
@@ -97,7 +111,10 @@ def test_uniform_takes_the_middle_of_equal_parts_and_short_clips_are_masked():
   np.testing.assert_array_equal(got[:3], frames[:3])
 
 
-SLOWER = [*range(0, 1000, 100), *range(1000, 10_000, 900)]  # ten frames in a second, then ten in nine
+SLOWER = [
+  *range(0, 1000, 100),
+  *range(1000, 10_000, 900),
+]  # ten frames in a second, then ten in nine
 
 
 def seen_at(times, milliseconds):
@@ -105,7 +122,9 @@ def seen_at(times, milliseconds):
   return [max(i for i, time in enumerate(times) if time <= at) for at in milliseconds]
 
 
-@pytest.mark.parametrize("container, codec, pixels", (("matroska", "ffv1", "bgr0"), ("mp4", "libx264rgb", "rgb24")))
+@pytest.mark.parametrize(
+  "container, codec, pixels", (("matroska", "ffv1", "bgr0"), ("mp4", "libx264rgb", "rgb24"))
+)
 def test_a_clip_of_variable_rate_is_sampled_by_time(container, codec, pixels):
   data = timed(SLOWER, 900, container, codec, pixels)
   assert seconds_of(data) == pytest.approx(10.0, abs=0.01)
@@ -116,7 +135,10 @@ def test_a_clip_of_variable_rate_is_sampled_by_time(container, codec, pixels):
     np.testing.assert_allclose(numbers(frames), want, atol=1)
     assert mask.all()
   np.testing.assert_allclose(numbers(decode_video(data)), np.arange(20), atol=1)  # each once
-  drawn = [numbers(transform(train=True, sampling="random")(data, np.random.default_rng(seed))[0]) for seed in range(20)]
+  drawn = [
+    numbers(transform(train=True, sampling="random")(data, np.random.default_rng(seed))[0])
+    for seed in range(20)
+  ]
   assert all(first <= 11 for first, *_ in drawn) and len({tuple(d) for d in drawn}) > 5
   assert np.mean([sum(n < 10 for n in d) for d in drawn]) < 1  # by number it would be two of four
 
@@ -133,7 +155,11 @@ def test_a_frame_that_stays_is_repeated_and_a_jittering_clock_is_not_a_variable_
 
 
 @settings(max_examples=60, deadline=None)
-@given(gaps=st.lists(st.integers(1, 400), min_size=5, max_size=60), last=st.integers(1, 400), frames=st.integers(1, 5))
+@given(
+  gaps=st.lists(st.integers(1, 400), min_size=5, max_size=60),
+  last=st.integers(1, 400),
+  frames=st.integers(1, 5),
+)
 def test_the_frame_of_every_slice_is_the_one_on_the_screen(gaps, last, frames):
   times = np.cumsum([0, *gaps])
   shown, length = shown_frames(times, last)
@@ -144,19 +170,24 @@ def test_the_frame_of_every_slice_is_the_one_on_the_screen(gaps, last, frames):
   assert length / len(shown) <= 1.5 * min(gaps)
 
 
-@pytest.mark.parametrize("container, codec, pixels", (("matroska", "ffv1", "bgr0"), ("mp4", "mpeg4", "yuv420p"), ("avi", "mpeg4", "yuv420p")))
+@pytest.mark.parametrize(
+  "container, codec, pixels",
+  (("matroska", "ffv1", "bgr0"), ("mp4", "mpeg4", "yuv420p"), ("avi", "mpeg4", "yuv420p")),
+)
 def test_a_clip_cut_within_its_data_is_refused(container, codec, pixels):
   data = encode(clip(30), container, codec, pixels)
   for share in (0.4, 0.7, 0.9):
     with pytest.raises(Unreadable, match="cut within its data|not a video"):
-      transform()(data[:int(len(data) * share)])
+      transform()(data[: int(len(data) * share)])
   transform()(data + b"bytes after its end" * 50)
 
 
 def test_random_draws_one_frame_of_each_part_in_training_only():
   frames, seen = clip(), set()
   for seed in range(20):
-    chosen = numbers(transform(train=True, sampling="random")(frames, np.random.default_rng(seed))[0])
+    chosen = numbers(
+      transform(train=True, sampling="random")(frames, np.random.default_rng(seed))[0]
+    )
     assert [n // 3 for n in chosen] == [0, 1, 2, 3]
     seen.add(tuple(chosen))
   assert len(seen) > 10
@@ -164,10 +195,18 @@ def test_random_draws_one_frame_of_each_part_in_training_only():
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(1, 40), frames=st.integers(1, 9), low=st.floats(0.05, 1), high=st.floats(0.05, 1), seed=st.integers(0, 99),
-       sampling=st.sampled_from(("uniform", "random")))
+@given(
+  count=st.integers(1, 40),
+  frames=st.integers(1, 9),
+  low=st.floats(0.05, 1),
+  high=st.floats(0.05, 1),
+  seed=st.integers(0, 99),
+  sampling=st.sampled_from(("uniform", "random")),
+)
 def test_chosen_frames_are_in_order_within_the_clip(count, frames, low, high, seed, sampling):
-  run = transform(train=True, frames=frames, sampling=sampling, temporal=(min(low, high), max(low, high)))
+  run = transform(
+    train=True, frames=frames, sampling=sampling, temporal=(min(low, high), max(low, high))
+  )
   chosen = run.pick(count, np.random.default_rng(seed).random(44 + frames))
   assert 1 <= len(chosen) <= frames and chosen[0] >= 0 and chosen[-1] < count
   assert (np.diff(chosen) > 0).all()
@@ -177,7 +216,9 @@ def test_one_box_and_one_flip_hold_for_all_frames():
   still = np.repeat(clip(1, 40, 60), 6, axis=0)
   flips = set()
   for seed in range(12):
-    got, _ = transform(train=True, frames=6, crop=(0.2, 0.6), flip=0.5)(still, np.random.default_rng(seed))
+    got, _ = transform(train=True, frames=6, crop=(0.2, 0.6), flip=0.5)(
+      still, np.random.default_rng(seed)
+    )
     assert got.shape == (6, 16, 16, 3) and (got == got[:1]).all()
     got, _ = transform(train=True, size=40, frames=6, flip=0.5)(still, np.random.default_rng(seed))
     centre = still[:, :, 10:50]
@@ -190,10 +231,13 @@ def test_one_box_and_one_flip_hold_for_all_frames():
 def test_pixels_are_turned_upright():
   frames = clip(2, 16, 24)
   data = bytearray(encode(frames, "mp4", "libx264rgb", "rgb24"))
-  unit, turned = bytes.fromhex("00010000" + "00" * 12 + "00010000"), bytes.fromhex("00000000 00010000 00000000 ffff0000 00000000")
+  unit, turned = (
+    bytes.fromhex("00010000" + "00" * 12 + "00010000"),
+    bytes.fromhex("00000000 00010000 00000000 ffff0000 00000000"),
+  )
   at = data.index(b"tkhd")
   place = data.index(unit, at)
-  data[place:place + 20] = turned  # a matrix that shows the picture turned by a quarter
+  data[place : place + 20] = turned  # a matrix that shows the picture turned by a quarter
   got = decode_video(bytes(data))
   assert got.shape == (2, 24, 16, 3)
   assert min(np.abs(got.astype(int) - np.rot90(frames, k, (1, 2))).mean() for k in (1, 3)) < 30
@@ -202,9 +246,15 @@ def test_pixels_are_turned_upright():
 def damaged():
   good = encode(clip())
   noise = RNG.integers(0, 256, len(good), dtype=np.uint8).tobytes()
-  return {"empty": (b"", "empty file"), "not a video": (b"<html></html>" * 20, "not a video"), "cut header": (good[:60], "."),
-          "noise": (noise, "not a video"), "sound alone": (sound_alone(), "no video stream"),
-          "no frames": (good[:good.index(b"\x1f\x43\xb6\x75")], "cut within its data"), "a playlist": (b"#EXTM3U\n" * 9, "not a video")}
+  return {
+    "empty": (b"", "empty file"),
+    "not a video": (b"<html></html>" * 20, "not a video"),
+    "cut header": (good[:60], "."),
+    "noise": (noise, "not a video"),
+    "sound alone": (sound_alone(), "no video stream"),
+    "no frames": (good[: good.index(b"\x1f\x43\xb6\x75")], "cut within its data"),
+    "a playlist": (b"#EXTM3U\n" * 9, "not a video"),
+  }
 
 
 @pytest.mark.parametrize("case", damaged())
@@ -231,8 +281,11 @@ def test_damaged_frames_are_noticed_or_harmless():
 
 def test_too_much_is_refused(monkeypatch):
   data = encode(clip())
-  for name, value, message in (("MAX_PIXELS", 200, "16 x 16 pixels"), ("MAX_FRAMES", 5, "more than 5 frames"),
-                               ("MAX_KEPT", 1000, "4 frames of 16 x 16")):
+  for name, value, message in (
+    ("MAX_PIXELS", 200, "16 x 16 pixels"),
+    ("MAX_FRAMES", 5, "more than 5 frames"),
+    ("MAX_KEPT", 1000, "4 frames of 16 x 16"),
+  ):
     with monkeypatch.context() as patch:
       patch.setattr(video, name, value)
       with pytest.raises(Unreadable, match=message):

@@ -1,4 +1,6 @@
-"""Running whole commands in processes of their own, on the embedded data, with a model small enough to start in seconds."""
+"""Running whole commands in processes of their own, on the embedded data, with a model small enough
+to start in seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,45 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-SMALL = [f"--config.{setting}" for setting in (
-  "train.steps=24", "train.batch_size=16", "model.width=16", "data.image.size=32",
-  "model.encoders.image.width=16", "model.encoders.image.depth=1", "model.encoders.image.heads=2", "model.encoders.image.patch=8",
-  "model.encoders.text.width=16", "model.encoders.text.depth=1", "model.encoders.text.heads=2",
-  "checkpoint.every=4", "evaluation.every=12", "log.every=1", "log.tensorboard=False",
-)]
-TIMING = {"time", "examples_per_second", "mfu", "data_wait_fraction", "memory", "goodput"}  # and all time/..., lost/...
+SMALL = [
+  f"--config.{setting}"
+  for setting in (
+    "train.steps=24",
+    "train.batch_size=16",
+    "model.width=16",
+    "data.image.size=32",
+    "model.encoders.image.width=16",
+    "model.encoders.image.depth=1",
+    "model.encoders.image.heads=2",
+    "model.encoders.image.patch=8",
+    "model.encoders.text.width=16",
+    "model.encoders.text.depth=1",
+    "model.encoders.text.heads=2",
+    "checkpoint.every=4",
+    "evaluation.every=12",
+    "log.every=1",
+    "log.tensorboard=False",
+  )
+]
+TIMING = {
+  "time",
+  "examples_per_second",
+  "mfu",
+  "data_wait_fraction",
+  "memory",
+  "goodput",
+}  # and all time/..., lost/...
 
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
   env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "MMJAX_"))}
-  env.update(JAX_PLATFORMS="cpu", MMJAX_DATA=os.environ["MMJAX_DATA"], MMJAX_CPU_DEVICES=str(devices), PYTHONPATH=str(ROOT), **extra)
+  env.update(
+    JAX_PLATFORMS="cpu",
+    MMJAX_DATA=os.environ["MMJAX_DATA"],
+    MMJAX_CPU_DEVICES=str(devices),
+    PYTHONPATH=str(ROOT),
+    **extra,
+  )
   return env
 
 
@@ -30,17 +59,32 @@ def command(*words: str) -> list[str]:
   return [sys.executable, "-m", "mmjax.cli", *map(str, words)]
 
 
-def run(*words: str, devices: int = 1, code: int | None = 0, seconds: float = 600, **extra: str) -> subprocess.CompletedProcess:
+def run(
+  *words: str, devices: int = 1, code: int | None = 0, seconds: float = 600, **extra: str
+) -> subprocess.CompletedProcess:
   """Runs `mmjax WORDS` for at most `seconds`, checks its exit code, returns what it printed."""
-  done = subprocess.run(command(*words), env=environment(devices, **extra), capture_output=True, text=True, timeout=seconds)
-  assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+  done = subprocess.run(
+    command(*words),
+    env=environment(devices, **extra),
+    capture_output=True,
+    text=True,
+    timeout=seconds,
+  )
+  assert code is None or done.returncode == code, (
+    f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+  )
   return done
 
 
 def start(*words: str, devices: int = 1, **extra: str) -> subprocess.Popen:
   """Starts `mmjax WORDS`; its lines, errors included, come from .stdout."""
-  return subprocess.Popen(command(*words), env=environment(devices, PYTHONUNBUFFERED="1", **extra), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  return subprocess.Popen(
+    command(*words),
+    env=environment(devices, PYTHONUNBUFFERED="1", **extra),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
 
 
 def read_until(process: subprocess.Popen, words: str) -> list[str]:
@@ -54,12 +98,23 @@ def read_until(process: subprocess.Popen, words: str) -> list[str]:
 
 
 def run_processes(count: int, *words: str, devices: int, **extra: str) -> list[str]:
-  """Runs one job in `count` real processes (gloo), each with `devices` simulated devices; returns what each printed."""
+  """Runs one job in `count` real processes (gloo), each with `devices` simulated devices; returns
+  what each printed.
+  """
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  jobs = [start(*words, devices=devices, MMJAX_COORDINATOR=f"localhost:{port}", MMJAX_PROCESSES=str(count), MMJAX_PROCESS_ID=str(i), **extra)
-          for i in range(count)]
+  jobs = [
+    start(
+      *words,
+      devices=devices,
+      MMJAX_COORDINATOR=f"localhost:{port}",
+      MMJAX_PROCESSES=str(count),
+      MMJAX_PROCESS_ID=str(i),
+      **extra,
+    )
+    for i in range(count)
+  ]
   printed = [job.communicate(timeout=600)[0] for job in jobs]
   assert all(job.returncode == 0 for job in jobs), "\n".join(printed)[-4000:]
   return printed
@@ -67,8 +122,13 @@ def run_processes(count: int, *words: str, devices: int, **extra: str) -> list[s
 
 def metrics(folder: pathlib.Path) -> list[dict]:
   """The lines of metrics.jsonl without the keys that measure time and memory."""
-  rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if k not in TIMING and not k.startswith(("time/", "lost/"))} for row in rows]
+  rows = [
+    json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+  ]
+  return [
+    {k: v for k, v in row.items() if k not in TIMING and not k.startswith(("time/", "lost/"))}
+    for row in rows
+  ]
 
 
 def example_ids(rows: list[dict]) -> list[tuple[int, int]]:
@@ -82,5 +142,9 @@ def parameters(folder: pathlib.Path) -> dict[str, bytes]:
   import numpy as np
 
   from mmjax.state import checkpoint
+
   params = checkpoint.load_params(checkpoint.find_checkpoint(folder))
-  return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(params)}
+  return {
+    jax.tree_util.keystr(path): np.asarray(x).tobytes()
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+  }

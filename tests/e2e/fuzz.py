@@ -1,7 +1,8 @@
-"""Runs `mmjax` commands on hostile input, each in a fresh process, and says what no input may cause.
+"""Runs `mmjax` commands on hostile input, each in a fresh process, and says what no input may
+cause.
 
-A fork server imports the package once; every command then starts in some milliseconds, and one that hangs or eats
-the memory harms nobody else.
+A fork server imports the package once; every command then starts in some milliseconds, and one that
+hangs or eats the memory harms nobody else.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ SECONDS = 20
 MEMORY = 500 * 2**20  # bytes above the input's size
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([
-  "mmjax.cli", "mmjax.data.builders.convert", "mmjax.data.show", "mmjax.interop.export",
-  "tensorflow_datasets.core.example_serializer", "av", "cv2", "soundfile", "pyarrow.parquet"])
+_server.set_forkserver_preload(
+  [
+    "mmjax.cli",
+    "mmjax.data.builders.convert",
+    "mmjax.data.show",
+    "mmjax.interop.export",
+    "tensorflow_datasets.core.example_serializer",
+    "av",
+    "cv2",
+    "soundfile",
+    "pyarrow.parquet",
+  ]
+)
 
 
 class Outcome(NamedTuple):
@@ -34,8 +45,9 @@ class Outcome(NamedTuple):
 def run(folder: pathlib.Path, *words: str) -> Outcome:
   """`mmjax WORDS` in FOLDER/work with data in FOLDER/data. Checks what must hold for every input:
 
-  a known exit code, one line on a mistake, no unexpected exception, no hang, bounded memory, nothing written but in
-  FOLDER/data and FOLDER/out, no code of the input run (it would leave a file "it_ran").
+  a known exit code, one line on a mistake, no unexpected exception, no hang, bounded memory,
+  nothing written but in FOLDER/data and FOLDER/out, no code of the input run (it would leave a file
+  "it_ran").
   """
   for name in ("data", "out", "work", "home"):
     (folder / name).mkdir(exist_ok=True)
@@ -48,7 +60,9 @@ def run(folder: pathlib.Path, *words: str) -> Outcome:
     process.kill()
     process.join()
     raise AssertionError(f"{' '.join(words)}: still running after {SECONDS} s")
-  text = {name: (folder / f"{name}.txt").read_text(errors="replace") for name in ("stdout", "stderr")}
+  text = {
+    name: (folder / f"{name}.txt").read_text(errors="replace") for name in ("stdout", "stderr")
+  }
   result = folder / "result.json"
   assert result.exists(), f"the process died with {process.exitcode}\n{text['stderr'][-2000:]}"
   code, memory = json.loads(result.read_text())
@@ -56,12 +70,16 @@ def run(folder: pathlib.Path, *words: str) -> Outcome:
     path.unlink()
   outcome = Outcome(code, text["stdout"], text["stderr"], memory)
   assert code in (0, 1, 2), outcome
-  assert "Traceback" not in outcome.err and "(--debug shows where)" not in outcome.err, outcome.err[-3000:]
+  assert "Traceback" not in outcome.err and "(--debug shows where)" not in outcome.err, outcome.err[
+    -3000:
+  ]
   if code:
     lines = [line for line in outcome.err.splitlines() if line.startswith("mmjax: ")]
     assert len(lines) == 1, outcome.err[-3000:]
   for character in outcome.out + outcome.err:
-    assert character in "\n\t\u200d" or character.isprintable(), f"raw {character!r} on the terminal: {outcome}"
+    assert character in "\n\t\u200d" or character.isprintable(), (
+      f"raw {character!r} on the terminal: {outcome}"
+    )
   assert memory < MEMORY + size, f"{memory / 2**20:.0f} MiB for an input of {size} bytes"
   assert _state(folder) == before, "written outside of its folders"
   assert not list(folder.rglob("it_ran")), "code of the input ran"
@@ -75,19 +93,29 @@ def _state(folder: pathlib.Path) -> dict[str, str]:
   for path in sorted(folder.rglob("*")):
     if not any(path == own or own in path.parents for own in mine):
       regular = path.is_file() and not path.is_symlink()
-      found[os.fsdecode(os.fsencode(path))] = hashlib.md5(path.read_bytes()).hexdigest() if regular else ""
+      found[os.fsdecode(os.fsencode(path))] = (
+        hashlib.md5(path.read_bytes()).hexdigest() if regular else ""
+      )
   return found
 
 
 def _child(folder: str, words: list[str]) -> None:
-  os.environ.update(MMJAX_DATA=f"{folder}/data", HOME=f"{folder}/home", JAX_PLATFORMS="cpu", PYTHONDONTWRITEBYTECODE="1")
+  os.environ.update(
+    MMJAX_DATA=f"{folder}/data",
+    HOME=f"{folder}/home",
+    JAX_PLATFORMS="cpu",
+    PYTHONDONTWRITEBYTECODE="1",
+  )
   os.chdir(f"{folder}/work")
   for number, name in ((1, "stdout"), (2, "stderr")):
     target = os.open(f"{folder}/{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(target, number)
-  sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", errors="surrogateescape") for n in (1, 2))
+  sys.stdout, sys.stderr = (
+    os.fdopen(n, "w", encoding="utf-8", errors="surrogateescape") for n in (1, 2)
+  )
   start = _resident()
   from mmjax import cli
+
   try:
     code = cli.main(words)
   except SystemExit as stop:

@@ -1,4 +1,6 @@
-"""The data of the recipes, by the commands that they name; and small versions of it, by the same builders, for what trains within a test."""
+"""The data of the recipes, by the commands that they name; and small versions of it, by the same
+builders, for what trains within a test.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,35 @@ def few_utterances(emoji) -> dict[str, list]:
   train = [one for one in whole["train"] if one.text in set(names)]
   for text in names:
     for i, voice in enumerate(spoken_emoji.TRAIN_VOICES[::3]):
-      one = spoken_emoji._utterance(first[text].emoji, text, spoken_emoji._varied(voice, spoken_emoji._rng("small", text, str(i))))
+      one = spoken_emoji._utterance(
+        first[text].emoji,
+        text,
+        spoken_emoji._varied(voice, spoken_emoji._rng("small", text, str(i))),
+      )
       train.append(one)
   train = list({one.id: one for one in train}.values())
   assert len(whole["test_voices"]) == HEARD * len(spoken_emoji.TEST_VOICES)
-  return {"train": train, "validation": whole["validation"][:20], "test_voices": [o for o in whole["test_voices"] if o.text in set(names)],
-          "test_phrases": whole["test_phrases"][:40]}
+  return {
+    "train": train,
+    "validation": whole["validation"][:20],
+    "test_voices": [o for o in whole["test_voices"] if o.text in set(names)],
+    "test_phrases": whole["test_phrases"][:40],
+  }
 
 
 @contextlib.contextmanager
 def smaller() -> Iterator[None]:
-  with (mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS), mock.patch.object(moving_emoji, "GROUPS", CLIPS),
-        mock.patch.object(spoken_emoji, "plan", few_utterances)):
+  with (
+    mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS),
+    mock.patch.object(moving_emoji, "GROUPS", CLIPS),
+    mock.patch.object(spoken_emoji, "plan", few_utterances),
+  ):
     yield
 
 
 def commands(recipe: str) -> Iterator[list[str]]:
-  """The words of the `mmjax data` commands at the top of the recipe's config, and of launch/quickstart.sh where that is named there.
+  """The words of the `mmjax data` commands at the top of the recipe's config, and of
+  launch/quickstart.sh where that is named there.
 
   recipe: the name of a config, with its argument or without: "easy_vqa:concat".
   """
@@ -58,7 +72,9 @@ def commands(recipe: str) -> Iterator[list[str]]:
 
 
 def build(folder: pathlib.Path, recipes: Sequence[str], small: bool = True) -> None:
-  """Makes what these recipes need in `folder`, by the commands that they name, once for all test processes of a run."""
+  """Makes what these recipes need in `folder`, by the commands that they name, once for all test
+  processes of a run.
+  """
   from mmjax import cli
 
   def made(words: list[str]) -> bool:
@@ -68,7 +84,10 @@ def build(folder: pathlib.Path, recipes: Sequence[str], small: bool = True) -> N
 
   with open(folder.parent / "data.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with smaller() if small else contextlib.nullcontext(), mock.patch.dict(os.environ, MMJAX_DATA=str(folder)):
+    with (
+      smaller() if small else contextlib.nullcontext(),
+      mock.patch.dict(os.environ, MMJAX_DATA=str(folder)),
+    ):
       for recipe in recipes:
         for words in commands(recipe):
           assert made(words) or cli.main(words) == 0

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 COLOURS = dict(red=(220, 40, 40), green=(40, 160, 60), blue=(40, 70, 220))
-CONFIG = '''
+CONFIG = """
 import mmjax
 
 def get_config(arg=""):
@@ -32,7 +32,7 @@ def get_config(arg=""):
   c.evaluation.evaluators["retrieval/test"] = dict(
       kind="retrieval", source="squares", split="test")
   return c
-'''
+"""
 
 
 def picture(colour: str, top: int = 8, left: int = 8, shade: int = 0) -> bytes:

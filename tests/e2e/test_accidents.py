@@ -1,5 +1,6 @@
-"""What happens to machines: stopped and interrupted processes, dead workers, full disks, folders that
-vanish, thousands of steps. A run goes on as if nothing had been, or ends in one line and loses nothing.
+"""What happens to machines: stopped and interrupted processes, dead workers, full disks, folders
+that vanish, thousands of steps. A run goes on as if nothing had been, or ends in one line and loses
+nothing.
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ from tests.e2e.commands import QUICKSTART, SMALL, run
 @pytest.fixture
 def mmjax(capsys, embedded_data):
   """Runs a command in this process: (exit code, stderr)."""
+
   def call(*words):
     try:
       code = cli.main([str(w) for w in words])
     except SystemExit as stop:
       code = stop.code
     return code, capsys.readouterr().err
+
   return call
 
 
@@ -44,10 +46,17 @@ def jpeg(size=(32, 32), quality=90) -> bytes:
 
 def huge_png() -> bytes:
   """A valid PNG header of 20,000 x 20,000 pixels with next to no data."""
+
   def chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
   header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    + chunk(b"IEND", b"")
+  )
 
 
 def tar(path, members):
@@ -59,25 +68,64 @@ def tar(path, members):
   return path
 
 
-# -- The command line and the config: exit code 2 -----------------------------------------------------------------------
+# -- The command line and the config: exit code 2 --------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-  ((), ["COMMAND"]),
-  (("trian",), ["trian"]),
-  (("train", "--config", QUICKSTART), ["--workdir"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--stepz=3"), ["--stepz=3", "--config.KEY=VALUE"]),
-  (("train", "--config", "configs/quickstrat.py", "--workdir", "w"), ["no such config file"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.optimizer.lrr=1"), ["optimizer.lrr", "'lr'"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.optimizer.lr=fast"), ["optimizer.lr", "float"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.objectives.align.between=('image','audio')"), ["audio", "image, text"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.mesh.data=3", "--config.train.batch_size=24"), ["mesh", "8 devices"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.train.microbatches=7"), ["microbatches", "189"]),
-  (("train", "--config", QUICKSTART, "--workdir", "w", "--config.data.image.size=50"), ["50", "patch"]),
-  (("config", "show", QUICKSTART, "--config.seed=x"), ["seed", "int"]),
-  (("data", "convert", "zip", "x", "--name", "y"), ["zip", "folder"]),
-  (("export", "--checkpoint", "x", "--to", "onnx", "--out", "y"), ["onnx", "safetensors"]),
-])
+@pytest.mark.parametrize(
+  ("words", "expected"),
+  [
+    ((), ["COMMAND"]),
+    (("trian",), ["trian"]),
+    (("train", "--config", QUICKSTART), ["--workdir"]),
+    (
+      ("train", "--config", QUICKSTART, "--workdir", "w", "--stepz=3"),
+      ["--stepz=3", "--config.KEY=VALUE"],
+    ),
+    (("train", "--config", "configs/quickstrat.py", "--workdir", "w"), ["no such config file"]),
+    (
+      ("train", "--config", QUICKSTART, "--workdir", "w", "--config.optimizer.lrr=1"),
+      ["optimizer.lrr", "'lr'"],
+    ),
+    (
+      ("train", "--config", QUICKSTART, "--workdir", "w", "--config.optimizer.lr=fast"),
+      ["optimizer.lr", "float"],
+    ),
+    (
+      (
+        "train",
+        "--config",
+        QUICKSTART,
+        "--workdir",
+        "w",
+        "--config.objectives.align.between=('image','audio')",
+      ),
+      ["audio", "image, text"],
+    ),
+    (
+      (
+        "train",
+        "--config",
+        QUICKSTART,
+        "--workdir",
+        "w",
+        "--config.mesh.data=3",
+        "--config.train.batch_size=24",
+      ),
+      ["mesh", "8 devices"],
+    ),
+    (
+      ("train", "--config", QUICKSTART, "--workdir", "w", "--config.train.microbatches=7"),
+      ["microbatches", "189"],
+    ),
+    (
+      ("train", "--config", QUICKSTART, "--workdir", "w", "--config.data.image.size=50"),
+      ["50", "patch"],
+    ),
+    (("config", "show", QUICKSTART, "--config.seed=x"), ["seed", "int"]),
+    (("data", "convert", "zip", "x", "--name", "y"), ["zip", "folder"]),
+    (("export", "--checkpoint", "x", "--to", "onnx", "--out", "y"), ["onnx", "safetensors"]),
+  ],
+)
 def test_usage(mmjax, tmp_path, monkeypatch, words, expected):
   monkeypatch.chdir(tmp_path)
   refused(mmjax(*words), 2, *expected)
@@ -94,26 +142,35 @@ def test_a_config_that_fails_is_named_with_its_error(mmjax, tmp_path):
   refused(mmjax("config", "show", path), 2, "broken.py", "get_config")
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-  (["data.text.vocab_size=512"], ["512", "1024"]),
-  (["optimizer.rates=((r'imgae/.*', 0.0),)"], ["imgae", "image/"]),
-])
+@pytest.mark.parametrize(
+  ("settings", "expected"),
+  [
+    (["data.text.vocab_size=512"], ["512", "1024"]),
+    (["optimizer.rates=((r'imgae/.*', 0.0),)"], ["imgae", "image/"]),
+  ],
+)
 def test_a_config_that_does_not_fit_its_tokenizer_or_its_model(mmjax, tmp_path, settings, expected):
   words = [*SMALL, *(f"--config.{s}" for s in settings)]
   refused(mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *words), 2, *expected)
 
 
-# -- Data: exit code 1 --------------------------------------------------------------------------------------------------
+# -- Data: exit code 1 -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-  (["data.sources.emoji.name=openmojis"], ["openmojis", "openmoji"]),
-  (["data.sources.emoji.split=trian"], ["trian", "train"]),
-  (["data.sources.emoji.languages=('xx',)"], ["xx", "en"]),
-  (["data.text.tokenizer=quickstrat"], ["quickstrat", "quickstart"]),
-  (["data.sources.emoji.name=tars", "data.sources.emoji.path=/nowhere/*.tar"], ["/nowhere/*.tar"]),
-  (["init.from=/nowhere"], ["/nowhere"]),
-])
+@pytest.mark.parametrize(
+  ("settings", "expected"),
+  [
+    (["data.sources.emoji.name=openmojis"], ["openmojis", "openmoji"]),
+    (["data.sources.emoji.split=trian"], ["trian", "train"]),
+    (["data.sources.emoji.languages=('xx',)"], ["xx", "en"]),
+    (["data.text.tokenizer=quickstrat"], ["quickstrat", "quickstart"]),
+    (
+      ["data.sources.emoji.name=tars", "data.sources.emoji.path=/nowhere/*.tar"],
+      ["/nowhere/*.tar"],
+    ),
+    (["init.from=/nowhere"], ["/nowhere"]),
+  ],
+)
 def test_training_on_what_is_not_there(mmjax, tmp_path, settings, expected):
   words = [*SMALL, *(f"--config.{s}" for s in settings)]
   refused(mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *words), 1, *expected)
@@ -122,13 +179,30 @@ def test_training_on_what_is_not_there(mmjax, tmp_path, settings, expected):
 def test_unknown_data_set(mmjax, tmp_path):
   refused(mmjax("data", "build", "openmojj", "--data-dir", tmp_path), 1, "openmojj", "openmoji")
   refused(mmjax("data", "show", "openmojj", "--data-dir", tmp_path), 1, "openmojj")
-  refused(mmjax("data", "tokenizer", "--source", "nothing", "--name", "t", "--data-dir", tmp_path), 1, "nothing")
+  refused(
+    mmjax("data", "tokenizer", "--source", "nothing", "--name", "t", "--data-dir", tmp_path),
+    1,
+    "nothing",
+  )
   assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "webdataset", "parquet"])
 def test_converting_what_is_missing(mmjax, tmp_path, kind):
-  refused(mmjax("data", "convert", kind, tmp_path / "nothing", "--name", "mine", "--data-dir", tmp_path / "data"), 1, "nothing")
+  refused(
+    mmjax(
+      "data",
+      "convert",
+      kind,
+      tmp_path / "nothing",
+      "--name",
+      "mine",
+      "--data-dir",
+      tmp_path / "data",
+    ),
+    1,
+    "nothing",
+  )
 
 
 def bad_tars(folder):
@@ -142,14 +216,40 @@ def bad_tars(folder):
   yield folder / "garbage.tar", ""
   yield tar(folder / "picture.tar", [("a.jpg", good[:200]), ("a.txt", b"caption")]), ""
   yield tar(folder / "huge.tar", [("a.png", huge_png()), ("a.txt", b"caption")]), ""
-  yield tar(folder / "pickle.tar", [("a.pkl", b"cos\nsystem\n(S'touch owned'\ntR."), ("a.txt", b"caption")]), ""
+  yield (
+    tar(
+      folder / "pickle.tar",
+      [("a.pkl", b"cos\nsystem\n(S'touch owned'\ntR."), ("a.txt", b"caption")],
+    ),
+    "",
+  )
 
 
 def test_tars_without_one_good_example(mmjax, tmp_path):
   for path, word in bad_tars(tmp_path):
-    refused(mmjax("data", "convert", "webdataset", path, "--name", path.stem, "--data-dir", tmp_path / "data", "--workers", 1), 1, path.name, word)
+    refused(
+      mmjax(
+        "data",
+        "convert",
+        "webdataset",
+        path,
+        "--name",
+        path.stem,
+        "--data-dir",
+        tmp_path / "data",
+        "--workers",
+        1,
+      ),
+      1,
+      path.name,
+      word,
+    )
   assert not (tmp_path.parent / "escape.jpg").exists() and not (tmp_path / "owned").exists()
-  assert not [p for p in (tmp_path / "data").rglob("*.array_record*")] if (tmp_path / "data").exists() else True
+  assert (
+    not [p for p in (tmp_path / "data").rglob("*.array_record*")]
+    if (tmp_path / "data").exists()
+    else True
+  )
 
 
 def test_bad_records_are_skipped_counted_and_named(mmjax, tmp_path, capsys):
@@ -163,12 +263,31 @@ def test_bad_records_are_skipped_counted_and_named(mmjax, tmp_path, capsys):
     lines.append(dict(image=f"{i}.jpg", caption="long " * 2000 if i == 0 else f"picture {i}"))
   (folder / "cut.jpg").write_bytes(jpeg()[:300])
   (folder / "huge.png").write_bytes(huge_png())
-  lines += [dict(image="cut.jpg", caption="cut"), dict(image="huge.png", caption="huge"), dict(image="gone.jpg", caption="gone"),
-            dict(image="../../etc/passwd", caption="out"), dict(image="nan.jpg", caption=float("nan")), dict(image="silent.jpg", caption="")]
+  lines += [
+    dict(image="cut.jpg", caption="cut"),
+    dict(image="huge.png", caption="huge"),
+    dict(image="gone.jpg", caption="gone"),
+    dict(image="../../etc/passwd", caption="out"),
+    dict(image="nan.jpg", caption=float("nan")),
+    dict(image="silent.jpg", caption=""),
+  ]
   text = "\n".join(json.dumps(line) for line in lines) + "\n{broken\n"
   (folder / "captions.jsonl").write_text(text)
-  code = cli.main(["data", "convert", "jsonl", str(folder / "captions.jsonl"), "--name", "mine", "--data-dir", str(tmp_path / "data"),
-                   "--workers", "1", "--json"])
+  code = cli.main(
+    [
+      "data",
+      "convert",
+      "jsonl",
+      str(folder / "captions.jsonl"),
+      "--name",
+      "mine",
+      "--data-dir",
+      str(tmp_path / "data"),
+      "--workers",
+      "1",
+      "--json",
+    ]
+  )
   printed = capsys.readouterr().out
   assert code == 0, printed
   summary = json.loads(printed)
@@ -177,71 +296,143 @@ def test_bad_records_are_skipped_counted_and_named(mmjax, tmp_path, capsys):
 
 def test_unreadable_folders(mmjax, tmp_path):
   (tmp_path / "empty").mkdir()
-  refused(mmjax("data", "convert", "folder", tmp_path / "empty", "--name", "e", "--data-dir", tmp_path / "d"), 1, "empty")
+  refused(
+    mmjax(
+      "data", "convert", "folder", tmp_path / "empty", "--name", "e", "--data-dir", tmp_path / "d"
+    ),
+    1,
+    "empty",
+  )
   (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
-  refused(mmjax("data", "convert", "parquet", tmp_path / "x.parquet", "--name", "e", "--data-dir", tmp_path / "d"), 1, "x.parquet")
+  refused(
+    mmjax(
+      "data",
+      "convert",
+      "parquet",
+      tmp_path / "x.parquet",
+      "--name",
+      "e",
+      "--data-dir",
+      tmp_path / "d",
+    ),
+    1,
+    "x.parquet",
+  )
 
 
-# -- Run folders and checkpoints: exit code 1 -----------------------------------------------------------------------------
+# -- Run folders and checkpoints: exit code 1 ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, embedded_data):
   folder = tmp_path_factory.mktemp("trained")
-  run("train", "--config", QUICKSTART, "--workdir", str(folder), *SMALL, "--config.train.steps=4", "--config.evaluation.every=0")
+  run(
+    "train",
+    "--config",
+    QUICKSTART,
+    "--workdir",
+    str(folder),
+    *SMALL,
+    "--config.train.steps=4",
+    "--config.evaluation.every=0",
+  )
   return folder
 
 
 def test_run_folders_that_cannot_be_used(mmjax, tmp_path):
   (tmp_path / "file").write_text("")
   refused(mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "file", *SMALL), 1, "file")
-  refused(mmjax("train", "--config", QUICKSTART, "--workdir", "/proc/nothing", *SMALL), 1, "/proc/nothing")
+  refused(
+    mmjax("train", "--config", QUICKSTART, "--workdir", "/proc/nothing", *SMALL), 1, "/proc/nothing"
+  )
 
 
 def test_a_resume_with_other_settings_names_them(mmjax, trained):
-  words = [*SMALL, "--config.train.steps=8", "--config.evaluation.every=0", "--config.optimizer.lr=0.5"]
-  refused(mmjax("train", "--config", QUICKSTART, "--workdir", trained, *words), 1, "optimizer.lr", "--allow-change")
+  words = [
+    *SMALL,
+    "--config.train.steps=8",
+    "--config.evaluation.every=0",
+    "--config.optimizer.lr=0.5",
+  ]
+  refused(
+    mmjax("train", "--config", QUICKSTART, "--workdir", trained, *words),
+    1,
+    "optimizer.lr",
+    "--allow-change",
+  )
 
 
 def test_a_longer_cosine_is_refused(mmjax, trained):
   words = [*SMALL, "--config.train.steps=8", "--config.evaluation.every=0"]
-  refused(mmjax("train", "--config", QUICKSTART, "--workdir", trained, *words), 1, "train.steps 4 -> 8", "cosine")
+  refused(
+    mmjax("train", "--config", QUICKSTART, "--workdir", trained, *words),
+    1,
+    "train.steps 4 -> 8",
+    "cosine",
+  )
 
 
 def test_a_checkpoint_of_another_model(mmjax, trained, tmp_path):
   words = [*SMALL, "--config.model.encoders.text.depth=2", f"--config.init.from={trained}"]
-  refused(mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *words), 1, "text/layers")
+  refused(
+    mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *words), 1, "text/layers"
+  )
 
 
 def test_no_checkpoint(mmjax, tmp_path):
-  for words in (("eval", "--checkpoint", tmp_path), ("export", "--checkpoint", tmp_path, "--to", "safetensors", "--out", tmp_path / "o"),
-                ("embed", "--checkpoint", tmp_path / "gone", "--images", tmp_path, "--out", tmp_path / "e.npz")):
+  for words in (
+    ("eval", "--checkpoint", tmp_path),
+    ("export", "--checkpoint", tmp_path, "--to", "safetensors", "--out", tmp_path / "o"),
+    ("embed", "--checkpoint", tmp_path / "gone", "--images", tmp_path, "--out", tmp_path / "e.npz"),
+  ):
     refused(mmjax(*words), 1, str(tmp_path))
   assert list(tmp_path.iterdir()) == []
 
 
 def test_inference_on_what_is_not_there(mmjax, trained, tmp_path):
   (tmp_path / "none").mkdir()
-  refused(mmjax("embed", "--checkpoint", trained, "--images", tmp_path / "gone", "--out", tmp_path / "e.npz"), 1, "gone")
-  refused(mmjax("search", "--checkpoint", trained, "--images", tmp_path / "none", "a heart"), 1, "none")
-  refused(mmjax("eval", "--checkpoint", trained, "--suite", "retreival"), 1, "retreival", "retrieval/")
+  refused(
+    mmjax(
+      "embed", "--checkpoint", trained, "--images", tmp_path / "gone", "--out", tmp_path / "e.npz"
+    ),
+    1,
+    "gone",
+  )
+  refused(
+    mmjax("search", "--checkpoint", trained, "--images", tmp_path / "none", "a heart"), 1, "none"
+  )
+  refused(
+    mmjax("eval", "--checkpoint", trained, "--suite", "retreival"), 1, "retreival", "retrieval/"
+  )
   (tmp_path / "cut.jpg").write_bytes(jpeg()[:200])
   (tmp_path / "x").mkdir()
-  refused(mmjax("search", "--checkpoint", trained, "--images", trained / "checkpoints", tmp_path / "cut.jpg"), 1)
+  refused(
+    mmjax(
+      "search", "--checkpoint", trained, "--images", trained / "checkpoints", tmp_path / "cut.jpg"
+    ),
+    1,
+  )
 
 
 def test_export_does_not_overwrite(mmjax, trained, tmp_path):
   (tmp_path / "kept").mkdir()
   (tmp_path / "kept" / "precious").write_text("")
-  refused(mmjax("export", "--checkpoint", trained, "--to", "safetensors", "--out", tmp_path / "kept"), 1, "kept")
+  refused(
+    mmjax("export", "--checkpoint", trained, "--to", "safetensors", "--out", tmp_path / "kept"),
+    1,
+    "kept",
+  )
   assert [p.name for p in (tmp_path / "kept").iterdir()] == ["precious"]
 
 
-@pytest.mark.parametrize(("files", "expected"), [
-  ({}, ["config.json"]),
-  ({"config.json": "{"}, ["config.json"]),
-  ({"config.json": '{"model_type": "blip"}'}, ["blip", "clip"]),
-])
+@pytest.mark.parametrize(
+  ("files", "expected"),
+  [
+    ({}, ["config.json"]),
+    ({"config.json": "{"}, ["config.json"]),
+    ({"config.json": '{"model_type": "blip"}'}, ["blip", "clip"]),
+  ],
+)
 def test_importing_what_is_no_model(mmjax, tmp_path, files, expected):
   (tmp_path / "hf").mkdir()
   for name, text in files.items():
@@ -257,14 +448,30 @@ def test_a_full_disk_loses_nothing_that_was_saved(trained, tmp_path):
   import subprocess
 
   from tests.e2e.commands import command, environment, metrics
+
   folder = tmp_path / "run"
   shutil.copytree(trained, folder)
-  words = ["train", "--config", QUICKSTART, "--workdir", str(folder), *SMALL, "--config.train.steps=8", "--config.evaluation.every=0", "--allow-change"]
+  words = [
+    "train",
+    "--config",
+    QUICKSTART,
+    "--workdir",
+    str(folder),
+    *SMALL,
+    "--config.train.steps=8",
+    "--config.evaluation.every=0",
+    "--allow-change",
+  ]
   before = metrics(folder)
-  limited = subprocess.run(command(*words), env=environment(), capture_output=True, text=True,
-                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+  limited = subprocess.run(
+    command(*words),
+    env=environment(),
+    capture_output=True,
+    text=True,
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+  )
   lines = [line for line in limited.stderr.splitlines() if line.startswith("mmjax:")]
   assert limited.returncode == 1 and len(lines) == 1, limited.stderr
-  assert metrics(folder)[:len(before)] == before
+  assert metrics(folder)[: len(before)] == before
   run(*words)
   assert metrics(folder)[-1]["step"] == 8

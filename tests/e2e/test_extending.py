@@ -1,4 +1,6 @@
-"""The README's "Adding your own": its files are taken out as they stand, and its commands run with them."""
+"""The README's "Adding your own": its files are taken out as they stand, and its commands run with
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,28 @@ from mmjax.config import KINDS, ConfigError, UserError, kind_function
 from mmjax.data.builders import build
 from tests.e2e.commands import ROOT
 
-SECTION = re.search(r"## Adding your own\n(.*?)\n## |## Adding your own\n(.*)", (ROOT / "README.md").read_text(), re.S)[0]
-FILES = {re.match(r"# (\w+\.py) ", block)[1]: block for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)}
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", SECTION, re.S) for line in block.splitlines()]
-PARTS = {"encoder": "my_encoder:mixer", "fusion": "my_fusion:product", "objective": "my_objective:spread"}
+SECTION = re.search(
+  r"## Adding your own\n(.*?)\n## |## Adding your own\n(.*)", (ROOT / "README.md").read_text(), re.S
+)[0]
+FILES = {
+  re.match(r"# (\w+\.py) ", block)[1]: block
+  for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)
+}
+COMMANDS = [
+  line for block in re.findall(r"```sh\n(.*?)```", SECTION, re.S) for line in block.splitlines()
+]
+PARTS = {
+  "encoder": "my_encoder:mixer",
+  "fusion": "my_fusion:product",
+  "objective": "my_objective:spread",
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """(folder, run folder) after the commands, run in the folder of the files with two steps of training."""
+  """(folder, run folder) after the commands, run in the folder of the files with two steps of
+  training.
+  """
   folder = tmp_path_factory.mktemp("own")
   for name, text in FILES.items():
     (folder / name).write_text(text)
@@ -33,20 +48,33 @@ def place(tmp_path_factory):
     patch.setattr(sys, "path", [*sys.path])
     for command in COMMANDS:
       words = shlex.split(command)[1:]
-      assert cli.main([*words, *(["--config.train.steps=2", "--config.log.every=1"] if words[0] == "train" else [])]) == 0, command
+      assert (
+        cli.main(
+          [
+            *words,
+            *(["--config.train.steps=2", "--config.log.every=1"] if words[0] == "train" else []),
+          ]
+        )
+        == 0
+      ), command
     yield folder, folder / "runs" / "squares"
 
 
 def test_each_example_is_one_short_file():
   assert {"my_encoder.py", "my_fusion.py", "my_objective.py", "my_data.py"} < set(FILES)
-  assert all(len(text.strip().splitlines()) < 40 and max(map(len, text.splitlines())) <= 120 for text in FILES.values())
+  assert all(
+    len(text.strip().splitlines()) < 40 and max(map(len, text.splitlines())) <= 120
+    for text in FILES.values()
+  )
 
 
 def test_a_run_with_all_of_them_trains_and_is_evaluated(place):
   _, run = place
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-  assert all({"spread/distance", "classes/accuracy"} <= set(line) for line in lines if "loss" in line)
+  assert all(
+    {"spread/distance", "classes/accuracy"} <= set(line) for line in lines if "loss" in line
+  )
   assert 0 <= json.loads((run / "eval.json").read_text())["classes"]["accuracy"] <= 1
 
 
@@ -55,17 +83,27 @@ def test_a_line_in_the_registry_gives_a_short_name(place, monkeypatch):
     monkeypatch.setitem(KINDS[group], "mine", target)
     assert kind_function({"kind": "mine"}, group) is kind_function({"kind": target}, group)
   c = mmjax.config.base()
-  c.model = dict(name="fusion_encoder", fusion=dict(kind="mine"), encoders=dict(image=dict(kind="mine", depth=1)))
+  c.model = dict(
+    name="fusion_encoder", fusion=dict(kind="mine"), encoders=dict(image=dict(kind="mine", depth=1))
+  )
   resolved = mmjax.config.resolve(c)
   assert resolved.model.encoders.image.patch == 8 and resolved.model.fusion.width == 0
-  with pytest.raises(ConfigError, match=r"unknown key model\.encoders\.image\.dept\. Did you mean 'depth'"):
-    mmjax.config.resolve(dict(c.to_dict(), model=dict(c.model.to_dict(), encoders=dict(image=dict(kind="mine", dept=1)))))
+  with pytest.raises(
+    ConfigError, match=r"unknown key model\.encoders\.image\.dept\. Did you mean 'depth'"
+  ):
+    mmjax.config.resolve(
+      dict(
+        c.to_dict(), model=dict(c.model.to_dict(), encoders=dict(image=dict(kind="mine", dept=1)))
+      )
+    )
 
 
 def test_a_builder_is_found_by_its_function_and_a_second_build_changes_nothing(place):
   folder, _ = place
   said = []
-  assert build("my_data:build", folder / "data", said.append) == folder / "data" / "squares" / "1.0.0"
+  assert (
+    build("my_data:build", folder / "data", said.append) == folder / "data" / "squares" / "1.0.0"
+  )
   assert "train 192, test 48" in said[-1]
   with pytest.raises(UserError, match=r"kind 'my_data:biuld'"):
     build("my_data:biuld", folder / "data")

@@ -1,6 +1,8 @@
-"""Generated hostile input for the commands: annotation forms, media, overrides, checkpoints. fuzz.py says what is checked.
+"""Generated hostile input for the commands: annotation forms, media, overrides, checkpoints.
+fuzz.py says what is checked.
 
-The suite draws 200 of them, `launch/test.sh --all` 2,000. Inputs are a function of the case's number: a failure names it.
+The suite draws 200 of them, `launch/test.sh --all` 2,000. Inputs are a function of the case's
+number: a failure names it.
 """
 
 from __future__ import annotations
@@ -37,11 +39,69 @@ def cases(quick: int):
 
 PAYLOAD = "__import__('os').system('touch it_ran')"
 STRINGS = (
-  "a red heart", "", " ", "\x1b[31mred\x1b[0m", "a\x00b", "\u202eevil", "\ud83d", "é" * 300, "x" * 70_000, '"', "'", "<b>&amp;",
-  "a\tb", "a\nb", "\r\n", "../outside/secret.png", "/etc/passwd", "/dev/zero", "~", "a.png", "b.jpg", "c.wav", "d.mp4", "gone.png",
-  "folder", "[1, 2]", '{"a": 1}', "nan", "-1", "1e999", "true", "null", PAYLOAD, "os:system", "日本語", "👩‍🌾", "%s%n", "a;b|c")
-COLUMNS = ("image", "file_name", "audio", "video", "caption", "text", "captions", "question", "answer", "answers", "label", "id",
-           "image_id", "question_id", "language", "caption_0", "conversations", "messages", "annotations", "images", "x.y", "")
+  "a red heart",
+  "",
+  " ",
+  "\x1b[31mred\x1b[0m",
+  "a\x00b",
+  "\u202eevil",
+  "\ud83d",
+  "é" * 300,
+  "x" * 70_000,
+  '"',
+  "'",
+  "<b>&amp;",
+  "a\tb",
+  "a\nb",
+  "\r\n",
+  "../outside/secret.png",
+  "/etc/passwd",
+  "/dev/zero",
+  "~",
+  "a.png",
+  "b.jpg",
+  "c.wav",
+  "d.mp4",
+  "gone.png",
+  "folder",
+  "[1, 2]",
+  '{"a": 1}',
+  "nan",
+  "-1",
+  "1e999",
+  "true",
+  "null",
+  PAYLOAD,
+  "os:system",
+  "日本語",
+  "👩‍🌾",
+  "%s%n",
+  "a;b|c",
+)
+COLUMNS = (
+  "image",
+  "file_name",
+  "audio",
+  "video",
+  "caption",
+  "text",
+  "captions",
+  "question",
+  "answer",
+  "answers",
+  "label",
+  "id",
+  "image_id",
+  "question_id",
+  "language",
+  "caption_0",
+  "conversations",
+  "messages",
+  "annotations",
+  "images",
+  "x.y",
+  "",
+)
 
 
 def picture(draw: random.Random, form: str = "PNG") -> bytes:
@@ -55,10 +115,18 @@ def media(draw: random.Random) -> dict[str, bytes]:
   """One small valid file of each form."""
   frames = clip(3, 16, 16)
   return {
-    **{ending: picture(draw, form) for ending, form in
-       dict(png="PNG", jpg="JPEG", gif="GIF", webp="WEBP", bmp="BMP", tif="TIFF", avif="AVIF").items()},
-    "wav": sound(tone(0.05)), "flac": sound(tone(0.05), kind="FLAC"), "ogg": sound(tone(0.05), kind="OGG"),
-    "mp3": sound(tone(0.05), kind="MP3"), "mkv": film(frames), "mp4": film(frames, "mp4", "mpeg4", "yuv420p"),
+    **{
+      ending: picture(draw, form)
+      for ending, form in dict(
+        png="PNG", jpg="JPEG", gif="GIF", webp="WEBP", bmp="BMP", tif="TIFF", avif="AVIF"
+      ).items()
+    },
+    "wav": sound(tone(0.05)),
+    "flac": sound(tone(0.05), kind="FLAC"),
+    "ogg": sound(tone(0.05), kind="OGG"),
+    "mp3": sound(tone(0.05), kind="MP3"),
+    "mkv": film(frames),
+    "mp4": film(frames, "mp4", "mpeg4", "yuv420p"),
   }
 
 
@@ -74,15 +142,15 @@ def damaged(draw: random.Random, data: bytes) -> bytes:
     if how == 0:
       del data[at:]
     elif how == 1:
-      data[at:at + 4] = b"\xff\xff\xff\xff"
+      data[at : at + 4] = b"\xff\xff\xff\xff"
     elif how == 2:
-      data[at:at + 4] = b"\x7f\xff\xff\xff"
+      data[at : at + 4] = b"\x7f\xff\xff\xff"
     elif how == 3:
       data[at:at] = draw.randbytes(draw.choice((1, 7, 1000)))
     elif how == 4:
       data += draw.randbytes(draw.choice((1, 100)))
     elif how == 5:
-      data[at:at + 8] = bytes(8)
+      data[at : at + 8] = bytes(8)
     elif at < len(data):
       data[at] ^= 1 << draw.randrange(8)
   return bytes(data)
@@ -99,15 +167,22 @@ def value(draw: random.Random, depth: int = 0):
     return draw.choice((None, True, False))
   if how < 9:
     return [value(draw, depth + 1) for _ in range(draw.randrange(4))]
-  return {draw.choice((*COLUMNS, "from", "value", "role", "content", "bytes", "path")): value(draw, depth + 1)
-          for _ in range(draw.randrange(4))}
+  return {
+    draw.choice((*COLUMNS, "from", "value", "role", "content", "bytes", "path")): value(
+      draw, depth + 1
+    )
+    for _ in range(draw.randrange(4))
+  }
 
 
 def rows(draw: random.Random) -> list[dict]:
   names = draw.sample(COLUMNS, draw.randrange(1, 6))
   if draw.random() < 0.7:
     names = list(dict.fromkeys(("image", "caption", *names)))
-  made = [{name: value(draw) for name in names if draw.random() < 0.9} for _ in range(draw.randrange(1, 8))]
+  made = [
+    {name: value(draw) for name in names if draw.random() < 0.9}
+    for _ in range(draw.randrange(1, 8))
+  ]
   for row in made:
     if "image" in row and draw.random() < 0.6:
       row["image"] = draw.choice(("a.png", "b.jpg", "deep/e.png"))
@@ -121,7 +196,9 @@ def as_table(draw: random.Random, table: list[dict], delimiter: str) -> str:
   writer = csv.DictWriter(out, names, delimiter=delimiter, quoting=quoting, escapechar="\\")
   writer.writeheader()
   for row in table:
-    writer.writerow({name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in row.items()})
+    writer.writerow(
+      {name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in row.items()}
+    )
   return out.getvalue()
 
 
@@ -131,7 +208,10 @@ def annotations(draw: random.Random, work: pathlib.Path) -> list[str]:
     path = work / "src" / f"{name}.{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(MEDIA[ending])
-  table, form = rows(draw), draw.choice(("jsonl", "json", "csv", "tsv", "txt", "tar", "parquet", "classes"))
+  table, form = (
+    rows(draw),
+    draw.choice(("jsonl", "json", "csv", "tsv", "txt", "tar", "parquet", "classes")),
+  )
   encoding = draw.choice(("utf-8",) * 6 + ("utf-8-sig", "utf-16", "latin-1"))
 
   def write(name: str, text: str) -> pathlib.Path:
@@ -142,8 +222,13 @@ def annotations(draw: random.Random, work: pathlib.Path) -> list[str]:
   if form == "jsonl":
     return ["jsonl", str(write("t.jsonl", "\n".join(map(json.dumps, table))))]
   if form == "json":
-    whole = draw.choice((table, dict(annotations=table, images=rows(draw)), dict(questions=table), table[0]))
-    return [draw.choice(("json", "coco", "vqa", "conversations")), str(write("t.json", json.dumps(whole, indent=draw.choice((None, 1)))))]
+    whole = draw.choice(
+      (table, dict(annotations=table, images=rows(draw)), dict(questions=table), table[0])
+    )
+    return [
+      draw.choice(("json", "coco", "vqa", "conversations")),
+      str(write("t.json", json.dumps(whole, indent=draw.choice((None, 1))))),
+    ]
   if form in ("csv", "tsv"):
     write(f"captions.{form}", as_table(draw, table, "," if form == "csv" else "\t"))
   elif form == "txt":
@@ -165,13 +250,24 @@ def annotations(draw: random.Random, work: pathlib.Path) -> list[str]:
 def as_tar(draw: random.Random, table: list[dict], path: pathlib.Path) -> pathlib.Path:
   with tarfile.open(path, "w") as tar:
     for n, row in enumerate(table):
-      key = draw.choice((f"{n:03d}", "same", "../up", "/abs", "a.b", "\x1b[31mx", "d/" * 40 + "deep"))
-      for ending, data in (("png", MEDIA["png"]), ("json", json.dumps(row).encode()), ("txt", b"words"), ("cls", b"3")):
+      key = draw.choice(
+        (f"{n:03d}", "same", "../up", "/abs", "a.b", "\x1b[31mx", "d/" * 40 + "deep")
+      )
+      for ending, data in (
+        ("png", MEDIA["png"]),
+        ("json", json.dumps(row).encode()),
+        ("txt", b"words"),
+        ("cls", b"3"),
+      ):
         if draw.random() < 0.7:
           info = tarfile.TarInfo(f"{key}.{ending}")
           info.size = len(data)
           if draw.random() < 0.1:
-            info.type, info.linkname, info.size = draw.choice((tarfile.SYMTYPE, tarfile.LNKTYPE)), "/etc/passwd", 0
+            info.type, info.linkname, info.size = (
+              draw.choice((tarfile.SYMTYPE, tarfile.LNKTYPE)),
+              "/etc/passwd",
+              0,
+            )
           tar.addfile(info, io.BytesIO(data if info.size else b""))
   if draw.random() < 0.4:
     path.write_bytes(damaged(draw, path.read_bytes()))
@@ -181,13 +277,20 @@ def as_tar(draw: random.Random, table: list[dict], path: pathlib.Path) -> pathli
 def as_parquet(draw: random.Random, table: list[dict], path: pathlib.Path) -> pathlib.Path:
   import pyarrow as pa
   import pyarrow.parquet as pq
+
   columns = {}
   for name in dict.fromkeys(name for row in table for name in row):
     cells = [row.get(name) for row in table]
     if name == "image" and draw.random() < 0.7:
-      cells = [dict(bytes=damaged(draw, MEDIA["png"]) if draw.random() < 0.3 else MEDIA["png"], path=None) for _ in cells]
+      cells = [
+        dict(bytes=damaged(draw, MEDIA["png"]) if draw.random() < 0.3 else MEDIA["png"], path=None)
+        for _ in cells
+      ]
     else:
-      cells = [json.dumps(cell) if not isinstance(cell, str) else cell.encode("utf-8", "replace").decode() for cell in cells]
+      cells = [
+        json.dumps(cell) if not isinstance(cell, str) else cell.encode("utf-8", "replace").decode()
+        for cell in cells
+      ]
     columns[name] = pa.array(cells)
   pq.write_table(pa.table(columns), path)
   if draw.random() < 0.4:
@@ -196,7 +299,9 @@ def as_parquet(draw: random.Random, table: list[dict], path: pathlib.Path) -> pa
 
 
 def accounted(outcome: fuzz.Outcome) -> None:
-  """A conversion that succeeded says how many rows it read, what it made of them, and what it left out, by reason."""
+  """A conversion that succeeded says how many rows it read, what it made of them, and what it left
+  out, by reason.
+  """
   summary = json.loads(outcome.out)
   assert summary["rows"] >= summary["examples"] > 0
   assert all(count >= 1 for count in summary["skipped"].values())
@@ -253,7 +358,9 @@ def test_media_with_damaged_headers(folder, numbers):
       wrong = draw.choice(sorted(MEDIA)) if draw.random() < 0.1 else ending
       (source / f"{n}.{wrong}").write_bytes(damaged(draw, MEDIA[ending]))
       (source / f"{n}.txt").write_text("words")
-    outcome = fuzz.run(case, "data", "convert", "folder", str(source), "--name", "x", "--workers", "1", "--json")
+    outcome = fuzz.run(
+      case, "data", "convert", "folder", str(source), "--name", "x", "--workers", "1", "--json"
+    )
     if outcome.code == 0:
       summary = json.loads(outcome.out)
       assert summary["examples"] + sum(summary["skipped"].values()) == 3, (number, summary)
@@ -261,25 +368,94 @@ def test_media_with_damaged_headers(folder, numbers):
   each(numbers, folder, one)
 
 
-VALUES = ("-1", "0", "1", "2", "1e999", "-1e999", "nan", "1e-400", "99999999999999999999", "true", "None", "''", "'x'", "()", "(1,)", "(2,3)",
-          "(1,2,3,4,5)", "[[1]]", "{}", "{'a': 1}", "0.5", "1.5", "5%", "500%", "-5%", "2 epochs", "1e400 epochs", "1e6 examples", "(" * 400,
-          "[" * 100_000, PAYLOAD, "os:system", "mmjax.config:os", "\x1b[31m", "\ud83d".encode("utf-8", "surrogatepass").decode("utf-8", "replace"),
-          "../x", "/etc/passwd", "vit", "b'x'", "1j", "...", "0x10", "1_000", "lambda: 1", "*", "(?P<", "image", "('image',)", "('audio',)")
-PATHS = [key.path for key in KEYS] + ["model.encoders.image.depth", "model.encoders.text.pooling", "optimizer.b2", "x", "", ".", "model..x", "a.b.c"]
+VALUES = (
+  "-1",
+  "0",
+  "1",
+  "2",
+  "1e999",
+  "-1e999",
+  "nan",
+  "1e-400",
+  "99999999999999999999",
+  "true",
+  "None",
+  "''",
+  "'x'",
+  "()",
+  "(1,)",
+  "(2,3)",
+  "(1,2,3,4,5)",
+  "[[1]]",
+  "{}",
+  "{'a': 1}",
+  "0.5",
+  "1.5",
+  "5%",
+  "500%",
+  "-5%",
+  "2 epochs",
+  "1e400 epochs",
+  "1e6 examples",
+  "(" * 400,
+  "[" * 100_000,
+  PAYLOAD,
+  "os:system",
+  "mmjax.config:os",
+  "\x1b[31m",
+  "\ud83d".encode("utf-8", "surrogatepass").decode("utf-8", "replace"),
+  "../x",
+  "/etc/passwd",
+  "vit",
+  "b'x'",
+  "1j",
+  "...",
+  "0x10",
+  "1_000",
+  "lambda: 1",
+  "*",
+  "(?P<",
+  "image",
+  "('image',)",
+  "('audio',)",
+)
+PATHS = [key.path for key in KEYS] + [
+  "model.encoders.image.depth",
+  "model.encoders.text.pooling",
+  "optimizer.b2",
+  "x",
+  "",
+  ".",
+  "model..x",
+  "a.b.c",
+]
 
 
 @cases(60)
 def test_overrides_of_any_key_by_anything(folder, numbers):
   kinds = [kind for group in KINDS.values() for kind in group]
+
   def one(case, number):
     draw = random.Random(f"overrides {number}")
     overrides = []
     for _ in range(draw.choice((1, 1, 2, 3))):
       path = draw.choice(PATHS)
       if draw.random() < 0.2:
-        path = draw.choice(("model.encoders.image.kind", "objectives.align.kind", "optimizer.name", "schedule.name", "model.name"))
-      path = path.replace("*", draw.choice(("openmoji", "align", "it", "\x1b[31m", "retrieval/combinations")))
-      overrides.append(f"--config.{path}={draw.choice((*VALUES, draw.choice(kinds)))}".replace("\x00", ""))
+        path = draw.choice(
+          (
+            "model.encoders.image.kind",
+            "objectives.align.kind",
+            "optimizer.name",
+            "schedule.name",
+            "model.name",
+          )
+        )
+      path = path.replace(
+        "*", draw.choice(("openmoji", "align", "it", "\x1b[31m", "retrieval/combinations"))
+      )
+      overrides.append(
+        f"--config.{path}={draw.choice((*VALUES, draw.choice(kinds)))}".replace("\x00", "")
+      )
     fuzz.run(case, "config", "show", QUICKSTART, "--docs", *overrides)
 
   each(numbers, folder, one)
@@ -301,13 +477,24 @@ def test_checkpoints_that_were_damaged_or_forged(folder, numbers, checkpoint):
       spoil(draw, theirs)
     if draw.random() < 0.7:
       sign(theirs)
-    fuzz.run(case, "export", "--checkpoint", "theirs", "--to", "safetensors", "--out", str(case / "out" / "exported"))
+    fuzz.run(
+      case,
+      "export",
+      "--checkpoint",
+      "theirs",
+      "--to",
+      "safetensors",
+      "--out",
+      str(case / "out" / "exported"),
+    )
 
   each(numbers, folder, one)
 
 
 def spoil(draw: random.Random, theirs: pathlib.Path) -> None:
-  files = sorted(path for path in theirs.rglob("*") if path.is_file() and path.name != "manifest.json")
+  files = sorted(
+    path for path in theirs.rglob("*") if path.is_file() and path.name != "manifest.json"
+  )
   path = draw.choice(files)
   config = theirs / "config" / "metadata"
   how = draw.randrange(5)
@@ -327,12 +514,29 @@ def spoil(draw: random.Random, theirs: pathlib.Path) -> None:
     config.write_text(json.dumps(tree))
   elif how == 3 and config.exists():
     tree = json.loads(config.read_text())
-    kind = draw.choice(("theirs.layers:vit", "os:system", "mmjax.config:os", "posix:abort", "../x:y", "mmjax.cli:main"))
-    draw.choice((tree["model"]["encoders"]["image"], tree["objectives"].get("align", {}), tree["optimizer"]))["kind"] = kind
-    (theirs / "layers.py").write_text("open('it_ran', 'w')\nfrom mmjax.models.encoders.image import vit\n")
+    kind = draw.choice(
+      (
+        "theirs.layers:vit",
+        "os:system",
+        "mmjax.config:os",
+        "posix:abort",
+        "../x:y",
+        "mmjax.cli:main",
+      )
+    )
+    draw.choice(
+      (tree["model"]["encoders"]["image"], tree["objectives"].get("align", {}), tree["optimizer"])
+    )["kind"] = kind
+    (theirs / "layers.py").write_text(
+      "open('it_ran', 'w')\nfrom mmjax.models.encoders.image import vit\n"
+    )
     config.write_text(json.dumps(tree))
   else:
-    path.write_bytes(draw.choice((b"", b"{}", b"[]", b"null", draw.randbytes(100), b"[" * 100_000, b'{"a":' * 50_000)))
+    path.write_bytes(
+      draw.choice(
+        (b"", b"{}", b"[]", b"null", draw.randbytes(100), b"[" * 100_000, b'{"a":' * 50_000)
+      )
+    )
 
 
 def sign(theirs: pathlib.Path) -> None:
@@ -340,6 +544,8 @@ def sign(theirs: pathlib.Path) -> None:
   path = theirs / "manifest.json"
   content = json.loads(path.read_text())["content"]
   files = {name: theirs / name for name in content["files"] if (theirs / name).is_file()}
-  content["files"] = {name: [len(file.read_bytes()), zlib.crc32(file.read_bytes())] for name, file in files.items()}
+  content["files"] = {
+    name: [len(file.read_bytes()), zlib.crc32(file.read_bytes())] for name, file in files.items()
+  }
   crc = zlib.crc32(json.dumps(content, sort_keys=True).encode())
   path.write_text(json.dumps({"crc32": crc, "content": content}))

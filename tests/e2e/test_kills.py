@@ -119,8 +119,10 @@ def killed(
       forget()
   done(words, world)
   assert look() == whole
-  print(f"{name}: {kills} kills, of them {seen - ended} after the result was there; "
-        f"{ended} starts ended before; {seconds:.1f} s unbroken")
+  print(
+    f"{name}: {kills} kills, of them {seen - ended} after the result was there; "
+    f"{ended} starts ended before; {seconds:.1f} s unbroken"
+  )
 
 
 def tree(folder: pathlib.Path) -> str | None:
@@ -148,9 +150,7 @@ def test_tokenizer(world):
   words = command(
     "data", "tokenizer", "--source", "squares", "--name", "killed", "--vocab-size", "400"
   )
-  killed(
-    "tokenizer", words, world, lambda: out.read_bytes() if out.exists() else None, remove(out)
-  )
+  killed("tokenizer", words, world, lambda: out.read_bytes() if out.exists() else None, remove(out))
 
 
 def test_build(world):

@@ -26,8 +26,12 @@ from tests.e2e.commands import (
   start,
 )
 
-FEW = [word.removeprefix("--") for word in SMALL] + ["config.train.steps=6", "config.checkpoint.every=3", "config.evaluation.every=0",
-                                                    "config.log.tensorboard=True"]
+FEW = [word.removeprefix("--") for word in SMALL] + [
+  "config.train.steps=6",
+  "config.checkpoint.every=3",
+  "config.evaluation.every=0",
+  "config.log.tensorboard=True",
+]
 
 
 def copy(url, folder):
@@ -48,7 +52,9 @@ def data(object_store, embedded_data):
   return str(url)
 
 
-def test_a_run_that_fails_and_goes_on_in_a_store_equals_one_on_the_disk(data, tmp_path, monkeypatch, capsys):
+def test_a_run_that_fails_and_goes_on_in_a_store_equals_one_on_the_disk(
+  data, tmp_path, monkeypatch, capsys
+):
   assert loop.train(configs.load(QUICKSTART, FEW), tmp_path / "here") == 0
   monkeypatch.setenv("MMJAX_DATA", data)
   config, url = configs.load(QUICKSTART, FEW), "s3://bucket/runs/a"
@@ -68,15 +74,22 @@ def test_a_run_that_fails_and_goes_on_in_a_store_equals_one_on_the_disk(data, tm
   there = copy(url, tmp_path / "there")
   assert metrics(there) == metrics(tmp_path / "here")
   assert parameters(url) == parameters(tmp_path / "here")
-  assert {"config.json", "goodput.json", "metrics.jsonl", "report.html", "tensorboard"} <= set(os.listdir(there))
+  assert {"config.json", "goodput.json", "metrics.jsonl", "report.html", "tensorboard"} <= set(
+    os.listdir(there)
+  )
   assert json.loads((there / "goodput.json").read_text())["seconds"]["stopped"] > 0
   assert loop.train(config, url) == 0 and "is complete" in capsys.readouterr().out
 
   (files.as_path(url) / "eval.json").write_text('{"other": {"a": 1.0}}')
   table = evaluate.evaluate(url, suite="zero_shot/*")
   assert json.loads((files.as_path(url) / "eval.json").read_text()) == {"other": {"a": 1.0}} | table
-  assert "wrote s3://bucket/runs/a/eval.json and s3://bucket/runs/a/report.html" in capsys.readouterr().out
-  with pytest.raises(UserError, match="s3://bucket/runs/a holds a run with other settings: optimizer.lr"):
+  assert (
+    "wrote s3://bucket/runs/a/eval.json and s3://bucket/runs/a/report.html"
+    in capsys.readouterr().out
+  )
+  with pytest.raises(
+    UserError, match="s3://bucket/runs/a holds a run with other settings: optimizer.lr"
+  ):
     loop.train(configs.load(QUICKSTART, [*FEW, "config.optimizer.lr=0.5"]), url)
 
 
@@ -84,10 +97,14 @@ def test_a_bucket_that_cannot_be_written_is_one_line(object_store, embedded_data
   def refused(workdir, *words):
     assert cli.main(["train", "--config", QUICKSTART, "--workdir", workdir, *SMALL]) == 1
     line = capsys.readouterr().err.splitlines()
-    assert len(line) == 1 and all(word in line[0] for word in (*words, workdir, "Check the bucket's name")), line
+    assert len(line) == 1 and all(
+      word in line[0] for word in (*words, workdir, "Check the bucket's name")
+    ), line
 
   refused("s3://nobody/run", "bucket does not exist")
-  requests.post(f"{object_store}/moto-api/reset-auth", data="0", timeout=10)  # from now on credentials count, and nobody knows these
+  requests.post(
+    f"{object_store}/moto-api/reset-auth", data="0", timeout=10
+  )  # from now on credentials count, and nobody knows these
   try:
     refused("s3://bucket/run", "Forbidden")
   finally:
@@ -97,7 +114,15 @@ def test_a_bucket_that_cannot_be_written_is_one_line(object_store, embedded_data
 @pytest.mark.slow
 def test_killed_in_a_store_equals_the_unbroken_run_on_the_disk(data, object_store, tmp_path):
   run("train", "--config", QUICKSTART, "--workdir", str(tmp_path / "here"), *SMALL)
-  words = ("train", "--config", QUICKSTART, "--workdir", "s3://bucket/runs/killed", *SMALL, f"--config.data.dir={data}")
+  words = (
+    "train",
+    "--config",
+    QUICKSTART,
+    "--workdir",
+    "s3://bucket/runs/killed",
+    *SMALL,
+    f"--config.data.dir={data}",
+  )
   cache = dict(MMJAX_CACHE=os.environ["MMJAX_CACHE"])
   for when in ("examples an epoch", "step 5/24", "step 9/24", "step 12/24", "step 18/24"):
     process = start(*words, **cache)
@@ -118,9 +143,28 @@ def test_killed_in_a_store_equals_the_unbroken_run_on_the_disk(data, object_stor
 def test_two_processes_write_what_one_reads(data, object_store, tmp_path):
   run("train", "--config", QUICKSTART, "--workdir", str(tmp_path / "here"), *SMALL)
   url, cache = "s3://bucket/runs/two", dict(MMJAX_CACHE=os.environ["MMJAX_CACHE"])
-  words = ("train", "--config", QUICKSTART, "--workdir", url, *SMALL, f"--config.data.dir={data}", "--allow-change")
-  run_processes(2, *words, "--config.train.steps=12", "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.sharding=fsdp",
-                devices=2, **cache)
+  words = (
+    "train",
+    "--config",
+    QUICKSTART,
+    "--workdir",
+    url,
+    *SMALL,
+    f"--config.data.dir={data}",
+    "--allow-change",
+  )
+  run_processes(
+    2,
+    *words,
+    "--config.train.steps=12",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=-1",
+    "--config.sharding=fsdp",
+    devices=2,
+    **cache,
+  )
   assert sum("ocdbt.process_1/d/" in name for name in files.sizes(f"{url}/checkpoints/12")) > 0
   run(*words, **cache)
-  assert example_ids(metrics(copy(url, tmp_path / "there"))) == example_ids(metrics(tmp_path / "here"))
+  assert example_ids(metrics(copy(url, tmp_path / "there"))) == example_ids(
+    metrics(tmp_path / "here")
+  )

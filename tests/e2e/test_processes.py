@@ -1,4 +1,6 @@
-"""Real processes that talk over gloo: one of them is killed again and again, or their number changes, and the run is the same."""
+"""Real processes that talk over gloo: one of them is killed again and again, or their number
+changes, and the run is the same.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from tests.e2e.commands import SMALL, example_ids, metrics, parameters, read_unt
 from tests.launch.jobs import Launcher, training_processes
 
 KILLS, STEPS, GRACE = 20, 160, 5
-LONG = (*SMALL, f"--config.train.steps={STEPS}", "--config.checkpoint.every=5", "--config.evaluation.every=20")
+LONG = (
+  *SMALL,
+  f"--config.train.steps={STEPS}",
+  "--config.checkpoint.every=5",
+  "--config.evaluation.every=20",
+)
 
 pytestmark = pytest.mark.slow  # minutes of real processes
 
@@ -42,7 +49,10 @@ def nothing_left(launcher):
 def step_of(workdir) -> int:
   """The last step that metrics.jsonl has; 0 = none."""
   try:
-    return max((json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()), default=0)
+    return max(
+      (json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()),
+      default=0,
+    )
   except (OSError, ValueError):
     return 0
 
@@ -54,14 +64,28 @@ def wait_until(condition, seconds: float, what: str) -> None:
     time.sleep(0.02)
 
 
-def test_one_of_two_processes_killed_twenty_times_equals_the_unbroken_run(launcher, unbroken, tmp_path):
-  """Lives end at random moments: some a few seconds after their start (joining, restoring, compiling), most after a few steps and part of a
-  second (stepping, saving, evaluating)."""
+def test_one_of_two_processes_killed_twenty_times_equals_the_unbroken_run(
+  launcher, unbroken, tmp_path
+):
+  """Lives end at random moments: some a few seconds after their start (joining, restoring,
+  compiling), most after a few steps and part of a second (stepping, saving, evaluating)."""
   run, moments, lives, stepped = tmp_path / "run", random.Random(0), [set()], 0
   with open(tmp_path / "printed", "w") as printed:
-    job = launcher.start(run, "--devices", "4", "--grace", str(GRACE), extra=(f"--config.train.on_restart={KILLS}",), output=printed)
+    job = launcher.start(
+      run,
+      "--devices",
+      "4",
+      "--grace",
+      str(GRACE),
+      extra=(f"--config.train.on_restart={KILLS}",),
+      output=printed,
+    )
     for kill in range(KILLS):
-      wait_until(lambda: len(set(training_processes(run).values()) - lives[-1]) == 2, 2 * GRACE + 20, f"no new start after kill {kill}")
+      wait_until(
+        lambda: len(set(training_processes(run).values()) - lives[-1]) == 2,
+        2 * GRACE + 20,
+        f"no new start after kill {kill}",
+      )
       life, start = training_processes(run), step_of(run)
       until = time.monotonic() + (moments.uniform(0.2, 12) if moments.random() < 0.4 else 300)
       steps, rest = moments.randint(1, 6), moments.uniform(0, 0.5)
@@ -72,7 +96,11 @@ def test_one_of_two_processes_killed_twenty_times_equals_the_unbroken_run(launch
       stepped += step_of(run) > start
       os.kill(life[moments.randrange(2)], signal.SIGKILL)
       lives.append(set(life.values()))
-      wait_until(lambda: not set(training_processes(run).values()) & lives[-1], GRACE + 10, "the other process did not end")
+      wait_until(
+        lambda: not set(training_processes(run).values()) & lives[-1],
+        GRACE + 10,
+        "the other process did not end",
+      )
     assert job.wait(timeout=500) == 0, (tmp_path / "printed").read_text()[-4000:]
   text = (tmp_path / "printed").read_text()
   assert f"restart {KILLS} of {KILLS} in" in text and f"[0] done: {STEPS} steps" in text
@@ -81,7 +109,9 @@ def test_one_of_two_processes_killed_twenty_times_equals_the_unbroken_run(launch
   assert parameters(run) == parameters(unbroken)
 
 
-def test_two_processes_then_four_then_one_see_the_same_examples_in_the_same_order(launcher, unbroken, tmp_path):
+def test_two_processes_then_four_then_one_see_the_same_examples_in_the_same_order(
+  launcher, unbroken, tmp_path
+):
   for processes, devices, last in ((2, 4, 10), (4, 2, 20)):
     job = launcher.start(tmp_path, "--devices", str(devices), processes=processes)
     read_until(job, f"step {last}/{STEPS}")

@@ -1,4 +1,6 @@
-"""Every command and every program of the README runs as it is written, on small data in a folder of its own."""
+"""Every command and every program of the README runs as it is written, on small data in a folder of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,27 @@ from tests.inference import tiny
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
-COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()
-            if line.startswith("mmjax ")]
+COMMANDS = [
+  line.split("  #")[0].strip()
+  for kind, block in BLOCKS
+  if kind == "bash"
+  for line in block.splitlines()
+  if line.startswith("mmjax ")
+]
 
 
 def picture(seed: int) -> bytes:
   out = io.BytesIO()
-  Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)).save(out, "PNG")
+  Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)).save(
+    out, "PNG"
+  )
   return out.getvalue()
 
 
 def make_inputs(folder: pathlib.Path) -> None:
-  """What the README's commands name: photos/, captions.jsonl, shards/, parts/, path/to/clip-folder."""
+  """What the README's commands name: photos/, captions.jsonl, shards/, parts/,
+  path/to/clip-folder.
+  """
   import pyarrow as pa
   import pyarrow.parquet as pq
   import torch
@@ -48,7 +59,9 @@ def make_inputs(folder: pathlib.Path) -> None:
     (folder / "speech" / name).with_suffix(".txt").write_text("a red heart")
   for i in range(6):
     (folder / "photos" / f"{i}.png").write_bytes(picture(i))
-    (folder / "photos" / f"{i}.txt").write_text(f"a red heart, number {i}, with a green frame and {i} dots")
+    (folder / "photos" / f"{i}.txt").write_text(
+      f"a red heart, number {i}, with a green frame and {i} dots"
+    )
   lines = [json.dumps(dict(image=f"photos/{i}.png", caption=f"words {i}")) for i in range(6)]
   (folder / "captions.jsonl").write_text("\n".join(lines))
   for i in range(10):
@@ -57,37 +70,85 @@ def make_inputs(folder: pathlib.Path) -> None:
         info = tarfile.TarInfo(name)
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-  pq.write_table(pa.table(dict(image=[picture(i) for i in range(4)], caption=[f"words {i}" for i in range(4)])), folder / "parts" / "a.parquet")
+  pq.write_table(
+    pa.table(dict(image=[picture(i) for i in range(4)], caption=[f"words {i}" for i in range(4)])),
+    folder / "parts" / "a.parquet",
+  )
   for name in ("a.png", "b.png"):
     (folder / name).write_bytes(picture(7))
   torch.manual_seed(0)
   tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-  CLIPModel(CLIPConfig(text_config=dict(**tower, vocab_size=64, max_position_embeddings=16, eos_token_id=2, bos_token_id=1, pad_token_id=0),
-                       vision_config=dict(**tower, image_size=32, patch_size=16), projection_dim=16)).save_pretrained(folder / "path/to/clip-folder")
-  (folder / "path/to/clip-folder/preprocessor_config.json").write_text(json.dumps(dict(
-      crop_size=dict(height=32, width=32), size=dict(shortest_edge=32), do_resize=True, do_center_crop=True, do_normalize=True, do_rescale=True,
-      rescale_factor=1 / 255, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_processor_type="CLIPImageProcessor")))
+  CLIPModel(
+    CLIPConfig(
+      text_config=dict(
+        **tower,
+        vocab_size=64,
+        max_position_embeddings=16,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=0,
+      ),
+      vision_config=dict(**tower, image_size=32, patch_size=16),
+      projection_dim=16,
+    )
+  ).save_pretrained(folder / "path/to/clip-folder")
+  (folder / "path/to/clip-folder/preprocessor_config.json").write_text(
+    json.dumps(
+      dict(
+        crop_size=dict(height=32, width=32),
+        size=dict(shortest_edge=32),
+        do_resize=True,
+        do_center_crop=True,
+        do_normalize=True,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        resample=3,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        image_processor_type="CLIPImageProcessor",
+      )
+    )
+  )
   from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
   vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{chr(97 + i): 3 + i for i in range(26)}}
   tokenizer = Tokenizer(models.BPE(vocabulary, []))
   tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-  tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+  )
   tokenizer.save(str(folder / "path/to/clip-folder/tokenizer.json"))
-  (folder / "path/to/clip-folder/tokenizer_config.json").write_text(json.dumps(dict(
-      bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<pad>", model_max_length=16, tokenizer_class="PreTrainedTokenizerFast")))
+  (folder / "path/to/clip-folder/tokenizer_config.json").write_text(
+    json.dumps(
+      dict(
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<pad>",
+        model_max_length=16,
+        tokenizer_class="PreTrainedTokenizerFast",
+      )
+    )
+  )
 
 
 def make_models(folder: pathlib.Path) -> None:
   """Small models of random parameters in the place of two recipes' runs."""
-  for name, kind, encoders, more in (("speech_text", "dual_encoder", ("audio", "text"), {}),
-                                     ("speech_recognition", "captioner", ("audio",), {"model.decoder": dict(depth=1, heads=2)})):
+  for name, kind, encoders, more in (
+    ("speech_text", "dual_encoder", ("audio", "text"), {}),
+    ("speech_recognition", "captioner", ("audio",), {"model.decoder": dict(depth=1, heads=2)}),
+  ):
     (folder / name).mkdir()
-    tiny.save(tiny.media_config(kind, encoders, **more), folder / name).rename(folder / "runs" / name)
+    tiny.save(tiny.media_config(kind, encoders, **more), folder / name).rename(
+      folder / "runs" / name
+    )
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, embedded_data):
-  """A folder where the README's commands have been run, in their order; (folder, {command: (exit code, stderr)})."""
+  """A folder where the README's commands have been run, in their order; (folder, {command: (exit
+  code, stderr)}).
+  """
   folder = tmp_path_factory.mktemp("readme")
   make_inputs(folder)
   (folder / "configs").symlink_to(ROOT / "configs")
@@ -98,14 +159,21 @@ def place(tmp_path_factory, embedded_data):
     if path.name == "openmoji":
       (mine / path.name).symlink_to(path)
   (mine / "tokenizers").mkdir()
-  (mine / "tokenizers" / "quickstart.model").symlink_to(pathlib.Path(data) / "tokenizers" / "quickstart.model")
+  (mine / "tokenizers" / "quickstart.model").symlink_to(
+    pathlib.Path(data) / "tokenizers" / "quickstart.model"
+  )
   os.environ["MMJAX_DATA"] = str(mine)
   os.chdir(folder)
   try:
     # What `bash launch/quickstart.sh` leaves behind, from a smaller model.
     small = [*SMALL, "--config.train.steps=2", "--config.evaluation.every=0"]
     done = {}
-    assert cli.main(["train", "--config", "configs/quickstart.py", "--workdir", "runs/quickstart", *small]) == 0
+    assert (
+      cli.main(
+        ["train", "--config", "configs/quickstart.py", "--workdir", "runs/quickstart", *small]
+      )
+      == 0
+    )
     make_models(folder)
     for command in COMMANDS:
       words = shlex.split(command)[1:]
@@ -118,7 +186,17 @@ def place(tmp_path_factory, embedded_data):
 
 def test_there_are_commands_of_every_kind():
   first = {command.split()[1] for command in COMMANDS}
-  assert first >= {"train", "eval", "data", "config", "import", "export", "embed", "search", "generate"}
+  assert first >= {
+    "train",
+    "eval",
+    "data",
+    "config",
+    "import",
+    "export",
+    "embed",
+    "search",
+    "generate",
+  }
 
 
 def test_every_command_runs(place):
@@ -135,13 +213,25 @@ def test_the_predictor_example_runs(place):
 def test_the_example_of_sound_runs(place):
   folder, _ = place
   code = next(block for kind, block in BLOCKS if kind == "python" and "encode_audio" in block)
-  subprocess.run([sys.executable, "-c", code + "\nassert len(texts) == 1"], cwd=folder, env=environment(), check=True)
+  subprocess.run(
+    [sys.executable, "-c", code + "\nassert len(texts) == 1"],
+    cwd=folder,
+    env=environment(),
+    check=True,
+  )
 
 
 def test_the_recall_by_numpy_is_the_evaluators(place):
   folder, _ = place
   code = next(block for kind, block in BLOCKS if kind == "python" and "e.npz" in block)
-  printed = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(), check=True, capture_output=True, text=True).stdout
+  printed = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=folder,
+    env=environment(),
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
   scores = json.loads((folder / "runs/quickstart/eval.json").read_text())
   assert float(printed) == pytest.approx(scores["retrieval/combinations"]["image_to_text/R@1"])
 
@@ -150,7 +240,10 @@ def test_the_stablehlo_loader_is_ten_lines_and_runs(place):
   folder, _ = place
   code = next(block for kind, block in BLOCKS if kind == "python" and "deserialize" in block)
   assert len(code.strip().splitlines()) <= 10
-  blocked = "import sys\nfor name in ('mmjax', 'flax', 'optax', 'orbax', 'grain', 'tensorflow', 'sentencepiece'): sys.modules[name] = None\n"
+  blocked = (
+    "import sys\nfor name in ('mmjax', 'flax', 'optax', 'orbax', 'grain', 'tensorflow', "
+    "'sentencepiece'): sys.modules[name] = None\n"
+  )
   subprocess.run([sys.executable, "-c", blocked + code], cwd=folder, env=environment(), check=True)
 
 

@@ -1,6 +1,8 @@
-"""Every recipe learns: briefly on small data against a lower bar; with --all in full, against the scores of the README.
+"""Every recipe learns: briefly on small data against a lower bar; with --all in full, against the
+scores of the README.
 
-A recipe is `config:argument`, settings that shorten it, and the scores that must be reached: {evaluator: {metric: bar}}.
+A recipe is `config:argument`, settings that shorten it, and the scores that must be reached:
+{evaluator: {metric: bar}}.
 """
 
 from __future__ import annotations
@@ -14,48 +16,140 @@ import pytest
 from tests.e2e import small_data
 from tests.e2e.commands import ROOT, metrics, parameters, read_until, run, start
 
-# Shortened, to widths and depths that learn within a minute: (config, settings, bars). What one would get without learning
-# stands behind a bar. Of spoken_emoji there are 40 phrases, of moving_emoji 30 emoji, and scenes have one object.
+# Shortened, to widths and depths that learn within a minute: (config, settings, bars). What one
+# would get without learning stands behind a bar. Of spoken_emoji there are 40 phrases, of
+# moving_emoji 30 emoji, and scenes have one object.
 AUDIO = ("model.width=64", "model.encoders.audio.depth=1", "train.batch_size=40")
-CLIPS = ("data.video.size=32", "data.video.frames=6", "train.batch_size=42", "model.width=64", "model.encoders.video.depth=1")
+CLIPS = (
+  "data.video.size=32",
+  "data.video.frames=6",
+  "train.batch_size=42",
+  "model.width=64",
+  "model.encoders.video.depth=1",
+)
 SCENES = ("train.batch_size=32", "model.width=64")
 SHORT = [
-  ("quickstart", ("train.steps=60", "train.batch_size=64", "model.width=64"),
-   {"retrieval/combinations": {"image_to_text/R@10": 0.1}}),  # 0.02
-  ("motion_series", ("train.steps=100",), {"motion/test": {"accuracy": 0.9}, "motion/new_objects": {"accuracy": 0.9}}),
-  ("easy_vqa:cross_attention", ("train.steps=90", "evaluation.evaluators.answers/test.split=validation"),
-   {"answers/test": {"accuracy": 0.7}}),  # the question alone, trained in full: 0.671
-  ("speech_text", ("train.steps=60", *AUDIO, "model.encoders.text.depth=1"),
-   {"retrieval/test_voices": {"audio_to_text/R@1": 0.5}}),  # 0.025
-  ("speech_recognition", ("train.steps=220", *AUDIO, "model.decoder.depth=1", "objectives.transcribe.ctc=0.0", "data.text.length=16",
-                          "data.text.tokenizer=spoken_emoji", "data.text.vocab_size=1024"),
-   {"transcripts/test_voices": {"word_error_rate": 0.5}}),  # pieces of words, not letters, which take longer; 1
-  ("image_audio", ("train.steps=160", *AUDIO, "model.encoders.image.depth=1", "evaluation.evaluators.retrieval/audio_text.split=test_voices"),
-   {"retrieval/image_text": {"image_to_text/R@10": 0.1}, "retrieval/audio_text": {"audio_to_text/R@1": 0.5}}),  # 0.02, 0.025
-  ("scene_captions", ("train.steps=180", *SCENES), {"captions/test": {"cider_d": 0.85}}),  # one caption for all: 0.69
-  ("scene_words", ("train.steps=140", *SCENES), {"words/test": {"accuracy": 0.4}}),  # the commonest word everywhere: 0.19
-  ("video_text:transformer", ("train.steps=160", *CLIPS, "model.encoders.text.depth=1"),
-   {"retrieval/test": {"video_to_text/R@10": 0.2}}),  # 0.04
-  ("video_captions", ("train.steps=240", *CLIPS, "model.decoder.depth=1"),
-   {"captions/test": {"cider_d": 0.75, "right/object": 0.1}}),  # one caption for all: 0.45, 0.05
-  ("emoji_groups:scratch", ("train.steps=60",), {"groups/test": {"mean_class_accuracy": 0.2}}),  # 0.11
-  ("multitask", ("train.steps=90", "train.batch_size=24", "model.width=64", "data.sources.captions.weight=1.0",
-                 "data.sources.questions.weight=2.0", "data.sources.names.weight=3.0"),
-   {"answers/test": {"accuracy": 0.55}, "retrieval/combinations": {"image_to_text/R@10": 0.05}}),  # the commonest answer: 0.373; 0.02
-  ("emoji_gan", ("train.steps=40", "train.batch_size=16"), {"generated/combinations": {"nearest_train": 0.35}}),  # noise: 0.47
+  (
+    "quickstart",
+    ("train.steps=60", "train.batch_size=64", "model.width=64"),
+    {"retrieval/combinations": {"image_to_text/R@10": 0.1}},
+  ),  # 0.02
+  (
+    "motion_series",
+    ("train.steps=100",),
+    {"motion/test": {"accuracy": 0.9}, "motion/new_objects": {"accuracy": 0.9}},
+  ),
+  (
+    "easy_vqa:cross_attention",
+    ("train.steps=90", "evaluation.evaluators.answers/test.split=validation"),
+    {"answers/test": {"accuracy": 0.7}},
+  ),  # the question alone, trained in full: 0.671
+  (
+    "speech_text",
+    ("train.steps=60", *AUDIO, "model.encoders.text.depth=1"),
+    {"retrieval/test_voices": {"audio_to_text/R@1": 0.5}},
+  ),  # 0.025
+  (
+    "speech_recognition",
+    (
+      "train.steps=220",
+      *AUDIO,
+      "model.decoder.depth=1",
+      "objectives.transcribe.ctc=0.0",
+      "data.text.length=16",
+      "data.text.tokenizer=spoken_emoji",
+      "data.text.vocab_size=1024",
+    ),
+    {"transcripts/test_voices": {"word_error_rate": 0.5}},
+  ),  # pieces of words, not letters, which take longer; 1
+  (
+    "image_audio",
+    (
+      "train.steps=160",
+      *AUDIO,
+      "model.encoders.image.depth=1",
+      "evaluation.evaluators.retrieval/audio_text.split=test_voices",
+    ),
+    {
+      "retrieval/image_text": {"image_to_text/R@10": 0.1},
+      "retrieval/audio_text": {"audio_to_text/R@1": 0.5},
+    },
+  ),  # 0.02, 0.025
+  (
+    "scene_captions",
+    ("train.steps=180", *SCENES),
+    {"captions/test": {"cider_d": 0.85}},
+  ),  # one caption for all: 0.69
+  (
+    "scene_words",
+    ("train.steps=140", *SCENES),
+    {"words/test": {"accuracy": 0.4}},
+  ),  # the commonest word everywhere: 0.19
+  (
+    "video_text:transformer",
+    ("train.steps=160", *CLIPS, "model.encoders.text.depth=1"),
+    {"retrieval/test": {"video_to_text/R@10": 0.2}},
+  ),  # 0.04
+  (
+    "video_captions",
+    ("train.steps=240", *CLIPS, "model.decoder.depth=1"),
+    {"captions/test": {"cider_d": 0.75, "right/object": 0.1}},
+  ),  # one caption for all: 0.45, 0.05
+  (
+    "emoji_groups:scratch",
+    ("train.steps=60",),
+    {"groups/test": {"mean_class_accuracy": 0.2}},
+  ),  # 0.11
+  (
+    "multitask",
+    (
+      "train.steps=90",
+      "train.batch_size=24",
+      "model.width=64",
+      "data.sources.captions.weight=1.0",
+      "data.sources.questions.weight=2.0",
+      "data.sources.names.weight=3.0",
+    ),
+    {"answers/test": {"accuracy": 0.55}, "retrieval/combinations": {"image_to_text/R@10": 0.05}},
+  ),  # the commonest answer: 0.373; 0.02
+  (
+    "emoji_gan",
+    ("train.steps=40", "train.batch_size=16"),
+    {"generated/combinations": {"nearest_train": 0.35}},
+  ),  # noise: 0.47
 ]
-BESIDE = {"speech_recognition": ("speech_text",)}  # shortened, it takes the tokenizer of that recipe
+BESIDE = {
+  "speech_recognition": ("speech_text",)
+}  # shortened, it takes the tokenizer of that recipe
 # In full: what was measured (README), less a margin for other machines.
 FULL = [
-  ("quickstart", {"retrieval/combinations": {"image_to_text/R@1": 0.48, "text_to_image/R@1": 0.48}, "zero_shot/groups": {"accuracy": 0.28}}),
+  (
+    "quickstart",
+    {
+      "retrieval/combinations": {"image_to_text/R@1": 0.48, "text_to_image/R@1": 0.48},
+      "zero_shot/groups": {"accuracy": 0.28},
+    },
+  ),
   ("motion_series", {"motion/test": {"accuracy": 0.95}, "motion/new_objects": {"accuracy": 0.95}}),
   ("easy_vqa:cross_attention", {"answers/test": {"accuracy": 0.97}}),
   ("speech_text", {"retrieval/test_voices": {"audio_to_text/R@1": 0.83}}),
   ("scene_captions", {"captions/test": {"right": 0.8}}),
-  ("speech_recognition", {"transcripts/test_voices": {"word_error_rate": 0.09}, "transcripts/test_phrases": {"word_error_rate": 0.18}}),
-  ("video_text:transformer", {"direction/test": {"accuracy": 0.95}, "direction/new_objects": {"accuracy": 0.95}}),
+  (
+    "speech_recognition",
+    {
+      "transcripts/test_voices": {"word_error_rate": 0.09},
+      "transcripts/test_phrases": {"word_error_rate": 0.18},
+    },
+  ),
+  (
+    "video_text:transformer",
+    {"direction/test": {"accuracy": 0.95}, "direction/new_objects": {"accuracy": 0.95}},
+  ),
   ("video_captions", {"captions/test": {"right/motion": 0.95, "right": 0.8}}),
-  ("scene_words", {"words/test": {"accuracy": 0.7}}),  # 0.772 measured, 0.490 for the same model without pictures (`:blind`)
+  (
+    "scene_words",
+    {"words/test": {"accuracy": 0.7}},
+  ),  # 0.772 measured, 0.490 for the same model without pictures (`:blind`)
   ("image_audio", {"retrieval/image_audio": {"image_to_audio/R@1": 0.04}}),
   ("emoji_gan", {"generated/combinations": {"mean_class_accuracy": 0.2}}),
 ]
@@ -71,14 +165,18 @@ def check(folder, bars: dict) -> None:
   scores = json.loads((folder / "eval.json").read_text())
   for evaluator, wanted in bars.items():
     for metric, bar in wanted.items():
-      reached = scores[evaluator][metric] <= bar if metric in AT_MOST else scores[evaluator][metric] >= bar
+      reached = (
+        scores[evaluator][metric] <= bar if metric in AT_MOST else scores[evaluator][metric] >= bar
+      )
       assert reached, f"{evaluator} {metric}: {scores[evaluator][metric]:.4f}, bar {bar}"
   assert (folder / "report.html").stat().st_size > 10_000
 
 
 @pytest.fixture(scope="session")
 def small(embedded_data):
-  """`small(recipes)`: the data folder of the run with small versions of the data that these recipes name."""
+  """`small(recipes)`: the data folder of the run with small versions of the data that these recipes
+  name.
+  """
   folder = embedded_data.parent / "small"
   folder.mkdir(exist_ok=True)
   return lambda *recipes: small_data.build(folder, recipes) or folder
@@ -87,8 +185,15 @@ def small(embedded_data):
 @pytest.mark.parametrize(("recipe", "changes", "bars"), SHORT, ids=[row[0] for row in SHORT])
 def test_a_short_run_learns(recipe, changes, bars, small, tmp_path, monkeypatch):
   monkeypatch.setenv("MMJAX_DATA", str(small(recipe, *BESIDE.get(recipe, ()))))
-  run("train", "--config", config_of(recipe), "--workdir", str(tmp_path / "run"), *(f"--config.{c}" for c in changes),
-      "--config.log.tensorboard=False")
+  run(
+    "train",
+    "--config",
+    config_of(recipe),
+    "--workdir",
+    str(tmp_path / "run"),
+    *(f"--config.{c}" for c in changes),
+    "--config.log.tensorboard=False",
+  )
   check(tmp_path / "run", bars)
 
 
@@ -101,36 +206,87 @@ def test_the_full_run_reaches_its_score(recipe, bars, embedded_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_from_the_contrastive_checkpoint_beats_training_from_scratch(embedded_data, tmp_path):
-  run("train", "--config", config_of("quickstart"), "--workdir", str(tmp_path / "quickstart"), "--config.evaluation.every=0", seconds=3600)
+def test_fine_tuning_from_the_contrastive_checkpoint_beats_training_from_scratch(
+  embedded_data, tmp_path
+):
+  run(
+    "train",
+    "--config",
+    config_of("quickstart"),
+    "--workdir",
+    str(tmp_path / "quickstart"),
+    "--config.evaluation.every=0",
+    seconds=3600,
+  )
   scores = {}
   for arg in ("full", "linear", "scratch"):
     begin = [] if arg == "scratch" else [f"--config.init.from={tmp_path / 'quickstart'}"]
-    run("train", "--config", config_of(f"emoji_groups:{arg}"), "--workdir", str(tmp_path / arg), *begin)
+    run(
+      "train",
+      "--config",
+      config_of(f"emoji_groups:{arg}"),
+      "--workdir",
+      str(tmp_path / arg),
+      *begin,
+    )
     scores[arg] = json.loads((tmp_path / arg / "eval.json").read_text())["groups/test"]["accuracy"]
-  assert scores["full"] >= scores["scratch"] + 0.05 and scores["linear"] >= scores["scratch"] + 0.03, scores  # measured: 0.747, 0.716, 0.647
+  assert (
+    scores["full"] >= scores["scratch"] + 0.05 and scores["linear"] >= scores["scratch"] + 0.03
+  ), scores  # measured: 0.747, 0.716, 0.647
 
 
 @pytest.mark.slow
 def test_one_model_for_three_tasks_is_as_good_as_each_alone(embedded_data, tmp_path):
-  """Within 0.02 at equal steps. Captions swing by 0.08 between runs that differ in rounding alone: README has four seeds."""
+  """Within 0.02 at equal steps. Captions swing by 0.08 between runs that differ in rounding alone:
+  README has four seeds.
+  """
   small_data.build(embedded_data, ["multitask"], small=False)
   for arg in ("", ":captions", ":questions", ":names"):
-    run("train", "--config", config_of(f"multitask{arg}"), "--workdir", str(tmp_path / f"run{arg[1:]}"), seconds=3600)
+    run(
+      "train",
+      "--config",
+      config_of(f"multitask{arg}"),
+      "--workdir",
+      str(tmp_path / f"run{arg[1:]}"),
+      seconds=3600,
+    )
   together = json.loads((tmp_path / "run" / "eval.json").read_text())
-  for task, evaluator, metric in (("captions", "captions/test", "right"), ("questions", "answers/test", "accuracy"),
-                                  ("names", "retrieval/combinations", "image_to_text/R@1"), ("names", "retrieval/combinations", "text_to_image/R@1")):
+  for task, evaluator, metric in (
+    ("captions", "captions/test", "right"),
+    ("questions", "answers/test", "accuracy"),
+    ("names", "retrieval/combinations", "image_to_text/R@1"),
+    ("names", "retrieval/combinations", "text_to_image/R@1"),
+  ):
     alone = json.loads((tmp_path / f"run{task}" / "eval.json").read_text())[evaluator][metric]
-    assert together[evaluator][metric] >= alone - 0.02, f"{task}: {metric} {together[evaluator][metric]:.3f}, alone {alone:.3f}"
-  check(tmp_path / "run", {"captions/test": {"right": 0.75}, "answers/test": {"accuracy": 0.83}, "retrieval/combinations": {"image_to_text/R@1": 0.57}})
+    assert together[evaluator][metric] >= alone - 0.02, (
+      f"{task}: {metric} {together[evaluator][metric]:.3f}, alone {alone:.3f}"
+    )
+  check(
+    tmp_path / "run",
+    {
+      "captions/test": {"right": 0.75},
+      "answers/test": {"accuracy": 0.83},
+      "retrieval/combinations": {"image_to_text/R@1": 0.57},
+    },
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [row[0] for row in SHORT])
 def test_a_killed_run_goes_on_bit_for_bit(recipe, small, tmp_path, monkeypatch):
   monkeypatch.setenv("MMJAX_DATA", str(small(recipe)))
-  words = ("train", "--config", config_of(recipe), "--config.train.steps=6", "--config.checkpoint.every=2", "--config.log.every=1",
-           "--config.evaluation.every=0", "--config.train.batch_size=14", "--config.schedule.warmup=1", "--config.log.tensorboard=False")
+  words = (
+    "train",
+    "--config",
+    config_of(recipe),
+    "--config.train.steps=6",
+    "--config.checkpoint.every=2",
+    "--config.log.every=1",
+    "--config.evaluation.every=0",
+    "--config.train.batch_size=14",
+    "--config.schedule.warmup=1",
+    "--config.log.tensorboard=False",
+  )
   run(*words, "--workdir", str(tmp_path / "whole"))
   process = start(*words, "--workdir", str(tmp_path / "killed"))
   read_until(process, "step 4/6")

@@ -50,11 +50,17 @@ def test_killed_while_compiling_stepping_and_evaluating_equals_the_unbroken_run(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif(
+  not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores"
+)
 def test_killed_on_all_cores_and_gone_on_on_one_equals_the_unbroken_run(embedded_data, tmp_path):
   """The threads of XLA, by which sums are cut, stay those that the run began with."""
-  larger = ("--config.train.batch_size=64", "--config.evaluation.every=0", "--config.model.width=64",
-            *(f"--config.model.encoders.{m}.width=64" for m in ("image", "text")))
+  larger = (
+    "--config.train.batch_size=64",
+    "--config.evaluation.every=0",
+    "--config.model.width=64",
+    *(f"--config.model.encoders.{m}.width=64" for m in ("image", "text")),
+  )
   a, b = tmp_path / "a", tmp_path / "b"
   run(*train(a, *larger), NPROC="")
   process = start(*train(b, *larger), NPROC="")
@@ -115,9 +121,13 @@ def eight(tmp_path_factory, embedded_data):
   return whole, half
 
 
-@pytest.mark.parametrize(("processes", "devices", "workers"), [
-  (1, 1, 3), (1, 4, 2), pytest.param(2, 1, 0, marks=pytest.mark.slow), (4, 1, 0)])
-def test_resumed_elsewhere_sees_the_same_ids_in_the_same_order(eight, tmp_path, processes, devices, workers):
+@pytest.mark.parametrize(
+  ("processes", "devices", "workers"),
+  [(1, 1, 3), (1, 4, 2), pytest.param(2, 1, 0, marks=pytest.mark.slow), (4, 1, 0)],
+)
+def test_resumed_elsewhere_sees_the_same_ids_in_the_same_order(
+  eight, tmp_path, processes, devices, workers
+):
   whole, half = eight
   folder = tmp_path / "run"
   subprocess.run(["cp", "-r", str(half), str(folder)], check=True)

@@ -1,4 +1,6 @@
-"""The same losses wherever arrays lie: real train steps on 1, 2, 4 and 8 devices under every strategy."""
+"""The same losses wherever arrays lie: real train steps on 1, 2, 4 and 8 devices under every
+strategy.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +19,62 @@ BATCH, SIZE, TOKENS, WORDS, STEPS = 16, 16, 16, 96, 200
 BLOCKS = dict(depth=2, heads=4, scan_unroll=1)
 ENCODERS = dict(image=dict(kind="vit", patch=4, **BLOCKS), text=dict(kind="transformer", **BLOCKS))
 RECIPES = {
-  "contrastive": (dict(name="dual_encoder"), dict(align=dict(kind="contrastive", between=("image", "text"), chunk=2))),
-  "captioning": (dict(name="captioner", decoder=dict(BLOCKS)), dict(caption=dict(kind="captioning", source=("image",)))),
-  "masked": (dict(name="fusion_encoder", joint=False, masked_text=True, fusion=dict(kind="merged_attention", **BLOCKS)),
-             dict(words=dict(kind="masked_tokens", context=("image",), rate=0.4))),
+  "contrastive": (
+    dict(name="dual_encoder"),
+    dict(align=dict(kind="contrastive", between=("image", "text"), chunk=2)),
+  ),
+  "captioning": (
+    dict(name="captioner", decoder=dict(BLOCKS)),
+    dict(caption=dict(kind="captioning", source=("image",))),
+  ),
+  "masked": (
+    dict(
+      name="fusion_encoder",
+      joint=False,
+      masked_text=True,
+      fusion=dict(kind="merged_attention", **BLOCKS),
+    ),
+    dict(words=dict(kind="masked_tokens", context=("image",), rate=0.4)),
+  ),
 }
 STRATEGIES = {
   "replicated": {n: (f"mesh.data={n}",) for n in (2, 4, 8)},
   "fsdp": {n: ("mesh.data=1", f"mesh.fsdp={n}", "sharding=fsdp") for n in (2, 4, 8)},
-  "fsdp_tensor": {n: ("mesh.data=1", f"mesh.fsdp={n // 2}", "mesh.tensor=2", "sharding=fsdp_tensor") for n in (2, 4, 8)},
-  "context": {2: ("mesh.data=1", "mesh.context=2"), 4: ("mesh.data=2", "mesh.context=2"),
-              8: ("mesh.data=1", "mesh.fsdp=2", "mesh.context=4", "sharding=fsdp")},
+  "fsdp_tensor": {
+    n: ("mesh.data=1", f"mesh.fsdp={n // 2}", "mesh.tensor=2", "sharding=fsdp_tensor")
+    for n in (2, 4, 8)
+  },
+  "context": {
+    2: ("mesh.data=1", "mesh.context=2"),
+    4: ("mesh.data=2", "mesh.context=2"),
+    8: ("mesh.data=1", "mesh.fsdp=2", "mesh.context=4", "sharding=fsdp"),
+  },
 }
-QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)  # compiling takes longer than the steps
-WITHIN = 1e-5  # relative, float32; one device against eight differs by 2e-6 at most after 200 steps, whatever splits the sums
+QUICK = dict(
+  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
+)  # compiling takes longer than the steps
+# relative, float32; one device against eight differs by 2e-6 at most after 200 steps, whatever
+# splits the sums
+WITHIN = 1e-5
 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-  """Machine code as the compiler first writes it; how arrays are split and what travels is decided before."""
+  """Machine code as the compiler first writes it; how arrays are split and what travels is decided
+  before.
+  """
   monkeypatch.setattr(Step, "compiled", lambda step, lowered: lowered.compile(QUICK))
 
 
 def make_step(model, objectives, devices, *overrides):
   c = configs.base()
   c.seed = 5
-  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = SIZE, TOKENS, WORDS, "none"
+  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = (
+    SIZE,
+    TOKENS,
+    WORDS,
+    "none",
+  )
   c.model = dict(model, width=64, encoders=ENCODERS)
   c.objectives = objectives
   c.train.batch_size, c.train.steps, c.precision.compute = BATCH, STEPS, "float32"
@@ -52,20 +84,35 @@ def make_step(model, objectives, devices, *overrides):
 
 
 def make_batch(number):
-  """Pictures of one of eight kinds and texts that name the kind, with noise in both; some rows do not count."""
+  """Pictures of one of eight kinds and texts that name the kind, with noise in both; some rows do
+  not count.
+  """
   rng = np.random.default_rng(number)
   kinds = rng.integers(0, 8, BATCH)
   world = np.random.default_rng(0)
-  pictures, texts = world.integers(0, 256, (8, SIZE, SIZE, 3)), world.integers(5, WORDS, (8, TOKENS))
+  pictures, texts = (
+    world.integers(0, 256, (8, SIZE, SIZE, 3)),
+    world.integers(5, WORDS, (8, TOKENS)),
+  )
   pixels = 0.6 * pictures[kinds] + 0.4 * rng.integers(0, 256, (BATCH, SIZE, SIZE, 3))
-  tokens = np.where(rng.random((BATCH, TOKENS)) < 0.8, texts[kinds], rng.integers(5, WORDS, (BATCH, TOKENS)))
-  return dict(image=dict(pixels=pixels.astype(np.uint8)), valid=rng.random(BATCH) < 0.9, text=dict(
-    tokens=tokens.astype(np.int32), mask=np.arange(TOKENS) < rng.integers(4, TOKENS + 1, (BATCH, 1)),
-    key=np.stack([kinds, kinds], 1).astype(np.uint32)))
+  tokens = np.where(
+    rng.random((BATCH, TOKENS)) < 0.8, texts[kinds], rng.integers(5, WORDS, (BATCH, TOKENS))
+  )
+  return dict(
+    image=dict(pixels=pixels.astype(np.uint8)),
+    valid=rng.random(BATCH) < 0.9,
+    text=dict(
+      tokens=tokens.astype(np.int32),
+      mask=np.arange(TOKENS) < rng.integers(4, TOKENS + 1, (BATCH, 1)),
+      key=np.stack([kinds, kinds], 1).astype(np.uint32),
+    ),
+  )
 
 
 def losses_of(step, steps):
-  """float64 [2, steps] of a training from the start: losses, and norms of the gradients (Adam would hide one of another scale)."""
+  """float64 [2, steps] of a training from the start: losses, and norms of the gradients (Adam would
+  hide one of another scale).
+  """
   state, rows = step.init(0), []
   for number in range(steps):
     state, metrics = step.train(state, multihost.to_device(make_batch(number), step.mesh))
@@ -87,13 +134,21 @@ def test_the_first_losses_agree_under_every_strategy(devices, recipe):
   found = {}
   for strategy, meshes in STRATEGIES.items():
     for count, overrides in meshes.items():
-      found[strategy, count] = gap(losses_of(make_step(*RECIPES[recipe], count, *overrides), STEPS), reference)
-      print(f"{recipe}: {strategy} on {count}: losses {found[strategy, count][0]:.1e}, gradients {found[strategy, count][1]:.1e}", flush=True)
+      found[strategy, count] = gap(
+        losses_of(make_step(*RECIPES[recipe], count, *overrides), STEPS), reference
+      )
+      print(
+        f"{recipe}: {strategy} on {count}: losses {found[strategy, count][0]:.1e}, gradients "
+        f"{found[strategy, count][1]:.1e}",
+        flush=True,
+      )
   assert not {key: value for key, value in found.items() if max(value) > WITHIN}
 
 
 def test_sequences_split_over_devices_change_no_loss(devices):
-  """Pictures, and a decoder that attends to them and to itself; the rest only with --all, compiling takes too long."""
+  """Pictures, and a decoder that attends to them and to itself; the rest only with --all, compiling
+  takes too long.
+  """
   recipe = RECIPES["captioning"]
   want = losses_of(make_step(*recipe, 1), 3)
   got = losses_of(make_step(*recipe, 4, *STRATEGIES["context"][4]), 3)
@@ -105,7 +160,11 @@ def test_layers_exchange_keys_and_values_and_gather_no_sequence(devices):
   text = step.compile()[0].as_text()
   shapes = lambda name: re.findall(rf"= \(?(\w+\[[\d,]*\])\S* {name}(?:-start)?\(", text)
   rows, length, heads = BATCH // 2, TOKENS // 2, 4
-  blocks = [shape for shape in shapes("collective-permute") if shape == f"f32[{rows},{heads},{length},16]"]
+  blocks = [
+    shape for shape in shapes("collective-permute") if shape == f"f32[{rows},{heads},{length},16]"
+  ]
   assert len(blocks) >= 8  # keys and values, there and back, in both encoders
   assert not shapes("all-to-all")
-  assert not [shape for shape in shapes("all-gather") if shape.startswith("f") and shape.count(",") > 1]
+  assert not [
+    shape for shape in shapes("all-gather") if shape.startswith("f") and shape.count(",") > 1
+  ]

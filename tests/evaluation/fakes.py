@@ -1,5 +1,5 @@
-"""Stand-ins for a data set and a model: pictures and captions are vectors already, so that results can be worked out
-by hand.
+"""Stand-ins for a data set and a model: pictures and captions are vectors already, so that results
+can be worked out by hand.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from mmjax.parallel.mesh import make_mesh
 
 
 class Data:
-  """An `EvaluationData` whose pictures and texts are given vectors: vectors [N, D], captions [(text, lang, key,
-  index)].
+  """An `EvaluationData` whose pictures and texts are given vectors: vectors [N, D], captions
+  [(text, lang, key, index)].
   """
 
   def __init__(
@@ -35,7 +35,9 @@ class Data:
     self.valid = np.ones(len(self.vectors), bool) if valid is None else np.asarray(valid)
     keys = np.arange(len(self.vectors)) if image_keys is None else image_keys
     self.media_keys = {"image": np.asarray(keys, np.uint64)}
-    self.labels = np.full(len(self.vectors), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
+    self.labels = (
+      np.full(len(self.vectors), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
+    )
     self.label_names = tuple(label_names)
 
   def __len__(self):
@@ -67,12 +69,21 @@ class Data:
 
 
 def evaluation(evaluators: dict, data, devices: int = 8, **encoders) -> Evaluation:
-  """An `Evaluation` over fake data: one `Data`, or {split: Data}. encoders: entries beside those of image and text."""
+  """An `Evaluation` over fake data: one `Data`, or {split: Data}. encoders: entries beside those of
+  image and text.
+  """
   c = configs.base()
-  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer"), **encoders))
+  c.model = dict(
+    name="dual_encoder",
+    encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer"), **encoders),
+  )
   c.data.text.tokenizer = "none"
   c.evaluation.evaluators = evaluators
-  apply = jax.jit(lambda params, method, args, batch: batch[args[0]]["vectors"] * params, static_argnums=(1, 2))
+  apply = jax.jit(
+    lambda params, method, args, batch: batch[args[0]]["vectors"] * params, static_argnums=(1, 2)
+  )
   result = Evaluation(configs.resolve(c), apply, make_mesh(c, jax.devices()[:devices]))
-  result.data = lambda source, split, languages, text: data[split] if isinstance(data, dict) else data
+  result.data = lambda source, split, languages, text: (
+    data[split] if isinstance(data, dict) else data
+  )
   return result

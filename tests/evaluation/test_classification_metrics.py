@@ -47,4 +47,6 @@ def test_calibration_error_equals_the_sum_over_bins():
     if here.any():
       want += here.mean() * abs(right[here].mean() - confidence[here].mean())
   assert expected_calibration_error(LOGITS, LABELS, bins=10) == pytest.approx(want)
-  assert expected_calibration_error(np.array([[99.0, 0], [0, 99.0]]), np.array([0, 1])) == pytest.approx(0)
+  assert expected_calibration_error(
+    np.array([[99.0, 0], [0, 99.0]]), np.array([0, 1])
+  ) == pytest.approx(0)

@@ -1,5 +1,5 @@
-"""The evaluators on real files: the same result for any batch size, number of devices and processes, and from `mmjax
-embed`.
+"""The evaluators on real files: the same result for any batch size, number of devices and
+processes, and from `mmjax embed`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def test_metrics_are_whole(metrics):
     metrics["retrieval/en/images"] == 21 and metrics["retrieval/en/unreadable"] == 1
   )  # 23, two identical, one broken
   assert metrics["retrieval/en/texts"] == 44 and metrics["retrieval/both/texts"] == 66
-  assert metrics["zero/examples"] == 22 and "zero/de/accuracy" in metrics and metrics["probe/unreadable"] == 2
+  assert (
+    metrics["zero/examples"] == 22
+    and "zero/de/accuracy" in metrics
+    and metrics["probe/unreadable"] == 2
+  )
   assert 0 < metrics["retrieval/en/image_to_text/R@10"] <= 1
 
 
@@ -77,7 +81,14 @@ def test_two_processes_give_the_same(checkpoint, metrics):
 
 
 def test_embed_and_numpy_give_the_same_recall(checkpoint, metrics, tmp_path):
-  out = embed(checkpoint, tmp_path / "e.npz", source="small", split="test", languages=("en",), log=lambda line: None)
+  out = embed(
+    checkpoint,
+    tmp_path / "e.npz",
+    source="small",
+    split="test",
+    languages=("en",),
+    log=lambda line: None,
+  )
   f = np.load(out, allow_pickle=False)
   images, i = np.unique(f["image_keys"], return_index=True, return_inverse=True)[1:]
   texts, t = np.unique(f["text_keys"], return_index=True, return_inverse=True)[1:]

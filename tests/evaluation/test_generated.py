@@ -1,4 +1,6 @@
-"""Drawn pictures: their class by a classifier of real ones, their distance to the training pictures, their place in the report."""
+"""Drawn pictures: their class by a classifier of real ones, their distance to the training
+pictures, their place in the report.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def few_patches(monkeypatch):
 
 def stripes(kind: int, count: int) -> np.ndarray:
   """Pictures uint8 [count, 12, 12, 3]: plain with noise, rows, columns."""
-  wave = (np.arange(12) // 2 % 2 * 160)
+  wave = np.arange(12) // 2 % 2 * 160
   base = (np.zeros((12, 12)), np.tile(wave, (12, 1)), np.tile(wave[:, None], (1, 12)))[kind]
   return (base[None, :, :, None] + rng.integers(0, 90, (count, 12, 12, 3))).astype(np.uint8)
 
@@ -42,8 +44,12 @@ class Data(fakes.Data):
   """Pictures with labels."""
 
   def __init__(self, pictures, labels, first):
-    super().__init__(pictures.reshape(len(pictures), -1), labels=labels, label_names=("plain", "rows", "columns"),
-                     image_keys=first + np.arange(len(pictures), dtype=np.uint64))
+    super().__init__(
+      pictures.reshape(len(pictures), -1),
+      labels=labels,
+      label_names=("plain", "rows", "columns"),
+      image_keys=first + np.arange(len(pictures), dtype=np.uint64),
+    )
     self.pictures = pictures
 
   def picture(self, i):
@@ -70,7 +76,12 @@ def test_the_evaluator_counts_what_was_drawn(tmp_path):
   run.apply = apply
   result = run.run(1.0)["drawn"]
   m = result.metrics
-  assert abs(m["accuracy"] - 0.5) < 0.1 and m["real/accuracy"] > 0.95 and m["examples"] == 24 and m["unreadable"] == 0
+  assert (
+    abs(m["accuracy"] - 0.5) < 0.1
+    and m["real/accuracy"] > 0.95
+    and m["examples"] == 24
+    and m["unreadable"] == 0
+  )
   assert m["variety"] == 0 and m["copies"] == 0 and abs(m["majority"] - 1 / 3) < 1e-9
   np.testing.assert_allclose(m["nearest_train"], m["real/nearest_train"])
   page = write_report(tmp_path, run.config, {"drawn": result}).read_text()

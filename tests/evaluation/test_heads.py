@@ -1,4 +1,6 @@
-"""Evaluators of heads and decoders against brute force: real data and batches, a model whose answers are scripted."""
+"""Evaluators of heads and decoders against brute force: real data and batches, a model whose
+answers are scripted.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,23 @@ COUNT, BROKEN, LABELS = 9, 4, ("a", "b", "c")
 
 
 def caption(i):
-  return f"the {WORDS[i % 4]} apple" if i % 2 else f"the {WORDS[i % 4]} house on a {WORDS[(i + 1) % 4]} apple"
+  return (
+    f"the {WORDS[i % 4]} apple"
+    if i % 2
+    else f"the {WORDS[i % 4]} house on a {WORDS[(i + 1) % 4]} apple"
+  )
 
 
 def record(i):
   choices = [f"{word} apple" for word in WORDS]
-  return {"id": f"h{i}", "image": picture(i) if i != BROKEN else b"junk", "captions": {"en": [caption(i)]}, "label": LABELS[(i * i) % 3],
-          "image_key": i, "facts": {"voice": "v" + str(i % 2), "choices": [choices, i % 4]}}
+  return {
+    "id": f"h{i}",
+    "image": picture(i) if i != BROKEN else b"junk",
+    "captions": {"en": [caption(i)]},
+    "label": LABELS[(i * i) % 3],
+    "image_key": i,
+    "facts": {"voice": "v" + str(i % 2), "choices": [choices, i % 4]},
+  }
 
 
 READABLE = [i for i in range(COUNT) if i != BROKEN]
@@ -32,20 +44,37 @@ READABLE = [i for i in range(COUNT) if i != BROKEN]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-  """world(apply, **evaluator) -> Result of that evaluator; `apply(method, batch, constants)` plays the model."""
+  """world(apply, **evaluator) -> Result of that evaluator; `apply(method, batch, constants)` plays
+  the model.
+  """
   root = tmp_path_factory.mktemp("heads")
   write_dataset("heads", root, {"test": map(record, range(COUNT))}, fields=("image", "facts"))
   words = [*WORDS, "the", "apple", "house", "on", "a"]
-  train_tokenizer([" ".join(np.roll(words, i)[:1 + i % 5]) for i in range(400)], root / "tokenizers" / "t.model", 400)
+  train_tokenizer(
+    [" ".join(np.roll(words, i)[: 1 + i % 5]) for i in range(400)],
+    root / "tokenizers" / "t.model",
+    400,
+  )
   c = configs.base()
-  c.data.dir, c.data.image.size, c.data.text.tokenizer, c.data.text.vocab_size, c.data.text.length = str(root), 8, "t", 400, 16
+  (
+    c.data.dir,
+    c.data.image.size,
+    c.data.text.tokenizer,
+    c.data.text.vocab_size,
+    c.data.text.length,
+  ) = str(root), 8, "t", 400, 16
   c.data.text.words, c.data.label, c.data.classes, c.evaluation.batch_size = True, "label", 3, 4
-  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit", patch=4), text=dict(kind="transformer")))
+  c.model = dict(
+    name="dual_encoder",
+    encoders=dict(image=dict(kind="vit", patch=4), text=dict(kind="transformer")),
+  )
 
   def run(apply, constants=(), overrides=(), **evaluator):
     c.evaluation.evaluators = {"it": dict(source="heads", **evaluator)}
     config = configs.resolve(c, overrides)
-    jitted = jax.jit(lambda constants, method, args, batch: apply(method, batch, constants), static_argnums=(1, 2))
+    jitted = jax.jit(
+      lambda constants, method, args, batch: apply(method, batch, constants), static_argnums=(1, 2)
+    )
     return Evaluation(config, jitted, make_mesh(config, jax.devices()[:2])).run(constants)["it"]
 
   run.tokenizer = load_tokenizer(configs.resolve(c).data)
@@ -59,7 +88,11 @@ def number(batch):
 
 def test_classification_counts_what_is_right(world):
   said = lambda i: (i + 1) % 3
-  result = world(lambda method, batch, _: 5.0 * jax.nn.one_hot((number(batch) + 1) % 3, 3), kind="classification", by="voice")
+  result = world(
+    lambda method, batch, _: 5.0 * jax.nn.one_hot((number(batch) + 1) % 3, 3),
+    kind="classification",
+    by="voice",
+  )
   truth = np.array([LABELS.index(record(i)["label"]) for i in READABLE])
   right = np.array([said(i) == t for i, t in zip(READABLE, truth, strict=True)])
   assert result.metrics["accuracy"] == right.mean() and result.metrics["accuracy@5"] == 1.0
@@ -71,10 +104,15 @@ def test_classification_counts_what_is_right(world):
 
 
 def test_several_labels_and_hidden_modalities(world):
-  """Classes a and b as independent labels; a model that knows them only where it is shown the picture."""
+  """Classes a and b as independent labels; a model that knows them only where it is shown the
+  picture.
+  """
+
   def classify(method, batch, _):
     shown = batch["image"].get("present", jnp.ones(4, bool))[:, None]
-    return jnp.where(shown, 4.0 * jax.nn.one_hot((number(batch) ** 2) % 3, 3) - 2, 0.1 * number(batch)[:, None])
+    return jnp.where(
+      shown, 4.0 * jax.nn.one_hot((number(batch) ** 2) % 3, 3) - 2, 0.1 * number(batch)[:, None]
+    )
 
   several = ("data.label=labels",)
   seen = world(classify, overrides=several, kind="classification").metrics
@@ -91,18 +129,36 @@ def test_captions_are_decoded_and_compared(world):
   texts = [caption(i) if i % 3 else "the stone house" for i in range(COUNT)]
   table = np.zeros((COUNT, 16), np.int32)
   for i, text in enumerate(texts):
-    ids = [*world.tokenizer.encode(text), world.tokenizer.eos_id, 7, 7]  # what comes after the end does not count
-    table[i, :len(ids)] = ids
-  result = world(lambda method, batch, table: table[number(batch)], jnp.asarray(table), kind="captions", by="voice",
-                 check="tests.evaluation.test_heads:judge", examples=4)
+    ids = [
+      *world.tokenizer.encode(text),
+      world.tokenizer.eos_id,
+      7,
+      7,
+    ]  # what comes after the end does not count
+    table[i, : len(ids)] = ids
+  result = world(
+    lambda method, batch, table: table[number(batch)],
+    jnp.asarray(table),
+    kind="captions",
+    by="voice",
+    check="tests.evaluation.test_heads:judge",
+    examples=4,
+  )
   metrics = result.metrics
   assert metrics["exact"] == np.mean([texts[i] == caption(i) for i in READABLE])
   assert metrics["right/apple"] == np.mean(["apple" in texts[i] for i in READABLE])
   assert metrics["right"] == np.mean(["apple" in texts[i] and i % 2 == 1 for i in READABLE])
   assert metrics["v1/right/voice"] == 1 and metrics["v0/right/voice"] == 0
   from jiwer import wer
-  assert metrics["word_error_rate"] == pytest.approx(wer([caption(i) for i in READABLE], [texts[i] for i in READABLE]))
-  assert metrics["examples"] == len(READABLE) and metrics["unreadable"] == 1 and 0 < metrics["cider_d"] < 10
+
+  assert metrics["word_error_rate"] == pytest.approx(
+    wer([caption(i) for i in READABLE], [texts[i] for i in READABLE])
+  )
+  assert (
+    metrics["examples"] == len(READABLE)
+    and metrics["unreadable"] == 1
+    and 0 < metrics["cider_d"] < 10
+  )
   shown = result.figures["texts"]["rows"]
   assert len(shown) == 4 and all(row["picture"].shape == (8, 8, 3) for row in shown)
 
@@ -118,7 +174,9 @@ def test_every_word_is_hidden_once(world):
     return jnp.where(tokens == mask, apple, tokens)
 
   result = world(fill, kind="masked_words", skip=("the", "on", "a"))
-  words = [word for i in range(COUNT) for word in caption(i).split() if word not in ("the", "on", "a")]
+  words = [
+    word for i in range(COUNT) for word in caption(i).split() if word not in ("the", "on", "a")
+  ]
   assert result.metrics["words"] == len(words)
   assert result.metrics["accuracy"] == words.count("apple") / len(words)
   hidden = np.concatenate(seen) == mask
@@ -129,23 +187,38 @@ def test_every_word_is_hidden_once(world):
 def test_multiple_choice_picks_the_nearest(world):
   first = [world.tokenizer.encode(word)[0] for word in WORDS]
   assert len(set(first)) == 4
-  aim = np.array([first[i % 4] if i % 3 else first[(i + 1) % 4] for i in range(COUNT)], np.int32)  # wrong for each third
+  aim = np.array(
+    [first[i % 4] if i % 3 else first[(i + 1) % 4] for i in range(COUNT)], np.int32
+  )  # wrong for each third
 
   def embed(method, batch, aim):
-    return jax.nn.one_hot(batch["text"]["tokens"][:, 0] if "text" in batch else aim[number(batch)], 400)
+    return jax.nn.one_hot(
+      batch["text"]["tokens"][:, 0] if "text" in batch else aim[number(batch)], 400
+    )
 
   result = world(embed, jnp.asarray(aim), kind="multiple_choice", modality="image", by="voice")
   right = {i: i % 3 > 0 for i in READABLE}
-  assert result.metrics["accuracy"] == np.mean(list(right.values())) and result.metrics["chance"] == 0.25
+  assert (
+    result.metrics["accuracy"] == np.mean(list(right.values())) and result.metrics["chance"] == 0.25
+  )
   assert result.metrics["v0/accuracy"] == np.mean([right[i] for i in READABLE if i % 2 == 0])
   tie = world(lambda method, batch, _: jnp.ones((4, 8)), kind="multiple_choice", modality="image")
   assert tie.metrics["accuracy"] == 0, "ties are pessimistic"
 
 
-@pytest.mark.parametrize("entry, said", [
-  (dict(kind="captions", check="nowhere:judge"), r"evaluators\.it\.check 'nowhere:judge': No module named 'nowhere'"),
-  (dict(kind="multiple_choice", modality="image", choices="two words:x"), r"choices 'two words:x': write module:function"),
-])
+@pytest.mark.parametrize(
+  "entry, said",
+  [
+    (
+      dict(kind="captions", check="nowhere:judge"),
+      r"evaluators\.it\.check 'nowhere:judge': No module named 'nowhere'",
+    ),
+    (
+      dict(kind="multiple_choice", modality="image", choices="two words:x"),
+      r"choices 'two words:x': write module:function",
+    ),
+  ],
+)
 def test_a_function_that_is_not_there(world, entry, said):
   with pytest.raises(UserError, match=said):
     world(lambda method, batch, _: jnp.zeros((4, 8)), **entry)

@@ -22,7 +22,9 @@ def test_ridge_equals_scikit_learn():
   x, y = problem(80, 0)
   for strength, (weights, bias) in zip((1e-3, 1.0), ridge(x, y, 3, (1e-3, 1.0)), strict=True):
     alpha = strength * np.square(x - x.mean(0, dtype=np.float64)).sum() / x.shape[1]
-    reference = linear_model.Ridge(alpha=alpha).fit(x.astype(np.float64), 2.0 * (y[:, None] == np.arange(3)) - 1)
+    reference = linear_model.Ridge(alpha=alpha).fit(
+      x.astype(np.float64), 2.0 * (y[:, None] == np.arange(3)) - 1
+    )
     np.testing.assert_allclose(weights.T, reference.coef_, atol=1e-8)
     np.testing.assert_allclose(bias, reference.intercept_, atol=1e-8)
 
@@ -35,10 +37,14 @@ def test_probe_reads_separable_classes_and_maps_labels_by_name():
   swapped = np.array([2, 1, 0])  # the test split lists its labels in another order
   test = Data(x_test, batch_size=8, labels=swapped[y_test], label_names=names[::-1])
   run = lambda devices: evaluation(
-    {"p": dict(kind="linear_probe", source="s", split="test")}, dict(train=train, test=test), devices
+    {"p": dict(kind="linear_probe", source="s", split="test")},
+    dict(train=train, test=test),
+    devices,
   ).run(1.0)["p"]
   metrics = run(8).metrics
-  assert metrics["accuracy"] == 1.0 and metrics["train_examples"] == 89 and metrics["unreadable"] == 1
+  assert (
+    metrics["accuracy"] == 1.0 and metrics["train_examples"] == 89 and metrics["unreadable"] == 1
+  )
   assert run(1).metrics == metrics
 
 
@@ -62,6 +68,9 @@ def test_equal_pictures_stay_on_one_side_whatever_the_order():
 
 def test_fitting_on_the_tested_split_is_refused():
   with pytest.raises(UserError, match="both 'test'"):
-    evaluation({"p": dict(kind="linear_probe", source="s", split="test", train_split="test")}, Data(np.eye(3))).run(1.0)
+    evaluation(
+      {"p": dict(kind="linear_probe", source="s", split="test", train_split="test")},
+      Data(np.eye(3)),
+    ).run(1.0)
   with pytest.raises(UserError, match="grid"):
     evaluation({"p": dict(kind="linear_probe", source="s", grid=(-1.0,))}, Data(np.eye(3))).run(1.0)

@@ -45,13 +45,18 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def config():
   c = configs.base()
-  c.model = dict(name="dual_encoder", encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer")))
+  c.model = dict(
+    name="dual_encoder", encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer"))
+  )
   return configs.resolve(c)
 
 
 def figures():
   picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
-  hits = [dict(text="<b>red & blue</b>", score=0.5, right=True), dict(text="نص", score=0.25, right=False)]
+  hits = [
+    dict(text="<b>red & blue</b>", score=0.5, right=True),
+    dict(text="نص", score=0.25, right=False),
+  ]
   shots = [dict(picture=picture, score=0.5, right=False)]
   return {
     "retrieval/a": Result(
@@ -72,7 +77,8 @@ def figures():
       },
     ),
     "zero": Result(
-      {"accuracy": 0.6}, {"confusion": dict(kind="confusion", names=["a", "b"], matrix=np.array([[3, 1], [0, 2]]))}
+      {"accuracy": 0.6},
+      {"confusion": dict(kind="confusion", names=["a", "b"], matrix=np.array([[3, 1], [0, 2]]))},
     ),
   }
 
@@ -91,7 +97,9 @@ def test_a_whole_report_loads_nothing_and_escapes_captions(tmp_path, config):
     )
     for s in range(1, 60)
   ]
-  lines += [json.dumps({"step": s, "time": 1.0, "retrieval/a/image_to_text/R@1": s / 100}) for s in (20, 40)]
+  lines += [
+    json.dumps({"step": s, "time": 1.0, "retrieval/a/image_to_text/R@1": s / 100}) for s in (20, 40)
+  ]
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 60, "lo')
   text = write_report(tmp_path, config, figures(), tmp_path / "metrics.jsonl").read_text()
   page = Page(text)
@@ -139,7 +147,9 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, config):
 
 
 def test_metrics_lines_that_are_damaged_are_passed_over(tmp_path):
-  (tmp_path / "m").write_text('{"step": 1, "loss": 2.0}\n[]\n{"loss": 1}\nnot json\n{"step": 2, "loss": null}\n')
+  (tmp_path / "m").write_text(
+    '{"step": 1, "loss": 2.0}\n[]\n{"loss": 1}\nnot json\n{"step": 2, "loss": null}\n'
+  )
   rows = read_metrics(tmp_path / "m")
   assert [row["step"] for row in rows] == [1, 2]
   assert training_charts(rows) == ([], [])
@@ -155,4 +165,6 @@ def test_long_curves_are_thinned_and_ticks_are_round():
 
 def test_pictures_are_small_data_uris():
   assert picture_uri(np.zeros((48, 48, 3), np.uint8)).startswith("data:image/png;base64,")
-  assert len(picture_uri(np.random.default_rng(0).integers(0, 255, (600, 400, 3), np.uint8))) < 30000
+  assert (
+    len(picture_uri(np.random.default_rng(0).integers(0, 255, (600, 400, 3), np.uint8))) < 30000
+  )

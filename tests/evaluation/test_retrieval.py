@@ -1,4 +1,6 @@
-"""Retrieval against a brute-force ranking, and its independence of order, batch size, padding, blocks and devices."""
+"""Retrieval against a brute-force ranking, and its independence of order, batch size, padding,
+blocks and devices.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,28 @@ def brute_force(queries, gallery, pairs) -> np.ndarray:
   for q, vector in enumerate(queries):
     positives = {g for a, g in pairs if a == q}
     order = sorted(range(len(gallery)), key=lambda g: (-float(vector @ gallery[g]), g in positives))
-    out.append(1 + next(sum(h not in positives for h in order[:i]) for i, g in enumerate(order) if g in positives))
+    out.append(
+      1
+      + next(
+        sum(h not in positives for h in order[:i]) for i, g in enumerate(order) if g in positives
+      )
+    )
   return np.array(out)
 
 
 @st.composite
 def problems(draw):
-  """Vectors of small integers, so that similarities are exact and ties frequent; every query has a positive."""
+  """Vectors of small integers, so that similarities are exact and ties frequent; every query has a
+  positive.
+  """
   q, g, d = draw(st.integers(1, 9)), draw(st.integers(1, 11)), draw(st.integers(1, 3))
   cell = st.integers(-2, 2)
-  queries = np.array(draw(st.lists(st.lists(cell, min_size=d, max_size=d), min_size=q, max_size=q)), np.float32)
-  gallery = np.array(draw(st.lists(st.lists(cell, min_size=d, max_size=d), min_size=g, max_size=g)), np.float32)
+  queries = np.array(
+    draw(st.lists(st.lists(cell, min_size=d, max_size=d), min_size=q, max_size=q)), np.float32
+  )
+  gallery = np.array(
+    draw(st.lists(st.lists(cell, min_size=d, max_size=d), min_size=g, max_size=g)), np.float32
+  )
   pairs = {(i, draw(st.integers(0, g - 1))) for i in range(q)}
   pairs |= draw(st.sets(st.tuples(st.integers(0, q - 1), st.integers(0, g - 1)), max_size=6))
   return queries, gallery, np.array(sorted(pairs))
@@ -44,7 +57,8 @@ def problems(draw):
 def test_ranks_equal_brute_force_whatever_the_mesh(problem, devices):
   queries, gallery, pairs = problem
   np.testing.assert_array_equal(
-    ranks(queries, gallery, pairs, MESH[devices], block=(8, 4)), brute_force(queries, gallery, pairs)
+    ranks(queries, gallery, pairs, MESH[devices], block=(8, 4)),
+    brute_force(queries, gallery, pairs),
   )
 
 
@@ -52,14 +66,19 @@ def test_blocks_order_and_devices_do_not_matter():
   rng = np.random.default_rng(0)
   queries, gallery = (rng.normal(size=(n, 16)).astype(np.float32) for n in (37, 53))
   pairs = np.unique(
-    np.concatenate([np.stack([np.arange(37), rng.integers(0, 53, 37)], 1), rng.integers(0, 37, (40, 2))]), axis=0
+    np.concatenate(
+      [np.stack([np.arange(37), rng.integers(0, 53, 37)], 1), rng.integers(0, 37, (40, 2))]
+    ),
+    axis=0,
   )
   expected = brute_force(queries, gallery, pairs.tolist())
   for devices, block in ((1, (1024, 4096)), (8, (8, 7)), (8, (16, 53)), (2, (5, 1))):
     np.testing.assert_array_equal(ranks(queries, gallery, pairs, MESH[devices], block), expected)
   order = rng.permutation(53)
   moved = np.stack([pairs[:, 0], np.argsort(order)[pairs[:, 1]]], 1)
-  np.testing.assert_array_equal(ranks(queries, gallery[order], rng.permutation(moved), MESH[8], (8, 16)), expected)
+  np.testing.assert_array_equal(
+    ranks(queries, gallery[order], rng.permutation(moved), MESH[8], (8, 16)), expected
+  )
 
 
 def test_a_block_is_all_that_a_device_holds():
@@ -68,7 +87,12 @@ def test_a_block_is_all_that_a_device_holds():
   count = retrieval._count(retrieval.rules.batch_sharding(MESH[8]))
   shapes = [
     jax.ShapeDtypeStruct(s, d)
-    for s, d in (((64, 4), np.float32), ((32, 4), np.float32), ((64,), np.float32), ((64, 32), bool))
+    for s, d in (
+      ((64, 4), np.float32),
+      ((32, 4), np.float32),
+      ((64,), np.float32),
+      ((64, 32), bool),
+    )
   ]
   sharded, whole = retrieval.rules.batch_sharding(MESH[8]), retrieval.rules.replicated(MESH[8])
   shapes = [
@@ -96,11 +120,18 @@ def test_equal_pictures_and_equal_captions_are_one_item():
 
 
 def test_recall_by_hand():
-  assert recall(np.array([1, 2, 6, 11])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75, "median_rank": 4.0}
+  assert recall(np.array([1, 2, 6, 11])) == {
+    "R@1": 0.25,
+    "R@5": 0.5,
+    "R@10": 0.75,
+    "median_rank": 4.0,
+  }
 
 
 def small_world(batch_size, shuffle=None):
-  """Six pictures (two identical, one unreadable) with captions, some shared; vectors are random but fixed."""
+  """Six pictures (two identical, one unreadable) with captions, some shared; vectors are random but
+  fixed.
+  """
   rng = np.random.default_rng(1)
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   vectors = unit(rng.normal(size=(6, 8)))
@@ -133,7 +164,9 @@ def test_metrics_do_not_depend_on_batch_size_padding_order_or_devices():
   metrics = results[0].metrics
   assert metrics["images"] == 4 and metrics["texts"] == 5 and metrics["unreadable"] == 1
   assert set(metrics) == {
-    f"{way}/{m}" for way in ("image_to_text", "text_to_image") for m in ("R@1", "R@5", "R@10", "median_rank")
+    f"{way}/{m}"
+    for way in ("image_to_text", "text_to_image")
+    for m in ("R@1", "R@5", "R@10", "median_rank")
   } | {"images", "texts", "unreadable"}
 
 
@@ -141,7 +174,9 @@ def test_examples_mark_what_is_right():
   result = evaluation(ENTRY, small_world(8)).run(1.0)["retrieval/x"]
   for figure in result.figures.values():
     for row in figure["rows"]:
-      assert [h["score"] for h in row["top"]] == sorted((h["score"] for h in row["top"]), reverse=True)
+      assert [h["score"] for h in row["top"]] == sorted(
+        (h["score"] for h in row["top"]), reverse=True
+      )
       assert (row["rank"] == 1) == row["top"][0]["right"]
   assert all(row["picture"].shape == (8, 8, 3) for row in result.figures["image_to_text"]["rows"])
 
@@ -162,5 +197,8 @@ def test_no_readable_pair_is_an_error():
 
 def test_single_device_mesh_works():
   assert ranks(
-    np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.stack([np.arange(3)] * 2, 1), single_device_mesh()
+    np.eye(3, dtype=np.float32),
+    np.eye(3, dtype=np.float32),
+    np.stack([np.arange(3)] * 2, 1),
+    single_device_mesh(),
   ).tolist() == [1, 1, 1]

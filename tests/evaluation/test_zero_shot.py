@@ -15,7 +15,9 @@ LABELS = ("Animals & Nature", "Flags", "Food & Drink")
 
 
 class Texts(dict):
-  """A text encoder that knows a class by its word and is thrown off by templates in a fixed direction."""
+  """A text encoder that knows a class by its word and is thrown off by templates in a fixed
+  direction.
+  """
 
   def __missing__(self, text):
     vector = np.zeros(4)
@@ -27,7 +29,8 @@ class Texts(dict):
 
 def data(batch_size=8):
   vectors = np.array(
-    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]], np.float32
+    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]],
+    np.float32,
   )
   return Data(
     vectors,
@@ -54,12 +57,15 @@ def test_accuracy_confusion_and_left_out_records_by_hand():
 
 def test_result_does_not_depend_on_batch_size_or_devices():
   results = [
-    evaluation(entry(languages=("en", "de")), data(b), n).run(1.0)["z"].metrics for b, n in ((8, 8), (6, 1), (4, 2))
+    evaluation(entry(languages=("en", "de")), data(b), n).run(1.0)["z"].metrics
+    for b, n in ((8, 8), (6, 1), (4, 2))
   ]
   assert results[0] == results[1] == results[2] and "de/accuracy" in results[0]
 
 
-@pytest.mark.parametrize(("modality", "kind"), [("audio", "whisper"), ("video", "frames"), ("series", "series")])
+@pytest.mark.parametrize(
+  ("modality", "kind"), [("audio", "whisper"), ("video", "frames"), ("series", "series")]
+)
 def test_sounds_clips_and_series_are_classified_as_pictures_are(modality, kind):
   encoder = {modality: dict(kind=kind)}
   result = evaluation(entry(modality=modality), data(), **encoder).run(1.0)["z"].metrics
@@ -67,7 +73,7 @@ def test_sounds_clips_and_series_are_classified_as_pictures_are(modality, kind):
   assert result == want and result["accuracy"] == 0.8
   asked = prompts.templates("en", modality)
   assert asked[0] == "{}" and not any("picture" in t or "emoji" in t for t in asked)
-  with pytest.raises(UserError, match="modality names \"smell\""):
+  with pytest.raises(UserError, match='modality names "smell"'):
     evaluation(entry(modality="smell"), data(), **encoder)
   with pytest.raises(UserError, match="modality is 'text'"):
     evaluation(entry(modality="text"), data()).run(1.0)
@@ -75,7 +81,9 @@ def test_sounds_clips_and_series_are_classified_as_pictures_are(modality, kind):
 
 def test_own_classes_and_templates():
   own = entry(classes=(("flags", ("drink",)), ("food-drink", ("flag",))), templates=("a {}",))
-  assert evaluation(own, data()).run(1.0)["z"].metrics["accuracy"] == 0.2  # only the clear animal is left
+  assert (
+    evaluation(own, data()).run(1.0)["z"].metrics["accuracy"] == 0.2
+  )  # only the clear animal is left
   with pytest.raises(UserError, match="names 'boats', which is no class"):
     evaluation(entry(classes=(("boats", ("boat",)),)), data()).run(1.0)
   with pytest.raises(UserError, match="has no {} for the name"):
@@ -84,7 +92,9 @@ def test_own_classes_and_templates():
 
 def test_a_class_is_the_normalised_mean_of_its_prompts():
   table = {"a": [1, 0], "b": [0, 1], "c": [0, -3]}
-  out = class_embeddings(lambda texts: np.array([table[t] for t in texts], np.float32), [["a", "b"], ["c"]])
+  out = class_embeddings(
+    lambda texts: np.array([table[t] for t in texts], np.float32), [["a", "b"], ["c"]]
+  )
   np.testing.assert_allclose(out, [[0.5**0.5, 0.5**0.5], [0, -1]], atol=1e-6)
 
 

@@ -1,7 +1,8 @@
-"""A small data set on disk, a tiny model as an import folder, and an evaluation of it that several processes can share.
+"""A small data set on disk, a tiny model as an import folder, and an evaluation of it that several
+processes can share.
 
-Run as a program: `world.py CHECKPOINT DEVICES_A_PROCESS` prints the metrics (every process joins by the MMJAX_
-variables).
+Run as a program: `world.py CHECKPOINT DEVICES_A_PROCESS` prints the metrics (every process joins by
+the MMJAX_ variables).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def build(folder: Path) -> Path:
   tree["data"]["dir"] = str(folder / "data")
   tree["evaluation"]["evaluators"] = {
     "retrieval/en": dict(kind="retrieval", source="small", split="test"),
-    "retrieval/both": dict(kind="retrieval", source="small", split="test", languages=("en", "de"), examples=2),
+    "retrieval/both": dict(
+      kind="retrieval", source="small", split="test", languages=("en", "de"), examples=2
+    ),
     "zero": dict(kind="zero_shot", source="small", split="test", languages=("en", "de")),
     "probe": dict(kind="linear_probe", source="small", split="test", train_split="train"),
   }

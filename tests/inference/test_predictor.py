@@ -1,5 +1,5 @@
-"""The Predictor against the model itself, over kinds of input, batch sizes and meshes; it needs nothing but the
-checkpoint.
+"""The Predictor against the model itself, over kinds of input, batch sizes and meshes; it needs
+nothing but the checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def test_equals_the_model_applied_by_hand(predictor):
   transform = ImageTransform(config.data.image, train=False)
   params = jax.tree.map(np.asarray, predictor.params)
   by_hand = model.apply(
-    {"params": params}, "image", {"image": {"pixels": np.stack([transform(p) for p in pictures])}}, method="embedding"
+    {"params": params},
+    "image",
+    {"image": {"pixels": np.stack([transform(p) for p in pictures])}},
+    method="embedding",
   )
   np.testing.assert_allclose(predictor.encode_image(pictures), by_hand, atol=1e-5)
   tokens = predictor.tokens(list(tiny.WORDS))
@@ -59,13 +62,18 @@ def test_paths_bytes_pil_and_arrays_give_the_same(predictor, tmp_path):
   palette = Image.fromarray(array).convert("RGBA")
   palette.putalpha(0)
   white = np.full((20, 20, 3), 255, np.uint8)
-  np.testing.assert_allclose(predictor.encode_image(palette), predictor.encode_image(white), atol=1e-6)
+  np.testing.assert_allclose(
+    predictor.encode_image(palette), predictor.encode_image(white), atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 9, 17])
 def test_any_number_of_inputs(predictor, count):
   pictures, texts = tiny.pixels(17, 1), [f"{w} {i}" for i, w in enumerate(tiny.WORDS * 3)]
-  images, words = predictor.encode_image(pictures[:count]), predictor.encode_text(iter(texts[:count]))
+  images, words = (
+    predictor.encode_image(pictures[:count]),
+    predictor.encode_text(iter(texts[:count])),
+  )
   assert images.shape == words.shape == (count, 16)
   np.testing.assert_allclose(images, predictor.encode_image(pictures)[:count], atol=1e-5)
   np.testing.assert_allclose(words, predictor.encode_text(texts)[:count], atol=1e-5)
@@ -81,7 +89,9 @@ def test_sizes_share_a_few_programs(checkpoint):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_any_mesh_gives_the_same(checkpoint, predictor, devices):
   other = mmjax.load(checkpoint, mesh=make_mesh(configs.base(), jax.devices()[:devices]))
-  np.testing.assert_allclose(other.encode_text(tiny.WORDS), predictor.encode_text(tiny.WORDS), atol=1e-5)
+  np.testing.assert_allclose(
+    other.encode_text(tiny.WORDS), predictor.encode_text(tiny.WORDS), atol=1e-5
+  )
   assert other.fingerprint == predictor.fingerprint
 
 
@@ -107,7 +117,9 @@ def test_a_model_with_a_sigmoid_loss_gives_each_label_a_probability_of_its_own(p
   logits = other.scale * other.encode_image(pictures) @ other.encode_text(labels).T + other.bias
   out = other.classify(pictures, labels)
   np.testing.assert_allclose(out, 1 / (1 + np.exp(-logits)), rtol=1e-3, atol=1e-6)
-  np.testing.assert_allclose(other.classify(pictures, labels[:1]), out[:, :1], rtol=1e-3)  # whatever else is asked
+  np.testing.assert_allclose(
+    other.classify(pictures, labels[:1]), out[:, :1], rtol=1e-3
+  )  # whatever else is asked
 
 
 def test_bad_inputs_are_named(predictor, tmp_path):
@@ -135,7 +147,9 @@ def test_exif_orientation_of_a_pil_picture_is_honoured(predictor):
   data = io.BytesIO()
   image.save(data, "JPEG", exif=exif, quality=95)
   opened = Image.open(io.BytesIO(data.getvalue()))
-  np.testing.assert_allclose(predictor.encode_image(opened), predictor.encode_image(data.getvalue()), atol=0.02)
+  np.testing.assert_allclose(
+    predictor.encode_image(opened), predictor.encode_image(data.getvalue()), atol=0.02
+  )
   assert np.abs(predictor.encode_image(opened) - predictor.encode_image(image)).max() > 0.02
 
 

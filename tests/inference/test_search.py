@@ -1,4 +1,6 @@
-"""`mmjax embed` and `mmjax search`: a folder, a text file, a data set; what cannot be read is named."""
+"""`mmjax embed` and `mmjax search`: a folder, a text file, a data set; what cannot be read is
+named.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +40,29 @@ def test_a_folder_is_embedded_whole_and_broken_pictures_are_named(predictor, fol
   out = embed(predictor, tmp_path / "index.npz", images=str(folder), log=lines.append)
   index = np.load(out, allow_pickle=False)
   assert index["image_ids"].tolist() == ["b.png", "copy.png", "deep/a.PNG", "deep/er/c.png"]
-  assert index["skipped"].tolist() == ["broken.jpg"] and any("skipped broken.jpg" in line for line in lines)
+  assert index["skipped"].tolist() == ["broken.jpg"] and any(
+    "skipped broken.jpg" in line for line in lines
+  )
   keys = index["image_keys"]
   assert keys.dtype == np.uint64 and keys[0] == keys[1] and len(set(keys.tolist())) == 3
   np.testing.assert_allclose(
-    index["image_embeddings"], predictor.encode_image([folder / n for n in index["image_ids"]]), atol=1e-6
+    index["image_embeddings"],
+    predictor.encode_image([folder / n for n in index["image_ids"]]),
+    atol=1e-6,
   )
-  assert (float(index["scale"]), str(index["model"])) == (np.float32(predictor.scale), predictor.fingerprint)
+  assert (float(index["scale"]), str(index["model"])) == (
+    np.float32(predictor.scale),
+    predictor.fingerprint,
+  )
 
 
 def test_a_pipe_among_the_pictures_is_named(predictor, folder, tmp_path):
   os.mkfifo(folder / "pipe.png")
   lines = []
-  index = np.load(embed(predictor, tmp_path / "index.npz", images=str(folder), log=lines.append), allow_pickle=False)
+  index = np.load(
+    embed(predictor, tmp_path / "index.npz", images=str(folder), log=lines.append),
+    allow_pickle=False,
+  )
   assert index["skipped"].tolist() == ["broken.jpg", "pipe.png"]
   assert any("skipped pipe.png" in line and "not a regular file" in line for line in lines)
   with pytest.raises(UserError, match="not a regular file"):
@@ -60,9 +72,13 @@ def test_a_pipe_among_the_pictures_is_named(predictor, folder, tmp_path):
 def test_search_by_picture_and_by_words(predictor, folder, tmp_path):
   index = embed(predictor, tmp_path / "i.npz", images=str(folder), log=lambda line: None)
   hits = search(predictor, str(folder / "b.png"), index=index, k=3)
-  assert [name for name, _ in hits[:2]] == ["b.png", "copy.png"] and hits[0][1] == pytest.approx(1, abs=1e-5)
+  assert [name for name, _ in hits[:2]] == ["b.png", "copy.png"] and hits[0][1] == pytest.approx(
+    1, abs=1e-5
+  )
   words = search(predictor, "a red heart", images=folder, k=10, log=lambda line: None)
-  scores = predictor.encode_image([folder / n for n, _ in words]) @ predictor.encode_text("a red heart")[0]
+  scores = (
+    predictor.encode_image([folder / n for n, _ in words]) @ predictor.encode_text("a red heart")[0]
+  )
   np.testing.assert_allclose([s for _, s in words], scores, atol=1e-5)
   assert len(words) == 4 and list(scores) == sorted(scores, reverse=True)
 
@@ -70,24 +86,42 @@ def test_search_by_picture_and_by_words(predictor, folder, tmp_path):
 def test_texts_from_a_file(predictor, tmp_path):
   (tmp_path / "t.txt").write_text("a red heart\n\n  A  red heart \nمرحبا\n", encoding="utf-8")
   index = np.load(
-    embed(predictor, tmp_path / "t.npz", texts=str(tmp_path / "t.txt"), log=lambda line: None), allow_pickle=False
+    embed(predictor, tmp_path / "t.npz", texts=str(tmp_path / "t.txt"), log=lambda line: None),
+    allow_pickle=False,
   )
   assert (
-    index["texts"].tolist() == ["a red heart", "A  red heart", "مرحبا"] and index["text_owners"].tolist() == [-1] * 3
+    index["texts"].tolist() == ["a red heart", "A  red heart", "مرحبا"]
+    and index["text_owners"].tolist() == [-1] * 3
   )
   assert index["text_keys"][0] == index["text_keys"][1] != index["text_keys"][2]
   assert index["text_embeddings"].shape == (3, 16)
 
 
 class Source:
-  """Five records: two identical pictures, a broken one, one that cannot be read; captions in two languages."""
+  """Five records: two identical pictures, a broken one, one that cannot be read; captions in two
+  languages.
+  """
 
   def __init__(self):
     arrays = tiny.pixels(3, 7)
-    data = [tiny.png(arrays[0]), tiny.png(arrays[1]), b"broken", tiny.png(arrays[0]), tiny.png(arrays[2])]
-    words = [["a red heart", "heart"], ["a black cat"], ["lost"], ["a red heart"], ["two blue birds"]]
+    data = [
+      tiny.png(arrays[0]),
+      tiny.png(arrays[1]),
+      b"broken",
+      tiny.png(arrays[0]),
+      tiny.png(arrays[2]),
+    ]
+    words = [
+      ["a red heart", "heart"],
+      ["a black cat"],
+      ["lost"],
+      ["a red heart"],
+      ["two blue birds"],
+    ]
     self.records = [
-      dict(id=f"r{i}", image=d, captions={"en": w}, label="", image_key=[11, 12, 13, 11, 2**63 + 5][i])
+      dict(
+        id=f"r{i}", image=d, captions={"en": w}, label="", image_key=[11, 12, 13, 11, 2**63 + 5][i]
+      )
       for i, (d, w) in enumerate(zip(data, words, strict=True))
     ]
 
@@ -102,7 +136,14 @@ class Source:
 
 def test_recall_of_a_data_set_in_a_few_lines_of_numpy(predictor, tmp_path, monkeypatch):
   monkeypatch.setattr(searching, "open_source", lambda entry, config: Source())
-  out = embed(predictor, tmp_path / "s.npz", source="fake", split="test", languages=("en",), log=lambda line: None)
+  out = embed(
+    predictor,
+    tmp_path / "s.npz",
+    source="fake",
+    split="test",
+    languages=("en",),
+    log=lambda line: None,
+  )
   f = np.load(out, allow_pickle=False)
   assert f["image_ids"].tolist() == ["r0", "r1", "r3", "r4"] and len(f["skipped"]) == 2
   assert f["text_owners"].tolist() == [0, 0, 1, 2, 3] and f["texts"][4] == "two blue birds"
@@ -116,7 +157,12 @@ def test_recall_of_a_data_set_in_a_few_lines_of_numpy(predictor, tmp_path, monke
   recall = np.mean(np.where(right, similarity, -2).max(1) > np.where(right, -2, similarity).max(1))
 
   items = merge(f["image_keys"], np.ones(4, bool), f["text_owners"], f["text_keys"])
-  rank = ranks(f["image_embeddings"][items.images], f["text_embeddings"][items.texts], items.pairs, predictor.mesh)
+  rank = ranks(
+    f["image_embeddings"][items.images],
+    f["text_embeddings"][items.texts],
+    items.pairs,
+    predictor.mesh,
+  )
   assert recall == np.mean(rank == 1) and len(items.images) == 3 and len(items.texts) == 4
 
 

@@ -17,7 +17,14 @@ from mmjax.inference.predictor import param_spec
 from mmjax.models import make_model
 from mmjax.state.checkpoint import save_import
 
-WORDS = ("a red heart", "a black cat", "two blue birds", "the flag of Chad", "a slice of pizza", "rain on the sea")
+WORDS = (
+  "a red heart",
+  "a black cat",
+  "two blue birds",
+  "the flag of Chad",
+  "a slice of pizza",
+  "rain on the sea",
+)
 
 
 def config(**image):
@@ -40,14 +47,26 @@ def config(**image):
 
 
 def media_config(name: str, encoders: tuple[str, ...], **changes):
-  """A resolved config of any kind of model with tiny encoders of these modalities. changes: {"data.label": "label", ...}."""
+  """A resolved config of any kind of model with tiny encoders of these modalities. changes:
+  {"data.label": "label", ...}.
+  """
   c = configs.base()
   c.data.image.size, c.data.video.size, c.data.video.frames = 16, 16, 3
-  c.data.audio.rate, c.data.audio.seconds, c.data.series.length, c.data.series.channels = 8000, 0.25, 8, 2
+  c.data.audio.rate, c.data.audio.seconds, c.data.series.length, c.data.series.channels = (
+    8000,
+    0.25,
+    8,
+    2,
+  )
   c.data.text = dict(tokenizer="tiny", vocab_size=512, length=8)
   block = dict(depth=1, heads=2)
-  kinds = dict(image=dict(kind="vit", patch=8, **block), audio=dict(kind="whisper", mels=8, **block), video=dict(kind="frames", temporal="mean", patch=8, **block),
-               series=dict(kind="series", patch=4, **block), text=dict(kind="transformer", **block))
+  kinds = dict(
+    image=dict(kind="vit", patch=8, **block),
+    audio=dict(kind="whisper", mels=8, **block),
+    video=dict(kind="frames", temporal="mean", patch=8, **block),
+    series=dict(kind="series", patch=4, **block),
+    text=dict(kind="transformer", **block),
+  )
   c.model = dict(name=name, width=16, encoders={modality: kinds[modality] for modality in encoders})
   c.data.modalities = tuple(dict.fromkeys((*encoders, "text") if name != "encoder" else encoders))
   c.precision.compute, c.train.batch_size = "float32", 8
@@ -63,7 +82,9 @@ def save(config, folder: Path) -> Path:
 def random_params(config, seed: int = 0):
   """Random numbers in the shapes of a config's parameters; nothing is compiled for them."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), param_spec(config))
+  return jax.tree.map(
+    lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), param_spec(config)
+  )
 
 
 def params(config, seed: int = 0):
@@ -72,11 +93,15 @@ def params(config, seed: int = 0):
   batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_spec(config, 2))
   tree = nn.unbox(jax.jit(model.init)(jax.random.key(seed), batch)["params"])
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(np.float32), tree)
+  return jax.tree.map(
+    lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(np.float32), tree
+  )
 
 
 def assets(folder: Path) -> dict[str, bytes]:
-  return {"tokenizer.model": train_tokenizer(list(WORDS) * 20, folder / "tiny.model", 420).read_bytes()}
+  return {
+    "tokenizer.model": train_tokenizer(list(WORDS) * 20, folder / "tiny.model", 420).read_bytes()
+  }
 
 
 def checkpoint(folder: Path, seed: int = 0, **image) -> Path:

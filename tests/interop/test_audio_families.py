@@ -1,4 +1,6 @@
-"""Whisper's encoder and AST against transformers: spectrograms, tiny random models, outputs and gradients."""
+"""Whisper's encoder and AST against transformers: spectrograms, tiny random models, outputs and
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,17 @@ LENGTHS = np.array([RATE, 9_000], np.int32)
 def sound(samples=RATE):
   """Two rows of int16: tones under noise, and silence after LENGTHS."""
   t = np.arange(samples) / RATE
-  x = np.stack([0.4 * np.sin(2 * np.pi * f * t * (1 + t)) + 0.02 * RNG.standard_normal(samples) for f in (300, 1100)])
-  return (np.where(np.arange(samples) < LENGTHS[:, None], x, 0) * 32768).clip(-32768, 32767).astype(np.int16)
+  x = np.stack(
+    [
+      0.4 * np.sin(2 * np.pi * f * t * (1 + t)) + 0.02 * RNG.standard_normal(samples)
+      for f in (300, 1100)
+    ]
+  )
+  return (
+    (np.where(np.arange(samples) < LENGTHS[:, None], x, 0) * 32768)
+    .clip(-32768, 32767)
+    .astype(np.int16)
+  )
 
 
 WAVEFORM = sound()
@@ -43,14 +54,22 @@ def randomised(model):
 
 def encoder_of(entry, seconds=1.0):
   settings = {k: v for k, v in entry.items() if k != "kind"}
-  return getattr(encoders, entry["kind"])(dict(audio=dict(rate=RATE, seconds=seconds)), dict(compute="float32"), **settings)
+  return getattr(encoders, entry["kind"])(
+    dict(audio=dict(rate=RATE, seconds=seconds)), dict(compute="float32"), **settings
+  )
 
 
 def gradients_match(encoder, params, rules, model, output, target):
-  """Every gradient of the mean square of our tokens less `target` equals PyTorch's of `output` less `target`."""
+  """Every gradient of the mean square of our tokens less `target` equals PyTorch's of `output` less
+  `target`.
+  """
   model.zero_grad()
   (output - torch.from_numpy(target)).square().mean().backward()
-  want = mapping.to_params({name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}, rules, "gradients")
+  want = mapping.to_params(
+    {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None},
+    rules,
+    "gradients",
+  )
   loss = lambda p: jnp.square(encoder.apply({"params": p["audio"]}, BATCH).tokens - target).mean()
   got = jax.jit(jax.grad(loss))({"audio": params})
   scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(want))
@@ -60,10 +79,27 @@ def gradients_match(encoder, params, rules, model, output, target):
 @pytest.fixture(scope="module")
 def whisper_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("whisper")
-  model = randomised(transformers.WhisperModel(transformers.WhisperConfig(
-      vocab_size=40, num_mel_bins=80, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, decoder_layers=1,
-      decoder_attention_heads=4, decoder_ffn_dim=32, max_source_positions=50, max_target_positions=8, pad_token_id=0,
-      bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)))
+  model = randomised(
+    transformers.WhisperModel(
+      transformers.WhisperConfig(
+        vocab_size=40,
+        num_mel_bins=80,
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=32,
+        max_source_positions=50,
+        max_target_positions=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+      )
+    )
+  )
   generation = transformers.WhisperForConditionalGeneration(model.config)
   generation.model.load_state_dict(model.state_dict())
   generation.save_pretrained(folder)
@@ -73,8 +109,13 @@ def whisper_folder(tmp_path_factory):
 
 
 def test_whisper_spectrogram_equals_transformers(whisper_folder):
-  for extractor in (whisper_folder[2], transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=1)):
-    want = extractor(list(FLOATS), sampling_rate=RATE, return_tensors="np")["input_features"].transpose(0, 2, 1)
+  for extractor in (
+    whisper_folder[2],
+    transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=1),
+  ):
+    want = extractor(list(FLOATS), sampling_rate=RATE, return_tensors="np")[
+      "input_features"
+    ].transpose(0, 2, 1)
     got, mask = encoders.log_mel(WAVEFORM, LENGTHS, mels=extractor.feature_size)
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert mask.sum(1).tolist() == [100, -(-9000 // 160)]
@@ -82,18 +123,28 @@ def test_whisper_spectrogram_equals_transformers(whisper_folder):
 
 def test_whisper_encoder_equals_transformers_and_goes_back(whisper_folder):
   folder, model, extractor = whisper_folder
-  facts, preprocessor = (safetensors.read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+  facts, preprocessor = (
+    safetensors.read_json(folder / name) for name in ("config.json", "preprocessor_config.json")
+  )
   assert whisper.audio_settings(facts, preprocessor) == dict(rate=RATE, seconds=1.0)
   tensors = safetensors.read_folder(folder)
   params = whisper.encoder_params(tensors, facts, str(folder))
   encoder = encoder_of(whisper.encoder_settings(facts, preprocessor))
-  output = model(torch.from_numpy(extractor(list(FLOATS), sampling_rate=RATE, return_tensors="np")["input_features"])).last_hidden_state
+  output = model(
+    torch.from_numpy(
+      extractor(list(FLOATS), sampling_rate=RATE, return_tensors="np")["input_features"]
+    )
+  ).last_hidden_state
   got = jax.jit(encoder.apply)({"params": params}, BATCH)
   np.testing.assert_allclose(got.tokens, output.detach().numpy(), atol=1e-4)
   assert got.mask.all()
   target = RNG.standard_normal(got.tokens.shape).astype(np.float32)
-  gradients_match(encoder, params, whisper.encoder_rules(4, 2, theirs=""), _named(model), output, target)
-  back = mapping.to_tensors({"audio": params}, whisper.encoder_rules(4, 2)) | whisper.put_positions(32, 50)
+  gradients_match(
+    encoder, params, whisper.encoder_rules(4, 2, theirs=""), _named(model), output, target
+  )
+  back = mapping.to_tensors({"audio": params}, whisper.encoder_rules(4, 2)) | whisper.put_positions(
+    32, 50
+  )
   for name, tensor in back.items():
     np.testing.assert_allclose(tensor, tensors[name], atol=1e-5)
   assert set(back) == {name for name in tensors if name.startswith("model.encoder.")}
@@ -103,6 +154,7 @@ def test_whisper_encoder_equals_transformers_and_goes_back(whisper_folder):
 
 def _named(model):
   """The model with names that begin with a dot, as `theirs=""` gives them."""
+
   class Named:
     zero_grad = model.zero_grad
 
@@ -113,9 +165,21 @@ def _named(model):
 
 
 def test_whisper_positions_equal_transformers_at_full_length():
-  model = transformers.WhisperModel(transformers.WhisperConfig(
-      vocab_size=8, d_model=384, encoder_layers=0, decoder_layers=0, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1))
-  np.testing.assert_allclose(encoders.sinusoids(1500, 384), model.encoder.embed_positions.weight, atol=2e-4)  # float32 angles of up to 1499
+  model = transformers.WhisperModel(
+    transformers.WhisperConfig(
+      vocab_size=8,
+      d_model=384,
+      encoder_layers=0,
+      decoder_layers=0,
+      pad_token_id=0,
+      bos_token_id=1,
+      eos_token_id=2,
+      decoder_start_token_id=1,
+    )
+  )
+  np.testing.assert_allclose(
+    encoders.sinusoids(1500, 384), model.encoder.embed_positions.weight, atol=2e-4
+  )  # float32 angles of up to 1499
 
 
 def test_whisper_folders_that_do_not_fit_are_refused(whisper_folder):
@@ -126,7 +190,9 @@ def test_whisper_folders_that_do_not_fit_are_refused(whisper_folder):
   with pytest.raises(UserError, match="not the table of sines"):
     whisper.encoder_params({**tensors, name: np.ones_like(tensors[name])}, facts, "x")
   with pytest.raises(UserError, match="lacks model.encoder.conv1.bias"):
-    whisper.encoder_params({k: v for k, v in tensors.items() if k != "model.encoder.conv1.bias"}, facts, "x")
+    whisper.encoder_params(
+      {k: v for k, v in tensors.items() if k != "model.encoder.conv1.bias"}, facts, "x"
+    )
   with pytest.raises(UserError, match="max_source_positions is 50, but"):
     whisper.audio_settings(facts, {})
   with pytest.raises(UserError, match="activation_function is 'relu'"):
@@ -136,8 +202,15 @@ def test_whisper_folders_that_do_not_fit_are_refused(whisper_folder):
 @pytest.fixture(scope="module")
 def ast_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("ast")
-  config = transformers.ASTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_length=112,
-                                  num_mel_bins=64, num_labels=5)
+  config = transformers.ASTConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_length=112,
+    num_mel_bins=64,
+    num_labels=5,
+  )
   model = randomised(transformers.ASTForAudioClassification(config))
   model.save_pretrained(folder)
   extractor = transformers.ASTFeatureExtractor(num_mel_bins=64, max_length=112)
@@ -156,9 +229,13 @@ def test_kaldi_spectrogram_equals_transformers(mels):
 
 def test_ast_equals_transformers_and_goes_back(ast_folder):
   folder, model, extractor = ast_folder
-  facts, preprocessor = (safetensors.read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+  facts, preprocessor = (
+    safetensors.read_json(folder / name) for name in ("config.json", "preprocessor_config.json")
+  )
   tensors = safetensors.read_folder(folder)
-  params = mapping.to_params(tensors, [*ast.encoder_rules(4, 2, 16), *ast.classifier_rules()], str(folder))
+  params = mapping.to_params(
+    tensors, [*ast.encoder_rules(4, 2, 16), *ast.classifier_rules()], str(folder)
+  )
   encoder = encoder_of(ast.encoder_settings(facts, preprocessor))
   rows = [FLOATS[i, :length] for i, length in enumerate(LENGTHS)]
   values = torch.from_numpy(np.stack(extractor(rows, sampling_rate=RATE)["input_values"]))
@@ -168,18 +245,35 @@ def test_ast_equals_transformers_and_goes_back(ast_folder):
   np.testing.assert_allclose(got.pooled, inner.pooler_output.detach().numpy(), atol=1e-4)
   head = params["classifier"]
   x = np.asarray(got.pooled)
-  x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * head["norm"]["scale"] + head["norm"]["bias"]
-  np.testing.assert_allclose(x @ head["out"]["kernel"] + head["out"]["bias"], model(values).logits.detach().numpy(), atol=1e-4)
+  x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * head["norm"]["scale"] + head[
+    "norm"
+  ]["bias"]
+  np.testing.assert_allclose(
+    x @ head["out"]["kernel"] + head["out"]["bias"],
+    model(values).logits.detach().numpy(),
+    atol=1e-4,
+  )
 
-  names = dict(zip(dict(model.audio_spectrogram_transformer.named_parameters()), sorted_like(model, tensors), strict=True))
+  names = dict(
+    zip(
+      dict(model.audio_spectrogram_transformer.named_parameters()),
+      sorted_like(model, tensors),
+      strict=True,
+    )
+  )
+
   class Filed:
     zero_grad = model.zero_grad
 
     def named_parameters(self):
-      return ((names[name], p) for name, p in model.audio_spectrogram_transformer.named_parameters())
+      return (
+        (names[name], p) for name, p in model.audio_spectrogram_transformer.named_parameters()
+      )
 
   target = RNG.standard_normal(got.tokens.shape).astype(np.float32)
-  gradients_match(encoder, params["audio"], ast.encoder_rules(4, 2, 16), Filed(), inner.last_hidden_state, target)
+  gradients_match(
+    encoder, params["audio"], ast.encoder_rules(4, 2, 16), Filed(), inner.last_hidden_state, target
+  )
   back = mapping.to_tensors(params, [*ast.encoder_rules(4, 2, 16), *ast.classifier_rules()])
   assert set(back) == set(tensors)
   for name, tensor in back.items():

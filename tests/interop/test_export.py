@@ -1,5 +1,5 @@
-"""Exports: StableHLO in a process that has only jax, flatbuffers and NumPy; safetensors; folders that cannot be
-written.
+"""Exports: StableHLO in a process that has only jax, flatbuffers and NumPy; safetensors; folders
+that cannot be written.
 """
 
 from __future__ import annotations
@@ -72,12 +72,30 @@ np.savez(sys.argv[2], **out)
 
 
 def apart(code, exported, folder):
-  """(what it prints, out.npz) of a program without mmjax that reads `exported` and folder/in.npz."""
-  environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
+  """(what it prints, out.npz) of a program without mmjax that reads `exported` and
+  folder/in.npz.
+  """
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_"))} | {
+    "JAX_PLATFORMS": "cpu"
+  }
   if code is EVERY_FUNCTION:  # which compiles many
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  run = subprocess.run([sys.executable, "-c", (APART + code).replace("exported/", f"{exported}/"), str(folder / "in.npz"), str(folder / "out.npz")],
-                       capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    environment["XLA_FLAGS"] = (
+      "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+  run = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      (APART + code).replace("exported/", f"{exported}/"),
+      str(folder / "in.npz"),
+      str(folder / "out.npz"),
+    ],
+    capture_output=True,
+    text=True,
+    cwd=folder,
+    env=environment,
+    timeout=300,
+  )
   assert run.returncode == 0, run.stderr[-2000:]
   return run.stdout, np.load(folder / "out.npz")
 
@@ -102,14 +120,20 @@ def test_stablehlo_without_mmjax_gives_the_predictors_output(checkpoint, exporte
     tokens=tokens["tokens"],
     mask=tokens["mask"],
   )
-  loader = textwrap.dedent(exports.__doc__.partition("not mmjax:\n\n")[2])  # the ten lines that users copy
+  loader = textwrap.dedent(
+    exports.__doc__.partition("not mmjax:\n\n")[2]
+  )  # the ten lines that users copy
   printed, out = apart(CONSUMER.replace("LOADER", loader), exported, tmp_path)
   meta = json.loads(printed)
   for n in (1, 3, 17):
     np.testing.assert_allclose(out[f"image{n}"], predictor.encode_image(pictures[:n]), atol=2e-6)
     np.testing.assert_allclose(out[f"text{n}"], predictor.encode_text(texts[:n]), atol=2e-6)
   assert meta["scale"] == predictor.scale and meta["bias"] == predictor.bias and meta["width"] == 16
-  assert meta["image"]["shape"] == [16, 16, 3] and meta["image"]["resize"] == "shortest" and meta["text"]["end"] == [2]
+  assert (
+    meta["image"]["shape"] == [16, 16, 3]
+    and meta["image"]["resize"] == "shortest"
+    and meta["text"]["end"] == [2]
+  )
 
 
 def test_functions_are_for_every_platform_and_any_batch(exported):
@@ -118,7 +142,9 @@ def test_functions_are_for_every_platform_and_any_batch(exported):
   for name, count in (("encode_image", 1), ("encode_text", 2)):
     loaded = jax_export.deserialize((exported / f"{name}.stablehlo").read_bytes())
     assert loaded.platforms == ("cpu", "cuda", "tpu")
-    batches = [aval for aval in loaded.in_avals if not isinstance(aval.shape[0] if aval.shape else 0, int)]
+    batches = [
+      aval for aval in loaded.in_avals if not isinstance(aval.shape[0] if aval.shape else 0, int)
+    ]
     assert len(batches) == count and all(str(aval.shape[0]) == "b" for aval in batches)
     assert loaded.nr_devices == 1
   assert sorted(os.listdir(exported)) == [
@@ -131,7 +157,12 @@ def test_functions_are_for_every_platform_and_any_batch(exported):
 
 
 @pytest.mark.parametrize(
-  "image", [dict(pooling="class"), dict(pooling="attention", remat="full"), dict(pooling="last", scan_unroll=1)]
+  "image",
+  [
+    dict(pooling="class"),
+    dict(pooling="attention", remat="full"),
+    dict(pooling="last", scan_unroll=1),
+  ],
 )
 def test_other_models_lower_for_every_platform(image):
   config = tiny.config(**image)
@@ -178,7 +209,9 @@ def test_unwritable_places_are_one_clear_line_and_leave_nothing(checkpoint, tmp_
   monkeypatch.setattr(exports, "write_safetensors", fail)
   with pytest.raises(UserError, match="No space left"):
     export(checkpoint, "safetensors", tmp_path / "new")
-  assert sorted(os.listdir(tmp_path)) == ["file", "full"] and os.listdir(tmp_path / "full") == ["mine"]
+  assert sorted(os.listdir(tmp_path)) == ["file", "full"] and os.listdir(tmp_path / "full") == [
+    "mine"
+  ]
 
 
 def test_an_empty_folder_is_used(checkpoint, tmp_path):

@@ -1,4 +1,6 @@
-"""Folders of sentence-transformers: every pooling, dense layers and lengths, against pooling by hand and against the library."""
+"""Folders of sentence-transformers: every pooling, dense layers and lengths, against pooling by
+hand and against the library.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,20 @@ TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Id
 
 
 def folder_of(folder, *modules, settings=None, inside="", **facts):
-  """A BERT in `inside`, and modules around it: (kind, settings of its config.json, tensors or None)."""
+  """A BERT in `inside`, and modules around it: (kind, settings of its config.json, tensors or
+  None).
+  """
   where = folder / inside
-  model = randomise(transformers.BertModel(transformers.BertConfig(**TOWER, vocab_size=len(WORDS) + 5, max_position_embeddings=POSITIONS)))
+  model = randomise(
+    transformers.BertModel(
+      transformers.BertConfig(**TOWER, vocab_size=len(WORDS) + 5, max_position_embeddings=POSITIONS)
+    )
+  )
   model.save_pretrained(where)
   tokenizer(where)
-  (where / "sentence_bert_config.json").write_text(json.dumps(settings or dict(max_seq_length=LENGTH, do_lower_case=False)))
+  (where / "sentence_bert_config.json").write_text(
+    json.dumps(settings or dict(max_seq_length=LENGTH, do_lower_case=False))
+  )
   listed = [("Transformer", inside)]
   for i, (kind, config, tensors) in enumerate(modules, 1):
     listed.append((kind, f"{i}_{kind}"))
@@ -36,21 +46,45 @@ def folder_of(folder, *modules, settings=None, inside="", **facts):
       (folder / f"{i}_{kind}" / "config.json").write_text(json.dumps(config))
     if tensors:
       save_file(tensors, folder / f"{i}_{kind}" / "model.safetensors")
-  (folder / "modules.json").write_text(json.dumps([
-    dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.models.{kind}") for i, (kind, path) in enumerate(listed)]))
+  (folder / "modules.json").write_text(
+    json.dumps(
+      [
+        dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.models.{kind}")
+        for i, (kind, path) in enumerate(listed)
+      ]
+    )
+  )
   (folder / "config_sentence_transformers.json").write_text(json.dumps(facts))
   return model
 
 
 def pooling(*kinds):
-  names = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-  return "Pooling", dict(word_embedding_dimension=16, **{f"pooling_mode_{name}": name in kinds for name in names}), None
+  names = (
+    "cls_token",
+    "max_tokens",
+    "mean_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "lasttoken",
+  )
+  return (
+    "Pooling",
+    dict(word_embedding_dimension=16, **{f"pooling_mode_{name}": name in kinds for name in names}),
+    None,
+  )
 
 
 def dense(width, out, activation, seed=0, **more):
   generator = torch.Generator().manual_seed(seed)
-  tensors = {"linear.weight": torch.randn(out, width, generator=generator), "linear.bias": torch.randn(out, generator=generator)}
-  return "Dense", dict(in_features=width, out_features=out, bias=True, activation_function=activation, **more), tensors
+  tensors = {
+    "linear.weight": torch.randn(out, width, generator=generator),
+    "linear.bias": torch.randn(out, generator=generator),
+  }
+  return (
+    "Dense",
+    dict(in_features=width, out_features=out, bias=True, activation_function=activation, **more),
+    tensors,
+  )
 
 
 NORMALIZE = ("Normalize", None, None)
@@ -62,14 +96,26 @@ CASES = {
   "weighted": [pooling("weightedmean_tokens"), NORMALIZE],
   "last": [pooling("lasttoken")],
   "every one, and dense": [
-    pooling("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"),
-    dense(96, 24, TANH), dense(24, 8, IDENTITY, 1), NORMALIZE],
+    pooling(
+      "cls_token",
+      "max_tokens",
+      "mean_tokens",
+      "mean_sqrt_len_tokens",
+      "weightedmean_tokens",
+      "lasttoken",
+    ),
+    dense(96, 24, TANH),
+    dense(24, 8, IDENTITY, 1),
+    NORMALIZE,
+  ],
 }
 
 
 def by_hand(model, folder, texts, modules):
   """The embeddings of length one, by the definition of each module."""
-  inputs = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, max_length=LENGTH, truncation=True, return_tensors="pt")
+  inputs = transformers.AutoTokenizer.from_pretrained(folder)(
+    texts, padding=True, max_length=LENGTH, truncation=True, return_tensors="pt"
+  )
   with torch.no_grad():
     x = model(**inputs).last_hidden_state.double()
   rows = []
@@ -78,9 +124,17 @@ def by_hand(model, folder, texts, modules):
     n = len(real)
     for kind, value in modules[0][1].items():
       if value is True:
-        parts.append({"pooling_mode_cls_token": real[0], "pooling_mode_max_tokens": real.max(0).values, "pooling_mode_mean_tokens": real.mean(0),
-                      "pooling_mode_mean_sqrt_len_tokens": real.sum(0) / n**0.5, "pooling_mode_lasttoken": real[-1],
-                      "pooling_mode_weightedmean_tokens": (real * torch.arange(1, n + 1)[:, None]).sum(0) / (n * (n + 1) / 2)}[kind])
+        parts.append(
+          {
+            "pooling_mode_cls_token": real[0],
+            "pooling_mode_max_tokens": real.max(0).values,
+            "pooling_mode_mean_tokens": real.mean(0),
+            "pooling_mode_mean_sqrt_len_tokens": real.sum(0) / n**0.5,
+            "pooling_mode_lasttoken": real[-1],
+            "pooling_mode_weightedmean_tokens": (real * torch.arange(1, n + 1)[:, None]).sum(0)
+            / (n * (n + 1) / 2),
+          }[kind]
+        )
     row = torch.cat(parts)
     for kind, config, tensors in modules[1:]:
       if kind == "Dense":
@@ -113,8 +167,14 @@ def test_embeddings_equal_the_modules_both_ways(case, tmp_path):
 
 def test_the_encoder_in_a_folder_of_its_own_lower_case_and_what_is_not_kept(tmp_path):
   lines = []
-  folder_of(tmp_path / "st", pooling("mean_tokens"), settings=dict(max_seq_length=None, do_lower_case=True), inside="0_BERT",
-            default_prompt_name="query", prompts=dict(query="find: "))
+  folder_of(
+    tmp_path / "st",
+    pooling("mean_tokens"),
+    settings=dict(max_seq_length=None, do_lower_case=True),
+    inside="0_BERT",
+    default_prompt_name="query",
+    prompts=dict(query="find: "),
+  )
   import_hf(tmp_path / "st", tmp_path / "mmjax", lines.append)
   assert len(lines) == 1 and "default prompt 'query' ('find: ') is not kept" in lines[0]
   predictor = mmjax.load(str(tmp_path / "mmjax"))
@@ -122,15 +182,18 @@ def test_the_encoder_in_a_folder_of_its_own_lower_case_and_what_is_not_kept(tmp_
   np.testing.assert_array_equal(*predictor.encode_text(["DOG and Cat", "dog and cat"]))
 
 
-@pytest.mark.parametrize("says, modules, more", [
-  ("WeightedLayerPooling", [("WeightedLayerPooling", {}, None), pooling("mean_tokens")], {}),
-  ("has the modules Transformer, Normalize", [NORMALIZE], {}),
-  ("activation_function 'os.system'", [pooling("mean_tokens"), dense(16, 4, "os.system")], {}),
-  ("use_residual is True", [pooling("mean_tokens"), dense(16, 4, TANH, use_residual=True)], {}),
-  ("pickled", [pooling("mean_tokens"), ("Dense", dense(16, 4, TANH)[1], None)], {}),
-  ("by 'dot' of vectors", [pooling("mean_tokens")], dict(similarity_fn_name="dot")),
-  ("pooling_mode 'median'", [("Pooling", dict(pooling_mode="median"), None)], {}),
-])
+@pytest.mark.parametrize(
+  "says, modules, more",
+  [
+    ("WeightedLayerPooling", [("WeightedLayerPooling", {}, None), pooling("mean_tokens")], {}),
+    ("has the modules Transformer, Normalize", [NORMALIZE], {}),
+    ("activation_function 'os.system'", [pooling("mean_tokens"), dense(16, 4, "os.system")], {}),
+    ("use_residual is True", [pooling("mean_tokens"), dense(16, 4, TANH, use_residual=True)], {}),
+    ("pickled", [pooling("mean_tokens"), ("Dense", dense(16, 4, TANH)[1], None)], {}),
+    ("by 'dot' of vectors", [pooling("mean_tokens")], dict(similarity_fn_name="dot")),
+    ("pooling_mode 'median'", [("Pooling", dict(pooling_mode="median"), None)], {}),
+  ],
+)
 def test_other_modules_are_refused_by_name(says, modules, more, tmp_path):
   folder_of(tmp_path / "st", *modules, **more)
   if says == "pickled":

@@ -1,4 +1,6 @@
-"""Whisper's decoder against transformers, with random weights: hidden states, logits, gradients, generation, the way back."""
+"""Whisper's decoder against transformers, with random weights: hidden states, logits, gradients,
+generation, the way back.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,25 @@ from mmjax.models.decoder import decoder
 from mmjax.models.generation import generate
 from mmjax.objectives.cross_entropy import token_cross_entropy
 
-FACTS = dict(vocab_size=60, d_model=32, encoder_layers=1, encoder_attention_heads=2, decoder_layers=2, decoder_attention_heads=4,
-             encoder_ffn_dim=64, decoder_ffn_dim=48, max_source_positions=10, max_target_positions=16, num_mel_bins=8,
-             decoder_start_token_id=1, bos_token_id=1, eos_token_id=4, pad_token_id=0, suppress_tokens=None, begin_suppress_tokens=None)
+FACTS = dict(
+  vocab_size=60,
+  d_model=32,
+  encoder_layers=1,
+  encoder_attention_heads=2,
+  decoder_layers=2,
+  decoder_attention_heads=4,
+  encoder_ffn_dim=64,
+  decoder_ffn_dim=48,
+  max_source_positions=10,
+  max_target_positions=16,
+  num_mel_bins=8,
+  decoder_start_token_id=1,
+  bos_token_id=1,
+  eos_token_id=4,
+  pad_token_id=0,
+  suppress_tokens=None,
+  begin_suppress_tokens=None,
+)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 60, (3, 7)).astype(np.int32)
 MEMORY = RNG.normal(size=(3, 10, 32)).astype(np.float32)
@@ -36,7 +54,11 @@ def theirs():
 def ours(theirs):
   """(module, parameters) made from the tensors that a file of the model holds."""
   found = whisper_decoder.settings(theirs.config.to_dict())
-  tensors = {name: value.numpy() for name, value in theirs.state_dict().items() if name.startswith("model.decoder")}
+  tensors = {
+    name: value.numpy()
+    for name, value in theirs.state_dict().items()
+    if name.startswith("model.decoder")
+  }
   params = mapping.to_params(tensors, whisper_decoder.rules(found["decoder"]), "here")["decoder"]
   settings = {key: value for key, value in found["decoder"].items() if key != "kind"}
   return decoder(dict(text=found["text"]), dict(compute="float32"), **settings), params
@@ -46,30 +68,45 @@ def test_hidden_states_and_logits_are_equal(theirs, ours):
   model, params = ours
   hidden = jax.jit(model.apply)({"params": params}, TOKENS, None, MEMORY)
   with torch.no_grad():
-    want = theirs.model.decoder(input_ids=torch.tensor(TOKENS).long(), encoder_hidden_states=torch.tensor(MEMORY)).last_hidden_state
+    want = theirs.model.decoder(
+      input_ids=torch.tensor(TOKENS).long(), encoder_hidden_states=torch.tensor(MEMORY)
+    ).last_hidden_state
     logits = theirs.proj_out(want)
   np.testing.assert_allclose(hidden, want, atol=1e-4)
-  np.testing.assert_allclose(model.apply({"params": params}, hidden, method="logits"), logits, atol=1e-4)
+  np.testing.assert_allclose(
+    model.apply({"params": params}, hidden, method="logits"), logits, atol=1e-4
+  )
 
 
 def test_loss_and_gradients_are_equal(theirs, ours):
   model, params = ours
-  inputs, targets = TOKENS[:, :-1], np.where(np.arange(6) < np.array([6, 3, 5])[:, None], TOKENS[:, 1:], -1)
+  inputs, targets = (
+    TOKENS[:, :-1],
+    np.where(np.arange(6) < np.array([6, 3, 5])[:, None], TOKENS[:, 1:], -1),
+  )
 
   def loss(params, memory):
     hidden = model.apply({"params": params}, inputs, None, memory)
-    total, weight, _ = token_cross_entropy(hidden.reshape(-1, 32), params["embedding"], jnp.asarray(targets.reshape(-1)), chunk=6)
+    total, weight, _ = token_cross_entropy(
+      hidden.reshape(-1, 32), params["embedding"], jnp.asarray(targets.reshape(-1)), chunk=6
+    )
     return total / weight
 
   value, (gradients, into_memory) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, MEMORY)
   memory = torch.tensor(MEMORY, requires_grad=True)
   labels = torch.tensor(np.where(targets < 0, -100, targets)).long()
-  out = theirs(encoder_outputs=BaseModelOutput(memory), decoder_input_ids=torch.tensor(inputs).long(), labels=labels)
+  out = theirs(
+    encoder_outputs=BaseModelOutput(memory),
+    decoder_input_ids=torch.tensor(inputs).long(),
+    labels=labels,
+  )
   theirs.zero_grad()
   out.loss.backward()
   assert float(value) == pytest.approx(out.loss.item(), abs=1e-5)
   np.testing.assert_allclose(into_memory, memory.grad, atol=1e-4)
-  back = mapping.to_tensors({"decoder": jax.device_get(gradients)}, whisper_decoder.rules(dict(heads=4, depth=2)))
+  back = mapping.to_tensors(
+    {"decoder": jax.device_get(gradients)}, whisper_decoder.rules(dict(heads=4, depth=2))
+  )
   for name, parameter in theirs.named_parameters():
     if name.startswith("model.decoder"):
       np.testing.assert_allclose(back[name], parameter.grad, atol=1e-4, err_msg=name)
@@ -82,15 +119,37 @@ def test_generation_is_equal(theirs, ours, beams, penalty):
 
   @jax.jit
   def run(memory):
-    return generate(lambda *args: apply("step_logits", *args), apply("init_cache", 3, 12), apply("init_memory", memory), rows=3,
-                    max_length=12, prompt=(1,), eos_id=4, pad_id=0, method="beam" if beams > 1 else "greedy", beams=beams, length_penalty=penalty)
+    return generate(
+      lambda *args: apply("step_logits", *args),
+      apply("init_cache", 3, 12),
+      apply("init_memory", memory),
+      rows=3,
+      max_length=12,
+      prompt=(1,),
+      eos_id=4,
+      pad_id=0,
+      method="beam" if beams > 1 else "greedy",
+      beams=beams,
+      length_penalty=penalty,
+    )
 
   tokens, scores = run(MEMORY)
   plain = GenerationMixin.generate  # without Whisper's own rules for long audio
-  out = plain(theirs, encoder_outputs=BaseModelOutput(torch.tensor(MEMORY)), decoder_input_ids=torch.ones((3, 1), dtype=torch.long),
-              max_new_tokens=12, do_sample=False, num_beams=beams, early_stopping="never" if beams > 1 else False, length_penalty=penalty,
-              return_dict_in_generate=True, output_scores=True)
-  until_end = lambda row: row.tolist()[:row.tolist().index(4) + 1] if 4 in row else row.tolist()  # they fill up with another token
+  out = plain(
+    theirs,
+    encoder_outputs=BaseModelOutput(torch.tensor(MEMORY)),
+    decoder_input_ids=torch.ones((3, 1), dtype=torch.long),
+    max_new_tokens=12,
+    do_sample=False,
+    num_beams=beams,
+    early_stopping="never" if beams > 1 else False,
+    length_penalty=penalty,
+    return_dict_in_generate=True,
+    output_scores=True,
+  )
+  until_end = lambda row: (
+    row.tolist()[: row.tolist().index(4) + 1] if 4 in row else row.tolist()
+  )  # they fill up with another token
   found = [until_end(row) for row in out.sequences[:, 1:].numpy()]
   assert [until_end(row) for row in np.asarray(tokens)] == found
   if beams == 1 or not penalty:  # where sums are divided by lengths, long texts win
@@ -111,5 +170,9 @@ def test_the_way_back_and_what_cannot_be_expressed(theirs, ours):
     whisper_decoder.settings(dict(config, scale_embedding=True))
   with pytest.raises(UserError, match="activation_function"):
     whisper_decoder.settings(dict(config, activation_function="swish"))
-  wrong = whisper_decoder.refusals(dict(found["decoder"], positions="sinusoidal", memory_positions=False, project_memory=False))
-  assert [key for key, value, allowed in wrong if value not in allowed] == ["model.decoder.positions"]
+  wrong = whisper_decoder.refusals(
+    dict(found["decoder"], positions="sinusoidal", memory_positions=False, project_memory=False)
+  )
+  assert [key for key, value, allowed in wrong if value not in allowed] == [
+    "model.decoder.positions"
+  ]

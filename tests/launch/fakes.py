@@ -1,4 +1,6 @@
-"""Stand-ins on PATH for the programs that launchers call: each writes its arguments to a file, then runs a few lines of bash."""
+"""Stand-ins on PATH for the programs that launchers call: each writes its arguments to a file, then
+runs a few lines of bash.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,14 @@ class Fakes:
     self.bin, self.log = folder / "bin", folder / "calls"
     self.bin.mkdir()
     self.log.touch()
-    self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMJAX_", "VIRTUAL_ENV", "DRY_RUN"))}
-    self.environment.update(PATH=f"{self.bin}:{os.environ['PATH']}", CALLS=str(self.log), TMPDIR=str(folder))
+    self.environment = {
+      k: v
+      for k, v in os.environ.items()
+      if not k.startswith(("SLURM_", "MMJAX_", "VIRTUAL_ENV", "DRY_RUN"))
+    }
+    self.environment.update(
+      PATH=f"{self.bin}:{os.environ['PATH']}", CALLS=str(self.log), TMPDIR=str(folder)
+    )
 
   def add(self, name: str, body: str = "") -> None:
     path = self.bin / name
@@ -32,9 +40,17 @@ class Fakes:
   def start(self, script: str, *words: str, **settings) -> subprocess.Popen:
     # slurm.sbatch takes the .venv of its checkout unless one is active, which would hide the fakes.
     active = {"VIRTUAL_ENV": str(self.bin)} if script == "slurm.sbatch" else {}
-    # A shell that runs the tests in the background has Ctrl-C ignored, and bash cannot trap what was ignored when it started.
-    return subprocess.Popen(["bash", str(LAUNCH / script), *words], env=self.environment | active, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **settings)
+    # A shell that runs the tests in the background has Ctrl-C ignored, and bash cannot trap what
+    # was ignored when it started.
+    return subprocess.Popen(
+      ["bash", str(LAUNCH / script), *words],
+      env=self.environment | active,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+      **settings,
+    )
 
   def run(self, script: str, *words: str, code: int = 0, **settings) -> str:
     """Runs a launch script, checks its exit code, returns what it printed."""

@@ -15,7 +15,9 @@ from tests.launch.fakes import LAUNCH, ROOT
 
 
 class Launcher:
-  """Starts launch/local_multiprocess.sh with an `mmjax` on PATH that is this interpreter's; `words` go to each job."""
+  """Starts launch/local_multiprocess.sh with an `mmjax` on PATH that is this interpreter's; `words`
+  go to each job.
+  """
 
   def __init__(self, folder: pathlib.Path, words: tuple[str, ...]):
     self.bin, self.words, self.jobs = folder / "bin", words, {}
@@ -24,11 +26,35 @@ class Launcher:
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mmjax.cli "$@"\n')
     program.chmod(0o755)
 
-  def start(self, workdir, *options: str, extra: tuple[str, ...] = (), processes: int = 2, output: Any = subprocess.PIPE) -> subprocess.Popen:
+  def start(
+    self,
+    workdir,
+    *options: str,
+    extra: tuple[str, ...] = (),
+    processes: int = 2,
+    output: Any = subprocess.PIPE,
+  ) -> subprocess.Popen:
     env = environment(PYTHONUNBUFFERED="1", PATH=f"{self.bin}:{os.environ['PATH']}")
-    words = (str(processes), "--backoff", "0", *options, "--config", QUICKSTART, *self.words, "--workdir", str(workdir), *extra)
-    job = subprocess.Popen(["bash", str(LAUNCH / "local_multiprocess.sh"), *words], env=env, cwd=ROOT, text=True,
-                           stdout=output, stderr=subprocess.STDOUT)
+    words = (
+      str(processes),
+      "--backoff",
+      "0",
+      *options,
+      "--config",
+      QUICKSTART,
+      *self.words,
+      "--workdir",
+      str(workdir),
+      *extra,
+    )
+    job = subprocess.Popen(
+      ["bash", str(LAUNCH / "local_multiprocess.sh"), *words],
+      env=env,
+      cwd=ROOT,
+      text=True,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+    )
     self.jobs[job] = workdir
     return job
 
@@ -37,7 +63,6 @@ class Launcher:
     printed = process.communicate(timeout=500)[0]
     assert process.returncode == code, f"exit code {process.returncode}\n{printed[-4000:]}"
     return printed
-
 
   def end(self) -> None:
     """Kills what is left of the jobs: the launchers first, which would start others."""
@@ -61,7 +86,13 @@ def training_processes(workdir) -> dict[int, int]:
     except OSError:
       continue
     if b"mmjax.cli" in words and os.fsencode(str(workdir)) in words:
-      found.update({int(v.split(b"=")[1]): int(path.name) for v in variables if v.startswith(b"MMJAX_PROCESS_ID=")})
+      found.update(
+        {
+          int(v.split(b"=")[1]): int(path.name)
+          for v in variables
+          if v.startswith(b"MMJAX_PROCESS_ID=")
+        }
+      )
   return found
 
 

@@ -1,4 +1,6 @@
-"""launch/slurm.sbatch as a batch job runs it, with fakes that treat signals as SLURM's commands do."""
+"""launch/slurm.sbatch as a batch job runs it, with fakes that treat signals as SLURM's commands
+do.
+"""
 
 import signal
 import time
@@ -12,15 +14,20 @@ TRAIN = ("--config", "configs/quickstart.py", "--workdir", "runs/a b")
 
 @pytest.fixture
 def cluster(fakes, tmp_path):
-  """Job 77: a real srun kills its tasks on SIGTERM, and scancel --signal hands the signal to them; `mmjax` runs the file `run`."""
+  """Job 77: a real srun kills its tasks on SIGTERM, and scancel --signal hands the signal to them;
+  `mmjax` runs the file `run`.
+  """
   fakes.environment.update(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(ROOT), PLACE=str(tmp_path))
-  fakes.add("srun", """
+  fakes.add(
+    "srun",
+    """
     while [[ $1 = --* ]]; do shift; done
     "$@" & task=$!
     echo $task > "$PLACE/task"
     trap 'kill -9 $task; echo forcing job termination; exit 137' TERM
     wait $task
-  """)
+  """,
+  )
   fakes.add("scancel", 'kill -TERM "$(cat "$PLACE/task")"')
   fakes.add("squeue", 'cat "$PLACE/state"')
   fakes.add("scontrol")
@@ -34,25 +41,38 @@ def test_it_asks_for_what_a_restart_needs():
   settings = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
   assert {"--requeue", "--signal=B:TERM@120", "--open-mode=append"} <= set(settings)
   first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-  assert all(not line.startswith("#SBATCH") for line in lines[first_command:]), "SLURM reads no settings after a command"
+  assert all(not line.startswith("#SBATCH") for line in lines[first_command:]), (
+    "SLURM reads no settings after a command"
+  )
 
 
 def test_a_run_that_is_done_ends_the_job(cluster, tmp_path):
   (tmp_path / "run").write_text("echo trained")
   assert "trained" in cluster.run("slurm.sbatch", *TRAIN)
-  assert cluster.calls("srun") == ["srun --kill-on-bad-exit=1 --label mmjax train --config configs/quickstart.py --workdir runs/a b"]
+  assert cluster.calls("srun") == [
+    "srun --kill-on-bad-exit=1 --label mmjax train --config configs/quickstart.py --workdir "
+    "runs/a b"
+  ]
   assert not cluster.calls("scontrol")
 
 
 def test_75_and_1_run_again_in_the_job_and_bad_usage_ends_it(cluster, tmp_path):
-  (tmp_path / "run").write_text('case $(grep -c "^srun" "$CALLS") in 1) exit 75 ;; 2) exit 1 ;; 3) exit 2 ;; esac')
+  (tmp_path / "run").write_text(
+    'case $(grep -c "^srun" "$CALLS") in 1) exit 75 ;; 2) exit 1 ;; 3) exit 2 ;; esac'
+  )
   cluster.run("slurm.sbatch", *TRAIN, code=2)
   assert len(cluster.calls("srun")) == 3 and not cluster.calls("scontrol")
 
 
-@pytest.mark.parametrize(("state", "queued"), [("RUNNING", ["scontrol requeue 77"]), ("COMPLETING", [])])
-def test_sigterm_saves_and_queues_the_job_again_unless_its_owner_cancelled_it(cluster, tmp_path, state, queued):
-  (tmp_path / "run").write_text("""trap 'echo saved; exit 75' TERM; touch "$PLACE/up"; while :; do sleep 0.1; done""")
+@pytest.mark.parametrize(
+  ("state", "queued"), [("RUNNING", ["scontrol requeue 77"]), ("COMPLETING", [])]
+)
+def test_sigterm_saves_and_queues_the_job_again_unless_its_owner_cancelled_it(
+  cluster, tmp_path, state, queued
+):
+  (tmp_path / "run").write_text(
+    """trap 'echo saved; exit 75' TERM; touch "$PLACE/up"; while :; do sleep 0.1; done"""
+  )
   process = cluster.start("slurm.sbatch", *TRAIN)
   while not (tmp_path / "up").exists():
     time.sleep(0.1)
@@ -60,7 +80,9 @@ def test_sigterm_saves_and_queues_the_job_again_unless_its_owner_cancelled_it(cl
   process.send_signal(signal.SIGTERM)
   printed = process.communicate(timeout=60)[0]
   assert process.returncode == 75 and "saved" in printed and "forcing" not in printed
-  assert cluster.calls("scancel") == ["scancel --signal=TERM 77"] and cluster.calls("scontrol") == queued
+  assert (
+    cluster.calls("scancel") == ["scancel --signal=TERM 77"] and cluster.calls("scontrol") == queued
+  )
 
 
 @pytest.mark.parametrize(("tasks", "devices"), [("1", "0,1,2,3"), ("4", "none")])

@@ -1,4 +1,6 @@
-"""The decoder: causal, blind to padding, equal token by token and at once, equal to PyTorch's layers of the same weights."""
+"""The decoder: causal, blind to padding, equal token by token and at once, equal to PyTorch's
+layers of the same weights.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ SEEN = np.arange(5) < np.array([5, 2, 0])[:, None]
 @pytest.fixture(scope="module")
 def params():
   boxed = jax.jit(MODEL.init)(jax.random.key(0), TOKENS, MASK, MEMORY, SEEN)
-  spread = lambda x: x + 0.3 * RNG.normal(size=x.shape).astype(np.float32)  # so that biases and scales matter
+  spread = lambda x: (
+    x + 0.3 * RNG.normal(size=x.shape).astype(np.float32)
+  )  # so that biases and scales matter
   return jax.tree.map(spread, nn.unbox(boxed)["params"])
 
 
@@ -48,19 +52,29 @@ def test_parameters_are_stacked_and_named():
   for name in ("attention", "cross_attention"):
     assert spec["layers"][name]["qkv"]["kernel"] == jax.P("layers", "embed", "qkv", "heads", "kv")
     assert spec["layers"][name]["out"]["kernel"] == jax.P("layers", "heads", "kv", "embed")
-  assert spec["embedding"] == jax.P("vocab", "embed") and spec["layers"]["mlp"]["up"]["kernel"] == jax.P("layers", "embed", "mlp")
-  plain = jax.eval_shape(dataclasses.replace(MODEL, cross=False).init, jax.random.key(0), TOKENS)["params"]
+  assert spec["embedding"] == jax.P("vocab", "embed") and spec["layers"]["mlp"]["up"][
+    "kernel"
+  ] == jax.P("layers", "embed", "mlp")
+  plain = jax.eval_shape(dataclasses.replace(MODEL, cross=False).init, jax.random.key(0), TOKENS)[
+    "params"
+  ]
   assert "memory_projection" not in plain and "cross_attention" not in plain["layers"]
 
 
 def test_looks_neither_ahead_nor_at_padding(run):
   base = run(TOKENS, MASK, MEMORY, SEEN)
-  later, outside, unseen = TOKENS.copy(), np.where(MASK, TOKENS, 3), np.where(SEEN[..., None], MEMORY, 9.0)
+  later, outside, unseen = (
+    TOKENS.copy(),
+    np.where(MASK, TOKENS, 3),
+    np.where(SEEN[..., None], MEMORY, 9.0),
+  )
   later[:, 3:] = 10
   np.testing.assert_allclose(run(later, MASK, MEMORY, SEEN)[:, :3], base[:, :3], atol=1e-6)
   np.testing.assert_allclose(run(outside, MASK, unseen, SEEN)[MASK], base[MASK], atol=1e-6)
   assert not np.allclose(run(later, MASK, MEMORY, SEEN)[:, 3:], base[:, 3:], atol=1e-3)
-  np.testing.assert_allclose(run(TOKENS, MASK, None, None)[2], base[2], atol=1e-6)  # an empty memory is none
+  np.testing.assert_allclose(
+    run(TOKENS, MASK, None, None)[2], base[2], atol=1e-6
+  )  # an empty memory is none
 
 
 def test_token_by_token_equals_all_at_once(run, params):
@@ -79,10 +93,16 @@ def test_remat_changes_no_gradient_and_dropout_needs_a_key(params):
     loss = lambda p: jnp.square(model.apply({"params": p}, TOKENS, MASK, MEMORY, SEEN)).mean()
     return jax.jit(jax.grad(loss))(params)
 
-  other = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, remat="full", scan_unroll=1))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(other), gradient(MODEL))
+  other = dataclasses.replace(
+    MODEL, config=dataclasses.replace(CONFIG, remat="full", scan_unroll=1)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(other), gradient(MODEL)
+  )
   noisy = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, dropout=0.5))
-  call = lambda seed: noisy.apply({"params": params}, TOKENS, train=True, rngs={"dropout": jax.random.key(seed)})
+  call = lambda seed: noisy.apply(
+    {"params": params}, TOKENS, train=True, rngs={"dropout": jax.random.key(seed)}
+  )
   assert not np.allclose(call(0), call(1))
   np.testing.assert_array_equal(call(0), call(0))
 
@@ -94,14 +114,18 @@ def test_devices_and_the_order_of_the_batch_change_nothing(params, devices):
   @jax.jit
   def gradient(params, text, memory, seen):
     def loss(params):
-      hidden = MODEL.apply({"params": params}, shift_right(text["tokens"], (1,)), text["mask"], memory, seen)
+      hidden = MODEL.apply(
+        {"params": params}, shift_right(text["tokens"], (1,)), text["mask"], memory, seen
+      )
       found = captioning(lambda *_: (hidden, params["embedding"]), {"text": text}, None, source=())
       return found["loss"][0] / found["loss"][1]
 
     return jax.value_and_grad(loss)(params)
 
   want = gradient(params, rows, memory, seen)
-  mesh = Mesh(np.array(devices).reshape(1, 2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  mesh = Mesh(
+    np.array(devices).reshape(1, 2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
   with rules.use(mesh, rules.RULES["fsdp_tensor"]):
     split = jax.device_put((rows, memory, seen), rules.batch_sharding(mesh))
     got = gradient(jax.device_put(params, rules.replicated(mesh)), *split)
@@ -121,7 +145,9 @@ def test_the_config_names_it_and_long_texts_are_refused():
   c.objectives.language = dict(kind="autoregressive")
   resolved = mmjax.config.resolve(c)
   assert resolved.model.decoder.kind == "decoder" and resolved.objectives.language.source == ()
-  built = decoder(resolved.data, resolved.precision, **mmjax.config.settings(resolved.model.decoder))
+  built = decoder(
+    resolved.data, resolved.precision, **mmjax.config.settings(resolved.model.decoder)
+  )
   assert built.vocab_size == 4096 and built.config.mlp == 64 and built.config.causal
   c.model.decoder = dict(dept=1)
   with pytest.raises(ConfigError, match="model.decoder.dept.*'depth'"):
@@ -134,7 +160,15 @@ class Copier(nn.Module):
   """Reads digits as a memory and writes them down: the smallest captioner."""
 
   def setup(self):
-    self.decoder = Decoder(TransformerConfig(width=32, depth=1, heads=2, mlp=64), vocab_size=11, length=6, prompt=(1,), eos_id=2, pad_id=0, positions="sinusoidal")
+    self.decoder = Decoder(
+      TransformerConfig(width=32, depth=1, heads=2, mlp=64),
+      vocab_size=11,
+      length=6,
+      prompt=(1,),
+      eos_id=2,
+      pad_id=0,
+      positions="sinusoidal",
+    )
     self.reader, self.places = nn.Embed(11, 32), nn.Embed(4, 32)
 
   def __call__(self, batch):
@@ -145,10 +179,14 @@ class Copier(nn.Module):
 
   def decode(self, source, batch):
     text = batch["text"]
-    return self.decoder(shift_right(text["tokens"], (1,)), text["mask"], self.encode(batch) if source else None), self.decoder.table()
+    return self.decoder(
+      shift_right(text["tokens"], (1,)), text["mask"], self.encode(batch) if source else None
+    ), self.decoder.table()
 
   def start(self, batch, length):
-    return self.decoder.init_cache(len(batch["digits"]["tokens"]), length), self.decoder.init_memory(self.encode(batch))
+    return self.decoder.init_cache(
+      len(batch["digits"]["tokens"]), length
+    ), self.decoder.init_memory(self.encode(batch))
 
   def step(self, *args):
     return self.decoder.step_logits(*args)
@@ -157,7 +195,9 @@ class Copier(nn.Module):
 def digits(rows, seed):
   """Two to four digits, then <eos> = 2."""
   rng = np.random.default_rng(seed)
-  tokens = np.where(np.arange(4) < rng.integers(2, 5, rows)[:, None], rng.integers(3, 11, (rows, 4)), 0).astype(np.int32)
+  tokens = np.where(
+    np.arange(4) < rng.integers(2, 5, rows)[:, None], rng.integers(3, 11, (rows, 4)), 0
+  ).astype(np.int32)
   text = np.concatenate([tokens, np.zeros((rows, 1), np.int32)], 1)
   text[np.arange(rows), (tokens > 0).sum(1)] = 2
   return dict(digits=dict(tokens=tokens), text=dict(tokens=text, mask=text > 0))
@@ -166,7 +206,9 @@ def digits(rows, seed):
 def test_a_decoder_learns_to_copy_and_generates_what_it_learnt():
   model, optimizer = Copier(), optax.adam(5e-3)
   params = nn.unbox(model.init(jax.random.key(0), digits(2, 0)))
-  forward = lambda params, batch: lambda method, *args: model.apply(params, *args, batch, method=method)
+  forward = lambda params, batch: (
+    lambda method, *args: model.apply(params, *args, batch, method=method)
+  )
 
   @jax.jit
   def update(params, moments, batch):
@@ -183,7 +225,11 @@ def test_a_decoder_learns_to_copy_and_generates_what_it_learnt():
   test = digits(100, 10_000)
   found = captioning(forward(params, test), test, None, source=("digits",))
   assert found["sequence_accuracy"][0] / found["sequence_accuracy"][1] > 0.95
-  step = lambda token, index, cache, memory: model.apply(params, token, index, cache, memory, method="step")
+  step = lambda token, index, cache, memory: model.apply(
+    params, token, index, cache, memory, method="step"
+  )
   cache, memory = model.apply(params, test, 5, method="start")
-  tokens, _ = jax.jit(lambda c, m: generate(step, c, m, rows=100, max_length=5, prompt=(1,), eos_id=2, pad_id=0))(cache, memory)
+  tokens, _ = jax.jit(
+    lambda c, m: generate(step, c, m, rows=100, max_length=5, prompt=(1,), eos_id=2, pad_id=0)
+  )(cache, memory)
   assert (np.asarray(tokens) == test["text"]["tokens"]).all(1).mean() > 0.95

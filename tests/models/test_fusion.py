@@ -21,18 +21,31 @@ from mmjax.models.transformer import TransformerConfig
 
 ROWS, LENGTHS, WIDTHS = 8, dict(text=3, image=2, audio=4), dict(text=8, image=6, audio=4)
 DEEP = dict(width=8, depth=1, heads=2)
-KINDS = dict(concat=dict(width=8), weighted_sum=dict(width=8), gated=dict(width=8), average=dict(width=8), cross_attention=DEEP,
-             merged_attention=DEEP, perceiver=dict(latents=3, **DEEP), decision={}, vote=dict(combine="vote"))
+KINDS = dict(
+  concat=dict(width=8),
+  weighted_sum=dict(width=8),
+  gated=dict(width=8),
+  average=dict(width=8),
+  cross_attention=DEEP,
+  merged_attention=DEEP,
+  perceiver=dict(latents=3, **DEEP),
+  decision={},
+  vote=dict(combine="vote"),
+)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(kind, **data):
   function = kind_function({"kind": "decision" if kind == "vote" else kind}, "fusion")
-  return function(tuple(LENGTHS), dict(dict(classes=5), **data), dict(compute="float32"), **KINDS[kind])
+  return function(
+    tuple(LENGTHS), dict(dict(classes=5), **data), dict(compute="float32"), **KINDS[kind]
+  )
 
 
 def encoded(seed=0, lacking=()):
-  """Random encodings with padding anywhere; row 0 has nothing, and nobody has the modalities of `lacking`."""
+  """Random encodings with padding anywhere; row 0 has nothing, and nobody has the modalities of
+  `lacking`.
+  """
   rng = np.random.default_rng(seed)
   out = {}
   for m, length in LENGTHS.items():
@@ -68,13 +81,29 @@ def test_rows_are_independent_and_padding_is_not_seen(kind, seed):
   parts = encoded(seed)
   out = function(params, parts)
   order = np.random.default_rng(seed).permutation(ROWS)
-  close(function(params, jax.tree.map(lambda x: x[order], parts)), jax.tree.map(lambda x: x[order], out))
-  other = {m: p._replace(tokens=np.where(p.mask[..., None], p.tokens, 9).astype(np.float32),
-                         pooled=np.where(p.mask.any(-1, keepdims=True), p.pooled, 9).astype(np.float32)) for m, p in parts.items()}
-  seen = lambda out: (np.where(np.asarray(out.mask)[..., None], out.tokens, 0), out.mask, out.pooled)
+  close(
+    function(params, jax.tree.map(lambda x: x[order], parts)), jax.tree.map(lambda x: x[order], out)
+  )
+  other = {
+    m: p._replace(
+      tokens=np.where(p.mask[..., None], p.tokens, 9).astype(np.float32),
+      pooled=np.where(p.mask.any(-1, keepdims=True), p.pooled, 9).astype(np.float32),
+    )
+    for m, p in parts.items()
+  }
+  seen = lambda out: (
+    np.where(np.asarray(out.mask)[..., None], out.tokens, 0),
+    out.mask,
+    out.pooled,
+  )
   close(seen(function(params, other)), seen(out))
   nothing = ~np.stack([p.mask.any(-1) for p in parts.values()]).any(0)
-  assert nothing[0] and not np.any(out.tokens[nothing]) and not np.any(out.mask[nothing]) and not np.any(out.pooled[nothing])
+  assert (
+    nothing[0]
+    and not np.any(out.tokens[nothing])
+    and not np.any(out.mask[nothing])
+    and not np.any(out.pooled[nothing])
+  )
 
 
 @kinds
@@ -94,8 +123,9 @@ def test_rows_without_anything_have_no_gradient_and_the_others_a_finite_one(kind
   def loss(params, floats, row):
     given = {m: p._replace(tokens=floats[m][0], pooled=floats[m][1]) for m, p in parts.items()}
     out = module.apply(params, given, train=True)
-    return ((out.tokens.sum() if row is None else out.tokens[row].sum()) * 0.3
-            + (jnp.sin(3 * (out.pooled if row is None else out.pooled[row]))).sum())
+    return (out.tokens.sum() if row is None else out.tokens[row].sum()) * 0.3 + (
+      jnp.sin(3 * (out.pooled if row is None else out.pooled[row]))
+    ).sum()
 
   floats = {m: (p.tokens, p.pooled) for m, p in parts.items()}
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
@@ -103,7 +133,11 @@ def test_rows_without_anything_have_no_gradient_and_the_others_a_finite_one(kind
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(everything))
   assert not any(np.any(g[0]) for g in jax.tree.leaves(everything[1]))
   assert not any(np.any(g) for g in jax.tree.leaves(gradient(params, floats, 0)))
-  idle = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(everything[0]) if not np.any(g)]
+  idle = [
+    jax.tree_util.keystr(path)
+    for path, g in jax.tree_util.tree_leaves_with_path(everything[0])
+    if not np.any(g)
+  ]
   assert not idle
 
 
@@ -124,12 +158,20 @@ def dense(params, name, x):
 def test_feature_fusions_are_their_formulas():
   parts = encoded(6)
   has = np.stack([p.mask.any(-1) for p in parts.values()], 1)
-  pooled = lambda params: np.stack([np.where(p.mask.any(-1)[:, None], dense(params, f"{m}_in", p.pooled), 0) for m, p in parts.items()], 1)
+  pooled = lambda params: np.stack(
+    [
+      np.where(p.mask.any(-1)[:, None], dense(params, f"{m}_in", p.pooled), 0)
+      for m, p in parts.items()
+    ],
+    1,
+  )
   for kind in ("average", "weighted_sum"):
     function, params = fused(kind)
     params = params["params"]
     share = has * np.exp(params.get("weights", np.zeros(3)))
-    want = np.einsum("bm,bmd->bd", share / np.maximum(share.sum(1, keepdims=True), 1e-9), pooled(params))
+    want = np.einsum(
+      "bm,bmd->bd", share / np.maximum(share.sum(1, keepdims=True), 1e-9), pooled(params)
+    )
     np.testing.assert_allclose(function({"params": params}, parts).pooled, want, atol=1e-5)
   function, params = fused("gated")
   params = params["params"]
@@ -157,7 +199,9 @@ def test_decisions_are_averaged_or_counted(label):
         np.testing.assert_allclose(got[row], weights @ mine / weights.sum(), atol=1e-5)
       elif label == "labels":
         votes = np.sign(mine).sum(0)
-        np.testing.assert_array_equal(np.sign(got[row]), np.where(votes, np.sign(votes), np.sign(mine.mean(0))))
+        np.testing.assert_array_equal(
+          np.sign(got[row]), np.where(votes, np.sign(votes), np.sign(mine.mean(0)))
+        )
       else:
         votes = np.bincount(mine.argmax(1), minlength=5)
         winners = np.flatnonzero(votes == votes.max())
@@ -171,22 +215,49 @@ def test_the_cross_block_is_the_one_of_pytorch():
   rng = np.random.default_rng(0)
   x, context = (rng.normal(size=(3, n, width)).astype(np.float32) for n in (4, 5))
   mask, context_mask = (np.arange(n) < np.array([[n], [2], [3]]) for n in (4, 5))
-  params = nn.unbox(jax.jit(CrossBlock(config).init)(jax.random.key(0), x, mask, context, context_mask))["params"]
+  params = nn.unbox(
+    jax.jit(CrossBlock(config).init)(jax.random.key(0), x, mask, context, context_mask)
+  )["params"]
   params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
-  layer = torch.nn.TransformerDecoderLayer(width, heads, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=True).eval()
+  layer = torch.nn.TransformerDecoderLayer(
+    width, heads, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+  ).eval()
   put = lambda target, value: target.data.copy_(torch.from_numpy(np.array(value)))
   for ours, theirs in (("attention", layer.self_attn), ("cross_attention", layer.multihead_attn)):
-    kernel = np.asarray(params[ours]["qkv"]["kernel"]).transpose(1, 2, 3, 0).reshape(3 * width, width)
-    put(theirs.in_proj_weight, kernel), put(theirs.in_proj_bias, np.asarray(params[ours]["qkv"]["bias"]).reshape(-1))
-    put(theirs.out_proj.weight, np.asarray(params[ours]["out"]["kernel"]).reshape(width, width).T), put(theirs.out_proj.bias, params[ours]["out"]["bias"])
-  for ours, theirs in (("attention_norm", layer.norm1), ("cross_attention_norm", layer.norm2), ("mlp_norm", layer.norm3)):
+    kernel = (
+      np.asarray(params[ours]["qkv"]["kernel"]).transpose(1, 2, 3, 0).reshape(3 * width, width)
+    )
+    (
+      put(theirs.in_proj_weight, kernel),
+      put(theirs.in_proj_bias, np.asarray(params[ours]["qkv"]["bias"]).reshape(-1)),
+    )
+    (
+      put(
+        theirs.out_proj.weight, np.asarray(params[ours]["out"]["kernel"]).reshape(width, width).T
+      ),
+      put(theirs.out_proj.bias, params[ours]["out"]["bias"]),
+    )
+  for ours, theirs in (
+    ("attention_norm", layer.norm1),
+    ("cross_attention_norm", layer.norm2),
+    ("mlp_norm", layer.norm3),
+  ):
     put(theirs.weight, params[ours]["scale"]), put(theirs.bias, params[ours]["bias"])
   for ours, theirs in (("up", layer.linear1), ("down", layer.linear2)):
-    put(theirs.weight, np.asarray(params["mlp"][ours]["kernel"]).T), put(theirs.bias, params["mlp"][ours]["bias"])
+    (
+      put(theirs.weight, np.asarray(params["mlp"][ours]["kernel"]).T),
+      put(theirs.bias, params["mlp"][ours]["bias"]),
+    )
   with torch.no_grad():
-    want = layer(torch.from_numpy(x), torch.from_numpy(context), tgt_key_padding_mask=torch.from_numpy(~mask),
-                 memory_key_padding_mask=torch.from_numpy(~context_mask)).numpy()
-  np.testing.assert_allclose(CrossBlock(config).apply({"params": params}, x, mask, context, context_mask), want, atol=2e-5)
+    want = layer(
+      torch.from_numpy(x),
+      torch.from_numpy(context),
+      tgt_key_padding_mask=torch.from_numpy(~mask),
+      memory_key_padding_mask=torch.from_numpy(~context_mask),
+    ).numpy()
+  np.testing.assert_allclose(
+    CrossBlock(config).apply({"params": params}, x, mask, context, context_mask), want, atol=2e-5
+  )
 
 
 def test_what_a_fusion_cannot_do_is_said():
@@ -196,4 +267,6 @@ def test_what_a_fusion_cannot_do_is_said():
   with pytest.raises(UserError, match=r"data\.classes is 0"):
     make("decision", classes=0)
   with pytest.raises(UserError, match="query 'text' is no encoder of the model; there are: image"):
-    kind_function({"kind": "cross_attention"}, "fusion")(("image",), {}, dict(compute="float32"), width=8)
+    kind_function({"kind": "cross_attention"}, "fusion")(
+      ("image",), {}, dict(compute="float32"), width=8
+    )

@@ -13,7 +13,12 @@ from mmjax.config import UserError
 from mmjax.models.generation import generate, restrict
 
 VOCABULARY, LENGTH, EOS = 4, 4, 2
-RULES = np.random.default_rng(1).normal(size=(5, LENGTH + 2, VOCABULARY, VOCABULARY, VOCABULARY)).astype(np.float32) * 1.5
+RULES = (
+  np.random.default_rng(1)
+  .normal(size=(5, LENGTH + 2, VOCABULARY, VOCABULARY, VOCABULARY))
+  .astype(np.float32)
+  * 1.5
+)
 
 
 def step(token, index, state, constants):
@@ -25,7 +30,11 @@ def step(token, index, state, constants):
 def run(rows, length=LENGTH, **settings):
   row = jnp.asarray(rows, jnp.int32)[None]
   settings = dict(prompt=(1,), eos_id=EOS, pad_id=0) | settings
-  call = jax.jit(lambda state, constants: generate(step, state, constants, rows=len(rows), max_length=length, **settings))
+  call = jax.jit(
+    lambda state, constants: generate(
+      step, state, constants, rows=len(rows), max_length=length, **settings
+    )
+  )
   return map(np.asarray, call({"before": jnp.zeros_like(row)}, {"row": row}))
 
 
@@ -72,8 +81,15 @@ def test_a_wide_beam_finds_the_best_text_of_all(penalty):
     assert scores[row] == pytest.approx(score(row, best) / len(best) ** penalty, abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(method="beam", beams=2), dict(method="sample", rng=jax.random.key(3), temperature=2.0)],
-                         ids=["greedy", "beam", "sample"])
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(),
+    dict(method="beam", beams=2),
+    dict(method="sample", rng=jax.random.key(3), temperature=2.0),
+  ],
+  ids=["greedy", "beam", "sample"],
+)
 def test_rows_do_not_depend_on_their_batch(settings):
   tokens, scores = run(range(5), **settings)
   for row in (0, 3):
@@ -84,7 +100,9 @@ def test_rows_do_not_depend_on_their_batch(settings):
 
 
 def test_one_beam_is_greedy_and_a_prompt_is_read_first():
-  np.testing.assert_array_equal(next(run(range(5), method="beam", beams=1, length_penalty=0.0)), next(run(range(5))))
+  np.testing.assert_array_equal(
+    next(run(range(5), method="beam", beams=1, length_penalty=0.0)), next(run(range(5)))
+  )
   prompt = np.array([[1, 3]] * 5)
   tokens, scores = run(range(5), prompt=prompt, method="beam", beams=81)
   for row in range(5):
@@ -94,9 +112,13 @@ def test_one_beam_is_greedy_and_a_prompt_is_read_first():
 
 def test_samples_follow_the_distribution():
   count = 3000
-  tokens, scores = run([2] * count, length=1, method="sample", rng=jax.random.key(0), temperature=1.5)
+  tokens, scores = run(
+    [2] * count, length=1, method="sample", rng=jax.random.key(0), temperature=1.5
+  )
   chances = np.asarray(jax.nn.softmax(RULES[2, 0, 0, 1] / 1.5))
-  np.testing.assert_allclose(np.bincount(tokens[:, 0], minlength=VOCABULARY) / count, chances, atol=0.03)
+  np.testing.assert_allclose(
+    np.bincount(tokens[:, 0], minlength=VOCABULARY) / count, chances, atol=0.03
+  )
   assert scores[0] == pytest.approx(score(2, tokens[0].tolist()), abs=1e-5)
   top, _ = run([2] * 200, length=1, method="sample", rng=jax.random.key(0), top_k=1)
   assert set(top[:, 0]) == {int(chances.argmax())}
@@ -106,11 +128,20 @@ def test_the_nucleus_is_the_smallest_set_of_enough_probability():
   logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]]))
   kept = lambda k, p: (np.asarray(restrict(logits, k, p)) > -1e20).tolist()
   assert kept(0, 0.7) == [[False, True, False, True], [True, True, True, False]]
-  assert kept(0, 0.76)[0] == [False, True, True, True] and kept(3, 1.0)[0] == [False, True, True, True]
+  assert kept(0, 0.76)[0] == [False, True, True, True] and kept(3, 1.0)[0] == [
+    False,
+    True,
+    True,
+    True,
+  ]
   assert kept(1, 0.99)[0] == [False, True, False, False] and kept(0, 1.0) == [[True] * 4] * 2
 
 
-@pytest.mark.parametrize("settings", [dict(method="best"), dict(method="sample"), dict(temperature=0.0), dict(beams=0)], ids=str)
+@pytest.mark.parametrize(
+  "settings",
+  [dict(method="best"), dict(method="sample"), dict(temperature=0.0), dict(beams=0)],
+  ids=str,
+)
 def test_wrong_settings_are_refused(settings):
   with pytest.raises(UserError):
     run([0], **settings)

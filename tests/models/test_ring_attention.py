@@ -1,4 +1,6 @@
-"""Ring attention on simulated devices against the formula and its derivatives in float64 NumPy, and what it must not hold or gather."""
+"""Ring attention on simulated devices against the formula and its derivatives in float64 NumPy, and
+what it must not hold or gather.
+"""
 
 from __future__ import annotations
 
@@ -21,33 +23,53 @@ from mmjax.parallel import rules
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training.flops import count_flops
 
-QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)  # the compiler takes longer than all runs
+QUICK = dict(
+  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
+)  # the compiler takes longer than all runs
 
 
 def mesh_of(**sizes):
   c = configs.base()
   c.mesh.update(dict(data=1, **sizes) if "data" not in sizes else sizes)
-  return make_mesh(c, jax.devices()[:int(np.prod(list(sizes.values())))])
+  return make_mesh(c, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def dense(q, k, v, seen, cotangent):
-  """(result, gradients of query, key and value) of softmax attention in float64; rows that see nothing are zero."""
+  """(result, gradients of query, key and value) of softmax attention in float64; rows that see
+  nothing are zero.
+  """
   q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, cotangent))
-  scale = q.shape[-1]**-0.5
+  scale = q.shape[-1] ** -0.5
   logits = np.where(seen[:, None], q @ k.swapaxes(2, 3) * scale, -np.inf)
   weights = np.exp(logits - np.maximum(logits.max(-1, keepdims=True), -1e300))
   weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
   push = g @ v.swapaxes(2, 3)
   push = weights * (push - (push * weights).sum(-1, keepdims=True)) * scale
-  return [x.swapaxes(1, 2) for x in (weights @ v, push @ k, push.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ g)]
+  return [
+    x.swapaxes(1, 2)
+    for x in (weights @ v, push @ k, push.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ g)
+  ]
 
 
 @st.composite
 def cases(draw):
-  sizes = draw(st.sampled_from([dict(context=2), dict(data=2, context=4), dict(tensor=2, context=2), dict(fsdp=1, context=8)]))
-  length = st.integers(1, 3).map(lambda n: n * sizes["context"]) | st.integers(1, 9)  # the latter may not divide: nothing travels then
-  return (sizes, draw(length), draw(length), draw(st.sampled_from(["none", "keys", "pairs"])), draw(st.booleans()),
-          draw(st.sampled_from([1, 2, 1024])), draw(st.integers(0, 2**16)))
+  sizes = draw(
+    st.sampled_from(
+      [dict(context=2), dict(data=2, context=4), dict(tensor=2, context=2), dict(fsdp=1, context=8)]
+    )
+  )
+  length = st.integers(1, 3).map(lambda n: n * sizes["context"]) | st.integers(
+    1, 9
+  )  # the latter may not divide: nothing travels then
+  return (
+    sizes,
+    draw(length),
+    draw(length),
+    draw(st.sampled_from(["none", "keys", "pairs"])),
+    draw(st.booleans()),
+    draw(st.sampled_from([1, 2, 1024])),
+    draw(st.integers(0, 2**16)),
+  )
 
 
 @settings(max_examples=8, deadline=None)
@@ -55,16 +77,29 @@ def cases(draw):
 def test_any_shape_and_mask_equals_the_dense_formula(devices, case):
   sizes, length, keys, kind, causal, tile, seed = case
   rng = np.random.default_rng(seed)
-  q, k, v, cotangent = (rng.standard_normal((2, n, 2, 4)).astype(np.float32) for n in (length, keys, keys, length))
-  mask = None if kind == "none" else rng.random((2, keys) if kind == "keys" else (2, length, keys)) < rng.random()
-  seen = np.ones((2, length, keys), bool) if mask is None else np.broadcast_to(mask[:, None] if mask.ndim == 2 else mask, (2, length, keys))
+  q, k, v, cotangent = (
+    rng.standard_normal((2, n, 2, 4)).astype(np.float32) for n in (length, keys, keys, length)
+  )
+  mask = (
+    None
+    if kind == "none"
+    else rng.random((2, keys) if kind == "keys" else (2, length, keys)) < rng.random()
+  )
+  seen = (
+    np.ones((2, length, keys), bool)
+    if mask is None
+    else np.broadcast_to(mask[:, None] if mask.ndim == 2 else mask, (2, length, keys))
+  )
   seen = seen & np.tril(np.ones((length, keys), bool)) if causal else seen
 
   def both(q, k, v, mask):
     out, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, causal=causal), q, k, v)
     return out, *back(jnp.asarray(cotangent))
 
-  with rules.use(mesh_of(**sizes), rules.RULES["fsdp_tensor"]), mock.patch.object(ring_attention, "AT_ONCE", tile):
+  with (
+    rules.use(mesh_of(**sizes), rules.RULES["fsdp_tensor"]),
+    mock.patch.object(ring_attention, "AT_ONCE", tile),
+  ):
     compiled = jax.jit(both).lower(q, k, v, mask).compile(QUICK)
     got = compiled(q, k, v, mask)
   travels = length % sizes["context"] == keys % sizes["context"] == 0
@@ -78,10 +113,14 @@ def test_any_shape_and_mask_equals_the_dense_formula(devices, case):
 
 @pytest.fixture(scope="module")
 def long():
-  """Forward and backward pass over 4096 positions on eight devices, compiled: (the function, its text, bytes of temporaries)."""
+  """Forward and backward pass over 4096 positions on eight devices, compiled: (the function, its
+  text, bytes of temporaries).
+  """
   mesh = mesh_of(context=8)
   loss = lambda q, k, v: attend(q, k, v, causal=True).astype(jnp.float32).sum()
-  x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P(None, "context")))
+  x = jax.ShapeDtypeStruct(
+    (1, 4096, 1, 8), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P(None, "context"))
+  )
   with rules.use(mesh, rules.RULES["replicated"]):
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile(QUICK)
     flops = count_flops(loss, x, x, x)
@@ -91,7 +130,9 @@ def long():
 def test_nothing_is_gathered_and_logits_are_of_one_block(long):
   text, temporaries, flops = long
   assert not re.search(r"\b(all-gather|all-to-all|all-reduce)\(", text)
-  assert temporaries < 4 * 4 * 512**2 < 4 * 4096**2  # a few blocks of 512 queries by 512 keys in float32, not all logits
+  assert (
+    temporaries < 4 * 4 * 512**2 < 4 * 4096**2
+  )  # a few blocks of 512 queries by 512 keys in float32, not all logits
   assert flops == 2 * 2 * 4096**2 * 8  # the work of the plain formula
 
 
@@ -108,5 +149,7 @@ def test_bfloat16_stays_close(devices):
 
 def test_a_length_that_does_not_divide_is_left_whole(devices):
   with rules.use(mesh_of(data=2, context=4), rules.RULES["replicated"]):
-    split, whole = (jax.jit(lambda x: constrain(x * 2))(jnp.ones((2, n, 4))).sharding.spec for n in (8, 6))
+    split, whole = (
+      jax.jit(lambda x: constrain(x * 2))(jnp.ones((2, n, 4))).sharding.spec for n in (8, 6)
+    )
   assert split[1] == "context" and (*whole, None, None)[1] is None

@@ -1,4 +1,6 @@
-"""The stack: how it is stored, that running it in other ways changes nothing, and what it costs to keep."""
+"""The stack: how it is stored, that running it in other ways changes nothing, and what it costs to
+keep.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,21 @@ def test_layers_start_different_and_equal_blocks_run_one_after_another(params):
   assert not np.allclose(kernel[0], kernel[1])
   x = jnp.asarray(X)
   for i in range(CONFIG.depth):
-    x = Block(CONFIG).apply({"params": jax.tree.map(lambda p, i=i: p[i], params["layers"])}, x, MASK)
+    x = Block(CONFIG).apply(
+      {"params": jax.tree.map(lambda p, i=i: p[i], params["layers"])}, x, MASK
+    )
   np.testing.assert_allclose(Transformer(CONFIG).apply({"params": params}, X, MASK), x, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [*(dict(remat=name) for name in REMAT if name != "none"), dict(scan_unroll=1),
-                                    dict(scan_unroll=2, remat="full")], ids=str)
+@pytest.mark.parametrize(
+  "change",
+  [
+    *(dict(remat=name) for name in REMAT if name != "none"),
+    dict(scan_unroll=1),
+    dict(scan_unroll=2, remat="full"),
+  ],
+  ids=str,
+)
 def test_remat_and_unrolling_change_no_number(params, change):
   def gradient(config):
     loss = lambda p: jnp.square(Transformer(config).apply({"params": p}, X, MASK)).mean()
@@ -65,11 +76,23 @@ def test_a_stack_is_made_with_any_kernel(model, kernel):
   """Parameters are made from a single token, which most kernels refuse."""
   config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, kernel=kernel)
   device = jax.sharding.AbstractDevice(platform="tpu", device_kind="TPU v5 lite", num_cores=None)
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)):
+  with jax.sharding.use_abstract_mesh(
+    jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+  ):
     if model is Transformer:
-      shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((2, 8, 16), jnp.bfloat16))
+      shapes = jax.eval_shape(
+        Transformer(config).init, jax.random.key(0), jnp.zeros((2, 8, 16), jnp.bfloat16)
+      )
     else:
-      decoder = Decoder(dataclasses.replace(config, causal=True), vocab_size=16, length=8, prompt=(1,), eos_id=2, pad_id=0, cross=False)
+      decoder = Decoder(
+        dataclasses.replace(config, causal=True),
+        vocab_size=16,
+        length=8,
+        prompt=(1,),
+        eos_id=2,
+        pad_id=0,
+        cross=False,
+      )
       shapes = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((2, 8), jnp.int32), None)
   assert jax.tree.leaves(shapes)
 
@@ -94,10 +117,14 @@ def test_causal_blocks_do_not_look_ahead(params):
 
 def test_dropout_needs_train_and_is_a_function_of_the_key(params):
   stack = Transformer(dataclasses.replace(CONFIG, dropout=0.5))
-  run = lambda seed: stack.apply({"params": params}, X, MASK, train=True, rngs={"dropout": jax.random.key(seed)})
+  run = lambda seed: stack.apply(
+    {"params": params}, X, MASK, train=True, rngs={"dropout": jax.random.key(seed)}
+  )
   np.testing.assert_array_equal(run(1), run(1))
   assert not np.allclose(run(1), run(2))
-  np.testing.assert_allclose(stack.apply({"params": params}, X, MASK), Transformer(CONFIG).apply({"params": params}, X, MASK))
+  np.testing.assert_allclose(
+    stack.apply({"params": params}, X, MASK), Transformer(CONFIG).apply({"params": params}, X, MASK)
+  )
 
 
 def test_post_norm_normalises_its_output():
@@ -110,7 +137,9 @@ def test_post_norm_normalises_its_output():
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
   config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
   out, variables = jax.eval_shape(Transformer(config).init_with_output, jax.random.key(0), X)
-  assert out.dtype == jnp.bfloat16 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
+  assert out.dtype == jnp.bfloat16 and all(
+    p.dtype == jnp.float32 for p in jax.tree.leaves(variables)
+  )
 
 
 def test_bad_hyper_parameters_are_refused():
@@ -125,8 +154,13 @@ def test_activations_equal_torch_and_their_derivatives_are_right(name):
   import torch
 
   x = np.linspace(-6, 6, 101, dtype=np.float32)
-  reference = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "silu": torch.nn.functional.silu, "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
-               "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh")}[name]
+  reference = {
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+    "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+  }[name]
   t = torch.from_numpy(x).requires_grad_()
   reference(t).sum().backward()
   np.testing.assert_allclose(activate(name, x), reference(t).detach(), atol=1e-6)
@@ -136,8 +170,12 @@ def test_activations_equal_torch_and_their_derivatives_are_right(name):
 def test_the_barrier_is_seen_by_the_cpu_compiler_alone():
   step = jax.jit(jax.grad(lambda x: (materialise(x * 2) ** 2).sum()))
   export = lambda platform: jax.export.export(step, platforms=[platform])(jnp.ones(3)).mlir_module()
-  assert export("cpu").count("stablehlo.optimization_barrier") == 2 and "optimization_barrier" not in export("tpu")
-  np.testing.assert_allclose(jax.vmap(jax.grad(lambda x: materialise(x) ** 2))(jnp.arange(3.0)), 2 * np.arange(3.0))
+  assert export("cpu").count(
+    "stablehlo.optimization_barrier"
+  ) == 2 and "optimization_barrier" not in export("tpu")
+  np.testing.assert_allclose(
+    jax.vmap(jax.grad(lambda x: materialise(x) ** 2))(jnp.arange(3.0)), 2 * np.arange(3.0)
+  )
   assert platform() == "cpu"
 
 
@@ -147,5 +185,9 @@ def test_positions():
   grid = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
   import torch
 
-  want = torch.nn.functional.interpolate(torch.from_numpy(grid.reshape(1, 3, 3, 4)).permute(0, 3, 1, 2), (5, 4), mode="bicubic")
-  np.testing.assert_allclose(resize_positions(grid, (3, 3), (5, 4)), want[0].permute(1, 2, 0).reshape(20, 4), atol=1e-5)
+  want = torch.nn.functional.interpolate(
+    torch.from_numpy(grid.reshape(1, 3, 3, 4)).permute(0, 3, 1, 2), (5, 4), mode="bicubic"
+  )
+  np.testing.assert_allclose(
+    resize_positions(grid, (3, 3), (5, 4)), want[0].permute(1, 2, 0).reshape(20, 4), atol=1e-5
+  )

@@ -18,15 +18,32 @@ WIDTH, VOCABULARY = 6, 9
 def arguments(rows, times, length, seed):
   rng = np.random.default_rng(seed)
   count, heard = rng.integers(0, length + 1, rows), rng.integers(1, times + 1, rows)
-  labels = rng.integers(1, 4 if seed % 2 else VOCABULARY, (rows, length)).astype(np.int32)  # few: equal neighbours
-  frames, table = rng.normal(size=(rows, times, WIDTH)).astype(np.float32), rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
-  return frames, np.arange(times) < heard[:, None], table, labels, np.arange(length) < count[:, None]
+  labels = rng.integers(1, 4 if seed % 2 else VOCABULARY, (rows, length)).astype(
+    np.int32
+  )  # few: equal neighbours
+  frames, table = (
+    rng.normal(size=(rows, times, WIDTH)).astype(np.float32),
+    rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32),
+  )
+  return (
+    frames,
+    np.arange(times) < heard[:, None],
+    table,
+    labels,
+    np.arange(length) < count[:, None],
+  )
 
 
 def by_torch(frames, real, table, labels, spoken):
   frames, table = torch.tensor(frames, requires_grad=True), torch.tensor(table, requires_grad=True)
   chances = torch.log_softmax(frames @ table.T, -1).transpose(0, 1)
-  losses = torch.nn.functional.ctc_loss(chances, torch.tensor(labels).long(), torch.tensor(real.sum(1)), torch.tensor(spoken.sum(1)), reduction="none")
+  losses = torch.nn.functional.ctc_loss(
+    chances,
+    torch.tensor(labels).long(),
+    torch.tensor(real.sum(1)),
+    torch.tensor(spoken.sum(1)),
+    reduction="none",
+  )
   counts = torch.isfinite(losses) & torch.tensor(spoken.any(1))
   total = losses[counts].sum()
   if counts.any():
@@ -40,11 +57,15 @@ def by_torch(frames, real, table, labels, spoken):
 def test_value_and_gradients_equal_pytorch(seed):
   frames, real, table, labels, spoken = arguments(5, 12, 5, seed)
   loss, counts = ctc(frames, real, table, labels, spoken)
-  gradients = jax.grad(lambda *a: ctc(a[0], real, a[1], labels, spoken)[0], (0, 1))(jnp.asarray(frames), jnp.asarray(table))
+  gradients = jax.grad(lambda *a: ctc(a[0], real, a[1], labels, spoken)[0], (0, 1))(
+    jnp.asarray(frames), jnp.asarray(table)
+  )
   want, rows, wanted = by_torch(frames, real, table, labels, spoken)
   np.testing.assert_array_equal(counts, rows)
   assert float(loss) == pytest.approx(want, rel=1e-4, abs=1e-4)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, wanted)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, wanted
+  )
 
 
 def test_what_is_padding_changes_nothing():
@@ -63,13 +84,25 @@ def test_captioning_adds_it_for_texts_without_their_end():
   real[:] = True
   tokens = np.array([[5, 6, 2, 0], [7, 2, 0, 0]], np.int32)  # <eos> is 2, <pad> 0
   hidden = np.random.default_rng(1).normal(size=(2, 4, WIDTH)).astype(np.float32)
-  batch = {"text": dict(tokens=tokens, mask=tokens != 0), "audio": dict(waveform=np.zeros((2, 3))), "valid": np.array([True, True])}
+  batch = {
+    "text": dict(tokens=tokens, mask=tokens != 0),
+    "audio": dict(waveform=np.zeros((2, 3))),
+    "valid": np.array([True, True]),
+  }
   answers = {"decode": (hidden, table), "transcribe": (hidden, table, frames, real)}
-  told = lambda **settings: captioning(lambda method, *_: answers[method], batch, None, source=("audio",), **settings)
+  told = lambda **settings: captioning(
+    lambda method, *_: answers[method], batch, None, source=("audio",), **settings
+  )
   plain, both = told(), told(ctc=0.5, eos_id=2, blank=0)
   alone, rows = ctc(frames, real, table, tokens, np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool))
-  assert rows.all() and float(both["loss"][0]) == pytest.approx(float(plain["loss"][0] + 0.5 * alone), rel=1e-6)
-  assert both["loss"][1] == plain["loss"][1] == 5 and both["ctc"][1] == 3 and float(both["ctc"][0]) == pytest.approx(float(alone))
+  assert rows.all() and float(both["loss"][0]) == pytest.approx(
+    float(plain["loss"][0] + 0.5 * alone), rel=1e-6
+  )
+  assert (
+    both["loss"][1] == plain["loss"][1] == 5
+    and both["ctc"][1] == 3
+    and float(both["ctc"][0]) == pytest.approx(float(alone))
+  )
   with pytest.raises(UserError, match="eos_id is -1 and blank -1"):
     told(ctc=0.5)
   with pytest.raises(UserError, match="`source` names none"):

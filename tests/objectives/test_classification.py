@@ -1,4 +1,6 @@
-"""Classification losses against PyTorch's, with smoothing, mixup, several labels and rows that do not count."""
+"""Classification losses against PyTorch's, with smoothing, mixup, several labels and rows that do
+not count.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,28 @@ ROWS, CLASSES = 8, 5
 def make(seed, several=False, texts=0, mixup=False):
   rng = np.random.default_rng(seed)
   shape = (ROWS, texts) if texts else (ROWS,)
-  label = rng.random((ROWS, CLASSES)) < 0.3 if several else rng.integers(-1, CLASSES, shape).astype(np.int32)
-  batch = dict(image=dict(present=rng.random(ROWS) > 0.2), text=dict(tokens=np.zeros((*shape, 3), np.int32)), valid=rng.random(ROWS) > 0.2, label=label)
+  label = (
+    rng.random((ROWS, CLASSES)) < 0.3
+    if several
+    else rng.integers(-1, CLASSES, shape).astype(np.int32)
+  )
+  batch = dict(
+    image=dict(present=rng.random(ROWS) > 0.2),
+    text=dict(tokens=np.zeros((*shape, 3), np.int32)),
+    valid=rng.random(ROWS) > 0.2,
+    label=label,
+  )
   if mixup:
-    batch["image"].update(mix_weight=rng.random(ROWS).astype(np.float32), mix_label=np.roll(label, 1, 0))
+    batch["image"].update(
+      mix_weight=rng.random(ROWS).astype(np.float32), mix_label=np.roll(label, 1, 0)
+    )
   return batch, rng.normal(size=(ROWS * max(1, texts), CLASSES)).astype(np.float32)
 
 
 def run(batch, logits, **kwargs):
-  losses = classification(lambda method, modalities: jax.numpy.asarray(logits), batch, jax.random.key(0), **kwargs)
+  losses = classification(
+    lambda method, modalities: jax.numpy.asarray(logits), batch, jax.random.key(0), **kwargs
+  )
   return [float(x) for key in ("loss", "accuracy") for x in losses[key]]
 
 
@@ -36,8 +51,16 @@ def reference(batch, logits, label, smoothing):
   logits = torch.from_numpy(logits)
   if label.dtype == bool:
     target = torch.from_numpy(label * (1 - smoothing) + 0.5 * smoothing)
-    return counts, torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), target, reduction="none").sum(-1).numpy()
-  loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(label).long(), ignore_index=-1, label_smoothing=smoothing, reduction="none")
+    return counts, torch.nn.functional.binary_cross_entropy_with_logits(
+      logits.double(), target, reduction="none"
+    ).sum(-1).numpy()
+  loss = torch.nn.functional.cross_entropy(
+    logits.double(),
+    torch.from_numpy(label).long(),
+    ignore_index=-1,
+    label_smoothing=smoothing,
+    reduction="none",
+  )
   return counts & (label >= 0), loss.numpy()
 
 
@@ -46,14 +69,22 @@ def reference(batch, logits, label, smoothing):
 def test_losses_are_those_of_pytorch_whatever_the_order(seed, several, smoothing):
   batch, logits = make(seed, several)
   counts, each = reference(batch, logits, batch["label"], smoothing)
-  right = ((logits > 0) == batch["label"]).mean(-1) if several else logits.argmax(-1) == batch["label"]
+  right = (
+    ((logits > 0) == batch["label"]).mean(-1) if several else logits.argmax(-1) == batch["label"]
+  )
   want = [each[counts].sum(), counts.sum(), right[counts].sum(), counts.sum()]
-  np.testing.assert_allclose(run(batch, logits, label_smoothing=smoothing), want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    run(batch, logits, label_smoothing=smoothing), want, rtol=1e-5, atol=1e-5
+  )
   order = np.random.default_rng(seed).permutation(ROWS)
   shuffled = jax.tree.map(lambda x: x[order], batch)
-  np.testing.assert_allclose(run(shuffled, logits[order], label_smoothing=smoothing), want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    run(shuffled, logits[order], label_smoothing=smoothing), want, rtol=1e-5, atol=1e-5
+  )
   logits[~counts] = 1e4 * np.arange(CLASSES)  # rows that do not count
-  np.testing.assert_allclose(run(batch, logits, label_smoothing=smoothing), want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    run(batch, logits, label_smoothing=smoothing), want, rtol=1e-5, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -73,7 +104,18 @@ def test_several_questions_a_row():
   batch, logits = make(5, texts=2)
   counts, each = reference(batch, logits, batch["label"].reshape(-1), 0.0)
   got = run(batch, logits, modalities=("image",))
-  np.testing.assert_allclose(got, [each[counts].sum(), counts.sum(), (logits.argmax(-1) == batch["label"].reshape(-1))[counts].sum(), counts.sum()], rtol=1e-5)
-  with_text = run(batch, logits, modalities=("image", "text"))  # the text is there where the picture is not
+  np.testing.assert_allclose(
+    got,
+    [
+      each[counts].sum(),
+      counts.sum(),
+      (logits.argmax(-1) == batch["label"].reshape(-1))[counts].sum(),
+      counts.sum(),
+    ],
+    rtol=1e-5,
+  )
+  with_text = run(
+    batch, logits, modalities=("image", "text")
+  )  # the text is there where the picture is not
   every = np.repeat(batch["valid"], 2) & (batch["label"].reshape(-1) >= 0)
   assert with_text[1] == every.sum()

@@ -1,4 +1,6 @@
-"""Contrastive losses in blocks against the plain formulas over the whole matrix, differentiated by JAX."""
+"""Contrastive losses in blocks against the plain formulas over the whole matrix, differentiated by
+JAX.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +18,25 @@ BATCH, WIDTH = 64, 16
 
 def mesh_of(*sizes):
   count = int(np.prod(sizes))
-  return Mesh(np.array(jax.devices()[:count]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(
+    np.array(jax.devices()[:count]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
 
 
 def make_batch(size=BATCH, *, seed=0, mixup=False, padding=True):
   """Repeated captions, repeated pictures, rows that are padding or lack a modality."""
   rng = np.random.default_rng(seed)
-  key = lambda kinds: np.stack([rng.integers(0, kinds, size), np.zeros(size, int)], 1).astype(np.uint32)
+  key = lambda kinds: np.stack([rng.integers(0, kinds, size), np.zeros(size, int)], 1).astype(
+    np.uint32
+  )
   batch = dict(image=dict(key=key(size)), text=dict(key=key(size // 2)), valid=np.ones(size, bool))
   if padding:
     batch["valid"] = rng.random(size) > 0.1
     batch["text"]["present"] = rng.random(size) > 0.1
   if mixup:
-    batch["image"].update(mix_weight=rng.random(size).astype(np.float32), mix_row=np.roll(np.arange(size), 1))
+    batch["image"].update(
+      mix_weight=rng.random(size).astype(np.float32), mix_row=np.roll(np.arange(size), 1)
+    )
   return batch
 
 
@@ -59,14 +67,20 @@ def dense(batch, loss, x, y, scale, bias):
   if loss == "sigmoid":
     logits = logits + bias
     share = np.minimum(positives, 1)
-    return -(share * jax.nn.log_sigmoid(logits) + (1 - share) * jax.nn.log_sigmoid(-logits)).sum() / len(keep)
-  by_row, by_column = positives / positives.sum(1, keepdims=True), positives / positives.sum(0, keepdims=True)
+    return -(
+      share * jax.nn.log_sigmoid(logits) + (1 - share) * jax.nn.log_sigmoid(-logits)
+    ).sum() / len(keep)
+  by_row, by_column = (
+    positives / positives.sum(1, keepdims=True),
+    positives / positives.sum(0, keepdims=True),
+  )
   cross = lambda target, axis: -(target * jax.nn.log_softmax(logits, axis)).sum()
   return 0.5 * (cross(by_row, 1) + cross(by_column, 0)) / len(keep)
 
 
 def blockwise(batch, loss, chunk):
   """Mean loss and accuracy as functions of embeddings, scale and bias."""
+
   def function(x, y, scale, bias):
     outputs = dict(embedding={"image": x, "text": y}, temperature=(scale, bias))
     forward = lambda method, *args: outputs[method][args[0]] if args else outputs[method]
@@ -86,30 +100,40 @@ def evaluate(function, args, mesh=None):
   if mesh is None:
     return jax.jit(gradient)(*args)
   with jax.set_mesh(mesh):
-    placed = [jax.device_put(a, batch_sharding(mesh) if np.ndim(a) else replicated(mesh)) for a in args]
+    placed = [
+      jax.device_put(a, batch_sharding(mesh) if np.ndim(a) else replicated(mesh)) for a in args
+    ]
     return jax.jit(gradient)(*placed)
 
 
 def assert_close(got, want, tolerance=1e-5):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-12, np.linalg.norm(a - b) / np.linalg.norm(b)
+    assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-12, np.linalg.norm(
+      a - b
+    ) / np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 8])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_eight_devices_equal_the_dense_formula(loss, chunk):
   batch, args = make_batch(), arguments()
-  want = jax.value_and_grad(lambda *a: dense(batch, loss, *a), argnums=(0, 1, 2, 3))(*map(jnp.asarray, args))
+  want = jax.value_and_grad(lambda *a: dense(batch, loss, *a), argnums=(0, 1, 2, 3))(
+    *map(jnp.asarray, args)
+  )
   (value, _), gradients = evaluate(blockwise(batch, loss, chunk), args, mesh_of(1, 2, 4, 1, 1))
   assert_close((value, gradients), want)
 
 
-@pytest.mark.parametrize("sizes", [None, (1, 1, 1, 1, 1), (2, 2, 1, 2, 1), (1, 1, 2, 2, 2), (1, 1, 1, 8, 1)])
+@pytest.mark.parametrize(
+  "sizes", [None, (1, 1, 1, 1, 1), (2, 2, 1, 2, 1), (1, 1, 2, 2, 2), (1, 1, 1, 8, 1)]
+)
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_any_mesh_equals_the_dense_formula_with_mixup(loss, sizes):
   batch, args = make_batch(mixup=True), arguments()
-  want = jax.value_and_grad(lambda *a: dense(batch, loss, *a), argnums=(0, 1, 2, 3))(*map(jnp.asarray, args))
+  want = jax.value_and_grad(lambda *a: dense(batch, loss, *a), argnums=(0, 1, 2, 3))(
+    *map(jnp.asarray, args)
+  )
   (value, _), gradients = evaluate(blockwise(batch, loss, 2), args, sizes and mesh_of(*sizes))
   assert_close((value, gradients), want)
 
@@ -119,7 +143,9 @@ def test_large_blocks_are_cut_into_tiles(loss, monkeypatch):
   monkeypatch.setattr(collectives, "BLOCK", 100)
   monkeypatch.setattr(collectives, "SIDE", 7)
   batch, args = make_batch(), arguments()
-  want = jax.value_and_grad(lambda *a: dense(batch, loss, *a), argnums=(0, 1, 2, 3))(*map(jnp.asarray, args))
+  want = jax.value_and_grad(lambda *a: dense(batch, loss, *a), argnums=(0, 1, 2, 3))(
+    *map(jnp.asarray, args)
+  )
   for mesh in (None, mesh_of(1, 4, 1, 1, 1)):  # 64 or 16 rows a device, in tiles of 7 or 6
     (value, _), gradients = evaluate(blockwise(batch, loss, 2), args, mesh)
     assert_close((value, gradients), want)
@@ -150,7 +176,10 @@ def test_extreme_scales_stay_finite():
   batch = make_batch()
   for loss in ("softmax", "sigmoid"):
     for scale in (0.0, 1e4):
-      assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(evaluate(blockwise(batch, loss, 1), arguments(scale))))
+      assert all(
+        np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(evaluate(blockwise(batch, loss, 1), arguments(scale)))
+      )
 
 
 def test_batch_without_any_valid_row_has_no_weight():
@@ -166,11 +195,21 @@ def temporary_bytes(loss, devices, rows, width, chunk=1):
   """Temporary memory a device of the compiled value and gradient, `rows` rows a device."""
   size, mesh = rows * devices, mesh_of(1, devices, 1, 1, 1)
   batch = make_batch(size, padding=False)
-  gradient = jax.value_and_grad(lambda *a: blockwise(a[4], loss, chunk)(*a[:4])[0], argnums=(0, 1, 2, 3))
+  gradient = jax.value_and_grad(
+    lambda *a: blockwise(a[4], loss, chunk)(*a[:4])[0], argnums=(0, 1, 2, 3)
+  )
   with jax.set_mesh(mesh):
-    place = lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype, sharding=batch_sharding(mesh) if np.ndim(a) else replicated(mesh))
+    place = lambda a: jax.ShapeDtypeStruct(
+      np.shape(a),
+      np.asarray(a).dtype,
+      sharding=batch_sharding(mesh) if np.ndim(a) else replicated(mesh),
+    )
     x = np.zeros((size, width), np.float32)
-    compiled = jax.jit(gradient).lower(*jax.tree.map(place, (x, x, np.float32(1), np.float32(1), batch))).compile()
+    compiled = (
+      jax.jit(gradient)
+      .lower(*jax.tree.map(place, (x, x, np.float32(1), np.float32(1), batch)))
+      .compile()
+    )
   return compiled.memory_analysis().temp_size_in_bytes
 
 

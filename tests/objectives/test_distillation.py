@@ -32,13 +32,19 @@ def test_logit_distillation_and_its_gradient_equal_torch(temperature):
   batch = dict(image=dict(pixels=np.zeros((12, 2, 2, 3), np.uint8)), valid=jnp.asarray(valid))
 
   def loss(mine):
-    total, weight = logit_distillation(Given(mine, theirs), batch, None, teacher="T", temperature=temperature)["loss"]
+    total, weight = logit_distillation(
+      Given(mine, theirs), batch, None, teacher="T", temperature=temperature
+    )["loss"]
     return total / weight
 
   got, slope = jax.value_and_grad(loss)(jnp.asarray(mine))
   x, t = torch.tensor(mine, requires_grad=True), torch.tensor(theirs)
   rows = torch.tensor(valid)
-  want = temperature**2 * torch.nn.functional.kl_div((x[rows] / temperature).log_softmax(-1), (t[rows] / temperature).softmax(-1), reduction="batchmean")
+  want = temperature**2 * torch.nn.functional.kl_div(
+    (x[rows] / temperature).log_softmax(-1),
+    (t[rows] / temperature).softmax(-1),
+    reduction="batchmean",
+  )
   want.backward()
   np.testing.assert_allclose(got, want.item(), rtol=1e-5)
   np.testing.assert_allclose(slope, x.grad.numpy(), rtol=1e-4, atol=1e-6)
@@ -48,10 +54,18 @@ def test_several_texts_a_row_and_other_classes():
   rng = np.random.default_rng(1)
   mine, theirs = (rng.normal(size=(6, 4)).astype(np.float32) for _ in range(2))
   batch = dict(text=dict(tokens=np.zeros((3, 2, 5), np.int32)), valid=np.array([True, False, True]))
-  losses = logit_distillation(Given(mine, theirs), batch, None, teacher="T", modalities=("text",), temperature=1.0)
+  losses = logit_distillation(
+    Given(mine, theirs), batch, None, teacher="T", modalities=("text",), temperature=1.0
+  )
   rows = [0, 1, 4, 5]
-  np.testing.assert_allclose(losses["loss"][0], np.asarray(divergence(jnp.asarray(theirs), jnp.asarray(mine)))[rows].sum(), rtol=1e-5)
+  np.testing.assert_allclose(
+    losses["loss"][0],
+    np.asarray(divergence(jnp.asarray(theirs), jnp.asarray(mine)))[rows].sum(),
+    rtol=1e-5,
+  )
   assert float(losses["loss"][1]) == 4
-  np.testing.assert_allclose(losses["agreement"][0], (mine.argmax(1) == theirs.argmax(1))[rows].sum())
+  np.testing.assert_allclose(
+    losses["agreement"][0], (mine.argmax(1) == theirs.argmax(1))[rows].sum()
+  )
   with pytest.raises(UserError, match="data.classes"):
     logit_distillation(Given(mine, theirs[:, :3]), batch, None, teacher="T", modalities=("text",))

@@ -29,7 +29,9 @@ def test_all_pairs_meet_once(devices, chunk, effective):
       by_row, by_column, home = ring.visit(tile, x, y, zeros, zeros)
       return by_row, ring.scatter_sum(by_column), home
 
-    by_row, by_column, home = jax.jit(collectives.per_device(ring, function, (False, False), (False,) * 3))(x, y)
+    by_row, by_column, home = jax.jit(
+      collectives.per_device(ring, function, (False, False), (False,) * 3)
+    )(x, y)
   np.testing.assert_array_equal(by_row, (x @ y.T).sum(1))
   np.testing.assert_array_equal(by_column, ((x @ y.T) ** 2).sum(0))
   np.testing.assert_array_equal(home, y)

@@ -27,8 +27,12 @@ def mesh_of(**sizes):
 
 def test_rows_go_to_the_device_and_back(devices):
   mesh = mesh_of(data=2, fsdp=2, tensor=2)
-  batch = dict(image=dict(pixels=np.arange(8 * 12, dtype=np.uint8).reshape(8, 2, 2, 3)), valid=np.arange(8) % 2 == 0,
-               id=list("abcdefgh"), label=np.arange(8, dtype=np.int32))
+  batch = dict(
+    image=dict(pixels=np.arange(8 * 12, dtype=np.uint8).reshape(8, 2, 2, 3)),
+    valid=np.arange(8) % 2 == 0,
+    id=list("abcdefgh"),
+    label=np.arange(8, dtype=np.int32),
+  )
   placed = multihost.to_device(batch, mesh)
   assert set(placed) == {"image", "valid", "label"} and placed["image"]["pixels"].dtype == np.uint8
   assert {s.data.shape[0] for s in placed["label"].addressable_shards} == {2}
@@ -44,14 +48,28 @@ def test_one_process_loads_every_row(devices):
 
 
 def test_flags_of_one_process():
-  assert multihost.is_main() and multihost.any_process(True) and not multihost.any_process(False) and multihost.all_agree(7)
+  assert (
+    multihost.is_main()
+    and multihost.any_process(True)
+    and not multihost.any_process(False)
+    and multihost.all_agree(7)
+  )
 
 
-@pytest.mark.parametrize("variables, message", [
-  (dict(MMJAX_COORDINATOR="localhost:1"), "MMJAX_PROCESSES, MMJAX_PROCESS_ID not set"),
-  (dict(MMJAX_COORDINATOR="localhost:1", MMJAX_PROCESSES="two", MMJAX_PROCESS_ID="0"), "MMJAX_PROCESSES is 'two'"),
-  (dict(MMJAX_COORDINATOR="localhost:1", MMJAX_PROCESSES="2", MMJAX_PROCESS_ID="2"), "ids run from 0 to 1"),
-])
+@pytest.mark.parametrize(
+  "variables, message",
+  [
+    (dict(MMJAX_COORDINATOR="localhost:1"), "MMJAX_PROCESSES, MMJAX_PROCESS_ID not set"),
+    (
+      dict(MMJAX_COORDINATOR="localhost:1", MMJAX_PROCESSES="two", MMJAX_PROCESS_ID="0"),
+      "MMJAX_PROCESSES is 'two'",
+    ),
+    (
+      dict(MMJAX_COORDINATOR="localhost:1", MMJAX_PROCESSES="2", MMJAX_PROCESS_ID="2"),
+      "ids run from 0 to 1",
+    ),
+  ],
+)
 def test_wrong_variables_are_named(monkeypatch, variables, message):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
@@ -112,27 +130,42 @@ print("RESULT" + json.dumps(values))
 
 
 def one_step(mesh, rows):
-  """Loss, gradient and gathered rows of a contrastive objective whose embeddings come from pixels of these rows."""
+  """Loss, gradient and gathered rows of a contrastive objective whose embeddings come from pixels
+  of these rows.
+  """
   from mmjax.objectives.contrastive import contrastive
   from mmjax.parallel.rules import replicated
 
   rng = np.random.default_rng(0)
-  pixels, tokens = rng.integers(0, 256, (16, 12)).astype(np.uint8), rng.normal(size=(16, 8)).astype(np.float32)
-  batch = dict(image=dict(pixels=pixels), text=dict(values=tokens, key=(rng.integers(0, 6, (16, 1)) * [1, 0]).astype(np.uint32)))
+  pixels, tokens = (
+    rng.integers(0, 256, (16, 12)).astype(np.uint8),
+    rng.normal(size=(16, 8)).astype(np.float32),
+  )
+  batch = dict(
+    image=dict(pixels=pixels),
+    text=dict(values=tokens, key=(rng.integers(0, 6, (16, 1)) * [1, 0]).astype(np.uint32)),
+  )
   weights = jax.device_put(rng.normal(size=(12, 8)).astype(np.float32), replicated(mesh))
   placed = multihost.to_device(jax.tree.map(lambda x: x[rows], batch), mesh)
 
   def loss(weights, batch):
     unit = lambda x: x / jax.numpy.linalg.norm(x, axis=1, keepdims=True)
-    outputs = dict(image=lambda: unit(batch["image"]["pixels"] / 255.0 @ weights), text=lambda: unit(batch["text"]["values"]))
+    outputs = dict(
+      image=lambda: unit(batch["image"]["pixels"] / 255.0 @ weights),
+      text=lambda: unit(batch["text"]["values"]),
+    )
     forward = lambda method, *args: outputs[args[0]]() if args else (5.0, 0.0)
     total, weight = contrastive(forward, batch, None, chunk=2)["loss"]
     return total / weight
 
   with jax.set_mesh(mesh):
-    value, slope = jax.jit(jax.value_and_grad(loss), out_shardings=replicated(mesh))(weights, placed)
+    value, slope = jax.jit(jax.value_and_grad(loss), out_shardings=replicated(mesh))(
+      weights, placed
+    )
   back = multihost.gather_rows(placed["image"]["pixels"])
-  return dict(loss=float(value), slope=np.asarray(slope).tolist(), same=bool((back == pixels).all()))
+  return dict(
+    loss=float(value), slope=np.asarray(slope).tolist(), same=bool((back == pixels).all())
+  )
 
 
 def test_two_processes_equal_one(devices, tmp_path):
@@ -141,21 +174,40 @@ def test_two_processes_equal_one(devices, tmp_path):
     port = s.getsockname()[1]
   script = tmp_path / "worker.py"
   script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
-  environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", MMJAX_COORDINATOR=f"localhost:{port}", MMJAX_PROCESSES="2",
-                     MMJAX_CPU_DEVICES="2")
-  workers = [subprocess.Popen([sys.executable, str(script)], env=dict(environment, MMJAX_PROCESS_ID=str(i)),
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+  environment = dict(
+    os.environ,
+    PYTHONPATH=str(ROOT),
+    JAX_PLATFORMS="cpu",
+    MMJAX_COORDINATOR=f"localhost:{port}",
+    MMJAX_PROCESSES="2",
+    MMJAX_CPU_DEVICES="2",
+  )
+  workers = [
+    subprocess.Popen(
+      [sys.executable, str(script)],
+      env=dict(environment, MMJAX_PROCESS_ID=str(i)),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
   try:
     outputs = [w.communicate(timeout=240) for w in workers]
   finally:
     for worker in workers:
       worker.kill()
   assert all(w.returncode == 0 for w in workers), [e[-2000:] for _, e in outputs]
-  results = [json.loads(next(line for line in out.splitlines() if line.startswith("RESULT"))[6:]) for out, _ in outputs]
+  results = [
+    json.loads(next(line for line in out.splitlines() if line.startswith("RESULT"))[6:])
+    for out, _ in outputs
+  ]
   want = one_step(mesh_of(data=2, fsdp=2, tensor=2), np.arange(16))
   assert want["same"]
   for number, got in enumerate(results):
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-6)
     np.testing.assert_allclose(got["slope"], want["slope"], rtol=1e-4, atol=1e-7)
     assert got["same"] and got["any"] == [True, False] and got["agree"] == [True, False]
-    assert got["rows"] == list(range(8 * number, 8 * number + 8)) and got["shared_rows"] == list(range(8))
+    assert got["rows"] == list(range(8 * number, 8 * number + 8)) and got["shared_rows"] == list(
+      range(8)
+    )

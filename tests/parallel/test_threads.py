@@ -10,7 +10,10 @@ from mmjax.parallel import threads
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-  """run(recorded, cores, nproc, started) -> what `keep` says of a run folder; the process has not begun to compute unless `started`."""
+  """run(recorded, cores, nproc, started) -> what `keep` says of a run folder; the process has not
+  begun to compute unless `started`.
+  """
+
   def make(recorded, *, cores=2, nproc="", started=False):
     monkeypatch.setenv("NPROC", nproc)
     monkeypatch.delenv("MMJAX_CPU_DEVICES", raising=False)
@@ -19,6 +22,7 @@ def run(tmp_path, monkeypatch):
     if recorded:
       (tmp_path / threads.FILE).write_text(json.dumps({"threads": recorded}))
     return threads.keep(tmp_path)
+
   return make
 
 

@@ -94,7 +94,11 @@ def test_loops_are_multiplied_out_and_fusions_counted_once():
   assert spent["compiler_cycles"] == 3 * (10 * 100 + 7) + 5000 + 11
   assert spent["unknown_loops"] == 0
   assert spent["largest"][0]["cycles"] == 5000 and spent["largest"][1] == dict(
-    operation="fusion.1", source="jit(update)/layers/mlp/tanh", type="f32[8,128]", count=30, cycles=3000
+    operation="fusion.1",
+    source="jit(update)/layers/mlp/tanh",
+    type="f32[8,128]",
+    count=30,
+    cycles=3000,
   )
 
 
@@ -106,18 +110,23 @@ def test_a_kernel_without_an_estimate_costs_what_it_moves():
 
 
 def test_a_kernel_of_the_traced_step_costs_its_flops():
-  known = kernels.Kernel("scale", (("f32", (8, 128)),), (("bf16", (8, 128)),), flops=1e9, bytes=10.0)
+  known = kernels.Kernel(
+    "scale", (("f32", (8, 128)),), (("bf16", (8, 128)),), flops=1e9, bytes=10.0
+  )
   spent = cost.cost(hlo.parse(NESTED), V5E, [known])
   (call,) = spent["custom_calls"]
   assert (
-    call["name"] == "scale" and call["flops"] == 1e9 and call["cycles_added"] == pytest.approx(1e9 / 197e12 * 1.5e9)
+    call["name"] == "scale"
+    and call["flops"] == 1e9
+    and call["cycles_added"] == pytest.approx(1e9 / 197e12 * 1.5e9)
   )
   assert spent["cycles"] == spent["compiler_cycles"] + spent["custom_call_cycles"]
 
 
 def test_an_estimate_given_with_a_kernel_is_taken():
   text = NESTED.replace(
-    '"body":"QUJD"', '"body":"QUJD","cost_estimate":{"flops":2000000000,"transcendentals":0,"bytes_accessed":5}'
+    '"body":"QUJD"',
+    '"body":"QUJD","cost_estimate":{"flops":2000000000,"transcendentals":0,"bytes_accessed":5}',
   )
   (call,) = cost.cost(hlo.parse(text), V5E)["custom_calls"]
   assert call["flops"] == 2e9 and call["bytes"] == 8 * 128 * 6
@@ -187,7 +196,9 @@ def test_all_to_alls_and_a_global_similarity_matrix_are_warned_of():
 
 
 def test_sizes_of_types():
-  assert hlo.size("(bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, pred[3], s32[], u32[]{:S(2)})") == 64 + 3 + 4 + 4
+  assert (
+    hlo.size("(bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, pred[3], s32[], u32[]{:S(2)})") == 64 + 3 + 4 + 4
+  )
   assert hlo.size("token[]") == 0 and hlo.size("s4[16]") == 8
 
 
@@ -201,14 +212,19 @@ def test_kernels_count_their_blocks():
     return pl.pallas_call(
       body,
       grid=(4, 2),
-      in_specs=[pl.BlockSpec((64, 256), lambda i, j: (i, 0)), pl.BlockSpec((256, 128), lambda i, j: (0, j))],
+      in_specs=[
+        pl.BlockSpec((64, 256), lambda i, j: (i, 0)),
+        pl.BlockSpec((256, 128), lambda i, j: (0, j)),
+      ],
       out_specs=pl.BlockSpec((64, 128), lambda i, j: (i, j)),
       out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
       name="product",
     )(x, w)
 
   spec = jax.ShapeDtypeStruct((256, 256), jnp.float32)
-  (kernel,) = kernels.kernels_of(jax.make_jaxpr(jax.jit(lambda x, w: jnp.tanh(product(x, w))))(spec, spec).jaxpr)
+  (kernel,) = kernels.kernels_of(
+    jax.make_jaxpr(jax.jit(lambda x, w: jnp.tanh(product(x, w))))(spec, spec).jaxpr
+  )
   assert kernel.name == "product" and kernel.flops == 2 * 256**3
   assert kernel.bytes == 4 * (4 * 64 * 256 + 8 * 256 * 128 + 8 * 64 * 128)
   assert kernels.match([kernel], kernel.operands, kernel.results) is kernel
@@ -247,7 +263,14 @@ Total hbm usage >= 21.77G:
 
 def test_a_run_on_chips_of_a_known_kind_gets_the_seconds_of_its_step():
   text = NESTED.replace("tpu_custom_call", "another")
-  on = lambda kind: SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)])))
+  on = lambda kind: SimpleNamespace(
+    mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
+  )
   compiled = lambda text: SimpleNamespace(as_text=lambda: text)
-  assert estimate(on("TPU v5 lite"), compiled(text)) == cost.cost(hlo.parse(text), V5E)["seconds"] > 0
-  assert estimate(on("cpu"), compiled(text)) is None and estimate(on("TPU v5 lite"), compiled("")) is None
+  assert (
+    estimate(on("TPU v5 lite"), compiled(text)) == cost.cost(hlo.parse(text), V5E)["seconds"] > 0
+  )
+  assert (
+    estimate(on("cpu"), compiled(text)) is None
+    and estimate(on("TPU v5 lite"), compiled("")) is None
+  )

@@ -1,4 +1,6 @@
-"""What the planner makes of a kernel whose cost is known: flash attention. (A stack of matrix products: test_plan.py.)"""
+"""What the planner makes of a kernel whose cost is known: flash attention. (A stack of matrix
+products: test_plan.py.)
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ pytestmark = pytest.mark.slow  # seconds, but they need libtpu, which the tests 
 def place():
   """One v5e chip that exists for the compiler alone."""
   pytest.importorskip("libtpu")
-  mesh = jax.sharding.Mesh(np.array(topology.devices(topology.parse("v5e-1"))), ("data",), axis_types=(AxisType.Auto,))
+  mesh = jax.sharding.Mesh(
+    np.array(topology.devices(topology.parse("v5e-1"))), ("data",), axis_types=(AxisType.Auto,)
+  )
   return jax.NamedSharding(mesh, jax.P())
 
 
@@ -38,9 +42,18 @@ def test_flash_attention_takes_its_flops_at_peak(place, backward):
   b, length, heads, channels = 4, 4096, 8, 128
   run = lambda q, k, v: attention.attend(q, k, v, kernel="flash")
   loss = lambda q, k, v: run(q, k, v).astype(jnp.float32).sum()
-  spent, each = cycles_of(jax.grad(loss, argnums=(0, 1, 2)) if backward else run, place, *[(b, length, heads, channels)] * 3)
-  # Products of [L, K] and [K, L] or the like: forward 2; backward, logits and weights' cotangent once more, then dq, or dk and dv.
+  spent, each = cycles_of(
+    jax.grad(loss, argnums=(0, 1, 2)) if backward else run,
+    place,
+    *[(b, length, heads, channels)] * 3,
+  )
+  # Products of [L, K] and [K, L] or the like: forward 2; backward, logits and weights' cotangent
+  # once more, then dq, or dk and dv.
   product = 2.0 * b * heads * length**2 * channels
-  assert sorted(row["flops"] / product for row in spent["custom_calls"]) == pytest.approx([2, 3, 4] if backward else [2], rel=0.02)
-  assert spent["custom_call_cycles"] == pytest.approx((9 if backward else 2) * product * each, rel=0.02)
+  assert sorted(row["flops"] / product for row in spent["custom_calls"]) == pytest.approx(
+    [2, 3, 4] if backward else [2], rel=0.02
+  )
+  assert spent["custom_call_cycles"] == pytest.approx(
+    (9 if backward else 2) * product * each, rel=0.02
+  )
   assert all(row["basis"] == "blocks of the kernel" for row in spent["custom_calls"])

@@ -1,4 +1,6 @@
-"""Remat policies that keep in the memory of the host, and sequences split over chips, as the TPU compiler takes them."""
+"""Remat policies that keep in the memory of the host, and sequences split over chips, as the TPU
+compiler takes them.
+"""
 
 import json
 
@@ -24,7 +26,19 @@ def peak(folder, policy, *overrides):
   """(bytes of a chip of v5e-4 at most, collectives) of the step with this remat policy."""
   (folder / "deep.py").write_text(DEEP)
   remat = [f"--config.model.encoders.{name}.remat={policy}" for name in ("image", "text")]
-  done = run("-m", "mmjax.cli", "plan", "--config", "deep.py", "--topology", "v5e-4", "--json", *remat, *overrides, cwd=folder)
+  done = run(
+    "-m",
+    "mmjax.cli",
+    "plan",
+    "--config",
+    "deep.py",
+    "--topology",
+    "v5e-4",
+    "--json",
+    *remat,
+    *overrides,
+    cwd=folder,
+  )
   result = json.loads(done.stdout)
   return result["memory"]["peak"], result["collectives"]
 
@@ -32,7 +46,9 @@ def peak(folder, policy, *overrides):
 @pytest.mark.slow
 def test_offloaded_blocks_leave_the_chip(tmp_path):
   pytest.importorskip("libtpu")
-  kept = {policy: peak(tmp_path, policy)[0] for policy in ("dense", "offload_dense", "full", "offload")}
+  kept = {
+    policy: peak(tmp_path, policy)[0] for policy in ("dense", "offload_dense", "full", "offload")
+  }
   print({policy: f"{count / 2**20:.0f} MiB" for policy, count in kept.items()})
   assert kept["offload"] < kept["full"] < kept["dense"] and kept["offload_dense"] < kept["dense"]
 

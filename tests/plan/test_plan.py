@@ -1,4 +1,6 @@
-"""`mmjax plan` from end to end: on simulated devices everywhere, with the TPU compiler where libtpu is installed."""
+"""`mmjax plan` from end to end: on simulated devices everywhere, with the TPU compiler where libtpu
+is installed.
+"""
 
 import json
 import os
@@ -53,20 +55,40 @@ def test_without_libtpu_memory_is_planned_on_simulated_devices(tiny, without_lib
   step = Step(config, make_mesh(config, jax.devices()[:4]), steps=1)
   assert result["model"]["parameters"] == sum(x.size for x in jax.tree.leaves(step.params_spec))
   whole = 4 * result["model"]["parameters"]
-  assert whole / 4 <= result["memory"]["parameters"] < whole / 2  # a quarter, and what is too small to split
-  assert result["memory"]["optimizer"] == pytest.approx(2 * result["memory"]["parameters"], rel=0.01)
-  assert result["fits"] and result["memory"]["peak"] > result["memory"]["parameters"] + result["memory"]["optimizer"]
-  assert "all-gather" in result["collectives"] and "step" not in result and "without libtpu" in result["left_out"][-1]
-  assert result["config"]["mesh"] == {"fsdp": 4} and result["model"]["tokens_per_example"] == {"image": 16, "text": 32}
+  assert (
+    whole / 4 <= result["memory"]["parameters"] < whole / 2
+  )  # a quarter, and what is too small to split
+  assert result["memory"]["optimizer"] == pytest.approx(
+    2 * result["memory"]["parameters"], rel=0.01
+  )
+  assert (
+    result["fits"]
+    and result["memory"]["peak"] > result["memory"]["parameters"] + result["memory"]["optimizer"]
+  )
+  assert (
+    "all-gather" in result["collectives"]
+    and "step" not in result
+    and "without libtpu" in result["left_out"][-1]
+  )
+  assert result["config"]["mesh"] == {"fsdp": 4} and result["model"]["tokens_per_example"] == {
+    "image": 16,
+    "text": 32,
+  }
   assert sum(result["model"]["flops"].values()) == pytest.approx(result["model"]["flops_per_step"])
   again = planning.plan(config, "v5e-4", cache=str(tmp_path), say=lambda line: pytest.fail(line))
-  assert again.pop("cached") and not result.pop("cached") and again == json.loads(json.dumps(result))
+  assert (
+    again.pop("cached") and not result.pop("cached") and again == json.loads(json.dumps(result))
+  )
   assert "fits" in report.describe({**again, "changes": []})
 
 
 def test_the_cache_knows_configs_and_slices_apart(tiny):
   config, other = configs.load(tiny), configs.load(tiny, ["train.batch_size=256"])
-  keys = {planning._key(c, topology.parse(name)) for c in (config, other) for name in ("v5e-4", "v5e-8", "2xv5e-4")}
+  keys = {
+    planning._key(c, topology.parse(name))
+    for c in (config, other)
+    for name in ("v5e-4", "v5e-8", "2xv5e-4")
+  }
   assert len(keys) == 6
   assert planning._key(config, topology.parse("v5e-4")) == planning._key(
     configs.load(tiny, ["log.every=3"]), topology.parse("v5e-4")
@@ -80,7 +102,9 @@ def test_a_mesh_that_does_not_fit_the_slice_is_refused(tiny, without_libtpu):
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-  """Plans without a compiler: microbatches and remat save memory and cost time, and so do tensors split."""
+  """Plans without a compiler: microbatches and remat save memory and cost time, and so do tensors
+  split.
+  """
   share = {"none": 1.0, "dots": 0.9, "dots_no_batch": 0.7, "attention": 0.6, "full": 0.4}
 
   def compile_step(config, target, dump_hlo, say):
@@ -89,7 +113,14 @@ def rehearsed(monkeypatch):
     peak = 39 * GIB * share[policy] / config.train.microbatches
     seconds = (2 - share[policy]) * config.train.microbatches * mesh["tensor"]
     over = max(0, peak - target.chip.memory)
-    step = dict(seconds=seconds, mfu=0.5, cycles=1e9, custom_call_cycles=0, examples_per_second=1, tokens_per_second=1)
+    step = dict(
+      seconds=seconds,
+      mfu=0.5,
+      cycles=1e9,
+      custom_call_cycles=0,
+      examples_per_second=1,
+      tokens_per_second=1,
+    )
     return dict(
       topology=dict(name=target.name, chip="v5e", chips=4, slices=1, memory=target.chip.memory),
       compiler="none",
@@ -109,7 +140,11 @@ def test_what_does_not_fit_says_by_how_much_and_what_was_tried(tiny, rehearsed):
   tried = [(row["change"][0].split("=")[1], row["fits"]) for row in result["tried"]]
   assert tried == [("dots_no_batch", False), ("full", True)]
   text = report.describe(result)
-  assert "does not fit, by 11.30 GiB" in text and "over by 11.30 GiB" in text and "fits (15.60 GiB)" in text
+  assert (
+    "does not fit, by 11.30 GiB" in text
+    and "over by 11.30 GiB" in text
+    and "fits (15.60 GiB)" in text
+  )
   larger = configs.load(tiny, ["model.encoders.image.remat=full", "model.encoders.text.remat=full"])
   assert planning.plan(larger, "v5e-4", cache=None)["fits"]
 
@@ -117,23 +152,35 @@ def test_what_does_not_fit_says_by_how_much_and_what_was_tried(tiny, rehearsed):
 def test_a_sweep_puts_the_fastest_that_fits_first(tiny, rehearsed):
   rows = sweep(configs.load(tiny), "v5e-4", cache=None)
   fitting = [row for row in rows if row["fits"]]
-  assert rows[: len(fitting)] == fitting and [r["seconds"] for r in fitting] == sorted(r["seconds"] for r in fitting)
-  assert fitting[0]["remat"] == {"encoders.image": "full", "encoders.text": "full"} and fitting[0]["microbatches"] == 1
+  assert rows[: len(fitting)] == fitting and [r["seconds"] for r in fitting] == sorted(
+    r["seconds"] for r in fitting
+  )
+  assert (
+    fitting[0]["remat"] == {"encoders.image": "full", "encoders.text": "full"}
+    and fitting[0]["microbatches"] == 1
+  )
   assert {row["sharding"] for row in rows} == {"replicated", "fsdp", "fsdp_tensor"}
   # No more microbatches than fitting takes.
-  assert not any(row["microbatches"] > 1 and row["remat"]["encoders.image"] == "full" for row in rows)
+  assert not any(
+    row["microbatches"] > 1 and row["remat"]["encoders.image"] == "full" for row in rows
+  )
   text = report.describe({**planning.plan(configs.load(tiny), "v5e-4", cache=None), "sweep": rows})
   assert "best: --config.mesh" in text
 
 
-# -- With the TPU compiler ---------------------------------------------------------------------------------------------
+# -- With the TPU compiler -------------------------------------------------------------------------
 
 
 def run(*arguments, cwd):
   """A command in a process of its own: libtpu is loaded once a process. Returns stdout."""
   environment = {**os.environ, "HOME": str(cwd), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
-    [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=600
+    [sys.executable, *arguments],
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    env=environment,
+    timeout=600,
   )
   assert done.returncode == 0, done.stderr
   return done
@@ -158,21 +205,27 @@ def test_a_tiny_config_is_compiled_by_the_tpu_compiler(tiny, tmp_path):
   result = json.loads(done.stdout)
   assert result == json.loads((tmp_path / "plan.json").read_text())
   assert all(line.startswith("compiling") for line in done.stderr.splitlines()), done.stderr
-  assert result["fits"] and result["memory"]["peak"] < 2**30 and result["compiler"].startswith("libtpu")
+  assert (
+    result["fits"] and result["memory"]["peak"] < 2**30 and result["compiler"].startswith("libtpu")
+  )
   assert 0 < result["step"]["mfu"] < 1 and result["run"]["chip_hours"] == pytest.approx(
     result["step"]["seconds"] * 1000 * 4 / 3600
   )
   # Custom calls: the sum, checked from the dumped text. Each stands in a loop over three layers.
   calls = result["custom_calls"]
   assert calls and all(call["flops"] > 0 for call in calls)
-  assert sum(call["cycles_added"] for call in calls) == pytest.approx(result["step"]["custom_call_cycles"])
+  assert sum(call["cycles_added"] for call in calls) == pytest.approx(
+    result["step"]["custom_call_cycles"]
+  )
   text = (tmp_path / "step.hlo").read_text()
   bodies = len(re.findall(r'custom_call_target="tpu_custom_call"', text))
   assert sum(call["count"] for call in calls) == 3 * bodies
   assert sum(
     call["count"] * max(call["flops"] / 197e12, call["bytes"] / 819e9) * 1.5e9 for call in calls
   ) == pytest.approx(result["step"]["custom_call_cycles"])
-  assert "all-reduce" in result["collectives"] and not any("all-to-all" in line for line in result["warnings"])
+  assert "all-reduce" in result["collectives"] and not any(
+    "all-to-all" in line for line in result["warnings"]
+  )
   again = run(
     "-m",
     "mmjax.cli",
@@ -204,7 +257,9 @@ print(seconds / (4 * 2 * 2 * 8192 * 4096 * 16384 / target.chip.peak))
 
 
 def test_a_matmul_stack_takes_its_flops_at_peak(tmp_path):
-  """Four trips of a loop over two products each. (A loop over one square product also copies what it carries.)"""
+  """Four trips of a loop over two products each. (A loop over one square product also copies what
+  it carries.)
+  """
   pytest.importorskip("libtpu")
   assert float(run("-c", MATMULS, cwd=tmp_path).stdout) == pytest.approx(1, abs=0.1)
 
@@ -212,13 +267,26 @@ def test_a_matmul_stack_takes_its_flops_at_peak(tmp_path):
 def test_every_stack_of_a_model_gets_a_remat_policy():
   config = configs.load(str(CONFIGS / "captioner_7b.py"))
   assert planning.remat_of(config) == {"encoders.image": "full", "decoder": "dots_no_batch"}
-  assert set(planning.remat_of(configs.resolve(config, planning.with_remat(config, "attention"))).values()) == {"attention"}
+  assert set(
+    planning.remat_of(configs.resolve(config, planning.with_remat(config, "attention"))).values()
+  ) == {"attention"}
 
 
 def test_every_kind_of_step_is_planned():
   config = configs.base()
   config.data.sources = dict(a=dict(weight=1.0), b=dict(weight=3.0))
-  kind = lambda peak, seconds: dict(memory=dict(peak=peak), fits=True, step=dict(seconds=seconds, mfu=0.5), run=dict(steps=8, hours=seconds))
-  together = planning._together(config, dict(zip("ab", (kind(10, 4.0), kind(20, 8.0)), strict=True)))
-  assert together["memory"]["peak"] == 20 and together["step"]["seconds"] == 7.0 and together["run"] == dict(steps=8, hours=7.0)
+  kind = lambda peak, seconds: dict(
+    memory=dict(peak=peak),
+    fits=True,
+    step=dict(seconds=seconds, mfu=0.5),
+    run=dict(steps=8, hours=seconds),
+  )
+  together = planning._together(
+    config, dict(zip("ab", (kind(10, 4.0), kind(20, 8.0)), strict=True))
+  )
+  assert (
+    together["memory"]["peak"] == 20
+    and together["step"]["seconds"] == 7.0
+    and together["run"] == dict(steps=8, hours=7.0)
+  )
   assert together["kinds"]["b"] == dict(share=0.75, peak=20, seconds=8.0)

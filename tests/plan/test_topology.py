@@ -59,7 +59,13 @@ def test_other_names_are_refused_in_one_line_with_the_nearest(name, words):
 
 
 def test_the_matrix_units_at_the_clock_give_the_peak():
-  units = {"v4": 8 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2, "7x": 8 * 256**2}
+  units = {
+    "v4": 8 * 128**2,
+    "v5e": 4 * 128**2,
+    "v5p": 8 * 128**2,
+    "v6e": 4 * 256**2,
+    "7x": 8 * 256**2,
+  }
   for name, chip in topology.CHIPS.items():
     assert 2 * units[name] * chip.clock == pytest.approx(chip.peak, rel=0.01), name
 

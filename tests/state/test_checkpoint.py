@@ -1,4 +1,6 @@
-"""Checkpoints: round trips onto other meshes, policies, strictness, damage, kills, full disks, several processes."""
+"""Checkpoints: round trips onto other meshes, policies, strictness, damage, kills, full disks,
+several processes.
+"""
 
 import json
 import logging
@@ -40,10 +42,12 @@ ASSETS = {"tokenizer.model": bytes(range(256)), "preprocessing.json": b"{}"}
 def open_run(tmp_path, make_config):
   """open_run(every=..., ...) -> Checkpointer of the run in tmp_path; closed at the end."""
   opened = []
+
   def make(folder=tmp_path, **options):
     checkpointer = Checkpointer(str(folder), make_config(checkpoint=dict(options)), steps=100)
     opened.append(checkpointer)
     return checkpointer
+
   yield make
   for checkpointer in opened:
     checkpointer.close()
@@ -58,7 +62,9 @@ def test_round_trip_onto_smaller_meshes(tmp_path, open_run, make_state, spec_on,
   run = open_run(every=1)
   for devices in (4, 1, 8):
     step = run.latest_step() or 0
-    assert run.save(step + 1, state, data={"seed": 3, "sources": ["a"]}, config={"x": 1}, assets=ASSETS)
+    assert run.save(
+      step + 1, state, data={"seed": 3, "sources": ["a"]}, config={"x": 1}, assets=ASSETS
+    )
     restored, data, found = run.restore(spec_on(devices, ema=True))
     assert (data, found) == ({"seed": 3, "sources": ["a"]}, step + 1)
     same(restored, state)
@@ -105,11 +111,15 @@ def test_policies(tmp_path, open_run, make_state, monkeypatch):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.sets(st.integers(0, 60), max_size=20), st.dictionaries(st.integers(0, 60), st.floats(0, 1), max_size=9),
-       st.integers(0, 4), st.integers(0, 7))
+@given(
+  st.sets(st.integers(0, 60), max_size=20),
+  st.dictionaries(st.integers(0, 60), st.floats(0, 1), max_size=9),
+  st.integers(0, 4),
+  st.integers(0, 7),
+)
 def test_what_is_kept(steps, metrics, keep, keep_every):
   chosen = kept(list(steps), metrics, keep=keep, keep_every=keep_every, mode="max")
-  assert chosen <= steps and set(sorted(steps)[-max(1, keep):]) <= chosen
+  assert chosen <= steps and set(sorted(steps)[-max(1, keep) :]) <= chosen
   assert all(step in chosen for step in steps if keep_every and step % keep_every == 0)
   known = {step: metrics[step] for step in steps if step in metrics}
   assert not known or max(known.values()) in [metrics[s] for s in chosen if s in metrics]
@@ -120,10 +130,19 @@ def test_a_checkpoint_of_another_model_is_refused(open_run, make_state, spec_on)
   run.save(1, make_state(1))
   spec = spec_on(1)
   other = {
-      "image/other is missing": {**spec.params, "image": {**spec.params["image"], "other": spec.params["scale"]}},
-      "scale is not in this model": {"image": spec.params["image"]},
-      r"scale is float32\[\], here float32\[2\]": {**spec.params, "scale": jax.ShapeDtypeStruct((2,), jnp.float32)},
-      r"scale is float32\[\], here bfloat16\[\]": {**spec.params, "scale": jax.ShapeDtypeStruct((), jnp.bfloat16)},
+    "image/other is missing": {
+      **spec.params,
+      "image": {**spec.params["image"], "other": spec.params["scale"]},
+    },
+    "scale is not in this model": {"image": spec.params["image"]},
+    r"scale is float32\[\], here float32\[2\]": {
+      **spec.params,
+      "scale": jax.ShapeDtypeStruct((2,), jnp.float32),
+    },
+    r"scale is float32\[\], here bfloat16\[\]": {
+      **spec.params,
+      "scale": jax.ShapeDtypeStruct((), jnp.bfloat16),
+    },
   }
   for message, params in other.items():
     with pytest.raises(UserError, match=f"checkpoint of another model: {message}") as error:
@@ -138,14 +157,16 @@ def damage(path, how):
   if how == "delete":
     path.unlink()
   elif how == "truncate":
-    path.write_bytes(content[:len(content) // 2])
+    path.write_bytes(content[: len(content) // 2])
   else:
     middle = len(content) // 2
-    path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1:])
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :])
 
 
 @pytest.mark.parametrize("how", ["truncate", "garble", "delete"])
-def test_damage_to_any_file_is_named_and_the_one_before_used(tmp_path, open_run, make_state, spec_on, same, caplog, how):
+def test_damage_to_any_file_is_named_and_the_one_before_used(
+  tmp_path, open_run, make_state, spec_on, same, caplog, how
+):
   run = open_run(every=1)
   states = {step: make_state(step) for step in (1, 2)}
   for step, state in states.items():
@@ -153,7 +174,9 @@ def test_damage_to_any_file_is_named_and_the_one_before_used(tmp_path, open_run,
   run.close()
   folder, copy = tmp_path / "checkpoints" / "2", tmp_path / "copy"
   shutil.copytree(folder, copy)
-  names = [path.relative_to(copy) for path in copy.rglob("*") if path.is_file() and path.parent != copy]
+  names = [
+    path.relative_to(copy) for path in copy.rglob("*") if path.is_file() and path.parent != copy
+  ]
   assert len(names) > 15
   spec = spec_on(1)
   for name in [*names, "manifest.json"]:
@@ -165,10 +188,14 @@ def test_damage_to_any_file_is_named_and_the_one_before_used(tmp_path, open_run,
       restored, _, step = open_run(every=1).restore(spec)
     assert step == 1, name
     same(restored, states[1])
-    assert [str(folder) in r.getMessage() and "\n" not in r.getMessage() for r in caplog.records] == [True], name
+    assert [
+      str(folder) in r.getMessage() and "\n" not in r.getMessage() for r in caplog.records
+    ] == [True], name
 
 
-def test_a_flipped_bit_in_a_large_file_is_noticed(tmp_path, open_run, make_state, spec_on, monkeypatch, caplog):
+def test_a_flipped_bit_in_a_large_file_is_noticed(
+  tmp_path, open_run, make_state, spec_on, monkeypatch, caplog
+):
   monkeypatch.setattr(manifest, "SMALL", 1000)
   run = open_run(every=1)
   run.save(1, make_state(1))
@@ -202,13 +229,19 @@ def test_half_written_ones_are_named_and_removed(tmp_path, open_run, make_state,
   shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints/2.orbax-checkpoint-tmp")
   again = open_run(every=1)
   assert again.restore(spec_on(8))[2] == 1
-  assert [r.getMessage() for r in caplog.records if "2.orbax-checkpoint-tmp is half-written" in r.getMessage()]
+  assert [
+    r.getMessage()
+    for r in caplog.records
+    if "2.orbax-checkpoint-tmp is half-written" in r.getMessage()
+  ]
   again.save(3, make_state(3))
   again.wait()
   assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "3"]
 
 
-def test_no_usable_checkpoint_is_an_error_and_not_a_new_start(tmp_path, open_run, make_state, spec_on):
+def test_no_usable_checkpoint_is_an_error_and_not_a_new_start(
+  tmp_path, open_run, make_state, spec_on
+):
   run = open_run(every=1)
   run.save(1, make_state(1))
   run.close()
@@ -219,7 +252,9 @@ def test_no_usable_checkpoint_is_an_error_and_not_a_new_start(tmp_path, open_run
     load_params(str(tmp_path))
 
 
-def test_reading_without_the_run(tmp_path, open_run, make_state, spec_on, same, caplog, make_config):
+def test_reading_without_the_run(
+  tmp_path, open_run, make_state, spec_on, same, caplog, make_config
+):
   run = open_run(every=1, keep=5)
   states = {step: make_state(step, ema=step == 3) for step in (1, 2, 3)}
   for step, state in states.items():
@@ -244,7 +279,12 @@ def test_reading_without_the_run(tmp_path, open_run, make_state, spec_on, same, 
 
 
 def test_import_folders(tmp_path, same):
-  params = {"text": {"embedding": np.arange(12, dtype=np.float32).reshape(3, 4), "half": jnp.ones((2,), jnp.bfloat16)}}
+  params = {
+    "text": {
+      "embedding": np.arange(12, dtype=np.float32).reshape(3, 4),
+      "half": jnp.ones((2,), jnp.bfloat16),
+    }
+  }
   folder = tmp_path / "clip"
   save_import(str(folder), params, {"seed": 5}, ASSETS)
   same(load_params(str(folder)), jax.tree.map(np.asarray, params))
@@ -257,13 +297,24 @@ def test_import_folders(tmp_path, same):
 
 
 LEAVES = st.builds(
-    lambda shape, dtype, seed: np.random.default_rng(seed).integers(-99, 99, shape).astype(dtype),
-    st.lists(st.integers(1, 4), max_size=3).map(tuple), st.sampled_from([np.float32, np.int32, jnp.bfloat16, np.uint8]), st.integers(0, 99))
+  lambda shape, dtype, seed: np.random.default_rng(seed).integers(-99, 99, shape).astype(dtype),
+  st.lists(st.integers(1, 4), max_size=3).map(tuple),
+  st.sampled_from([np.float32, np.int32, jnp.bfloat16, np.uint8]),
+  st.integers(0, 99),
+)
 
 
 @settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
-@given(st.dictionaries(st.text("ab_0", min_size=1, max_size=3), st.one_of(LEAVES, st.dictionaries(
-    st.text("xy", min_size=1, max_size=2), LEAVES, min_size=1, max_size=2)), min_size=1, max_size=4))
+@given(
+  st.dictionaries(
+    st.text("ab_0", min_size=1, max_size=3),
+    st.one_of(
+      LEAVES, st.dictionaries(st.text("xy", min_size=1, max_size=2), LEAVES, min_size=1, max_size=2)
+    ),
+    min_size=1,
+    max_size=4,
+  )
+)
 def test_any_tree_comes_back_bit_for_bit(tmp_path_factory, same, tree):
   folder = tmp_path_factory.mktemp("any") / "import"
   save_import(str(folder), tree, {}, {})
@@ -272,6 +323,7 @@ def test_any_tree_comes_back_bit_for_bit(tmp_path_factory, same, tree):
 
 def test_the_config_comes_back(tmp_path):
   from mmjax import config as config_lib
+
   c = config_lib.base()
   c.model = dict(name="dual_encoder", encoders={})
   config = config_lib.resolve(c)
@@ -286,7 +338,9 @@ def test_a_full_disk_loses_nothing(tmp_path, open_run, make_state, spec_on, same
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # every longer file fails to be written
   try:
-    with pytest.raises(UserError, match="cannot save checkpoint .*/2: .*; checkpoint 1 is intact") as error:
+    with pytest.raises(
+      UserError, match="cannot save checkpoint .*/2: .*; checkpoint 1 is intact"
+    ) as error:
       run.save(2, make_state(2))
       run.wait()
   finally:
@@ -298,7 +352,9 @@ def test_a_full_disk_loses_nothing(tmp_path, open_run, make_state, spec_on, same
   same(run.restore(spec_on(8))[0], make_state(2))
 
 
-def test_checkpoints_deleted_under_the_run_are_named_and_the_next_save_is_whole(tmp_path, open_run, make_state, spec_on, same, caplog):
+def test_checkpoints_deleted_under_the_run_are_named_and_the_next_save_is_whole(
+  tmp_path, open_run, make_state, spec_on, same, caplog
+):
   run = open_run(every=1)
   for step in (1, 2):
     run.save(step, make_state(step))
@@ -341,7 +397,9 @@ PREAMBLE = """
   raw["checkpoint"].update(every=1)
   config = config_lib.FrozenConfigDict(raw)
 """
-LOOP = PREAMBLE + """
+LOOP = (
+  PREAMBLE
+  + """
   mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
   run = Checkpointer(sys.argv[1], config, steps=100000)
   start = run.latest_step() or 0
@@ -349,7 +407,10 @@ LOOP = PREAMBLE + """
     run.save(step, state_of(step, mesh))
     print(step, flush=True)
 """
-PROCESSES = PREAMBLE + """
+)
+PROCESSES = (
+  PREAMBLE
+  + """
   jax.config.update("jax_num_cpu_devices", 2)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
@@ -370,16 +431,24 @@ PROCESSES = PREAMBLE + """
   run.close()
   print("found", step, flush=True)
 """
+)
 
 
 def python(code, *arguments, **options):
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-  return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], env=environment,
-                          stdout=subprocess.PIPE, text=True, **options)
+  return subprocess.Popen(
+    [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+    env=environment,
+    stdout=subprocess.PIPE,
+    text=True,
+    **options,
+  )
 
 
 def test_kill_9_while_saving(tmp_path, open_run):
-  """Three times: a run that saves without pause is killed; the newest checkpoint is whole and has its step's values."""
+  """Three times: a run that saves without pause is killed; the newest checkpoint is whole and has
+  its step's values.
+  """
   rng, last = np.random.default_rng(0), 0
   for _ in range(3):
     process = python(LOOP, tmp_path, start_new_session=True)
@@ -392,7 +461,9 @@ def test_kill_9_while_saving(tmp_path, open_run):
     names = {}
     exec(textwrap.dedent(PREAMBLE), names)
     expected = lambda step, names=names, mesh=mesh: names["state_of"](step, mesh)
-    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected(0))
+    spec = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected(0)
+    )
     state, _, step = open_run().restore(spec)
     assert begun[0] == last + 1 and max(begun) - 1 <= step <= max(begun) + 1
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected(step)), strict=True):

@@ -16,7 +16,10 @@ def test_model_state_of_import_folders_and_runs(make_state, make_config, same, t
   save_import(str(tmp_path / "without"), state.params, config, {})
   same(load_model_state(str(tmp_path / "with")), STATE)
   same(load_params(str(tmp_path / "with")), jax.device_get(state.params))
-  assert load_model_state(str(tmp_path / "without")) == {} and not (tmp_path / "without" / "model_state").exists()
+  assert (
+    load_model_state(str(tmp_path / "without")) == {}
+    and not (tmp_path / "without" / "model_state").exists()
+  )
 
   for name, kept in (("with_run", STATE), ("without_run", {})):
     run = Checkpointer(str(tmp_path / name), config, steps=10)

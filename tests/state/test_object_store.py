@@ -1,4 +1,6 @@
-"""Checkpoints at a URL: an object store has no rename, so the manifest alone says what is complete."""
+"""Checkpoints at a URL: an object store has no rename, so the manifest alone says what is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,34 @@ from mmjax.state import checkpoint, manifest
 @pytest.fixture
 def saver(object_store, request):
   """saver(**changes) -> a Checkpointer of a run of this test's own in the store."""
+
   def make(**changes):
     c = configs.base()
     c.checkpoint.every, c.checkpoint.keep = 0, 2
     config = configs.resolve(c, [f"{path}={value!r}" for path, value in changes.items()])
     return checkpoint.Checkpointer(f"s3://bucket/{request.node.name}", config, steps=100)
+
   make.url = f"s3://bucket/{request.node.name}"
   return make
 
 
 def equal(a, b):
-  return jax.tree.all(jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b))
+  return jax.tree.all(
+    jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+  )
 
 
 def test_what_was_saved_comes_back_on_another_mesh_and_the_oldest_goes(saver, make_state, spec_on):
   writer = saver()
   for step in (1, 2, 3):
-    assert writer.save(step, make_state(step), data=dict(step=step), config=dict(a=1), assets=dict(tokenizer=b"\0\1"), force=True)
+    assert writer.save(
+      step,
+      make_state(step),
+      data=dict(step=step),
+      config=dict(a=1),
+      assets=dict(tokenizer=b"\0\1"),
+      force=True,
+    )
   writer.close()
   assert sorted(p.name for p in files.as_path(f"{saver.url}/checkpoints").iterdir()) == ["2", "3"]
   state, data, step = saver().restore(spec_on(2))
@@ -64,7 +77,9 @@ def test_a_folder_without_its_manifest_is_half_written(saver, make_state, spec_o
   assert equal(saver().restore(spec_on(8), only=2)[0], make_state(5))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saver, make_state, spec_on, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+  saver, make_state, spec_on, caplog
+):
   writer = saver()
   for step in (1, 2):
     writer.save(step, make_state(step), force=True)
@@ -76,7 +91,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saver, make_st
   assert "rest/_METADATA has 2 bytes" in caplog.text
 
 
-def test_a_store_that_does_not_answer_makes_no_checkpoint_corrupt(saver, make_state, spec_on, monkeypatch):
+def test_a_store_that_does_not_answer_makes_no_checkpoint_corrupt(
+  saver, make_state, spec_on, monkeypatch
+):
   writer = saver()
   for step in (1, 2):
     writer.save(step, make_state(step), force=True)
@@ -89,7 +106,10 @@ def test_a_store_that_does_not_answer_makes_no_checkpoint_corrupt(saver, make_st
         raise PermissionError("Forbidden")
       return real(self, start, end)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{saver.url}/checkpoints/2/{name} cannot be read: Forbidden"):
+    with (
+      monkeypatch.context() as patch,
+      pytest.raises(UserError, match=f"{saver.url}/checkpoints/2/{name} cannot be read: Forbidden"),
+    ):
       patch.setattr(S3File, "_fetch_range", refuse)
       ask()
 
@@ -106,7 +126,10 @@ def test_an_import_goes_to_a_store(saver, make_state):
 
 
 def test_a_bucket_that_is_missing_is_one_line(object_store):
-  with pytest.raises(UserError, match="s3://nobody/run/checkpoints: The specified bucket does not exist. Check the bucket's name"):
+  with pytest.raises(
+    UserError,
+    match="s3://nobody/run/checkpoints: The specified bucket does not exist. Check the bucket's name",
+  ):
     checkpoint.Checkpointer("s3://nobody/run", configs.resolve(configs.base()), steps=10)
   with pytest.raises(UserError, match="no checkpoint here"):
     checkpoint.find_checkpoint("s3://nobody/run")
@@ -114,16 +137,26 @@ def test_a_bucket_that_is_missing_is_one_line(object_store):
     checkpoint.find_checkpoint("ftp://nobody/run")
 
 
-def test_a_store_that_refuses_in_the_middle_leaves_what_was_saved(object_store, saver, make_state, spec_on):
+def test_a_store_that_refuses_in_the_middle_leaves_what_was_saved(
+  object_store, saver, make_state, spec_on
+):
   writer = saver()
   writer.save(1, make_state(1), force=True)
   writer.wait()
   writer.save(2, make_state(2), force=True)
-  requests.post(f"{object_store}/moto-api/reset-auth", data="0", timeout=10)  # from now on credentials count, and nobody knows these
+  requests.post(
+    f"{object_store}/moto-api/reset-auth", data="0", timeout=10
+  )  # from now on credentials count, and nobody knows these
   try:
-    with pytest.raises(UserError, match=f"cannot save checkpoint {saver.url}/checkpoints/2: .* intact. Free space or mend the folder"):
+    with pytest.raises(
+      UserError,
+      match=f"cannot save checkpoint {saver.url}/checkpoints/2: .* intact. Free space or mend the "
+      "folder",
+    ):
       writer.close()
-    with pytest.raises(UserError, match=f"cannot write checkpoints to {saver.url}/checkpoints: The AWS Access Key Id"):
+    with pytest.raises(
+      UserError, match=f"cannot write checkpoints to {saver.url}/checkpoints: The AWS Access Key Id"
+    ):
       saver().save(3, make_state(3), force=True)
   finally:
     requests.post(f"{object_store}/moto-api/reset-auth", data="inf", timeout=10)

@@ -1,4 +1,6 @@
-"""Optimizers: equal to optax where there are no stacks, equal for stacked and unstacked layers, rates, freezing, decay."""
+"""Optimizers: equal to optax where there are no stacks, equal for stacked and unstacked layers,
+rates, freezing, decay.
+"""
 
 import jax
 import numpy as np
@@ -12,24 +14,24 @@ from mmjax.state.paths import by_name
 LAYERS = 2
 # name -> (shape, axes) of one layer, and of leaves outside the stack
 BLOCK = {
-    "attention/qkv/kernel": ((48, 3, 4, 8), ("embed", "qkv", "heads", "kv")),
-    "attention/qkv/bias": ((3, 4, 8), ("qkv", "heads", "kv")),
-    "attention/out/kernel": ((4, 8, 48), ("heads", "kv", "embed")),
-    "mlp/up/kernel": ((48, 64), ("embed", "mlp")),
-    "norm/scale": ((48,), ("embed",)),
+  "attention/qkv/kernel": ((48, 3, 4, 8), ("embed", "qkv", "heads", "kv")),
+  "attention/qkv/bias": ((3, 4, 8), ("qkv", "heads", "kv")),
+  "attention/out/kernel": ((4, 8, 48), ("heads", "kv", "embed")),
+  "mlp/up/kernel": ((48, 64), ("embed", "mlp")),
+  "norm/scale": ((48,), ("embed",)),
 }
 OUTSIDE = {
-    "image/patch/kernel": ((12, 48), ("patch", "embed")),
-    "image/position": ((5, 48), ("position", "embed")),
-    "text/embedding": ((40, 48), ("vocab", "embed")),
-    "image/projection/kernel": ((48, 40), ("embed", "joint")),
-    "log_scale": ((), ()),
+  "image/patch/kernel": ((12, 48), ("patch", "embed")),
+  "image/position": ((5, 48), ("position", "embed")),
+  "text/embedding": ((40, 48), ("vocab", "embed")),
+  "image/projection/kernel": ((48, 40), ("embed", "joint")),
+  "log_scale": ((), ()),
 }
 SETTINGS = {
-    "adamw": dict(b2=0.95),
-    "lion": dict(),
-    "adafactor": dict(parameter_scale=True),
-    "muon": dict(adam_rate=0.5),
+  "adamw": dict(b2=0.95),
+  "lion": dict(),
+  "adafactor": dict(parameter_scale=True),
+  "muon": dict(adam_rate=0.5),
 }
 
 
@@ -61,7 +63,9 @@ def is_names(x):
 
 
 def random_tree(seed, scale=1.0):
-  """Stacked values: every layer at its own scale, so that statistics over the whole stack would differ from a layer's."""
+  """Stacked values: every layer at its own scale, so that statistics over the whole stack would
+  differ from a layer's.
+  """
   rng = np.random.default_rng(seed)
   flat = {}
   for name, (shape, axes) in shapes(True).items():
@@ -106,7 +110,9 @@ def spec_of(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-@pytest.mark.parametrize("name, state_dtype", [*((name, "float32") for name in SETTINGS), ("muon", "bfloat16")])
+@pytest.mark.parametrize(
+  "name, state_dtype", [*((name, "float32") for name in SETTINGS), ("muon", "bfloat16")]
+)
 def test_a_stack_gets_the_update_of_its_layers(make_config, name, state_dtype):
   config = make_config(name, weight_decay=0.1, clip=1.0, state_dtype=state_dtype, **SETTINGS[name])
   params = random_tree(0)
@@ -131,12 +137,22 @@ def peers():
   numbers = nest({k: number(k) for k in shapes(False)})
   decay = lambda params: nest({k: k.endswith(("kernel", "embedding")) for k in by_name(params)})
   return {
-      "adamw": (dict(), lambda: optax.adamw(1e-2, weight_decay=0.1, mask=decay)),
-      "lion": (dict(), lambda: optax.lion(1e-2, b1=0.9, b2=0.99, weight_decay=0.1, mask=decay)),
-      "adafactor": (dict(max_decay=1.0, parameter_scale=True, momentum=0.0), lambda: optax.adafactor(
-          None, min_dim_size_to_factor=32, multiply_by_parameter_scale=True)),
-      "muon": (dict(), lambda: optax.contrib.muon(
-          1e-2, muon_weight_dimension_numbers=numbers, consistent_rms=0.2, weight_decay=0.1, adam_weight_decay=0.0)),
+    "adamw": (dict(), lambda: optax.adamw(1e-2, weight_decay=0.1, mask=decay)),
+    "lion": (dict(), lambda: optax.lion(1e-2, b1=0.9, b2=0.99, weight_decay=0.1, mask=decay)),
+    "adafactor": (
+      dict(max_decay=1.0, parameter_scale=True, momentum=0.0),
+      lambda: optax.adafactor(None, min_dim_size_to_factor=32, multiply_by_parameter_scale=True),
+    ),
+    "muon": (
+      dict(),
+      lambda: optax.contrib.muon(
+        1e-2,
+        muon_weight_dimension_numbers=numbers,
+        consistent_rms=0.2,
+        weight_decay=0.1,
+        adam_weight_decay=0.0,
+      ),
+    ),
   }
 
 
@@ -145,9 +161,14 @@ def test_without_stacks_it_is_optax(make_config, name):
   settings, peer = peers()[name]
   theirs_tx = peer()
   decay = 0.0 if name == "adafactor" else 0.1
-  config = make_config(name, weight_decay=decay, clip=0.0, **settings,
-                       **({"decay": r".*(qkv|out|up|projection)/kernel"} if name == "muon" else {}),
-                       **({"lr": 1.0} if name == "adafactor" else {}))
+  config = make_config(
+    name,
+    weight_decay=decay,
+    clip=0.0,
+    **settings,
+    **({"decay": r".*(qkv|out|up|projection)/kernel"} if name == "muon" else {}),
+    **({"lr": 1.0} if name == "adafactor" else {}),
+  )
   params = unstack(random_tree(0))
   ours = make_optimizer(config, axes_tree(False), spec_of(params), steps=10)
   _, _, history = run(ours, params, transform=unstack)
@@ -157,54 +178,100 @@ def test_without_stacks_it_is_optax(make_config, name):
     p = optax.apply_updates(p, updates)
     if name == "muon":  # optax's muon gives the rest to an Adam with Nesterov momentum
       axes = by_name(axes_tree(False), is_leaf=lambda x: isinstance(x, tuple))
-      updates, history[i] = ({k: v for k, v in by_name(tree).items() if matrix_axes(k, axes[k])} for tree in (updates, history[i]))
+      updates, history[i] = (
+        {k: v for k, v in by_name(tree).items() if matrix_axes(k, axes[k])}
+        for tree in (updates, history[i])
+      )
     assert_close(history[i], updates, 1e-5, f"step {i}")
 
 
 def optimizer_for(make_config, name="adamw", **settings):
-  return make_optimizer(make_config(name, **settings), axes_tree(True), spec_of(random_tree(0)), steps=10)
+  return make_optimizer(
+    make_config(name, **settings), axes_tree(True), spec_of(random_tree(0)), steps=10
+  )
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_frozen_leaves_and_layers(make_config, name):
-  """Frozen: no update, no state, no part in the clipped norm. The rest gets the update that it would get alone."""
+  """Frozen: no update, no state, no part in the clipped norm. The rest gets the update that it
+  would get alone.
+  """
   rates = ((r"image/layers[0:1]/.*", 0.0), (r"text/.*", 0.0), (r".*/projection/.*", 0.5))
-  optimizer = optimizer_for(make_config, name, rates=rates, weight_decay=0.1, clip=0.5, **SETTINGS[name])
+  optimizer = optimizer_for(
+    make_config, name, rates=rates, weight_decay=0.1, clip=0.5, **SETTINGS[name]
+  )
   params = random_tree(0)
   after, state, _ = run(optimizer, params)
   before, after = by_name(unstack(params)), by_name(unstack(after))
   frozen = {key for key in before if key.startswith(("image/layers_0/", "text/"))}
   for key in before:
     assert np.array_equal(before[key], after[key]) == (key in frozen), key
-  assert by_name(optimizer.trained)["text/embedding"] is False and by_name(optimizer.trained)["image/layers/norm/scale"] is True
-  sizes = [leaf.shape for key, leaf in by_name(state).items() if key.endswith("mlp/up/kernel") and leaf.ndim]
-  assert all(shape[0] == LAYERS - 1 for shape in sizes) and not [key for key in by_name(state) if "text" in key]
+  assert (
+    by_name(optimizer.trained)["text/embedding"] is False
+    and by_name(optimizer.trained)["image/layers/norm/scale"] is True
+  )
+  sizes = [
+    leaf.shape
+    for key, leaf in by_name(state).items()
+    if key.endswith("mlp/up/kernel") and leaf.ndim
+  ]
+  assert all(shape[0] == LAYERS - 1 for shape in sizes) and not [
+    key for key in by_name(state) if "text" in key
+  ]
 
-  drop = lambda tree: nest({key: leaf for key, leaf in by_name(unstack(tree)).items() if key not in frozen})
+  drop = lambda tree: nest(
+    {key: leaf for key, leaf in by_name(unstack(tree)).items() if key not in frozen}
+  )
   axes = nest({key: leaf for key, (_, leaf) in shapes(False).items() if key not in frozen})
-  alone = make_optimizer(make_config(name, rates=rates[2:], weight_decay=0.1, clip=0.5, **SETTINGS[name], decay=r".*/kernel"),
-                         axes, spec_of(drop(params)), steps=10)
+  alone = make_optimizer(
+    make_config(
+      name, rates=rates[2:], weight_decay=0.1, clip=0.5, **SETTINGS[name], decay=r".*/kernel"
+    ),
+    axes,
+    spec_of(drop(params)),
+    steps=10,
+  )
   expected, _, _ = run(alone, drop(params), transform=drop)
   assert_close({key: after[key] for key in by_name(expected)}, by_name(expected), 1e-5, "the end")
 
 
 def test_rates_first_match_and_layer_addresses(make_config):
-  optimizer = optimizer_for(make_config, "lion", clip=0.0, lr=1.0, rates=(
-      (r"image/layers\[1\]/mlp/.*", 0.25), (r"image/layers[-1:]/.*", 0.5), (r"image/.*", 0.75)))
+  optimizer = optimizer_for(
+    make_config,
+    "lion",
+    clip=0.0,
+    lr=1.0,
+    rates=(
+      (r"image/layers\[1\]/mlp/.*", 0.25),
+      (r"image/layers[-1:]/.*", 0.5),
+      (r"image/.*", 0.75),
+    ),
+  )
   _, _, (updates,) = run(optimizer, random_tree(0), steps=1)
   sizes = {key: np.unique(np.abs(leaf)).tolist() for key, leaf in by_name(unstack(updates)).items()}
-  assert sizes["image/layers_1/mlp/up/kernel"] == [0.25] and sizes["image/layers_1/norm/scale"] == [0.5]
+  assert sizes["image/layers_1/mlp/up/kernel"] == [0.25] and sizes["image/layers_1/norm/scale"] == [
+    0.5
+  ]
   assert sizes["image/layers_0/mlp/up/kernel"] == [0.75] and sizes["image/position"] == [0.75]
   assert sizes["text/embedding"] == [1.0]
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(rates=((r"image/layer/.*", 0.5),)), "'image/layer/.*' matches no parameter; the nearest is 'image/layers/"),
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (
+      dict(rates=((r"image/layer/.*", 0.5),)),
+      "'image/layer/.*' matches no parameter; the nearest is 'image/layers/",
+    ),
     (dict(rates=((r"image/layers[2:4]/.*", 0.5),)), "matches no parameter"),
-    (dict(weight_decay=0.1, decay=r".*/kernels"), "optimizer.decay: '.*/kernels' matches no parameter; the nearest is .*/kernel'"),
+    (
+      dict(weight_decay=0.1, decay=r".*/kernels"),
+      "optimizer.decay: '.*/kernels' matches no parameter; the nearest is .*/kernel'",
+    ),
     (dict(rates=((".*", 0.0),)), "freezes every parameter"),
     (dict(rates=((".*", -1.0),)), "must be a number of 0 or more"),
-])
+  ],
+)
 def test_refusals(make_config, settings, message):
   with pytest.raises(UserError, match=message) as error:
     optimizer_for(make_config, **settings)
@@ -224,30 +291,60 @@ def test_schedule_follows_the_given_step(make_config):
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_state_axes_follow_the_parameters(make_config, name):
-  optimizer = optimizer_for(make_config, name, rates=((r"image/layers[:1]/.*", 0.0),), **SETTINGS[name])
+  optimizer = optimizer_for(
+    make_config, name, rates=((r"image/layers[:1]/.*", 0.0),), **SETTINGS[name]
+  )
   spec = spec_of(random_tree(0))
   axes = state_axes(optimizer, spec, axes_tree(True))
   state = jax.eval_shape(optimizer.tx.init, spec)
   names = jax.tree.leaves(axes, is_leaf=is_names)
   assert [len(n) for n in names] == [leaf.ndim for leaf in jax.tree.leaves(state)]
-  found = {key: n for key, n in zip(by_name(state), names, strict=True) if "/image/" in key or "/text/" in key}
-  assert {n for key, n in found.items() if key.endswith("text/embedding")} <= {("vocab", "embed"), ("vocab",), ("embed",), (None,)}
-  up = {key.split("/image/")[0].split("/")[-1]: n for key, n in found.items() if key.endswith("mlp/up/kernel")}
+  found = {
+    key: n
+    for key, n in zip(by_name(state), names, strict=True)
+    if "/image/" in key or "/text/" in key
+  }
+  assert {n for key, n in found.items() if key.endswith("text/embedding")} <= {
+    ("vocab", "embed"),
+    ("vocab",),
+    ("embed",),
+    (None,),
+  }
+  up = {
+    key.split("/image/")[0].split("/")[-1]: n
+    for key, n in found.items()
+    if key.endswith("mlp/up/kernel")
+  }
   full = ("layers", "embed", "mlp")
-  assert up == {
+  assert (
+    up
+    == {
       "adamw": {"mu": full, "nu": full},
       "lion": {"mu": full},
       "muon": {"mu": full},
-      "adafactor": {"v_row": ("layers", "embed"), "v_col": ("layers", "mlp"), "v": ("layers", None), "ema": full},
-  }[name]
+      "adafactor": {
+        "v_row": ("layers", "embed"),
+        "v_col": ("layers", "mlp"),
+        "v": ("layers", None),
+        "ema": full,
+      },
+    }[name]
+  )
 
 
 def test_matrices_of_muon():
-  expected = {"attention/qkv/kernel": ((1,), (3, 4)), "attention/out/kernel": ((1, 2), (3,)), "mlp/up/kernel": ((1,), (2,)),
-              "attention/qkv/bias": None, "norm/scale": None}
+  expected = {
+    "attention/qkv/kernel": ((1,), (3, 4)),
+    "attention/out/kernel": ((1, 2), (3,)),
+    "mlp/up/kernel": ((1,), (2,)),
+    "attention/qkv/bias": None,
+    "norm/scale": None,
+  }
   for name, sides in expected.items():
     assert matrix_axes(name, ("layers", *BLOCK[name][1])) == sides
-  assert [key for key, (_, axes) in OUTSIDE.items() if matrix_axes(key, axes)] == ["image/projection/kernel"]
+  assert [key for key, (_, axes) in OUTSIDE.items() if matrix_axes(key, axes)] == [
+    "image/projection/kernel"
+  ]
   assert matrix_axes("conv/kernel", (None, None, "embed", "mlp")) == ((0, 1, 2), (3,))
 
 
@@ -263,14 +360,22 @@ def test_orthogonalised_matrices_have_singular_values_near_one(precision, shape)
 
 def test_sharded_states_update_like_whole_ones(make_config):
   """With every state leaf sharded by its axes, the update is that of one device."""
-  mesh = jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+  mesh = jax.make_mesh(
+    (2,), ("fsdp",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+  )
   optimizer = optimizer_for(make_config, "muon", weight_decay=0.1)
   params, gradients = random_tree(0), random_tree(1, 0.1)
-  place = lambda names: jax.NamedSharding(mesh, jax.P(*("fsdp" if name == "embed" else None for name in names)))
+  place = lambda names: jax.NamedSharding(
+    mesh, jax.P(*("fsdp" if name == "embed" else None for name in names))
+  )
   param_shardings = jax.tree.map(place, axes_tree(True), is_leaf=is_names)
-  state_shardings = jax.tree.map(place, state_axes(optimizer, spec_of(params), axes_tree(True)), is_leaf=is_names)
+  state_shardings = jax.tree.map(
+    place, state_axes(optimizer, spec_of(params), axes_tree(True)), is_leaf=is_names
+  )
   state = jax.jit(optimizer.tx.init, out_shardings=state_shardings)(params)
   update = jax.jit(optimizer.tx.update, out_shardings=(param_shardings, state_shardings))
-  updates, _ = update(jax.device_put(gradients, param_shardings), state, jax.device_put(params, param_shardings))
+  updates, _ = update(
+    jax.device_put(gradients, param_shardings), state, jax.device_put(params, param_shardings)
+  )
   expected, _ = jax.jit(optimizer.tx.update)(gradients, optimizer.tx.init(params), params)
   assert_close(updates, expected, 1e-5, "the first step")

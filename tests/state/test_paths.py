@@ -14,7 +14,11 @@ BOUND = st.one_of(st.none(), st.integers(-9, 9))
 def test_ranges_are_those_of_python(start, stop, layers):
   text = f"{'' if start is None else start}:{'' if stop is None else stop}"
   expected = np.isin(np.arange(layers), np.arange(layers)[start:stop])
-  for pattern in (rf"image/layers\[{text}\]/.*", f"image/layers[{text}]/.*", rf".*layers\[{text}\]/mlp/.*"):
+  for pattern in (
+    rf"image/layers\[{text}\]/.*",
+    f"image/layers[{text}]/.*",
+    rf".*layers\[{text}\]/mlp/.*",
+  ):
     np.testing.assert_array_equal(matches(pattern, NAME, layers), expected)
 
 

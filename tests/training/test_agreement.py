@@ -85,8 +85,8 @@ def test_equal_processes_go_on_and_what_differs_is_named_on_all(facts, on_proces
   for error in errors:
     assert isinstance(error, ConfigError)
     assert (
-      f"the 3 processes of this run differ: optimizer.lr is {facts['optimizer.lr']} on process 0 (host"
-      in str(error)
+      f"the 3 processes of this run differ: optimizer.lr is {facts['optimizer.lr']} on process 0 "
+      "(host" in str(error)
     )
     assert "and 1 more, 0.05 on process 1 (host" in str(error)
 

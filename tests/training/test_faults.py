@@ -1,4 +1,6 @@
-"""Whole runs in this process in which something goes wrong: steps that are not finite, a data source that hangs, clocks that jump."""
+"""Whole runs in this process in which something goes wrong: steps that are not finite, a data
+source that hangs, clocks that jump.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,16 @@ from mmjax.training.watchdog import Watchdog
 from tests.e2e import squares
 from tests.e2e.commands import QUICKSTART, SMALL, metrics
 
-OVERRIDES = [word.removeprefix("--") for word in SMALL] + [f"config.{word}" for word in (
-  "train.steps=12", "train.rollback=4", "checkpoint.every=4", "checkpoint.keep=1", "evaluation.every=0")]
+OVERRIDES = [word.removeprefix("--") for word in SMALL] + [
+  f"config.{word}"
+  for word in (
+    "train.steps=12",
+    "train.rollback=4",
+    "checkpoint.every=4",
+    "checkpoint.keep=1",
+    "evaluation.every=0",
+  )
+]
 BAD = {6, 7, 8, 9}  # the checkpoint of step 8 is in the middle of them
 
 
@@ -60,24 +70,48 @@ def bad_steps(monkeypatch):
       return real(self, state, batch, source)
     old = jax.tree.map(jnp.copy, state)
     result = real(self, state, batch, source)[1]
-    return old.replace(step=old.step + 1), {**result, "skipped": jnp.float32(1), "loss": jnp.float32(np.nan)}
+    return old.replace(step=old.step + 1), {
+      **result,
+      "skipped": jnp.float32(1),
+      "loss": jnp.float32(np.nan),
+    }
 
   monkeypatch.setattr(Step, "train", train)
   return killed_at
 
 
-def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on(config, bad_steps, tmp_path, monkeypatch, capsys):
+def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on(
+  config, bad_steps, tmp_path, monkeypatch, capsys
+):
   assert loop.train(config, tmp_path / "whole", profile="2:3") == loop.DONE
   printed = capsys.readouterr().out
-  assert "step 9: 4 steps in a row were not finite (train.rollback); back to the parameters of checkpoint 4, on with step 10" in printed
-  assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb")) and "step 3: trace written to" in printed
-  for words in ("memory of a device: parameters ", "a step: ", "FLOP of the model", "measured: ", " ms a step, ", "of the whole process (planned "):
+  assert (
+    "step 9: 4 steps in a row were not finite (train.rollback); back to the parameters of "
+    "checkpoint 4, on with step 10" in printed
+  )
+  assert (
+    list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
+    and "step 3: trace written to" in printed
+  )
+  for words in (
+    "memory of a device: parameters ",
+    "a step: ",
+    "FLOP of the model",
+    "measured: ",
+    " ms a step, ",
+    "of the whole process (planned ",
+  ):
     assert words in printed
   rows = metrics(tmp_path / "whole")
   assert [row["step"] for row in rows] == list(range(1, 13))  # nothing is taken back
   assert [row["rollbacks"] for row in rows] == [0] * 9 + [1] * 3 and rows[-1]["skipped_total"] == 4
   times = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
-  assert 0 < times["goodput"] < 1 and times["lost/skipped"] > 0 and times["lost/compilation"] > 0 and times["time/compute"] >= 0
+  assert (
+    0 < times["goodput"] < 1
+    and times["lost/skipped"] > 0
+    and times["lost/compilation"] > 0
+    and times["time/compute"] >= 0
+  )
 
   # By hand: batches 1 to 4, then 10 to 12, each at its own step.
   mesh = make_mesh(config)
@@ -95,20 +129,32 @@ def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on
   with pytest.raises(Killed):
     loop.train(config, tmp_path / "broken")
   bad_steps[0] = 0
-  with pytest.raises(ConfigError, match="--profile 2:3: this start of the run makes the steps 9 to 12"):
+  with pytest.raises(
+    ConfigError, match="--profile 2:3: this start of the run makes the steps 9 to 12"
+  ):
     loop.train(config, tmp_path / "broken", profile="2:3")
   real = time.time
   monkeypatch.setattr(time, "time", lambda began=real(): began - 100 * (real() - began) - 1e5)
   assert loop.train(config, tmp_path / "broken") == loop.DONE
   assert metrics(tmp_path / "broken") == rows
-  same(checkpoint.load_params(str(tmp_path / "broken"), average=False), checkpoint.load_params(str(tmp_path / "whole"), average=False))
+  same(
+    checkpoint.load_params(str(tmp_path / "broken"), average=False),
+    checkpoint.load_params(str(tmp_path / "whole"), average=False),
+  )
   kept = json.loads((tmp_path / "broken" / "goodput.json").read_text())
   assert kept["seconds"]["steps"] > 0 and min(kept["seconds"].values()) >= 0 and kept["wall"] < 600
   page = (tmp_path / "broken" / "report.html").read_text()
   assert "Where the time went" in page and "Measured" in page
   told = json.loads((tmp_path / "broken" / "summary.json").read_text())
-  assert told["planned"]["flops"] == step.flops_per_step() and told["text"].removeprefix("measured: ") in page
-  assert told["planned"]["memory"]["parameters"] == sum(x.nbytes for x in jax.tree.leaves(state.params)) < told["measured"]["memory"]
+  assert (
+    told["planned"]["flops"] == step.flops_per_step()
+    and told["text"].removeprefix("measured: ") in page
+  )
+  assert (
+    told["planned"]["memory"]["parameters"]
+    == sum(x.nbytes for x in jax.tree.leaves(state.params))
+    < told["measured"]["memory"]
+  )
 
 
 def same(a, b):
@@ -119,7 +165,11 @@ def same(a, b):
 def test_a_data_source_that_hangs_ends_the_run(embedded_data, tmp_path, monkeypatch, capfd):
   config = configs.load(QUICKSTART, [*OVERRIDES, "config.train.hang_seconds=2.0"])
   codes, released = [], threading.Event()
-  monkeypatch.setattr(loop, "Watchdog", functools.partial(Watchdog, end=lambda code: (codes.append(code), released.set())))
+  monkeypatch.setattr(
+    loop,
+    "Watchdog",
+    functools.partial(Watchdog, end=lambda code: (codes.append(code), released.set())),
+  )
   real = Pipeline.iterate
 
   def iterate(self, start, stop):
@@ -135,14 +185,26 @@ def test_a_data_source_that_hangs_ends_the_run(embedded_data, tmp_path, monkeypa
   assert "in iterate" in stacks.read_text()
 
 
-def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(embedded_data, tmp_path, monkeypatch, caplog):
-  config = configs.load(QUICKSTART, [*OVERRIDES, "config.checkpoint.minutes=60", "config.checkpoint.keep=5", "config.train.hang_seconds=60.0"])
+def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(
+  embedded_data, tmp_path, monkeypatch, caplog
+):
+  config = configs.load(
+    QUICKSTART,
+    [
+      *OVERRIDES,
+      "config.checkpoint.minutes=60",
+      "config.checkpoint.keep=5",
+      "config.train.hang_seconds=60.0",
+    ],
+  )
   codes, ahead, clock, real = [], [0.0], time.time, Step.train
   monkeypatch.setattr(loop, "Watchdog", functools.partial(Watchdog, end=codes.append))
   monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
 
   def train(self, state, batch, source=""):
-    ahead[0] = -1e5 if int(state.step) % 4 else 1e5  # two days forth when a checkpoint has begun to be written, then back
+    ahead[0] = (
+      -1e5 if int(state.step) % 4 else 1e5
+    )  # two days forth when a checkpoint has begun to be written, then back
     if int(state.step) == 7:  # the checkpoint of step 4 is written, the one of step 8 is not begun
       for thread in threading.enumerate():
         thread.name == "checkpoint" and thread.join()
@@ -151,29 +213,46 @@ def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(embedded_data, t
 
   monkeypatch.setattr(Step, "train", train)
   assert loop.train(config, tmp_path) == loop.DONE and not codes
-  assert "checkpoint 4 is no longer there, though this run did not delete it; the next save is whole again" in caplog.text
-  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [8, 12]  # and none by the clock
-  assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 13)) and checkpoint.load_params(str(tmp_path))
+  assert (
+    "checkpoint 4 is no longer there, though this run did not delete it; the next save is whole "
+    "again" in caplog.text
+  )
+  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [
+    8,
+    12,
+  ]  # and none by the clock
+  assert [row["step"] for row in metrics(tmp_path)] == list(
+    range(1, 13)
+  ) and checkpoint.load_params(str(tmp_path))
   account = json.loads((tmp_path / "goodput.json").read_text())
   assert min(account["seconds"].values()) >= 0 and account["wall"] < 600
 
 
 def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path):
-  outputs = Outputs(Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))
+  outputs = Outputs(
+    Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"])
+  )
   row = dict(loss=1.0, **{f"metric/{i}": float(i) for i in range(50)})
   outputs.write(dict(step=1, time=0.0, **row))
   outputs.sync()
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # every longer file fails to be written
+  resource.setrlimit(
+    resource.RLIMIT_FSIZE, (3000, limits[1])
+  )  # every longer file fails to be written
   try:
-    with pytest.raises(UserError, match=f"{tmp_path}: metrics cannot be written: .*What was saved is intact: free space"):
+    with pytest.raises(
+      UserError,
+      match=f"{tmp_path}: metrics cannot be written: .*What was saved is intact: free space",
+    ):
       for step in range(2, 60):
         outputs.write(dict(step=step, time=0.0, **row))
     with contextlib.suppress(UserError):
       outputs.close()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  outputs = Outputs(Mirror(tmp_path), 1, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"]))  # the unfinished line goes
+  outputs = Outputs(
+    Mirror(tmp_path), 1, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"])
+  )  # the unfinished line goes
   outputs.write(dict(step=2, time=0.0, **row))
   outputs.close()
   assert metrics(tmp_path) == [dict(step=1, **row), dict(step=2, **row)]
@@ -182,7 +261,9 @@ def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path
 def test_weights_and_biases(tmp_path, monkeypatch, config):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="package wandb is not installed. `pip install wandb`"):
-    loop.open_workdir(tmp_path, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]), False)
+    loop.open_workdir(
+      tmp_path, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]), False
+    )
   monkeypatch.delitem(sys.modules, "wandb")
   (tmp_path / "modules").mkdir()
   (tmp_path / "modules" / "wandb.py").write_text(
@@ -192,14 +273,21 @@ def test_weights_and_biases(tmp_path, monkeypatch, config):
     "  def finish(self): calls.append('finished')\n"
     "def init(**settings):\n"
     "  calls.append(settings)\n"
-    "  return Run()\n")
+    "  return Run()\n"
+  )
   monkeypatch.syspath_prepend(tmp_path / "modules")
   for _ in range(2):  # a run that is started again goes on with the same one
-    outputs = Outputs(files.Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]))
+    outputs = Outputs(
+      files.Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"])
+    )
     outputs.write(dict(step=3, time=1.0, loss=2.5, mfu=None))
     outputs.close()
   calls = sys.modules["wandb"].calls
-  assert calls[0]["project"] == "mine" and calls[0]["resume"] == "allow" and calls[0]["config"]["train"]["steps"] == 12
+  assert (
+    calls[0]["project"] == "mine"
+    and calls[0]["resume"] == "allow"
+    and calls[0]["config"]["train"]["steps"] == 12
+  )
   assert calls[1:3] == [(3, {"loss": 2.5}), "finished"] and calls[3]["id"] == calls[0]["id"]
   del sys.modules["wandb"]
 
@@ -211,11 +299,13 @@ def test_bad_ranges_of_steps(text):
 
 
 def test_a_rollback_after_the_end_is_refused(embedded_data):
-  with pytest.raises(ConfigError, match="train.rollback is 20, but must be 0 or less than train.max_skipped"):
+  with pytest.raises(
+    ConfigError, match="train.rollback is 20, but must be 0 or less than train.max_skipped"
+  ):
     configs.load(QUICKSTART, ["config.train.rollback=20"])
 
 
-# -- On a data set of squares -------------------------------------------------------------------------
+# -- On a data set of squares ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +313,11 @@ def tiny(tmp_path_factory):
   """tiny(*overrides): the config of the squares, of 8 steps."""
   folder = tmp_path_factory.mktemp("squares")
   file = squares.make(folder)
-  settings = [f"config.data.dir={folder / 'data'}", "config.train.steps=8", "config.evaluation.every=4"]
+  settings = [
+    f"config.data.dir={folder / 'data'}",
+    "config.train.steps=8",
+    "config.evaluation.every=4",
+  ]
   return lambda *overrides: configs.load(str(file), [*settings, *overrides])
 
 
@@ -282,7 +376,9 @@ def test_a_folder_in_which_another_run_trains_is_left_alone(tiny, whole, tmp_pat
   with Owner(tmp_path / "run", "the other run"):
     with pytest.raises(UserError, match=r"--workdir .*run is in use by process \d+ on host"):
       loop.train(tiny("config.train.steps=12"), tmp_path / "run")
-    assert all(path.read_bytes() == text for path, text in before.items() if "owner" not in str(path))
+    assert all(
+      path.read_bytes() == text for path, text in before.items() if "owner" not in str(path)
+    )
 
 
 def test_a_run_that_was_stopped_and_taken_over_ends_and_writes_nothing(

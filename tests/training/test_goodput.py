@@ -55,16 +55,27 @@ def test_every_second_has_a_cause(now, tmp_path):
   now.passes(1)
   row = clock.row(3, 16, 0.0)
   lost = {k.removeprefix("lost/"): v for k, v in row.items() if k.startswith("lost/")}
-  want = dict.fromkeys(LOSSES, 0.0) | dict(start=5, compilation=10, data=3, transfer=1.5, skipped=4, checkpoint=2, evaluation=3, other=1)
+  want = dict.fromkeys(LOSSES, 0.0) | dict(
+    start=5, compilation=10, data=3, transfer=1.5, skipped=4, checkpoint=2, evaluation=3, other=1
+  )
   assert lost == pytest.approx(want)
   assert row["goodput"] == pytest.approx(8 / 37.5) and clock.wall == pytest.approx(37.5)
   assert {k: v for k, v in row.items() if k.startswith("time/")} == pytest.approx(
-    {"time/data": 1, "time/transfer": 0.5, "time/compute": 4, "time/checkpoint": 2 / 3, "time/evaluation": 1})
+    {
+      "time/data": 1,
+      "time/transfer": 0.5,
+      "time/compute": 4,
+      "time/checkpoint": 2 / 3,
+      "time/evaluation": 1,
+    }
+  )
   spend(clock, now, "compute", 4)
   clock.finished(False)
   spend(clock, now, "evaluation", 6)
   again = clock.row(4, 16, 0.0)
-  assert again["examples_per_second"] == pytest.approx(16 / 4) and again["time/compute"] == 4  # evaluation left out
+  assert (
+    again["examples_per_second"] == pytest.approx(16 / 4) and again["time/compute"] == 4
+  )  # evaluation left out
 
 
 def test_steps_that_no_checkpoint_has_are_lost(now, tmp_path):
@@ -101,13 +112,17 @@ def test_clocks_that_jump_do_no_harm(now, tmp_path):
       spend(clock, now, "compute", 1)
       clock.finished(False)
       row = clock.row(step, 8, 0.0)
-      assert 0 <= row["goodput"] <= 1 and all(v >= 0 for k, v in row.items() if k.startswith(("lost/", "time/")))
+      assert 0 <= row["goodput"] <= 1 and all(
+        v >= 0 for k, v in row.items() if k.startswith(("lost/", "time/"))
+      )
     clock.write()
     now.mono = jumps.uniform(0, 1e4)  # another process, another machine
   assert json.loads((tmp_path / "goodput.json").read_text())["wall"] >= 50
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seconds": {}}', '{"seconds": {}, "wall": null, "seen": 1}'])
+@pytest.mark.parametrize(
+  "text", ["", "{", "[]", "{}", '{"seconds": {}}', '{"seconds": {}, "wall": null, "seen": 1}']
+)
 def test_a_damaged_file_starts_anew(now, tmp_path, text):
   (tmp_path / "goodput.json").write_text(text)
   assert Clock(tmp_path, now.mono, 0).wall == 0
@@ -128,7 +143,11 @@ def test_the_report_shows_where_the_time_went(now, tmp_path):
   rows.append(dict(step=4, **clock.row(4, 16, 0.0)))
   section = time_spent(rows)
   assert section["goodput"] == pytest.approx(8 / 33.5) and section["wall"] == "33.5 s"
-  assert section["rows"][0]["text"] == "8.0 s" and sum(row["share"] for row in section["rows"]) == pytest.approx(100)
-  assert section["rows"][1] == dict(label="Compiling", text="10.0 s", share=pytest.approx(1000 / 33.5))
+  assert section["rows"][0]["text"] == "8.0 s" and sum(
+    row["share"] for row in section["rows"]
+  ) == pytest.approx(100)
+  assert section["rows"][1] == dict(
+    label="Compiling", text="10.0 s", share=pytest.approx(1000 / 33.5)
+  )
   assert [c["title"] for c in section["charts"]] == ["Seconds a step", "Goodput"]
   assert time_spent([]) is None and time_spent([dict(step=1, loss=2.0)]) is None

@@ -1,4 +1,6 @@
-"""Objectives that need more than one optimizer, or a teacher: disjoint groups, exact gradients, the same on any mesh."""
+"""Objectives that need more than one optimizer, or a teacher: disjoint groups, exact gradients, the
+same on any mesh.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,13 @@ from mmjax.state import checkpoint
 from mmjax.state.paths import by_name
 from tests.training.test_step import assert_close, gradients, make_batch, make_config, make_step, on
 
-PLAY = ("model.discriminator=16", "optimizers.adversary.params='discriminator/.*'", "optimizers.adversary.lr=0.02",
-        "optimizers.adversary.clip=0.0", "schedule.warmup=0")
+PLAY = (
+  "model.discriminator=16",
+  "optimizers.adversary.params='discriminator/.*'",
+  "optimizers.adversary.lr=0.02",
+  "optimizers.adversary.clip=0.0",
+  "schedule.warmup=0",
+)
 FOOL = dict(align=dict(kind="contrastive"), fool=dict(kind="modality_adversary", weight=0.1))
 
 
@@ -29,14 +36,21 @@ def player():
 
 
 def log_softmax(x):
-  return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+  return (
+    x
+    - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    - x.max(-1, keepdims=True)
+  )
 
 
 def test_the_game_is_a_gradient_reversal(player):
   """By hand: the discriminator descends the cross-entropy, the embeddings climb it by `weight`."""
   step, params = player
   batch = make_batch()
-  x = [np.asarray(step.model.apply({"params": params}, m, batch, method="embedding"), np.float64) for m in ("image", "text")]
+  x = [
+    np.asarray(step.model.apply({"params": params}, m, batch, method="embedding"), np.float64)
+    for m in ("image", "text")
+  ]
   d = jax.tree.map(lambda p: np.asarray(p, np.float64), params["discriminator"])
   valid = np.tile(batch["valid"], 2)
   x, target = np.concatenate(x), np.repeat(np.eye(2), len(batch["valid"]), axis=0)
@@ -45,22 +59,31 @@ def test_the_game_is_a_gradient_reversal(player):
   logits = np.maximum(hidden, 0) @ d["out"]["kernel"] + d["out"]["bias"]
   pull = (np.exp(log_softmax(logits)) - target) * valid[:, None] / valid.sum()
   into = (pull @ d["out"]["kernel"].T) * (hidden > 0)
-  want = {"hidden": {"kernel": inputs.T @ into, "bias": into.sum(0)},
-          "out": {"kernel": np.maximum(hidden, 0).T @ pull, "bias": pull.sum(0)}}
+  want = {
+    "hidden": {"kernel": inputs.T @ into, "bias": into.sum(0)},
+    "out": {"kernel": np.maximum(hidden, 0).T @ pull, "bias": pull.sum(0)},
+  }
   alone = adversarial(objectives=dict(fool=FOOL["fool"]))
   _, got, sums = gradients(alone, on(alone, params), batch)
   assert_close(got["discriminator"], want)
   entropy = -(log_softmax(logits) * target).sum(-1) @ valid / valid.sum()
-  np.testing.assert_allclose(sums["fool"]["opponent"][0] / sums["fool"]["opponent"][1], entropy, rtol=1e-5)
-  # The encoders: minus the weight times the derivative of the cross-entropy, through the embeddings.
+  np.testing.assert_allclose(
+    sums["fool"]["opponent"][0] / sums["fool"]["opponent"][1], entropy, rtol=1e-5
+  )
+  # The encoders: minus the weight times the derivative of the cross-entropy, through the
+  # embeddings.
   slopes = -0.1 * into @ d["hidden"]["kernel"].T * np.sqrt(x.shape[1])
 
   def pulled(p):
-    y = jnp.concatenate([step.model.apply({"params": p}, m, batch, method="embedding") for m in ("image", "text")])
+    y = jnp.concatenate(
+      [step.model.apply({"params": p}, m, batch, method="embedding") for m in ("image", "text")]
+    )
     return (y * slopes).sum()
 
   expected = jax.jit(jax.grad(pulled))(params)
-  assert_close({k: got[k] for k in ("image", "text")}, {k: expected[k] for k in ("image", "text")}, 1e-4)
+  assert_close(
+    {k: got[k] for k in ("image", "text")}, {k: expected[k] for k in ("image", "text")}, 1e-4
+  )
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +95,16 @@ def whole(player):
 
 def test_the_game_is_the_same_on_any_mesh_and_in_microbatches(player, whole):
   _, params = player
-  other = adversarial("train.microbatches=4", "mesh.data=1", "mesh.fsdp=8", "sharding=fsdp", devices=8)
+  other = adversarial(
+    "train.microbatches=4", "mesh.data=1", "mesh.fsdp=8", "sharding=fsdp", devices=8
+  )
   assert_close(gradients(other, on(other, params), make_batch())[:2], whole)
 
 
 def test_each_group_has_its_own_optimizer_and_state(player, whole):
-  """One step: each group moves as AdamW at its own rate would move it alone, and keeps moments of its own parameters only."""
+  """One step: each group moves as AdamW at its own rate would move it alone, and keeps moments of
+  its own parameters only.
+  """
   step, params = player
   state = step.with_params(step.init(0), params)
   assert set(state.opt_states) == {"main", "adversary"}
@@ -85,19 +112,35 @@ def test_each_group_has_its_own_optimizer_and_state(player, whole):
   after, metrics = step.train(state, multihost.to_device(make_batch(), step.mesh))
   moved = by_name(jax.tree.map(lambda a, b: np.asarray(a) - b, after.params, params))
   slopes = by_name(slopes)
-  norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for name, g in slopes.items() if not name.startswith("discriminator/")))
+  norm = np.sqrt(
+    sum(
+      (np.asarray(g) ** 2).sum()
+      for name, g in slopes.items()
+      if not name.startswith("discriminator/")
+    )
+  )
   for name, change in moved.items():
     rate, scale = (0.02, 1.0) if name.startswith("discriminator/") else (1e-3, min(1.0, 1.0 / norm))
     g = np.asarray(slopes[name]) * scale
-    np.testing.assert_allclose(change, -rate * g / (np.abs(g) + 1e-8), rtol=1e-2, atol=rate * 1e-3, err_msg=name)
-  owned = lambda group: {name.split("mu/")[1] for name in by_name(after.opt_states[group]) if "mu/" in name}
-  assert owned("adversary") == {n for n in moved if n.startswith("discriminator/")} and owned("main") == set(moved) - owned("adversary")
-  assert float(metrics["adversary/lr"]) == np.float32(0.02) and float(metrics["lr"]) == np.float32(1e-3)
+    np.testing.assert_allclose(
+      change, -rate * g / (np.abs(g) + 1e-8), rtol=1e-2, atol=rate * 1e-3, err_msg=name
+    )
+  owned = lambda group: {
+    name.split("mu/")[1] for name in by_name(after.opt_states[group]) if "mu/" in name
+  }
+  assert owned("adversary") == {n for n in moved if n.startswith("discriminator/")} and owned(
+    "main"
+  ) == set(moved) - owned("adversary")
+  assert float(metrics["adversary/lr"]) == np.float32(0.02) and float(metrics["lr"]) == np.float32(
+    1e-3
+  )
 
 
 def test_the_state_is_saved_and_restored(player, tmp_path):
   step, params = player
-  state, _ = step.train(step.with_params(step.init(0), params), multihost.to_device(make_batch(), step.mesh))
+  state, _ = step.train(
+    step.with_params(step.init(0), params), multihost.to_device(make_batch(), step.mesh)
+  )
   saver = checkpoint.Checkpointer(str(tmp_path), step.config, steps=10)
   saver.save(1, state, config=step.config, force=True)
   saver.wait()
@@ -106,25 +149,38 @@ def test_the_state_is_saved_and_restored(player, tmp_path):
   assert at == 1 and set(restored.opt_states) == {"main", "adversary"}
   jax.tree.map(np.testing.assert_array_equal, restored, state)
   batch = multihost.to_device(make_batch(1), step.mesh)
-  jax.tree.map(np.testing.assert_array_equal, step.train(restored, batch)[1], step.train(state, batch)[1])
+  jax.tree.map(
+    np.testing.assert_array_equal, step.train(restored, batch)[1], step.train(state, batch)[1]
+  )
 
 
-@pytest.mark.parametrize("override, words", [
-  ("optimizers.adversary.params='discriminatr/.*'", ["optimizers.adversary.params", "matches no parameter", "discriminator/"]),
-  ("optimizers.adversary.params='.*'", ["optimizers", "every parameter"]),
-  ("optimizers.other.params='.*/hidden/.*'", ["optimizers.adversary.params", "optimizers.other.params", "disjoint"]),
-  ("objectives.fool.group='advresary'", ["objectives.fool.group", "adversary"]),
-  ("optimizers.adversary.params='('", ["optimizers.adversary.params", "regular expression"]),
-  ("model.discriminator=0", ["discriminator"]),
-])
+@pytest.mark.parametrize(
+  "override, words",
+  [
+    (
+      "optimizers.adversary.params='discriminatr/.*'",
+      ["optimizers.adversary.params", "matches no parameter", "discriminator/"],
+    ),
+    ("optimizers.adversary.params='.*'", ["optimizers", "every parameter"]),
+    (
+      "optimizers.other.params='.*/hidden/.*'",
+      ["optimizers.adversary.params", "optimizers.other.params", "disjoint"],
+    ),
+    ("objectives.fool.group='advresary'", ["objectives.fool.group", "adversary"]),
+    ("optimizers.adversary.params='('", ["optimizers.adversary.params", "regular expression"]),
+    ("model.discriminator=0", ["discriminator"]),
+  ],
+)
 def test_mistakes_of_groups_are_named(override, words):
   with pytest.raises(UserError) as error:
     step = adversarial(override)
     gradients(step, step.init(0).params, make_batch())
-  assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+  assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), (
+    error.value
+  )
 
 
-# -- Teachers -----------------------------------------------------------------------------------------------------------
+# -- Teachers --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +194,25 @@ def taught(tmp_path_factory):
 
 
 def pupil(folder, *overrides, devices=1, **objectives):
-  return make_step(*overrides, devices=devices, **(objectives or dict(distil=dict(kind="similarity_distillation", teacher=folder))))
+  return make_step(
+    *overrides,
+    devices=devices,
+    **(objectives or dict(distil=dict(kind="similarity_distillation", teacher=folder))),
+  )
 
 
 def learns(folder, *overrides, devices=1):
   """A pupil of the teacher's width with both kinds of embedding distillation."""
-  return pupil(folder, "model.width=16", *overrides, devices=devices, also=dict(kind="similarity_distillation", teacher=folder),
-               distil=dict(kind="embedding_distillation", teacher=folder, modalities=("image", "text"), weight=0.5))
+  return pupil(
+    folder,
+    "model.width=16",
+    *overrides,
+    devices=devices,
+    also=dict(kind="similarity_distillation", teacher=folder),
+    distil=dict(
+      kind="embedding_distillation", teacher=folder, modalities=("image", "text"), weight=0.5
+    ),
+  )
 
 
 def gradients_taught(step, params):
@@ -152,7 +220,9 @@ def gradients_taught(step, params):
     of = step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
     return of(params, {}, batch, jax.random.key(0), step.objectives, taught)[:2]
 
-  return step._inside(jax.jit(function))(on(step, params), multihost.to_device(make_batch(), step.mesh), step.taught)
+  return step._inside(jax.jit(function))(
+    on(step, params), multihost.to_device(make_batch(), step.mesh), step.taught
+  )
 
 
 @pytest.fixture(scope="module")
@@ -168,40 +238,62 @@ def test_distillation_equals_torch(taught, lesson):
   (_, theirs, model), (step, params, (loss, _)), batch = taught, lesson, make_batch()
 
   def look(model, params):
-    x, y = (torch.tensor(np.asarray(model.apply({"params": params}, m, batch, method="embedding"))) for m in ("image", "text"))
+    x, y = (
+      torch.tensor(np.asarray(model.apply({"params": params}, m, batch, method="embedding")))
+      for m in ("image", "text")
+    )
     rows = torch.tensor(batch["valid"])
     return x[rows], y[rows], float(np.exp(params["log_scale"])) * (x[rows] @ y[rows].T)
 
   (x, y, mine), (their_x, their_y, aim) = look(step.model, params), look(model, theirs)
-  kl = lambda a, b: torch.nn.functional.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean")
-  cosine = torch.nn.functional.cosine_similarity(torch.cat([x, y]), torch.cat([their_x, their_y])).mean()
+  kl = lambda a, b: torch.nn.functional.kl_div(
+    a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean"
+  )
+  cosine = torch.nn.functional.cosine_similarity(
+    torch.cat([x, y]), torch.cat([their_x, their_y])
+  ).mean()
   want = (kl(mine, aim) + kl(mine.T, aim.T)) / 2 + 0.5 * (1 - cosine)
   np.testing.assert_allclose(loss, float(want), rtol=1e-4)
 
 
 def test_distillation_is_the_same_on_devices_and_in_microbatches(taught, lesson):
-  step = learns(taught[0], "train.microbatches=4", "mesh.data=1", "mesh.fsdp=8", "sharding=fsdp", devices=8)
+  step = learns(
+    taught[0], "train.microbatches=4", "mesh.data=1", "mesh.fsdp=8", "sharding=fsdp", devices=8
+  )
   assert_close(gradients_taught(step, lesson[1]), lesson[2])
 
 
 def test_a_teacher_is_no_part_of_the_state_and_learning_from_oneself_is_done(taught, lesson):
-  """A pupil with the teacher's parameters agrees with it; a train step leaves the teacher as it is."""
+  """A pupil with the teacher's parameters agrees with it; a train step leaves the teacher as it
+  is.
+  """
   (folder, theirs, _), step = taught, lesson[0]
-  state, metrics = step.train(step.with_params(step.init(3), theirs), multihost.to_device(make_batch(), step.mesh))
-  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, step.taught[folder]["params"]), theirs)
-  assert jax.tree.structure(state.params) == jax.tree.structure(theirs) and float(metrics["loss"]) < 1e-3
+  state, metrics = step.train(
+    step.with_params(step.init(3), theirs), multihost.to_device(make_batch(), step.mesh)
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.tree.map(np.asarray, step.taught[folder]["params"]), theirs
+  )
+  assert (
+    jax.tree.structure(state.params) == jax.tree.structure(theirs) and float(metrics["loss"]) < 1e-3
+  )
   assert float(metrics["distil/cosine"]) > 0.999 and float(metrics["also/agreement"]) > 0.9
 
 
-@pytest.mark.parametrize("override, words", [
-  ("data.image.size=16", ["data.image.size", "8", "16"]),
-  ("data.text.lowercase=True", ["data.text.lowercase"]),
-  ("data.text.length=7", ["data.text.length", "6"]),
-])
+@pytest.mark.parametrize(
+  "override, words",
+  [
+    ("data.image.size=16", ["data.image.size", "8", "16"]),
+    ("data.text.lowercase=True", ["data.text.lowercase"]),
+    ("data.text.length=7", ["data.text.length", "6"]),
+  ],
+)
 def test_a_teacher_of_other_inputs_is_refused(taught, override, words):
   with pytest.raises(UserError) as error:
     pupil(taught[0], override).teachers  # noqa: B018
-  assert taught[0] in str(error.value) and all(word in str(error.value) for word in words), error.value
+  assert taught[0] in str(error.value) and all(word in str(error.value) for word in words), (
+    error.value
+  )
 
 
 def test_a_missing_teacher_and_other_widths_are_named(taught, tmp_path):

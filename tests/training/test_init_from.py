@@ -1,4 +1,6 @@
-"""A run that starts from another checkpoint has that checkpoint's batch statistics, through the front door."""
+"""A run that starts from another checkpoint has that checkpoint's batch statistics, through the
+front door.
+"""
 
 from __future__ import annotations
 
@@ -34,32 +36,59 @@ def imported(tmp_path_factory):
   return root / "mmjax"
 
 
-def test_a_fine_tuned_resnet_evaluates_like_its_checkpoint_before_the_first_step(imported, tmp_path, monkeypatch, capsys):
-  write_dataset("tiny", tmp_path / "data", {"train": [record(i) for i in range(14)]}, card="# tiny\n")
+def test_a_fine_tuned_resnet_evaluates_like_its_checkpoint_before_the_first_step(
+  imported, tmp_path, monkeypatch, capsys
+):
+  write_dataset(
+    "tiny", tmp_path / "data", {"train": [record(i) for i in range(14)]}, card="# tiny\n"
+  )
   there = checkpoint.load_config(imported).to_dict()
   c = configs.base()
-  c.data.dir, c.data.sources.tiny, c.train.steps, c.train.batch_size = str(tmp_path / "data"), dict(name="tiny"), 3, 8
+  c.data.dir, c.data.sources.tiny, c.train.steps, c.train.batch_size = (
+    str(tmp_path / "data"),
+    dict(name="tiny"),
+    3,
+    8,
+  )
   c.data.image.update(there["data"]["image"])
-  c.data.label, c.data.classes, c.precision.compute, c.log.tensorboard = "label", len(COLOURS), "float32", False
-  c.model = dict(name="multitask", width=there["model"]["width"], unprojected=("image",), encoders=there["model"]["encoders"])
+  c.data.label, c.data.classes, c.precision.compute, c.log.tensorboard = (
+    "label",
+    len(COLOURS),
+    "float32",
+    False,
+  )
+  c.model = dict(
+    name="multitask",
+    width=there["model"]["width"],
+    unprojected=("image",),
+    encoders=there["model"]["encoders"],
+  )
   c.objectives.classes = dict(kind="classification", modalities=("image",))
   c.init["from"], c.init.map = str(imported), (("image/.*", r"\g<0>"), (".*", None))
   seen = []
 
   def first(step, state, batch, source=""):
     pictures = np.stack([predictor.pixels(picture) for picture in tiny.pixels(8)])
-    seen.append(step.apply(step.evaluation_variables(state), "embedding", ("image",), {"image": {"pixels": pictures}}))
+    seen.append(
+      step.apply(
+        step.evaluation_variables(state), "embedding", ("image",), {"image": {"pixels": pictures}}
+      )
+    )
     seen.append(jax.device_get(state.model_state))
     raise Started
 
   predictor = mmjax.load(imported, mesh=single_device_mesh())
   monkeypatch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
   monkeypatch.setattr(Step, "compile", lambda self: [])
-  monkeypatch.setattr(loop, "Summary", lambda *_: SimpleNamespace(memory=lambda: "nothing is compiled"))
+  monkeypatch.setattr(
+    loop, "Summary", lambda *_: SimpleNamespace(memory=lambda: "nothing is compiled")
+  )
   monkeypatch.setattr(Step, "train", first)
   with pytest.raises(Started):
     loop.train(configs.resolve(c), tmp_path / "run")
   np.testing.assert_allclose(seen[0], predictor.encode_image(tiny.pixels(8)), atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, seen[1], checkpoint.load_model_state(imported))
   lines = capsys.readouterr().out.splitlines()
-  assert "loaded batch_stats/image/stem_norm/mean" in lines and not any(line.startswith("new batch_stats") for line in lines)
+  assert "loaded batch_stats/image/stem_norm/mean" in lines and not any(
+    line.startswith("new batch_stats") for line in lines
+  )

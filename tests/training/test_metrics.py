@@ -1,4 +1,6 @@
-"""TensorBoard's event files, read back record by record (TFRecord framing: length, checksum, content, checksum)."""
+"""TensorBoard's event files, read back record by record (TFRecord framing: length, checksum,
+content, checksum).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ def events(folder):
   content, at, found = path.read_bytes(), 0, []
   while at < len(content):
     (length,) = struct.unpack_from("<Q", content, at)
-    found.append(Event.FromString(content[at + 12:at + 12 + length]))
+    found.append(Event.FromString(content[at + 12 : at + 12 + length]))
     at += 16 + length
   return found
 
@@ -29,7 +31,12 @@ def test_numbers_become_events_and_what_is_past_the_restored_step_is_purged(tmp_
   written = events(tmp_path)  # at once, not when the run ends
   board.write(dict(step=5, time=9.5, loss=float("nan")))
   board.close()
-  assert [event.step for event in written] == [0, 4, 4] and written[0].file_version == "brain.Event:2"
+  assert [event.step for event in written] == [0, 4, 4] and written[
+    0
+  ].file_version == "brain.Event:2"
   assert written[1].session_log.status == SessionLog.START and written[2].wall_time == 8.5
-  assert {value.tag: value.simple_value for value in written[2].summary.value} == {"loss": 2.5, "skipped_total": 1.0}
+  assert {value.tag: value.simple_value for value in written[2].summary.value} == {
+    "loss": 2.5,
+    "skipped_total": 1.0,
+  }
   assert [event.step for event in events(tmp_path)] == [0, 4, 4, 5]

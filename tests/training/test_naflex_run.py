@@ -1,4 +1,6 @@
-"""Pictures of any aspect ratio through the front door: a run that trains, is killed, goes on, evaluates, and embeds."""
+"""Pictures of any aspect ratio through the front door: a run that trains, is killed, goes on,
+evaluates, and embeds.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,27 @@ def picture(i: int) -> np.ndarray:
 
 def make(root):
   c = configs.base()
-  c.data.dir, c.data.sources.wide, c.train.steps, c.train.batch_size = str(root), dict(name="wide"), 4, 8
-  c.data.image.resize, c.data.image.patch, c.data.image.tokens, c.data.image.augment.crop = "naflex", 4, 12, (0.5, 1.0)
+  c.data.dir, c.data.sources.wide, c.train.steps, c.train.batch_size = (
+    str(root),
+    dict(name="wide"),
+    4,
+    8,
+  )
+  c.data.image.resize, c.data.image.patch, c.data.image.tokens, c.data.image.augment.crop = (
+    "naflex",
+    4,
+    12,
+    (0.5, 1.0),
+  )
   c.data.text.tokenizer, c.data.text.vocab_size, c.data.text.length = "t", 512, 12
-  c.model = dict(name="dual_encoder", width=16, encoders=dict(
-    image=dict(kind="naflex", patch=4, grid=3, depth=1, heads=2), text=dict(kind="transformer", depth=1, heads=2)))
+  c.model = dict(
+    name="dual_encoder",
+    width=16,
+    encoders=dict(
+      image=dict(kind="naflex", patch=4, grid=3, depth=1, heads=2),
+      text=dict(kind="transformer", depth=1, heads=2),
+    ),
+  )
   c.objectives.align = dict(kind="contrastive", between=("image", "text"))
   c.evaluation.evaluators["retrieval"] = dict(kind="retrieval", source="wide", split="test")
   c.precision.compute, c.checkpoint.every, c.log.every, c.log.tensorboard = "float32", 2, 1, False
@@ -41,10 +59,16 @@ def make(root):
 
 
 @pytest.mark.slow
-def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embeds(tmp_path, monkeypatch):
+def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embeds(
+  tmp_path, monkeypatch
+):
   records = [record(i, image=png(picture(i))) for i in range(24)]
   write_dataset("wide", tmp_path, {"train": records[:16], "test": records[16:]}, card="# wide\n")
-  train_tokenizer([f"a {c} thing number" for c in COLOURS] * 20, tmp_path / "tokenizers" / "t.model", vocab_size=400)
+  train_tokenizer(
+    [f"a {c} thing number" for c in COLOURS] * 20,
+    tmp_path / "tokenizers" / "t.model",
+    vocab_size=400,
+  )
   config, step = make(tmp_path), Step.train
   monkeypatch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
   assert loop.train(config, tmp_path / "whole") == loop.DONE
@@ -58,7 +82,10 @@ def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embe
     patch.setattr(Step, "train", train)
     loop.train(config, tmp_path / "killed")
   assert loop.train(config, tmp_path / "killed") == loop.DONE
-  assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole") and len(metrics(tmp_path / "whole")) >= 4
+  assert (
+    metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    and len(metrics(tmp_path / "whole")) >= 4
+  )
   assert parameters(tmp_path / "killed") == parameters(tmp_path / "whole")
   assert "retrieval/image_to_text/R@1" in metrics(tmp_path / "whole")[-1]
 
@@ -69,7 +96,10 @@ def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embe
   np.testing.assert_allclose(rows, alone, atol=2e-6)
   assert np.abs(rows[1:] - rows[:-1]).max() > 1e-3
   inputs = [model.media["image"](one) for one in pictures]
-  junk = [{**x, "patches": np.where(x["mask"][:, None], x["patches"], 200).astype(np.uint8)} for x in inputs]
+  junk = [
+    {**x, "patches": np.where(x["mask"][:, None], x["patches"], 200).astype(np.uint8)}
+    for x in inputs
+  ]
   assert any((a["patches"] != b["patches"]).any() for a, b in zip(inputs, junk, strict=True))
   np.testing.assert_allclose(model.encode_image(junk), rows, atol=2e-6)
   assert model.pixels(pictures[1]).shape == (8, 24, 3)

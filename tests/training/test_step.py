@@ -1,4 +1,6 @@
-"""The train step on a tiny dual encoder: same numbers however it is cut, placed or split over devices."""
+"""The train step on a tiny dual encoder: same numbers however it is cut, placed or split over
+devices.
+"""
 
 import dataclasses
 import re
@@ -22,10 +24,24 @@ FSDP = ("mesh.data=1", "mesh.fsdp=8", "sharding=fsdp")
 def make_config(*overrides, **objectives):
   c = configs.base()
   c.seed = 3
-  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = SIZE, TOKENS, 128, "none"
-  c.model = dict(name="dual_encoder", width=32, bias=True, encoders=dict(
-    image=dict(kind="vit", patch=4, depth=1, heads=2), text=dict(kind="transformer", depth=1, heads=2)))
-  c.objectives = objectives or dict(align=dict(kind="contrastive", between=("image", "text"), chunk=2))
+  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = (
+    SIZE,
+    TOKENS,
+    128,
+    "none",
+  )
+  c.model = dict(
+    name="dual_encoder",
+    width=32,
+    bias=True,
+    encoders=dict(
+      image=dict(kind="vit", patch=4, depth=1, heads=2),
+      text=dict(kind="transformer", depth=1, heads=2),
+    ),
+  )
+  c.objectives = objectives or dict(
+    align=dict(kind="contrastive", between=("image", "text"), chunk=2)
+  )
   c.train.batch_size, c.precision.compute = BATCH, "float32"
   return configs.resolve(c, overrides)
 
@@ -34,9 +50,17 @@ def make_batch(seed=0):
   rng = np.random.default_rng(seed)
   integers = lambda high, *shape: rng.integers(0, high, (BATCH, *shape))
   return dict(
-    image=dict(pixels=integers(256, SIZE, SIZE, 3).astype(np.uint8), key=integers(99, 2).astype(np.uint32)),
-    text=dict(tokens=integers(128, TOKENS).astype(np.int32), mask=integers(4, TOKENS) > 0, key=integers(5, 2).astype(np.uint32)),
-    valid=integers(9) > 0, id=[str(i) for i in range(BATCH)])
+    image=dict(
+      pixels=integers(256, SIZE, SIZE, 3).astype(np.uint8), key=integers(99, 2).astype(np.uint32)
+    ),
+    text=dict(
+      tokens=integers(128, TOKENS).astype(np.int32),
+      mask=integers(4, TOKENS) > 0,
+      key=integers(5, 2).astype(np.uint32),
+    ),
+    valid=integers(9) > 0,
+    id=[str(i) for i in range(BATCH)],
+  )
 
 
 def make_step(*overrides, devices=8, **objectives):
@@ -48,6 +72,7 @@ def make_step(*overrides, devices=8, **objectives):
 
 def gradients(step, params, batch):
   """(loss, gradients, sums) as `update` gets them, with dropout off."""
+
   def function(params, batch):
     of = step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
     return of(params, {}, batch, jax.random.key(0), step.objectives)[:3]
@@ -56,11 +81,15 @@ def gradients(step, params, batch):
 
 
 def on(step, params):
-  return jax.tree.map(lambda x, spec: jax.device_put(np.asarray(x), spec.sharding), params, step.params_spec)
+  return jax.tree.map(
+    lambda x, spec: jax.device_put(np.asarray(x), spec.sharding), params, step.params_spec
+  )
 
 
 def assert_close(got, want, tolerance=1e-5):
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  ):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     error = np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-7)
     assert error <= tolerance, (jax.tree_util.keystr(path), error)
@@ -68,13 +97,17 @@ def assert_close(got, want, tolerance=1e-5):
 
 @objective(couples_examples=False)
 def shrink(forward, batch, rng, *, only: str = "image"):
-  """A loss of single examples: mean over valid rows of |sum of the embedding|^2, weighted by how many tokens a row has."""
+  """A loss of single examples: mean over valid rows of |sum of the embedding|^2, weighted by how
+  many tokens a row has.
+  """
   share = batch["text"]["mask"].sum(-1) * batch["valid"].astype(jnp.float32)
   x = forward("embedding", only).sum(-1) ** 2
   return {"loss": ((x * share).sum(), share.sum()), "largest": (x.max() * share.sum(), share.sum())}
 
 
-BOTH = dict(align=dict(kind="contrastive", loss="sigmoid"), small=dict(kind=f"{__name__}:shrink", weight=0.5))
+BOTH = dict(
+  align=dict(kind="contrastive", loss="sigmoid"), small=dict(kind=f"{__name__}:shrink", weight=0.5)
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +118,15 @@ def reference():
   return params, gradients(step, params, make_batch())
 
 
-@pytest.mark.parametrize("devices, overrides", [
-  (1, ("train.microbatches=8",)),
-  (8, ("train.microbatches=4",)),
-  (8, ("train.microbatches=4", *FSDP)),
-  (8, ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "sharding=fsdp_tensor")),
-])
+@pytest.mark.parametrize(
+  "devices, overrides",
+  [
+    (1, ("train.microbatches=8",)),
+    (8, ("train.microbatches=4",)),
+    (8, ("train.microbatches=4", *FSDP)),
+    (8, ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "sharding=fsdp_tensor")),
+  ],
+)
 def test_gradients_do_not_depend_on_microbatches_or_mesh(reference, devices, overrides):
   params, (loss, want, sums) = reference
   step = make_step(*overrides, devices=devices, **BOTH)
@@ -102,22 +138,38 @@ def test_gradients_do_not_depend_on_microbatches_or_mesh(reference, devices, ove
 def test_eight_microbatches_on_eight_devices(reference):
   """64 rows: eight microbatches of one row a device."""
   params, _ = reference
-  double = jax.tree.map(lambda a, b: np.concatenate([a, b]), *({k: v for k, v in make_batch(s).items() if k != "id"} for s in (0, 1)))
+  double = jax.tree.map(
+    lambda a, b: np.concatenate([a, b]),
+    *({k: v for k, v in make_batch(s).items() if k != "id"} for s in (0, 1)),
+  )
   whole, parts = (make_step("train.batch_size=64", f"train.microbatches={n}") for n in (1, 8))
   want, got = (gradients(step, on(step, params), double)[:2] for step in (whole, parts))
   assert_close(got, want)
 
 
 def test_dropout_is_the_same_in_both_passes():
-  """With dropout, the two passes must meet the same masks: then the embeddings of pass two give back the loss of pass one."""
-  step = make_step("train.microbatches=4", "model.encoders.image.dropout=0.5", "model.encoders.text.dropout=0.5", devices=1)
+  """With dropout, the two passes must meet the same masks: then the embeddings of pass two give
+  back the loss of pass one.
+  """
+  step = make_step(
+    "train.microbatches=4",
+    "model.encoders.image.dropout=0.5",
+    "model.encoders.text.dropout=0.5",
+    devices=1,
+  )
   params = step.init(0).params
   batch = make_batch()
-  direction = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32) * 1e-3, params)
+  direction = jax.tree.map(
+    lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32) * 1e-3, params
+  )
   loss, slope, _ = gradients(step, params, batch)
-  move = lambda sign: gradients(step, on(step, jax.tree.map(lambda x, d: np.asarray(x) + sign * d, params, direction)), batch)[0]
+  move = lambda sign: gradients(
+    step, on(step, jax.tree.map(lambda x, d: np.asarray(x) + sign * d, params, direction)), batch
+  )[0]
   measured = (move(1) - move(-1)) / 2
-  expected = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(direction), strict=True))
+  expected = sum(
+    np.vdot(a, b) for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(direction), strict=True)
+  )
   np.testing.assert_allclose(measured, expected, rtol=0.05)
 
 
@@ -131,9 +183,15 @@ def test_parameters_and_optimizer_state_are_split(fsdp):
   step, _ = fsdp
   state = step.init(0)
   for tree in (state.params, state.ema, state.opt_states):
-    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(tree) if "up" in str(path) and "kernel" in str(path)]
+    kernels = [
+      x
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+      if "up" in str(path) and "kernel" in str(path)
+    ]
     assert kernels and all(x.addressable_shards[0].data.size == x.size // 8 for x in kernels)
-  assert jax.tree.map(lambda x: x.sharding, step.state_spec) == jax.tree.map(lambda x: x.sharding, state)
+  assert jax.tree.map(lambda x: x.sharding, step.state_spec) == jax.tree.map(
+    lambda x: x.sharding, state
+  )
 
 
 def test_fsdp_moves_parameters_and_never_activations(fsdp):
@@ -156,7 +214,17 @@ def test_a_step_learns_and_reports(fsdp):
     state, metrics = step.train(state, multihost.to_device(make_batch(), step.mesh))
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.9 * losses[0]
-  assert set(metrics) == {"loss", "align/loss", "align/accuracy", "grad_norm", "param_norm", "update_norm", "lr", "scale", "skipped"}
+  assert set(metrics) == {
+    "loss",
+    "align/loss",
+    "align/accuracy",
+    "grad_norm",
+    "param_norm",
+    "update_norm",
+    "lr",
+    "scale",
+    "skipped",
+  }
   assert int(state.step) == 8 and float(metrics["skipped"]) == 0
   norm = np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(state.params)))
   np.testing.assert_allclose(metrics["param_norm"], norm, rtol=1e-5)
@@ -176,7 +244,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(fsdp):
   step, _ = fsdp
   state = step.init(0)
   broken = jax.tree.map(jnp.copy, state)
-  broken.params["log_scale"] = jax.device_put(np.float32(np.nan), step.params_spec["log_scale"].sharding)
+  broken.params["log_scale"] = jax.device_put(
+    np.float32(np.nan), step.params_spec["log_scale"].sharding
+  )
   before = jax.tree.map(np.asarray, broken)
   after, metrics = step.train(broken, multihost.to_device(make_batch(), step.mesh))
   assert float(metrics["skipped"]) == 1 and int(after.step) == 1
@@ -190,7 +260,9 @@ def test_embeddings_of_a_batch(fsdp):
   for modality in ("image", "text"):
     x = step.apply({"params": params}, "embedding", (modality,), {modality: batch[modality]})
     assert x.shape == (BATCH, 32) and x.dtype == jnp.float32
-    want = step.model.apply({"params": jax.tree.map(np.asarray, params)}, modality, make_batch(), method="embedding")
+    want = step.model.apply(
+      {"params": jax.tree.map(np.asarray, params)}, modality, make_batch(), method="embedding"
+    )
     np.testing.assert_allclose(x, want, atol=1e-5)
 
 
@@ -198,7 +270,9 @@ def test_other_parameters_are_copied_into_the_state(fsdp):
   step, _ = fsdp
   state, other = step.init(0), jax.tree.map(np.asarray, step.init(1).params)
   state = step.with_params(state, other)
-  state, metrics = step.train(state, multihost.to_device(make_batch(), step.mesh))  # both copies can be donated
+  state, metrics = step.train(
+    state, multihost.to_device(make_batch(), step.mesh)
+  )  # both copies can be donated
   assert float(metrics["skipped"]) == 0
 
 
@@ -207,8 +281,13 @@ def test_frozen_parameters_cost_no_backward_pass():
   _, slopes, _ = gradients(step, step.init(0).params, make_batch())
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(slopes["image"]))
   assert all(np.asarray(x).any() for x in jax.tree.leaves(slopes["text"]["layers"]["mlp"]))
-  flops = lambda s: s._inside(jax.jit(lambda p, b: s._at_once(p, {}, b, jax.random.key(0), s.objectives)[1]).lower)(
-    s.params_spec, s.batch_spec).compile().cost_analysis()["flops"]
+  flops = lambda s: (
+    s._inside(jax.jit(lambda p, b: s._at_once(p, {}, b, jax.random.key(0), s.objectives)[1]).lower)(
+      s.params_spec, s.batch_spec
+    )
+    .compile()
+    .cost_analysis()["flops"]
+  )
   assert flops(step) < 0.8 * flops(make_step(devices=1))
 
 
@@ -238,7 +317,14 @@ def test_mixup_in_training_is_the_same_with_microbatches(reference):
 def test_the_scale_is_stored_within_its_limit():
   """However far an update would move it; what is read from the parameters is what is used."""
   limit = np.float32(np.log(20.0))
-  step = make_step("model.scale_max=20.0", "optimizer.lr=5.0", "optimizer.clip=0.0", "schedule.warmup=0", "train.ema=0.5", devices=1)
+  step = make_step(
+    "model.scale_max=20.0",
+    "optimizer.lr=5.0",
+    "optimizer.clip=0.0",
+    "schedule.warmup=0",
+    "train.ema=0.5",
+    devices=1,
+  )
   above = jax.tree.map(np.asarray, step.init(0).params) | dict(log_scale=np.float32(6.49))
   state = step.with_params(step.init(0), above)
   assert state.params["log_scale"] == state.ema["log_scale"] == limit  # a checkpoint of before
@@ -246,19 +332,25 @@ def test_the_scale_is_stored_within_its_limit():
   for _ in range(3):
     state, metrics = step.train(state, multihost.to_device(make_batch(), step.mesh))
     assert state.params["log_scale"] <= limit and state.ema["log_scale"] <= limit
-    np.testing.assert_allclose(step.model.apply({"params": state.params}, method="temperature")[0], np.exp(state.params["log_scale"]), rtol=1e-6)
+    np.testing.assert_allclose(
+      step.model.apply({"params": state.params}, method="temperature")[0],
+      np.exp(state.params["log_scale"]),
+      rtol=1e-6,
+    )
     seen.add(float(state.params["log_scale"]))
   assert len(seen) > 1 or limit not in seen  # it moves
 
 
 def test_flops_are_those_of_what_is_differentiated():
-  """Three times the forward pass where all is trained, but for products with pixels and with the weights of a mean, which nothing is
-  differentiated by; once for frozen towers."""
+  """Three times the forward pass where all is trained, but for products with pixels and with the
+  weights of a mean, which nothing is differentiated by; once for frozen towers."""
   step = make_step(devices=1)
   of = {}
   for modality in ("image", "text"):
     batch = {modality: step.batch_spec[modality]}
-    apply = lambda params, batch, modality=modality: step.model.apply({"params": params}, modality, batch, method="embedding")
+    apply = lambda params, batch, modality=modality: step.model.apply(
+      {"params": params}, modality, batch, method="embedding"
+    )
     of[modality] = step._inside(count_flops)(apply, step.params_spec, batch)
   pairs = 2 * BATCH**2 * 32
   patches, mean = 2 * BATCH * 4 * (4 * 4 * 3) * 32, 2 * BATCH * 4 * 32

@@ -1,4 +1,6 @@
-"""The watchdog: it ends what hangs, names what was waited for and who is silent, and leaves alone what goes on."""
+"""The watchdog: it ends what hangs, names what was waited for and who is silent, and leaves alone
+what goes on.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,15 @@ def test_a_data_source_that_blocks(tmp_path, ended, capfd):
     assert time.monotonic() - begin < 5
   assert ended == [1]
   line = capfd.readouterr().err
-  assert line.count("\n") == 1 and line.startswith("mmjax: process 0 of 1 hangs: the data of step 3 did not end within")
+  assert line.count("\n") == 1 and line.startswith(
+    "mmjax: process 0 of 1 hangs: the data of step 3 did not end within"
+  )
   (stacks,) = (tmp_path / "stacks").glob("process-0-*.txt")
-  assert str(stacks) in line and "a_source_that_blocks" in stacks.read_text() and "the data of step 3" in stacks.read_text()
+  assert (
+    str(stacks) in line
+    and "a_source_that_blocks" in stacks.read_text()
+    and "the data of step 3" in stacks.read_text()
+  )
   assert not (tmp_path / "heartbeats").exists()  # one process has nobody to tell
 
 
@@ -74,8 +82,10 @@ def test_the_silent_one_is_named_and_the_others_are_not(tmp_path, ended, capfd):
   (tmp_path / "heartbeats").mkdir()
   (tmp_path / "heartbeats" / "2").write_text("77 1\n")
   others = []
-  with Watchdog(600, silence=1.0, process=0, processes=3, end=ended.append) as first, \
-       Watchdog(600, silence=600, process=1, processes=3, end=others.append) as second:
+  with (
+    Watchdog(600, silence=1.0, process=0, processes=3, end=ended.append) as first,
+    Watchdog(600, silence=600, process=1, processes=3, end=others.append) as second,
+  ):
     second._beat = 0.1
     second.start(tmp_path)
     first.start(tmp_path)
@@ -86,7 +96,10 @@ def test_the_silent_one_is_named_and_the_others_are_not(tmp_path, ended, capfd):
 
 
 def test_all_alive_is_said(tmp_path, ended, capfd):
-  with Watchdog(1.0, process=0, processes=2, end=ended.append) as first, Watchdog(60, process=1, processes=2, end=print) as second:
+  with (
+    Watchdog(1.0, process=0, processes=2, end=ended.append) as first,
+    Watchdog(60, process=1, processes=2, end=print) as second,
+  ):
     second._beat = 0.1
     second.start(tmp_path)
     first.start(tmp_path)

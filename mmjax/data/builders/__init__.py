@@ -1,7 +1,9 @@
-"""Makes data sets: the embedded ones by name (`build`), and one TFDS ArrayRecord form that every builder writes.
+"""Makes data sets: the embedded ones by name (`build`), and one TFDS ArrayRecord form that every
+builder writes.
 
-`write_dataset` stores records, `parse_record` reads one back, and `features` is the TFDS schema between the two (see schema.py),
-so that `tfds.builder_from_directory` opens the same files. Neither needs TensorFlow.
+`write_dataset` stores records, `parse_record` reads one back, and `features` is the TFDS schema
+between the two (see schema.py), so that `tfds.builder_from_directory` opens the same files. Neither
+needs TensorFlow.
 
 A new data set is one file with a `build(data_dir, log)` function and one line in `BUILDERS`.
 """
@@ -35,13 +37,26 @@ from mmjax.data.builders.schema import (
 from mmjax.ownership import Owner
 from mmjax.printing import say
 
-__all__ = ["BUILDERS", "Record", "build", "canonical", "example_class", "features", "find_version", "is_complete", "parse_record",
-           "split_sizes", "to_example", "write_dataset"]
+__all__ = [
+  "BUILDERS",
+  "Record",
+  "build",
+  "canonical",
+  "example_class",
+  "features",
+  "find_version",
+  "is_complete",
+  "parse_record",
+  "split_sizes",
+  "to_example",
+  "write_dataset",
+]
 
 _PATIENCE = 3600.0  # seconds that a build waits for another one of the same data set
 _FINISHED = ("dataset_info.json", "features.json")  # TFDS writes them last
 
-# Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the version that it built.
+# Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the
+# version that it built.
 BUILDERS = {
   "easy_vqa": "mmjax.data.builders.easy_vqa:build",
   "emoji_scenes": "mmjax.data.builders.emoji_scenes:build",
@@ -52,15 +67,19 @@ BUILDERS = {
 
 
 def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None] = say) -> Path:
-  """Builds the embedded data set NAME under `data_dir` ("" = the usual folder); one that is there already is left alone.
+  """Builds the embedded data set NAME under `data_dir` ("" = the usual folder); one that is there
+  already is left alone.
 
-  NAME may also be "module:function", a builder of one's own. Returns its folder, data_dir/NAME/VERSION. Raises UserError: no such
-  data set or function, or the folder cannot be written.
+  NAME may also be "module:function", a builder of one's own. Returns its folder,
+  data_dir/NAME/VERSION. Raises UserError: no such data set or function, or the folder cannot be
+  written.
   """
   target = BUILDERS.get(name, name)
   if ":" not in target:
     near = difflib.get_close_matches(name, BUILDERS, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "`mmjax data convert` makes one from your own files"
+    hint = (
+      f"Did you mean {near[0]!r}?" if near else "`mmjax data convert` makes one from your own files"
+    )
     raise UserError(f"no builder for data set {name!r}; there are: {', '.join(BUILDERS)}. {hint}")
   from mmjax.data.sources import local_data_dir
 
@@ -79,29 +98,36 @@ def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None
 
 
 def write_dataset(
-    name: str,
-    data_dir: str | os.PathLike,
-    splits: Mapping[str, Iterable[Record]],
-    *,
-    fields: Sequence[str] = ("image",),
-    version: str = "1.0.0",
-    card: str = "",
-    licence: str = "",
-    homepage: str = "",
-    metadata: Mapping[str, Any] | None = None,
+  name: str,
+  data_dir: str | os.PathLike,
+  splits: Mapping[str, Iterable[Record]],
+  *,
+  fields: Sequence[str] = ("image",),
+  version: str = "1.0.0",
+  card: str = "",
+  licence: str = "",
+  homepage: str = "",
+  metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-  """Writes records as data_dir/NAME/VERSION (TFDS ArrayRecord), in the given order; atomic: the folder appears complete.
+  """Writes records as data_dir/NAME/VERSION (TFDS ArrayRecord), in the given order; atomic: the
+  folder appears complete.
 
-  `fields`: the optional fields of records that are stored (schema.FIELDS). `card` becomes its README.md. metadata.json holds
-  `labels`, `languages` and `answers` (of all splits, sorted), `fields`, `content` (a hash of all records, which makes the
-  fingerprint of a source) and what `metadata` adds.
+  `fields`: the optional fields of records that are stored (schema.FIELDS). `card` becomes its
+  README.md. metadata.json holds `labels`, `languages` and `answers` (of all splits, sorted),
+  `fields`, `content` (a hash of all records, which makes the fingerprint of a source) and what
+  `metadata` adds.
   Raises UserError: two records with the same id, no such field, or the folder cannot be written.
   """
   import tensorflow_datasets as tfds
 
   files.check_name("a data set", name)
   fields = check_fields(fields)
-  seen_labels, seen_languages, seen_answers, content = set(), set(), set(), hashlib.blake2b(digest_size=16)
+  seen_labels, seen_languages, seen_answers, content = (
+    set(),
+    set(),
+    set(),
+    hashlib.blake2b(digest_size=16),
+  )
   facts = tfds.core.MetadataDict(metadata or {})
 
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -110,8 +136,15 @@ def write_dataset(
 
     def _info(self):
       description = card.strip().split("\n\n")[0] or name
-      return tfds.core.DatasetInfo(builder=self, features=features(fields), description=description, homepage=homepage or None,
-                                   license=licence or None, metadata=facts, disable_shuffling=True)
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=features(fields),
+        description=description,
+        homepage=homepage or None,
+        license=licence or None,
+        metadata=facts,
+        disable_shuffling=True,
+      )
 
     def _log_download_bytes(self):  # these two would print about downloads that there are none of
       pass
@@ -132,8 +165,13 @@ def write_dataset(
           seen_answers.update(answer for _, answer in record.get("questions") or ())
         content.update(canonical(split, record, fields))
         yield number, to_example(record, fields)
-      facts.update(labels=sorted(seen_labels - {""}), languages=sorted(seen_languages), answers=sorted(seen_answers - {""}),
-                   fields=list(fields), content=content.hexdigest())
+      facts.update(
+        labels=sorted(seen_labels - {""}),
+        languages=sorted(seen_languages),
+        answers=sorted(seen_answers - {""}),
+        fields=list(fields),
+        content=content.hexdigest(),
+      )
 
   ids: set[str] = set()
   Builder.name = name
@@ -145,30 +183,45 @@ def write_dataset(
       for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of builds that were killed
         shutil.rmtree(left, ignore_errors=True)
       builder = Builder(data_dir=os.fspath(data_dir), file_format="array_record")
-      builder.download_and_prepare(download_dir=nowhere, download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+      builder.download_and_prepare(
+        download_dir=nowhere, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+      )
   except OSError as error:
     if not is_complete(folder):  # else another process has built the same meanwhile
-      raise UserError(f"{data_dir}: cannot write data set {name!r} ({error}). Choose another folder with $MMJAX_DATA") from error
+      raise UserError(
+        f"{data_dir}: cannot write data set {name!r} ({error}). Choose another folder with "
+        "$MMJAX_DATA"
+      ) from error
   return folder
 
 
 def is_complete(folder: Path) -> bool:
-  """Whether `folder` (data_dir/NAME/VERSION) holds a finished data set; a build that was cut short never does."""
+  """Whether `folder` (data_dir/NAME/VERSION) holds a finished data set; a build that was cut short
+  never does.
+  """
   return all((folder / name).is_file() for name in _FINISHED)
 
 
 def finished_versions(names: Iterable[str]) -> list[str]:
-  """The versions, oldest first, that are complete by the names VERSION/FILE of what a data set's folder holds."""
+  """The versions, oldest first, that are complete by the names VERSION/FILE of what a data set's
+  folder holds.
+  """
   folders = collections.defaultdict(set)
   for name in names:
     folder, _, file = name.partition("/")
     folders[folder].add(file)
-  found = [folder for folder, there in folders.items() if folder.replace(".", "").isdigit() and there.issuperset(_FINISHED)]
+  found = [
+    folder
+    for folder, there in folders.items()
+    if folder.replace(".", "").isdigit() and there.issuperset(_FINISHED)
+  ]
   return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 
 
 def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
-  """The newest finished version of data set NAME under `data_dir`, or None; that of a URL is copied to this machine."""
+  """The newest finished version of data set NAME under `data_dir`, or None; that of a URL is copied
+  to this machine.
+  """
   root = Path(data_dir) / name
   url = files.origin(root) if name else None
   if url:
@@ -185,7 +238,9 @@ def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
 def split_sizes(folder: Path) -> dict[str, int]:
   """{split: number of examples} of the data set in `folder`."""
   info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-  return {split["name"]: sum(int(length) for length in split["shardLengths"]) for split in info["splits"]}
+  return {
+    split["name"]: sum(int(length) for length in split["shardLengths"]) for split in info["splits"]
+  }
 
 
 def _check_unique(seen: set[str], key: str, name: str) -> None:

@@ -1,12 +1,14 @@
-"""`mmjax data convert`: pictures, sounds and videos with texts from elsewhere into a data set, in parallel and resumable.
+"""`mmjax data convert`: pictures, sounds and videos with texts from elsewhere into a data set, in
+parallel and resumable.
 
   convert("folder", "photos/", "mine")     the formats are those of mmjax/data/readers
 
-The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor the bytes depend on
-the number of workers. A finished shard is kept with its facts in DIR/NAME/converting-SPLIT/; after a kill, the same
-command goes on with what is missing. Only when all shards are there does the data set appear, at once, as
-DIR/NAME/VERSION. All media are decoded once to see that they can be (and stored as the bytes they are); what is left out is counted by reason and listed
-in skipped-SPLIT.jsonl.
+The rows of the source are cut into shards of a fixed number of rows, so that neither the order nor
+the bytes depend on the number of workers. A finished shard is kept with its facts in
+DIR/NAME/converting-SPLIT/; after a kill, the same command goes on with what is missing. Only when
+all shards are there does the data set appear, at once, as DIR/NAME/VERSION. All media are decoded
+once to see that they can be (and stored as the bytes they are); what is left out is counted by
+reason and listed in skipped-SPLIT.jsonl.
 """
 
 from __future__ import annotations
@@ -42,17 +44,22 @@ from mmjax.ownership import Owner
 
 SHARD_ROWS = 2000
 _ENDING = "ending not read"
-Entry = tuple[str, str, str, int]  # of what is left out: id, reason, detail, how many rows of the source
+Entry = tuple[
+  str, str, str, int
+]  # of what is left out: id, reason, detail, how many rows of the source
 _FORM = 3  # of the shards: another number starts a conversion anew
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a conversion made: examples of the split, from how many rows of the source, {reason: count} of the rows that were
-  left out and the first names of each (of files whose ending is not read: the endings), and how the source was understood.
+  """What a conversion made: examples of the split, from how many rows of the source, {reason:
+  count} of the rows that were left out and the first names of each (of files whose ending is not
+  read: the endings), and how the source was understood.
 
-  Rows about one medium are one example: `rows` and the counts in `skipped` add up to all rows and files of the source.
+  Rows about one medium are one example: `rows` and the counts in `skipped` add up to all rows and
+  files of the source.
   """
+
   name: str
   split: str
   folder: str
@@ -68,7 +75,10 @@ class Summary:
 
   def __str__(self) -> str:
     joined = f" from {self.rows:,} rows" if self.rows > self.examples else ""
-    lines = [f"{self.folder}: {self.examples:,} examples{joined} in split {self.split!r}, {self.seconds:.0f} s"]
+    lines = [
+      f"{self.folder}: {self.examples:,} examples{joined} in split {self.split!r}, "
+      f"{self.seconds:.0f} s"
+    ]
     lines += [f"  {note}" for note in self.notes]
     for reason, count in self.skipped.items():
       first = self.first_skipped[reason]
@@ -78,15 +88,30 @@ class Summary:
     return "\n".join(lines)
 
 
-def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | os.PathLike | None = None, *,
-            workers: int = 1, split: str = "train", language: str = "en", columns: Mapping[str, str] | None = None,
-            media: str | os.PathLike = "", encoding: str = "", shard_rows: int = SHARD_ROWS,
-            log: Callable[[str], None] = printing.say) -> Summary:
-  """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default folder).
+def convert(
+  format: str,
+  source: str | os.PathLike,
+  name: str,
+  data_dir: str | os.PathLike | None = None,
+  *,
+  workers: int = 1,
+  split: str = "train",
+  language: str = "en",
+  columns: Mapping[str, str] | None = None,
+  media: str | os.PathLike = "",
+  encoding: str = "",
+  shard_rows: int = SHARD_ROWS,
+  log: Callable[[str], None] = printing.say,
+) -> Summary:
+  """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default
+  folder).
 
-  `language`: of captions that do not say. `columns`: {role: column}, the roles being those of readers.columns.COLUMNS.
-  `media`: the folder of the files that annotations name ("" = that of the annotations). `encoding`: of texts that are not UTF-8.
-  `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version, which holds all.
+  `language`: of captions that do not say. `columns`: {role: column}, the roles being those of
+  readers.columns.COLUMNS.
+  `media`: the folder of the files that annotations name ("" = that of the annotations). `encoding`:
+  of texts that are not UTF-8.
+  `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version,
+  which holds all.
   Raises UserError: bad arguments, nothing to convert, or everything was left out.
   """
   start = time.perf_counter()
@@ -95,7 +120,9 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
   if workers < 0 or shard_rows < 1:
     raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
   root = local_data_dir(data_dir or None) / name
-  reader = open_reader(format, source, columns, language, media=media, encoding=encoding, cache=root.parent)
+  reader = open_reader(
+    format, source, columns, language, media=media, encoding=encoding, cache=root.parent
+  )
   rows, left = reader.rows()
   rows, duplicates = _unique(rows)
   skipped = [_entry(name, skip) for name, skip in left] + duplicates
@@ -111,7 +138,9 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
   try:
     root.mkdir(parents=True, exist_ok=True)
     with Owner(root, f"data set {name!r} in {root.parent}"):
-      if done := _already(root.parent, name, split, plan, source):  # by a process that has just ended
+      if done := _already(
+        root.parent, name, split, plan, source
+      ):  # by a process that has just ended
         return done
       staging.mkdir(exist_ok=True)
       fields = check_fields(reader.fields(rows))
@@ -122,24 +151,40 @@ def convert(format: str, source: str | os.PathLike, name: str, data_dir: str | o
         shutil.rmtree(staging)
         count = sum(row.count for row in rows)
         raise UserError(f"{source}: all {count:,} rows were left out{_reasons(skipped)}")
-      origin = dict(plan=plan, format=format, source=printable(os.fspath(source)),
-                    rows=sum(fact["rows"] for fact in facts), notes=list(reader.notes))
+      origin = dict(
+        plan=plan,
+        format=format,
+        source=printable(os.fspath(source)),
+        rows=sum(fact["rows"] for fact in facts),
+        notes=list(reader.notes),
+      )
       folder = _assemble(root, name, split, staging, facts, fields, skipped, origin)
       shutil.rmtree(staging)
   except OSError as error:
-    raise UserError(f"{root}: cannot be written ({error.strerror or error}). "
-                    f"Start the same command again to go on, or set $MMJAX_DATA") from error
+    raise UserError(
+      f"{root}: cannot be written ({error.strerror or error}). "
+      f"Start the same command again to go on, or set $MMJAX_DATA"
+    ) from error
   origin["examples"] = sum(fact["count"] for fact in facts)
   summary = _summary(name, split, folder, origin, skipped, time.perf_counter() - start)
   log(str(summary))
   return summary
 
 
-# -- shards ------------------------------------------------------------------------------------------------------------
+# -- shards ----------------------------------------------------------------------------------------
 
 
-def _write_shards(reader, rows: list, fields: tuple, split: str, staging: Path, plan: str, shard_rows: int, workers: int,
-                  log: Callable[[str], None]) -> list[dict[str, Any]]:
+def _write_shards(
+  reader,
+  rows: list,
+  fields: tuple,
+  split: str,
+  staging: Path,
+  plan: str,
+  shard_rows: int,
+  workers: int,
+  log: Callable[[str], None],
+) -> list[dict[str, Any]]:
   """The facts of all shards, in order; writes those that are not there yet."""
   plan_file = staging / "plan"
   if not plan_file.is_file() or plan_file.read_text() != plan:
@@ -148,7 +193,7 @@ def _write_shards(reader, rows: list, fields: tuple, split: str, staging: Path, 
     write_whole(plan_file, plan.encode())
   for path in (*staging.glob("*.tmp"), *staging.glob(".shard-*")):
     path.unlink()
-  parts = [rows[at:at + shard_rows] for at in range(0, len(rows), shard_rows)]
+  parts = [rows[at : at + shard_rows] for at in range(0, len(rows), shard_rows)]
   facts: dict[int, dict] = {}
   for number in range(len(parts)):
     fact = _finished(staging, number)
@@ -158,7 +203,9 @@ def _write_shards(reader, rows: list, fields: tuple, split: str, staging: Path, 
     log(f"going on: {len(facts)} of {len(parts)} shards are there already")
   missing = [number for number in range(len(parts)) if number not in facts]
   start, wrote, said = time.perf_counter(), 0, time.perf_counter()
-  for number, fact in _run(reader, parts, missing, fields, split, staging, min(workers, len(missing))):
+  for number, fact in _run(
+    reader, parts, missing, fields, split, staging, min(workers, len(missing))
+  ):
     facts[number] = fact
     wrote += len(parts[number])
     if time.perf_counter() - said > 5 or len(facts) == len(parts) > 1:
@@ -169,34 +216,49 @@ def _write_shards(reader, rows: list, fields: tuple, split: str, staging: Path, 
   return [facts[number] for number in range(len(parts))]
 
 
-def _run(reader, parts: list, missing: list[int], fields: tuple, split: str, staging: Path, workers: int) -> Iterator[tuple[int, dict]]:
+def _run(
+  reader, parts: list, missing: list[int], fields: tuple, split: str, staging: Path, workers: int
+) -> Iterator[tuple[int, dict]]:
   if workers <= 1:
     for number in missing:
       yield number, _write_shard(reader, parts[number], fields, split, staging, number)
     return
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # workers inherit it; they never touch a device
-  pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent)
+  pool = ProcessPoolExecutor(
+    workers, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent
+  )
   try:
-    futures = {pool.submit(_write_shard, reader, parts[number], fields, split, staging, number): number for number in missing}
+    futures = {
+      pool.submit(_write_shard, reader, parts[number], fields, split, staging, number): number
+      for number in missing
+    }
     for future in as_completed(futures):
       yield futures[future], future.result()
   except BrokenProcessPool as error:
-    raise UserError("a worker process died (out of memory?). Start the same command again, with fewer workers, "
-                    "to go on") from error
+    raise UserError(
+      "a worker process died (out of memory?). Start the same command again, with fewer workers, "
+      "to go on"
+    ) from error
   finally:
     pool.shutdown(cancel_futures=True)
 
 
 def _die_with_parent() -> None:
   """A worker of a parent that was killed would wait for work forever."""
+
   def watch():
     multiprocessing.parent_process().join()
     os._exit(1)
+
   threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_shard(reader, rows: list, fields: tuple, split: str, staging: Path, number: int) -> dict[str, Any]:
-  """Writes shard-NUMBER and then its facts: {count, rows, bytes, size, content, labels, languages, answers, skipped}."""
+def _write_shard(
+  reader, rows: list, fields: tuple, split: str, staging: Path, number: int
+) -> dict[str, Any]:
+  """Writes shard-NUMBER and then its facts: {count, rows, bytes, size, content, labels, languages,
+  answers, skipped}.
+  """
   from tensorflow_datasets.core import example_serializer
   from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
 
@@ -212,7 +274,9 @@ def _write_shard(reader, rows: list, fields: tuple, split: str, staging: Path, n
         skipped.append(_entry(name, fault, joined))
         continue
       data = serializer.serialize_example(schema.encode_example(to_example(record, fields)))
-      data = Example.FromString(data).SerializeToString(deterministic=True)  # else fields come in the order of a map
+      data = Example.FromString(data).SerializeToString(
+        deterministic=True
+      )  # else fields come in the order of a map
       writer.write(data)
       content.update(canonical(split, record, fields))
       labels.add(record["label"])
@@ -224,9 +288,20 @@ def _write_shard(reader, rows: list, fields: tuple, split: str, staging: Path, n
     os.fsync(file.fileno())
     length = os.fstat(file.fileno()).st_size
   os.replace(temporary, staging / f"shard-{number:05d}")
-  facts = dict(count=count, rows=read, bytes=size, size=length, content=content.hexdigest(), labels=sorted(labels - {""}),
-               languages=sorted(languages), answers=sorted(answers - {""}), skipped=skipped)
-  write_whole(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())  # last: now the shard counts
+  facts = dict(
+    count=count,
+    rows=read,
+    bytes=size,
+    size=length,
+    content=content.hexdigest(),
+    labels=sorted(labels - {""}),
+    languages=sorted(languages),
+    answers=sorted(answers - {""}),
+    skipped=skipped,
+  )
+  write_whole(
+    staging / f"shard-{number:05d}.json", json.dumps(facts).encode()
+  )  # last: now the shard counts
   return facts
 
 
@@ -257,7 +332,15 @@ def _finished(staging: Path, number: int) -> dict[str, Any] | None:
 
 def _fault(record: Record) -> Skip | None:
   """Why a record is no use: by its texts, and by decoding all of its media."""
-  if bad := broken_text([record["id"], record["captions"], record["label"], record.get("questions"), record.get("facts")]):
+  if bad := broken_text(
+    [
+      record["id"],
+      record["captions"],
+      record["label"],
+      record.get("questions"),
+      record.get("facts"),
+    ]
+  ):
     return Skip("broken text", bad)
   try:
     media.check(record)
@@ -266,42 +349,69 @@ def _fault(record: Record) -> Skip | None:
   return None
 
 
-# -- the data set ------------------------------------------------------------------------------------------------------
+# -- the data set ----------------------------------------------------------------------------------
 
 
-def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict], fields: tuple,
-              skipped: list[Entry], origin: dict) -> Path:
-  """Makes root/VERSION from the shards and from the splits that the version before it has; it appears at once."""
+def _assemble(
+  root: Path,
+  name: str,
+  split: str,
+  staging: Path,
+  facts: list[dict],
+  fields: tuple,
+  skipped: list[Entry],
+  origin: dict,
+) -> Path:
+  """Makes root/VERSION from the shards and from the splits that the version before it has; it
+  appears at once.
+  """
   import tensorflow_datasets as tfds
 
   before = find_version(root.parent, name)
   version = "1.0.0"
-  meta: dict[str, Any] = dict(labels=[], languages=[], answers=[], fields=[], content="", converted={})
+  meta: dict[str, Any] = dict(
+    labels=[], languages=[], answers=[], fields=[], content="", converted={}
+  )
   if before:
     major, minor, _ = before.name.split(".")
     version = f"{major}.{int(minor) + 1}.0"
-    meta |= dict(fields=["image"]) | json.loads((before / "metadata.json").read_text(encoding="utf-8"))
+    meta |= dict(fields=["image"]) | json.loads(
+      (before / "metadata.json").read_text(encoding="utf-8")
+    )
   folder, new = root / version, root / f"{version}.incomplete-converting"
   shutil.rmtree(new, ignore_errors=True)
   new.mkdir()
   whole = [(number, fact) for number, fact in enumerate(facts) if fact["count"]]
   for at, (number, _) in enumerate(whole):
-    _link(staging / f"shard-{number:05d}", new / f"{name}-{split}.array_record-{at:05d}-of-{len(whole):05d}")
+    _link(
+      staging / f"shard-{number:05d}",
+      new / f"{name}-{split}.array_record-{at:05d}-of-{len(whole):05d}",
+    )
   splits = {}
   if before:
     info = json.loads((before / "dataset_info.json").read_text(encoding="utf-8"))
     for old in info["splits"]:
-      splits[old["name"]] = ([int(length) for length in old["shardLengths"]], int(old.get("numBytes", 0)))
+      splits[old["name"]] = (
+        [int(length) for length in old["shardLengths"]],
+        int(old.get("numBytes", 0)),
+      )
     for path in before.iterdir():
       if ".array_record-" in path.name or path.name.startswith("skipped-"):
         _link(path, new / path.name)
   splits[split] = ([fact["count"] for _, fact in whole], sum(fact["bytes"] for _, fact in whole))
   contents = "".join([meta["content"], *(fact["content"] for fact in facts)])
   counts = _counts(skipped)
-  converted = meta.get("converted", {}) | {split: origin | {"examples": sum(splits[split][0]), "skipped": counts}}
-  meta |= {what: sorted({*meta[what], *(name for fact in facts for name in fact[what])}) for what in ("labels", "languages", "answers")}
+  converted = meta.get("converted", {}) | {
+    split: origin | {"examples": sum(splits[split][0]), "skipped": counts}
+  }
+  meta |= {
+    what: sorted({*meta[what], *(name for fact in facts for name in fact[what])})
+    for what in ("labels", "languages", "answers")
+  }
   meta["fields"] = list(check_fields({*meta["fields"], *fields}))
-  meta |= dict(content=hashlib.blake2b(contents.encode(), digest_size=16).hexdigest(), converted=converted)
+  meta |= dict(
+    content=hashlib.blake2b(contents.encode(), digest_size=16).hexdigest(), converted=converted
+  )
   with open(new / f"skipped-{split}.jsonl", "w", encoding="utf-8") as file:
     for row, reason, detail, count in skipped:
       line = dict(id=row, reason=reason, detail=detail) | ({"rows": count} if count > 1 else {})
@@ -309,14 +419,29 @@ def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict
   (new / "README.md").write_text(_card(name, meta), encoding="utf-8")
   with _quiet_tfds():
     identity = tfds.core.dataset_info.DatasetIdentity(
-      name=name, version=tfds.core.Version(version), data_dir=os.fspath(new), module_name="mmjax.data.builders.convert")
-    info = tfds.core.DatasetInfo(builder=identity, description=f"{name}, converted by mmjax", features=features(meta["fields"]),
-                                 disable_shuffling=True, metadata=tfds.core.MetadataDict(meta))
+      name=name,
+      version=tfds.core.Version(version),
+      data_dir=os.fspath(new),
+      module_name="mmjax.data.builders.convert",
+    )
+    info = tfds.core.DatasetInfo(
+      builder=identity,
+      description=f"{name}, converted by mmjax",
+      features=features(meta["fields"]),
+      disable_shuffling=True,
+      metadata=tfds.core.MetadataDict(meta),
+    )
     info.set_file_format("array_record")
     parts = []
     for part, (lengths, size) in splits.items():
-      template = tfds.core.ShardedFileTemplate(dataset_name=name, data_dir=new, split=part, filetype_suffix="array_record")
-      parts.append(tfds.core.SplitInfo(name=part, shard_lengths=lengths, num_bytes=size, filename_template=template))
+      template = tfds.core.ShardedFileTemplate(
+        dataset_name=name, data_dir=new, split=part, filetype_suffix="array_record"
+      )
+      parts.append(
+        tfds.core.SplitInfo(
+          name=part, shard_lengths=lengths, num_bytes=size, filename_template=template
+        )
+      )
     info.set_splits(tfds.core.splits.SplitDict(parts))
     info.write_to_directory(new)
   os.rename(new, folder)
@@ -324,50 +449,83 @@ def _assemble(root: Path, name: str, split: str, staging: Path, facts: list[dict
 
 
 def _card(name: str, meta: dict) -> str:
-  lines = [f"# {name}", "", "Made by `mmjax data convert`.",
-           f"Fields: `id`, {', '.join(f'`{name}`' for name in meta['fields'])} (media encoded), `captions` (language, text), `label`, `image_key`.",
-           f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}.", ""]
+  lines = [
+    f"# {name}",
+    "",
+    "Made by `mmjax data convert`.",
+    f"Fields: `id`, {', '.join(f'`{name}`' for name in meta['fields'])} (media encoded), "
+    "`captions` (language, text), `label`, `image_key`.",
+    f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}.",
+    "",
+  ]
   for split, facts in meta["converted"].items():
-    lines.append(f"- `{split}`: {facts['examples']:,} examples, from {facts['format']} `{facts['source']}`")
+    lines.append(
+      f"- `{split}`: {facts['examples']:,} examples, from {facts['format']} `{facts['source']}`"
+    )
     lines += [f"  - {note}" for note in facts.get("notes", ())]
     lines += [f"  - left out {count:,}: {reason}" for reason, count in facts["skipped"].items()]
   return "\n".join(lines) + "\n"
 
 
 def _already(data_dir: Path, name: str, split: str, plan: str, source) -> Summary | None:
-  """The summary of this very conversion if it is done. Raises UserError: the split is there from elsewhere."""
+  """The summary of this very conversion if it is done. Raises UserError: the split is there from
+  elsewhere.
+  """
   folder = find_version(data_dir, name)
   if folder is None:
     return None
   try:
     meta = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    splits = [part["name"] for part in json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["splits"]]
+    splits = [
+      part["name"]
+      for part in json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["splits"]
+    ]
   except (OSError, ValueError) as error:
     raise UserError(f"{folder} is no data set of mmjax ({error}). Choose another name") from error
   if split not in splits:
     return None
   facts = meta.get("converted", {}).get(split, {})
   if facts.get("plan") != plan:
-    raise UserError(f"{folder} has a split {split!r} already, not from {source} as it is now. "
-                    f"Choose another name or split, or delete {folder.parent}")
+    raise UserError(
+      f"{folder} has a split {split!r} already, not from {source} as it is now. "
+      f"Choose another name or split, or delete {folder.parent}"
+    )
   with open(folder / f"skipped-{split}.jsonl", encoding="utf-8") as file:
-    skipped = [(row["id"], row["reason"], row["detail"], row.get("rows", 1)) for row in map(json.loads, file)]
+    skipped = [
+      (row["id"], row["reason"], row["detail"], row.get("rows", 1)) for row in map(json.loads, file)
+    ]
   return _summary(name, split, folder, facts, skipped, 0.0)
 
 
-def _summary(name: str, split: str, folder: Path, origin: Mapping[str, Any], skipped: list[Entry], seconds: float) -> Summary:
+def _summary(
+  name: str,
+  split: str,
+  folder: Path,
+  origin: Mapping[str, Any],
+  skipped: list[Entry],
+  seconds: float,
+) -> Summary:
   counts, first = _counts(skipped), {}
   for reason in counts:
     names = [row for row, why, *_ in skipped if why == reason]
     if reason == _ENDING:
       endings = Counter(os.path.splitext(name)[1].lower() or "none" for name in names)
       names = [f"{ending} {count:,}" for ending, count in endings.most_common()]
-    first[reason] = names[:5 if reason == _ENDING else 3]
-  return Summary(name, split, os.fspath(folder), origin["examples"], counts, first, seconds,
-                 origin.get("rows", origin["examples"]), tuple(origin.get("notes", ())))
+    first[reason] = names[: 5 if reason == _ENDING else 3]
+  return Summary(
+    name,
+    split,
+    os.fspath(folder),
+    origin["examples"],
+    counts,
+    first,
+    seconds,
+    origin.get("rows", origin["examples"]),
+    tuple(origin.get("notes", ())),
+  )
 
 
-# -- helpers -----------------------------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------
 
 
 def _entry(name: str, skip: Skip, count: int = 1) -> Entry:
@@ -418,5 +576,7 @@ def _reasons(skipped: list[Entry]) -> str:
   parts = []
   for reason, count in list(_counts(skipped).items())[:4]:
     row, _, detail, _ = next(entry for entry in skipped if entry[1] == reason)
-    parts.append(f"{count} {reason}, such as {row}" + (f": {detail}" if detail and detail != row else ""))
+    parts.append(
+      f"{count} {reason}, such as {row}" + (f": {detail}" if detail and detail != row else "")
+    )
   return f" ({'; '.join(parts)})" if parts else ""

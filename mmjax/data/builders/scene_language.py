@@ -1,8 +1,10 @@
-"""What is said of a scene of `emoji_scenes`: captions and their check, questions with answers, dialogues.
+"""What is said of a scene of `emoji_scenes`: captions and their check, questions with answers,
+dialogues.
 
-All are functions of the scene graph, `facts`: `background` (a colour), `objects` (dicts with `name`, `category`, `size` "big", "small"
-or "" for a sign, `row` and `column` 0 to 2, `text` of a sign, else "") and `relations` ([index, relation, index], all that hold). Names are
-unique in a scene. An object is left of another when its column is smaller, and above when its row is.
+All are functions of the scene graph, `facts`: `background` (a colour), `objects` (dicts with
+`name`, `category`, `size` "big", "small" or "" for a sign, `row` and `column` 0 to 2, `text` of a
+sign, else "") and `relations` ([index, relation, index], all that hold). Names are unique in a
+scene. An object is left of another when its column is smaller, and above when its row is.
 
 The grammar of captions, which `check_caption` parses:
 
@@ -21,12 +23,25 @@ import numpy as np
 
 Facts = Mapping[str, Any]
 
-COLOURS = {"white": (255, 255, 255), "yellow": (255, 238, 140), "blue": (160, 200, 255), "green": (170, 232, 170), "pink": (255, 180, 212),
-           "grey": (190, 190, 190)}
-RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+COLOURS = {
+  "white": (255, 255, 255),
+  "yellow": (255, 238, 140),
+  "blue": (160, 200, 255),
+  "green": (170, 232, 170),
+  "pink": (255, 180, 212),
+  "grey": (190, 190, 190),
+}
+RELATIONS = {
+  "left": "to the left of",
+  "right": "to the right of",
+  "above": "above",
+  "below": "below",
+}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PLURALS = {"animal": "animals", "food": "things to eat", "vehicle": "vehicles", "plant": "plants"}
-PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right"))
+PLACES = tuple(
+  f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")
+)
 
 _CLAUSE = re.compile(rf"(.+?) ({'|'.join(RELATIONS.values())}) (.+)")
 _OBJECT = re.compile(r"(?:an?|the) (?:(big|small) )?([a-z]+)(?: that says (\S+))?")
@@ -34,7 +49,9 @@ _BACKGROUND = re.compile(rf"(.+) on ({'|'.join(COLOURS)})")
 
 
 def check_caption(facts: Facts, caption: str) -> bool:
-  """Whether a caption, in any order that the grammar has, is true of the scene and names all of its objects, and a sign's text."""
+  """Whether a caption, in any order that the grammar has, is true of the scene and names all of its
+  objects, and a sign's text.
+  """
   words = " ".join(caption.lower().split()).rstrip(" .")
   if found := _BACKGROUND.fullmatch(words):
     words = found[1]
@@ -54,7 +71,9 @@ def check_caption(facts: Facts, caption: str) -> bool:
 
 
 def _find(objects: Sequence[Facts], phrase: str) -> tuple[int, bool] | None:
-  """(index of the object that a phrase names, whether it tells all: a sign its text), or None: there is no such."""
+  """(index of the object that a phrase names, whether it tells all: a sign its text), or None:
+  there is no such.
+  """
   found = _OBJECT.fullmatch(phrase)
   for index, one in enumerate(objects):
     if found and found[2] == one["name"]:
@@ -75,12 +94,20 @@ def relations(objects: Sequence[Facts]) -> list[list]:
 
 
 def captions(facts: Facts, rng: np.random.Generator) -> list[str]:
-  """Two: one in reading order that depends on the scene alone, one in a random order with random relations."""
+  """Two: one in reading order that depends on the scene alone, one in a random order with random
+  relations.
+  """
   objects = facts["objects"]
   if len(objects) == 1:
-    return [f"{_refer(objects[0], set(), sized=True)} on {facts['background']}", f"{_refer(objects[0], set())} on {facts['background']}"]
+    return [
+      f"{_refer(objects[0], set(), sized=True)} on {facts['background']}",
+      f"{_refer(objects[0], set())} on {facts['background']}",
+    ]
   order = sorted(range(len(objects)), key=lambda i: (objects[i]["row"], objects[i]["column"]))
-  chain = [(a, "left" if objects[a]["row"] == objects[b]["row"] else "above", b) for a, b in zip(order, order[1:], strict=False)]
+  chain = [
+    (a, "left" if objects[a]["row"] == objects[b]["row"] else "above", b)
+    for a, b in zip(order, order[1:], strict=False)
+  ]
   order, links = rng.permutation(len(objects)), []
   for k in range(1, len(order)):
     pair = order[k], order[rng.integers(k)]
@@ -89,8 +116,12 @@ def captions(facts: Facts, rng: np.random.Generator) -> list[str]:
   return [_join(objects, chain), _join(objects, links)]
 
 
-def questions(facts: Facts, names: Mapping[str, str], rng: np.random.Generator) -> list[tuple[str, str, str]]:
-  """[(kind, question, answer)], 6 to 10 of them; `names` = {name: category} of all that could be there."""
+def questions(
+  facts: Facts, names: Mapping[str, str], rng: np.random.Generator
+) -> list[tuple[str, str, str]]:
+  """[(kind, question, answer)], 6 to 10 of them; `names` = {name: category} of all that could be
+  there.
+  """
   objects = facts["objects"]
   one = objects[rng.integers(len(objects))]
   absent = _pick(sorted(set(names) - {o["name"] for o in objects}), rng)
@@ -110,31 +141,58 @@ def questions(facts: Facts, names: Mapping[str, str], rng: np.random.Generator) 
     a, b = rng.permutation(len(objects))[:2]
     true = [r for i, r, j in facts["relations"] if (i, j) == (a, b)]
     relation, yes = _pick(true, rng), rng.random() < 0.5
-    asked.append(("relation", f"is the {objects[a]['name']} {RELATIONS[relation if yes else OPPOSITE[relation]]} the {objects[b]['name']}?",
-                  "yes" if yes else "no"))
+    asked.append(
+      (
+        "relation",
+        f"is the {objects[a]['name']} {RELATIONS[relation if yes else OPPOSITE[relation]]} the "
+        f"{objects[b]['name']}?",
+        "yes" if yes else "no",
+      )
+    )
     alone = [(r, found[0]) for r in RELATIONS if len(found := beside(facts, b, r)) == 1]
     if alone:
       relation, other = alone[rng.integers(len(alone))]
-      asked.append(("relation", f"what is {RELATIONS[relation]} the {objects[b]['name']}?", objects[other]["name"]))
+      asked.append(
+        (
+          "relation",
+          f"what is {RELATIONS[relation]} the {objects[b]['name']}?",
+          objects[other]["name"],
+        )
+      )
     if {objects[a]["size"], objects[b]["size"]} == {"big", "small"}:
       bigger = next(objects[i]["name"] for i in (a, b) if objects[i]["size"] == "big")
-      asked.append(("comparison", f"which is bigger, the {objects[a]['name']} or the {objects[b]['name']}?", bigger))
+      asked.append(
+        (
+          "comparison",
+          f"which is bigger, the {objects[a]['name']} or the {objects[b]['name']}?",
+          bigger,
+        )
+      )
   asked += [("reading", "what does the sign say?", o["text"]) for o in objects if o["text"]]
   return asked
 
 
 def dialogue(facts: Facts, rng: np.random.Generator) -> list[list[str]]:
-  """[[question, answer], ...] of two or three turns; the later ones refer back ("and to its left?")."""
+  """[[question, answer], ...] of two or three turns; the later ones refer back ("and to its
+  left?").
+  """
   objects = facts["objects"]
   index = int(rng.integers(len(objects)))
   one = objects[index]
   turns = [[f"what is in the {place(one)}?", _article(one["name"])]]
-  turns.append(["what does it say?", one["text"]] if one["text"] else ["is it big or small?", one["size"]])
+  turns.append(
+    ["what does it say?", one["text"]] if one["text"] else ["is it big or small?", one["size"]]
+  )
   sure = [(r, found) for r in RELATIONS if len(found := beside(facts, index, r)) < 2]
   if sure:
     relation, found = sure[rng.integers(len(sure))]
-    turns.append([f"and {RELATIONS[relation].replace(' of', ' of it') if ' of' in RELATIONS[relation] else relation + ' it'}?",
-                  _article(objects[found[0]]["name"]) if found else "nothing"])
+    turns.append(
+      [
+        "and "
+        f"{RELATIONS[relation].replace(' of', ' of it') if ' of' in RELATIONS[relation] else relation + ' it'}?",
+        _article(objects[found[0]]["name"]) if found else "nothing",
+      ]
+    )
   return turns
 
 
@@ -150,11 +208,14 @@ def place(one: Facts) -> str:
 
 def _join(objects: Sequence[Facts], links: Sequence[tuple[int, str, int]]) -> str:
   seen: set[str] = set()
-  return " and ".join(f"{_refer(objects[a], seen)} {RELATIONS[relation]} {_refer(objects[b], seen)}" for a, relation, b in links)
+  return " and ".join(
+    f"{_refer(objects[a], seen)} {RELATIONS[relation]} {_refer(objects[b], seen)}"
+    for a, relation, b in links
+  )
 
 
 def _refer(one: Facts, seen: set[str], sized: bool = False) -> str:
-  """"a cat" the first time, "the cat" from then on."""
+  """ "a cat" the first time, "the cat" from then on."""
   if one["name"] in seen:
     return f"the {one['name']}"
   seen.add(one["name"])

@@ -1,8 +1,10 @@
-"""What a record is and how it is stored: a dict of Python values <-> a tf.train.Example, without TensorFlow.
+"""What a record is and how it is stored: a dict of Python values <-> a tf.train.Example, without
+TensorFlow.
 
-A *record* always has `id` str, `image` encoded bytes or None, `captions` {language: [caption, ...]}, `label` str ("" = none) and
-`image_key` int in [0, 2^64) (equal = the same picture; the same frames where there is a video and no picture). A data set says in
-its `fields` which of these its records have besides, `None` or empty in a record that lacks it:
+A *record* always has `id` str, `image` encoded bytes or None, `captions` {language: [caption,
+...]}, `label` str ("" = none) and `image_key` int in [0, 2^64) (equal = the same picture; the same
+frames where there is a video and no picture). A data set says in its `fields` which of these its
+records have besides, `None` or empty in a record that lacks it:
 
   audio      encoded sound (FLAC, WAV, OGG: what soundfile opens)
   video      encoded frames (a container that PyAV opens)
@@ -31,9 +33,11 @@ FIELDS = ("image", "audio", "video", "series", "questions", "facts")
 
 
 def features(fields: Sequence[str] = ("image",)):
-  """The TFDS schema of a record with `fields`. `captions` is two parallel sequences; `image_key` the bits of a uint64 as int64.
+  """The TFDS schema of a record with `fields`. `captions` is two parallel sequences; `image_key`
+  the bits of a uint64 as int64.
 
-  `audio` and `video` are stored as the bytes they are (TFDS has no plain bytes; Text keeps them), `facts` as JSON text.
+  `audio` and `video` are stored as the bytes they are (TFDS has no plain bytes; Text keeps them),
+  `facts` as JSON text.
   """
   import tensorflow_datasets as tfds
 
@@ -46,13 +50,15 @@ def features(fields: Sequence[str] = ("image",)):
     "questions": lambda: tfds.features.Sequence({"question": text(), "answer": text()}),
     "facts": text,
   }
-  return tfds.features.FeaturesDict({
-    "id": text(),
-    "captions": tfds.features.Sequence({"language": text(), "text": text()}),
-    "label": text(),
-    "image_key": tfds.features.Scalar(np.int64),
-    **{name: optional[name]() for name in check_fields(fields)},
-  })
+  return tfds.features.FeaturesDict(
+    {
+      "id": text(),
+      "captions": tfds.features.Sequence({"language": text(), "text": text()}),
+      "label": text(),
+      "image_key": tfds.features.Scalar(np.int64),
+      **{name: optional[name]() for name in check_fields(fields)},
+    }
+  )
 
 
 def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
@@ -64,12 +70,17 @@ def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def to_example(record: Record, fields: Sequence[str] = ("image",)) -> dict[str, Any]:
-  """A record as the example that `features(fields)` encodes (pictures, sound and video stay the encoded bytes they are)."""
+  """A record as the example that `features(fields)` encodes (pictures, sound and video stay the
+  encoded bytes they are).
+  """
   pairs = [(language, text) for language, texts in record["captions"].items() for text in texts]
   key = record["image_key"]
   example = {
     "id": record["id"],
-    "captions": {"language": [language for language, _ in pairs], "text": [text for _, text in pairs]},
+    "captions": {
+      "language": [language for language, _ in pairs],
+      "text": [text for _, text in pairs],
+    },
     "label": record.get("label", ""),
     "image_key": key - (1 << 64) if key >= 1 << 63 else key,
   }
@@ -80,17 +91,23 @@ def to_example(record: Record, fields: Sequence[str] = ("image",)) -> dict[str, 
     elif name in ("audio", "video"):
       example[name] = value or b""
     elif name == "series":
-      example[name] = np.zeros((0, 0), np.float32) if value is None else np.ascontiguousarray(value, np.float32)
+      example[name] = (
+        np.zeros((0, 0), np.float32) if value is None else np.ascontiguousarray(value, np.float32)
+      )
     elif name == "questions":
       value = value or []
-      example[name] = {"question": [question for question, _ in value], "answer": [answer for _, answer in value]}
+      example[name] = {
+        "question": [question for question, _ in value],
+        "answer": [answer for _, answer in value],
+      }
     else:
       example[name] = json.dumps(value, sort_keys=True) if value else ""
   return example
 
 
 def parse_record(data: bytes, languages: Sequence[str] = ()) -> Record:
-  """The record in a serialised tf.train.Example, with the captions in `languages` only (() = all). Raises UserError.
+  """The record in a serialised tf.train.Example, with the captions in `languages` only (() = all).
+  Raises UserError.
 
   It has the optional fields that its data set has, and `image` always.
   """
@@ -99,7 +116,9 @@ def parse_record(data: bytes, languages: Sequence[str] = ()) -> Record:
     captions: dict[str, list[str]] = {}
     wanted = {language.encode() for language in languages}
     texts = feature["captions/text"].bytes_list.value if "captions/text" in feature else ()
-    for language, text in zip(feature["captions/language"].bytes_list.value if texts else (), texts, strict=True):
+    for language, text in zip(
+      feature["captions/language"].bytes_list.value if texts else (), texts, strict=True
+    ):
       if not wanted or language in wanted:
         captions.setdefault(language.decode(), []).append(text.decode())
     return {
@@ -111,19 +130,30 @@ def parse_record(data: bytes, languages: Sequence[str] = ()) -> Record:
       **_optional(feature),
     }
   except (IndexError, UnicodeDecodeError, ValueError, DecodeError) as error:
-    raise UserError(f"a record has not the fields of an mmjax data set ({error}); make one with `mmjax data convert`") from error
+    raise UserError(
+      f"a record has not the fields of an mmjax data set ({error}); make one with `mmjax data "
+      "convert`"
+    ) from error
 
 
 def _optional(feature) -> Record:
-  """The fields besides the picture that are stored in a map of features. Raises ValueError, IndexError: damaged."""
-  record: Record = {name: feature[name].bytes_list.value[0] or None for name in ("audio", "video") if name in feature}
+  """The fields besides the picture that are stored in a map of features. Raises ValueError,
+  IndexError: damaged.
+  """
+  record: Record = {
+    name: feature[name].bytes_list.value[0] or None
+    for name in ("audio", "video")
+    if name in feature
+  }
   if "series/value" in feature:
     shape = tuple(feature["series/shape"].int64_list.value)
     values = np.frombuffer(feature["series/value"].bytes_list.value[0], np.float32).reshape(shape)
     record["series"] = values if values.size else None
   if "questions/question" in feature:
     both = (feature[f"questions/{name}"].bytes_list.value for name in ("question", "answer"))
-    record["questions"] = [(question.decode(), answer.decode()) for question, answer in zip(*both, strict=True)]
+    record["questions"] = [
+      (question.decode(), answer.decode()) for question, answer in zip(*both, strict=True)
+    ]
   if "facts" in feature:
     record["facts"] = json.loads(feature["facts"].bytes_list.value[0] or b"{}")
   return record
@@ -131,14 +161,18 @@ def _optional(feature) -> Record:
 
 @functools.cache
 def example_class():
-  """tf.train.Example. Call it once before threads read: the lazy imports of TFDS deadlock when two threads start them."""
+  """tf.train.Example. Call it once before threads read: the lazy imports of TFDS deadlock when two
+  threads start them.
+  """
   from tensorflow_datasets.proto import tf_example_generated_pb2
 
   return tf_example_generated_pb2.Example
 
 
 def canonical(split: str, record: Record, fields: Sequence[str] = ("image",)) -> bytes:
-  """What counts as the content of a record, as bytes. Picture and video count by their key: encoders of the same pixels may differ."""
+  """What counts as the content of a record, as bytes. Picture and video count by their key:
+  encoders of the same pixels may differ.
+  """
   rows = [split, record["id"], record["captions"], record.get("label", ""), record["image_key"]]
   more: dict[str, Any] = {}
   if "audio" in fields and record.get("audio"):
@@ -146,7 +180,9 @@ def canonical(split: str, record: Record, fields: Sequence[str] = ("image",)) ->
   if "series" in fields and record.get("series") is not None:
     series = np.ascontiguousarray(record["series"], "<f4")
     more["series"] = [*series.shape, _digest(series.tobytes())]
-  more.update({name: record[name] for name in ("questions", "facts") if name in fields and record.get(name)})
+  more.update(
+    {name: record[name] for name in ("questions", "facts") if name in fields and record.get(name)}
+  )
   return json.dumps([*rows, more] if more else rows, sort_keys=True).encode()
 
 

@@ -1,7 +1,8 @@
-"""Speech from text with espeak-ng (package `espeakng-loader`), called through ctypes; sound as FLAC.
+"""Speech from text with espeak-ng (package `espeakng-loader`), called through ctypes; sound as
+FLAC.
 
-The library keeps state from one utterance to the next (flutter, noise). It is loaded anew for each, so that the sound is a
-function of the text and the voice alone; that takes 5 ms.
+The library keeps state from one utterance to the next (flutter, noise). It is loaded anew for each,
+so that the sound is a function of the text and the voice alone; that takes 5 ms.
 """
 
 from __future__ import annotations
@@ -16,15 +17,25 @@ import numpy as np
 from mmjax.config import UserError
 
 RATE = 16000  # of the sound that is returned
-_SYNCHRONOUS, _UTF8, _SPEED, _PITCH = 2, 1, 1, 3  # AUDIO_OUTPUT_SYNCHRONOUS, espeakCHARS_UTF8, espeakRATE, espeakPITCH
+_SYNCHRONOUS, _UTF8, _SPEED, _PITCH = (
+  2,
+  1,
+  1,
+  3,
+)  # AUDIO_OUTPUT_SYNCHRONOUS, espeakCHARS_UTF8, espeakRATE, espeakPITCH
 _LANGUAGES = {"en-gb": "en"}  # ours -> espeak's, where they differ
 
-_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_Callback = ctypes.CFUNCTYPE(
+  ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-  """A language of espeak-ng and a variant of it ("" = none), named "en-us+f2"; words per minute; pitch 0 to 99."""
+  """A language of espeak-ng and a variant of it ("" = none), named "en-us+f2"; words per minute;
+  pitch 0 to 99.
+  """
+
   name: str
   speed: int = 175
   pitch: int = 50
@@ -39,7 +50,9 @@ class Voice:
 
 
 def speak(text: str, voice: Voice) -> np.ndarray:
-  """`text` in `voice`: int16 [samples], mono, at RATE. Raises UserError: the package is missing, or it lacks the voice."""
+  """`text` in `voice`: int16 [samples], mono, at RATE. Raises UserError: the package is missing, or
+  it lacks the voice.
+  """
   import soxr
 
   espeak = _load()
@@ -59,7 +72,9 @@ def speak(text: str, voice: Voice) -> np.ndarray:
     library.espeak_ng_SetRandSeed(1)
     library.espeak_SetSynthCallback(callback)
     name = "+".join(filter(None, (_LANGUAGES.get(voice.language, voice.language), voice.variant)))
-    known = not voice.variant or (Path(data) / "voices" / "!v" / voice.variant).is_file()  # espeak takes any variant
+    known = (
+      not voice.variant or (Path(data) / "voices" / "!v" / voice.variant).is_file()
+    )  # espeak takes any variant
     if rate <= 0 or not known or library.espeak_SetVoiceByName(name.encode()):
       raise UserError(f"espeak-ng has no voice {voice.name!r}. Install espeakng-loader==0.2.4")
     library.espeak_SetParameter(_SPEED, voice.speed, 0)
@@ -87,7 +102,9 @@ def _load():
   try:
     import espeakng_loader
   except ImportError as error:
-    raise UserError(f"speech: {error}. Install the packages it is made of: pip install 'mmjax[demo]'") from error
+    raise UserError(
+      f"speech: {error}. Install the packages it is made of: pip install 'mmjax[demo]'"
+    ) from error
   return espeakng_loader
 
 

@@ -1,4 +1,5 @@
-"""`spoken_emoji`: the English names of openmoji's pictures, spoken by many synthetic voices; made from packages, without a download.
+"""`spoken_emoji`: the English names of openmoji's pictures, spoken by many synthetic voices; made
+from packages, without a download.
 
   train               names of openmoji's `train`, several voices each, and random combinations of their words
   validation          names heard in training, by voices that are in no other split
@@ -19,23 +20,102 @@ from pathlib import Path
 import numpy as np
 
 from mmjax.data.builders import Record, find_version, write_dataset
-from mmjax.data.builders.openmoji import SIZE, Catalogue, caption, catalogue, draw, key_of, png, stem
+from mmjax.data.builders.openmoji import (
+  SIZE,
+  Catalogue,
+  caption,
+  catalogue,
+  draw,
+  key_of,
+  png,
+  stem,
+)
 from mmjax.data.builders.speech import RATE, Voice, speak, to_flac
 from mmjax.printing import say
 
 VERSION = "1.0.0"
-LANGUAGES = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
+LANGUAGES = (
+  "en-us",
+  "en-gb",
+  "en-gb-scotland",
+  "en-029",
+  "en-gb-x-rp",
+  "en-gb-x-gbclan",
+  "en-gb-x-gbcwmd",
+  "en-us-nyc",
+)
 # Fixed before any model was trained; the first two are the hard ones.
-TEST_VOICES = tuple(map(Voice, ("en-us+Alicia", "en-gb+Mike", "en-us+f4", "en-gb+m3", "en-gb-scotland+Andrea", "en-029+robert")))
+TEST_VOICES = tuple(
+  map(
+    Voice,
+    (
+      "en-us+Alicia",
+      "en-gb+Mike",
+      "en-us+f4",
+      "en-gb+m3",
+      "en-gb-scotland+Andrea",
+      "en-029+robert",
+    ),
+  )
+)
 VALIDATION_VOICES = tuple(map(Voice, ("en-us+f5", "en-gb+m5", "en-gb-x-rp+linda")))
 TRAIN_VARIANTS = (
-  "", "f1", "f2", "f3", "m1", "m2", "m4", "m6", "m7", "m8", "Alex", "Andy", "Annie", "Denis", "Diogo", "Gene", "Hugo", "Jacky", "Lee", "Marco",
-  "Michael", "Reed", "Storm", "adam", "anika", "belinda", "boris", "croak", "david", "edward", "grandma", "iven", "klatt", "klatt3", "max",
-  "paul", "quincy", "shelby", "steph", "travis", "victor", "zac")
-TRAIN_VOICES = tuple(f"{LANGUAGES[i % 8]}+{variant}".rstrip("+") for i, variant in enumerate(TRAIN_VARIANTS)) + ("en-gb",)
-MULTILINGUAL = {"de": ("f1", "m1", "Lee"), "es": ("f2", "m2", "Marco"), "fr": ("f3", "m4", "paul")}  # espeak language -> variants
+  "",
+  "f1",
+  "f2",
+  "f3",
+  "m1",
+  "m2",
+  "m4",
+  "m6",
+  "m7",
+  "m8",
+  "Alex",
+  "Andy",
+  "Annie",
+  "Denis",
+  "Diogo",
+  "Gene",
+  "Hugo",
+  "Jacky",
+  "Lee",
+  "Marco",
+  "Michael",
+  "Reed",
+  "Storm",
+  "adam",
+  "anika",
+  "belinda",
+  "boris",
+  "croak",
+  "david",
+  "edward",
+  "grandma",
+  "iven",
+  "klatt",
+  "klatt3",
+  "max",
+  "paul",
+  "quincy",
+  "shelby",
+  "steph",
+  "travis",
+  "victor",
+  "zac",
+)
+TRAIN_VOICES = tuple(
+  f"{LANGUAGES[i % 8]}+{variant}".rstrip("+") for i, variant in enumerate(TRAIN_VARIANTS)
+) + ("en-gb",)
+MULTILINGUAL = {
+  "de": ("f1", "m1", "Lee"),
+  "es": ("f2", "m2", "Marco"),
+  "fr": ("f3", "m4", "paul"),
+}  # espeak language -> variants
 
-VOICES_A_NAME, VOICES_A_TONE = 5, 1  # a tone: a name that says a skin tone; these are most names and little else
+VOICES_A_NAME, VOICES_A_TONE = (
+  5,
+  1,
+)  # a tone: a name that says a skin tone; these are most names and little else
 COMBINATIONS, COMBINATION_WORDS = 4000, (2, 3)
 HEARD, VALIDATION, TRANSLATED = 200, 300, 200
 
@@ -63,7 +143,10 @@ Made by `mmjax data build spoken_emoji` from the Python packages `espeakng-loade
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-  """What is said by whom; `emoji` is the emoji it names, "" = none; `language` that of the caption."""
+  """What is said by whom; `emoji` is the emoji it names, "" = none; `language` that of the
+  caption.
+  """
+
   id: str
   text: str
   voice: Voice
@@ -72,36 +155,66 @@ class Utterance:
 
 
 def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
-  """Builds data_dir/spoken_emoji/VERSION in about 90 s, or finds it there. Raises UserError: a package is missing or another version."""
+  """Builds data_dir/spoken_emoji/VERSION in about 90 s, or finds it there. Raises UserError: a
+  package is missing or another version.
+  """
   if (there := find_version(data_dir, "spoken_emoji")) and there.name == VERSION:
     return there
   emoji = catalogue(log)
   splits = plan(emoji)
   log(f"spoken_emoji: speaking {sum(map(len, splits.values())):,} phrases")
-  card = CARD.format(voices=len(TRAIN_VOICES), combinations=COMBINATIONS, heard=HEARD, test_voices=", ".join(v.name for v in TEST_VOICES),
-                     splits=", ".join(f"{name} {len(ones):,}" for name, ones in splits.items()))
-  return write_dataset("spoken_emoji", data_dir, {split: records(ones, split, emoji) for split, ones in splits.items()},
-                       fields=("image", "audio", "facts"), version=VERSION, card=card, licence="CC BY-SA 4.0",
-                       homepage="https://github.com/espeak-ng/espeak-ng")
+  card = CARD.format(
+    voices=len(TRAIN_VOICES),
+    combinations=COMBINATIONS,
+    heard=HEARD,
+    test_voices=", ".join(v.name for v in TEST_VOICES),
+    splits=", ".join(f"{name} {len(ones):,}" for name, ones in splits.items()),
+  )
+  return write_dataset(
+    "spoken_emoji",
+    data_dir,
+    {split: records(ones, split, emoji) for split, ones in splits.items()},
+    fields=("image", "audio", "facts"),
+    version=VERSION,
+    card=card,
+    licence="CC BY-SA 4.0",
+    homepage="https://github.com/espeak-ng/espeak-ng",
+  )
 
 
 def plan(emoji: Catalogue) -> dict[str, list[Utterance]]:
-  """{split: what is said}, a function of the names and splits of openmoji alone; nothing is spoken yet."""
+  """{split: what is said}, a function of the names and splits of openmoji alone; nothing is spoken
+  yet.
+  """
   english = {split: _phrases(emoji.names, ones, "en") for split, ones in emoji.splits.items()}
   tested = set(english["test_combinations"].values()) | set(english["test_concepts"].values())
   unheard = tested | set(english["validation"].values())
-  names = {text: one for one, text in sorted(english["train"].items(), reverse=True) if text not in unheard}  # each text once
-  ranked = sorted((text for text in names if "skin tone" not in text), key=lambda text: _rank("heard", text))
-  splits = {"train": [], "validation": [], "test_voices": [], "test_phrases": [], "train_multilingual": []}
+  names = {
+    text: one for one, text in sorted(english["train"].items(), reverse=True) if text not in unheard
+  }  # each text once
+  ranked = sorted(
+    (text for text in names if "skin tone" not in text), key=lambda text: _rank("heard", text)
+  )
+  splits = {
+    "train": [],
+    "validation": [],
+    "test_voices": [],
+    "test_phrases": [],
+    "train_multilingual": [],
+  }
   for text in sorted(names):
     rng = _rng("voices", text)
     count = VOICES_A_TONE if "skin tone" in text else VOICES_A_NAME
     for voice in rng.choice(len(TRAIN_VOICES), count, replace=False):
       splits["train"].append(_utterance(names[text], text, _varied(TRAIN_VOICES[voice], rng)))
   splits["train"] += _combinations(sorted(names), tested)
-  for i, text in enumerate(ranked[HEARD:HEARD + VALIDATION]):
-    splits["validation"].append(_utterance(names[text], text, VALIDATION_VOICES[i % len(VALIDATION_VOICES)]))
-  splits["test_voices"] = [_utterance(names[text], text, voice) for voice in TEST_VOICES for text in ranked[:HEARD]]
+  for i, text in enumerate(ranked[HEARD : HEARD + VALIDATION]):
+    splits["validation"].append(
+      _utterance(names[text], text, VALIDATION_VOICES[i % len(VALIDATION_VOICES)])
+    )
+  splits["test_voices"] = [
+    _utterance(names[text], text, voice) for voice in TEST_VOICES for text in ranked[:HEARD]
+  ]
   for i, (one, text) in enumerate(sorted(english["test_combinations"].items())):
     splits["test_phrases"].append(_utterance(one, text, TEST_VOICES[i % len(TEST_VOICES)]))
   for language, variants in MULTILINGUAL.items():
@@ -117,12 +230,28 @@ def records(utterances: list[Utterance], split: str, emoji: Catalogue) -> Iterat
   for said in utterances:
     samples = speak(said.text, said.voice)
     voice = said.voice
-    facts = {"emoji": stem(said.emoji) if said.emoji else "", "voice": voice.name, "variant": voice.variant, "language": voice.language,
-             "speed": voice.speed, "pitch": voice.pitch, "seconds": round(len(samples) / RATE, 3)}
-    record = {"id": said.id, "image": None, "audio": to_flac(samples), "captions": {said.language: [said.text]}, "label": "",
-              "image_key": key_of(samples.tobytes()), "facts": facts}
+    facts = {
+      "emoji": stem(said.emoji) if said.emoji else "",
+      "voice": voice.name,
+      "variant": voice.variant,
+      "language": voice.language,
+      "speed": voice.speed,
+      "pitch": voice.pitch,
+      "seconds": round(len(samples) / RATE, 3),
+    }
+    record = {
+      "id": said.id,
+      "image": None,
+      "audio": to_flac(samples),
+      "captions": {said.language: [said.text]},
+      "label": "",
+      "image_key": key_of(samples.tobytes()),
+      "facts": facts,
+    }
     if split == "test_phrases":
-      record.update(image=png(draw(emoji.pictures[said.emoji], SIZE)), image_key=emoji.keys[said.emoji])
+      record.update(
+        image=png(draw(emoji.pictures[said.emoji], SIZE)), image_key=emoji.keys[said.emoji]
+      )
     yield record
 
 

@@ -1,6 +1,7 @@
 """What `mmjax data convert` reads, one file a form of annotation.
 
-A reader lists its rows once, in an order that depends on the source alone, and reads any run of them, in any process:
+A reader lists its rows once, in an order that depends on the source alone, and reads any run of
+them, in any process:
 
   rows() -> (rows, left out)    rows.Row: id (unique), place, how many rows of the source it joins; (name, Skip) of the others
   read(rows) -> iterator        of (id, record or Skip, how many rows of the source that is), in order
@@ -8,12 +9,14 @@ A reader lists its rows once, in an order that depends on the source alone, and 
   fields(rows) -> set           of the optional fields (schema.FIELDS) that records may have
   notes                         what a user should know of how the source was understood
 
-Every row of the source is read or left out with a reason: the counts of both add up to all of them. Rows about one medium are one
-record (`rows.join`), so that none of its captions and questions is lost. A record has a picture, a sound, a video or several of them,
-and captions, questions or a label. A media file must lie inside the folder of the source, links resolved; its ending tells
-what it is, and where that says nothing, its column. Nothing is decoded here.
+Every row of the source is read or left out with a reason: the counts of both add up to all of them.
+Rows about one medium are one record (`rows.join`), so that none of its captions and questions is
+lost. A record has a picture, a sound, a video or several of them, and captions, questions or a
+label. A media file must lie inside the folder of the source, links resolved; its ending tells what
+it is, and where that says nothing, its column. Nothing is decoded here.
 
-A new form is a file here and a line in FORMATS; most only turn their files into rows of a table (`columns.part_of`).
+A new form is a file here and a line in FORMATS; most only turn their files into rows of a table
+(`columns.part_of`).
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from collections.abc import Mapping
 
 from mmjax.config import UserError
 
-FORMATS = {  # the modules are imported when they are needed: tars.py, which one of them imports, uses `cells`
+# the modules are imported when they are needed: tars.py, which one of them imports, uses `cells`
+FORMATS = {
   "folder": "folder:FolderReader",
   "csv": "table:TableReader",
   "json": "json_lines:JsonReader",
@@ -38,8 +42,16 @@ FORMATS = {  # the modules are imported when they are needed: tars.py, which one
 }
 
 
-def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, str] | None = None, language: str = "en", *,
-                media: str | os.PathLike = "", encoding: str = "", cache: str | os.PathLike | None = None):
+def open_reader(
+  format: str,
+  source: str | os.PathLike,
+  columns: Mapping[str, str] | None = None,
+  language: str = "en",
+  *,
+  media: str | os.PathLike = "",
+  encoding: str = "",
+  cache: str | os.PathLike | None = None,
+):
   """The reader of a format; see rows.Options. Raises UserError."""
   if format not in FORMATS:
     raise UserError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
@@ -55,6 +67,9 @@ def open_reader(format: str, source: str | os.PathLike, columns: Mapping[str, st
   try:
     codecs.lookup(encoding or "utf-8")
   except LookupError as error:
-    raise UserError(f"no encoding {encoding!r}: write one that Python knows, such as utf-8, utf-16, cp1252, shift_jis") from error
+    raise UserError(
+      f"no encoding {encoding!r}: write one that Python knows, such as utf-8, utf-16, cp1252, "
+      "shift_jis"
+    ) from error
   options = Options(dict(columns or {}), language, os.fspath(media), encoding, cache)
   return getattr(importlib.import_module(f"{__name__}.{module}"), name)(os.fspath(source), options)

@@ -1,4 +1,6 @@
-"""What is said of a medium, read from the cells of a table, a JSON object or a tar, in the forms that people have."""
+"""What is said of a medium, read from the cells of a table, a JSON object or a tar, in the forms
+that people have.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +14,39 @@ from typing import Any, NamedTuple
 from mmjax.data.media import media_key
 from mmjax.data.readers.conversations import conversation_of, questions_in
 
-_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
-         (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-         (codecs.BOM_UTF16_BE, "utf-16"))  # UTF-32 first: its mark begins as that of UTF-16 does
+_BOMS = (
+  (codecs.BOM_UTF8, "utf-8-sig"),
+  (codecs.BOM_UTF32_LE, "utf-32"),
+  (codecs.BOM_UTF32_BE, "utf-32"),
+  (codecs.BOM_UTF16_LE, "utf-16"),
+  (codecs.BOM_UTF16_BE, "utf-16"),
+)  # UTF-32 first: its mark begins as that of UTF-16 does
 _NO_LABEL = ("", "-1", "nan", "NaN")
 
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
   """Why a row is left out: a short reason that is counted, and what exactly was wrong."""
+
   reason: str
   detail: str = ""
 
 
 class Question(NamedTuple):
-  """`answers`: all that were given to it, where there are several; `answer` is then the commonest."""
+  """`answers`: all that were given to it, where there are several; `answer` is then the
+  commonest.
+  """
+
   question: str
   answer: str
   answers: tuple[str, ...] = ()
 
 
 class Annotation(NamedTuple):
-  """What is said of a medium: captions by language, labels, questions, conversations (lists of turns)."""
+  """What is said of a medium: captions by language, labels, questions, conversations (lists of
+  turns).
+  """
+
   captions: dict[str, list[str]]
   labels: tuple[str, ...] = ()
   questions: tuple[Question, ...] = ()
@@ -44,13 +57,22 @@ class Annotation(NamedTuple):
     captions = {language: list(texts) for language, texts in self.captions.items()}
     for language, texts in other.captions.items():
       captions.setdefault(language, []).extend(texts)
-    return Annotation(captions, tuple(dict.fromkeys(self.labels + other.labels)),
-                      self.questions + other.questions, self.conversations + other.conversations)
+    return Annotation(
+      captions,
+      tuple(dict.fromkeys(self.labels + other.labels)),
+      self.questions + other.questions,
+      self.conversations + other.conversations,
+    )
 
   def record(self, name: str, media: Mapping[str, bytes]) -> dict[str, Any]:
     """The record (see builders/schema.py) of encoded media; several labels become "one|other"."""
-    record = dict(id=name, image=media.get("image"), captions=self.captions,
-                  label="|".join(self.labels), image_key=media_key(media))
+    record = dict(
+      id=name,
+      image=media.get("image"),
+      captions=self.captions,
+      label="|".join(self.labels),
+      image_key=media_key(media),
+    )
     record |= {modality: data for modality, data in media.items() if modality != "image"}
     if self.questions:
       record["questions"] = [(one.question, one.answer) for one in self.questions]
@@ -62,9 +84,11 @@ class Annotation(NamedTuple):
     return record | {"facts": facts} if facts else record
 
 
-def annotate(cells: Mapping[str, Any], language: str = "en",
-             label_names: Sequence[str] = ()) -> Annotation | Skip:
-  """The annotation in `cells`: caption, question, answer, chosen_answer, label, language, conversation.
+def annotate(
+  cells: Mapping[str, Any], language: str = "en", label_names: Sequence[str] = ()
+) -> Annotation | Skip:
+  """The annotation in `cells`: caption, question, answer, chosen_answer, label, language,
+  conversation.
 
   `language`: of captions that do not say. `label_names`: of labels that are numbers. A row that has
   captions by its form (a key "caption") needs one, though it may have a label.
@@ -91,8 +115,8 @@ def annotate(cells: Mapping[str, Any], language: str = "en",
 
 
 def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
-  """{language: captions} of a text, a list of texts or of objects that hold one ("raw", "caption"), or a mapping from
-  languages to any of these; without blank ones."""
+  """{language: captions} of a text, a list of texts or of objects that hold one ("raw", "caption"),
+  or a mapping from languages to any of these; without blank ones."""
   groups = [(language, value)]
   if isinstance(value, dict) and not _texts_in(value):
     groups = [(str(name), texts) for name, texts in value.items()]
@@ -104,13 +128,18 @@ def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
 
 
 def questions_of(questions: Any, answers: Any = None, chosen: Any = None) -> list[Question]:
-  """The questions of a text and its answer or answers, of two lists, or of a list of pairs or of {"question", "answer"}.
+  """The questions of a text and its answer or answers, of two lists, or of a list of pairs or of
+  {"question", "answer"}.
 
-  Of several answers to one question the commonest (the first of equals) counts, unless `chosen` is one; all are
-  kept beside it. Blank questions are left out. Raises ValueError: lists of unequal length.
+  Of several answers to one question the commonest (the first of equals) counts, unless `chosen` is
+  one; all are kept beside it. Blank questions are left out. Raises ValueError: lists of unequal
+  length.
   """
   if isinstance(questions, dict):
-    questions, answers = questions.get("question"), questions.get("answer", questions.get("answers"))
+    questions, answers = (
+      questions.get("question"),
+      questions.get("answer", questions.get("answers")),
+    )
   if isinstance(questions, str):
     pairs = [(questions, answers)]
   elif not isinstance(questions, (list, tuple)):
@@ -120,18 +149,32 @@ def questions_of(questions: Any, answers: Any = None, chosen: Any = None) -> lis
       raise ValueError(f"{len(questions)} questions and {len(answers)} answers")
     pairs = list(zip(questions, answers, strict=True))
   else:
-    pairs = [(q.get("question"), q.get("answer", q.get("answers"))) if isinstance(q, dict) else q for q in questions]
+    pairs = [
+      (q.get("question"), q.get("answer", q.get("answers"))) if isinstance(q, dict) else q
+      for q in questions
+    ]
   out = []
   for pair in pairs:
-    if isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0].strip():
+    if (
+      isinstance(pair, (list, tuple))
+      and len(pair) == 2
+      and isinstance(pair[0], str)
+      and pair[0].strip()
+    ):
       given = [text for answer in _listed(pair[1]) if (text := text_of(answer))]
       commonest = Counter(given).most_common(1)[0][0] if given else ""
-      out.append(Question(pair[0].strip(), text_of(chosen) or commonest, tuple(given) if len(given) > 1 else ()))
+      out.append(
+        Question(
+          pair[0].strip(), text_of(chosen) or commonest, tuple(given) if len(given) > 1 else ()
+        )
+      )
   return out
 
 
 def labels_of(value: Any, names: Sequence[str] = ()) -> tuple[str, ...]:
-  """The labels of a cell, of which a list has several; null, "", NaN and -1 are none. Raises ValueError: an object."""
+  """The labels of a cell, of which a list has several; null, "", NaN and -1 are none. Raises
+  ValueError: an object.
+  """
   labels = []
   for one in value if isinstance(value, (list, tuple)) else (value,):
     if isinstance(one, (dict, list, tuple)):
@@ -144,14 +187,18 @@ def labels_of(value: Any, names: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def text_of(value: Any) -> str:
-  """A cell as text: "" of null and NaN, "3" of 3.0 (a whole number beside missing ones becomes a float)."""
+  """A cell as text: "" of null and NaN, "3" of 3.0 (a whole number beside missing ones becomes a
+  float).
+  """
   if value is None or isinstance(value, float) and math.isnan(value):
     return ""
   return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def broken_text(value: Any) -> str:
-  """What of the texts in a value cannot be written as UTF-8 (half an emoji, bytes of another encoding), or ""."""
+  """What of the texts in a value cannot be written as UTF-8 (half an emoji, bytes of another
+  encoding), or "".
+  """
   if isinstance(value, str):
     try:
       if not value.isascii():
@@ -171,19 +218,30 @@ def printable(text: str) -> str:
 
 
 def encoding_of(start: bytes, given: str = "") -> str:
-  """The encoding of a text that begins with these bytes: by its byte order mark, else `given`, else UTF-8."""
+  """The encoding of a text that begins with these bytes: by its byte order mark, else `given`, else
+  UTF-8.
+  """
   return next((name for mark, name in _BOMS if start.startswith(mark)), given or "utf-8")
 
 
 def _is_conversation(value: Any) -> bool:
   """Whether a column of texts holds turns, as that of the Cauldron does."""
-  return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict) and "assistant" in value[0]
+  return (
+    isinstance(value, (list, tuple))
+    and bool(value)
+    and isinstance(value[0], dict)
+    and "assistant" in value[0]
+  )
 
 
 def _listed(answers: Any) -> list[Any]:
-  """The answers in a cell: of one, of a list, of objects {"answer"}, of an object of lists (Hugging Face)."""
+  """The answers in a cell: of one, of a list, of objects {"answer"}, of an object of lists (Hugging
+  Face).
+  """
   if isinstance(answers, dict):
-    return _listed(next((answers[key] for key in ("answer", "text", "answers") if key in answers), None))
+    return _listed(
+      next((answers[key] for key in ("answer", "text", "answers") if key in answers), None)
+    )
   if isinstance(answers, (list, tuple)):
     return [one for answer in answers for one in _listed(answer)]
   return [answers]

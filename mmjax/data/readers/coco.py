@@ -1,7 +1,9 @@
-"""COCO's annotations: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption" or "category_id"}], "categories"}.
+"""COCO's annotations: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption" or
+"category_id"}], "categories"}.
 
-Captions of a picture become its captions; instances its labels, "dog|person", without boxes. An image may also hold its
-"sentences" itself (Karpathy's splits). Each annotation counts as a row, and so does an image without any.
+Captions of a picture become its captions; instances its labels, "dog|person", without boxes. An
+image may also hold its "sentences" itself (Karpathy's splits). Each annotation counts as a row, and
+so does an image without any.
 """
 
 from __future__ import annotations
@@ -15,12 +17,20 @@ from mmjax.data.readers.cells import Skip, text_of
 
 def is_coco(document: Mapping[str, Any]) -> bool:
   return isinstance(document.get("images"), list) and (
-    isinstance(document.get("annotations"), list) or any("sentences" in image for image in document["images"][:1]))
+    isinstance(document.get("annotations"), list)
+    or any("sentences" in image for image in document["images"][:1])
+  )
 
 
 def rows(document: Mapping[str, Any], base: str) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
-  """(where it stands, {"file_name", "caption" or "label"}) of each annotation, those of an image together."""
-  names = {entry.get("id"): entry.get("name") for entry in document.get("categories") or () if isinstance(entry, dict)}
+  """(where it stands, {"file_name", "caption" or "label"}) of each annotation, those of an image
+  together.
+  """
+  names = {
+    entry.get("id"): entry.get("name")
+    for entry in document.get("categories") or ()
+    if isinstance(entry, dict)
+  }
   about: dict[str, list[tuple[str, dict[str, Any]]]] = {}
   for number, entry in enumerate(document.get("annotations") or ()):
     at = f"{base}: annotations[{number}]"
@@ -44,7 +54,10 @@ def rows(document: Mapping[str, Any], base: str) -> Iterator[tuple[str, dict[str
     for place, entry in said:
       yield place, _row(file, entry, names)
   for entries in about.values():
-    yield from ((at, Skip("missing file", f"no image has the id {text_of(entry.get('image_id'))!r}")) for at, entry in entries)
+    yield from (
+      (at, Skip("missing file", f"no image has the id {text_of(entry.get('image_id'))!r}"))
+      for at, entry in entries
+    )
 
 
 def _row(file: Any, entry: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any] | Skip:
@@ -52,5 +65,8 @@ def _row(file: Any, entry: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[
     return {"file_name": file, "caption": entry["caption"]}
   if "category_id" in entry:
     number = entry["category_id"]
-    return {"file_name": file, "label": names.get(number, number) if isinstance(number, (int, str)) else None}
+    return {
+      "file_name": file,
+      "label": names.get(number, number) if isinstance(number, (int, str)) else None,
+    }
   return Skip("no caption", "neither a caption nor a category")

@@ -1,4 +1,6 @@
-"""Which column of a table, or key of a JSON object, holds what, and the part of a record that a row is."""
+"""Which column of a table, or key of a JSON object, holds what, and the part of a record that a row
+is.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,40 @@ from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, te
 from mmjax.data.readers.conversations import media_in
 
 COLUMNS = {  # what a column may be called, in small letters, most likely first
-  "image": ("image", "images", "file_name", "filename", "image_path", "file", "path", "img", "picture", "pictures", "image_name", "jpg", "png",
-            "image_bytes", "bytes"),
+  "image": (
+    "image",
+    "images",
+    "file_name",
+    "filename",
+    "image_path",
+    "file",
+    "path",
+    "img",
+    "picture",
+    "pictures",
+    "image_name",
+    "jpg",
+    "png",
+    "image_bytes",
+    "bytes",
+  ),
   "audio": ("audio", "audios", "sound", "audio_path", "wav", "flac", "mp3", "speech"),
   "video": ("video", "videos", "clip", "video_path", "mp4", "webm"),
-  "caption": ("captions", "caption", "text", "texts", "txt", "sentences", "title", "description", "alt", "transcription", "transcript", "sentence",
-              "comment"),
+  "caption": (
+    "captions",
+    "caption",
+    "text",
+    "texts",
+    "txt",
+    "sentences",
+    "title",
+    "description",
+    "alt",
+    "transcription",
+    "transcript",
+    "sentence",
+    "comment",
+  ),
   "question": ("questions", "question"),
   "answer": ("answers", "answer", "multiple_choice_answer"),
   "id": ("id", "key", "uid", "__key__"),
@@ -29,11 +59,17 @@ COLUMNS = {  # what a column may be called, in small letters, most likely first
 }
 MEDIA = ("image", "audio", "video")  # columns of these hold media
 TEXTS = ("caption", "question", "label", "conversation")  # at least one of these is needed
-_ALSO = (r"captions?([ _/-]?\d+)?|alt_?text", r"(text|sentence|description)s?[ _/-]?\d+")  # several columns of captions
+_ALSO = (
+  r"captions?([ _/-]?\d+)?|alt_?text",
+  r"(text|sentence|description)s?[ _/-]?\d+",
+)  # several columns of captions
 
 
 class Part(NamedTuple):
-  """A row of the source: `key` is equal for all rows about one medium, which become one record, `name` the record's id."""
+  """A row of the source: `key` is equal for all rows about one medium, which become one record,
+  `name` the record's id.
+  """
+
   at: str
   name: str
   key: tuple
@@ -41,8 +77,12 @@ class Part(NamedTuple):
   said: Annotation | None  # None: in files beside the media
 
 
-def choose_columns(there: Iterable[str], named: Mapping[str, str], path: str) -> dict[str, tuple[str, ...]]:
-  """{role: columns}, from `named` ("a+b" = both) or by the usual names. Raises UserError: no column for media or for what is said."""
+def choose_columns(
+  there: Iterable[str], named: Mapping[str, str], path: str
+) -> dict[str, tuple[str, ...]]:
+  """{role: columns}, from `named` ("a+b" = both) or by the usual names. Raises UserError: no column
+  for media or for what is said.
+  """
   there, chosen = list(there), {}
   lower = {column.strip().lower(): column for column in reversed(there)}
   for role, options in COLUMNS.items():
@@ -53,32 +93,52 @@ def choose_columns(there: Iterable[str], named: Mapping[str, str], path: str) ->
       chosen[role] = wanted
     elif role == "caption" and (several := _captions(there, named.values())):
       chosen[role] = several
-    elif found := [lower[option] for option in options if option in lower and lower[option] not in named.values()]:
+    elif found := [
+      lower[option] for option in options if option in lower and lower[option] not in named.values()
+    ]:
       chosen[role] = found[:1]
   if "conversation" in chosen and "caption" not in named and "conversation" not in named:
     chosen.pop("caption", None)  # a "text" beside a conversation is its template
-  for looks, needed, example in (("a picture, sound or video", MEDIA, "image"), ("captions, questions or a label", TEXTS, "caption")):
-    if not any(role in chosen for role in needed) and not (needed == MEDIA and "conversation" in chosen):
-      raise UserError(f"{path} has no column that looks like {looks}; it has: {', '.join(there)}. Name it: {example}=COLUMN")
+  for looks, needed, example in (
+    ("a picture, sound or video", MEDIA, "image"),
+    ("captions, questions or a label", TEXTS, "caption"),
+  ):
+    if not any(role in chosen for role in needed) and not (
+      needed == MEDIA and "conversation" in chosen
+    ):
+      raise UserError(
+        f"{path} has no column that looks like {looks}; it has: {', '.join(there)}. Name it: "
+        f"{example}=COLUMN"
+      )
   return {role: tuple(columns) for role, columns in chosen.items()}
 
 
 def cells_of(row: Mapping[str, Any], chosen: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
   """{role: cell} of a row; several columns of captions give a list."""
-  cells = {role: row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names] for role, names in chosen.items()}
+  cells = {
+    role: row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
+    for role, names in chosen.items()
+  }
   if "question" in cells and isinstance(row.get("multiple_choice_answer"), str):
     cells["chosen_answer"] = row["multiple_choice_answer"]  # VQAv2's, beside the ten
   return cells
 
 
 def part_of(cells: Mapping[str, Any], at: str, folder: str, language: str) -> Part | Skip:
-  """The part of a record that a row of a table is; its files are named relative to `folder`, itself below the root."""
+  """The part of a record that a row of a table is; its files are named relative to `folder`, itself
+  below the root.
+  """
   media = media_of(cells)
   if isinstance(media, Skip):
     return media
   inline = any(file.startswith("data:") for file in media.values())
-  media = {modality: file if file.startswith("data:") else os.path.join(folder, file) for modality, file in media.items()}
-  about_medium = text_of(cells.get("image_id")) or cells.get("conversation")  # then the id is that of the caption, question or talk
+  media = {
+    modality: file if file.startswith("data:") else os.path.join(folder, file)
+    for modality, file in media.items()
+  }
+  about_medium = text_of(cells.get("image_id")) or cells.get(
+    "conversation"
+  )  # then the id is that of the caption, question or talk
   name = text_of(cells.get("id")) if not about_medium else ""
   name = name or (at if inline else "")
   if bad := broken_text([name, *media.values()]):
@@ -91,8 +151,13 @@ def part_of(cells: Mapping[str, Any], at: str, folder: str, language: str) -> Pa
 
 
 def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
-  """{modality: file} that a row names, one of a kind: a record holds one picture, one sound and one video."""
-  named = {**media_in(cells.get("conversation")), **{role: cells[role] for role in MEDIA if cells.get(role) not in (None, "", [])}}
+  """{modality: file} that a row names, one of a kind: a record holds one picture, one sound and one
+  video.
+  """
+  named = {
+    **media_in(cells.get("conversation")),
+    **{role: cells[role] for role in MEDIA if cells.get(role) not in (None, "", [])},
+  }
   media: dict[str, str] = {}
   for role, cell in named.items():
     cell = [cell] if not isinstance(cell, (list, tuple)) else cell
@@ -100,14 +165,23 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
     if not all(isinstance(file, str) and file for file in files):
       return Skip("missing file", f"its {role} is no file name")
     if len(files) > 1:
-      return Skip("several pictures" if role == "image" else "several media", f"{len(files)} in one row, of which a record holds one")
+      return Skip(
+        "several pictures" if role == "image" else "several media",
+        f"{len(files)} in one row, of which a record holds one",
+      )
     media[modality_of(files[0], role)] = files[0]
   return media or Skip("missing file", "names no picture, sound or video")
 
 
 def _captions(there: list[str], taken: Iterable[str]) -> list[str]:
-  """The columns of captions where there may be several: caption_0 to caption_4, caption and alt_text."""
+  """The columns of captions where there may be several: caption_0 to caption_4, caption and
+  alt_text.
+  """
   for pattern in _ALSO:
-    if found := [column for column in there if re.fullmatch(pattern, column.strip().lower()) and column not in taken]:
+    if found := [
+      column
+      for column in there
+      if re.fullmatch(pattern, column.strip().lower()) and column not in taken
+    ]:
       return found
   return []

@@ -1,8 +1,8 @@
-"""Conversations about media, as LLaVA ("conversations": from, value), OpenAI ("messages": role, content) and
-the Cauldron ("texts": user, assistant) write them.
+"""Conversations about media, as LLaVA ("conversations": from, value), OpenAI ("messages": role,
+content) and the Cauldron ("texts": user, assistant) write them.
 
-A conversation becomes a list of turns {"role": "system", "user", "assistant" or "tool", "content": text}, where
-<image> stays where a picture is meant, and its questions and answers.
+A conversation becomes a list of turns {"role": "system", "user", "assistant" or "tool", "content":
+text}, where <image> stays where a picture is meant, and its questions and answers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,28 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-          "bot": "assistant", "system": "system", "developer": "system", "tool": "tool", "function": "tool"}
-_PARTS = {"image": "image", "image_url": "image", "input_image": "image", "audio": "audio", "audio_url": "audio",
-          "input_audio": "audio", "video": "video", "video_url": "video"}
+_ROLES = {
+  "human": "user",
+  "user": "user",
+  "gpt": "assistant",
+  "assistant": "assistant",
+  "model": "assistant",
+  "bot": "assistant",
+  "system": "system",
+  "developer": "system",
+  "tool": "tool",
+  "function": "tool",
+}
+_PARTS = {
+  "image": "image",
+  "image_url": "image",
+  "input_image": "image",
+  "audio": "audio",
+  "audio_url": "audio",
+  "input_audio": "audio",
+  "video": "video",
+  "video_url": "video",
+}
 _MARK = re.compile(r"\s*<(image|audio|video|speech|sound)>\s*")
 
 
@@ -38,7 +56,8 @@ def conversation_of(value: Any) -> list[dict[str, str]]:
 
 
 def questions_in(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
-  """(question, answer) of each turn of the user and the assistant's next, without the marks of media.
+  """(question, answer) of each turn of the user and the assistant's next, without the marks of
+  media.
 
   Turns of the user that follow each other are one question. Raises ValueError: no question.
   """
@@ -59,7 +78,9 @@ def questions_in(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 
 def media_in(value: Any) -> dict[str, list[str]]:
-  """{modality: files} that the parts of the turns name (OpenAI: {"type": "image_url", "image_url": {"url": ...}})."""
+  """{modality: files} that the parts of the turns name (OpenAI: {"type": "image_url", "image_url":
+  {"url": ...}}).
+  """
   found: dict[str, list[str]] = {}
   for turn in value if isinstance(value, (list, tuple)) else ():
     content = turn.get("content") if isinstance(turn, Mapping) else None
@@ -74,7 +95,9 @@ def media_in(value: Any) -> dict[str, list[str]]:
 
 
 def _text(content: Any) -> str:
-  """The text of a turn: of parts, those of text, and <image> for each picture. Raises ValueError."""
+  """The text of a turn: of parts, those of text, and <image> for each picture. Raises
+  ValueError.
+  """
   if content is None:
     return ""  # a turn that only calls a tool
   if isinstance(content, str):
@@ -84,7 +107,9 @@ def _text(content: Any) -> str:
   parts = []
   for part in content:
     kind = part.get("type") if isinstance(part, Mapping) else "text"
-    text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+    text = (
+      part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+    )
     if isinstance(kind, str) and kind in _PARTS:
       parts.append(f"<{_PARTS[kind]}>")
     elif isinstance(text, str):

@@ -1,8 +1,10 @@
-"""Media in folders: with a table each (captions.csv, metadata.jsonl, ...: file_name, caption, ...), or with a NAME.txt each.
+"""Media in folders: with a table each (captions.csv, metadata.jsonl, ...: file_name, caption, ...),
+or with a NAME.txt each.
 
-A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. NAME.png, NAME.wav and NAME.mp4 are one record. A table
-speaks of the files in its folder and below, where no other table lies, by their paths from there. Where nothing says
-anything of any file, the name of its folder is its label. Every file counts, except hidden ones.
+A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. NAME.png, NAME.wav and
+NAME.mp4 are one record. A table speaks of the files in its folder and below, where no other table
+lies, by their paths from there. Where nothing says anything of any file, the name of its folder is
+its label. Every file counts, except hidden ones.
 """
 
 from __future__ import annotations
@@ -15,17 +17,33 @@ from mmjax.data.media import modality_of
 from mmjax.data.readers import json_lines, table
 from mmjax.data.readers.cells import Annotation, Skip, broken_text, captions_of, encoding_of
 from mmjax.data.readers.columns import MEDIA, Part
-from mmjax.data.readers.rows import Left, ListedReader, Record, Row, Where, file_record, join, read_inside
+from mmjax.data.readers.rows import (
+  Left,
+  ListedReader,
+  Record,
+  Row,
+  Where,
+  file_record,
+  join,
+  read_inside,
+)
 
-TABLES = tuple(f"{name}{ending}" for name, endings in (
-  ("captions", (".csv", ".tsv", ".jsonl", ".json")), ("metadata", (".jsonl", ".csv", ".tsv", ".json"))) for ending in endings)
+TABLES = tuple(
+  f"{name}{ending}"
+  for name, endings in (
+    ("captions", (".csv", ".tsv", ".jsonl", ".json")),
+    ("metadata", (".jsonl", ".csv", ".tsv", ".json")),
+  )
+  for ending in endings
+)
 
 
 class FolderReader(ListedReader):
-
   def find(self, source: str) -> list[str]:
     if not os.path.isdir(source):
-      raise UserError(f"{source}: no such folder" + (" (it is a file)" if os.path.exists(source) else ""))
+      raise UserError(
+        f"{source}: no such folder" + (" (it is a file)" if os.path.exists(source) else "")
+      )
     return [os.path.join(os.path.abspath(source), "")]  # the root is its folder
 
   def rows(self) -> tuple[list[Row], list[Left]]:
@@ -52,7 +70,9 @@ class FolderReader(ListedReader):
       left += [(os.path.join(folder, name), _not_read(name, governing[folder])) for name in others]
     rows, skipped = join(parts)
     named = {os.path.normpath(path) for row in rows for path in row.where.media.values()}
-    left += [(path, Skip("no caption", f"not in {owner}")) for path, owner in files if path not in named]
+    left += [
+      (path, Skip("no caption", f"not in {owner}")) for path, owner in files if path not in named
+    ]
     return rows + self._classes(alone), skipped + left
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
@@ -81,11 +101,17 @@ class FolderReader(ListedReader):
       objects = json_lines.objects_of(objects, path) if isinstance(objects, dict) else objects
       yield from json_lines.object_parts(objects, path, folder, self.options)
 
-  def _records(self, folder: str, media: list[str], others: list[str]) -> tuple[list[Row], list[str]]:
-    """A row for the files that differ in their endings alone, in the order of their names, and the files that none takes."""
+  def _records(
+    self, folder: str, media: list[str], others: list[str]
+  ) -> tuple[list[Row], list[str]]:
+    """A row for the files that differ in their endings alone, in the order of their names, and the
+    files that none takes.
+    """
     stems: dict[str, dict[str, list[str]]] = {}
     for name in media:
-      stems.setdefault(os.path.splitext(name)[0], {}).setdefault(modality_of(name), []).append(os.path.join(folder, name))
+      stems.setdefault(os.path.splitext(name)[0], {}).setdefault(modality_of(name), []).append(
+        os.path.join(folder, name)
+      )
     texts: dict[str, list[tuple[str, str]]] = {}
     taken = set()
     for name in (name for name in others if name.lower().endswith(".txt")):
@@ -113,7 +139,9 @@ class FolderReader(ListedReader):
       try:
         lines = data.decode(encoding_of(data, self.options.encoding)).splitlines()
       except UnicodeError as error:
-        return Skip("broken text", f"{file} is not {error.encoding}; --encoding names another, such as cp1252")
+        return Skip(
+          "broken text", f"{file} is not {error.encoding}; --encoding names another, such as cp1252"
+        )
       for name, found in captions_of(lines, language).items():
         captions.setdefault(name, []).extend(found)
     return Annotation(captions) if captions else Skip("no caption")
@@ -122,13 +150,19 @@ class FolderReader(ListedReader):
     """The rows, with their folders as labels where no file of any has a text or a table."""
     if self.paths or any(row.where.texts for row in rows):
       return rows
-    labels = [os.path.basename(os.path.dirname(next(iter(row.where.media.values())))) for row in rows]
+    labels = [
+      os.path.basename(os.path.dirname(next(iter(row.where.media.values())))) for row in rows
+    ]
     names = sorted(set(labels) - {""})
     if names:
       shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-      self.notes.append(f"no captions: the folder of a file is its label ({len(names)} classes: {shown})")
-    return [row._replace(where=row.where._replace(said=Annotation({}, (label,)))) if label else row
-            for row, label in zip(rows, labels, strict=True)]
+      self.notes.append(
+        f"no captions: the folder of a file is its label ({len(names)} classes: {shown})"
+      )
+    return [
+      row._replace(where=row.where._replace(said=Annotation({}, (label,)))) if label else row
+      for row, label in zip(rows, labels, strict=True)
+    ]
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:

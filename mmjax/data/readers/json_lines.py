@@ -1,6 +1,8 @@
-"""JSON: an object a line, one array of objects, or a document: {"data": [...]}, COCO's, VQA's, {"a.jpg": "its caption"}.
+"""JSON: an object a line, one array of objects, or a document: {"data": [...]}, COCO's, VQA's,
+{"a.jpg": "its caption"}.
 
-Objects name files of media relative to the file that they are in. Conversations (LLaVA, OpenAI) are objects too.
+Objects name files of media relative to the file that they are in. Conversations (LLaVA, OpenAI) are
+objects too.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Object = tuple[str, dict[str, Any] | Skip]  # where it stands, and what it is
 
 
 class JsonReader(ListedReader):
-  """Files of any of these forms; those of VQA are read together, since questions and answers lie in two."""
+  """Files of any of these forms; those of VQA are read together, since questions and answers lie in
+  two.
+  """
 
   endings = ENDINGS
 
@@ -40,7 +44,9 @@ class JsonReader(ListedReader):
       elif vqa.is_answers(document):
         answers.append((path, document))
       else:
-        yield from object_parts(objects_of(document, path), path, self.folder_of(path), self.options)
+        yield from object_parts(
+          objects_of(document, path), path, self.folder_of(path), self.options
+        )
     if questions or answers:
       yield from self._vqa_parts(questions, answers)
 
@@ -57,7 +63,9 @@ class JsonReader(ListedReader):
 
 
 def read_json(path: str, encoding: str = "") -> dict[str, Any] | Iterator[Object]:
-  """The document in a file (without what is not read), or its objects one by one where it is an array or lines. Raises UserError."""
+  """The document in a file (without what is not read), or its objects one by one where it is an
+  array or lines. Raises UserError.
+  """
   base = os.path.basename(path)
   if _is_lines(path, encoding):
     return _lines(path, encoding)
@@ -77,8 +85,12 @@ def read_json(path: str, encoding: str = "") -> dict[str, Any] | Iterator[Object
   return document
 
 
-def object_parts(objects: Iterator[Object], path: str, folder: str, options) -> Iterator[Part | Left]:
-  """The parts that objects are, which may differ in their keys. Raises UserError: the first says of no medium what it shows."""
+def object_parts(
+  objects: Iterator[Object], path: str, folder: str, options
+) -> Iterator[Part | Left]:
+  """The parts that objects are, which may differ in their keys. Raises UserError: the first says of
+  no medium what it shows.
+  """
   chosen: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
   for at, row in objects:
     if isinstance(row, Skip):
@@ -86,8 +98,11 @@ def object_parts(objects: Iterator[Object], path: str, folder: str, options) -> 
       continue
     there = tuple(row)
     if there not in chosen:
-      named = {role: name for role, name in options.columns.items()
-               if not chosen or name in row or set(name.split("+")) <= set(row)}
+      named = {
+        role: name
+        for role, name in options.columns.items()
+        if not chosen or name in row or set(name.split("+")) <= set(row)
+      }
       try:
         chosen[there] = choose_columns(row, named, path)
       except UserError as error:
@@ -96,7 +111,11 @@ def object_parts(objects: Iterator[Object], path: str, folder: str, options) -> 
         yield at, Skip("broken row", printable(str(error)))
         continue
     part = part_of(cells_of(row, chosen[there]), at, folder, options.language)
-    yield part if isinstance(part, Part) else (text_of(row.get(chosen[there].get("id", ("",))[0])) or at, part)
+    yield (
+      part
+      if isinstance(part, Part)
+      else (text_of(row.get(chosen[there].get("id", ("",))[0])) or at, part)
+    )
 
 
 def _lines(path: str, encoding: str) -> Iterator[Object]:
@@ -107,17 +126,27 @@ def _lines(path: str, encoding: str) -> Iterator[Object]:
         row = line if isinstance(line, Skip) else json.loads(line)
       except (ValueError, RecursionError) as error:
         row = Skip("broken row", f"line {number}: {error}")
-      yield at, row if isinstance(row, (dict, Skip)) else Skip("broken row", f"line {number} is no JSON object")
+      yield (
+        at,
+        row
+        if isinstance(row, (dict, Skip))
+        else Skip("broken row", f"line {number} is no JSON object"),
+      )
 
 
 def _items(path: str, encoding: str, base: str) -> Iterator[Object]:
   with open_text(path, encoding) as file:
     for number, (_, item) in enumerate(values(file, path)):
-      yield f"{base}[{number}]", item if isinstance(item, dict) else Skip("broken row", "no JSON object")
+      yield (
+        f"{base}[{number}]",
+        item if isinstance(item, dict) else Skip("broken row", "no JSON object"),
+      )
 
 
 def _is_lines(path: str, encoding: str) -> bool:
-  """Whether a file holds an object a line. A document of one line is a line too, unless it is called .json."""
+  """Whether a file holds an object a line. A document of one line is a line too, unless it is
+  called .json.
+  """
   if not path.lower().endswith(".json"):
     return True
   with open_text(path, encoding) as file:
@@ -137,13 +166,30 @@ def objects_of(document: Mapping[str, Any], path: str) -> Iterator[Object]:
   if coco.is_coco(document):
     return coco.rows(document, base)
   if document and all(modality_of(key) for key in document):
-    return ((f"{base}[{printable(key)}]", {"file_name": key, **(value if isinstance(value, dict) else {"caption": value})})
-            for key, value in document.items())
-  lists = [key for key, value in document.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-  names = {"conversations", "messages", *(name for role in MEDIA for name in COLUMNS[role] if isinstance(document.get(name), str))}
+    return (
+      (
+        f"{base}[{printable(key)}]",
+        {"file_name": key, **(value if isinstance(value, dict) else {"caption": value})},
+      )
+      for key, value in document.items()
+    )
+  lists = [
+    key
+    for key, value in document.items()
+    if isinstance(value, list) and value and isinstance(value[0], dict)
+  ]
+  names = {
+    "conversations",
+    "messages",
+    *(name for role in MEDIA for name in COLUMNS[role] if isinstance(document.get(name), str)),
+  }
   if not lists or names & set(document):
     return iter([(f"{base}[0]", dict(document))])
   if len(lists) > 1:
-    raise UserError(f"{path}: which of {', '.join(lists)} are the rows? Keep one, or write an object a line")
-  return ((f"{base}[{number}]", item if isinstance(item, dict) else Skip("broken row", "no JSON object"))
-          for number, item in enumerate(document[lists[0]]))
+    raise UserError(
+      f"{path}: which of {', '.join(lists)} are the rows? Keep one, or write an object a line"
+    )
+  return (
+    (f"{base}[{number}]", item if isinstance(item, dict) else Skip("broken row", "no JSON object"))
+    for number, item in enumerate(document[lists[0]])
+  )

@@ -13,7 +13,8 @@ _DECODER = json.JSONDecoder()
 
 
 def values(file: IO[str], path: str) -> Iterator[tuple[str | None, Any]]:
-  """The items of the array that a document is, as (None, item); of an object (key, value), an array item by item.
+  """The items of the array that a document is, as (None, item); of an object (key, value), an array
+  item by item.
 
   Raises UserError: no JSON, or neither an array nor an object.
   """
@@ -33,7 +34,9 @@ def values(file: IO[str], path: str) -> Iterator[tuple[str | None, Any]]:
       else:
         yield key, stream.value()
   except (ValueError, RecursionError) as error:
-    raise UserError(f"{path}: no readable JSON ({error}; about character {stream.before + stream.at:,})") from error
+    raise UserError(
+      f"{path}: no readable JSON ({error}; about character {stream.before + stream.at:,})"
+    ) from error
 
 
 class _Stream:
@@ -48,7 +51,7 @@ class _Stream:
       while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
         self.at += 1
       if self.at < len(self.text) or self.ended:
-        return self.text[self.at:self.at + 1]
+        return self.text[self.at : self.at + 1]
       self._fill()
 
   def take(self, wanted: str) -> str:
@@ -60,7 +63,9 @@ class _Stream:
     return found
 
   def more(self, end: str) -> bool:
-    """Whether another item comes before `end`; passes the comma before it, or the end. Raises ValueError."""
+    """Whether another item comes before `end`; passes the comma before it, or the end. Raises
+    ValueError.
+    """
     if self.first and self.peek() != end:
       self.first = False
       return True
@@ -92,7 +97,9 @@ class _Stream:
       self._fill()
 
   def _fill(self) -> None:
-    """Reads on: as much again as a value has already taken, so that a long one is not parsed many times."""
+    """Reads on: as much again as a value has already taken, so that a long one is not parsed many
+    times.
+    """
     more = self.file.read(max(_CHUNK, len(self.text) - self.at))
     self.before += self.at
-    self.text, self.at, self.ended = self.text[self.at:] + more, 0, not more
+    self.text, self.at, self.ended = self.text[self.at :] + more, 0, not more

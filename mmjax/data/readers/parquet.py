@@ -1,6 +1,8 @@
-"""Parquet as Hugging Face writes it: columns of media (bytes, {bytes, path} or paths), captions, questions and labels.
+"""Parquet as Hugging Face writes it: columns of media (bytes, {bytes, path} or paths), captions,
+questions and labels.
 
-Rows of one `image_id` become one record, if their pictures are equal. Cells are read when a record is, not before.
+Rows of one `image_id` become one record, if their pictures are equal. Cells are read when a record
+is, not before.
 """
 
 from __future__ import annotations
@@ -21,16 +23,22 @@ Place = tuple[int, int, int]  # number of the file, of the row group, of the row
 
 
 class ParquetReader:
-
   def __init__(self, source: str, options: Options):
     self.paths = [os.path.abspath(path) for path in find_files(source, (".parquet",))]
     self.options, self.notes = options, []
     self.root = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
     schema = self._open(0).schema_arrow
     self.chosen = choose_columns(schema.names, options.columns, self.paths[0])
-    self.columns = sorted({name for names in self.chosen.values() for name in names} | ({"multiple_choice_answer"} & set(schema.names)))
-    self.path_columns = [role for role in MEDIA if role in self.chosen and
-                         str(schema.field(self.chosen[role][0]).type) in ("string", "large_string")]
+    self.columns = sorted(
+      {name for names in self.chosen.values() for name in names}
+      | ({"multiple_choice_answer"} & set(schema.names))
+    )
+    self.path_columns = [
+      role
+      for role in MEDIA
+      if role in self.chosen
+      and str(schema.field(self.chosen[role][0]).type) in ("string", "large_string")
+    ]
     self.label_names = _class_names(schema.metadata, self.chosen.get("label", ("",))[0])
 
   def rows(self) -> tuple[list[Row], list[Left]]:
@@ -44,20 +52,32 @@ class ParquetReader:
         if cells is None:
           skipped.append((name, Skip("broken text", "its text is not UTF-8")))
           continue
-        files = tuple(os.path.normpath(cells[role]) for role in self.path_columns if cells.get(role))
+        files = tuple(
+          os.path.normpath(cells[role]) for role in self.path_columns if cells.get(role)
+        )
         about, own = text_of(cells.get("image_id")), text_of(cells.get("id"))
-        key = files if files and (about or not own) else (about or own, *files) if about or own else (name,)
+        key = (
+          files
+          if files and (about or not own)
+          else (about or own, *files)
+          if about or own
+          else (name,)
+        )
         name = about if about and not files else name if about else own or name
         if owner.setdefault(name, key) != key or (own and not about and not files and key in found):
           skipped.append((name, Skip("duplicate id", f"row {at} of {self.paths[number]}")))
         elif key in found:
-          found[key] = found[key]._replace(where=(*found[key].where, place), count=found[key].count + 1)
+          found[key] = found[key]._replace(
+            where=(*found[key].where, place), count=found[key].count + 1
+          )
         else:
           found[key] = Row(name, (place,))
     return list(found.values()), skipped
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
-    """A record once all its rows are read; rows that add nothing to it are left out on their own."""
+    """A record once all its rows are read; rows that add nothing to it are left out on their
+    own.
+    """
     rows = list(rows)
     owners = {place: number for number, row in enumerate(rows) for place in row.where}
     left = [row.count for row in rows]
@@ -67,7 +87,11 @@ class ParquetReader:
     for place, cells in self._rows_at(sorted(owners)):
       number = owners[place]
       part = self._part(cells)
-      if not isinstance(part, Skip) and made[number] and media_key(part[1]) != media_key(made[number][0][1]):
+      if (
+        not isinstance(part, Skip)
+        and made[number]
+        and media_key(part[1]) != media_key(made[number][0][1])
+      ):
         part = Skip("duplicate id", "another picture has its image_id")
       if isinstance(part, Skip):
         faults[number].append(part)
@@ -91,7 +115,9 @@ class ParquetReader:
     found = {"questions", "facts"} if {"question", "conversation"} & set(self.chosen) else set()
     for role in MEDIA:
       if role in self.path_columns:
-        cells = (cells for number in range(len(self.paths)) for _, cells in self._cells(number, [role]))
+        cells = (
+          cells for number in range(len(self.paths)) for _, cells in self._cells(number, [role])
+        )
         found |= {modality_of(cell[role], role) for cell in cells if cell and cell[role]}
       elif role in self.chosen:
         found.add(role)
@@ -106,14 +132,21 @@ class ParquetReader:
     for role in MEDIA:
       content = cells.get(role)
       if isinstance(content, list) and len(content) > 1:
-        return Skip("several pictures" if role == "image" else "several media", f"{len(content)} in one row, of which a record holds one")
+        return Skip(
+          "several pictures" if role == "image" else "several media",
+          f"{len(content)} in one row, of which a record holds one",
+        )
       content = content[0] if isinstance(content, list) and content else content
       if isinstance(content, dict):
         content = content.get("bytes") or content.get("path")
       modality = role
       if isinstance(content, str) and content:
         modality = modality_of(content, role) if role in self.path_columns else role
-        content = Skip("broken text", bad) if (bad := broken_text(content)) else read_inside(self.root, content)
+        content = (
+          Skip("broken text", bad)
+          if (bad := broken_text(content))
+          else read_inside(self.root, content)
+        )
       if isinstance(content, Skip):
         return content
       if isinstance(content, bytes) and content:
@@ -124,17 +157,25 @@ class ParquetReader:
     return said if isinstance(said, Skip) else (said, media)
 
   def _cells(self, number: int, roles: list[str]) -> Iterator[tuple[Place, dict[str, Any] | None]]:
-    """The place and the cells in these roles (None: not UTF-8) of each row of a file. Raises UserError."""
+    """The place and the cells in these roles (None: not UTF-8) of each row of a file. Raises
+    UserError.
+    """
     file = self._open(number)
     missing = sorted(set(self.columns) - set(file.schema_arrow.names))
     if missing:
-      raise UserError(f"{self.paths[number]} has no column {missing[0]!r}, which {self.paths[0]} has. Convert one kind at a time")
+      raise UserError(
+        f"{self.paths[number]} has no column {missing[0]!r}, which {self.paths[0]} has. Convert "
+        "one kind at a time"
+      )
     columns = sorted({self.chosen[role][0] for role in roles})
     for group in range(file.num_row_groups):
       count = file.metadata.row_group(group).num_rows
       table = _rows(file.read_row_group(group, columns=columns)) if columns else [{}] * count
       for within, row in enumerate(table):
-        yield (number, group, within), row if row is None else {role: row[self.chosen[role][0]] for role in roles}
+        yield (
+          (number, group, within),
+          row if row is None else {role: row[self.chosen[role][0]] for role in roles},
+        )
 
   def _rows_at(self, places: list[Place]) -> Iterator[tuple[Place, dict[str, Any] | None]]:
     """Rows, read in small batches: a row group of many gigabytes does not have to fit in memory."""
@@ -143,7 +184,11 @@ class ParquetReader:
       number, group, _ = places[at]
       start = 0
       for batch in self._open(number).iter_batches(64, row_groups=[group], columns=self.columns):
-        while at < len(places) and places[at][:2] == (number, group) and places[at][2] < start + batch.num_rows:
+        while (
+          at < len(places)
+          and places[at][:2] == (number, group)
+          and places[at][2] < start + batch.num_rows
+        ):
           yield places[at], _rows(batch.slice(places[at][2] - start, 1))[0]
           at += 1
         start += batch.num_rows
@@ -160,7 +205,9 @@ class ParquetReader:
       open_file(self.paths[number]).close()  # Arrow would wait for a pipe
       return parquet.ParquetFile(self.paths[number])
     except (pyarrow.ArrowException, OSError) as error:
-      raise UserError(f"{self.paths[number]}: not a readable parquet file ({' '.join(str(error).split())[:120]})") from error
+      raise UserError(
+        f"{self.paths[number]}: not a readable parquet file ({' '.join(str(error).split())[:120]})"
+      ) from error
 
 
 def _rows(table) -> list[dict[str, Any] | None]:
@@ -175,6 +222,11 @@ def _rows(table) -> list[dict[str, Any] | None]:
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
   """The names of the classes that a column of numbers means, as Hugging Face stores them."""
-  feature = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {}).get(column, {})
+  feature = (
+    json.loads((metadata or {}).get(b"huggingface", b"{}"))
+    .get("info", {})
+    .get("features", {})
+    .get(column, {})
+  )
   feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
   return list(feature.get("names") or ()) if isinstance(feature, dict) else []

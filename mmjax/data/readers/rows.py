@@ -1,4 +1,6 @@
-"""What readers share: rows, the step that joins them by medium, files inside the folder of the source."""
+"""What readers share: rows, the step that joins them by medium, files inside the folder of the
+source.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,20 @@ Record = dict[str, Any]
 
 
 class Row(NamedTuple):
-  """A record to be: its id, where it lies (a reader's own matter), and how many rows of the source it joins."""
+  """A record to be: its id, where it lies (a reader's own matter), and how many rows of the source
+  it joins.
+  """
+
   name: str
   where: Any
   count: int = 1
 
 
 class Where(NamedTuple):
-  """The files of a record, {modality: path below the root}, and what is said of them; or the text files beside them."""
+  """The files of a record, {modality: path below the root}, and what is said of them; or the text
+  files beside them.
+  """
+
   media: dict[str, str]
   said: Annotation | None
   texts: tuple[tuple[str, str], ...] = ()  # (file, language)
@@ -36,8 +44,10 @@ class Where(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """`columns`: {role: column}. `language`: of captions that do not say. `media`: the folder of the media ("" = where the
-  annotations lie). `encoding`: of texts without a byte order mark ("" = UTF-8). `cache`: the folder for indices of tars."""
+  """`columns`: {role: column}. `language`: of captions that do not say. `media`: the folder of the
+  media ("" = where the annotations lie). `encoding`: of texts without a byte order mark ("" =
+  UTF-8). `cache`: the folder for indices of tars."""
+
   columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
   language: str = "en"
   media: str = ""
@@ -49,7 +59,9 @@ Left = tuple[str, Skip]  # the name of what is left out, and why
 
 
 def join(parts: Iterable[Part | Left]) -> tuple[list[Row], list[Left]]:
-  """Parts about one medium become one row, in the order of the first of each; other parts of a name taken are left out."""
+  """Parts about one medium become one row, in the order of the first of each; other parts of a name
+  taken are left out.
+  """
   rows: dict[tuple, Row] = {}
   owner: dict[str, tuple] = {}
   skipped: list[Left] = []
@@ -141,13 +153,19 @@ def read_inside(root: str, path: str) -> bytes | Skip:
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
     return Skip("missing file", path)
   except OSError as error:
-    return Skip("too large" if error.errno == errno.EFBIG else "unreadable", f"{path} ({error.strerror})")
+    return Skip(
+      "too large" if error.errno == errno.EFBIG else "unreadable", f"{path} ({error.strerror})"
+    )
 
 
 def find_files(source: str, endings: tuple[str, ...]) -> list[str]:
   """The files of a folder with these endings, or those that a pattern names. Raises UserError."""
   if os.path.isdir(source):
-    found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix.lower() in endings and path.is_file())
+    found = sorted(
+      str(path)
+      for path in Path(source).rglob("*")
+      if path.suffix.lower() in endings and path.is_file()
+    )
     if not found:
       raise UserError(f"{source}: no {' or '.join(endings)} file in this folder")
     return found

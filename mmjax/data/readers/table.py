@@ -1,7 +1,9 @@
 """CSV and TSV tables whose first line names the columns.
 
-CSV is read as RFC 4180 says, TSV line by line, since most are written without quoting (CC3M, SBU). Whatever the quotes, no
-line is lost: one that does not fit the header is left out by its number, and the next is read on its own.
+CSV is read as RFC 4180 says, TSV line by line, since most are written without quoting (CC3M, SBU).
+Whatever the quotes, no
+line is lost: one that does not fit the header is left out by its number, and the next is read on
+its own.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _SPAN = 1000  # lines that a quoted cell may span
 
 
 class TableReader(ListedReader):
-  """Tables with paths of media (relative to the file), captions or questions or a label, and optionally id, language."""
+  """Tables with paths of media (relative to the file), captions or questions or a label, and
+  optionally id, language.
+  """
 
   endings = ENDINGS
 
@@ -53,7 +57,9 @@ def table_parts(path: str, folder: str, options) -> Iterator[Part | Left]:
 
 
 def open_text(path: str, encoding: str = "") -> IO[str]:
-  """Opens a text; bytes that are not of its encoding become lone surrogates, so that they cost their line alone. Raises UserError."""
+  """Opens a text; bytes that are not of its encoding become lone surrogates, so that they cost
+  their line alone. Raises UserError.
+  """
   try:
     file = open_file(path)
     encoding = encoding_of(file.read(4), encoding)
@@ -64,7 +70,9 @@ def open_text(path: str, encoding: str = "") -> IO[str]:
 
 
 def lines(file: IO[str], path: str) -> Iterator[tuple[int, str | Skip]]:
-  """(number, line) of the lines that are not blank; those too long or of another encoding are a Skip. Raises UserError."""
+  """(number, line) of the lines that are not blank; those too long or of another encoding are a
+  Skip. Raises UserError.
+  """
   number = 0
   try:
     while line := file.readline(LONGEST):
@@ -72,13 +80,26 @@ def lines(file: IO[str], path: str) -> Iterator[tuple[int, str | Skip]]:
       if len(line) == LONGEST and line[-1] not in "\r\n":
         while (rest := file.readline(LONGEST)) and rest[-1] not in "\r\n":
           pass
-        yield number, Skip("broken row", f"line {number} is longer than {LONGEST >> 20} Mi characters")
+        yield (
+          number,
+          Skip("broken row", f"line {number} is longer than {LONGEST >> 20} Mi characters"),
+        )
       elif not line.isascii() and broken_text(line):
-        yield number, Skip("broken text", f"line {number} is not {file.encoding.upper()}; --encoding names another, such as cp1252")
+        yield (
+          number,
+          Skip(
+            "broken text",
+            f"line {number} is not {file.encoding.upper()}; --encoding names another, such as "
+            "cp1252",
+          ),
+        )
       elif line.strip(" \r\n"):
         yield number, line
   except UnicodeError as error:
-    raise UserError(f"{path}: line {number + 1} is not {file.encoding} ({error.reason}). Name its encoding with --encoding") from error
+    raise UserError(
+      f"{path}: line {number + 1} is not {file.encoding} ({error.reason}). Name its encoding with "
+      "--encoding"
+    ) from error
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -114,7 +135,10 @@ def _lines_of_cells(path: str, encoding: str) -> Iterator[tuple[int, list[str] |
       while width and len(cells) > width and not cells[-1].strip():
         cells.pop()
       if width and len(cells) != width:
-        yield number, Skip("broken row", f"line {number} has {len(cells)} cells, but the header {width}")
+        yield (
+          number,
+          Skip("broken row", f"line {number} has {len(cells)} cells, but the header {width}"),
+        )
         continue
       width = width or len(cells)
       yield number, cells
@@ -124,8 +148,12 @@ def _plain(line: str, delimiter: str) -> list[str]:
   return line.rstrip("\r\n").split(delimiter)
 
 
-def _quoted(line: str, delimiter: str, ahead: deque, source: Iterator, more: list) -> list[str] | None:
-  """The cells of a row that may span lines, which are taken from `ahead` and `source` and put into `more`; None: not quoted rightly."""
+def _quoted(
+  line: str, delimiter: str, ahead: deque, source: Iterator, more: list
+) -> list[str] | None:
+  """The cells of a row that may span lines, which are taken from `ahead` and `source` and put into
+  `more`; None: not quoted rightly.
+  """
 
   def feed() -> Iterator[str]:
     yield line
@@ -144,9 +172,11 @@ def _quoted(line: str, delimiter: str, ahead: deque, source: Iterator, more: lis
     return None
 
 
-def _better(quoted: list[str], plain: list[str], spanned: list[list[str]], width: int, quotes: bool) -> bool:
-  """Whether the quotes of a row delimit its cells, as they do in a table that `quotes`; not those of a cell that would
-  swallow lines which are rows themselves."""
+def _better(
+  quoted: list[str], plain: list[str], spanned: list[list[str]], width: int, quotes: bool
+) -> bool:
+  """Whether the quotes of a row delimit its cells, as they do in a table that `quotes`; not those
+  of a cell that would swallow lines which are rows themselves."""
   if width and len(quoted) != width:
     return False
   if not quotes:
@@ -164,5 +194,10 @@ def _media(cells: list[str]) -> list[tuple[int, str]]:
 def _unquoted(cell: str) -> str:
   """A cell of a TSV that a writer of CSV has quoted for the quotes in it."""
   inner = cell[1:-1]
-  quoted = len(cell) > 2 and cell[0] == cell[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+  quoted = (
+    len(cell) > 2
+    and cell[0] == cell[-1] == '"'
+    and '""' in inner
+    and '"' not in inner.replace('""', "")
+  )
   return inner.replace('""', '"') if quoted else cell

@@ -1,7 +1,9 @@
-"""VQA's pair of files: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations": [{"question_id", "answers"}]}.
+"""VQA's pair of files: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations":
+[{"question_id", "answers"}]}.
 
-All questions about a picture become one record. Of the (ten) answers to a question the commonest is its answer, which
-"multiple_choice_answer" names; all of them are kept in the record's facts. Without a file of answers they are "".
+All questions about a picture become one record. Of the (ten) answers to a question the commonest is
+its answer, which "multiple_choice_answer" names; all of them are kept in the record's facts.
+Without a file of answers they are "".
 Pictures are found by their number: 42 is COCO_val2014_000000000042.jpg or 42.jpg.
 """
 
@@ -20,17 +22,29 @@ Documents = list[tuple[str, Mapping[str, Any]]]  # (path, document)
 
 def is_questions(document: Mapping[str, Any]) -> bool:
   entries = document.get("questions")
-  return isinstance(entries, list) and bool(entries) and isinstance(entries[0], dict) and "question_id" in entries[0]
+  return (
+    isinstance(entries, list)
+    and bool(entries)
+    and isinstance(entries[0], dict)
+    and "question_id" in entries[0]
+  )
 
 
 def is_answers(document: Mapping[str, Any]) -> bool:
   entries = document.get("annotations")
-  return (isinstance(entries, list) and bool(entries) and isinstance(entries[0], dict)
-          and "question_id" in entries[0] and "images" not in document)
+  return (
+    isinstance(entries, list)
+    and bool(entries)
+    and isinstance(entries[0], dict)
+    and "question_id" in entries[0]
+    and "images" not in document
+  )
 
 
 def rows(questions: Documents, answers: Documents) -> Iterator[tuple[str, dict[str, Any] | Skip]]:
-  """(where it stands, {"image_id", "question", "answer", ...}) of each question, and of each answer without one."""
+  """(where it stands, {"image_id", "question", "answer", ...}) of each question, and of each answer
+  without one.
+  """
   given: dict[str, tuple[str, Mapping[str, Any]]] = {}
   for path, document in answers:
     for number, entry in enumerate(document["annotations"]):
@@ -47,16 +61,29 @@ def rows(questions: Documents, answers: Documents) -> Iterator[tuple[str, dict[s
         continue
       _, answer = given.pop(text_of(entry.get("question_id")), ("", None))
       if answers and answer is None:
-        yield at, Skip("no answer", f"none has its question_id {text_of(entry.get('question_id'))!r}")
+        yield (
+          at,
+          Skip("no answer", f"none has its question_id {text_of(entry.get('question_id'))!r}"),
+        )
         continue
       answer = answer or entry
-      yield at, {"image": entry.get("image"), "image_id": entry.get("image_id", answer.get("image_id")), "question": entry.get("question"),
-                 "answer": answer.get("answers", answer.get("multiple_choice_answer")), **_choice(answer)}
+      yield (
+        at,
+        {
+          "image": entry.get("image"),
+          "image_id": entry.get("image_id", answer.get("image_id")),
+          "question": entry.get("question"),
+          "answer": answer.get("answers", answer.get("multiple_choice_answer")),
+          **_choice(answer),
+        },
+      )
   yield from ((at, Skip("no question", "none has its question_id")) for at, _ in given.values())
 
 
 def pictures_by_id(root: str) -> Callable[[Any], str]:
-  """image_id -> the picture below `root` that is called so, or that ends in this number; "" where none or several are."""
+  """image_id -> the picture below `root` that is called so, or that ends in this number; "" where
+  none or several are.
+  """
   found: dict[str, set[str]] = {}
   for folder, folders, files in os.walk(root):
     folders.sort()

@@ -1,4 +1,6 @@
-"""WebDataset tars (see mmjax/data/tars.py): a key is a row; a member that belongs to no key is left out on its own."""
+"""WebDataset tars (see mmjax/data/tars.py): a key is a row; a member that belongs to no key is left
+out on its own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,6 @@ from mmjax.data.tars import BadSample, TarIndex, expand, index_tar, index_tars
 
 
 class TarReader:
-
   def __init__(self, source: str, options: Options):
     self.paths = [os.path.abspath(path) for path in expand(source)]
     self.options, self.notes = options, []
@@ -26,7 +27,9 @@ class TarReader:
       if isinstance(index, UserError):
         skipped.append((stem, Skip("tar without pairs", str(index))))
         continue
-      rows += [Row(f"{stem}/{key}", (path, number)) for number, key in enumerate(index.keys.tolist())]
+      rows += [
+        Row(f"{stem}/{key}", (path, number)) for number, key in enumerate(index.keys.tolist())
+      ]
       skipped += [(f"{stem}/{name}", Skip(reason)) for name, reason in index.skipped]
     return rows, skipped
 
@@ -46,6 +49,10 @@ class TarReader:
     yield from self.paths
 
   def fields(self, rows: Iterable[Row]) -> set[str]:
-    indices = [index for index in index_tars(self.paths, self.options.cache) if isinstance(index, TarIndex)]
+    indices = [
+      index for index in index_tars(self.paths, self.options.cache) if isinstance(index, TarIndex)
+    ]
     found = {part for part in MEDIA if any(index.has(part) for index in indices)}
-    return found | ({"questions", "facts"} if any(index.has("json") for index in indices) else set())
+    return found | (
+      {"questions", "facts"} if any(index.has("json") for index in indices) else set()
+    )

@@ -1,7 +1,8 @@
-"""Hugging Face folders: `import_hf` makes a checkpoint of one, `export_hf` writes one that transformers loads.
+"""Hugging Face folders: `import_hf` makes a checkpoint of one, `export_hf` writes one that
+transformers loads.
 
-One file a model family. What a model is - activation, pooling, padding, preprocessing - is read from the folder's files,
-never guessed from a name.
+One file a model family. What a model is - activation, pooling, padding, preprocessing - is read
+from the folder's files, never guessed from a name.
 """
 
 from __future__ import annotations
@@ -31,16 +32,42 @@ from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
-  **{name: name for name in ("clip", "siglip", "siglip2", "bert", "vit", "resnet", "swin", "whisper", "wav2vec2", "hubert")}, AST: "ast",
-  **{f"{tower}_model": tower for tower in ("clip_vision", "clip_text", "siglip_vision", "siglip_text")},
-  "roberta": "roberta", "xlm-roberta": "roberta", "distilbert": "distilbert", "mpnet": "mpnet",
+  **{
+    name: name
+    for name in (
+      "clip",
+      "siglip",
+      "siglip2",
+      "bert",
+      "vit",
+      "resnet",
+      "swin",
+      "whisper",
+      "wav2vec2",
+      "hubert",
+    )
+  },
+  AST: "ast",
+  **{
+    f"{tower}_model": tower
+    for tower in ("clip_vision", "clip_text", "siglip_vision", "siglip_text")
+  },
+  "roberta": "roberta",
+  "xlm-roberta": "roberta",
+  "distilbert": "distilbert",
+  "mpnet": "mpnet",
   **{name: name for name in ("dinov2", "dinov2_with_registers")},
 }
 DUAL = ("clip", "siglip")  # those that hold two encoders
 ALONE = {  # an encoder's kind -> the families that it alone may be
-  "bert": ("bert", "roberta", "distilbert", "mpnet"), "transformer": ("clip_text_model", "siglip_text_model"),
+  "bert": ("bert", "roberta", "distilbert", "mpnet"),
+  "transformer": ("clip_text_model", "siglip_text_model"),
   "vit": ("vit", "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers"),
-  "resnet": ("resnet",), "swin": ("swin",), "ast": (AST,), "wav2vec2": ("wav2vec2",), "hubert": ("hubert",),
+  "resnet": ("resnet",),
+  "swin": ("swin",),
+  "ast": (AST,),
+  "wav2vec2": ("wav2vec2",),
+  "hubert": ("hubert",),
 }
 
 
@@ -48,12 +75,15 @@ def _warn(line: str) -> None:
   say(f"mmjax: {line}", sys.stderr)
 
 
-def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[str], None] = _warn) -> None:
-  """Makes the import folder `out` (params, config, tokenizer) of a transformers folder. log: takes a line for each thing that
-  the folder holds and the import leaves out.
+def import_hf(
+  folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[str], None] = _warn
+) -> None:
+  """Makes the import folder `out` (params, config, tokenizer) of a transformers folder. log: takes
+  a line for each thing that the folder holds and the import leaves out.
 
-  Raises UserError: a file is missing or damaged, the model is of no family that is known here, its weights lack tensors or
-  hold some that its config does not explain, or its preprocessing cannot be expressed.
+  Raises UserError: a file is missing or damaged, the model is of no family that is known here, its
+  weights lack tensors or hold some that its config does not explain, or its preprocessing cannot be
+  expressed.
   """
   folder = Path(folder)
   if not folder.is_dir():
@@ -69,13 +99,20 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
   files = getattr(family, "BESIDE", ())
   facts.update(preprocessing.beside(folder, files))
   if files and files[0] not in facts:
-    raise UserError(f"{folder}: no {files[0]}, so how its input was prepared is unknown. Copy it too")
-  tensors = single.without_prefix(safetensors.read_folder(folder) if tensors is None else tensors, family.PREFIX)
+    raise UserError(
+      f"{folder}: no {files[0]}, so how its input was prepared is unknown. Copy it too"
+    )
+  tensors = single.without_prefix(
+    safetensors.read_folder(folder) if tensors is None else tensors, family.PREFIX
+  )
   if around:
     tensors = sentences.text_tensors(tensors)
   try:
     if facts.get("quantization_config"):
-      raise UserError("quantization_config: quantised weights are not supported. Save the model in float32, float16 or bfloat16")
+      raise UserError(
+        "quantization_config: quantised weights are not supported. Save the model in float32, "
+        "float16 or bfloat16"
+      )
     if not around:
       single.check_architecture(facts, tensors)
     found = family.settings(facts, tensors)
@@ -93,16 +130,24 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
   c, assets = mmjax.config.base(), {}
   c.model = found["model"]
   if "image" in c.model.encoders:
-    c.data.image.update(found["image"] if "image" in found else preprocessing.image_settings(folder, family, found["image_size"]))
+    c.data.image.update(
+      found["image"]
+      if "image" in found
+      else preprocessing.image_settings(folder, family, found["image_size"])
+    )
   if "audio" in c.model.encoders:
     c.data.audio.update(found["audio"])
   if "text" in c.model.encoders or "decoder" in c.model:
     c.data.modalities = tuple(dict.fromkeys((*c.model.encoders, "text")))
     text = {}
-    if "text" in c.model.encoders or preprocessing.has_tokenizer(folder):  # a decoder also writes without one
+    if "text" in c.model.encoders or preprocessing.has_tokenizer(
+      folder
+    ):  # a decoder also writes without one
       text, assets = preprocessing.text_settings(folder, family)
       text["tokenizer"] = str(folder.resolve())
-    c.data.text.update({**text, **found["text"]} if "decoder" in c.model else {**found["text"], **text})
+    c.data.text.update(
+      {**text, **found["text"]} if "decoder" in c.model else {**found["text"], **text}
+    )
   elif found.get("text"):  # of a CTC head
     c.data.text.update(found["text"])
   if "text" in c.model.encoders:
@@ -125,23 +170,36 @@ def import_hf(folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[
     log(f"{folder}: {note}")
 
 
-def _check_shapes(config: Any, params: Mapping[str, Any], rules: Sequence[mapping.Rule], where: Path) -> None:
-  """Raises UserError naming the tensor that makes a parameter of another shape than the model of the config has."""
+def _check_shapes(
+  config: Any, params: Mapping[str, Any], rules: Sequence[mapping.Rule], where: Path
+) -> None:
+  """Raises UserError naming the tensor that makes a parameter of another shape than the model of
+  the config has.
+  """
   batch = batch_spec(config, 1)
   model = make_model(config)
-  wanted = flax.traverse_util.flatten_dict(nn.unbox(jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch)), sep="/")
+  wanted = flax.traverse_util.flatten_dict(
+    nn.unbox(jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch)), sep="/"
+  )
   theirs = {rule.ours: rule.theirs[0] for rule in rules}
   for name, value in flax.traverse_util.flatten_dict(params, sep="/").items():
     spec = wanted.get(name if name.startswith(f"{single.STATISTICS}/") else f"params/{name}")
     if spec is None or spec.shape != value.shape:
       needs = "does not belong to it" if spec is None else f"should have {list(spec.shape)}"
-      raise UserError(f"{where}: {theirs[name].format(i=0)} gives a parameter of shape {list(value.shape)}, which by its config.json {needs}")
+      raise UserError(
+        f"{where}: {theirs[name].format(i=0)} gives a parameter of shape {list(value.shape)}, "
+        f"which by its config.json {needs}"
+      )
 
 
-def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike, allow_code: Sequence[str] = ()) -> Path:
-  """Writes a checkpoint (run, step or import folder) as a folder for transformers: the family that can express it.
+def export_hf(
+  checkpoint: str | os.PathLike, out: str | os.PathLike, allow_code: Sequence[str] = ()
+) -> Path:
+  """Writes a checkpoint (run, step or import folder) as a folder for transformers: the family that
+  can express it.
 
-  Raises UserError: transformers has no such architecture (naming the settings), or `out` exists and is not empty.
+  Raises UserError: transformers has no such architecture (naming the settings), or `out` exists and
+  is not empty.
   """
   out = Path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -155,16 +213,27 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike, allow_code:
   tokenizes = "text" in config["model"]["encoders"] or "tokenizer.json" in assets
   if tokenizes:
     tokenizer = preprocessing.Tokenizer.from_assets(assets)
-    special = {f"{name}_token_id": number for name in ("pad", "bos", "eos") if (number := getattr(tokenizer, f"{name}_id")) >= 0}
+    special = {
+      f"{name}_token_id": number
+      for name in ("pad", "bos", "eos")
+      if (number := getattr(tokenizer, f"{name}_id")) >= 0
+    }
     facts = preprocessing.tokenizer_files(config, assets, family, lowercases=is_sentence)
   if "image" in config["model"]["encoders"]:
-    facts["preprocessor_config.json"] = json.dumps(preprocessing.image_facts(config, family), indent=2).encode()
+    facts["preprocessor_config.json"] = json.dumps(
+      preprocessing.image_facts(config, family), indent=2
+    ).encode()
   stated = family.facts(config, special)
   if config["model"].get("classes") and config["model"]["name"] == "encoder":
     stated.update(single.label_facts(config, json.loads(assets.get("classes.json", b"[]"))))
   facts["config.json"] = json.dumps(stated, indent=2).encode()
   if hasattr(family, "files"):
-    facts.update({name: json.dumps(content, indent=2).encode() for name, content in family.files(config, assets).items()})
+    facts.update(
+      {
+        name: json.dumps(content, indent=2).encode()
+        for name, content in family.files(config, assets).items()
+      }
+    )
   variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}
   tensors = mapping.to_tensors(variables, [*family.rules(config), *sentences.rules(config)])
   if hasattr(family, "constants"):
@@ -189,15 +258,24 @@ def export_hf(checkpoint: str | os.PathLike, out: str | os.PathLike, allow_code:
 
 def _family(model_type: str, where: Path) -> ModuleType:
   if model_type not in FAMILIES:
-    raise UserError(f"{where / 'config.json'}: model_type {model_type!r} is not known here; there are: {', '.join(FAMILIES)}")
+    raise UserError(
+      f"{where / 'config.json'}: model_type {model_type!r} is not known here; there are: "
+      f"{', '.join(FAMILIES)}"
+    )
   return importlib.import_module(f"mmjax.interop.huggingface.{FAMILIES[model_type]}")
 
 
 def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
-  """The family whose architecture the config has. Raises UserError naming what stands in the way of the nearest one."""
+  """The family whose architecture the config has. Raises UserError naming what stands in the way of
+  the nearest one.
+  """
   name = config["model"]["name"]
   kinds = {modality: encoder["kind"] for modality, encoder in config["model"]["encoders"].items()}
-  candidates = [family for kind in kinds.values() for family in ALONE.get(kind, ())] if name == "encoder" else []
+  candidates = (
+    [family for kind in kinds.values() for family in ALONE.get(kind, ())]
+    if name == "encoder"
+    else []
+  )
   if name == "dual_encoder" and kinds == {"image": "vit", "text": "transformer"}:
     candidates = DUAL
   if name == "dual_encoder" and kinds == {"image": "naflex", "text": "transformer"}:
@@ -205,20 +283,27 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   if name == "captioner" and kinds == {"audio": "whisper"}:
     candidates = ("whisper",)
   if not candidates:
-    raise UserError("transformers has no model for this one: it exports dual encoders with a vit or naflex for image and a transformer "
-                    f"for text, single encoders of the kinds {', '.join(ALONE)}, and captioners with whisper for audio alone. Export to "
-                    "safetensors or stablehlo")
+    raise UserError(
+      "transformers has no model for this one: it exports dual encoders with a vit or naflex for "
+      f"image and a transformer for text, single encoders of the kinds {', '.join(ALONE)}, and "
+      "captioners with whisper for audio alone. Export to safetensors or stablehlo"
+    )
   nearest: tuple[str, list[str]] | None = None
   for name in candidates:
     family = _family(name, Path())
-    reasons = [f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
-               for key, value, allowed in (*family.refusals(config), *sentences.refusals(config)) if value not in allowed]
+    reasons = [
+      f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
+      for key, value, allowed in (*family.refusals(config), *sentences.refusals(config))
+      if value not in allowed
+    ]
     if not reasons:
       return family
     if nearest is None or len(reasons) < len(nearest[1]):
       nearest = family.ARCHITECTURE, reasons
-  raise UserError(f"transformers cannot express this model; nearest is {nearest[0]}, but for {', '.join(nearest[1])}. "
-                  "Export to safetensors or stablehlo")
+  raise UserError(
+    f"transformers cannot express this model; nearest is {nearest[0]}, but for "
+    f"{', '.join(nearest[1])}. Export to safetensors or stablehlo"
+  )
 
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""DINOv2 with registers (model_type "dinov2_with_registers", Darcet et al. 2024, arXiv:2309.16588): dinov2.py with other names."""
+"""DINOv2 with registers (model_type "dinov2_with_registers", Darcet et al. 2024, arXiv:2309.16588):
+dinov2.py with other names.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""HuBERT (model_type "hubert"): wav2vec2.py under another name, whose dense layer after the convolutions may lack its norm."""
+"""HuBERT (model_type "hubert"): wav2vec2.py under another name, whose dense layer after the
+convolutions may lack its norm.
+"""
 
 from __future__ import annotations
 

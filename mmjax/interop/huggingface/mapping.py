@@ -1,4 +1,6 @@
-"""Weights by table: which of our parameters is made of which tensors of a Hugging Face file, and how, both ways."""
+"""Weights by table: which of our parameters is made of which tensors of a Hugging Face file, and
+how, both ways.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,34 @@ from mmjax.config import UserError
 
 Array = np.ndarray
 IGNORED = (  # constants and copies that files carry beside the weights
-  "position_ids", "num_batches_tracked", "relative_position_index", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
-  "cls.seq_relationship.weight", "cls.seq_relationship.bias", "model.encoder.embed_positions.weight", "proj_out.weight",
-  "lm_head.decoder.weight", "lm_head.decoder.bias", "vocab_projector.weight", "embeddings.mask_token", "masked_spec_embed")
+  "position_ids",
+  "num_batches_tracked",
+  "relative_position_index",
+  "cls.predictions.decoder.weight",
+  "cls.predictions.decoder.bias",
+  "cls.seq_relationship.weight",
+  "cls.seq_relationship.bias",
+  "model.encoder.embed_positions.weight",
+  "proj_out.weight",
+  "lm_head.decoder.weight",
+  "lm_head.decoder.bias",
+  "vocab_projector.weight",
+  "embeddings.mask_token",
+  "masked_spec_embed",
+)
 
 
 COPIES = {  # tensors that are left out -> those that they are copies of in a tied model
-  "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias",
-  "proj_out.weight": "model.decoder.embed_tokens.weight"}
+  "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+  "cls.predictions.decoder.bias": "cls.predictions.bias",
+  "proj_out.weight": "model.decoder.embed_tokens.weight",
+}
 
 
 class Rule(NamedTuple):
-  """`ours` ("text/layers/mlp/up/kernel") is made of the tensors `theirs`; names with {i} are stacked over `layers`."""
+  """`ours` ("text/layers/mlp/up/kernel") is made of the tensors `theirs`; names with {i} are
+  stacked over `layers`.
+  """
 
   ours: str
   theirs: tuple[str, ...]
@@ -35,8 +53,13 @@ class Rule(NamedTuple):
 
 def same(ours: str, theirs: str, layers: int = 0, shape: tuple[int, ...] | None = None) -> Rule:
   """The tensor as it is, or with `shape` there for a vector here."""
-  return Rule(ours, (theirs,), lambda t: t[0] if shape is None else t[0].reshape(-1),
-              lambda p: [p if shape is None else p.reshape(shape)], layers)
+  return Rule(
+    ours,
+    (theirs,),
+    lambda t: t[0] if shape is None else t[0].reshape(-1),
+    lambda p: [p if shape is None else p.reshape(shape)],
+    layers,
+  )
 
 
 def scalar(ours: str, theirs: str, shape: tuple[int, ...]) -> Rule:
@@ -50,25 +73,41 @@ def linear(ours: str, theirs: str, layers: int = 0, bias: bool = True) -> list[R
 
 
 def norm(ours: str, theirs: str, layers: int = 0) -> list[Rule]:
-  return [same(f"{ours}/scale", f"{theirs}.weight", layers), same(f"{ours}/bias", f"{theirs}.bias", layers)]
+  return [
+    same(f"{ours}/scale", f"{theirs}.weight", layers),
+    same(f"{ours}/bias", f"{theirs}.bias", layers),
+  ]
 
 
 def patches(ours: str, theirs: str, patch: int) -> Rule:
   """A patch embedding: kernel [p * p * 3, D] here, a convolution [D, 3, p, p] there."""
-  return Rule(ours, (theirs,), lambda t: t[0].transpose(2, 3, 1, 0).reshape(-1, t[0].shape[0]),
-              lambda p: [p.reshape(patch, patch, -1, p.shape[-1]).transpose(3, 2, 0, 1)])
+  return Rule(
+    ours,
+    (theirs,),
+    lambda t: t[0].transpose(2, 3, 1, 0).reshape(-1, t[0].shape[0]),
+    lambda p: [p.reshape(patch, patch, -1, p.shape[-1]).transpose(3, 2, 0, 1)],
+  )
 
 
 def attention_output(ours: str, theirs: str, heads: int, layers: int = 0) -> list[Rule]:
   """kernel [heads, kv, D] here, weight [D, heads * kv] there."""
-  return [Rule(f"{ours}/kernel", (f"{theirs}.weight",), lambda t: t[0].T.reshape(heads, -1, t[0].shape[0]),
-               lambda p: [p.reshape(-1, p.shape[-1]).T], layers),
-          same(f"{ours}/bias", f"{theirs}.bias", layers)]
+  return [
+    Rule(
+      f"{ours}/kernel",
+      (f"{theirs}.weight",),
+      lambda t: t[0].T.reshape(heads, -1, t[0].shape[0]),
+      lambda p: [p.reshape(-1, p.shape[-1]).T],
+      layers,
+    ),
+    same(f"{ours}/bias", f"{theirs}.bias", layers),
+  ]
 
 
 def convolution(ours: str, theirs: str) -> Rule:
   """A convolution: kernel [H, W, in, out] here, weight [out, in, H, W] there."""
-  return Rule(ours, (theirs,), lambda t: t[0].transpose(2, 3, 1, 0), lambda p: [p.transpose(3, 2, 0, 1)])
+  return Rule(
+    ours, (theirs,), lambda t: t[0].transpose(2, 3, 1, 0), lambda p: [p.transpose(3, 2, 0, 1)]
+  )
 
 
 def time_convolution(ours: str, theirs: str) -> Rule:
@@ -76,14 +115,27 @@ def time_convolution(ours: str, theirs: str) -> Rule:
   return Rule(ours, (theirs,), lambda t: t[0].transpose(2, 1, 0), lambda p: [p.transpose(2, 1, 0)])
 
 
-def self_attention(ours: str, projections: Sequence[str], out: str, heads: int, layers: int = 0) -> list[Rule]:
-  """An attention whose query, key and value are dense layers of their own there, named by `projections`."""
+def self_attention(
+  ours: str, projections: Sequence[str], out: str, heads: int, layers: int = 0
+) -> list[Rule]:
+  """An attention whose query, key and value are dense layers of their own there, named by
+  `projections`.
+  """
   return [
-    Rule(f"{ours}/qkv/kernel", tuple(f"{p}.weight" for p in projections),
-         lambda t: np.stack([w.T.reshape(w.shape[1], heads, -1) for w in t], axis=1),
-         lambda p: [p[:, i].reshape(p.shape[0], -1).T for i in range(3)], layers),
-    Rule(f"{ours}/qkv/bias", tuple(f"{p}.bias" for p in projections),
-         lambda t: np.stack([b.reshape(heads, -1) for b in t]), lambda p: [p[i].reshape(-1) for i in range(3)], layers),
+    Rule(
+      f"{ours}/qkv/kernel",
+      tuple(f"{p}.weight" for p in projections),
+      lambda t: np.stack([w.T.reshape(w.shape[1], heads, -1) for w in t], axis=1),
+      lambda p: [p[:, i].reshape(p.shape[0], -1).T for i in range(3)],
+      layers,
+    ),
+    Rule(
+      f"{ours}/qkv/bias",
+      tuple(f"{p}.bias" for p in projections),
+      lambda t: np.stack([b.reshape(heads, -1) for b in t]),
+      lambda p: [p[i].reshape(-1) for i in range(3)],
+      layers,
+    ),
     *attention_output(f"{ours}/out", out, heads, layers),
   ]
 
@@ -92,7 +144,13 @@ def blocks(ours: str, theirs: str, heads: int, layers: int) -> list[Rule]:
   """The blocks of a CLIP or SigLIP tower: `theirs` is up to "encoder.layers"."""
   at = f"{theirs}.{{i}}"
   return [
-    *self_attention(f"{ours}/attention", [f"{at}.self_attn.{x}_proj" for x in "qkv"], f"{at}.self_attn.out_proj", heads, layers),
+    *self_attention(
+      f"{ours}/attention",
+      [f"{at}.self_attn.{x}_proj" for x in "qkv"],
+      f"{at}.self_attn.out_proj",
+      heads,
+      layers,
+    ),
     *norm(f"{ours}/attention_norm", f"{at}.layer_norm1", layers),
     *norm(f"{ours}/mlp_norm", f"{at}.layer_norm2", layers),
     *linear(f"{ours}/mlp/up", f"{at}.mlp.fc1", layers),
@@ -103,10 +161,20 @@ def blocks(ours: str, theirs: str, heads: int, layers: int) -> list[Rule]:
 def joint_attention(ours: str, theirs: str, heads: int, layers: int = 0) -> list[Rule]:
   """A torch.nn.MultiheadAttention, whose query, key and value are one tensor."""
   return [
-    Rule(f"{ours}/qkv/kernel", (f"{theirs}.in_proj_weight",),
-         lambda t: t[0].reshape(3, heads, -1, t[0].shape[1]).transpose(3, 0, 1, 2),
-         lambda p: [p.transpose(1, 2, 3, 0).reshape(-1, p.shape[0])], layers),
-    Rule(f"{ours}/qkv/bias", (f"{theirs}.in_proj_bias",), lambda t: t[0].reshape(3, heads, -1), lambda p: [p.reshape(-1)], layers),
+    Rule(
+      f"{ours}/qkv/kernel",
+      (f"{theirs}.in_proj_weight",),
+      lambda t: t[0].reshape(3, heads, -1, t[0].shape[1]).transpose(3, 0, 1, 2),
+      lambda p: [p.transpose(1, 2, 3, 0).reshape(-1, p.shape[0])],
+      layers,
+    ),
+    Rule(
+      f"{ours}/qkv/bias",
+      (f"{theirs}.in_proj_bias",),
+      lambda t: t[0].reshape(3, heads, -1),
+      lambda p: [p.reshape(-1)],
+      layers,
+    ),
     *attention_output(f"{ours}/out", f"{theirs}.out_proj", heads, layers),
   ]
 
@@ -123,44 +191,79 @@ def attention_pool(ours: str, theirs: str, heads: int) -> list[Rule]:
 
 
 def to_params(tensors: Mapping[str, Array], rules: Sequence[Rule], where: str) -> dict[str, Any]:
-  """Nested float32 parameters from a file's tensors. Raises UserError listing tensors that are missing or that no rule uses."""
+  """Nested float32 parameters from a file's tensors. Raises UserError listing tensors that are
+  missing or that no rule uses.
+  """
   wanted = {name for rule in rules for name in _names(rule)}
   have = {name for name in tensors if not name.endswith(IGNORED)}
-  for kind, names in (("lacks", wanted - have), ("holds tensors that its config.json does not explain:", have - wanted)):
+  for kind, names in (
+    ("lacks", wanted - have),
+    ("holds tensors that its config.json does not explain:", have - wanted),
+  ):
     if names:
-      raise UserError(f"{where} {kind} {', '.join(sorted(names))}. Its config.json belongs to another model")
-  for copy, original in COPIES.items():  # transformers ties what a file holds once, or twice and equal
-    if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
-      raise UserError(f"{where}: {copy} differs from {original}, so that transformers does not tie them, but tokens are predicted "
-                      "through the embeddings here. Such a model is not supported")
+      raise UserError(
+        f"{where} {kind} {', '.join(sorted(names))}. Its config.json belongs to another model"
+      )
+  for (
+    copy,
+    original,
+  ) in COPIES.items():  # transformers ties what a file holds once, or twice and equal
+    if (
+      copy in tensors
+      and original in tensors
+      and not np.array_equal(tensors[copy], tensors[original])
+    ):
+      raise UserError(
+        f"{where}: {copy} differs from {original}, so that transformers does not tie them, but "
+        "tokens are predicted through the embeddings here. Such a model is not supported"
+      )
   flat = {}
   for rule in rules:
-    groups = [[_finite(tensors[t.format(i=i)], t.format(i=i), where) for t in rule.theirs] for i in range(rule.layers or 1)]
+    groups = [
+      [_finite(tensors[t.format(i=i)], t.format(i=i), where) for t in rule.theirs]
+      for i in range(rule.layers or 1)
+    ]
     try:
       values = [rule.into(group) for group in groups]
       flat[rule.ours] = np.array(np.stack(values) if rule.layers else values[0], order="C")
     except (ValueError, IndexError) as error:
-      raise UserError(f"{where}: {rule.theirs[0]} has shape {groups[0][0].shape}, which its config.json does not allow") from error
+      raise UserError(
+        f"{where}: {rule.theirs[0]} has shape {groups[0][0].shape}, which its config.json does "
+        "not allow"
+      ) from error
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _finite(tensor: Array, name: str, where: str) -> Array:
-  """float32. Raises UserError: whole numbers (quantised weights), or numbers that are not finite."""
+  """float32. Raises UserError: whole numbers (quantised weights), or numbers that are not
+  finite.
+  """
   if not jnp.issubdtype(tensor.dtype, jnp.floating):
-    raise UserError(f"{where}: {name} holds {tensor.dtype}, but weights are floating-point numbers here. Save it without quantisation")
+    raise UserError(
+      f"{where}: {name} holds {tensor.dtype}, but weights are floating-point numbers here. Save "
+      "it without quantisation"
+    )
   with np.errstate(over="ignore"):
     values = np.asarray(tensor, np.float32)
   if not np.isfinite(values).all():
-    raise UserError(f"{where}: {name} holds NaN or infinity. The file is damaged, or was saved of a run that had diverged")
+    raise UserError(
+      f"{where}: {name} holds NaN or infinity. The file is damaged, or was saved of a run that "
+      "had diverged"
+    )
   return values
 
 
 def to_tensors(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Array]:
-  """A file's tensors from nested parameters. Raises UserError listing parameters that no rule takes, or that are missing."""
+  """A file's tensors from nested parameters. Raises UserError listing parameters that no rule
+  takes, or that are missing.
+  """
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   ours = {rule.ours for rule in rules}
   if ours != set(flat):
-    raise UserError(f"transformers has no place for these parameters, or lacks them: {', '.join(sorted(ours ^ set(flat)))}")
+    raise UserError(
+      "transformers has no place for these parameters, or lacks them: "
+      f"{', '.join(sorted(ours ^ set(flat)))}"
+    )
   tensors = {}
   for rule in rules:
     value = np.asarray(flat[rule.ours], np.float32)

@@ -1,5 +1,7 @@
-"""Images of any aspect ratio: a vision transformer on as many patches as a picture has (NaFlex of SigLIP 2, Tschannen et al.
-2025, arXiv:2502.14786, section 2.5; NaViT, Dehghani et al. 2023, arXiv:2307.06304). data/naflex.py makes its input."""
+"""Images of any aspect ratio: a vision transformer on as many patches as a picture has (NaFlex of
+SigLIP 2, Tschannen et al.
+2025, arXiv:2502.14786, section 2.5; NaViT, Dehghani et al. 2023, arXiv:2307.06304). data/naflex.py
+makes its input."""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ FlexiblePooling = Literal["mean", "attention"]
 
 
 class FlexibleVisionTransformer(nn.Module):
-  """Call: {"patches" uint8 [B, N, p * p * 3], "positions" int32 [B, N, 2] (row, column), "grid" int32 [B, 2] (rows, columns),
-  "mask" bool [B, N], "present" bool [B]?} or {"pixels" uint8 [B, H, W, 3]} -> Encoded of width D.
+  """Call: {"patches" uint8 [B, N, p * p * 3], "positions" int32 [B, N, 2] (row, column), "grid"
+  int32 [B, 2] (rows, columns), "mask" bool [B, N], "present" bool [B]?} or {"pixels" uint8 [B, H,
+  W, 3]} -> Encoded of width D.
 
-  Patches may come in any order. The learned positions, a square of `grid` x `grid`, are resized to the grid of each picture.
+  Patches may come in any order. The learned positions, a square of `grid` x `grid`, are resized to
+  the grid of each picture.
   """
 
   config: TransformerConfig
@@ -41,17 +45,30 @@ class FlexibleVisionTransformer(nn.Module):
     inputs = batch if "patches" in batch else sequences(batch["pixels"], self.patch)
     patches, mask = inputs["patches"], inputs["mask"]
     if patches.shape[-1] != self.patch**2 * 3:
-      raise UserError(f"patches of {patches.shape[-1]} values for a model of model.encoders.image.patch {self.patch}, "
-                      f"which has {self.patch**2 * 3}. Prepare them with that patch size")
+      raise UserError(
+        f"patches of {patches.shape[-1]} values for a model of model.encoders.image.patch "
+        f"{self.patch}, which has {self.patch**2 * 3}. Prepare them with that patch size"
+      )
     if "present" in batch:
       mask = mask & batch["present"][:, None]
-    x = normalise(patches.reshape(*patches.shape[:2], -1, 3), self.pixel_mean, self.pixel_std, c.dtype).reshape(patches.shape)
-    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
-    table = self.param("position", with_axes(normal(c.width**-0.5), ("position", "embed")), (self.grid**2, c.width), jnp.float32)
+    x = normalise(
+      patches.reshape(*patches.shape[:2], -1, 3), self.pixel_mean, self.pixel_std, c.dtype
+    ).reshape(patches.shape)
+    x = Dense(
+      (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
+    )(x)
+    table = self.param(
+      "position",
+      with_axes(normal(c.width**-0.5), ("position", "embed")),
+      (self.grid**2, c.width),
+      jnp.float32,
+    )
     x = x + position_of(table, inputs["positions"], inputs["grid"]).astype(c.dtype)
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
     stack = Transformer(c)
-    nn.share_scope(self, stack)  # its parameters are ours: image/layers, not image/Transformer_0/layers
+    nn.share_scope(
+      self, stack
+    )  # its parameters are ours: image/layers, not image/Transformer_0/layers
     x = stack(x, mask, train=train)
     x = LayerNorm(c.eps, c.dtype, name="norm")(x)
     if self.pooling == "attention":
@@ -60,19 +77,23 @@ class FlexibleVisionTransformer(nn.Module):
 
 
 def position_of(table: Array, positions: Array, grid: Array) -> Array:
-  """The learned position of each patch, float32 [B, N, D], after resizing the square table [S * S, D] to the picture's grid.
+  """The learned position of each patch, float32 [B, N, D], after resizing the square table [S * S,
+  D] to the picture's grid.
 
-  positions int32 [B, N, 2], grid int32 [B, 2]. Bilinear with half-pixel centres, antialiased where the grid is smaller than
-  the table, as `torch.nn.functional.interpolate(..., antialias=True)`; weights of single patches, so no shape depends on data.
+  positions int32 [B, N, 2], grid int32 [B, 2]. Bilinear with half-pixel centres, antialiased where
+  the grid is smaller than the table, as `torch.nn.functional.interpolate(..., antialias=True)`;
+  weights of single patches, so no shape depends on data.
   """
-  size = round(table.shape[0]**0.5)
+  size = round(table.shape[0] ** 0.5)
   rows, columns = (_bilinear_weights(positions[..., i], grid[:, None, i], size) for i in (0, 1))
   weights = (rows[..., :, None] * columns[..., None, :]).reshape(*positions.shape[:2], size * size)
   return jnp.einsum("bns,sd->bnd", weights, table, precision="highest")
 
 
 def _bilinear_weights(index: Array, count: Array, size: int) -> Array:
-  """Weights [..., size] of the samples that place `index` of `count` reads from `size` samples in a row."""
+  """Weights [..., size] of the samples that place `index` of `count` reads from `size` samples in a
+  row.
+  """
   scale = size / jnp.maximum(count, 1).astype(jnp.float32)
   centre, support = scale * (index + 0.5), jnp.maximum(scale, 1)
   distance = jnp.abs(jnp.arange(size) + 0.5 - centre[..., None]) / support[..., None]
@@ -84,18 +105,42 @@ def sequences(pixels: Array, patch: int) -> dict[str, Array]:
   """Pictures of one size, uint8 [B, H, W, 3], as the module takes them: every patch, row by row."""
   rows, columns = pixels.shape[1] // patch, pixels.shape[2] // patch
   if not rows or not columns:
-    raise UserError(f"pictures of {pixels.shape[2]}x{pixels.shape[1]} pixels are smaller than one patch of {patch}")
-  patches = patchify(pixels[:, :rows * patch, :columns * patch], patch)
-  places = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1).reshape(-1, 2)
+    raise UserError(
+      f"pictures of {pixels.shape[2]}x{pixels.shape[1]} pixels are smaller than one patch of "
+      f"{patch}"
+    )
+  patches = patchify(pixels[:, : rows * patch, : columns * patch], patch)
+  places = jnp.stack(
+    jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1
+  ).reshape(-1, 2)
   b = pixels.shape[0]
-  return dict(patches=patches, positions=jnp.broadcast_to(places, (b, rows * columns, 2)),
-              grid=jnp.broadcast_to(jnp.array([rows, columns]), (b, 2)), mask=jnp.ones((b, rows * columns), bool))
+  return dict(
+    patches=patches,
+    positions=jnp.broadcast_to(places, (b, rows * columns, 2)),
+    grid=jnp.broadcast_to(jnp.array([rows, columns]), (b, 2)),
+    mask=jnp.ones((b, rows * columns), bool),
+  )
 
 
-def naflex(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 16, grid: Side = 16, width: Width = 0,
-           depth: Depth = 12, heads: Heads = 0, mlp: Width = 0, pooling: FlexiblePooling = "attention",
-           activation: Activation = "gelu_tanh", bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0,
-           kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> FlexibleVisionTransformer:
+def naflex(
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  patch: Side = 16,
+  grid: Side = 16,
+  width: Width = 0,
+  depth: Depth = 12,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  pooling: FlexiblePooling = "attention",
+  activation: Activation = "gelu_tanh",
+  bias: bool = True,
+  eps: Epsilon = 1e-6,
+  dropout: Dropout = 0.0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> FlexibleVisionTransformer:
   """Vision transformer on patches of pictures of any aspect ratio (reads batch["image"]).
 
   patch: height and width of a patch in pixels.
@@ -106,10 +151,24 @@ def naflex(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, bias, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  blocks a loop trip.
   """
   config = TransformerConfig(
-      width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, activation=activation, bias=bias,
-      eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+    width=width,
+    depth=depth,
+    heads=heads or max(1, width // 64),
+    mlp=mlp or 4 * width,
+    activation=activation,
+    bias=bias,
+    eps=eps,
+    dropout=dropout,
+    dtype=jnp.dtype(precision["compute"]),
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+  )
   image = data["image"]
-  return FlexibleVisionTransformer(config, patch, grid, tuple(image["mean"]), tuple(image["std"]), pooling)
+  return FlexibleVisionTransformer(
+    config, patch, grid, tuple(image["mean"]), tuple(image["std"]), pooling
+  )

@@ -1,4 +1,6 @@
-"""Images: residual convolutional networks (He et al. 2016, arXiv:1512.03385), batch normalised over the rows that are there."""
+"""Images: residual convolutional networks (He et al. 2016, arXiv:1512.03385), batch normalised over
+the rows that are there.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,28 @@ from mmjax.ranges import Positive, Sizes
 Array = jax.Array
 Stem = Literal["imagenet", "small"]
 
-# Layers of the named networks: (blocks a stage, whether the blocks are bottlenecks); He et al. 2016, table 1.
+# Layers of the named networks: (blocks a stage, whether the blocks are bottlenecks); He et al.
+# 2016, table 1.
 NETWORKS: dict[int, tuple[tuple[int, ...], bool]] = {
-  18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True), 101: ((3, 4, 23, 3), True),
-  152: ((3, 8, 36, 3), True)}
+  18: ((2, 2, 2, 2), False),
+  34: ((3, 4, 6, 3), False),
+  50: ((3, 4, 6, 3), True),
+  101: ((3, 4, 23, 3), True),
+  152: ((3, 8, 36, 3), True),
+}
 EXPANSION = 4  # channels that a bottleneck block ends with, as a multiple of its inner ones
 KEPT = 0.9  # share of the running statistics that one step keeps
 EPS = 1e-5
 
 
 class ResNet(nn.Module):
-  """Call: {"pixels" uint8 or float [B, H, W, 3] in 0..255, "present" bool [B]?} -> Encoded, tokens [B, H/s * W/s, D].
+  """Call: {"pixels" uint8 or float [B, H, W, 3] in 0..255, "present" bool [B]?} -> Encoded, tokens
+  [B, H/s * W/s, D].
 
-  The tokens are the last feature map, row by row; `pooled` is their mean. Stage i has `channels` * 2**i channels (times 4
-  where the blocks are bottlenecks). Collection "batch_stats" holds the running statistics; `train` reads those of the batch
-  and updates the collection where it is mutable. Rows that are not `present` count in neither.
+  The tokens are the last feature map, row by row; `pooled` is their mean. Stage i has `channels` *
+  2**i channels (times 4 where the blocks are bottlenecks). Collection "batch_stats" holds the
+  running statistics; `train` reads those of the batch and updates the collection where it is
+  mutable. Rows that are not `present` count in neither.
   """
 
   blocks: tuple[int, ...]
@@ -56,8 +65,13 @@ class ResNet(nn.Module):
       x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     for stage, count in enumerate(self.blocks):
       for i in range(count):
-        block = Block(self.channels * 2**stage, self.bottleneck, 2 if stage and not i else 1, self.dtype,
-                      name=f"stage{stage}_block{i}")
+        block = Block(
+          self.channels * 2**stage,
+          self.bottleneck,
+          2 if stage and not i else 1,
+          self.dtype,
+          name=f"stage{stage}_block{i}",
+        )
         x = block(x, present, train=train)
     tokens = x.reshape(x.shape[0], -1, x.shape[-1])
     mask = jnp.broadcast_to(present[:, None], tokens.shape[:2])
@@ -65,7 +79,8 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-  """Two 3x3 convolutions, or a bottleneck of 1x1, 3x3 (which has the stride) and 1x1, beside a shortcut.
+  """Two 3x3 convolutions, or a bottleneck of 1x1, 3x3 (which has the stride) and 1x1, beside a
+  shortcut.
 
   Call: x [B, H, W, C], present bool [B] -> [B, H / stride, W / stride, channels or 4 * channels].
   """
@@ -78,8 +93,11 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, present: Array, *, train: bool) -> Array:
     out = self.channels * (EXPANSION if self.bottleneck else 1)
-    plan = (((self.channels, 1, 1), (self.channels, 3, self.stride), (out, 1, 1)) if self.bottleneck
-            else ((self.channels, 3, self.stride), (out, 3, 1)))
+    plan = (
+      ((self.channels, 1, 1), (self.channels, 3, self.stride), (out, 1, 1))
+      if self.bottleneck
+      else ((self.channels, 3, self.stride), (out, 3, 1))
+    )
     y = x
     for i, (channels, size, stride) in enumerate(plan):
       y = Convolution(channels, size, stride, self.dtype, name=f"conv{i}")(y)
@@ -92,9 +110,11 @@ class Block(nn.Module):
 
 
 class Convolution(nn.Module):
-  """A convolution of odd `size` without bias, zeros around: [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), channels].
+  """A convolution of odd `size` without bias, zeros around: [B, H, W, C] -> [B, ceil(H / stride),
+  ceil(W / stride), channels].
 
-  kernel [size, size, C, channels], started as He et al. 2015 (arXiv:1502.01852) with the fan of the outputs.
+  kernel [size, size, C, channels], started as He et al. 2015 (arXiv:1502.01852) with the fan of the
+  outputs.
   """
 
   channels: int
@@ -105,19 +125,31 @@ class Convolution(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    kernel = self.param("kernel", with_axes(init, (None, None, "channels", "embed")),
-                        (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
+    kernel = self.param(
+      "kernel",
+      with_axes(init, (None, None, "channels", "embed")),
+      (self.size, self.size, x.shape[-1], self.channels),
+      jnp.float32,
+    )
     edge = (self.size // 2, self.size // 2)
-    return jax.lax.conv_general_dilated(x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride),
-                                        (edge, edge), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      (self.stride, self.stride),
+      (edge, edge),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation (Ioffe and Szegedy 2015, arXiv:1502.03167) whose statistics ignore the rows that are not present.
+  """Batch normalisation (Ioffe and Szegedy 2015, arXiv:1502.03167) whose statistics ignore the rows
+  that are not present.
 
-  Call: x [B, H, W, C], present bool [B] -> [B, H, W, C] in `dtype`. All in float32. Under a mesh the means are of the global
-  batch. Running statistics: collection "batch_stats", "mean" and "variance" (unbiased, as PyTorch keeps it) float32 [C], moved
-  by a tenth of the way a step; a batch without any present row leaves them and is normalised by them.
+  Call: x [B, H, W, C], present bool [B] -> [B, H, W, C] in `dtype`. All in float32. Under a mesh
+  the means are of the global
+  batch. Running statistics: collection "batch_stats", "mean" and "variance" (unbiased, as PyTorch
+  keeps it) float32 [C], moved by a tenth of the way a step; a batch without any present row leaves
+  them and is normalised by them.
   """
 
   dtype: jnp.dtype
@@ -128,20 +160,26 @@ class BatchNorm(nn.Module):
     scale = self.param("scale", with_axes(nn.initializers.ones, ("embed",)), shape, jnp.float32)
     bias = self.param("bias", with_axes(nn.initializers.zeros, ("embed",)), shape, jnp.float32)
     running_mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(shape, jnp.float32))
-    running_variance = self.variable("batch_stats", "variance", lambda: jnp.ones(shape, jnp.float32))
+    running_variance = self.variable(
+      "batch_stats", "variance", lambda: jnp.ones(shape, jnp.float32)
+    )
     mean, variance = running_mean.value, running_variance.value
     x = x.astype(jnp.float32)
     if train:
       some, now_mean, now_variance, unbiased = _statistics(x, present)
       if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-        move = lambda old, new: jax.lax.stop_gradient(jnp.where(some, KEPT * old + (1 - KEPT) * new, old))
+        move = lambda old, new: jax.lax.stop_gradient(
+          jnp.where(some, KEPT * old + (1 - KEPT) * new, old)
+        )
         running_mean.value, running_variance.value = move(mean, now_mean), move(variance, unbiased)
       mean, variance = jnp.where(some, now_mean, mean), jnp.where(some, now_variance, variance)
     return ((x - mean) * (jax.lax.rsqrt(variance + EPS) * scale) + bias).astype(self.dtype)
 
 
 def _statistics(x: Array, present: Array) -> tuple[Array, Array, Array, Array]:
-  """(whether any row is present, mean [C], variance [C], unbiased variance [C]) of x [B, H, W, C] over the present rows."""
+  """(whether any row is present, mean [C], variance [C], unbiased variance [C]) of x [B, H, W, C]
+  over the present rows.
+  """
   weight = present.astype(jnp.float32)[:, None, None, None]
   pixels = x.shape[1] * x.shape[2]
   count = present.astype(jnp.float32).sum() * pixels
@@ -150,14 +188,23 @@ def _statistics(x: Array, present: Array) -> tuple[Array, Array, Array, Array]:
   return count > 0, mean, squares / jnp.maximum(count, 1), squares / jnp.maximum(count - 1, 1)
 
 
-def resnet(data: Mapping[str, Any], precision: Mapping[str, Any], *, layers: Literal[18, 34, 50, 101, 152] = 50,
-           blocks: Sizes = (), multiplier: Positive = 1.0, stem: Stem = "imagenet") -> ResNet:
-  """Residual convolutional network (reads batch["image"]), with batch statistics of the whole global batch.
+def resnet(
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  layers: Literal[18, 34, 50, 101, 152] = 50,
+  blocks: Sizes = (),
+  multiplier: Positive = 1.0,
+  stem: Stem = "imagenet",
+) -> ResNet:
+  """Residual convolutional network (reads batch["image"]), with batch statistics of the whole
+  global batch.
 
   layers: 18 and 34 have blocks of two 3x3 convolutions; 50, 101 and 152 have bottlenecks.
   blocks: blocks of each stage; () = those of the network of that many layers.
   multiplier: factor of all channels; 1 starts with 64 and ends with 512 (2048 with bottlenecks).
-  stem: imagenet (7x7 convolution of stride 2, then a maximum over 3x3 of stride 2) or small (3x3, for small pictures).
+  stem: imagenet (7x7 convolution of stride 2, then a maximum over 3x3 of stride 2) or small (3x3,
+  for small pictures).
   """
   usual, bottleneck = NETWORKS[layers]
   blocks = tuple(blocks) or usual
@@ -167,4 +214,12 @@ def resnet(data: Mapping[str, Any], precision: Mapping[str, Any], *, layers: Lit
   if channels < 1:
     raise UserError(f"multiplier {multiplier} leaves no channels: give at least {1 / 64}")
   image = data["image"]
-  return ResNet(blocks, bottleneck, channels, stem, tuple(image["mean"]), tuple(image["std"]), jnp.dtype(precision["compute"]))
+  return ResNet(
+    blocks,
+    bottleneck,
+    channels,
+    stem,
+    tuple(image["mean"]),
+    tuple(image["std"]),
+    jnp.dtype(precision["compute"]),
+  )

@@ -17,19 +17,30 @@ Array = jax.Array
 SequencePooling = Literal["mean", "attention"]
 
 
-def stack_config(precision: Mapping[str, Any], *, width: int, heads: int, mlp: int, **settings: Any) -> TransformerConfig:
+def stack_config(
+  precision: Mapping[str, Any], *, width: int, heads: int, mlp: int, **settings: Any
+) -> TransformerConfig:
   """The stack of an encoder's settings; heads 0 = width / 64, mlp 0 = 4 * width."""
-  return TransformerConfig(width=width, heads=heads or max(1, width // 64), mlp=mlp or 4 * width,
-                           dtype=jnp.dtype(precision["compute"]), **settings)
+  return TransformerConfig(
+    width=width,
+    heads=heads or max(1, width // 64),
+    mlp=mlp or 4 * width,
+    dtype=jnp.dtype(precision["compute"]),
+    **settings,
+  )
 
 
 def real(mask: Array, batch: Mapping[str, Array]) -> Array:
-  """mask bool [B, L], false throughout the rows where the modality is missing (batch["present"] bool [B])."""
+  """mask bool [B, L], false throughout the rows where the modality is missing (batch["present"]
+  bool [B]).
+  """
   return mask & batch["present"][:, None] if "present" in batch else mask
 
 
 def standardise(x: Array, mask: Array, eps: float = 1e-5) -> Array:
-  """Mean 0 and variance 1 of each channel over the real steps, zeros elsewhere. x float32 [B, T, C], mask bool [B, T]."""
+  """Mean 0 and variance 1 of each channel over the real steps, zeros elsewhere. x float32 [B, T,
+  C], mask bool [B, T].
+  """
   weights = mask[..., None] / jnp.maximum(mask.sum(1), 1)[:, None, None]
   centred = x - (x * weights).sum(1, keepdims=True)
   variance = (jnp.square(centred) * weights).sum(1, keepdims=True)
@@ -37,15 +48,28 @@ def standardise(x: Array, mask: Array, eps: float = 1e-5) -> Array:
 
 
 def drop_and_run(module: nn.Module, x: Array, mask: Array, *, train: bool) -> Array:
-  """Dropout, then the transformer of `module` (run_stack): x [B, L, D], mask bool [B, L] -> [B, L, D]."""
+  """Dropout, then the transformer of `module` (run_stack): x [B, L, D], mask bool [B, L] -> [B, L,
+  D].
+  """
   c = module.config
-  return run_stack(module, constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype))), mask, train=train)
+  return run_stack(
+    module,
+    constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype))),
+    mask,
+    train=train,
+  )
 
 
-def encode_sequence(module: nn.Module, x: Array, mask: Array, *, pooling: SequencePooling, train: bool) -> Encoded:
-  """`drop_and_run`, a final norm ("norm") and the pooling ("pool"): x [B, L, D], mask bool [B, L] -> Encoded."""
+def encode_sequence(
+  module: nn.Module, x: Array, mask: Array, *, pooling: SequencePooling, train: bool
+) -> Encoded:
+  """`drop_and_run`, a final norm ("norm") and the pooling ("pool"): x [B, L, D], mask bool [B, L]
+  -> Encoded.
+  """
   x = drop_and_run(module, x, mask, train=train)
-  return pooled(module, LayerNorm(module.config.eps, module.config.dtype, name="norm")(x), mask, pooling)
+  return pooled(
+    module, LayerNorm(module.config.eps, module.config.dtype, name="norm")(x), mask, pooling
+  )
 
 
 def pooled(module: nn.Module, x: Array, mask: Array, pooling: SequencePooling) -> Encoded:

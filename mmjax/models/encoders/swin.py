@@ -1,4 +1,6 @@
-"""Images: Swin transformers, attention within shifted windows (Liu et al. 2021, arXiv:2103.14030)."""
+"""Images: Swin transformers, attention within shifted windows (Liu et al. 2021,
+arXiv:2103.14030).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ EPS = 1e-5  # of the norms after the patches and before a merge, whatever `eps` 
 
 @dataclasses.dataclass(frozen=True)
 class SwinConfig:
-  """Hyper-parameters; one entry of `depths` and `heads` a stage, whose width is `width` * 2**stage."""
+  """Hyper-parameters; one entry of `depths` and `heads` a stage, whose width is `width` *
+  2**stage.
+  """
 
   width: int
   depths: tuple[int, ...]
@@ -40,10 +44,13 @@ class SwinConfig:
 
 
 class SwinTransformer(nn.Module):
-  """Call: {"pixels" uint8 or float [B, H, W, 3] in 0..255, "present" bool [B]?} -> Encoded of width D = width * 2**(stages - 1).
+  """Call: {"pixels" uint8 or float [B, H, W, 3] in 0..255, "present" bool [B]?} -> Encoded of width
+  D = width * 2**(stages - 1).
 
-  Zeros (after normalisation) fill pixels up to whole patches, and feature maps up to whole windows and pairs. Randomness:
-  stream "dropout", for stochastic depth, only when `train`. `pooled` is the mean of the normalised tokens.
+  Zeros (after normalisation) fill pixels up to whole patches, and feature maps up to whole windows
+  and pairs. Randomness:
+  stream "dropout", for stochastic depth, only when `train`. `pooled` is the mean of the normalised
+  tokens.
   """
 
   config: SwinConfig
@@ -57,28 +64,43 @@ class SwinTransformer(nn.Module):
     c = self.config
     x = _fill(normalise(batch["pixels"], self.pixel_mean, self.pixel_std, c.dtype), self.patch)
     rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
-    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(materialise(patchify(x, self.patch)))
+    x = Dense(
+      (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
+    )(materialise(patchify(x, self.patch)))
     x = LayerNorm(EPS, c.dtype, name="patch_norm")(x).reshape(x.shape[0], rows, columns, c.width)
     side, number, total = -(-self.size // self.patch), 0, sum(c.depths)
     for stage, depth in enumerate(c.depths):
       window = min(c.window, side)
       for i in range(depth):
-        block = SwinBlock(c, c.heads[stage], window, i % 2 == 1, c.drop_path * number / max(1, total - 1),
-                          name=f"stage{stage}_block{i}")
+        block = SwinBlock(
+          c,
+          c.heads[stage],
+          window,
+          i % 2 == 1,
+          c.drop_path * number / max(1, total - 1),
+          name=f"stage{stage}_block{i}",
+        )
         x, number = block(x, train=train), number + 1
       if stage + 1 < len(c.depths):
         x, side = PatchMerging(c.dtype, name=f"merge{stage}")(x), -(-side // 2)
     x = LayerNorm(c.eps, c.dtype, name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
     present = batch.get("present")
-    mask = jnp.ones(x.shape[:2], bool) if present is None else jnp.broadcast_to(present[:, None], x.shape[:2])
+    mask = (
+      jnp.ones(x.shape[:2], bool)
+      if present is None
+      else jnp.broadcast_to(present[:, None], x.shape[:2])
+    )
     return Encoded(x, mask, pool.mean(x, mask))
 
 
 class SwinBlock(nn.Module):
-  """Attention within windows, then an MLP, each after a norm and beside a residual. Call: x [B, H, W, D] -> [B, H, W, D].
+  """Attention within windows, then an MLP, each after a norm and beside a residual. Call: x [B, H,
+  W, D] -> [B, H, W, D].
 
-  `shifted`: the windows are moved by half their size, unless one covers the shorter side of the map already. `drop`:
-  probability that a row skips each of the two parts in training (Huang et al. 2016, arXiv:1603.09382).
+  `shifted`: the windows are moved by half their size, unless one covers the shorter side of the map
+  already. `drop`:
+  probability that a row skips each of the two parts in training (Huang et al. 2016,
+  arXiv:1603.09382).
   """
 
   config: SwinConfig
@@ -107,10 +129,12 @@ class SwinBlock(nn.Module):
 
 
 class WindowAttention(nn.Module):
-  """Multi-head attention of each window to itself, with a learned bias for each relative position (section 3.2, equation 4).
+  """Multi-head attention of each window to itself, with a learned bias for each relative position
+  (section 3.2, equation 4).
 
-  Call: x [B, H, W, D], shift -> [B, H, W, D]. Parameters as in `Attention`, and relative [(2 * window - 1)**2, heads]. The
-  map is filled up with zeros to whole windows; these are keys like others, and regions that a shift has joined do not meet.
+  Call: x [B, H, W, D], shift -> [B, H, W, D]. Parameters as in `Attention`, and relative [(2 *
+  window - 1)**2, heads]. The map is filled up with zeros to whole windows; these are keys like
+  others, and regions that a shift has joined do not meet.
   """
 
   heads: int
@@ -122,24 +146,48 @@ class WindowAttention(nn.Module):
     (b, h, w, width), n = x.shape, self.window
     x = jnp.roll(_fill(x, n), (-shift, -shift), axis=(1, 2))
     rows, columns = x.shape[1] // n, x.shape[2] // n
-    x = x.reshape(b, rows, n, columns, n, width).swapaxes(2, 3).reshape(b, rows * columns, n * n, width)
+    x = (
+      x.reshape(b, rows, n, columns, n, width)
+      .swapaxes(2, 3)
+      .reshape(b, rows * columns, n * n, width)
+    )
     shape = (3, self.heads, width // self.heads)
-    qkv = Dense(shape, ("embed", "qkv", "heads", "kv"), self.dtype, xavier(width, width), name="qkv")(x)
+    qkv = Dense(
+      shape, ("embed", "qkv", "heads", "kv"), self.dtype, xavier(width, width), name="qkv"
+    )(x)
     query, key, value = (qkv[..., i, :, :] for i in range(3))
-    relative = self.param("relative", with_axes(normal(0.02), ("position", "heads")), ((2 * n - 1)**2, self.heads), jnp.float32)
+    relative = self.param(
+      "relative",
+      with_axes(normal(0.02), ("position", "heads")),
+      ((2 * n - 1) ** 2, self.heads),
+      jnp.float32,
+    )
     bias = jnp.take(relative, relative_index(n), axis=0).transpose(2, 0, 1)  # [heads, n * n, n * n]
-    logits = jnp.einsum("bwlhd,bwshd->bwhls", query * shape[-1]**-0.5, key, preferred_element_type=jnp.float32) + bias
+    logits = (
+      jnp.einsum(
+        "bwlhd,bwshd->bwhls", query * shape[-1] ** -0.5, key, preferred_element_type=jnp.float32
+      )
+      + bias
+    )
     if shift:
       logits = jnp.where(open_pairs(rows * n, columns * n, n, shift)[:, None], logits, -1e30)
     weights = materialise(jax.nn.softmax(logits, axis=-1).astype(self.dtype))
     out = jnp.einsum("bwhls,bwshd->bwlhd", weights, value)
-    out = Dense((width,), ("heads", "kv", "embed"), self.dtype, xavier(width, width), name="out")(out)
-    out = out.reshape(b, rows, columns, n, n, width).swapaxes(2, 3).reshape(b, rows * n, columns * n, width)
+    out = Dense((width,), ("heads", "kv", "embed"), self.dtype, xavier(width, width), name="out")(
+      out
+    )
+    out = (
+      out.reshape(b, rows, columns, n, n, width)
+      .swapaxes(2, 3)
+      .reshape(b, rows * n, columns * n, width)
+    )
     return jnp.roll(out, (shift, shift), axis=(1, 2))[:, :h, :w]
 
 
 class PatchMerging(nn.Module):
-  """Each 2x2 neighbours side by side, a norm, a linear layer: [B, H, W, D] -> [B, ceil(H / 2), ceil(W / 2), 2 * D]."""
+  """Each 2x2 neighbours side by side, a norm, a linear layer: [B, H, W, D] -> [B, ceil(H / 2),
+  ceil(W / 2), 2 * D].
+  """
 
   dtype: jnp.dtype
 
@@ -149,7 +197,9 @@ class PatchMerging(nn.Module):
     x = _fill(x, 2)
     x = jnp.concatenate([x[:, i::2, j::2] for j in range(2) for i in range(2)], axis=-1)
     x = LayerNorm(EPS, self.dtype, name="norm")(x)
-    return Dense((2 * width,), ("mlp", "embed"), self.dtype, nn.initializers.lecun_normal(), False, name="out")(x)
+    return Dense(
+      (2 * width,), ("mlp", "embed"), self.dtype, nn.initializers.lecun_normal(), False, name="out"
+    )(x)
 
 
 @functools.lru_cache(maxsize=16)
@@ -162,10 +212,18 @@ def relative_index(window: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def open_pairs(height: int, width: int, window: int, shift: int) -> np.ndarray:
-  """Which query sees which key of a shifted window: bool [windows, window**2, window**2] (figure 4)."""
-  region = lambda size: (np.arange(size) >= size - window).astype(int) + (np.arange(size) >= size - shift)
+  """Which query sees which key of a shifted window: bool [windows, window**2, window**2] (figure
+  4).
+  """
+  region = lambda size: (
+    (np.arange(size) >= size - window).astype(int) + (np.arange(size) >= size - shift)
+  )
   regions = region(height)[:, None] * 3 + region(width)
-  windows = regions.reshape(height // window, window, width // window, window).swapaxes(1, 2).reshape(-1, window**2)
+  windows = (
+    regions.reshape(height // window, window, width // window, window)
+    .swapaxes(1, 2)
+    .reshape(-1, window**2)
+  )
   return windows[:, :, None] == windows[:, None, :]
 
 
@@ -175,27 +233,56 @@ def _fill(x: Array, multiple: int) -> Array:
   return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x
 
 
-def swin(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 4, width: Width = 96, depths: Sizes = (),
-         heads: Sizes = (), window: Side = 7, mlp_ratio: Positive = 4.0, activation: Activation = "gelu", eps: Epsilon = 1e-5,
-         drop_path: Dropout = 0.0) -> SwinTransformer:
-  """Swin transformer (reads batch["image"]): attention within windows of a map that is halved from stage to stage.
+def swin(
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  patch: Side = 4,
+  width: Width = 96,
+  depths: Sizes = (),
+  heads: Sizes = (),
+  window: Side = 7,
+  mlp_ratio: Positive = 4.0,
+  activation: Activation = "gelu",
+  eps: Epsilon = 1e-5,
+  drop_path: Dropout = 0.0,
+) -> SwinTransformer:
+  """Swin transformer (reads batch["image"]): attention within windows of a map that is halved from
+  stage to stage.
 
   patch: height and width of a patch in pixels.
   width: channels of the first stage, doubled by each further one; 0 = the model's width.
   depths: blocks of each stage; () = (2, 2, 6, 2), as Swin-T has.
   heads: attention heads of each stage; () = channels / 32.
-  window: height and width of a window in patches; a stage whose map is smaller has one window of its size.
+  window: height and width of a window in patches; a stage whose map is smaller has one window of
+  its size.
   mlp_ratio: hidden units of a block, as a multiple of its channels.
   activation, eps: of the blocks.
-  drop_path: probability that the last block is skipped in training, a row at a time; earlier blocks less.
+  drop_path: probability that the last block is skipped in training, a row at a time; earlier blocks
+  less.
   """
   depths = tuple(depths) or (2, 2, 6, 2)
   heads = tuple(heads) or tuple(max(1, width * 2**stage // 32) for stage in range(len(depths)))
   if len(heads) != len(depths):
-    raise UserError(f"heads {heads} must have one entry for each of the {len(depths)} stages of depths {depths}")
+    raise UserError(
+      f"heads {heads} must have one entry for each of the {len(depths)} stages of depths {depths}"
+    )
   for stage, count in enumerate(heads):
     if count < 1 or width * 2**stage % count:
-      raise UserError(f"stage {stage} has {width * 2**stage} channels, which {count} heads do not divide. Change `heads` or `width`")
+      raise UserError(
+        f"stage {stage} has {width * 2**stage} channels, which {count} heads do not divide. "
+        "Change `heads` or `width`"
+      )
   image = data["image"]
-  config = SwinConfig(width, depths, heads, window, mlp_ratio, activation, eps, drop_path, jnp.dtype(precision["compute"]))
+  config = SwinConfig(
+    width,
+    depths,
+    heads,
+    window,
+    mlp_ratio,
+    activation,
+    eps,
+    drop_path,
+    jnp.dtype(precision["compute"]),
+  )
   return SwinTransformer(config, patch, image["size"], tuple(image["mean"]), tuple(image["std"]))

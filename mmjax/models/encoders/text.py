@@ -35,11 +35,17 @@ class TokenEncoder(nn.Module):
   trunk: nn.Module | None = None
 
   def setup(self) -> None:
-    self.embedding = self.param("embedding", with_axes(normal(0.02), ("vocab", "embed")),
-                                (self.vocab_size, self.config.width), jnp.float32)
+    self.embedding = self.param(
+      "embedding",
+      with_axes(normal(0.02), ("vocab", "embed")),
+      (self.vocab_size, self.config.width),
+      jnp.float32,
+    )
 
   def table(self) -> Array:
-    """The token embeddings, float32 [V, D]: what a tied output layer multiplies hidden states with."""
+    """The token embeddings, float32 [V, D]: what a tied output layer multiplies hidden states
+    with.
+    """
     return self.embedding
 
   def positions(self) -> int:
@@ -50,32 +56,46 @@ class TokenEncoder(nn.Module):
     """bool [B, L]: the tokens that are there. Raises UserError: a text longer than the model's."""
     tokens, mask = batch["tokens"], batch.get("mask")
     if tokens.shape[1] > self.positions():
-      raise UserError(f"text of {tokens.shape[1]} tokens for a model of {self.positions()} positions (data.text.length, or "
-                      "max_positions). Cut it, or change the length")
+      raise UserError(
+        f"text of {tokens.shape[1]} tokens for a model of {self.positions()} positions "
+        "(data.text.length, or max_positions). Cut it, or change the length"
+      )
     if mask is None or not self.mask_padding:
       mask = jnp.ones(tokens.shape, bool)
     return mask & batch["present"][:, None] if "present" in batch else mask
 
   def embed(self, tokens: Array, position_stddev: float, offset: int = 0) -> Array:
-    """Embeddings and learned positions, float32 [B, L, D]; of `position` [offset + positions, D] the L rows after `offset` are used."""
-    position = self.param("position", with_axes(normal(position_stddev), ("position", "embed")),
-                          (offset + self.positions(), self.config.width), jnp.float32)
-    return jnp.take(self.embedding, tokens, axis=0) + position[offset:offset + tokens.shape[1]]
+    """Embeddings and learned positions, float32 [B, L, D]; of `position` [offset + positions, D]
+    the L rows after `offset` are used.
+    """
+    position = self.param(
+      "position",
+      with_axes(normal(position_stddev), ("position", "embed")),
+      (offset + self.positions(), self.config.width),
+      jnp.float32,
+    )
+    return jnp.take(self.embedding, tokens, axis=0) + position[offset : offset + tokens.shape[1]]
 
 
 def enough_positions(max_positions: int, length: int) -> int:
-  """`max_positions` itself. Raises UserError: texts of `length` tokens need more (0 = as many as they need)."""
+  """`max_positions` itself. Raises UserError: texts of `length` tokens need more (0 = as many as
+  they need).
+  """
   if max_positions and max_positions < length:
-    raise UserError(f"max_positions is {max_positions}, but texts take {length} positions. Set data.text.length lower")
+    raise UserError(
+      f"max_positions is {max_positions}, but texts take {length} positions. Set data.text.length "
+      "lower"
+    )
   return max_positions
 
 
 class TextTransformer(TokenEncoder):
   """Call: {"tokens" int32 [B, L], "mask" bool [B, L], "present" bool [B]?} -> Encoded of width D.
 
-  `pooling`: "last" real token, the "final" position (padding or not, as SigLIP does), the first token equal to `eos_id` ("eos"; the
-  last real one where there is none), the token of the highest id ("highest", as CLIP did), the first ("class"), the "mean" of the
-  real ones, or learned "attention".
+  `pooling`: "last" real token, the "final" position (padding or not, as SigLIP does), the first
+  token equal to `eos_id` ("eos"; the last real one where there is none), the token of the highest
+  id ("highest", as CLIP did), the first ("class"), the "mean" of the real ones, or learned
+  "attention".
   """
 
   pooling: TextPooling = "last"
@@ -106,12 +126,28 @@ class TextTransformer(TokenEncoder):
     return {"last": pool.last, "class": pool.first, "mean": pool.mean}[self.pooling](x, mask)
 
 
-def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width: Width = 0, depth: Depth = 12, heads: Heads = 0,
-                mlp: Width = 0, causal: bool = False, pooling: TextPooling = "last",
-                eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",), when=("pooling", "eos"))] = -1,
-                norm: Literal["pre", "post"] = "pre", final_norm: bool = True, activation: Activation = "gelu_tanh",
-                bias: bool = True, eps: Epsilon = 1e-6, dropout: Dropout = 0.0, max_positions: Count = 0, kernel: Kernel = "auto",
-                remat: Remat = "none", scan_unroll: Count = 0) -> TextTransformer:
+def transformer(
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 0,
+  depth: Depth = 12,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  causal: bool = False,
+  pooling: TextPooling = "last",
+  eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",), when=("pooling", "eos"))] = -1,
+  norm: Literal["pre", "post"] = "pre",
+  final_norm: bool = True,
+  activation: Activation = "gelu_tanh",
+  bias: bool = True,
+  eps: Epsilon = 1e-6,
+  dropout: Dropout = 0.0,
+  max_positions: Count = 0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> TextTransformer:
   """Text transformer (reads batch["text"]).
 
   width: channels; 0 = the model's width.
@@ -119,17 +155,38 @@ def transformer(data: Mapping[str, Any], precision: Mapping[str, Any], *, width:
   heads: attention heads; 0 = width / 64.
   mlp: hidden units of a block; 0 = 4 * width.
   causal: a token sees itself and those before it.
-  pooling: last (real token), final (position), eos (first `eos_id`), highest (token id), class (first token), mean, attention.
+  pooling: last (real token), final (position), eos (first `eos_id`), highest (token id), class
+  (first token), mean, attention.
   eos_id: the token that pooling "eos" looks for; -1 = the tokenizer's <eos>.
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
   max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  blocks a loop trip.
   """
   config = TransformerConfig(
-      width=width, depth=depth, heads=heads or max(1, width // 64), mlp=mlp or 4 * width, norm=norm, activation=activation,
-      causal=causal, bias=bias, eps=eps, dropout=dropout, dtype=jnp.dtype(precision["compute"]), kernel=kernel, remat=remat,
-      scan_unroll=scan_unroll)
-  return TextTransformer(config, vocab_size=data["text"]["vocab_size"], length=data["text"]["length"], pooling=pooling,
-                         eos_id=eos_id, mask_padding=data["text"]["mask_padding"], final_norm=final_norm,
-                         max_positions=enough_positions(max_positions, data["text"]["length"]))
+    width=width,
+    depth=depth,
+    heads=heads or max(1, width // 64),
+    mlp=mlp or 4 * width,
+    norm=norm,
+    activation=activation,
+    causal=causal,
+    bias=bias,
+    eps=eps,
+    dropout=dropout,
+    dtype=jnp.dtype(precision["compute"]),
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+  )
+  return TextTransformer(
+    config,
+    vocab_size=data["text"]["vocab_size"],
+    length=data["text"]["length"],
+    pooling=pooling,
+    eos_id=eos_id,
+    mask_padding=data["text"]["mask_padding"],
+    final_norm=final_norm,
+    max_positions=enough_positions(max_positions, data["text"]["length"]),
+  )

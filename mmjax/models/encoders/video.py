@@ -1,4 +1,6 @@
-"""Video: an image encoder a frame with a mean or a transformer over time, and joint space-time tubelets."""
+"""Video: an image encoder a frame with a mean or a transformer over time, and joint space-time
+tubelets.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,47 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.models.encoders.image import ImagePooling, Positions, Stem, VisionTransformer, neighbours, normalise
-from mmjax.models.encoders.sequence import SequencePooling, drop_and_run, encode_sequence, pooled, real, stack_config
-from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, hide_patches, normal, resize_positions, with_axes
+from mmjax.models.encoders.image import (
+  ImagePooling,
+  Positions,
+  Stem,
+  VisionTransformer,
+  neighbours,
+  normalise,
+)
+from mmjax.models.encoders.sequence import (
+  SequencePooling,
+  drop_and_run,
+  encode_sequence,
+  pooled,
+  real,
+  stack_config,
+)
+from mmjax.models.layers import (
+  Dense,
+  Encoded,
+  LayerNorm,
+  activate,
+  hide_patches,
+  normal,
+  resize_positions,
+  with_axes,
+)
 from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
-from mmjax.ranges import Count, Depth, Deviations, Dropout, Epsilon, Heads, Means, Side, Size, Width, Widths
+from mmjax.ranges import (
+  Count,
+  Depth,
+  Deviations,
+  Dropout,
+  Epsilon,
+  Heads,
+  Means,
+  Side,
+  Size,
+  Width,
+  Widths,
+)
 
 Array = jax.Array
 Temporal = Literal["mean", "transformer"]
@@ -25,9 +62,12 @@ MIDDLE = (0.5, 0.5, 0.5)  # mean and standard deviation that bring pixels to -1 
 class FrameEncoder(nn.Module):
   """One vector a frame, then time (CLIP4Clip, Luo et al. 2021, arXiv:2104.08860, section 3.3).
 
-  Call: {"frames" uint8 [B, T, H, W, 3], "mask" bool [B, T], "present" bool [B]?} -> Encoded of width D, a token a frame.
-  "mean" stops there ("meanP"); "transformer" adds positions of time, the stack and the frames' own vectors again ("seqTransf").
-  `frame` sees {"pixels" [B * T, H, W, 3]} and gives [B * T, D]. trunk: a transformer over time shared with other encoders.
+  Call: {"frames" uint8 [B, T, H, W, 3], "mask" bool [B, T], "present" bool [B]?} -> Encoded of
+  width D, a token a frame.
+  "mean" stops there ("meanP"); "transformer" adds positions of time, the stack and the frames' own
+  vectors again ("seqTransf").
+  `frame` sees {"pixels" [B * T, H, W, 3]} and gives [B * T, D]. trunk: a transformer over time
+  shared with other encoders.
   """
 
   config: TransformerConfig
@@ -48,18 +88,25 @@ class FrameEncoder(nn.Module):
     if self.temporal == "mean":
       return pooled(self, x, mask, self.pooling)
     if length > self.length:
-      raise UserError(f"video of {length} frames for a model of data.video.frames {self.length}. Use fewer, or change the number")
+      raise UserError(
+        f"video of {length} frames for a model of data.video.frames {self.length}. Use fewer, or "
+        "change the number"
+      )
     # As large as what a frame gives: the order counts from the first step.
-    position = self.param("position", with_axes(normal(0.5), ("position", "embed")), (self.length, c.width), jnp.float32)
+    position = self.param(
+      "position", with_axes(normal(0.5), ("position", "embed")), (self.length, c.width), jnp.float32
+    )
     x = x + drop_and_run(self, x + position[:length].astype(c.dtype), mask, train=train)
     return pooled(self, LayerNorm(c.eps, c.dtype, name="norm")(x), mask, self.pooling)
 
 
 class ConvolutionFrame(nn.Module):
-  """3x3 convolutions of stride 2, and of what is left: all of it flattened, which tells where a thing is, plus each channel's maximum,
-  which tells what it is wherever it is; a linear layer each. For small frames.
+  """3x3 convolutions of stride 2, and of what is left: all of it flattened, which tells where a
+  thing is, plus each channel's maximum, which tells what it is wherever it is; a linear layer each.
+  For small frames.
 
-  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by 2 to the number of convolutions.
+  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by 2 to the number of
+  convolutions.
   """
 
   width: int
@@ -72,23 +119,38 @@ class ConvolutionFrame(nn.Module):
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Array:
-    x, whole = normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype), 2**len(self.channels)
+    x, whole = (
+      normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype),
+      2 ** len(self.channels),
+    )
     if x.shape[1] % whole or x.shape[2] % whole:
-      raise UserError(f"{len(self.channels)} convolutions of stride 2 need frames whose sides {whole} divides, not {x.shape[2]}x{x.shape[1]}")
+      raise UserError(
+        f"{len(self.channels)} convolutions of stride 2 need frames whose sides {whole} divides, "
+        f"not {x.shape[2]}x{x.shape[1]}"
+      )
     for i, channels in enumerate(self.channels):
-      x = Dense((channels,), ("patch", "mlp"), self.dtype, nn.initializers.he_normal(), name=f"convolution_{i}")(
-          materialise(neighbours(x)))
+      x = Dense(
+        (channels,),
+        ("patch", "mlp"),
+        self.dtype,
+        nn.initializers.he_normal(),
+        name=f"convolution_{i}",
+      )(materialise(neighbours(x)))
       x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
-    linear = lambda name: Dense((self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name=name)
+    linear = lambda name: Dense(
+      (self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name=name
+    )
     return linear("where")(x.reshape(x.shape[0], -1)) + linear("what")(x.max(axis=(1, 2)))
 
 
 class TubeletTransformer(nn.Module):
-  """Joint attention over patches of space and time (ViViT, Arnab et al. 2021, arXiv:2103.15691, section 3.3, model 1).
+  """Joint attention over patches of space and time (ViViT, Arnab et al. 2021, arXiv:2103.15691,
+  section 3.3, model 1).
 
-  Call: as FrameEncoder -> Encoded of width D; tokens of T / time steps of rows of columns. Positions are the sum of a table of
-  places (interpolated for frames of another size than `size`) and one of times. A tubelet is real if one of its frames is; those
-  where patch_mask bool [B, L] is True are hidden by a learned token. trunk: a transformer shared with other encoders.
+  Call: as FrameEncoder -> Encoded of width D; tokens of T / time steps of rows of columns.
+  Positions are the sum of a table of places (interpolated for frames of another size than `size`)
+  and one of times. A tubelet is real if one of its frames is; those where patch_mask bool [B, L] is
+  True are hidden by a learned token. trunk: a transformer shared with other encoders.
   """
 
   config: TransformerConfig
@@ -105,24 +167,35 @@ class TubeletTransformer(nn.Module):
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
     c = self.config
     x, mask, (steps, *grid) = self._patches(batch, c.dtype)
-    x = Dense((c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch")(materialise(x))
+    x = Dense(
+      (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
+    )(materialise(x))
     x, places = hide_patches(self, x, batch), self.size // self.patch
-    table = lambda name, count: self.param(name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32)
+    table = lambda name, count: self.param(
+      name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32
+    )
     place = resize_positions(table("position", places * places), (places, places), tuple(grid))
     when = table("time_position", self.length // self.time)[:steps]
     x = x + (when[:, None] + place[None]).reshape(-1, c.width).astype(c.dtype)
     return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
 
   def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
-    """What the tokens stand for: normalised tubelets float32 [B, L, time * patch * patch * 3], and which are real, bool [B, L]."""
+    """What the tokens stand for: normalised tubelets float32 [B, L, time * patch * patch * 3], and
+    which are real, bool [B, L].
+    """
     return self._patches(batch, jnp.float32)[:2]
 
-  def _patches(self, batch: Mapping[str, Array], dtype: jnp.dtype) -> tuple[Array, Array, tuple[int, int, int]]:
+  def _patches(
+    self, batch: Mapping[str, Array], dtype: jnp.dtype
+  ) -> tuple[Array, Array, tuple[int, int, int]]:
     """(normalised tubelets, which are real, (steps, rows, columns))."""
     (rows, length, height, width), p, t = batch["frames"].shape[:4], self.patch, self.time
     if height % p or width % p or length % t or length > self.length:
-      raise UserError(f"video of {length} frames of {width}x{height} does not divide into tubelets of {t} frames of {p}x{p} within "
-                      f"data.video.frames {self.length}. Change data.video, or `patch` and `time` of the encoder")
+      raise UserError(
+        f"video of {length} frames of {width}x{height} does not divide into tubelets of {t} "
+        f"frames of {p}x{p} within data.video.frames {self.length}. Change data.video, or `patch` "
+        "and `time` of the encoder"
+      )
     steps, grid, mask = length // t, (height // p, width // p), _mask(batch)
     x = normalise(batch["frames"], self.pixel_mean, self.pixel_std, dtype)
     x = jnp.where(mask[:, :, None, None, None], x, 0)
@@ -136,17 +209,38 @@ def _mask(batch: Mapping[str, Array]) -> Array:
   return batch["mask"] if "mask" in batch else jnp.ones(batch["frames"].shape[:2], bool)
 
 
-def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Literal["vit", "convolution"] = "vit",
-           temporal: Temporal = "transformer", patch: Side = 16, frame_depth: Depth = 12, frame_stem: Stem = "patch",
-           frame_pooling: ImagePooling = "mean", positions: Positions = "learned", channels: Widths = (16, 24, 64),
-           mean: Means = MIDDLE, std: Deviations = MIDDLE, width: Width = 0, depth: Depth = 4, heads: Heads = 0, mlp: Width = 0,
-           pooling: SequencePooling = "mean", activation: Activation = "gelu_tanh", eps: Epsilon = 1e-6, dropout: Dropout = 0.0,
-           kernel: Kernel = "auto", remat: Remat = "none", scan_unroll: Count = 0) -> FrameEncoder:
+def frames(
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  stem: Literal["vit", "convolution"] = "vit",
+  temporal: Temporal = "transformer",
+  patch: Side = 16,
+  frame_depth: Depth = 12,
+  frame_stem: Stem = "patch",
+  frame_pooling: ImagePooling = "mean",
+  positions: Positions = "learned",
+  channels: Widths = (16, 24, 64),
+  mean: Means = MIDDLE,
+  std: Deviations = MIDDLE,
+  width: Width = 0,
+  depth: Depth = 4,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  pooling: SequencePooling = "mean",
+  activation: Activation = "gelu_tanh",
+  eps: Epsilon = 1e-6,
+  dropout: Dropout = 0.0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> FrameEncoder:
   """Every frame a vector, then time (reads batch["video"]).
 
   stem: of a frame: vit, or convolution (some of stride 2, flattened and pooled: for small frames).
   temporal: mean (order is not seen) or transformer over the frames.
-  patch, frame_depth, frame_stem, frame_pooling, positions: of the frame's vit, as the kind "vit" has them.
+  patch, frame_depth, frame_stem, frame_pooling, positions: of the frame's vit, as the kind "vit"
+  has them.
   channels: of the convolutions, one after the other.
   mean, std: of pixels in [0, 1], per channel.
   width: channels; 0 = the model's width.
@@ -155,28 +249,77 @@ def frames(data: Mapping[str, Any], precision: Mapping[str, Any], *, stem: Liter
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: of the frames: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of all blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  blocks a loop trip.
   """
   video, size = data["video"], data["video"]["size"]
-  config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
-                        dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
+  config = stack_config(
+    precision,
+    width=width,
+    depth=depth,
+    heads=heads,
+    mlp=mlp,
+    activation=activation,
+    eps=eps,
+    dropout=dropout,
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+  )
   if stem == "convolution":
-    frame: nn.Module = ConvolutionFrame(width, tuple(channels), tuple(mean), tuple(std), activation, eps, config.dtype)
+    frame: nn.Module = ConvolutionFrame(
+      width, tuple(channels), tuple(mean), tuple(std), activation, eps, config.dtype
+    )
   else:
     if size % patch:
-      raise UserError(f"data.video.size {size} is not divisible by model.encoders.video.patch {patch}. Change one")
+      raise UserError(
+        f"data.video.size {size} is not divisible by model.encoders.video.patch {patch}. Change one"
+      )
     frame = VisionTransformer(
-        stack_config(precision, width=width, depth=frame_depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
-                     dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll),
-        patch=patch, size=size, pixel_mean=tuple(mean), pixel_std=tuple(std), pooling=frame_pooling, positions=positions,
-        stem=frame_stem)
+      stack_config(
+        precision,
+        width=width,
+        depth=frame_depth,
+        heads=heads,
+        mlp=mlp,
+        activation=activation,
+        eps=eps,
+        dropout=dropout,
+        kernel=kernel,
+        remat=remat,
+        scan_unroll=scan_unroll,
+      ),
+      patch=patch,
+      size=size,
+      pixel_mean=tuple(mean),
+      pixel_std=tuple(std),
+      pooling=frame_pooling,
+      positions=positions,
+      stem=frame_stem,
+    )
   return FrameEncoder(config, frame, length=video["frames"], temporal=temporal, pooling=pooling)
 
 
-def tubelets(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Side = 16, time: Size = 2, mean: Means = MIDDLE,
-             std: Deviations = MIDDLE, width: Width = 0, depth: Depth = 12, heads: Heads = 0, mlp: Width = 0, pooling: SequencePooling = "mean",
-             activation: Activation = "gelu_tanh", eps: Epsilon = 1e-6, dropout: Dropout = 0.0, kernel: Kernel = "auto",
-             remat: Remat = "none", scan_unroll: Count = 0) -> TubeletTransformer:
+def tubelets(
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  patch: Side = 16,
+  time: Size = 2,
+  mean: Means = MIDDLE,
+  std: Deviations = MIDDLE,
+  width: Width = 0,
+  depth: Depth = 12,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  pooling: SequencePooling = "mean",
+  activation: Activation = "gelu_tanh",
+  eps: Epsilon = 1e-6,
+  dropout: Dropout = 0.0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> TubeletTransformer:
   """Joint attention over patches of space and time (reads batch["video"]).
 
   patch, time: a tubelet's height and width in pixels, and its frames.
@@ -187,13 +330,36 @@ def tubelets(data: Mapping[str, Any], precision: Mapping[str, Any], *, patch: Si
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll: blocks a loop trip.
+  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  blocks a loop trip.
   """
   video = data["video"]
   if video["size"] % patch or video["frames"] % time:
-    raise UserError(f"data.video.size {video['size']} and frames {video['frames']} do not divide into tubelets of {time} frames of "
-                    f"{patch}x{patch}. Change data.video, or `patch` and `time` of model.encoders.video")
-  config = stack_config(precision, width=width, depth=depth, heads=heads, mlp=mlp, activation=activation, eps=eps,
-                        dropout=dropout, kernel=kernel, remat=remat, scan_unroll=scan_unroll)
-  return TubeletTransformer(config, patch=patch, time=time, size=video["size"], length=video["frames"], pixel_mean=tuple(mean),
-                            pixel_std=tuple(std), pooling=pooling)
+    raise UserError(
+      f"data.video.size {video['size']} and frames {video['frames']} do not divide into tubelets "
+      f"of {time} frames of {patch}x{patch}. Change data.video, or `patch` and `time` of "
+      "model.encoders.video"
+    )
+  config = stack_config(
+    precision,
+    width=width,
+    depth=depth,
+    heads=heads,
+    mlp=mlp,
+    activation=activation,
+    eps=eps,
+    dropout=dropout,
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+  )
+  return TubeletTransformer(
+    config,
+    patch=patch,
+    time=time,
+    size=video["size"],
+    length=video["frames"],
+    pixel_mean=tuple(mean),
+    pixel_std=tuple(std),
+    pooling=pooling,
+  )

@@ -1,4 +1,6 @@
-"""The moving_emoji builder: every clip runs backwards in the same split, nothing is lost in the video, new emoji are new."""
+"""The moving_emoji builder: every clip runs backwards in the same split, nothing is lost in the
+video, new emoji are new.
+"""
 
 import io
 
@@ -7,7 +9,16 @@ import numpy as np
 import pytest
 
 from mmjax.data.builders import moving_emoji
-from mmjax.data.builders.moving_emoji import FRAMES, MOTIONS, NEW, REVERSED, SIZE, choose, make_group, to_video
+from mmjax.data.builders.moving_emoji import (
+  FRAMES,
+  MOTIONS,
+  NEW,
+  REVERSED,
+  SIZE,
+  choose,
+  make_group,
+  to_video,
+)
 from mmjax.data.builders.openmoji import caption, stem
 
 
@@ -19,7 +30,10 @@ def decode(data: bytes) -> np.ndarray:
 @pytest.fixture(scope="module")
 def groups(emoji):
   known, _ = choose(emoji)
-  return [{record["label"]: record for record in make_group("train", one, 1, emoji, known)} for one in known[:6]]
+  return [
+    {record["label"]: record for record in make_group("train", one, 1, emoji, known)}
+    for one in known[:6]
+  ]
 
 
 def test_every_clip_runs_backwards_in_its_group(groups):
@@ -30,12 +44,17 @@ def test_every_clip_runs_backwards_in_its_group(groups):
       np.testing.assert_array_equal(decode(record["video"]), decode(other["video"])[::-1])
       if motion != "still":
         np.testing.assert_array_equal(record["series"], other["series"][::-1])
-      assert record["facts"]["reversed"] == other["id"] and record["facts"]["motion"] == record["label"] == motion
+      assert (
+        record["facts"]["reversed"] == other["id"]
+        and record["facts"]["motion"] == record["label"] == motion
+      )
       assert record["facts"]["background"] == other["facts"]["background"]
 
 
 def test_the_motions_are_what_they_are_called(groups):
-  """By the pixels that are not background, without the distractor's: it stands still, so differences leave it out."""
+  """By the pixels that are not background, without the distractor's: it stands still, so
+  differences leave it out.
+  """
   for group in groups:
     for motion, record in group.items():
       frames = decode(record["video"]).astype(int)
@@ -46,7 +65,14 @@ def test_the_motions_are_what_they_are_called(groups):
       ink = np.abs(frames - np.array(record["facts"]["background"])).sum(-1) > 30
       y, x = (np.array([np.nonzero(frame)[axis].mean() for frame in ink]) for axis in (0, 1))
       dx, dy, grown = x[-1] - x[0], y[-1] - y[0], ink[-1].sum() / ink[0].sum()
-      assert {"left": dx < -2, "right": dx > 2, "up": dy < -2, "down": dy > 2, "grow": grown > 1.2, "shrink": grown < 0.84}[motion], record["id"]
+      assert {
+        "left": dx < -2,
+        "right": dx > 2,
+        "up": dy < -2,
+        "down": dy > 2,
+        "grow": grown > 1.2,
+        "shrink": grown < 0.84,
+      }[motion], record["id"]
 
 
 def test_a_sensor_tells_the_motion(groups):
@@ -56,12 +82,18 @@ def test_a_sensor_tells_the_motion(groups):
       assert series.dtype == np.float32 and 40 <= len(series) <= 64 and series.shape[1] == 3
       change = series[-10:].mean(0) - series[:10].mean(0)
       kind = int(np.abs(change).argmax())
-      told = (("left", "right"), ("up", "down"), ("shrink", "grow"))[kind][int(change[kind] > 0)] if np.abs(change).max() > 0.06 else "still"
+      told = (
+        (("left", "right"), ("up", "down"), ("shrink", "grow"))[kind][int(change[kind] > 0)]
+        if np.abs(change).max() > 0.06
+        else "still"
+      )
       assert told == motion
 
 
 def test_captions_name_the_emoji_and_the_motion(groups):
-  captions = [text for group in groups for record in group.values() for text in record["captions"]["en"]]
+  captions = [
+    text for group in groups for record in group.values() for text in record["captions"]["en"]
+  ]
   assert len(set(captions)) == len(captions) == 6 * 7 * 2
   for group in groups:
     for record in group.values():
@@ -70,11 +102,21 @@ def test_captions_name_the_emoji_and_the_motion(groups):
 
 def test_emoji_of_the_splits(emoji):
   known, new = choose(emoji)
-  assert len(set(known)) == 150 and len(set(new)) == NEW and set(known) <= set(emoji.splits["train"])
-  assert not set(new) & set(emoji.splits["train"]) and not set(new) & set(emoji.splits["validation"])
-  assert not {caption(emoji.names[one]["en"]) for one in known} & {caption(emoji.names[one]["en"]) for one in new}
-  assert moving_emoji.is_thing("\U0001f34e", "red apple") and not moving_emoji.is_thing("\U0001f9e4", "gloves")
-  assert not moving_emoji.is_thing("\U0001f466", "boy") and not moving_emoji.is_thing("\U0001f996", "T-Rex")
+  assert (
+    len(set(known)) == 150 and len(set(new)) == NEW and set(known) <= set(emoji.splits["train"])
+  )
+  assert not set(new) & set(emoji.splits["train"]) and not set(new) & set(
+    emoji.splits["validation"]
+  )
+  assert not {caption(emoji.names[one]["en"]) for one in known} & {
+    caption(emoji.names[one]["en"]) for one in new
+  }
+  assert moving_emoji.is_thing("\U0001f34e", "red apple") and not moving_emoji.is_thing(
+    "\U0001f9e4", "gloves"
+  )
+  assert not moving_emoji.is_thing("\U0001f466", "boy") and not moving_emoji.is_thing(
+    "\U0001f996", "T-Rex"
+  )
 
 
 def test_clips_depend_on_split_emoji_and_number_alone(emoji, groups):
@@ -82,9 +124,15 @@ def test_clips_depend_on_split_emoji_and_number_alone(emoji, groups):
   again = make_group("train", known[2], 1, emoji, known)
   for record in again:
     first = groups[2][record["label"]]
-    assert record["video"] == first["video"] and record["id"] == first["id"] and (record["series"] == first["series"]).all()
+    assert (
+      record["video"] == first["video"]
+      and record["id"] == first["id"]
+      and (record["series"] == first["series"]).all()
+    )
   other = make_group("test", known[2], 1, emoji, known)
-  assert not {r["image_key"] for r in other} & {r["image_key"] for r in again} and not {r["id"] for r in other} & {r["id"] for r in again}
+  assert not {r["image_key"] for r in other} & {r["image_key"] for r in again} and not {
+    r["id"] for r in other
+  } & {r["id"] for r in again}
   assert all(r["id"].startswith(stem(known[2])) for r in again)
 
 

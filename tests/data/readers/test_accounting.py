@@ -1,4 +1,6 @@
-"""Whatever a source holds: what is read and what is left out add up to all of it, and nothing else than UserError comes out."""
+"""Whatever a source holds: what is read and what is left out add up to all of it, and nothing else
+than UserError comes out.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,31 @@ from tests.data.test_tars import write_tar
 
 PICTURE = picture(1)
 FILES = ("0.png", "1.png", "gone.png", "", "../0.png", "0.png\0", "no ending", "caf\udce9.png")
-words = st.text(st.sampled_from('ab "\',;|\té\U0001f600\ud83d{[\\<'), max_size=8)
-lines = st.text(st.sampled_from('ab "\',;|\té\n\r'), max_size=8)
-labels = st.one_of(st.none(), st.sampled_from(["", "-1", "cat"]), st.integers(-1, 2), st.floats(), st.lists(st.sampled_from("ab"), max_size=2), st.just({}))
+words = st.text(st.sampled_from("ab \"',;|\té\U0001f600\ud83d{[\\<"), max_size=8)
+lines = st.text(st.sampled_from("ab \"',;|\té\n\r"), max_size=8)
+labels = st.one_of(
+  st.none(),
+  st.sampled_from(["", "-1", "cat"]),
+  st.integers(-1, 2),
+  st.floats(),
+  st.lists(st.sampled_from("ab"), max_size=2),
+  st.just({}),
+)
 few = st.integers(0, 3)
 
 
 def often(**drawn):
   """A test of what is drawn with 25 examples, and with 400 among the slow ones."""
+
   def decorate(test):
     def run(count):
-      quick = settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+      quick = settings(
+        max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+      )
       quick(given(**drawn)(test))()
+
     return pytest.mark.parametrize("count", [25, pytest.param(400, marks=pytest.mark.slow)])(run)
+
   return decorate
 
 
@@ -47,7 +61,9 @@ def folder():
 
 
 def account(format, path, **options):
-  """(ids read, [(name, reason)] left out, rows in all); checks that what is listed is what is read."""
+  """(ids read, [(name, reason)] left out, rows in all); checks that what is listed is what is
+  read.
+  """
   reader = open_reader(format, path, **options)
   rows, left = reader.rows()
   read, gone, count = [], [(name, skip.reason) for name, skip in left], len(left)
@@ -59,15 +75,35 @@ def account(format, path, **options):
       gone.append((name, outcome.reason))
     else:
       read.append(name)
-      assert not broken_text([outcome["id"], outcome["captions"], outcome["label"], outcome.get("questions")])
+      assert not broken_text(
+        [outcome["id"], outcome["captions"], outcome["label"], outcome.get("questions")]
+      )
       assert outcome["captions"] or outcome["label"] or outcome.get("questions")
-  assert told == Counter({row.name: row.count for row in rows}), "read gives every row that rows listed"
-  assert len(set(read)) == len(read) and set(reader.fields(rows)) <= {"image", "audio", "video", "questions", "facts"}
+  assert told == Counter({row.name: row.count for row in rows}), (
+    "read gives every row that rows listed"
+  )
+  assert len(set(read)) == len(read) and set(reader.fields(rows)) <= {
+    "image",
+    "audio",
+    "video",
+    "questions",
+    "facts",
+  }
   return read, gone, count
 
 
-@often(rows=st.lists(st.tuples(st.sampled_from(FILES[:5]), lines, st.sampled_from(["", "7", "8"]), st.sampled_from(["", "x"])), min_size=1, max_size=8),
-       ending=st.sampled_from(["csv", "tsv"]), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), grouped=st.booleans())
+@often(
+  rows=st.lists(
+    st.tuples(
+      st.sampled_from(FILES[:5]), lines, st.sampled_from(["", "7", "8"]), st.sampled_from(["", "x"])
+    ),
+    min_size=1,
+    max_size=8,
+  ),
+  ending=st.sampled_from(["csv", "tsv"]),
+  quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+  grouped=st.booleans(),
+)
 def test_tables_of_a_writer(rows, ending, quoting, grouped):
   with folder() as root:
     with open(f"{root}/t.{ending}", "w", newline="") as file:
@@ -75,31 +111,78 @@ def test_tables_of_a_writer(rows, ending, quoting, grouped):
       writer.writerows([["image", "caption", "image_id" if grouped else "id", "label"], *rows])
     read, gone, count = account("csv", f"{root}/t.{ending}")
     if ending == "csv" or quoting == csv.QUOTE_ALL:
-      assert count == len(rows) and "broken row" not in dict((reason, name) for name, reason in gone)
+      assert count == len(rows) and "broken row" not in dict(
+        (reason, name) for name, reason in gone
+      )
     assert count >= len(rows) or ending == "tsv"
 
 
-@often(rows=st.lists(st.tuples(st.sampled_from(FILES[:3]), lines.map(lambda text: text.replace("\n", "").replace("\r", ""))), min_size=1, max_size=8),
-       ending=st.sampled_from(["csv", "tsv"]))
+@often(
+  rows=st.lists(
+    st.tuples(
+      st.sampled_from(FILES[:3]), lines.map(lambda text: text.replace("\n", "").replace("\r", ""))
+    ),
+    min_size=1,
+    max_size=8,
+  ),
+  ending=st.sampled_from(["csv", "tsv"]),
+)
 def test_tables_without_quoting_lose_no_line(rows, ending):
   gap = "\t" if ending == "tsv" else ","
   with folder() as root:
-    Path(f"{root}/t.{ending}").write_text(f"image{gap}caption\n" + "".join(f"{name}{gap}{text}\n" for name, text in rows))
+    Path(f"{root}/t.{ending}").write_text(
+      f"image{gap}caption\n" + "".join(f"{name}{gap}{text}\n" for name, text in rows)
+    )
     read, gone, count = account("csv", f"{root}/t.{ending}")
     assert count == len(rows)
     broken = sum(reason == "broken row" for _, reason in gone)
-    assert broken <= sum(gap in text for _, text in rows), "only lines with another delimiter cannot be read"
+    assert broken <= sum(gap in text for _, text in rows), (
+      "only lines with another delimiter cannot be read"
+    )
 
 
-@often(rows=st.lists(st.one_of(st.fixed_dictionaries({"image": st.one_of(st.sampled_from(FILES), st.lists(st.sampled_from(FILES), max_size=2), st.integers())}, optional=dict(
-  caption=st.one_of(words, st.lists(words, max_size=3), st.none(), st.floats()), label=labels, question=st.one_of(words, st.lists(words, max_size=2)),
-  answers=st.one_of(words, st.lists(words, max_size=3), st.lists(st.fixed_dictionaries({"answer": words}), max_size=2), st.integers()), image_id=st.one_of(few, st.floats(0, 3)), id=few,
-  conversations=st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "x"]), "value": words}), max_size=3), language=st.sampled_from(["de", "", None])))
-  .filter(lambda row: len({"caption", "label", "question", "conversations"} & set(row)) > 0), st.integers(), st.just([]))).filter(lambda rows: rows and isinstance(rows[0], dict)),
-  shape=st.sampled_from(["lines", "array", "indented", "document"]))
+@often(
+  rows=st.lists(
+    st.one_of(
+      st.fixed_dictionaries(
+        {
+          "image": st.one_of(
+            st.sampled_from(FILES), st.lists(st.sampled_from(FILES), max_size=2), st.integers()
+          )
+        },
+        optional=dict(
+          caption=st.one_of(words, st.lists(words, max_size=3), st.none(), st.floats()),
+          label=labels,
+          question=st.one_of(words, st.lists(words, max_size=2)),
+          answers=st.one_of(
+            words,
+            st.lists(words, max_size=3),
+            st.lists(st.fixed_dictionaries({"answer": words}), max_size=2),
+            st.integers(),
+          ),
+          image_id=st.one_of(few, st.floats(0, 3)),
+          id=few,
+          conversations=st.lists(
+            st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "x"]), "value": words}),
+            max_size=3,
+          ),
+          language=st.sampled_from(["de", "", None]),
+        ),
+      ).filter(lambda row: len({"caption", "label", "question", "conversations"} & set(row)) > 0),
+      st.integers(),
+      st.just([]),
+    )
+  ).filter(lambda rows: rows and isinstance(rows[0], dict)),
+  shape=st.sampled_from(["lines", "array", "indented", "document"]),
+)
 def test_json(rows, shape):
   with folder() as root:
-    text = {"lines": "\n".join(map(json.dumps, rows)), "array": json.dumps(rows), "indented": json.dumps(rows, indent=1), "document": json.dumps({"data": rows})}[shape]
+    text = {
+      "lines": "\n".join(map(json.dumps, rows)),
+      "array": json.dumps(rows),
+      "indented": json.dumps(rows, indent=1),
+      "document": json.dumps({"data": rows}),
+    }[shape]
     path = Path(f"{root}/t.{'jsonl' if shape == 'lines' else 'json'}")
     path.write_text(text)
     assert account("json", path)[2] == len(rows)
@@ -108,11 +191,26 @@ def test_json(rows, shape):
 ids = st.integers(0, 4)
 
 
-@often(images=st.lists(st.one_of(st.fixed_dictionaries({"id": ids, "file_name": st.sampled_from(FILES)}), st.none()), max_size=4),
-       said=st.lists(st.one_of(st.fixed_dictionaries({"image_id": ids, "caption": words}), st.fixed_dictionaries({"image_id": ids, "category_id": ids}), st.none(), st.just({})), max_size=8))
+@often(
+  images=st.lists(
+    st.one_of(st.fixed_dictionaries({"id": ids, "file_name": st.sampled_from(FILES)}), st.none()),
+    max_size=4,
+  ),
+  said=st.lists(
+    st.one_of(
+      st.fixed_dictionaries({"image_id": ids, "caption": words}),
+      st.fixed_dictionaries({"image_id": ids, "category_id": ids}),
+      st.none(),
+      st.just({}),
+    ),
+    max_size=8,
+  ),
+)
 def test_coco(images, said):
   with folder() as root:
-    Path(f"{root}/c.json").write_text(json.dumps(dict(images=images, annotations=said, categories=[dict(id=0, name="cat")])))
+    Path(f"{root}/c.json").write_text(
+      json.dumps(dict(images=images, annotations=said, categories=[dict(id=0, name="cat")]))
+    )
     about = {entry.get("image_id") for entry in said if entry}
     bare, seen = 0, set()
     for image in images:  # of two images of one id the second has no annotation left
@@ -121,25 +219,64 @@ def test_coco(images, said):
     assert account("coco", f"{root}/c.json")[2] == len(said) + bare
 
 
-@often(questions=st.lists(st.fixed_dictionaries({"question_id": ids, "image_id": st.integers(0, 2), "question": words}), min_size=1, max_size=6),
-       answers=st.lists(st.fixed_dictionaries({"question_id": ids, "answers": st.lists(st.fixed_dictionaries({"answer": words}), max_size=3)}), min_size=1, max_size=6))
+@often(
+  questions=st.lists(
+    st.fixed_dictionaries({"question_id": ids, "image_id": st.integers(0, 2), "question": words}),
+    min_size=1,
+    max_size=6,
+  ),
+  answers=st.lists(
+    st.fixed_dictionaries(
+      {
+        "question_id": ids,
+        "answers": st.lists(st.fixed_dictionaries({"answer": words}), max_size=3),
+      }
+    ),
+    min_size=1,
+    max_size=6,
+  ),
+)
 def test_vqa(questions, answers):
   with folder() as root:
     Path(f"{root}/q.json").write_text(json.dumps(dict(questions=questions)))
     Path(f"{root}/a.json").write_text(json.dumps(dict(annotations=answers)))
     asked = {question["question_id"] for question in questions}
     known = {answer["question_id"] for answer in answers}
-    assert account("vqa", root)[2] == len(questions) + len(known - asked) + len(answers) - len(known)
+    assert account("vqa", root)[2] == len(questions) + len(known - asked) + len(answers) - len(
+      known
+    )
 
 
-@often(rows=st.lists(st.tuples(few, few, st.sampled_from([None, PICTURE, b""]), st.one_of(st.none(), st.text("ab \0", max_size=4))), min_size=1, max_size=12),
-       group=st.integers(1, 5), grouped=st.booleans(), paths=st.booleans())
+@often(
+  rows=st.lists(
+    st.tuples(
+      few,
+      few,
+      st.sampled_from([None, PICTURE, b""]),
+      st.one_of(st.none(), st.text("ab \0", max_size=4)),
+    ),
+    min_size=1,
+    max_size=12,
+  ),
+  group=st.integers(1, 5),
+  grouped=st.booleans(),
+  paths=st.booleans(),
+)
 def test_parquet(rows, group, grouped, paths):
   import pyarrow
   import pyarrow.parquet
+
   with folder() as root:
-    images = [FILES[number % 5] for number, *_ in rows] if paths else [dict(bytes=data, path=None) for *_, data, _ in rows]
-    columns = {"image": images, "image_id" if grouped else "id": [number for _, number, *_ in rows], "caption": [text for *_, text in rows]}
+    images = (
+      [FILES[number % 5] for number, *_ in rows]
+      if paths
+      else [dict(bytes=data, path=None) for *_, data, _ in rows]
+    )
+    columns = {
+      "image": images,
+      "image_id" if grouped else "id": [number for _, number, *_ in rows],
+      "caption": [text for *_, text in rows],
+    }
     pyarrow.parquet.write_table(pyarrow.table(columns), f"{root}/t.parquet", row_group_size=group)
     assert account("parquet", root)[2] == len(rows)
 
@@ -148,27 +285,46 @@ names = st.sampled_from(["a", "b", "a.de", "c.x", ".h", "caf\udce9"])
 endings = st.sampled_from([".png", ".jpg", ".wav", ".txt", ".psd", ".xyz", "", ".json", ".PNG"])
 
 
-@often(files=st.sets(st.tuples(st.sampled_from(["", "x", "x/y", ".git"]), names, endings), max_size=14), table=st.sampled_from([None, "", "x"]))
+@often(
+  files=st.sets(st.tuples(st.sampled_from(["", "x", "x/y", ".git"]), names, endings), max_size=14),
+  table=st.sampled_from([None, "", "x"]),
+)
 def test_folders(files, table):
   with tempfile.TemporaryDirectory() as root:
     for place, name, ending in files:
       os.makedirs(os.path.join(root, place), exist_ok=True)
-      Path(root, place, name + ending).write_bytes(PICTURE if modality_of(name + ending) else b"words")
+      Path(root, place, name + ending).write_bytes(
+        PICTURE if modality_of(name + ending) else b"words"
+      )
     rows = []
     if table is not None:
       os.makedirs(os.path.join(root, table), exist_ok=True)
-      rows = [name + ending for place, name, ending in sorted(files) if place == table and ending == ".png" and name not in (".h", "caf\udce9")]
-      Path(root, table, "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},words\n" for name in rows * 2))
+      rows = [
+        name + ending
+        for place, name, ending in sorted(files)
+        if place == table and ending == ".png" and name not in (".h", "caf\udce9")
+      ]
+      Path(root, table, "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{name},words\n" for name in rows * 2)
+      )
     expected = 2 * len(rows)
     for place in {place for place, *_ in files} - {".git"}:
-      here = [(name, ending) for where, name, ending in files if where == place and not name.startswith(".")]
+      here = [
+        (name, ending)
+        for where, name, ending in files
+        if where == place and not name.startswith(".")
+      ]
       media = [pair for pair in here if modality_of("".join(pair))]
       stems = {os.path.splitext("".join(pair))[0] for pair in media}
       if table is not None and (place + "/").startswith(table and table + "/"):
         expected += len(here) - (len(rows) if place == table else 0)
         continue
-      kinds = Counter((os.path.splitext("".join(pair))[0], modality_of("".join(pair))) for pair in media)
-      expected += sum(max(count for (stem, _), count in kinds.items() if stem == one) for one in stems)
+      kinds = Counter(
+        (os.path.splitext("".join(pair))[0], modality_of("".join(pair))) for pair in media
+      )
+      expected += sum(
+        max(count for (stem, _), count in kinds.items() if stem == one) for one in stems
+      )
       texts = [name for name, ending in here if ending == ".txt"]
       taken = sum(name in stems or name.removesuffix(".de") in stems for name in texts)
       expected += len(here) - len(media) - taken
@@ -178,11 +334,22 @@ def test_folders(files, table):
       assert not expected
 
 
-@often(members=st.lists(st.tuples(st.sampled_from(["", "x/", "../", "/"]), st.sampled_from(["0", "1", "1.left", "1.right", ".h", "caf\udce9"]),
-                                  st.sampled_from([".png", ".jpg", ".wav", ".txt", ".json", ".cls", ".npy", ".pkl", ""])), max_size=12))
+@often(
+  members=st.lists(
+    st.tuples(
+      st.sampled_from(["", "x/", "../", "/"]),
+      st.sampled_from(["0", "1", "1.left", "1.right", ".h", "caf\udce9"]),
+      st.sampled_from([".png", ".jpg", ".wav", ".txt", ".json", ".cls", ".npy", ".pkl", ""]),
+    ),
+    max_size=12,
+  )
+)
 def test_tars(members):
   with tempfile.TemporaryDirectory() as root:
-    path = write_tar(f"{root}/t.tar", [("".join(member), b"{}" if member[2] == ".json" else b"x") for member in members])
+    path = write_tar(
+      f"{root}/t.tar",
+      [("".join(member), b"{}" if member[2] == ".json" else b"x") for member in members],
+    )
     try:
       read, gone, count = account("webdataset", path, cache=f"{root}/cache")
     except UserError:
@@ -193,20 +360,43 @@ def test_tars(members):
     for place, name, ending in members:
       key = f"{place}{name}{ending}".rpartition("/")
       key = f"{place}{key[2].partition('.')[0]}"
-      assert name == ".h" or name + ending == "" or place + name + ending in told or key in told, (members, told)
+      assert name == ".h" or name + ending == "" or place + name + ending in told or key in told, (
+        members,
+        told,
+      )
 
 
-@often(at=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6), cut=st.floats(0.1, 1), form=st.sampled_from(["csv", "tsv", "jsonl", "json", "coco", "parquet", "tar"]))
+@often(
+  at=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6),
+  cut=st.floats(0.1, 1),
+  form=st.sampled_from(["csv", "tsv", "jsonl", "json", "coco", "parquet", "tar"]),
+)
 def test_damaged_files_end_in_rows_or_in_one_line(at, cut, form):
   import pyarrow
   import pyarrow.parquet
-  rows = [dict(image="0.png", caption="one", label="x"), dict(image="1.png", caption='two "quoted", é', label="y")]
+
+  rows = [
+    dict(image="0.png", caption="one", label="x"),
+    dict(image="1.png", caption='two "quoted", é', label="y"),
+  ]
   with folder() as root:
     out = io.BytesIO()
     if form == "parquet":
       pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
     elif form == "tar":
-      out.write(Path(write_tar(f"{root}/source.tar", [("0.png", PICTURE), ("0.txt", b"words"), ("1.json", b'{"caption": "x"}'), ("1.png", PICTURE)])).read_bytes())
+      out.write(
+        Path(
+          write_tar(
+            f"{root}/source.tar",
+            [
+              ("0.png", PICTURE),
+              ("0.txt", b"words"),
+              ("1.json", b'{"caption": "x"}'),
+              ("1.png", PICTURE),
+            ],
+          )
+        ).read_bytes()
+      )
     elif form in ("csv", "tsv"):
       text = io.StringIO()
       writer = csv.DictWriter(text, rows[0], delimiter="," if form == "csv" else "\t")
@@ -214,14 +404,26 @@ def test_damaged_files_end_in_rows_or_in_one_line(at, cut, form):
       writer.writerows(rows)
       out.write(text.getvalue().encode())
     else:
-      document = dict(images=[dict(id=0, file_name="0.png")], annotations=[dict(image_id=0, caption="x")])
-      out.write({"jsonl": "\n".join(map(json.dumps, rows)), "json": json.dumps(rows), "coco": json.dumps(document)}[form].encode())
+      document = dict(
+        images=[dict(id=0, file_name="0.png")], annotations=[dict(image_id=0, caption="x")]
+      )
+      out.write(
+        {
+          "jsonl": "\n".join(map(json.dumps, rows)),
+          "json": json.dumps(rows),
+          "coco": json.dumps(document),
+        }[form].encode()
+      )
     data = bytearray(out.getvalue())
     for place, value in at:
       data[int(place * len(data))] = value
     path = Path(f"{root}/t.{'json' if form == 'coco' else form}")
-    path.write_bytes(data[:max(1, int(cut * len(data)))])
+    path.write_bytes(data[: max(1, int(cut * len(data)))])
     try:
-      account({"tsv": "csv", "tar": "webdataset", "coco": "json"}.get(form, form), path, cache=f"{root}/cache")
+      account(
+        {"tsv": "csv", "tar": "webdataset", "coco": "json"}.get(form, form),
+        path,
+        cache=f"{root}/cache",
+      )
     except UserError as error:
       assert "\n" not in str(error)
