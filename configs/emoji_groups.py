@@ -3,7 +3,7 @@ quickstart's checkpoint.
 
 bash launch/quickstart.sh
 mmjax train --config configs/emoji_groups.py:full --workdir runs/groups_full        # every parameter
-mmjax train --config configs/emoji_groups.py:linear --workdir runs/groups_linear    # a linear layer on frozen features
+mmjax train --config configs/emoji_groups.py:linear --workdir runs/groups_linear    # a linear layer
 mmjax train --config configs/emoji_groups.py:scratch --workdir runs/groups_scratch  # without the checkpoint
 """
 

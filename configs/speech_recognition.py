@@ -2,7 +2,7 @@
 that were never heard.
 
 mmjax data build spoken_emoji
-mmjax data tokenizer --source spoken_emoji --name spoken_letters --vocab-size 384   # letters and a few syllables
+mmjax data tokenizer --source spoken_emoji --name spoken_letters --vocab-size 384
 mmjax train --config configs/speech_recognition.py --workdir runs/speech_recognition
 """
 

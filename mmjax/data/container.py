@@ -19,7 +19,10 @@ from mmjax.data.image import Unreadable
 
 # FFmpeg also knows formats that are lists of other files and addresses (HLS, DASH, concat, SDP):
 # none of these is opened.
-_FORMATS = "aac,ac3,aiff,amr,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,tta,w64,wav,wv,yuv4mpegpipe"
+_FORMATS = (
+  "aac,ac3,aiff,amr,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,"
+  "mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,tta,w64,wav,wv,yuv4mpegpipe"
+)
 _BOXES = (
   b"ftyp",
   b"styp",

@@ -41,7 +41,8 @@ def contrastive(
   softmax (InfoNCE both ways; Radford et al. 2021, arXiv:2103.00020; several positives as in Khosla
   et al. 2020, arXiv:2004.11362, L_out): l_ij = scale s_ij; the loss of example i is the mean of two
   cross-entropies,
-    1/2 [ log sum_j exp l_ij - sum_j P_ij l_ij / sum_j P_ij ]  (row i)  +  1/2 [ log sum_k exp l_ki - sum_k P_ki l_ki / sum_k P_ki ].
+    1/2 [ log sum_j exp l_ij - sum_j P_ij l_ij / sum_j P_ij ]  (row i)
+    + 1/2 [ log sum_k exp l_ki - sum_k P_ki l_ki / sum_k P_ki ].
   sigmoid (Zhai et al. 2023, arXiv:2303.15343): l_ij = scale s_ij + bias; the loss of example i is
     sum_j P_ij softplus(-l_ij) + (1 - P_ij) softplus(l_ij).
 

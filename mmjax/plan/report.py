@@ -158,7 +158,8 @@ def _time(result: dict[str, Any]) -> list[str]:
     lines += ["", f"custom calls{'':26}{'count':>8}{'GFLOP':>10}{'MiB':>10}{'Mcycles':>10}"]
     lines += [
       "  "
-      f"{row['name'][:34]:36}{row['count']:>8}{row['flops'] / 1e9:>10.3f}{row['bytes'] / 2**20:>10.2f}{row['cycles_added'] / 1e6:>10.3f}"
+      f"{row['name'][:34]:36}{row['count']:>8}{row['flops'] / 1e9:>10.3f}"
+      f"{row['bytes'] / 2**20:>10.2f}{row['cycles_added'] / 1e6:>10.3f}"
       for row in calls
     ]
   if found := result.get("collectives"):

@@ -26,18 +26,21 @@ SHAPES = ("circle", "rectangle", "triangle")
 CARD = """\
 # easy_vqa
 
-Visual question answering on simple shapes: 5,000 pictures of 64x64 pixels, each with about ten questions; 13 answers.
+Visual question answering on simple shapes: 5,000 pictures of 64x64 pixels, each with about ten
+questions; 13 answers.
 
-Made by `mmjax data build easy_vqa` from the Python package `easy-vqa` 1.0 by Victor Zhou (https://github.com/vzhou842/easy-VQA).
+Made by `mmjax data build easy_vqa` from the Python package `easy-vqa` 1.0 by Victor Zhou
+(https://github.com/vzhou842/easy-VQA).
 
 - Licence: MIT, Copyright (c) 2019 Victor Zhou.
-- Fields: `id`, `image` (PNG), `questions` (question, answer), `captions` (English: "a blue rectangle", put together from the
-  questions and answers, of nine records in ten; the others have none), `label` (empty), `image_key` (hash of the pixels), `facts`
-  (`colour`, `shape`; "" where the questions leave it open).
-- Splits: train {train:,}, validation {validation:,} (cut from the package's training pictures by a hash of their number),
-  test {test:,} (the package's own).
-- Limits: one shape a picture, questions from templates; about two thirds of the answers can be guessed from the question
-  alone, so compare with a model that sees nothing else.
+- Fields: `id`, `image` (PNG), `questions` (question, answer), `captions` (English: "a blue
+  rectangle", put together from the questions and answers, of nine records in ten; the others have
+  none), `label` (empty), `image_key` (hash of the pixels), `facts` (`colour`, `shape`; "" where the
+  questions leave it open).
+- Splits: train {train:,}, validation {validation:,} (cut from the package's training pictures by a
+  hash of their number), test {test:,} (the package's own).
+- Limits: one shape a picture, questions from templates; about two thirds of the answers can be
+  guessed from the question alone, so compare with a model that sees nothing else.
 """
 
 

