@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import signal
 import tempfile
 
 SHARED = pathlib.Path(tempfile.gettempdir()) / f"mmjax-tests-{os.getuid()}"
@@ -103,3 +104,17 @@ def embedded_data(tmp_path_factory, worker_id):
         == 0
       )
   return folder
+
+
+@pytest.fixture
+def in_time():
+  """A test that waits for a pipe fails rather than hangs."""
+
+  def over(*_):
+    raise AssertionError("20 s are over")
+
+  before = signal.signal(signal.SIGALRM, over)
+  signal.alarm(20)
+  yield
+  signal.alarm(0)
+  signal.signal(signal.SIGALRM, before)

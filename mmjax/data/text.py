@@ -31,6 +31,7 @@ from mmjax.printing import say
 
 RESERVED = tuple(f"<{role}>" for role in SPECIAL_TOKENS)
 SPARE = tuple(f"<spare_{number}>" for number in range(64))
+LARGEST = 2**26  # bytes of a file of a tokenizer; the largest that are published have half of that
 
 
 class Tokenizer:
@@ -509,11 +510,11 @@ def _read_assets(path: Path) -> dict[str, bytes]:
     found = {file.name: file for file in path.iterdir()}
     spm = next((found[name] for name in ("tokenizer.model", "spiece.model") if name in found), None)
     if "tokenizer.json" not in found and spm:
-      return {"tokenizer.model": files.read_file(spm)}
-    assets = {name: files.read_file(found[name]) for name in _HuggingFace.FILES if name in found}
+      return {"tokenizer.model": _read(spm)}
+    assets = {name: _read(found[name]) for name in _HuggingFace.FILES if name in found}
     if "tokenizer.json" not in assets and wordpiece.VOCABULARY in found:
       assets["tokenizer.json"] = wordpiece.tokenizer_json(
-        {**assets, wordpiece.VOCABULARY: files.read_file(found[wordpiece.VOCABULARY])}
+        {**assets, wordpiece.VOCABULARY: _read(found[wordpiece.VOCABULARY])}
       )
     return assets
   if path.suffix == ".json":
@@ -523,10 +524,14 @@ def _read_assets(path: Path) -> dict[str, bytes]:
       else {}
     )
     return {
-      "tokenizer.json": files.read_file(path),
-      **{name: files.read_file(file) for name, file in beside.items() if file.exists()},
+      "tokenizer.json": _read(path),
+      **{name: _read(file) for name, file in beside.items() if file.exists()},
     }
-  return {"tokenizer.model": files.read_file(path)}
+  return {"tokenizer.model": _read(path)}
+
+
+def _read(path: Path) -> bytes:
+  return files.read_file(path, LARGEST)
 
 
 class _Characters(Tokenizer):

@@ -1,4 +1,8 @@
-"""Reads and writes safetensors files: one, or several with an index. Nothing is ever unpickled."""
+"""Reads and writes safetensors files: one, or several with an index. Nothing is ever unpickled.
+
+A folder may come from a stranger: only regular files are opened, and none is parsed that is larger
+than such files are.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.files import open_file, read_file
 
 DTYPES = {
   "F64": np.float64,
@@ -26,6 +31,8 @@ DTYPES = {
   "U8": np.uint8,
   "BOOL": np.bool_,
 }
+LARGEST_JSON = 2**24  # bytes, also of a header; Python makes up to some 20 times as many of them
+_DAMAGED = (ValueError, RecursionError)  # of texts that are no JSON
 
 
 def read_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -62,16 +69,17 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """
   path = Path(path)
   try:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
+      size = os.fstat(file.fileno()).st_size
       (length,) = struct.unpack("<Q", file.read(8))
-      if length > min(path.stat().st_size, 100_000_000):
+      if length > size - 8:
         raise ValueError("its header is longer than the file")
+      if length > LARGEST_JSON:
+        raise ValueError(f"its header has more than {LARGEST_JSON / 2**20:.0f} MiB")
       header = json.loads(file.read(length))
-    data = (
-      np.memmap(path, np.uint8, mode="r", offset=8 + length)
-      if path.stat().st_size > 8 + length
-      else np.empty(0, np.uint8)
-    )
+      data = np.empty(0, np.uint8)
+      if size > 8 + length:
+        data = np.memmap(file, np.uint8, mode="r", offset=8 + length)
     tensors = {}
     for name, entry in header.items():
       if name != "__metadata__":
@@ -85,7 +93,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
           raise ValueError(f"tensor {name} lies beyond its end")
         tensors[name] = data[start:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
-  except (OSError, ValueError, KeyError, struct.error) as error:
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+  except (*_DAMAGED, AttributeError, KeyError, TypeError, struct.error) as error:
     raise UserError(f"{path}: no whole safetensors file ({error}). Copy it again") from error
 
 
@@ -112,12 +122,20 @@ def read_json_list(path: str | os.PathLike) -> list[dict]:
   )
 
 
-def _read_json(path: str | os.PathLike, fits: Callable[[Any], bool], otherwise: str) -> Any:
+def read_bytes(path: str | os.PathLike, most: int) -> bytes:
+  """The bytes of a regular file. Raises UserError: there is none, or it has more than `most`."""
   try:
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file)
+    return read_file(path, most)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_json(path: str | os.PathLike, fits: Callable[[Any], bool], otherwise: str) -> Any:
+  content = read_bytes(path, LARGEST_JSON)
+  try:
+    value = json.loads(content)
     if not fits(value):
       raise ValueError(otherwise)
     return value
-  except (OSError, ValueError) as error:
+  except _DAMAGED as error:
     raise UserError(f"{path}: no readable JSON ({error})") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import socket
 
 import numpy as np
@@ -20,19 +19,7 @@ from mmjax.data.builders.convert import convert
 from mmjax.data.tars import TarSource, expand
 from tests.data.test_tars import pairs, write_tar
 
-
-@pytest.fixture(autouse=True)
-def in_time():
-  """A test that waits for a pipe fails rather than hangs."""
-
-  def over(*_):
-    raise AssertionError("20 s are over")
-
-  before = signal.signal(signal.SIGALRM, over)
-  signal.alarm(20)
-  yield
-  signal.alarm(0)
-  signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def specials(folder):

@@ -5,7 +5,9 @@ ways.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -352,6 +354,42 @@ def test_a_bad_folder_is_refused_in_one_line(how, says, whole, tmp_path):
   with pytest.raises(UserError, match=says) as error:
     import_hf(tmp_path / "hf", tmp_path / "out")
   assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  "name",
+  (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+  ),
+)
+def test_only_regular_files_of_a_bounded_size_are_read(name, whole, tmp_path, in_time):
+  shutil.copytree(whole, tmp_path / "hf")
+  path = tmp_path / "hf" / name
+
+  def refused(says):
+    with pytest.raises(UserError, match=says) as error:
+      import_hf(tmp_path / "hf", tmp_path / "out")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    path.unlink()
+
+  path.unlink()
+  os.mkfifo(path)
+  refused("not a regular file")
+  path.symlink_to("/dev/zero")
+  refused("not a regular file")
+  if name == "model.safetensors":
+    path.write_bytes(struct.pack("<Q", 2**25) + b" " * 2**25)
+    refused("its header has more than 16 MiB")
+  else:
+    with open(path, "wb") as file:
+      file.truncate(1 << 40)
+    refused("1048576 MiB, more than (16|64) MiB")
+    path.write_text("[" * 100_000)
+    refused("no readable JSON|cannot be read")
 
 
 def test_export_names_what_transformers_cannot_express(whole, tmp_path):

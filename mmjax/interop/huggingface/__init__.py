@@ -156,7 +156,9 @@ def import_hf(
     if 0 < limit < length:
       c.model.encoders["text"]["max_positions"], c.data.text.length = length, limit
     c.data.text.lowercase = c.data.text.lowercase or bool(around and around.lowercase)
-  assets.update({name: (folder / name).read_bytes() for name in files[1:] if name in facts})
+  for name in files[1:]:
+    if name in facts:
+      assets[name] = safetensors.read_bytes(folder / name, safetensors.LARGEST_JSON)
   if names:
     assets["classes.json"] = json.dumps(names).encode()
   c.precision.compute = "float32"

@@ -13,9 +13,9 @@ from typing import Any
 
 from mmjax.config import UserError
 from mmjax.data import wordpiece
-from mmjax.data.text import Tokenizer
+from mmjax.data.text import LARGEST, Tokenizer
 from mmjax.interop.huggingface.clip import square
-from mmjax.interop.safetensors import read_json
+from mmjax.interop.safetensors import read_bytes, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SENTENCEPIECE = "spiece.model"
@@ -229,18 +229,20 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
   tokenizer.
   """
   assets = {
-    name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()
+    name: read_bytes(folder / name, LARGEST) for name in TOKENIZER_FILES if (folder / name).exists()
   }
-  facts = json.loads(assets.get("tokenizer_config.json", b"{}"))
+  config = folder / "tokenizer_config.json"
+  facts = read_json(config) if config.exists() else {}
   if not has_tokenizer(folder) and (vocabulary := folder / wordpiece.VOCABULARY).exists():
     assets["tokenizer.json"] = wordpiece.tokenizer_json(
-      {**assets, wordpiece.VOCABULARY: vocabulary.read_bytes()}
+      {**assets, wordpiece.VOCABULARY: read_bytes(vocabulary, LARGEST)}
     )
   stated = facts.get("pad_token") or family.PAD
   pad = stated.get("content") if isinstance(stated, dict) else stated
   if "tokenizer.json" in assets:
     import tokenizers
 
+    _check_tokenizer(folder / "tokenizer.json", assets)
     whole = tokenizers.Tokenizer.from_str(assets["tokenizer.json"].decode())
     whole.no_padding()
     whole.no_truncation()
@@ -263,7 +265,8 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
   elif (folder / SENTENCEPIECE).exists():
     import sentencepiece
 
-    assets = {"tokenizer.model": (folder / SENTENCEPIECE).read_bytes(), **assets}
+    assets = {"tokenizer.model": read_bytes(folder / SENTENCEPIECE, LARGEST), **assets}
+    _check_tokenizer(folder / SENTENCEPIECE, assets)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
     known = pieces.id_to_piece(pieces.piece_to_id(pad)) == pad
     settings = dict(
@@ -278,12 +281,18 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
       f"{folder}: no tokenizer.json, no {wordpiece.VOCABULARY} of BERT and no {SENTENCEPIECE}. "
       "Copy the tokenizer's files too"
     )
-  Tokenizer.from_assets(assets)  # or it says what is wrong with them
   inputs = facts.get("model_input_names")
   settings.update(
     mask_padding=family.MASK_PADDING if inputs is None else "attention_mask" in inputs
   )
   return settings, assets
+
+
+def _check_tokenizer(path: Path, assets: Mapping[str, bytes]) -> None:
+  try:
+    Tokenizer.from_assets(assets)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
 
 
 def longest_text(assets: Mapping[str, bytes]) -> int:
