@@ -25,7 +25,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from mmjax.data.container import STREAMED, check_whole, is_iso, open_container
+from mmjax.data.container import STREAMED, check_whole, decoder, is_iso, open_container
 from mmjax.data.image import Unreadable
 
 MAX_SECONDS = 3600  # of a file
@@ -139,7 +139,7 @@ def _by_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
     if not container.streams.audio:
       raise Unreadable("no sound track in the file")
     stream = container.streams.audio[0]
-    stream.codec_context.thread_count = 1  # sounds run in parallel, one a thread or process
+    decoder(stream)
     found, channels = stream.rate, stream.channels
     if not 0 < found <= _MAX_RATE:
       raise Unreadable(f"a sound track of {found} samples a second")

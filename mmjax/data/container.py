@@ -52,6 +52,17 @@ def open_container(data: bytes) -> av.container.InputContainer:
   return av.open(io.BytesIO(data), options={"format_whitelist": _FORMATS})
 
 
+def decoder(stream: av.stream.Stream) -> av.CodecContext:
+  """The decoder of a stream, on one thread: media are read in parallel, one a thread or process.
+
+  Raises Unreadable: FFmpeg has no decoder for what the header names.
+  """
+  if stream.codec_context is None:
+    raise Unreadable(f"no decoder for its {stream.type} stream")
+  stream.codec_context.thread_count = 1
+  return stream.codec_context
+
+
 def check_whole(data: bytes) -> None:
   """Raises Unreadable: a file that is shorter than its header says."""
   if (missing := missing_bytes(data)) > _SLIP:

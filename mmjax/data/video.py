@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from mmjax.data.augment import crop_box
-from mmjax.data.container import open_container
+from mmjax.data.container import decoder, open_container
 from mmjax.data.image import Unreadable, decode_and_transform
 from mmjax.data.resample import resize_fast
 
@@ -176,7 +176,8 @@ def _measure(data: bytes) -> _Measure:
     if not container.streams.video:
       raise Unreadable("no video stream in the file")
     stream = container.streams.video[0]
-    height, width = stream.codec_context.height, stream.codec_context.width
+    codec = decoder(stream)
+    height, width = codec.height, codec.width
     if height * width > MAX_PIXELS:
       raise Unreadable(
         f"video of {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels a frame"
@@ -234,7 +235,7 @@ def _frames(data: bytes, wanted: np.ndarray) -> list[np.ndarray]:
   kept, remaining = [], list(wanted[::-1])
   with open_container(data) as container:
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # videos run in parallel, one a thread or process
+    decoder(stream)
     for index, frame in enumerate(container.decode(stream)):
       if frame.is_corrupt:
         raise Unreadable("damaged video (a frame cannot be decoded)")

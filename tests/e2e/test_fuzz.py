@@ -193,6 +193,8 @@ def as_table(draw: random.Random, table: list[dict], delimiter: str) -> str:
   out = io.StringIO()
   names = list(dict.fromkeys(name for row in table for name in row)) or ["image"]
   quoting = draw.choice((csv.QUOTE_MINIMAL, csv.QUOTE_NONE, csv.QUOTE_ALL))
+  if len(names) == 1:
+    quoting = csv.QUOTE_ALL  # the module cannot write one empty cell without quotation marks
   writer = csv.DictWriter(out, names, delimiter=delimiter, quoting=quoting, escapechar="\\")
   writer.writeheader()
   for row in table:
