@@ -1,9 +1,9 @@
 """Emoji drawn from their names by a small GAN: a generator and a discriminator, each with its own
 optimizer.
 
-mmjax data build openmoji mmjax data tokenizer --source openmoji --split train+validation
---languages en --vocab-size 1024 --name quickstart mmjax train --config configs/emoji_gan.py
---workdir runs/emoji_gan
+mmjax data build openmoji
+mmjax data tokenizer --source openmoji --split train+validation --languages en --vocab-size 1024 --name quickstart
+mmjax train --config configs/emoji_gan.py --workdir runs/emoji_gan
 """
 
 import mmjax

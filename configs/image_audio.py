@@ -1,9 +1,9 @@
 """Pictures and speech that meet in text alone: no picture is ever shown with its sound (as in
 ImageBind, Girdhar et al. 2023).
 
-mmjax data build openmoji && mmjax data build spoken_emoji mmjax data tokenizer --source openmoji
---split train+validation --languages en --vocab-size 1024 --name quickstart mmjax train --config
-configs/image_audio.py --workdir runs/image_audio
+mmjax data build openmoji && mmjax data build spoken_emoji
+mmjax data tokenizer --source openmoji --split train+validation --languages en --vocab-size 1024 --name quickstart
+mmjax train --config configs/image_audio.py --workdir runs/image_audio
 """
 
 import mmjax

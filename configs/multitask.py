@@ -1,8 +1,8 @@
 """One model, three tasks, a source of its own each: captions of scenes, questions about shapes,
 names of emoji.
 
-mmjax data build emoji_scenes && mmjax data build easy_vqa && mmjax data build openmoji mmjax data
-tokenizer --source openmoji,emoji_scenes,easy_vqa --languages en --vocab-size 1024 --name multitask
+mmjax data build emoji_scenes && mmjax data build easy_vqa && mmjax data build openmoji
+mmjax data tokenizer --source openmoji,emoji_scenes,easy_vqa --languages en --vocab-size 1024 --name multitask
 mmjax train --config configs/multitask.py --workdir runs/multitask
 mmjax train --config configs/multitask.py:captions --workdir runs/multitask_captions   # one task alone
 """

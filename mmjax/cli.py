@@ -219,6 +219,30 @@ def _config_show(options) -> None:
   say(config.to_json(resolved) if options.json else describe.describe(resolved, docs=options.docs))
 
 
+def _config_keys(options) -> None:
+  from mmjax import reference
+
+  _print_table(options, reference.keys(options.pattern), reference.keys_table)
+
+
+def _config_kinds(options) -> None:
+  from mmjax import reference
+
+  _print_table(options, reference.kinds(options.name), reference.kinds_table)
+
+
+def _config_methods(options) -> None:
+  from mmjax import reference
+
+  _print_table(options, reference.methods(), reference.methods_table)
+
+
+def _print_table(options, rows: list[dict], markdown: Callable[[list[dict]], str]) -> None:
+  from mmjax.printing import say
+
+  say(json.dumps(rows, indent=2, ensure_ascii=False) if options.json else markdown(rows))
+
+
 def _import(options) -> None:
   from mmjax.interop import huggingface
 
@@ -543,9 +567,9 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--vocab-size", type=int, default=4096)
   _data_dir(sub)
 
-  config = commands.add_parser("config", help="Show a resolved config.").add_subparsers(
-    dest="config_command", metavar="COMMAND", required=True, parser_class=_Parser
-  )
+  config = commands.add_parser(
+    "config", help="Show a resolved config, and all keys and kinds that there are."
+  ).add_subparsers(dest="config_command", metavar="COMMAND", required=True, parser_class=_Parser)
   sub = command(
     config,
     "show",
@@ -556,6 +580,32 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument("file", metavar="FILE")
   sub.add_argument("--docs", action="store_true", help="with the meaning of each key")
+  sub.add_argument("--json", action="store_true", help="as JSON")
+  sub = command(
+    config,
+    "keys",
+    _config_keys,
+    "Print what every key of a config means and takes (Markdown).",
+    "mmjax config keys 'data.image.*'",
+  )
+  sub.add_argument("pattern", nargs="?", default="*", help="only keys that fit; default: all")
+  sub.add_argument("--json", action="store_true", help="as JSON")
+  sub = command(
+    config,
+    "kinds",
+    _config_kinds,
+    "Print the kinds of encoders, objectives, optimizers, ... and their settings (Markdown).",
+    "mmjax config kinds contrastive",
+  )
+  sub.add_argument("name", nargs="?", default="", help="a kind or a group; default: all")
+  sub.add_argument("--json", action="store_true", help="as JSON")
+  sub = command(
+    config,
+    "methods",
+    _config_methods,
+    "Print the methods of the models that objectives call (Markdown).",
+    "mmjax config methods",
+  )
   sub.add_argument("--json", action="store_true", help="as JSON")
 
   sub = command(

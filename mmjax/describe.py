@@ -92,7 +92,7 @@ def meaning(kind: str, group: str, setting: str) -> str:
         body = text[head.end() : heads[at + 1].start() if at + 1 < len(heads) else None]
         body = re.split(r"\n\s*\n|\s(?=(?:Metrics|Returns|Raises|Needs)\b.*:)", body)[0]
         body = " ".join(body.split()).rstrip(";. ")
-        if re.search(r"see `\w+`", body):
+        if re.search(r"see\s+`\w+`", body):
           break  # that kind says it
         return f"{head[1]}: {body}" if ", " in head[1] else body
   for text, _ in _docstrings(kind, group, set()):
@@ -109,6 +109,6 @@ def _docstrings(kind: str, group: str, before: set[str]) -> Iterator[tuple[str, 
   function = kind_function({"kind": kind}, group)
   text, names = inspect.getdoc(function) or "", list(kind_settings(function))
   yield text, names
-  for other in re.findall(r"see `(\w+)`", text, re.I):
+  for other in re.findall(r"see\s+`(\w+)`", text, re.I):
     if other in KINDS[group] and other not in before:
       yield from _docstrings(other, group, {*before, kind})

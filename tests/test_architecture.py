@@ -9,7 +9,7 @@ import sys
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "mmjax"
 FLOORS = [
-  ("printing", "ranges", "keys", "config", "describe", "files", "ownership"),
+  ("printing", "ranges", "keys", "config", "describe", "reference", "files", "ownership"),
   ("parallel",),
   ("models", "data"),
   ("objectives",),

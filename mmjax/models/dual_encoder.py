@@ -23,7 +23,7 @@ class DualEncoder(nn.Module):
   """One encoder a modality, each projected to a shared space of `width`, compared by cosine times
   `temperature()`.
 
-  `batch` is the nested dict of DESIGN.md, {modality: {...}}. `unprojected` modalities are in the
+  `batch` is the nested dict of mmjax/README.md, {modality: {...}}. `unprojected` modalities are in the
   shared space already.
   """
 

@@ -46,7 +46,7 @@ class SingleEncoder(nn.Module):
   `spelling`: tokens of a CTC head on each token of the encoder, for `spell`; 0 = none. `blank`: the
   one that stands for none.
   `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of
-  DESIGN.md, {modality: {...}}.
+  mmjax/README.md, {modality: {...}}.
   """
 
   encoders: Mapping[str, nn.Module]

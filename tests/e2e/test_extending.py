@@ -1,4 +1,4 @@
-"""The README's "Adding your own": its files are taken out as they stand, and its commands run with
+"""mmjax/README.md, "Adding your own": its files are taken out as they stand, and its commands run with
 them.
 """
 
@@ -15,18 +15,11 @@ import mmjax
 from mmjax import cli
 from mmjax.config import KINDS, ConfigError, UserError, kind_function
 from mmjax.data.builders import build
-from tests.e2e.commands import ROOT
+from tests.guides import blocks, commands, read
 
-SECTION = re.search(
-  r"## Adding your own\n(.*?)\n## |## Adding your own\n(.*)", (ROOT / "README.md").read_text(), re.S
-)[0]
-FILES = {
-  re.match(r"# (\w+\.py) ", block)[1]: block
-  for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)
-}
-COMMANDS = [
-  line for block in re.findall(r"```sh\n(.*?)```", SECTION, re.S) for line in block.splitlines()
-]
+SECTION = read("mmjax/README.md", "## Adding your own")
+FILES = {re.match(r"# (\w+\.py) ", block)[1]: block for block in blocks(SECTION, "python")}
+COMMANDS = commands(SECTION)
 PARTS = {
   "encoder": "my_encoder:mixer",
   "fusion": "my_fusion:product",

@@ -11,6 +11,7 @@ import sys
 import pytest
 import yaml
 
+from tests.guides import commands, read
 from tests.launch.fakes import LAUNCH, ROOT
 
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -100,20 +101,16 @@ def test_bad_usage_is_named(fakes, script, words, message):
   assert message in fakes.run(script, *words, code=2)
 
 
-SECTION = (ROOT / "README.md").read_text().split("## Several hosts")[1].split("\n## ")[0]
-COMMANDS = [
-  line.split("  #")[0].strip()
-  for line in re.search(r"```bash\n(.*?)```", SECTION, re.S)[1].splitlines()
-]
+COMMANDS = commands(read("launch/README.md", "## Several hosts"))
 
 
-def test_the_readme_names_every_launcher():
+def test_the_guide_names_every_launcher():
   named = " ".join(COMMANDS)
   assert all(f"launch/{script}" in named for script in DRY)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_readme_are_understood(fakes, command):
+def test_commands_of_the_guide_are_understood(fakes, command):
   """As they stand there, but for --dry-run; sbatch gives its script what follows it."""
   fakes.add(
     "sbatch",

@@ -1,9 +1,10 @@
-"""Every command and every program of the README runs as it is written, on small data in a folder of
-its own.
+"""Every `mmjax` command and every program of the guides runs as it is written, on small data in a
+folder of its own. Recipes, which take minutes each, are in test_recipes.py, launchers in tests/launch.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -22,16 +23,17 @@ from mmjax import cli
 from tests.data.test_audio import encode as sound
 from tests.data.test_audio import tone
 from tests.e2e.commands import ROOT, SMALL, environment
+from tests.guides import blocks, commands, read
 from tests.inference import tiny
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+TEXTS = {  # in the order in which they are run
+  "configs/README.md": read("configs/README.md").split("\n### easy_vqa\n")[0],
+  "mmjax/README.md": read("mmjax/README.md").split("\n## Adding your own\n")[0],
+  "mmjax/data/README.md": read("mmjax/data/README.md"),
+  "launch/README.md": read("launch/README.md", "## Train, stop, resume"),
+}
 COMMANDS = [
-  line.split("  #")[0].strip()
-  for kind, block in BLOCKS
-  if kind == "bash"
-  for line in block.splitlines()
-  if line.startswith("mmjax ")
+  command for text in TEXTS.values() for command in commands(text) if command.startswith("mmjax ")
 ]
 
 
@@ -44,8 +46,8 @@ def picture(seed: int) -> bytes:
 
 
 def make_inputs(folder: pathlib.Path) -> None:
-  """What the README's commands name: photos/, captions.jsonl, shards/, parts/,
-  path/to/clip-folder.
+  """What the guides' commands name: photos/, speech/, shards/, parts/, path/to/clip-folder, and the
+  annotations that stand in mmjax/data/README.md, with the media that these name.
   """
   import pyarrow as pa
   import pyarrow.parquet as pq
@@ -62,8 +64,19 @@ def make_inputs(folder: pathlib.Path) -> None:
     (folder / "photos" / f"{i}.txt").write_text(
       f"a red heart, number {i}, with a green frame and {i} dots"
     )
-  lines = [json.dumps(dict(image=f"photos/{i}.png", caption=f"words {i}")) for i in range(6)]
-  (folder / "captions.jsonl").write_text("\n".join(lines))
+  shown = re.findall(
+    r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", TEXTS["mmjax/data/README.md"], re.S | re.M
+  )
+  assert len(shown) >= 7
+  for name, text in shown:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+  (folder / "latin.csv").write_bytes((folder / "odd.csv").read_text().encode("cp1252"))
+  for folder_name in ("val", "talk"):
+    (folder / folder_name).mkdir()
+  for number in (42, 43):
+    (folder / "val" / f"{number:012d}.jpg").write_bytes(picture(number))
+  (folder / "talk" / "one.wav").write_bytes(sound(tone(0.3, 16_000), 16_000, kind="WAV"))
   for i in range(10):
     with tarfile.open(folder / "shards" / f"{i:05d}.tar", "w") as tar:
       for name, data in ((f"{i}.png", picture(i)), (f"{i}.txt", b"a caption")):
@@ -146,10 +159,10 @@ def make_models(folder: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, embedded_data):
-  """A folder where the README's commands have been run, in their order; (folder, {command: (exit
-  code, stderr)}).
+  """A folder where the guides' commands have been run, in their order; (folder, {command: exit
+  code}).
   """
-  folder = tmp_path_factory.mktemp("readme")
+  folder = tmp_path_factory.mktemp("guides")
   make_inputs(folder)
   (folder / "configs").symlink_to(ROOT / "configs")
   before, data = os.getcwd(), os.environ["MMJAX_DATA"]
@@ -184,47 +197,15 @@ def place(tmp_path_factory, embedded_data):
     os.environ["MMJAX_DATA"] = data
 
 
-def test_there_are_commands_of_every_kind():
-  first = {command.split()[1] for command in COMMANDS}
-  assert first >= {
-    "train",
-    "eval",
-    "data",
-    "config",
-    "import",
-    "export",
-    "embed",
-    "search",
-    "generate",
-  }
+def program(text: str, word: str) -> str:
+  """The Python block of a guide that has this word."""
+  (found,) = [block for block in blocks(text, "python") if word in block]
+  return found
 
 
-def test_every_command_runs(place):
-  assert {command: code for command, code in place[1].items() if code} == {}
-
-
-def test_the_predictor_example_runs(place):
-  folder, _ = place
-  code = next(block for kind, block in BLOCKS if kind == "python" and "mmjax.load" in block)
-  script = code + "\nassert images.shape[0] == texts.shape[0] == 2"
-  subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment(), check=True)
-
-
-def test_the_example_of_sound_runs(place):
-  folder, _ = place
-  code = next(block for kind, block in BLOCKS if kind == "python" and "encode_audio" in block)
-  subprocess.run(
-    [sys.executable, "-c", code + "\nassert len(texts) == 1"],
-    cwd=folder,
-    env=environment(),
-    check=True,
-  )
-
-
-def test_the_recall_by_numpy_is_the_evaluators(place):
-  folder, _ = place
-  code = next(block for kind, block in BLOCKS if kind == "python" and "e.npz" in block)
-  printed = subprocess.run(
+def python(folder: pathlib.Path, code: str) -> str:
+  """What a program prints, run in a process of its own in `folder`."""
+  return subprocess.run(
     [sys.executable, "-c", code],
     cwd=folder,
     env=environment(),
@@ -232,20 +213,68 @@ def test_the_recall_by_numpy_is_the_evaluators(place):
     capture_output=True,
     text=True,
   ).stdout
-  scores = json.loads((folder / "runs/quickstart/eval.json").read_text())
-  assert float(printed) == pytest.approx(scores["retrieval/combinations"]["image_to_text/R@1"])
 
 
-def test_the_stablehlo_loader_is_ten_lines_and_runs(place):
+def test_there_are_commands_of_every_kind():
+  first = {" ".join(command.split()[1:3]) for command in COMMANDS}
+  assert first >= {
+    *("data build", "data convert", "data show", "data tokenizer"),
+    *("config show", "config keys", "config kinds", "import --from", "export --checkpoint"),
+    *("train --config", "eval --checkpoint", "embed --checkpoint", "search --checkpoint"),
+    "generate --checkpoint",
+  }
+
+
+def test_every_command_runs(place):
+  assert {command: code for command, code in place[1].items() if code} == {}
+
+
+def test_six_lines_of_the_readme_and_those_of_the_guide_run(place):
+  first = program(read("README.md"), "mmjax.load")
+  assert len(first.strip().splitlines()) == 6
+  shapes = "print(pictures.shape, texts.shape, best.shape, share.shape)"
+  guide = program(read("mmjax/README.md"), 'mmjax.load("runs/quickstart")')
+  done = python(place[0], f"{first}{shapes}\n{guide}print(images.shape, texts.shape)")
+  assert done.splitlines() == ["(2, 16) (2, 16) (2,) (1, 2)", "(2, 16) (2, 16)"]
+
+
+def test_the_example_of_sound_runs(place):
+  code = program(read("mmjax/README.md"), "encode_audio")
+  python(place[0], code + "\nassert len(texts) == 1")
+
+
+def test_the_recall_by_numpy_is_the_evaluators(place):
   folder, _ = place
-  code = next(block for kind, block in BLOCKS if kind == "python" and "deserialize" in block)
-  assert len(code.strip().splitlines()) <= 10
+  scores = json.loads((folder / "runs/quickstart/eval.json").read_text())
+  printed = float(python(folder, program(read("configs/README.md"), "e.npz")))
+  assert printed == pytest.approx(scores["retrieval/combinations"]["image_to_text/R@1"])
+
+
+def test_the_stablehlo_loader_is_ten_statements_and_runs(place):
+  code = program(read("mmjax/README.md"), "deserialize")
+  assert len(ast.parse(code).body) <= 10
   blocked = (
     "import sys\nfor name in ('mmjax', 'flax', 'optax', 'orbax', 'grain', 'tensorflow', "
     "'sentencepiece'): sys.modules[name] = None\n"
   )
-  subprocess.run([sys.executable, "-c", blocked + code], cwd=folder, env=environment(), check=True)
+  python(place[0], blocked + code)
 
 
-def test_the_recipe_scores_are_filled_in():
-  assert "@@" not in README
+def test_converters_read_all_of_the_examples_shown(place):
+  """Each form gives the records and the captions that the guide's example has."""
+  folder, _ = place
+
+  def metadata(name):
+    return json.loads(next((folder / "data" / name).rglob("metadata.json")).read_text())
+
+  def sizes(name):
+    from mmjax.data.builders import find_version, split_sizes
+
+    return split_sizes(find_version(folder / "data", name))
+
+  assert sizes("table") == sizes("coco") == sizes("questions") == sizes("chat") == {"train": 2}
+  assert sizes("mine") == sizes("mine_too") == {"train": 3}
+  assert sizes("odd") == {"train": 2, "test": 2} and metadata("odd")["languages"] == ["de", "en"]
+  assert sizes("latin") == {"train": 2} and sizes("web") == {"train": 10}
+  assert metadata("questions")["answers"] == ["a farmer", "yes"]
+  assert (folder / "elsewhere" / "odd").is_dir()

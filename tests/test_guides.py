@@ -1,0 +1,204 @@
+"""The guides say what the code says: links and paths lead somewhere, tables are what commands print,
+commands parse, figures agree with each other and with the bars of the tests.
+"""
+
+import ast
+import re
+import shlex
+
+import pytest
+
+import mmjax
+from mmjax import cli
+from mmjax.data.builders import BUILDERS
+from mmjax.data.readers import FORMATS
+from mmjax.data.readers.columns import COLUMNS
+from mmjax.keys import KINDS
+from tests import guides
+from tests.e2e import test_recipes
+from tests.guides import GUIDES, ROOT, blocks, cells, commands, read
+
+RECIPES = [  # (name, score, time) of the README
+  (re.match(r"\[(\w+)\]", row[0])[1], row[2], row[3])
+  for row in cells(read("README.md", "## Recipes"))
+  if row[0].startswith("[")
+]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+TRAINED = [
+  name for name in CONFIGS if name not in ("captioner_7b", "siglip_b16", "siglip_so400m14")
+]
+
+
+def numbers(text: str) -> set[str]:
+  return set(re.findall(r"\d+\.\d+|\d+", text))
+
+
+def test_the_house_has_these_guides():
+  wanted = {f"{folder}/README.md" for folder in guides.FOLDERS[1:]} | {"README.md"}
+  assert set(GUIDES) == wanted | {"configs/KEYS.md"}
+
+
+def test_the_readme_is_short_and_begins_with_code():
+  text = read("README.md")
+  first = "\n".join(text.splitlines()[:40])
+  assert len(text.splitlines()) <= 150
+  assert "pip install" in first and "bash launch/quickstart.sh" in first
+  assert len(blocks(first, "python")[0].strip().splitlines()) == 6
+  for row in cells(text):
+    assert all(len(re.sub(r"\]\([^)]*\)", "]", cell)) <= 100 for cell in row), row
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_links_lead_somewhere(guide):
+  text = read(guide)
+  for link in guides.links(text):
+    path, _, anchor = link.partition("#")
+    target = (ROOT / guide).parent / path if path else ROOT / guide
+    assert target.exists(), f"{guide}: {link}"
+    if anchor:
+      assert anchor in guides.anchors(target.read_text(encoding="utf-8")), f"{guide}: {link}"
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_files_that_are_named_exist(guide):
+  roots = (ROOT, ROOT / guide, (ROOT / guide).parent, ROOT / "mmjax")
+  for name in re.findall(r"(?<![\w./-])((?:[\w-]+/)+[\w-]+\.(?:py|sh|yaml|sbatch))", read(guide)):
+    if not name.startswith(("runs/", "path/")) and name != "configs/mine.py":
+      assert any((root / name).exists() for root in roots), f"{guide} names {name}"
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_lines_are_short(guide):
+  text = guides.FENCED.sub("", guides.PRINTED.sub("", read(guide)))
+  for line in text.splitlines():
+    assert len(line) <= 110 or line.startswith("|") or "](" in line, f"{guide}: {line}"
+
+
+@pytest.mark.parametrize("guide", [guide for guide in GUIDES if "<!-- begin" in read(guide)])
+def test_tables_are_what_the_commands_print(guide):
+  for _, command, text, _ in guides.PRINTED.findall(read(guide)):
+    assert text == guides.printed(command), (
+      f"{guide}: `mmjax {command}` prints something else; run python -m tests.guides"
+    )
+
+
+def test_every_key_kind_and_method_is_in_the_tables():
+  text = read("configs/KEYS.md")
+  for key in mmjax.config.flatten(mmjax.config.base()):
+    assert f"| `{key[0]}` |" in text or not key[0] or key[1] == {}, key
+  for group, names in KINDS.items():
+    assert all(f"### {group} `{name}`" in text for name in names)
+  methods = read("mmjax/README.md", "## Methods that objectives call")
+  asked = {
+    name
+    for path in (ROOT / "mmjax" / "objectives").glob("*.py")
+    for name in re.findall(r'forward(?:\.teacher)?\("(\w+)"', path.read_text())
+  }
+  assert asked and all(f"| `{name}(" in methods for name in asked)
+
+
+def test_tables_have_a_meaning_for_every_setting():
+  for row in cells(read("configs/KEYS.md")):
+    assert all(row), row
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_commands_parse(guide):
+  for command in commands(read(guide)):
+    words = shlex.split(command)
+    while "=" in words[0]:
+      words.pop(0)
+    for part in command.split(" && "):
+      if part.startswith("mmjax "):
+        _, rest = cli._parser().parse_known_args(shlex.split(part)[1:])
+        assert all(word.startswith("--config.") for word in rest), command
+    if words[0] in ("bash", "python"):
+      text = (ROOT / words[1]).read_text()
+      assert all(word in text for word in words[2:] if re.match(r"--(?!config|workdir|env)", word))
+    assert words[0] in ("mmjax", "bash", "python", "pip", "sbatch"), command
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_programs_parse_and_pieces_of_configs_resolve(guide):
+  for code in blocks(read(guide), "python"):
+    ast.parse(code)
+    if code.startswith("c."):
+      c = mmjax.config.base()
+      c.data.sources.emoji = dict(name="openmoji")
+      c.data.text.tokenizer = "quickstart"
+      image, text = dict(kind="vit", patch=16), dict(kind="transformer")
+      c.model = dict(name="dual_encoder", encoders=dict(image=image, text=text))
+      c.objectives.align = dict(kind="contrastive", between=("image", "text"))
+      exec(code, dict(c=c))
+      mmjax.config.resolve(c)
+
+
+def test_each_recipe_has_a_row_and_a_section():
+  assert [name for name, _, _ in RECIPES if name not in TRAINED] == []
+  assert sorted(name for name, _, _ in RECIPES) == TRAINED
+  larger = read("configs/README.md", "### Larger configs")
+  assert all(f"`{name}.py`" in larger for name in CONFIGS if name not in TRAINED)
+
+
+@pytest.mark.parametrize(("name", "score", "seconds"), RECIPES, ids=[row[0] for row in RECIPES])
+def test_scores_and_times_of_the_readme_are_those_of_the_recipes(name, score, seconds):
+  guide = read("configs/README.md", "## Recipes")
+  section = read("configs/README.md", f"### {name}")
+  assert re.search(r"\d", score) and numbers(score) <= numbers(section)
+  (row,) = [row for row in cells(guide) if row[0].startswith(f"`{name}.py") and len(row) == 4]
+  assert row[3] == seconds.removesuffix(" s")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_commands_of_a_recipe_are_those_of_its_config(name):
+  text = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
+  lines = [line for line in text.splitlines() if line.startswith(("mmjax ", "bash "))]
+  shown = blocks(read("configs/README.md", f"### {name}"), "bash")[0].strip().splitlines()
+  assert shown == (lines or ["bash launch/quickstart.sh"])
+
+
+@pytest.mark.parametrize(
+  ("recipe", "bars"), test_recipes.FULL, ids=[r for r, _ in test_recipes.FULL]
+)
+def test_the_bars_of_full_runs_guard_published_scores(recipe, bars):
+  published = [float(x) for x in numbers(read("configs/README.md", f"### {recipe.split(':')[0]}"))]
+  for wanted in bars.values():
+    for metric, bar in wanted.items():
+      low, high = (0.6 * bar, bar) if metric in test_recipes.AT_MOST else (bar, 1.6 * bar)
+      assert any(low <= score <= high for score in published), f"{metric} {bar}"
+
+
+def test_every_form_and_option_of_convert_has_an_example():
+  text = read("mmjax/data/README.md")
+  used = [command for command in commands(text) if command.startswith("mmjax data convert ")]
+  assert {command.split()[3] for command in used} == set(FORMATS)
+  options = cli._parser().parse_args(["data", "convert", "folder", "x", "--name", "x"])
+  named = {name for action in options.parser._actions for name in action.option_strings}
+  named -= {"-h", "--help"}
+  assert {
+    row[0].strip("`") for row in cells(read("mmjax/data/README.md", "## Options"))[1:]
+  } == named
+  assert {word for command in used for word in command.split() if word.startswith("--")} == named
+  assert all(f"`{role}`" in text for role in COLUMNS)
+
+
+def test_every_embedded_data_set_is_named():
+  rows = cells(read("mmjax/data/README.md", "## Embedded data sets"))[1:]
+  assert {row[0].strip("`") for row in rows} == set(BUILDERS)
+
+
+def test_the_picture_of_a_report_is_drawn_text():
+  text = guides.PICTURE.read_text()
+  assert text.startswith("<svg ") and "polyline" in text and len(text) < 60_000
+  assert "base64" not in text and "<script" not in text and "<image" not in text
+
+
+def test_no_guide_has_places_left_to_fill():
+  for guide in GUIDES:
+    text = read(guide)
+    assert not re.search(r"@@|TODO|FIXME|XXX|\?\?\?|\bTBD\b", text), guide
+
+
+def test_every_guide_is_in_the_sentence_of_guides():
+  shown = {link.partition("#")[0] for link in guides.links(read("README.md", "## Guides"))}
+  assert shown == set(GUIDES) - {"README.md"}
