@@ -11,7 +11,10 @@ import argparse
 import json
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
+
+from mmjax.ranges import Count, Examples, Exponent, Few, Seed, Size, Vocabulary
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _MEDIA = ("image", "audio", "video", "series")
@@ -355,6 +358,23 @@ def _not_empty(text: str) -> str:
   return text
 
 
+def _number(annotation: typing.Any) -> Callable[[str], float]:
+  """The `type` of an argument whose number lies in the range of `annotation` (ranges.py)."""
+  kind, bounds = typing.get_args(annotation)
+  noun = "a whole number" if kind is int else "a number"
+
+  def read(text: str) -> float:
+    try:
+      number = kind(text)
+    except ValueError:
+      number = None
+    if number is None or not bounds.holds(number):
+      raise argparse.ArgumentTypeError(f"it is {text!r:.40}, but must be {noun}, {bounds}")
+    return number
+
+  return read
+
+
 def _parser() -> argparse.ArgumentParser:
   from mmjax import __version__
 
@@ -530,7 +550,9 @@ def _parser() -> argparse.ArgumentParser:
     default="",
     help="of texts that are not UTF-8 and have no byte order mark, e.g. cp1252",
   )
-  sub.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+  sub.add_argument(
+    "--workers", type=_number(Few), default=os.cpu_count() or 1, metavar="N", help="processes"
+  )
   sub.add_argument("--json", action="store_true", help="print the summary as JSON")
   _data_dir(sub)
   sub = command(
@@ -542,8 +564,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument("name", metavar="NAME")
   sub.add_argument("--split", default="train")
-  sub.add_argument("--count", type=int, default=48)
-  sub.add_argument("--seed", type=int, default=0)
+  sub.add_argument(
+    "--count", type=_number(Examples), default=48, metavar="N", help="examples on the sheet"
+  )
+  sub.add_argument(
+    "--seed", type=_number(Seed), default=0, metavar="N", help="of their random choice"
+  )
   sub.add_argument("--out", default="sample.html", metavar="FILE")
   _data_dir(sub)
   sub = command(
@@ -564,7 +590,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument("--split", default="train")
   sub.add_argument("--languages", default="", help="comma-separated; default: all that there are")
-  sub.add_argument("--vocab-size", type=int, default=4096)
+  sub.add_argument(
+    "--vocab-size", type=_number(Vocabulary), default=4096, metavar="N", help="pieces at most"
+  )
   _data_dir(sub)
 
   config = commands.add_parser(
@@ -671,14 +699,15 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--video", metavar="DIR", help="folder of videos")
   sub.add_argument("--index", metavar="FILE", help="what `mmjax embed` wrote")
   sub.add_argument("--modality", choices=_MEDIA, help="of --index; default: the first that it has")
-  sub.add_argument("-k", type=int, default=5, help="number of hits")
+  sub.add_argument("-k", type=_number(Size), default=5, metavar="N", help="number of hits")
   sub.add_argument("--json", action="store_true")
 
   sub = command(
     commands,
     "generate",
     _generate,
-    "Write captions of pictures and clips, or transcripts of speech, by a model with a decoder.",
+    "Write captions of pictures and clips, or transcripts of speech, by a model with a decoder or "
+    "a CTC head.",
     "mmjax generate --checkpoint runs/scene_captions photos/a.png photos/b.png --beams 4",
   )
   _allow_code(sub)
@@ -688,22 +717,27 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument(
     "--beams",
-    type=int,
+    type=_number(Few),
     default=1,
-    help="width of the beam search; default: 1, the likeliest word each time",
+    metavar="N",
+    help="width of a decoder's beam search; default: 1, the likeliest token each time",
   )
   sub.add_argument(
-    "--max-length", type=int, default=0, metavar="N", help="tokens at most; default: as in training"
+    "--max-length",
+    type=_number(Count),
+    default=0,
+    metavar="N",
+    help="tokens at most; default: as in training",
   )
   sub.add_argument(
     "--length-penalty",
-    type=float,
+    type=_number(Exponent),
     default=1.0,
     metavar="X",
     help="of the beam search: above 1 favours longer texts",
   )
   sub.add_argument(
-    "--timestamps", action="store_true", help="of sounds, when each part is said (by Whisper)"
+    "--timestamps", action="store_true", help="of sounds, when each part is said (by a Whisper)"
   )
   sub.add_argument(
     "--json",

@@ -123,6 +123,7 @@ Length = Annotated[int, Range(1, 1_048_576)]  # tokens or time steps of a row
 Vocabulary = Annotated[int, Range(1, 16_777_216)]
 Batch = Annotated[int, Range(1, 16_777_216)]
 Few = Annotated[int, Range(1, 1_024)]
+Examples = Annotated[int, Range(1, 100_000)]  # on one sheet
 Threads = Annotated[int, Range(1, 1_024)]
 Processes = Annotated[int, Range(0, 1_024)]
 Channels = Annotated[int, Range(1, 65_536)]
@@ -143,6 +144,7 @@ Decay = Annotated[float, Range(0, below=1)]  # of a moving average
 Degrees = Annotated[float, Range(0, 180)]
 Hertz = Annotated[int, Range(100, 1_000_000)]
 Seconds = Annotated[float, Range(above=0, most=86_400)]
+Exponent = Annotated[float, Range(-100, 100)]
 Epsilon = Annotated[float, Range(above=0, most=1)]
 
 # Several numbers

@@ -4,6 +4,7 @@ are named in one place.
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -82,3 +83,12 @@ def test_nothing_is_unpickled():
     }
     assert "pickle" not in modules and "allow_pickle=True" not in path.read_text(), path
     assert not ({"loads"} & names and "marshal" in modules), path
+
+
+def test_every_extra_for_users_is_named_in_a_readme():
+  root = PACKAGE.parent
+  extras = re.findall(r'^    "(\w+)": [\[A-Z]', (root / "setup.py").read_text(), re.MULTILINE)
+  pages = [root / "README.md", *root.glob("[a-z]*/**/README.md")]
+  said = "".join(page.read_text() for page in pages)
+  assert {"tpu", "heic"} <= set(extras)
+  assert [name for name in extras if name not in ("hf", "dev") and f"[{name}]" not in said] == []

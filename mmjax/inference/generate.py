@@ -1,5 +1,5 @@
-"""`mmjax generate`: what a model with a decoder writes about files: captions of pictures and clips,
-transcripts of speech.
+"""`mmjax generate`: what a model with a decoder or a CTC head writes about files: captions of
+pictures and clips, transcripts of speech.
 """
 
 from __future__ import annotations

@@ -187,15 +187,15 @@ class Predictor:
     text, by a model whose decoder knows times (Whisper). Such a model reads a sound longer than
     data.audio.seconds in windows (transcribe.py; max_length is of each); any other reads that much
     of its beginning, and a warning names it.
-    Raises UserError: the model has no decoder or no such encoder, an item that cannot be read, or
+    Raises UserError: the model writes no text or has no such encoder, an item that cannot be read, or
     timestamps of what has none.
     """
     from mmjax.evaluation.captions import decode
 
     if not self.writes:
       raise UserError(
-        "this checkpoint has no decoder and writes no text: generate with a captioner "
-        "(model.decoder), or use `classify`"
+        "this checkpoint has neither a decoder nor a CTC head and writes no text: generate with a "
+        "captioner (model.decoder) or a recogniser (model.spelling), or use `classify`"
       )
     if beams > 1 and not self._decoder:
       raise UserError(
@@ -209,7 +209,7 @@ class Predictor:
       )
     if "text" in media:
       raise UserError(
-        "a decoder writes text about other media: give image=, audio= or video=, not text="
+        "text is written about other media: give image=, audio=, video= or series=, not text="
       )
     rows = max(1, WRITING // beams)
     if timestamps and not (self._knows_times and tuple(media) == ("audio",)):

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import jax
 
-from mmjax.config import UserError
+from mmjax.config import ConfigError, UserError
 
 GIB = 2**30
+_MOST_SLICES = 256
 
 
 class Chip(NamedTuple):
@@ -129,23 +130,24 @@ class Slice(NamedTuple):
 
 def parse(name: str) -> Slice:
   """The slice of a product name: v5e-16 and v6e-16 (16 chips), v4-32, v5p-32 and 7x-32 (32 cores,
-  16 chips), 2xv5e-256 (two slices of 256 chips), v5p:4x4x12 (a shape in chips). Raises UserError
+  16 chips), 2xv5e-256 (two slices of 256 chips), v5p:4x4x12 (a shape in chips). Raises ConfigError
   naming the nearest valid name."""
+  number, kinds = r"\d{1,9}", "|".join((*CHIPS, *_ALIASES))
   match = re.fullmatch(
-    rf"(?:(\d+)x)?({'|'.join((*CHIPS, *_ALIASES))})(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip().lower()
+    rf"(?:({number})x)?({kinds})(?:-({number})|:({number}(?:x{number})*))", name.strip().lower()
   )
   kind = _ALIASES.get(match[2], match[2]) if match else ""
   if not match:
-    raise UserError(f"--topology {name}: no such TPU{_did_you_mean(name)}")
+    raise ConfigError(f"--topology {name}: no such TPU{_did_you_mean(name)}")
   chip, slices = CHIPS[kind], int(match[1] or 1)
   prefix = f"{slices}x" if slices > 1 else ""
-  if slices < 1:
-    raise UserError(f"--topology {name}: there must be at least one slice")
+  if not 1 <= slices <= _MOST_SLICES:
+    raise ConfigError(f"--topology {name}: there may be 1 to {_MOST_SLICES:,} slices")
   if match[4]:
     shape = tuple(map(int, match[4].split("x")))
     if len(shape) != chip.dimensions or min(shape) < 1 or math.prod(shape) > chip.largest:
       example = "x".join(("4",) * chip.dimensions)
-      raise UserError(
+      raise ConfigError(
         f"--topology {name}: a {kind} slice has {chip.dimensions} dimensions and at most "
         f"{chip.largest} chips, such as {prefix}{kind}:{example}"
       )
@@ -153,7 +155,7 @@ def parse(name: str) -> Slice:
   sizes = product_sizes(chip)
   if int(match[3]) not in sizes:
     nearest = min(sizes, key=lambda n: (abs(math.log(n / max(1, int(match[3])))), n))
-    raise UserError(
+    raise ConfigError(
       f"--topology {name}: no {kind} slice has {match[3]} {chip.counts}. Did you mean "
       f"{prefix}{kind}-{nearest}? There are: {', '.join(map(str, sizes))} {chip.counts}"
     )

@@ -475,3 +475,26 @@ def test_a_full_disk_loses_nothing_that_was_saved(trained, tmp_path):
   assert metrics(folder)[: len(before)] == before
   run(*words)
   assert metrics(folder)[-1]["step"] == 8
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("data", "convert", "folder", "photos", "--name", "a", "--workers"),
+    ("data", "show", "openmoji", "--count"),
+    ("data", "show", "openmoji", "--seed"),
+    ("data", "tokenizer", "--source", "openmoji", "--name", "a", "--vocab-size"),
+    ("search", "--checkpoint", "run", "--images", "photos", "cat", "-k"),
+    ("generate", "--checkpoint", "run", "a.png", "--beams"),
+    ("generate", "--checkpoint", "run", "a.png", "--max-length"),
+    ("generate", "--checkpoint", "run", "a.png", "--length-penalty"),
+  ],
+)
+def test_a_number_out_of_its_range_is_bad_usage(words, mmjax):
+  for number in ("-1" if words[-1] != "--length-penalty" else "-1000", "1" + "0" * 30, "many", ""):
+    refused(mmjax(*words[:-1], f"{words[-1]}={number}"), 2, words[-1], "but must be a", "number")
+
+
+@pytest.mark.parametrize("name", ("9999xv5e-256", "v5e-" + "1" * 5000, "0xv5e-4", "v5p:4x4x999"))
+def test_a_slice_that_nobody_has_is_bad_usage(name, mmjax):
+  refused(mmjax("plan", "--config", "configs/quickstart.py", "--topology", name), 2, "--topology")

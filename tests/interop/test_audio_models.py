@@ -281,6 +281,7 @@ def test_what_a_generation_config_asks_and_is_not_kept_is_said(whisper_folder, t
   assert (
     len(lines) == 1
     and "num_beams 5, no_repeat_ngram_size 3, return_timestamps True, which is not kept" in lines[0]
+    and "--timestamps" in lines[0]
   )
   path.write_text(json.dumps(dict(facts, lang_to_id={"<|en|>": 5}, language="klingon")))
   with pytest.raises(UserError, match="language 'klingon' is not in lang_to_id, which has: <|en|>"):

@@ -206,3 +206,10 @@ def test_a_decoder_that_differs_from_the_embeddings_is_not_taken_for_tied(masked
     UserError, match="cls.predictions.decoder.weight differs from embeddings.word_embeddings.weight"
   ):
     import_hf(tmp_path / "hf", tmp_path / "mmjax")
+
+
+def test_a_head_that_is_left_out_is_said(tmp_path):
+  folder_of(tmp_path / "hf", transformers.BertForPreTraining)
+  notes = []
+  import_hf(tmp_path / "hf", tmp_path / "mmjax", log=notes.append)
+  assert len(notes) == 1 and "(cls.seq_relationship) is left out" in notes[0]

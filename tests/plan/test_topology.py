@@ -48,7 +48,7 @@ def test_product_names(name, kind, shape, slices, chips, devices):
     ("", ["no such TPU"]),
     ("v5e:4x4x4", ["2 dimensions", "v5e:4x4"]),
     ("v5e:64x64", ["at most 256"]),
-    ("0xv5e-16", ["at least one slice"]),
+    ("0xv5e-16", ["1 to 256 slices"]),
   ],
 )
 def test_other_names_are_refused_in_one_line_with_the_nearest(name, words):

@@ -49,10 +49,17 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     types=facts["type_vocab_size"],
     pooling="pooler" if "pooler.dense.weight" in tensors else "mean",
   )
+  next_sentence = [name for name in tensors if name.startswith("cls.seq_relationship.")]
+  note = (
+    "the head that tells whether a text follows another (cls.seq_relationship) is left out: there "
+    "is no such head here"
+  )
   return dict(
     model=single.model(tensors, dict(text=entry), facts["hidden_size"], masked_tokens=masked),
     image_size=None,
     text=dict(vocab_size=facts["vocab_size"], length=facts["max_position_embeddings"]),
+    left_out=next_sentence,
+    notes=[note] if next_sentence else [],
   )
 
 

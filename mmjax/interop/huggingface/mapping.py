@@ -20,8 +20,6 @@ IGNORED = (  # constants and copies that files carry beside the weights
   "relative_position_index",
   "cls.predictions.decoder.weight",
   "cls.predictions.decoder.bias",
-  "cls.seq_relationship.weight",
-  "cls.seq_relationship.bias",
   "model.encoder.embed_positions.weight",
   "proj_out.weight",
   "lm_head.decoder.weight",

@@ -138,8 +138,8 @@ def settings(
   notes = (
     [
       f"generation_config.json has {', '.join(other)}, which is not kept: texts are written by "
-      "the likeliest token each time, or with as many beams as the caller asks for, and without "
-      "time stamps"
+      "the likeliest token each time, with as many beams and with time stamps where "
+      "`mmjax generate` is asked for them (--beams, --timestamps)"
     ]
     if other
     else []
