@@ -75,7 +75,7 @@ def write_safetensors(predictor: Predictor, folder: Path) -> None:
       for name, x in flat_params({**predictor.params, **predictor.model_state}).items()
     },
     folder / "model.safetensors",
-    metadata={"format": "mmjax", "version": __version__},
+    metadata={"format": "mmjax"},  # of several, safetensors writes the order at random
   )
   (folder / "config.json").write_text(json.dumps(predictor.config.to_dict(), indent=2))
   (folder / "preprocessing.json").write_text(json.dumps(preprocessing(predictor), indent=2))

@@ -500,11 +500,13 @@ def spoil(draw: random.Random, theirs: pathlib.Path) -> None:
   path = draw.choice(files)
   config = theirs / "config" / "metadata"
   how = draw.randrange(5)
+  if how in (2, 3) and not is_json(config):
+    how = 4  # it is spoilt already
   if how == 0:
     path.write_bytes(damaged(draw, path.read_bytes()))
   elif how == 1:
     path.unlink()
-  elif how == 2 and config.exists():
+  elif how == 2:
     tree = json.loads(config.read_text())
     node = tree
     while isinstance(node, dict) and node:
@@ -514,7 +516,7 @@ def spoil(draw: random.Random, theirs: pathlib.Path) -> None:
         break
       node = node[name]
     config.write_text(json.dumps(tree))
-  elif how == 3 and config.exists():
+  elif how == 3:
     tree = json.loads(config.read_text())
     kind = draw.choice(
       (
@@ -539,6 +541,14 @@ def spoil(draw: random.Random, theirs: pathlib.Path) -> None:
         (b"", b"{}", b"[]", b"null", draw.randbytes(100), b"[" * 100_000, b'{"a":' * 50_000)
       )
     )
+
+
+def is_json(path: pathlib.Path) -> bool:
+  try:
+    json.loads(path.read_bytes())
+  except (OSError, ValueError):
+    return False
+  return True
 
 
 def sign(theirs: pathlib.Path) -> None:
