@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mmjax.config import UserError
+from mmjax.models.cpu import einsum
 from mmjax.models.fused_attention import LONGEST, TILE, fits, fused_attention
 from mmjax.models.layers import Dense, constrain, with_axes, xavier
-from mmjax.models.platform import materialise, platform
+from mmjax.models.platform import platform
 from mmjax.models.ring_attention import Ring, ring_attention
 from mmjax.parallel.rules import devices_along, places
 
@@ -180,18 +181,16 @@ def _xla(
   """The plain formula, on [B, H, L, K]: small products of contiguous matrices are what CPUs are
   quickest at.
   """
-  q, k, v = (
-    materialise(x.swapaxes(1, 2)) for x in (query * jnp.asarray(scale, query.dtype), key, value)
-  )
-  logits = materialise(jnp.einsum("bhld,bhsd->bhls", q, k, preferred_element_type=jnp.float32))
+  q, k, v = (x.swapaxes(1, 2) for x in (query * jnp.asarray(scale, query.dtype), key, value))
+  logits = einsum("bhld,bhsd->bhls", q, k, preferred_element_type=jnp.float32)
   if bias is not None:
     logits = logits + bias
   seen = _open(mask, causal, query.shape[1], key.shape[1])
   if seen is not None:
     seen, some = _blind_to_empty(seen)
     logits = jnp.where(seen[:, None], logits, -1e30)
-  weights = materialise(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
-  out = materialise(jnp.einsum("bhls,bhsd->bhld", weights, v)).swapaxes(1, 2)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  out = einsum("bhls,bhsd->bhld", weights, v).swapaxes(1, 2)
   return out if mask is None else jnp.where(some[:, :, None, None], out, 0)
 
 
@@ -456,7 +455,7 @@ class Attention(nn.Module):
     else:
       if context is None:
         qkv = projection()(x)
-        qkv = jax.lax.split(materialise(qkv, forward=False), (1, 1, 1), axis=qkv.ndim - 3)
+        qkv = jax.lax.split(qkv, (1, 1, 1), axis=qkv.ndim - 3)
         query, key, value = (part[..., 0, :, :] for part in qkv)
       else:
         query, key, value = CrossProjection(shape, self.dtype, self.use_bias, name="qkv")(

@@ -19,7 +19,7 @@ from mmjax.keys import Special
 from mmjax.models.attention import attend
 from mmjax.models.encoders.text import enough_positions
 from mmjax.models.layers import Dense, LayerNorm, Mlp, affine, constrain, normal, with_axes, xavier
-from mmjax.models.platform import materialise, platform
+from mmjax.models.platform import platform
 from mmjax.models.transformer import REMAT, Activation, Kernel, Remat, TransformerConfig
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, TokenId, TokenIds, Width
 
@@ -84,7 +84,7 @@ class Projections(nn.Module):
       1,
       ("qkv", "heads", "kv"),
     )
-    split = jax.lax.split(materialise(y, forward=False), (1,) * len(parts), axis=y.ndim - 3)
+    split = jax.lax.split(y, (1,) * len(parts), axis=y.ndim - 3)
     return [part[..., 0, :, :] for part in split]
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.layers import Dense
-from mmjax.models.platform import materialise
 from mmjax.ranges import Size, Sizes, Width
 
 Array = jax.Array
@@ -151,10 +150,8 @@ class Convolution(nn.Module):
     h, w = x.shape[1:3]
     x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
     s = self.stride
-    x = materialise(
-      jnp.concatenate(
-        [x[:, i : i + h : s, j : j + w : s] for i in range(3) for j in range(3)], axis=-1
-      )
+    x = jnp.concatenate(
+      [x[:, i : i + h : s, j : j + w : s] for i in range(3) for j in range(3)], axis=-1
     )
     return Dense(
       (self.channels,), ("embed", "mlp"), self.dtype, nn.initializers.he_normal(), name="dense"

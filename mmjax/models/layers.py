@@ -16,7 +16,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from mmjax.models.platform import materialise, on_lone_cpu, platform
+from mmjax.models import cpu
+from mmjax.models.platform import on_lone_cpu, platform
 from mmjax.parallel.rules import places
 
 Array = jax.Array
@@ -105,47 +106,25 @@ def affine(
   [*features]: [..., *features].
   axes: logical names of the features.
 
-  On a lone CPU device all are flattened to matrices first: XLA's CPU backend transposes whole
-  activations in memory for the kernel's gradient when it has to contract over several dimensions.
-  So are rows [N, ...] on TPUs, where no device axis splits
-  the features: the result then has the one layout that kernels read without a copy. Elsewhere
-  nothing is reshaped, so that shardings pass through.
+  On a lone CPU device all are flattened to matrices first (cpu.py). So are rows [N, ...] on TPUs,
+  where no device axis splits the features: the result then has the one layout that kernels read
+  without a copy. Elsewhere nothing is reshaped, so that shardings pass through.
   """
-  cpu, rows, columns = on_lone_cpu(), x.shape[: x.ndim - n], kernel.shape[n:]
+  x, rows, columns = cpu.barrier(x), x.shape[: x.ndim - n], kernel.shape[n:]
   whole = (
     len(rows) == 1
     and platform() == "tpu"
     and not any(places((*rows, *columns), ("batch", *axes))[1:])
   )
-  if not (cpu or whole):
-    y = jax.lax.dot_general(
-      x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ()))
-    )
-    return checkpoint_name(y if bias is None else y + bias, "dense")
+  if not (whole or on_lone_cpu()):
+    contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+    y = checkpoint_name(y if bias is None else y + bias, "dense")
+    return cpu.barrier(y, forward=False)
   x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns))
-  if cpu:
-    y = _matmul(x, kernel)
-    y = y if bias is None else y + bias.reshape(-1)
-  else:
-    y = _row_major(x, kernel, None if bias is None else bias.reshape(-1))
-  return checkpoint_name(y, "dense").reshape(*rows, *columns)
-
-
-@jax.custom_vjp
-def _matmul(x: Array, kernel: Array) -> Array:
-  """x [N, I] @ kernel [I, O]; the kernel's gradient is computed wide rather than tall, which Eigen
-  does in half the time.
-  """
-  return x @ kernel
-
-
-def _matmul_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-  x, kernel = kept
-  tall = kernel.shape[0] > kernel.shape[1]
-  return cotangent @ kernel.T, materialise(cotangent.T @ x).T if tall else x.T @ cotangent
-
-
-_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+  bias = None if bias is None else bias.reshape(-1)
+  y = _row_major(x, kernel, bias) if whole else cpu.matmul(x, kernel, bias)
+  return cpu.barrier(checkpoint_name(y, "dense").reshape(*rows, *columns), forward=False)
 
 
 @jax.custom_vjp
@@ -185,7 +164,7 @@ class LayerNorm(nn.Module):
     bias = self.param(
       "bias", with_axes(nn.initializers.zeros, ("embed",)), (x.shape[-1],), jnp.float32
     )
-    return materialise(
+    return cpu.barrier(
       normalise(x.astype(jnp.float32), scale, bias, self.eps, x.dtype == jnp.bfloat16).astype(
         self.dtype
       )
@@ -241,7 +220,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activate(name: str, x: Array) -> Array:
   """ACTIVATIONS[name](x); the backward pass keeps x alone and computes the derivative from it."""
-  return materialise(ACTIVATIONS[name](x))
+  return cpu.barrier(ACTIVATIONS[name](x))
 
 
 def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
@@ -251,11 +230,11 @@ def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
 def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
   if name == "gelu_tanh" and platform() == "tpu":
     return ((cotangent * _gelu_tanh_derivative(x.astype(jnp.float32))).astype(x.dtype),)
-  x = materialise(
+  x = cpu.barrier(
     x
   )  # or the CPU compiler would keep the forward pass's intermediates, several times the size of x
   _, derivative = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
-  return (materialise(cotangent * derivative),)
+  return (cpu.barrier(cotangent * derivative),)
 
 
 def _gelu_tanh_derivative(x: Array) -> Array:

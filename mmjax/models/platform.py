@@ -1,14 +1,12 @@
-"""Which platform a program is being traced for, and a barrier that only the CPU compiler sees.
+"""Which platform a program is being traced for.
 
-Both look past the machine that traces: a program compiled ahead of time for TPUs on a laptop, or
+It looks past the machine that traces: a program compiled ahead of time for TPUs on a laptop, or
 exported for several platforms at once, gets what suits its target.
 """
 
 from __future__ import annotations
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 Array = jax.Array
 _VECTOR_MEMORY = {
@@ -47,33 +45,3 @@ def on_lone_cpu() -> bool:
   """Whether the program being traced is for one CPU device."""
   mesh = jax.sharding.get_abstract_mesh()
   return platform() == "cpu" and (mesh.empty or mesh.size == 1)
-
-
-def materialise(x: Array, *, forward: bool = True) -> Array:
-  """`x`; on CPUs it is written to memory before anything reads it, and so is its cotangent.
-  Elsewhere: nothing at all.
-
-  XLA's CPU backend fuses an element-wise producer into the operand of a matrix product, or into
-  each of its readers, and then computes it again and again (tests/bench/train_step.py); TPU and GPU
-  compilers fuse such producers well, so they must not see a barrier. forward=False: the cotangent
-  alone.
-  """
-  return _materialise_p.bind(x, now=forward)
-
-
-def _lower(x: Array, *, now: bool) -> Array:
-  return jax.lax.optimization_barrier(x) if now else x
-
-
-_materialise_p = Primitive("cpu_materialise")
-_materialise_p.def_impl(lambda x, now: x)
-_materialise_p.def_abstract_eval(lambda x, now: x)
-ad.deflinear2(
-  _materialise_p,
-  lambda cotangent, _, now: [_materialise_p.bind(ad.instantiate_zeros(cotangent), now=True)],
-)
-batching.defvectorized(_materialise_p)
-mlir.register_lowering(_materialise_p, mlir.lower_fun(lambda x, now: x, multiple_results=False))
-mlir.register_lowering(
-  _materialise_p, mlir.lower_fun(_lower, multiple_results=False), platform="cpu"
-)

@@ -40,7 +40,6 @@ from mmjax.models.layers import (
   resize_positions,
   with_axes,
 )
-from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 from mmjax.ranges import (
   Count,
@@ -111,7 +110,7 @@ class WhisperEncoder(nn.Module):
         c.dtype,
         nn.initializers.lecun_normal(),
         name=f"convolution_{i}",
-      )(materialise(x))
+      )(x)
       x, mask = activate(c.activation, x), mask[:, ::stride]
     x = x + jnp.asarray(sinusoids(x.shape[1], c.width), c.dtype)
     return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
@@ -173,7 +172,7 @@ class SpectrogramTransformer(nn.Module):
     trained = self._grid(self.frames or kaldi_frames(round(self.rate * self.seconds), self.rate))
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
-    )(materialise(x.astype(c.dtype)))
+    )(x)
     x = hide_patches(self, x, batch)
     table = self.param(
       "position",

@@ -23,7 +23,6 @@ from mmjax.models.layers import (
   sincos_positions,
   with_axes,
 )
-from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, NonNegative, Side, Width
 
@@ -149,7 +148,6 @@ class VisionTransformer(nn.Module):
     if self.stem == "half_patch":
       x = HalfPatchStem(c.width, self.patch, c.activation, c.dtype, name="stem")(pixels)
       return x.reshape(x.shape[0], -1, c.width)
-    x = materialise(patchify(pixels, self.patch))
     return Dense(
       (c.width,),
       ("patch", "embed"),
@@ -157,7 +155,7 @@ class VisionTransformer(nn.Module):
       nn.initializers.lecun_normal(),
       self.patch_bias,
       name="patch",
-    )(x)
+    )(patchify(pixels, self.patch))
 
   def _positions(self, grid: tuple[int, int], head: bool) -> Array:
     """[head + grid rows * grid columns, D] float32."""
@@ -195,7 +193,7 @@ class HalfPatchStem(nn.Module):
     (b, h, w, _), half = x.shape, self.patch // 2
     channels = self.width // 2
     x = Dense((channels,), ("patch", "mlp"), self.dtype, nn.initializers.he_normal(), name="patch")(
-      materialise(patchify(x, half))
+      patchify(x, half)
     )
     x = activate(self.activation, x).reshape(b, h // half, w // half, channels)
     return Dense(
@@ -204,7 +202,7 @@ class HalfPatchStem(nn.Module):
       self.dtype,
       nn.initializers.lecun_normal(),
       name="convolution",
-    )(materialise(neighbours(x)))
+    )(neighbours(x))
 
 
 class ConvolutionStem(nn.Module):
@@ -238,7 +236,7 @@ class ConvolutionStem(nn.Module):
         self.dtype,
         nn.initializers.he_normal(),
         name=f"convolution_{i}",
-      )(materialise(neighbours(x)))
+      )(neighbours(x))
       x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
     return Dense(
       (self.width,), ("mlp", "embed"), self.dtype, nn.initializers.lecun_normal(), name="out"

@@ -20,7 +20,6 @@ from mmjax.models.encoders.sequence import (
   standardise,
 )
 from mmjax.models.layers import Dense, Encoded, hide_patches, normal, with_axes
-from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
 
@@ -51,7 +50,7 @@ class SeriesTransformer(nn.Module):
     x, mask = self.patches(batch)
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
-    )(materialise(x.astype(c.dtype)))
+    )(x)
     x = hide_patches(self, x, batch)
     position = self.param(
       "position",

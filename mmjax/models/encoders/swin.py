@@ -16,9 +16,9 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
+from mmjax.models.cpu import einsum
 from mmjax.models.encoders.image import normalise, patchify
 from mmjax.models.layers import Dense, Encoded, LayerNorm, Mlp, normal, with_axes, xavier
-from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation
 from mmjax.ranges import Dropout, Epsilon, Positive, Side, Sizes, Width
 
@@ -66,7 +66,7 @@ class SwinTransformer(nn.Module):
     rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
-    )(materialise(patchify(x, self.patch)))
+    )(patchify(x, self.patch))
     x = LayerNorm(EPS, c.dtype, name="patch_norm")(x).reshape(x.shape[0], rows, columns, c.width)
     side, number, total = -(-self.size // self.patch), 0, sum(c.depths)
     for stage, depth in enumerate(c.depths):
@@ -171,8 +171,8 @@ class WindowAttention(nn.Module):
     )
     if shift:
       logits = jnp.where(open_pairs(rows * n, columns * n, n, shift)[:, None], logits, -1e30)
-    weights = materialise(jax.nn.softmax(logits, axis=-1).astype(self.dtype))
-    out = jnp.einsum("bwhls,bwshd->bwlhd", weights, value)
+    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+    out = einsum("bwhls,bwshd->bwlhd", weights, value)
     out = Dense((width,), ("heads", "kv", "embed"), self.dtype, xavier(width, width), name="out")(
       out
     )

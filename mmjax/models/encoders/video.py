@@ -38,7 +38,6 @@ from mmjax.models.layers import (
   resize_positions,
   with_axes,
 )
-from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 from mmjax.ranges import (
   Count,
@@ -135,7 +134,7 @@ class ConvolutionFrame(nn.Module):
         self.dtype,
         nn.initializers.he_normal(),
         name=f"convolution_{i}",
-      )(materialise(neighbours(x)))
+      )(neighbours(x))
       x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
     linear = lambda name: Dense(
       (self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name=name
@@ -169,7 +168,7 @@ class TubeletTransformer(nn.Module):
     x, mask, (steps, *grid) = self._patches(batch, c.dtype)
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
-    )(materialise(x))
+    )(x)
     x, places = hide_patches(self, x, batch), self.size // self.patch
     table = lambda name, count: self.param(
       name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32
