@@ -579,6 +579,7 @@ KINDS: dict[str, dict[str, str]] = {
     "bert": "mmjax.models.encoders.bert:bert",
     "whisper": "mmjax.models.encoders.audio:whisper",
     "ast": "mmjax.models.encoders.audio:ast",
+    "htsat": "mmjax.models.encoders.htsat:htsat",
     "wav2vec2": "mmjax.models.encoders.wav2vec2:wav2vec2",
     "hubert": "mmjax.models.encoders.wav2vec2:wav2vec2",
     "frames": "mmjax.models.encoders.video:frames",

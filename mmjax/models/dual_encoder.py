@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.layers import Dense, Encoded, activate, with_axes
+from mmjax.models.pooling import keep_rows
+from mmjax.models.projection import Between, projection
 from mmjax.ranges import Count, Finite, Positive, Width
 
 Array = jax.Array
@@ -31,6 +33,7 @@ class DualEncoder(nn.Module):
   width: int
   unprojected: tuple[str, ...] = ()
   projection_bias: bool = False
+  projection_function: Between = "none"
   scale_init: float = 1 / 0.07
   scale_max: float = 100.0
   use_bias: bool = False
@@ -52,13 +55,8 @@ class DualEncoder(nn.Module):
       self.projections = {}
       return
     self.projections = {
-      modality: Dense(
-        (self.width,),
-        ("embed", "joint"),
-        jnp.float32,
-        nn.initializers.lecun_normal(),
-        self.projection_bias,
-        name=f"{modality}_projection",
+      modality: projection(
+        self.width, self.projection_function, self.projection_bias, f"{modality}_projection"
       )
       for modality in self.encoders
       if modality not in self.unprojected
@@ -107,9 +105,12 @@ class DualEncoder(nn.Module):
       raise UserError(
         "the model has no shared space (model.joint is False): set it to True to get embeddings"
       )
-    x = self.encode(modality, batch, train=train).pooled.astype(jnp.float32)
+    encoded = self.encode(modality, batch, train=train)
+    x = encoded.pooled.astype(jnp.float32)
     if modality in self.projections:
       x = self.projections[modality](x)
+    if self.projection_bias:  # which a row without the modality would get
+      x = keep_rows(x, encoded.mask)
     if x.shape[-1] != self.width:
       raise UserError(
         f"model.unprojected has {modality!r}, but its encoder gives {x.shape[-1]} channels and "
@@ -175,6 +176,7 @@ def dual_encoder(
   width: Width = 512,
   unprojected: tuple = (),
   projection_bias: bool = False,
+  projection_function: Between = "none",
   scale_init: Positive = 1 / 0.07,
   scale_max: Positive = 100.0,
   bias: bool = False,
@@ -185,7 +187,8 @@ def dual_encoder(
 
   width: channels of the shared space, and of encoders that do not say theirs.
   unprojected: modalities whose encoder's output is used as it is (its width must be `width`).
-  projection_bias: the projections have a bias.
+  projection_bias: the projections have a bias. projection_function: between two layers that each of
+  them then has, as CLAP; none = one layer.
   scale_init, scale_max: factor of the cosine at the start and at most (10 and no limit in SigLIP, 1
   / 0.07 and 100 in CLIP).
   bias, bias_init: learn a bias of the logits, for the sigmoid loss.
@@ -203,6 +206,7 @@ def dual_encoder(
     width=width,
     unprojected=tuple(unprojected),
     projection_bias=projection_bias,
+    projection_function=projection_function,
     scale_init=scale_init,
     scale_max=scale_max,
     use_bias=bias,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from mmjax.config import UserError
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
 from mmjax.models.pooling import SentencePooling, keep_rows, sentence
+from mmjax.models.projection import Between, projection
 from mmjax.ranges import Count, Sizes, Width
 
 Array = jax.Array
@@ -37,8 +38,8 @@ class SingleEncoder(nn.Module):
   `sentence_pooling`: pools the encoder's tokens in place of its own pooling, and `dense` are layers
   after it, each of so many channels and with a function of `dense_activations`, as
   sentence-transformers has them.
-  `projected`: the pooled output goes through a linear layer to `width` channels first, as CLIP's
-  towers have it.
+  `projected`: the pooled output goes through a linear layer (or two) to `width` channels first, as
+  CLIP's and CLAP's towers have it.
   `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it
   has a layer norm before it.
   `probabilities`: what makes probabilities of its logits: softmax, sigmoid (of one label, or
@@ -58,6 +59,7 @@ class SingleEncoder(nn.Module):
   classifier_norm: bool = False
   projected: bool = False
   projection_bias: bool = False
+  projection_function: Between = "none"
   sentence_pooling: tuple[SentencePooling, ...] = ()
   dense: tuple[int, ...] = ()
   dense_activations: tuple[DenseActivation, ...] = ()
@@ -80,13 +82,7 @@ class SingleEncoder(nn.Module):
         else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02))
       )
     if self.projected:
-      self.projection = Dense(
-        (self.width,),
-        ("embed", "joint"),
-        jnp.float32,
-        nn.initializers.lecun_normal(),
-        self.projection_bias,
-      )
+      self.projection = projection(self.width, self.projection_function, self.projection_bias)
     self.dense_layer = [
       Dense((width,), ("embed", "embed_out"), jnp.float32, use_bias=self.dense_bias)
       for width in self.dense
@@ -228,6 +224,7 @@ def encoder(
   masked_tokens: bool = False,
   projection: bool = False,
   projection_bias: bool = False,
+  projection_function: Between = "none",
   sentence_pooling: tuple = (),
   dense: Sizes = (),
   dense_activations: tuple = (),
@@ -252,7 +249,7 @@ def encoder(
   spelling: tokens of a CTC head on the encoder's tokens, which writes what is said in a sound; 0 =
   none. blank: the token for nothing.
   projection: a linear layer from the pooled output to `width` channels; projection_bias: it has a
-  bias.
+  bias; projection_function: between two such layers, as CLAP has; none = one layer.
   """
   if len(encoders) != 1:
     raise UserError(
@@ -284,6 +281,7 @@ def encoder(
     classifier_norm=classifier_norm,
     projected=projection,
     projection_bias=projection_bias,
+    projection_function=projection_function,
     sentence_pooling=tuple(sentence_pooling),
     dense=tuple(dense),
     dense_activations=tuple(dense_activations),

@@ -36,6 +36,13 @@ ENCODERS = {
   "bert": ("text", dict(kind="bert", **BLOCK)),
   "whisper": ("audio", dict(kind="whisper", mels=8, n_fft=64, hop=32, **BLOCK)),
   "ast": ("audio", dict(kind="ast", mels=8, patch=4, stride=3, **BLOCK)),
+  "htsat": (
+    "audio",
+    dict(
+      **dict(kind="htsat", mels=8, n_fft=64, hop=32, size=16),
+      **dict(width=16, depths=(2,), heads=(2,), window=2),
+    ),
+  ),
   "wav2vec2": (
     "audio",
     dict(

@@ -56,16 +56,20 @@ FAMILIES = {  # model_type -> the module of this package that reads and writes i
   "xlm-roberta": "roberta",
   "distilbert": "distilbert",
   "mpnet": "mpnet",
+  "clap": "clap",
+  "clap_text_model": "clap_text",
+  "clap_audio_model": "clap_audio",
   **{name: name for name in ("dinov2", "dinov2_with_registers")},
 }
 DUAL = ("clip", "siglip")  # those that hold two encoders
 ALONE = {  # an encoder's kind -> the families that it alone may be
-  "bert": ("bert", "roberta", "distilbert", "mpnet"),
+  "bert": ("bert", "roberta", "distilbert", "mpnet", "clap_text_model"),
   "transformer": ("clip_text_model", "siglip_text_model"),
   "vit": ("vit", "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers"),
   "resnet": ("resnet",),
   "swin": ("swin",),
   "ast": (AST,),
+  "htsat": ("clap_audio_model",),
   "wav2vec2": ("wav2vec2",),
   "hubert": ("hubert",),
 }
@@ -166,7 +170,7 @@ def import_hf(
   rules = [*family.rules(config), *sentences.rules(config)]
   params = mapping.to_params(tensors, rules, str(folder))
   _check_shapes(config, params, rules, folder)
-  state = {name: params.pop(name) for name in (single.STATISTICS,) if name in params}
+  state = {name: params.pop(name) for name in (mapping.STATISTICS,) if name in params}
   checkpoints.save_import(str(out), params, config, assets, state)
   for note in (*found.get("notes", ()), *(around.notes if around else ())):
     log(f"{folder}: {note}")
@@ -185,7 +189,7 @@ def _check_shapes(
   )
   theirs = {rule.ours: rule.theirs[0] for rule in rules}
   for name, value in flax.traverse_util.flatten_dict(params, sep="/").items():
-    spec = wanted.get(name if name.startswith(f"{single.STATISTICS}/") else f"params/{name}")
+    spec = wanted.get(name if name.startswith(f"{mapping.STATISTICS}/") else f"params/{name}")
     if spec is None or spec.shape != value.shape:
       needs = "does not belong to it" if spec is None else f"should have {list(spec.shape)}"
       raise UserError(
@@ -282,13 +286,16 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
     candidates = DUAL
   if name == "dual_encoder" and kinds == {"image": "naflex", "text": "transformer"}:
     candidates = ("siglip2",)
+  if name == "dual_encoder" and kinds == {"audio": "htsat", "text": "bert"}:
+    candidates = ("clap",)
   if name == "captioner" and kinds == {"audio": "whisper"}:
     candidates = ("whisper",)
   if not candidates:
     raise UserError(
       "transformers has no model for this one: it exports dual encoders with a vit or naflex for "
-      f"image and a transformer for text, single encoders of the kinds {', '.join(ALONE)}, and "
-      "captioners with whisper for audio alone. Export to safetensors or stablehlo"
+      "image and a transformer for text, or htsat for audio and bert for text, single encoders of "
+      f"the kinds {', '.join(ALONE)}, and captioners with whisper for audio alone. Export to "
+      "safetensors or stablehlo"
     )
   nearest: tuple[str, list[str]] | None = None
   for name in candidates:

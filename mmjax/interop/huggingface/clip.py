@@ -275,6 +275,7 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
     *text_refusals(model["encoders"]["text"]),
     ("model.unprojected", tuple(model["unprojected"]), ((),)),
     ("model.projection_bias", model["projection_bias"], (False,)),
+    ("model.projection_function", model["projection_function"], ("none",)),
     ("model.bias", model["bias"], (False,)),
     *block_refusals(config),
   ]

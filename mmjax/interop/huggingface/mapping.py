@@ -16,6 +16,7 @@ from mmjax.config import UserError
 Array = np.ndarray
 IGNORED = (  # constants and copies that files carry beside the weights
   "position_ids",
+  "embeddings.token_type_ids",
   "num_batches_tracked",
   "relative_position_index",
   "cls.predictions.decoder.weight",
@@ -30,6 +31,7 @@ IGNORED = (  # constants and copies that files carry beside the weights
 )
 
 
+STATISTICS = "batch_stats"  # the collection that holds what batch norms keep
 COPIES = {  # tensors that are left out -> those that they are copies of in a tied model
   "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
   "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -62,6 +64,28 @@ def same(ours: str, theirs: str, layers: int = 0, shape: tuple[int, ...] | None 
 
 def scalar(ours: str, theirs: str, shape: tuple[int, ...]) -> Rule:
   return Rule(ours, (theirs,), lambda t: t[0].reshape(()), lambda p: [p.reshape(shape)])
+
+
+def under(prefix: str, rules: Sequence[Rule]) -> list[Rule]:
+  """The rules for a file whose names begin with `prefix`."""
+  return [rule._replace(theirs=tuple(prefix + name for name in rule.theirs)) for rule in rules]
+
+
+def batch_norm(ours: str, theirs: str) -> list[Rule]:
+  """A batch normalisation, with its running statistics."""
+  return [
+    *norm(ours, theirs),
+    same(f"{STATISTICS}/{ours}/mean", f"{theirs}.running_mean"),
+    same(f"{STATISTICS}/{ours}/variance", f"{theirs}.running_var"),
+  ]
+
+
+def two_layers(ours: str, theirs: str) -> list[Rule]:
+  """A projection of two linear layers, as CLAP has."""
+  return [
+    *linear(f"{ours}/hidden", f"{theirs}.linear1"),
+    *linear(f"{ours}/out", f"{theirs}.linear2"),
+  ]
 
 
 def linear(ours: str, theirs: str, layers: int = 0, bias: bool = True) -> list[Rule]:

@@ -92,12 +92,9 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
 
 def _convolution(convolution: str, norm: str, theirs: str) -> list[Rule]:
   """A convolution without bias and its batch normalisation."""
-  statistics = f"{single.STATISTICS}/{norm}"
   return [
     mapping.convolution(f"{convolution}/kernel", f"{theirs}.convolution.weight"),
-    *mapping.norm(norm, f"{theirs}.normalization"),
-    mapping.same(f"{statistics}/mean", f"{theirs}.normalization.running_mean"),
-    mapping.same(f"{statistics}/variance", f"{theirs}.normalization.running_var"),
+    *mapping.batch_norm(norm, f"{theirs}.normalization"),
   ]
 
 

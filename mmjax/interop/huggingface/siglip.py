@@ -171,6 +171,7 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
     *text_refusals(model["encoders"]["text"], config["data"]["text"]["mask_padding"]),
     ("model.unprojected", tuple(model["unprojected"]), (("image",),)),
     ("model.projection_bias", model["projection_bias"], (True,)),
+    ("model.projection_function", model["projection_function"], ("none",)),
     ("model.bias", model["bias"], (True,)),
     *clip.block_refusals(config),
   ]

@@ -101,6 +101,7 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
     ),
     ("model.unprojected", tuple(model["unprojected"]), (("image",),)),
     ("model.projection_bias", model["projection_bias"], (True,)),
+    ("model.projection_function", model["projection_function"], ("none",)),
     ("model.bias", model["bias"], (True,)),
   ]
 

@@ -21,6 +21,7 @@ HEADS = (
   "cls.",
   "visual_projection.",
   "text_projection.",
+  "audio_projection.",
   "lm_head.",
   "pre_classifier.",
   "projector.",
@@ -32,7 +33,6 @@ RENAMED = {  # what files of long ago call a tensor -> its present name
   r"\.weight_g$": ".parametrizations.weight.original0",
   r"\.weight_v$": ".parametrizations.weight.original1",
 }
-STATISTICS = "batch_stats"
 ARCHITECTURES = (
   "Model",
   "WithProjection",
@@ -89,9 +89,14 @@ def projected(
 
 
 def headless(
-  config: Mapping[str, Any], projection: bool = True, projection_bias: bool = False
+  config: Mapping[str, Any],
+  projection: bool = True,
+  projection_bias: bool = False,
+  functions: tuple[str, ...] = ("none",),
 ) -> list[tuple[str, Any, tuple]]:
-  """What a tower alone must have: no head but, at most, a projection."""
+  """What a tower alone must have: no head but, at most, a projection, of two layers with one of
+  `functions` between them.
+  """
   model = config["model"]
   return [
     ("model.classes", model["classes"], (0,)),
@@ -101,6 +106,11 @@ def headless(
       "model.projection_bias",
       model["projection_bias"],
       (projection_bias,) if model["projection"] else (True, False),
+    ),
+    (
+      "model.projection_function",
+      model["projection_function"],
+      functions if model["projection"] else (model["projection_function"],),
     ),
   ]
 
@@ -264,7 +274,7 @@ def image_size(facts: Mapping[str, Any]) -> int:
 
 def labels(config: Mapping[str, Any]) -> dict[str, Any]:
   """The names of a classifier's outputs, which say how many there are: {} without one."""
-  names = [f"LABEL_{i}" for i in range(config["model"]["classes"])]
+  names = [f"LABEL_{i}" for i in range(config["model"].get("classes", 0))]
   return (
     dict(
       id2label={str(i): name for i, name in enumerate(names)},

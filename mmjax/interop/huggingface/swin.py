@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from mmjax.config import UserError
 from mmjax.interop.huggingface import mapping, single
 from mmjax.interop.huggingface.clip import square
 from mmjax.interop.huggingface.mapping import Rule
+from mmjax.models.encoders.swin import stages_of
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS, PREFIX = (
   "",
@@ -85,7 +86,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
 def rules(config: Mapping[str, Any]) -> list[Rule]:
   """The weights of a SwinModel and its classifier, without the prefix that it has beside one."""
   image = config["model"]["encoders"]["image"]
-  depths, heads = _stages(image)
+  depths, heads = stages_of(image["width"], image["depths"], image["heads"])
   out = [
     mapping.patches(
       "image/patch/kernel", "embeddings.patch_embeddings.projection.weight", image["patch"]
@@ -93,17 +94,21 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
     mapping.same("image/patch/bias", "embeddings.patch_embeddings.projection.bias"),
     *mapping.norm("image/patch_norm", "embeddings.norm"),
   ]
-  for stage, count in enumerate(depths):
-    for i in range(count):
-      out += _block(
-        f"image/stage{stage}_block{i}", f"encoder.layers.{stage}.blocks.{i}", heads[stage]
-      )
-    if stage + 1 < len(depths):
-      out += mapping.norm(f"image/merge{stage}/norm", f"encoder.layers.{stage}.downsample.norm")
-      out += mapping.linear(
-        f"image/merge{stage}/out", f"encoder.layers.{stage}.downsample.reduction", bias=False
-      )
+  out += stage_rules("image", "encoder.layers", depths, heads)
   return out + mapping.norm("image/norm", "layernorm") + single.classifier(config)
+
+
+def stage_rules(ours: str, theirs: str, depths: Sequence[int], heads: Sequence[int]) -> list[Rule]:
+  """The weights of the blocks and merges of each stage; `theirs` is up to "encoder.layers"."""
+  out = []
+  for stage, count in enumerate(depths):
+    at, merge = f"{theirs}.{stage}", f"{ours}/merge{stage}"
+    for i in range(count):
+      out += _block(f"{ours}/stage{stage}_block{i}", f"{at}.blocks.{i}", heads[stage])
+    if stage + 1 < len(depths):
+      out += mapping.norm(f"{merge}/norm", f"{at}.downsample.norm")
+      out += mapping.linear(f"{merge}/out", f"{at}.downsample.reduction", bias=False)
+  return out
 
 
 def _block(ours: str, theirs: str, heads: int) -> list[Rule]:
@@ -122,14 +127,6 @@ def _block(ours: str, theirs: str, heads: int) -> list[Rule]:
   ]
 
 
-def _stages(image: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """(blocks, heads) of each stage."""
-  depths = tuple(image["depths"]) or (2, 2, 6, 2)
-  return depths, tuple(image["heads"]) or tuple(
-    max(1, image["width"] * 2**i // 32) for i in range(len(depths))
-  )
-
-
 def _last_side(size: int, patch: int, stages: int) -> int:
   """Patches along one side of the last stage's map: transformers wants a whole window of them."""
   return -(-size // (patch * 2 ** (stages - 1)))
@@ -138,7 +135,11 @@ def _last_side(size: int, patch: int, stages: int) -> int:
 def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   """(key, value, values that would do) of what a Swin of transformers must have."""
   image = config["model"]["encoders"]["image"]
-  largest = _last_side(config["data"]["image"]["size"], image["patch"], len(_stages(image)[0]))
+  largest = _last_side(
+    config["data"]["image"]["size"],
+    image["patch"],
+    len(stages_of(image["width"], image["depths"], image["heads"])[0]),
+  )
   return [
     ("model.encoders.image.window", image["window"], (min(image["window"], largest),)),
     ("model.masked_tokens", config["model"]["masked_tokens"], (False,)),
@@ -148,7 +149,7 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
   """The config.json of a SwinModel or a SwinForImageClassification."""
   image = config["model"]["encoders"]["image"]
-  depths, heads = _stages(image)
+  depths, heads = stages_of(image["width"], image["depths"], image["heads"])
   return dict(
     model_type="swin",
     architectures=["SwinForImageClassification" if config["model"]["classes"] else ARCHITECTURE],

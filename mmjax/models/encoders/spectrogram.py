@@ -57,16 +57,25 @@ def log_mel(
   return (x + 4) / 4 if normalisation == "whisper" else standardise(x, mask), mask
 
 
-def log10_mel(x: Array, count: int, *, rate: int, n_fft: int, hop: int, mels: int) -> Array:
+def log10_mel(
+  x: Array,
+  count: int,
+  *,
+  rate: int,
+  n_fft: int,
+  hop: int,
+  mels: int,
+  low: float = 0.0,
+  high: float | None = None,
+) -> Array:
   """log10 of the energy in each mel channel, at least -10: float32 [B, S] -> [B, count, mels],
-  windows from sample 0 on.
+  windows from sample 0 on. The channels are from `low` to `high` Hz; None = half the rate.
   """
   power = power_spectrum(
     _windows(x, n_fft, hop, count) * np.hanning(n_fft + 1)[:-1].astype(np.float32), n_fft
   )
-  return jnp.log10(
-    jnp.maximum(_filter(power, mel_filters(n_fft // 2 + 1, mels, rate, 0.0, "slaney")), 1e-10)
-  )
+  filters = mel_filters(n_fft // 2 + 1, mels, rate, low, "slaney", high)
+  return jnp.log10(jnp.maximum(_filter(power, filters), 1e-10))
 
 
 def kaldi_mel(
@@ -134,15 +143,21 @@ def _fourier(n: int, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def mel_filters(
-  bins: int, mels: int, rate: int, low: float, scale: Literal["slaney", "kaldi"]
+  bins: int,
+  mels: int,
+  rate: int,
+  low: float,
+  scale: Literal["slaney", "kaldi"],
+  high: float | None = None,
 ) -> np.ndarray:
-  """Triangles from `low` Hz to rate / 2, float32 [bins, mels].
+  """Triangles from `low` to `high` Hz, rate / 2 where that is None: float32 [bins, mels].
 
   "slaney" (Slaney 1998, Auditory Toolbox): linear below 1 kHz, triangles over frequency, of equal
   area. "kaldi": 1127 ln(1 + f / 700), triangles over mels, of height 1.
   """
   to_mel, to_hertz = _SCALES[scale]
-  edges = np.linspace(to_mel(np.float64(low)), to_mel(np.float64(rate / 2)), mels + 2)
+  high = rate / 2 if high is None else high
+  edges = np.linspace(to_mel(np.float64(low)), to_mel(np.float64(high)), mels + 2)
   at = np.linspace(0, rate / 2, bins)
   if scale == "slaney":
     edges = to_hertz(edges)

@@ -68,21 +68,7 @@ class SwinTransformer(nn.Module):
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
     )(patchify(x, self.patch))
     x = LayerNorm(EPS, c.dtype, name="patch_norm")(x).reshape(x.shape[0], rows, columns, c.width)
-    side, number, total = -(-self.size // self.patch), 0, sum(c.depths)
-    for stage, depth in enumerate(c.depths):
-      window = min(c.window, side)
-      for i in range(depth):
-        block = SwinBlock(
-          c,
-          c.heads[stage],
-          window,
-          i % 2 == 1,
-          c.drop_path * number / max(1, total - 1),
-          name=f"stage{stage}_block{i}",
-        )
-        x, number = block(x, train=train), number + 1
-      if stage + 1 < len(c.depths):
-        x, side = PatchMerging(c.dtype, name=f"merge{stage}")(x), -(-side // 2)
+    x = run_stages(c, x, -(-self.size // self.patch), train=train)
     x = LayerNorm(c.eps, c.dtype, name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
     present = batch.get("present")
     mask = (
@@ -91,6 +77,30 @@ class SwinTransformer(nn.Module):
       else jnp.broadcast_to(present[:, None], x.shape[:2])
     )
     return Encoded(x, mask, pool.mean(x, mask))
+
+
+def run_stages(c: SwinConfig, x: Array, side: int, *, train: bool) -> Array:
+  """The stages, within a module's `nn.compact`: x [B, H, W, D] -> [B, H', W', D'], halved and twice
+  as wide after each but the last.
+
+  side: of the map that the model is made for, which says how large the windows of a stage are.
+  """
+  number, total = 0, sum(c.depths)
+  for stage, depth in enumerate(c.depths):
+    window = min(c.window, side)
+    for i in range(depth):
+      block = SwinBlock(
+        c,
+        c.heads[stage],
+        window,
+        i % 2 == 1,
+        c.drop_path * number / max(1, total - 1),
+        name=f"stage{stage}_block{i}",
+      )
+      x, number = block(x, train=train), number + 1
+    if stage + 1 < len(c.depths):
+      x, side = PatchMerging(c.dtype, name=f"merge{stage}")(x), -(-side // 2)
+  return x
 
 
 class SwinBlock(nn.Module):
@@ -261,18 +271,7 @@ def swin(
   drop_path: probability that the last block is skipped in training, a row at a time; earlier blocks
   less.
   """
-  depths = tuple(depths) or (2, 2, 6, 2)
-  heads = tuple(heads) or tuple(max(1, width * 2**stage // 32) for stage in range(len(depths)))
-  if len(heads) != len(depths):
-    raise UserError(
-      f"heads {heads} must have one entry for each of the {len(depths)} stages of depths {depths}"
-    )
-  for stage, count in enumerate(heads):
-    if count < 1 or width * 2**stage % count:
-      raise UserError(
-        f"stage {stage} has {width * 2**stage} channels, which {count} heads do not divide. "
-        "Change `heads` or `width`"
-      )
+  depths, heads = stages_of(width, depths, heads)
   image = data["image"]
   config = SwinConfig(
     width,
@@ -286,3 +285,24 @@ def swin(
     jnp.dtype(precision["compute"]),
   )
   return SwinTransformer(config, patch, image["size"], tuple(image["mean"]), tuple(image["std"]))
+
+
+def stages_of(
+  width: int, depths: tuple[int, ...], heads: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """(blocks, heads) of each stage, () filled in. Raises UserError: heads that do not divide the
+  channels.
+  """
+  depths = tuple(depths) or (2, 2, 6, 2)
+  heads = tuple(heads) or tuple(max(1, width * 2**stage // 32) for stage in range(len(depths)))
+  if len(heads) != len(depths):
+    raise UserError(
+      f"heads {heads} must have one entry for each of the {len(depths)} stages of depths {depths}"
+    )
+  for stage, count in enumerate(heads):
+    if count < 1 or width * 2**stage % count:
+      raise UserError(
+        f"stage {stage} has {width * 2**stage} channels, which {count} heads do not divide. "
+        "Change `heads` or `width`"
+      )
+  return depths, heads
