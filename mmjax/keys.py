@@ -86,8 +86,8 @@ KEYS = (
     1,
     Size,
     "Splits a batch to save memory; the update stays the same, but for dropout, drawn for each "
-    "part. Encoders with batch statistics (resnet) that are not frozen are not split: theirs are "
-    "of the whole batch.",
+    "part. Encoders with batch statistics (resnet, htsat) that are not frozen are not split: "
+    "theirs are of the whole batch.",
   ),
   Key(
     "train.deterministic",

@@ -20,7 +20,6 @@ from mmjax.models.encoders.resnet import BatchNorm
 from mmjax.models.encoders.spectrogram import log10_mel, samples
 from mmjax.models.encoders.swin import EPS, SwinConfig, run_stages, stages_of
 from mmjax.models.layers import Dense, Encoded, LayerNorm
-from mmjax.models.platform import materialise
 from mmjax.models.transformer import Activation
 from mmjax.ranges import Dropout, Epsilon, NonNegative, Positive, Side, Sizes, Width
 
@@ -61,7 +60,7 @@ class SpectrogramSwin(nn.Module):
     x = overlapping(x.swapaxes(1, 2).astype(c.dtype), self.patch, self.stride)
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
-    )(materialise(x))
+    )(x)
     x = LayerNorm(EPS, c.dtype, name="patch_norm")(x).reshape(x.shape[0], side, side, c.width)
     x = run_stages(c, x, side, train=train)
     x = LayerNorm(EPS, c.dtype, name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
@@ -162,7 +161,8 @@ def htsat(
   size: side of the picture; size * (size // mels) frames fit it.
   patch, stride: side of a patch in the picture, and steps from one to the next.
   width: channels of the first stage, doubled by each further one; 0 = the model's width.
-  depths: blocks of each stage; () = (2, 2, 6, 2). heads: of each stage; () = channels / 32.
+  depths: blocks of each stage; () = (2, 2, 6, 2), as HTS-AT has.
+  heads: attention heads of each stage; () = channels / 32.
   window: height and width of a window in patches; a stage whose map is smaller has one window of
   its size.
   mlp_ratio: hidden units of a block, as a multiple of its channels.
