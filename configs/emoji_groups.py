@@ -42,7 +42,7 @@ def get_config(arg: str = "full"):
 
   # Rates were compared on the pictures of `train`, whose labels no run sees. The length was not
   # chosen without the test: runs of 100, 40 and 20 steps were scored on it, and the gap to
-  # `scratch` shrinks as they get longer (README).
+  # `scratch` shrinks as they get longer (README.md).
   c.evaluation.evaluators["groups/train"] = dict(
     kind="classification", source="openmoji", split="train"
   )

@@ -1,5 +1,5 @@
-"""Tables of what there is, from the code itself: every key, every kind with its settings, every method
-of the models.
+"""Tables of what there is, from the code itself: every key, every kind with its settings, every
+method of the models.
 
 `mmjax config keys`, `kinds` and `methods` print them as Markdown. The guides hold this output, and
 a test compares the two.
@@ -38,8 +38,8 @@ def keys(pattern: str = "*") -> list[Row]:
 
 
 def kinds(name: str = "") -> list[Row]:
-  """Rows of group, at, kind, meaning, settings (rows of setting, default, takes, meaning): the kinds of
-  this name or group; "" = all. `at`: where such an entry stands in a config.
+  """Rows of group, at, kind, meaning, settings (rows of setting, default, takes, meaning): the
+  kinds of this name or group; "" = all. `at`: where such an entry stands in a config.
 
   Raises ConfigError: there is none.
   """
@@ -67,8 +67,8 @@ def kinds(name: str = "") -> list[Row]:
 
 
 def methods() -> list[Row]:
-  """Rows of method, gives, models: the public methods of the shipped models, which objectives call by
-  name through `forward`. The batch and `train` are left out: `forward` gives them.
+  """Rows of method, gives, models: the public methods of the shipped models, which objectives call
+  by name through `forward`. The batch and `train` are left out: `forward` gives them.
   """
   found: dict[str, Row] = {}
   for kind, target in KINDS["model"].items():
@@ -109,7 +109,7 @@ def methods_table(rows: Sequence[Row]) -> str:
 
 
 def _settings(group: str, kind: str, function: typing.Callable) -> list[Row]:
-  """Rows of setting, default, takes, meaning; of one that every kind of the group has, the key's."""
+  """Rows of setting, default, takes, meaning; the key's, for one that all of the group have."""
   places = [path for path, (owner, _) in ENTRIES.items() if owner == group]
   shared = {key.path: key.doc for key in KEYS}
   rows = []

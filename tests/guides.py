@@ -1,7 +1,7 @@
 """The guides (README.md of the repository and of its parts) as the tests read them.
 
-A ```bash block holds commands that the tests run or parse, a ```python block code that they run. What
-stands between `<!-- begin: mmjax ... -->` and `<!-- end -->` is what that command prints.
+A ```bash block holds commands that the tests run or parse, a ```python block code that they run.
+What stands between `<!-- begin: mmjax ... -->` and `<!-- end -->` is what that command prints.
 
   python -m tests.guides                    writes that output anew
   python -m tests.guides runs/quickstart    and draws configs/report.svg from the curves of this run
@@ -92,7 +92,8 @@ def renew() -> None:
 
 
 STYLE = """
-text { font: 11px system-ui, sans-serif; fill: #5d6b7c } .name { font-size: 13px; font-weight: 600; fill: #1b2430 }
+text { font: 11px system-ui, sans-serif; fill: #5d6b7c }
+.name { font-size: 13px; font-weight: 600; fill: #1b2430 }
 .key { font-size: 9.5px }
 .grid { stroke: #e2e7ec } .line { fill: none; stroke-width: 1.8 } .area { opacity: .09 }
 """
@@ -121,7 +122,8 @@ def draw(run: str) -> None:
     parts.append(
       f'<g transform="translate({number % 2 * wide + 12} {number // 2 * high + 8})">'
       f'<text class="name" x="8" y="14">{chart["title"]}</text>'
-      f'<text class="key" y="31">{"".join(keys)}</text><g transform="translate(0 36)">{inner}</g></g>'
+      f'<text class="key" y="31">{"".join(keys)}</text>'
+      f'<g transform="translate(0 36)">{inner}</g></g>'
     )
   body = "\n".join(parts)
   box = f"0 0 {2 * wide} {(len(charts) + 1) // 2 * high + 8}"

@@ -1,5 +1,5 @@
-"""The guides say what the code says: links and paths lead somewhere, tables are what commands print,
-commands parse, figures agree with each other and with the bars of the tests.
+"""The guides say what the code says: links and paths lead somewhere, tables are what commands
+print, commands parse, figures agree with each other and with the bars of the tests.
 """
 
 import ast
@@ -104,25 +104,39 @@ def test_tables_have_a_meaning_for_every_setting():
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_commands_parse(guide):
-  for command in commands(read(guide)):
-    words = shlex.split(command)
-    while "=" in words[0]:
-      words.pop(0)
-    for part in command.split(" && "):
-      if part.startswith("mmjax "):
-        _, rest = cli._parser().parse_known_args(shlex.split(part)[1:])
-        assert all(word.startswith("--config.") for word in rest), command
-    if words[0] in ("bash", "python"):
+  for command in " && ".join(commands(read(guide))).split(" && "):
+    words = shlex.split(re.sub(r"^(\w+=\S+ )+", "", command))
+    if words[:1] == ["mmjax"]:
+      _, rest = cli._parser().parse_known_args(words[1:])
+      assert all(word.startswith("--config.") for word in rest), command
+    elif words[:1] == ["python"]:
       text = (ROOT / words[1]).read_text()
-      assert all(word in text for word in words[2:] if re.match(r"--(?!config|workdir|env)", word))
-    assert words[0] in ("mmjax", "bash", "python", "pip", "sbatch"), command
+      assert all(f'"{word}"' in text for word in words[2:] if word.startswith("--")), command
+    elif words[:2] == ["pip", "install"]:
+      extras = re.findall(r"\w+", words[2])
+      assert all(f'"{extra}": ' in (ROOT / "setup.py").read_text() for extra in extras), command
+    elif words:
+      script = next(word for word in words if word.startswith("launch/"))
+      assert words[0] in ("bash", "sbatch") and (ROOT / script).exists(), command
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_tables_are_whole(guide):
+  """Every row has as many cells as the head of its table."""
+  text = guides.FENCED.sub("", read(guide))
+  for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
 
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_programs_parse_and_pieces_of_configs_resolve(guide):
   for code in blocks(read(guide), "python"):
     ast.parse(code)
-    if code.startswith("c."):
+    if "def get_config" in code and guide == "README.md":
+      names = {}
+      exec(code, names)
+      mmjax.config.resolve(names["get_config"]())
+    elif code.startswith("c."):
       c = mmjax.config.base()
       c.data.sources.emoji = dict(name="openmoji")
       c.data.text.tokenizer = "quickstart"

@@ -1,5 +1,5 @@
-"""mmjax/README.md, "Adding your own": its files are taken out as they stand, and its commands run with
-them.
+"""mmjax/README.md, "Adding your own": its files are taken out as they stand, and its commands run
+with them.
 """
 
 from __future__ import annotations

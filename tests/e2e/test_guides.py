@@ -1,5 +1,6 @@
 """Every `mmjax` command and every program of the guides runs as it is written, on small data in a
-folder of its own. Recipes, which take minutes each, are in test_recipes.py, launchers in tests/launch.
+folder of its own. Recipes, which take minutes each, are in test_recipes.py, launchers in
+tests/launch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Every recipe learns: briefly on small data against a lower bar; with --all in full, against the
-scores of the README.
+scores of configs/README.md.
 
 A recipe is `config:argument`, settings that shorten it, and the scores that must be reached:
 {evaluator: {metric: bar}}.
@@ -121,7 +121,7 @@ SHORT = [
 BESIDE = {
   "speech_recognition": ("speech_text",)
 }  # shortened, it takes the tokenizer of that recipe
-# In full: what was measured (README), less a margin for other machines.
+# In full: what was measured (configs/README.md), less a margin for other machines.
 FULL = [
   (
     "quickstart",
@@ -238,7 +238,7 @@ def test_fine_tuning_from_the_contrastive_checkpoint_beats_training_from_scratch
 @pytest.mark.slow
 def test_one_model_for_three_tasks_is_as_good_as_each_alone(embedded_data, tmp_path):
   """Within 0.02 at equal steps. Captions swing by 0.08 between runs that differ in rounding alone:
-  README has four seeds.
+  configs/README.md has four seeds.
   """
   small_data.build(embedded_data, ["multitask"], small=False)
   for arg in ("", ":captions", ":questions", ":names"):
