@@ -119,6 +119,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
     raise
 
 
+def replace_file(path: Path, text: str) -> None:
+  """`write_whole`. Raises UserError."""
+  try:
+    write_whole(path, text)
+  except OSError as error:
+    raise UserError(
+      f"{path}: cannot be written ({error.strerror or error}). Free space or give another folder"
+    ) from error
+
+
 @contextlib.contextmanager
 def _turned(place: str | os.PathLike, turn: Callable[[Exception], Exception]) -> Iterator[None]:
   """Raises `turn(error)` for what the store of `place`, or the way there, says. Errors at paths of

@@ -17,7 +17,7 @@ from mmjax.describe import describe
 from mmjax.evaluation import Evaluation
 from mmjax.models import make_model
 from mmjax.parallel.mesh import single_device_mesh
-from mmjax.training.loop import check_position, other_tokenizer
+from mmjax.training.start import check_position, other_tokenizer
 from tests.data.conftest import config, record, tiny  # noqa: F401  fixtures
 from tests.inference import tiny as small
 

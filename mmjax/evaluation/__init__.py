@@ -260,7 +260,7 @@ def write_eval_json(workdir: str | Path, results: dict[str, Result]) -> Path:
     **read_eval_json(workdir),
     **{name: {k: float(v) for k, v in r.metrics.items()} for name, r in results.items()},
   }
-  replace_file(path, json.dumps(table, indent=2) + "\n")
+  files.replace_file(path, json.dumps(table, indent=2) + "\n")
   return path
 
 
@@ -271,13 +271,3 @@ def read_eval_json(workdir: str | Path) -> dict[str, dict[str, float]]:
   except (OSError, ValueError):
     return {}
   return {k: v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}
-
-
-def replace_file(path: Path, text: str) -> None:
-  """`files.write_whole`. Raises UserError."""
-  try:
-    files.write_whole(path, text)
-  except OSError as error:
-    raise UserError(
-      f"{path}: cannot be written ({error.strerror or error}). Free space or give another folder"
-    ) from error

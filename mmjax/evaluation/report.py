@@ -21,8 +21,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from mmjax import __version__
-from mmjax.evaluation import Result, read_eval_json, replace_file
+from mmjax import __version__, files
+from mmjax.evaluation import Result, read_eval_json
 from mmjax.evaluation.report_charts import evaluation_charts, training_charts
 from mmjax.evaluation.report_page import PAGE
 from mmjax.evaluation.report_time import time_spent
@@ -80,7 +80,7 @@ def write_report(
     )
   )
   path = workdir / NAME
-  replace_file(path, page)
+  files.replace_file(path, page)
   return path
 
 

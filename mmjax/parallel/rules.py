@@ -116,6 +116,18 @@ def axes_shardings(axes: Any, spec: Any, mesh: Mesh, rules: Rules) -> Any:
   )
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """A tree of ShapeDtypeStruct with the shardings of another tree."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+  )
+
+
+def shardings_of(spec: Any) -> Any:
+  """The shardings of a tree of arrays or ShapeDtypeStruct."""
+  return jax.tree.map(lambda x: x.sharding, spec)
+
+
 def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
   """The PartitionSpec of one parameter with these logical axis names."""
   size = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")

@@ -1,6 +1,6 @@
 """`mmjax plan`: compiles the real train step for chips that are not there, and says what it takes.
 
-Read `plan` first: name -> devices -> Step -> the compiler -> figures. `estimate` gives the
+Read `plan` first: name -> devices -> Program -> the compiler -> figures. `estimate` gives the
 time of a step that a run on real chips has compiled anyway.
 """
 
@@ -28,7 +28,7 @@ from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
 from mmjax.plan import cost, hlo, memory, topology
 from mmjax.plan.kernels import kernels_of
 from mmjax.training.memory import compiled_bytes, state_bytes
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 Say = Callable[[str], None]
 CACHE = "~/.cache/mmjax/plans"
@@ -163,7 +163,7 @@ def _together(config: FrozenConfigDict, kinds: dict[str, dict[str, Any]]) -> dic
   return together
 
 
-def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Step, int | None]:
+def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Program, int | None]:
   """(the step of a run, its length where that is known). Data are opened only where durations are
   in epochs.
   """
@@ -176,15 +176,15 @@ def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Step, 
     except (
       UserError
     ):  # the data are elsewhere: the step is the same, only the length of the run stays unknown
-      return Step(config, mesh, steps=1000, examples=1000 * config.train.batch_size), None
+      return Program(config, mesh, steps=1000, examples=1000 * config.train.batch_size), None
   length = configs.in_steps(
     config.train.steps, steps=None, batch_size=config.train.batch_size, examples=examples
   )
-  return Step(config, mesh, steps=length, examples=examples), length
+  return Program(config, mesh, steps=length, examples=examples), length
 
 
 def analyse(
-  step: Step,
+  step: Program,
   compiled: jax.stages.Compiled,
   chip: topology.Chip,
   *,
@@ -260,19 +260,21 @@ def analyse(
 
 
 def _spent(
-  step: Step, module: hlo.Module, text: str, chip: topology.Chip, source: str
+  step: Program, module: hlo.Module, text: str, chip: topology.Chip, source: str
 ) -> dict[str, Any]:
   kernels = []
   if "tpu_custom_call" in text:
     with rules.use(step.mesh, step.rules):
-      update = functools.partial(step.update, source=source)
+      update = functools.partial(step.step.update, source=source)
       kernels = kernels_of(
-        jax.make_jaxpr(update)(step.state_spec, step.batch_spec_of(source), step.taught_spec).jaxpr
+        jax.make_jaxpr(update)(
+          step.state_spec, step.batch_spec_of(source), step.teachers_spec
+        ).jaxpr
       )
   return cost.cost(module, chip, kernels)
 
 
-def estimate(step: Step, compiled: jax.stages.Compiled, source: str = "") -> float | None:
+def estimate(step: Program, compiled: jax.stages.Compiled, source: str = "") -> float | None:
   """Seconds of a compiled step by the compiler's cycles; None where they are not known (no TPU, or
   no text).
   """
@@ -305,26 +307,26 @@ def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) 
 # -- What the model does, apart from any compiler --------------------------------------------------
 
 
-def model_flops(step: Step) -> dict[str, float]:
-  """FLOPs of one step over all devices, forward and backward (`Step.flops_per_step`): {modality:
+def model_flops(step: Program) -> dict[str, float]:
+  """FLOPs of one step over all devices, forward and backward (`Program.flops_per_step`): {modality:
   ..., "objectives": ..., "total": ...}.
   """
-  counted = step.counted
+  plain = step.with_plain_attention
   total, by_part = step.flops_per_step(), {}
   for modality in step.config.model.get("encoders", {}):
-    if modality in counted.batch_spec:
+    if modality in plain.batch_spec:
 
       def output(
-        params: Any, state: Any, batch: dict, taught: Any, modality: str = modality
+        params: Any, state: Any, batch: dict, teachers: Any, modality: str = modality
       ) -> Any:
-        encoded = counted.model.apply({"params": params, **state}, modality, batch, method="encode")
+        encoded = plain.model.apply({"params": params, **state}, modality, batch, method="encode")
         return encoded.tokens.sum() + encoded.pooled.sum()
 
-      by_part[modality] = counted.training_flops(output, counted.batch_spec)
+      by_part[modality] = plain.training_flops(output, plain.batch_spec)
   return {**by_part, "objectives": max(0.0, total - sum(by_part.values())), "total": total}
 
 
-def tokens_of(step: Step) -> dict[str, int]:
+def tokens_of(step: Program) -> dict[str, int]:
   """Tokens (patches, frames) that an encoder works on, an example."""
   found = {}
   for modality in step.config.model.get("encoders", {}):
@@ -339,7 +341,7 @@ def tokens_of(step: Step) -> dict[str, int]:
   return found
 
 
-def settings_of(config: FrozenConfigDict, step: Step | None = None) -> dict[str, Any]:
+def settings_of(config: FrozenConfigDict, step: Program | None = None) -> dict[str, Any]:
   """The settings that decide about memory and time."""
   mesh = dict(step.mesh.shape) if step else config.mesh.to_dict()
   return dict(

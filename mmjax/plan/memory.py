@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from mmjax.training.memory import local_bytes
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 LARGE = 64 * 2**20  # bytes from which a parameter that every chip holds whole deserves a line
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -51,7 +51,7 @@ def out_of_memory(message: str) -> dict[str, Any] | None:
   )
 
 
-def replicated(step: Step) -> list[str]:
+def replicated(step: Program) -> list[str]:
   """Large state that every device holds whole although the config splits parameters: one line
   each.
   """

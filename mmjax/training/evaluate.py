@@ -19,7 +19,7 @@ from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.printing import say
 from mmjax.state import checkpoint
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
   multihost.initialize(config)
   mesh = make_mesh(config)
   configs.check(config, jax.device_count())
-  step = Step(config, mesh)
+  step = Program(config, mesh)
   with jax.set_mesh(mesh):
     params = checkpoint.load_params(found, step.params_spec)
     results = evaluation.Evaluation(config, step.apply, mesh, assets=assets).run(

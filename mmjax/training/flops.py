@@ -37,6 +37,17 @@ def count_training_flops(loss: Callable[..., Any], params: Any, *args: Any) -> f
   return jaxpr_flops(dce_jaxpr(both, [True, True])[0])
 
 
+def used_inputs(loss: Callable[..., Any], params: Any, *args: Any) -> Any:
+  """A tree of bool like `params`: which leaves loss(params, *args), a scalar, depends on.
+
+  Arguments: arrays, tracers or ShapeDtypeStructs. Nothing is computed.
+  """
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, *args))
+  used = dce_jaxpr(jax.make_jaxpr(loss)(*shapes).jaxpr, [True])[1]
+  leaves, tree = jax.tree.flatten(params)
+  return tree.unflatten(used[: len(leaves)])
+
+
 def _without_own_derivatives(jaxpr: Jaxpr) -> Jaxpr:
   def plain(value: Any) -> Any:
     if isinstance(value, ClosedJaxpr):

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 
-def state_bytes(step: Step) -> dict[str, float]:
+def state_bytes(step: Program) -> dict[str, float]:
   """Bytes on one device, padding not counted: parameters, optimizer, average (EMA), model_state,
   batch.
   """

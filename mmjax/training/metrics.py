@@ -20,6 +20,7 @@ import jax
 
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.parallel import multihost
 from mmjax.printing import printable, say
 
 # Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors'
@@ -212,9 +213,9 @@ class Progress:
       return
     elapsed = time.monotonic() - self._begin
     left = elapsed / max(1, step - self._first) * (self.total - step)
-    self.say(f"step {step}/{self.total}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
+    self.log_line(f"step {step}/{self.total}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
 
-  def say(self, text: str) -> None:
+  def log_line(self, text: str) -> None:
     if self._bar:
       self._bar.console.print(printable(text), markup=False, highlight=False)
     else:
@@ -242,3 +243,9 @@ def utilisation(flops_per_step: float, seconds_per_step: float) -> float | None:
   if not peak or not seconds_per_step:
     return None
   return flops_per_step / seconds_per_step / (peak * jax.device_count())
+
+
+def log(text: str) -> None:
+  """Prints lines, from the main process only."""
+  if multihost.is_main():
+    say(text)

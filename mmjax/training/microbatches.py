@@ -1,10 +1,11 @@
-"""Applying the model for objectives, and the parts of a batch when it is split to save memory.
+"""Gradients of a batch that is cut into parts to save memory: `gradients_in_parts`.
 
-`Forward` is what an objective calls. `Recorder` and `Replay` are the same to an objective, for the
-two-pass embedding cache of objectives that couple examples (Gao et al. 2021, arXiv:2101.06983): the
-first pass computes what such an objective asks for part by part without gradients, the objective
-then runs once on the whole batch, and the second pass takes its derivatives back through the model
-part by part, with the same randomness.
+Objectives of single examples need no more than sums over the parts. Those that couple examples
+(contrastive losses) use the two-pass embedding cache of Gao et al. 2021 (arXiv:2101.06983):
+
+1. Outputs of the model for the whole batch, computed part by part without gradients (`Recorder`).
+2. The objective on the whole batch, and its derivatives by those outputs (`Replay`).
+3. Those derivatives back through the model, part by part, with the same randomness.
 
 Encoders with batch statistics are not cut: `encode_whole` gives their outputs for the whole batch,
 and parts get their rows of them.
@@ -12,212 +13,135 @@ and parts get their rows of them.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError
 from mmjax.models.layers import Encoded
-from mmjax.parallel.rules import constrain_batch
+from mmjax.parallel.rules import constrain_batch, shardings_of
+from mmjax.training.forward import Forward, is_shared
+
+if TYPE_CHECKING:
+  from mmjax.training.step import Gradients, Objective, TrainStep
 
 Array = jax.Array
 
 
-def stream(rng: Array, name: str) -> Array:
-  """The key of a named stream of randomness."""
-  return jax.random.fold_in(rng, zlib.crc32(name.encode()))
-
-
-class Forward:
-  """`forward(method, *args)` applies a method of the model to the batch, once for each distinct
-  call.
-
-  Methods in `model.shared_methods` get no batch. `batch=` replaces the batch by another view of it,
-  with randomness of its own. `model_state` is what the model keeps besides parameters, moved once:
-  by the first call that moves it.
-  `fixed=GROUP` takes the parameters of that group of config.optimizers as constants: a player's
-  loss moves no opponent.
-  `forward.teacher(DIR, method, *args)` applies the model of another checkpoint, as in evaluation
-  and without derivatives.
-
-  groups: {group: tree of bool like the parameters}. teachers: {DIR: (model, variables)}. frozen:
-  paths of modules that run as in evaluation (`frozen_modules`).
+def gradients_in_parts(
+  step: TrainStep,
+  params: Any,
+  model_state: Any,
+  batch: dict,
+  rng: Array,
+  objectives: tuple[Objective, ...],
+  teachers: Any = (),
+) -> Gradients:
+  """The loss of `objectives` and its gradients, of a batch in train.microbatches parts one after
+  the other: equal to `TrainStep.loss` up to rounding (but for dropout, drawn per part).
   """
+  from mmjax.training.step import LOSSES, Gradients
 
-  def __init__(
-    self,
-    model: nn.Module,
-    params: Any,
-    model_state: Any,
-    batch: dict,
-    rng: Array,
-    groups: Mapping[str, Any] = {},
-    teachers: Mapping[str, tuple] = {},
-    frozen: frozenset[tuple[str, ...]] = frozenset(),
-  ):
-    self.model, self.params, self.model_state, self.batch, self.rng = (
-      model,
-      params,
-      model_state,
-      batch,
-      rng,
-    )
-    self.groups, self.teachers, self.frozen = groups, teachers, frozen
-    self.views: list[dict] = []  # batches given by objectives, in the order of their first use
-    self.encoded: Sequence[
-      Mapping[str, Encoded]
-    ] = ()  # outputs of encoders that are known already, of the batch and of its views
-    self.used: set[str] = set()  # the encoders whose outputs in `encoded` were asked for
-    self._given_state = model_state
-    self._outputs: dict[Any, tuple] = {}
+  count, whole, fixed = (
+    step.config.train.microbatches,
+    step.uncut_encoders,
+    step.trainable(params),
+  )
+  coupled = [objective for objective in objectives if objective.couples_examples]
+  single = [objective for objective in objectives if not objective.couples_examples]
+  forward_whole = step.forward(fixed, model_state, batch, rng, teachers)
 
-  def __call__(self, method: str, *args: Any, batch: dict | None = None, **kwargs: Any) -> Any:
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    key = (
-      method,
-      tree,
-      tuple(leaf if isinstance(leaf, str | int | float) else id(leaf) for leaf in leaves),
-      self.view(batch),
-    )
-    if key not in self._outputs:
-      output = (
-        self.shared(method, *args, **kwargs)
-        if is_shared(self.model, method)
-        else self.apply(method, args, kwargs, key[-1])
-      )
-      self._outputs[key] = (output, leaves)  # holding the leaves keeps their ids theirs
-    return self._outputs[key][0]
+  def forward_part(params: Any, part: Part) -> Forward:
+    part_rng = jax.random.fold_in(rng, part.number)
+    forward = step.forward(params, model_state, part.batch, part_rng, teachers)
+    forward.views, forward.encoded = list(part.views), part.encoded if whole else ()
+    return forward
 
-  def teacher(self, path: str, method: str, *args: Any, batch: dict | None = None) -> Any:
-    key = ("teacher", path, method, args, self.view(batch))
-    if key not in self._outputs:
-      self._outputs[key] = (jax.lax.stop_gradient(self.taught(path, method, args, key[-1])), None)
-    return self._outputs[key][0]
+  # 1. What objectives that couple examples ask for, of the whole batch, without gradients.
+  def compute(request: Request, views: list[dict]) -> Any:
+    parts = Part.all(count, batch, views, encode_whole(forward_whole, whole, views))
 
-  def taught(self, path: str, method: str, args: tuple, view: int) -> Any:
-    model, variables = self.teachers[path]
-    given = () if is_shared(model, method) else (self.views[view - 1] if view else self.batch,)
-    try:
-      return model.apply(variables, *args, *given, method=method)
-    except UserError as error:
-      raise UserError(f"teacher {path}: {error}") from error
+    def answer(_: None, part: Part) -> tuple[None, Any]:
+      return None, request.answer(forward_part(fixed, part))
 
-  def view(self, batch: dict | None) -> int:
-    """0 for the batch itself, else the number of the view."""
-    if batch is None:
-      return 0
-    for number, known in enumerate(self.views, 1):
-      if known is batch:
-        return number
-    self.views.append(batch)
-    return len(self.views)
+    return jax.lax.stop_gradient(join_rows(jax.lax.scan(answer, None, parts)[1]))
 
-  def variables(self, fixed: str = "") -> dict[str, Any]:
-    """What the model is applied with; the parameters of the group `fixed` as constants."""
-    if fixed and fixed not in self.groups:
-      raise UserError(
-        f"an objective fixes the parameters of the group {fixed!r}, which config.optimizers has not"
-      )
-    hold = lambda held, x: jax.lax.stop_gradient(x) if held else x
-    params = jax.tree.map(hold, self.groups[fixed], self.params) if fixed else self.params
-    return {"params": params, **self._given_state}
+  recorder = Recorder(forward_whole, compute)
+  for objective in coupled:
+    objective(recorder, batch, rng)
 
-  def shared(self, method: str, *args: Any, fixed: str = "", **kwargs: Any) -> Any:
-    return self.model.apply(self.variables(fixed), *args, method=method, **kwargs)
+  # 2. Those objectives on the outputs: derivatives by the outputs, and by shared parameters.
+  outputs, join = separate(recorder.outputs)
 
-  def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
-    batch = self.views[view - 1] if view else self.batch
-    batch = only_valid(batch) if self.model_state else batch
-    rng = stream(self.rng, "dropout")
-    rngs = {"dropout": jax.random.fold_in(rng, view) if view else rng}
-    kwargs = dict(kwargs)
-    with nn.intercept_methods(self._interceptor(view)):
-      output, changed = self.model.apply(
-        self.variables(kwargs.pop("fixed", "")),
-        *args,
-        batch,
-        train=True,
-        method=method,
-        rngs=rngs,
-        mutable=list(self.model_state),
-        **kwargs,
-      )
-    first = lambda given, now, new: new if now is given else now
-    self.model_state = jax.tree.map(
-      first, self._given_state, self.model_state, {**self.model_state, **changed}
-    )
-    return output
+  def coupled_loss(outputs: list[Array], params: Any) -> tuple:
+    replay = Replay(recorder, step.trainable(params), join(outputs))
+    sums = {objective.name: objective(replay, batch, rng) for objective in coupled}
+    return step.total(sums), sums
 
-  def _interceptor(self, view: int) -> Callable:
-    """Gives what is known of the encoders' outputs instead of computing it, and puts frozen modules
-    into evaluation mode.
-    """
-    encoded = self._encoded_of(view)
+  (loss, sums), (cotangents, gradients) = jax.value_and_grad(
+    coupled_loss, argnums=(0, 1), has_aux=True
+  )(outputs, params)
 
-    def intercept(
-      function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
-    ) -> Any:
-      path = context.module.path
-      if context.method_name == "__call__" and len(path) == 1 and path[0] in encoded:
-        self.used.add(path[0])
-        return encoded[path[0]]
-      if path in self.frozen and kwargs.get("train"):
-        kwargs = {**kwargs, "train": False}
-      return function(*args, **kwargs)
+  # Encoders with batch statistics see all rows at once; the derivatives by their parameters go by
+  # way of their outputs.
+  def encode(params: Any) -> tuple:
+    forward = step.forward(step.trainable(params), model_state, batch, rng, teachers)
+    encoded = encode_whole(forward, whole, recorder.views)
+    return separate(encoded)[0], (encoded, forward.model_state)
 
-    return intercept
+  _, encoders_vjp, (encoded, moved) = jax.vjp(encode, params, has_aux=True)
+  parts = Part.all(count, batch, recorder.views, encoded)
 
-  def _encoded_of(self, view: int) -> Mapping[str, Encoded]:
-    if view < len(self.encoded) or not self.encoded:
-      return self.encoded[view] if self.encoded else {}
-    for modality in self.encoded[
-      0
-    ]:  # a view of a part, made by an objective that couples no examples
-      if self.views[view - 1].get(modality) is not self.batch[modality]:
-        raise UserError(
-          f"an objective changes the {modality} of a part of the batch, but its encoder has batch "
-          "statistics, which are of the whole batch: set train.microbatches to 1"
-        )
-    return self.encoded[0]
+  # The other objectives need their total weights before their sums can be added up (the compiler
+  # drops the rest).
+  def weights_of_part(_: None, part: Part) -> tuple[None, Any]:
+    forward = forward_part(fixed, part)
+    sums = {objective.name: objective(forward, part.batch, forward.rng) for objective in single}
+    return None, {
+      name: {key: losses[key][1] for key in LOSSES if key in losses}
+      for name, losses in sums.items()
+    }
 
+  weights = {}
+  if single:
+    weights = jax.lax.scan(weights_of_part, None, parts)[1]
+    weights = jax.tree.map(lambda weight: weight.sum(0), weights)
 
-def only_valid(batch: dict) -> dict:
-  """The batch with `<modality>.present` False in rows that are not valid: they must not count in
-  batch statistics either.
-  """
-  if "valid" not in batch:
-    return batch
-  mark = lambda part: {
-    **part,
-    "present": part["present"] & batch["valid"].reshape(-1, *(1,) * (part["present"].ndim - 1))
-    if "present" in part
-    else batch["valid"],
+  # 3. Through the model again, part by part, with the same randomness.
+  used: set[str] = set()  # encoders with batch statistics that were asked for
+
+  def gradients_of_part(gradients: Any, inputs: tuple) -> tuple[Any, Any]:
+    part, cotangents = inputs
+    outputs, join_encoded = separate(part.encoded)
+
+    def part_loss(params: Any, outputs: list[Array]) -> tuple:
+      encoded = join_encoded(outputs)
+      forward = forward_part(step.trainable(params), part._replace(encoded=encoded))
+      again = separate([request.answer(forward) for request in recorder.requests])[0]
+      total = sum(jnp.vdot(x, cotangent) for x, cotangent in zip(again, cotangents, strict=True))
+      sums = {objective.name: objective(forward, part.batch, forward.rng) for objective in single}
+      used.update(forward.used)
+      return total + step.total(sums, weights), sums
+
+    (more, by_outputs), sums = jax.grad(part_loss, argnums=(0, 1), has_aux=True)(params, outputs)
+    gradients = jax.tree.map(jnp.add, gradients, more)
+    gradients = jax.lax.with_sharding_constraint(gradients, shardings_of(step.params_spec))
+    return gradients, (sums, by_outputs)
+
+  inputs = (parts, split_rows(cotangents, count))
+  gradients, (part_sums, by_outputs) = jax.lax.scan(gradients_of_part, gradients, inputs)
+  gradients = jax.tree.map(jnp.add, gradients, encoders_vjp(join_rows(by_outputs))[0])
+  model_state = {
+    collection: {
+      name: moved[collection][name] if name in used else old for name, old in modules.items()
+    }
+    for collection, modules in model_state.items()
   }
-  return {name: mark(part) if isinstance(part, dict) else part for name, part in batch.items()}
-
-
-def is_shared(model: nn.Module, method: str) -> bool:
-  """Whether a method's result does not depend on examples."""
-  return method in getattr(model, "shared_methods", ())
-
-
-def frozen_modules(trained: Any) -> frozenset[tuple[str, ...]]:
-  """Paths of the modules that have parameters and whose parameters are all frozen. trained: a tree
-  of bool like the parameters.
-  """
-
-  def find(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if isinstance(tree, Mapping) and tree:
-      if not any(jax.tree.leaves(tree)):
-        yield path
-      for name, part in tree.items():
-        yield from find(part, (*path, name))
-
-  return frozenset(find(trained, ()))
+  single_sums = jax.tree.map(lambda x: x.sum(0), part_sums)
+  return Gradients(loss + step.total(single_sums), gradients, sums | single_sums, model_state)
 
 
 def with_batch_statistics(model_state: Any, frozen: frozenset[tuple[str, ...]]) -> tuple[str, ...]:
@@ -232,6 +156,20 @@ def with_batch_statistics(model_state: Any, frozen: frozenset[tuple[str, ...]]) 
   return tuple(dict.fromkeys(path[0] for path in moving))
 
 
+def encoders_with_batch_statistics(
+  config: FrozenConfigDict, model_state: Any, frozen: frozenset[tuple[str, ...]]
+) -> tuple[str, ...]:
+  """`with_batch_statistics` of a model whose other parts have none. Raises UserError: one has."""
+  names = with_batch_statistics(model_state, frozen)
+  for name in names:
+    if name not in config.model.encoders:
+      raise UserError(
+        f"train.microbatches: {name} of the model has batch statistics and is no encoder of its "
+        "own, so they would be of a part of the batch. Set train.microbatches to 1"
+      )
+  return names
+
+
 def encode_whole(
   forward: Forward, modalities: Sequence[str], views: Sequence[dict]
 ) -> list[dict[str, Encoded]]:
@@ -239,7 +177,10 @@ def encode_whole(
   of the whole batch.
   """
   forward.views = list(views)
-  changed = lambda view, modality: None if view[modality] is forward.batch[modality] else view
+
+  def changed(view: dict, modality: str) -> dict | None:
+    return None if view[modality] is forward.batch[modality] else view
+
   return [
     {
       modality: forward("encode", modality, batch=changed(view, modality))
@@ -274,7 +215,10 @@ def split_rows(tree: Any, parts: int) -> Any:
   """[B, ...] -> [parts, B / parts, ...]: part m has rows m, m + parts, ..., so that every row stays
   on its device.
   """
-  cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+  def cut(x: Array) -> Array:
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
   return constrain_batch(jax.tree.map(cut, tree), axis=1)
 
 
@@ -297,8 +241,8 @@ class Request(NamedTuple):
   view: int
   teacher: str = ""
 
-  def of(self, forward: Forward) -> Any:
-    """Its answer."""
+  def answer(self, forward: Forward) -> Any:
+    """What the model or the teacher says."""
     view = forward.views[self.view - 1] if self.view else None
     if self.teacher:
       return forward.teacher(self.teacher, self.method, *self.args, batch=view)
@@ -326,9 +270,7 @@ class Recorder(Forward):
     self.compute = compute
     self.requests: list[Request] = []
     self.outputs: list[Any] = []
-    self.lessons: list[
-      Any
-    ] = []  # what teachers answered: constants, so of no interest to the second pass
+    self.teacher_outputs: list[Any] = []  # constants, so of no interest to the second pass
 
   def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
     request = Request(method, args, tuple(sorted(kwargs.items())), view)
@@ -342,11 +284,11 @@ class Recorder(Forward):
     self.outputs.append(self.compute(request, self.views))
     return self.outputs[-1]
 
-  def taught(self, path: str, method: str, args: tuple, view: int) -> Any:
+  def apply_teacher(self, path: str, method: str, args: tuple, view: int) -> Any:
     if is_shared(self.teachers[path][0], method):
-      return super().taught(path, method, args, view)
-    self.lessons.append(self.compute(Request(method, args, (), view, path), self.views))
-    return self.lessons[-1]
+      return super().apply_teacher(path, method, args, view)
+    self.teacher_outputs.append(self.compute(Request(method, args, (), view, path), self.views))
+    return self.teacher_outputs[-1]
 
 
 class Replay(Forward):
@@ -365,17 +307,16 @@ class Replay(Forward):
       recorder.teachers,
       recorder.frozen,
     )
-    self._waiting, self._lessons = iter(outputs), iter(recorder.lessons)
+    self._outputs_left = iter(outputs)
+    self._teacher_outputs_left = iter(recorder.teacher_outputs)
 
   def apply(self, method: str, args: tuple, kwargs: dict, view: int) -> Any:
-    return next(self._waiting)
+    return next(self._outputs_left)
 
-  def taught(self, path: str, method: str, args: tuple, view: int) -> Any:
-    return (
-      super().taught(path, method, args, view)
-      if is_shared(self.teachers[path][0], method)
-      else next(self._lessons)
-    )
+  def apply_teacher(self, path: str, method: str, args: tuple, view: int) -> Any:
+    if is_shared(self.teachers[path][0], method):
+      return super().apply_teacher(path, method, args, view)
+    return next(self._teacher_outputs_left)
 
 
 def separate(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:

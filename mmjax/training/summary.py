@@ -13,16 +13,16 @@ from pathlib import Path
 
 import jax
 
-from mmjax.evaluation import replace_file
+from mmjax.files import replace_file
 from mmjax.training.memory import compiled_bytes, gib, state_bytes
 from mmjax.training.metrics import memory_in_use, utilisation
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 log = logging.getLogger("mmjax")
 NAME = "summary.json"
 # (step, executable, source) -> seconds of a step on the devices that it was compiled for; None
 # where nothing tells.
-Estimate = Callable[[Step, jax.stages.Compiled, str], float | None]
+Estimate = Callable[[Program, jax.stages.Compiled, str], float | None]
 
 
 class Summary:
@@ -33,7 +33,7 @@ class Summary:
   """
 
   def __init__(
-    self, step: Step, compiled: Sequence[jax.stages.Compiled], estimate: Estimate | None = None
+    self, step: Program, compiled: Sequence[jax.stages.Compiled], estimate: Estimate | None = None
   ):
     self._step, self._compiled, self._estimate = step, compiled, estimate
     self._device = jax.local_devices()[0]

@@ -87,7 +87,7 @@ def train_step(name: str, tiny: bool, seconds: float) -> dict[str, Any]:
   from mmjax import config as configs
   from mmjax.parallel.mesh import make_mesh
   from mmjax.training.metrics import PEAK_FLOPS
-  from mmjax.training.step import Step
+  from mmjax.training.program import Program
 
   device = jax.devices()[0]
   sizes = (4,) if tiny else (1024, 512, 256, 128, 64)
@@ -96,7 +96,7 @@ def train_step(name: str, tiny: bool, seconds: float) -> dict[str, Any]:
     overrides = [f"train.batch_size={size}", "data.text.tokenizer=none", "train.steps=1000000"]
     overrides += [*towers, "model.width=32", "data.image.size=32"] if tiny else []
     config = configs.load(str(ROOT / "configs" / f"{name}.py"), [f"config.{o}" for o in overrides])
-    step = Step(config, make_mesh(config, [device]), steps=10**6)
+    step = Program(config, make_mesh(config, [device]), steps=10**6)
     try:
       state, batch = step.init(0), random_batch(step)
       state, _ = jax.block_until_ready(step.train(state, batch))

@@ -13,7 +13,7 @@ import pytest
 import mmjax.config as configs
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 BATCH, SIZE, TOKENS, WORDS, STEPS = 16, 16, 16, 96, 200
 BLOCKS = dict(depth=2, heads=4, scan_unroll=1)
@@ -63,7 +63,7 @@ def quickly(monkeypatch):
   """Machine code as the compiler first writes it; how arrays are split and what travels is decided
   before.
   """
-  monkeypatch.setattr(Step, "compiled", lambda step, lowered: lowered.compile(QUICK))
+  monkeypatch.setattr(Program, "compiled", lambda step, lowered: lowered.compile(QUICK))
 
 
 def make_step(model, objectives, devices, *overrides):
@@ -80,7 +80,7 @@ def make_step(model, objectives, devices, *overrides):
   c.train.batch_size, c.train.steps, c.precision.compute = BATCH, STEPS, "float32"
   config = configs.resolve(c, overrides)
   spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch(0))
-  return Step(config, make_mesh(config, jax.devices()[:devices]), steps=STEPS, batch_spec=spec)
+  return Program(config, make_mesh(config, jax.devices()[:devices]), steps=STEPS, batch_spec=spec)
 
 
 def make_batch(number):

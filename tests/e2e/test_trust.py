@@ -16,7 +16,7 @@ from mmjax import config as configs
 from mmjax.config import ConfigError, UntrustedCode, UserError
 from mmjax.state import checkpoint
 from mmjax.state.checkpoint import save_import
-from mmjax.training import loop
+from mmjax.training import start
 from tests.e2e.commands import run
 from tests.inference import tiny
 
@@ -214,10 +214,10 @@ def test_a_users_own_config_names_what_it_likes_and_resumes(trap, tmp_path):
   run_folder = tmp_path / "run"
   run_folder.mkdir()
   (run_folder / "config.json").write_text(configs.to_json(config))
-  loop.open_workdir(run_folder, config, False)
+  start.open_workdir(run_folder, config, False)
   other = configs.resolve(configs.base())
   with pytest.raises(UserError, match="trap_module"):
-    loop.open_workdir(run_folder, other, False)
+    start.open_workdir(run_folder, other, False)
 
 
 def test_a_checkpoint_whose_config_is_none(tmp_path):

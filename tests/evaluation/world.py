@@ -58,13 +58,13 @@ def evaluate(checkpoint: Path, devices: list, batch_size: int) -> dict[str, floa
   from mmjax import evaluation
   from mmjax.parallel.mesh import make_mesh
   from mmjax.state.checkpoint import load_assets, load_config, load_params
-  from mmjax.training.step import Step
+  from mmjax.training.program import Program
 
   tree = load_config(checkpoint).to_dict()
   tree["evaluation"]["batch_size"] = batch_size
   config = configs.resolve(tree)
   mesh = make_mesh(config, devices)
-  step = Step(config, mesh)
+  step = Program(config, mesh)
   with jax.set_mesh(mesh):
     params = load_params(checkpoint, step.params_spec)
     run = evaluation.Evaluation(config, step.apply, mesh, assets=load_assets(checkpoint))

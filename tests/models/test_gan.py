@@ -10,7 +10,7 @@ from mmjax.config import UserError
 from mmjax.objectives.gan import move
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 from tests.training.test_step import assert_close
 
 SIZE, BATCH = 8, 16
@@ -39,7 +39,7 @@ def make_step(*overrides, devices=1, **objective):
   c.optimizers.discriminator = dict(name="adamw", params="discriminator/.*", lr=0.01, clip=0.0)
   c.train.batch_size, c.precision.compute, c.schedule.warmup, c.train.ema = BATCH, "float32", 0, 0.5
   config = configs.resolve(c, overrides)
-  return Step(config, make_mesh(config, jax.devices()[:devices]), steps=100)
+  return Program(config, make_mesh(config, jax.devices()[:devices]), steps=100)
 
 
 def make_batch():
@@ -68,10 +68,8 @@ def trained():
 
 def gradients(step, params):
   place = jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), params, step.params_spec)
-  of = lambda p, b: (
-    step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
-  )(p, {}, b, jax.random.key(0), step.objectives)[:3]
-  return step._inside(jax.jit(of))(place, multihost.to_device(make_batch(), step.mesh))
+  of = lambda p, b: step.step.gradients(p, {}, b, jax.random.key(0), step.objectives)[:3]
+  return step.in_mesh(jax.jit(of))(place, multihost.to_device(make_batch(), step.mesh))
 
 
 def test_losses_r1_and_the_discriminators_gradient_equal_torch(trained):

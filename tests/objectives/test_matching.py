@@ -16,8 +16,9 @@ from mmjax.config import UserError
 from mmjax.objectives.matching import matching
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
-from mmjax.training.microbatches import Forward, Recorder
-from mmjax.training.step import Step
+from mmjax.training.forward import Forward
+from mmjax.training.microbatches import Recorder
+from mmjax.training.program import Program
 
 ROWS = 8
 
@@ -162,7 +163,7 @@ def make_step(*overrides, devices, objectives):
   c.train.batch_size, c.precision.compute = 16, "float32"
   config = mmjax.config.resolve(c, overrides)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), real_batch())
-  return Step(config, make_mesh(config, jax.devices()[:devices]), steps=10, batch_spec=batch)
+  return Program(config, make_mesh(config, jax.devices()[:devices]), steps=10, batch_spec=batch)
 
 
 def real_batch():
@@ -184,15 +185,14 @@ def real_batch():
 
 def gradients(step, params):
   def function(params, batch):
-    of = step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
-    return of(params, {}, batch, jax.random.key(0), step.objectives)[:3]
+    return step.step.gradients(params, {}, batch, jax.random.key(0), step.objectives)[:3]
 
   params = jax.tree.map(
     lambda x, spec: jax.device_put(np.asarray(x), spec.sharding), params, step.params_spec
   )
   return jax.tree.map(
     np.asarray,
-    step._inside(jax.jit(function))(params, multihost.to_device(real_batch(), step.mesh)),
+    step.in_mesh(jax.jit(function))(params, multihost.to_device(real_batch(), step.mesh)),
   )
 
 

@@ -19,7 +19,7 @@ from mmjax.parallel.mesh import make_mesh
 from mmjax.plan import report, topology
 from mmjax.plan.sweep import sweep
 from mmjax.plan.topology import GIB
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
 TINY = """
@@ -52,7 +52,7 @@ def without_libtpu(monkeypatch):
 def test_without_libtpu_memory_is_planned_on_simulated_devices(tiny, without_libtpu, tmp_path):
   config = configs.load(tiny, ["mesh.data=1", "mesh.fsdp=-1", "sharding=fsdp"])
   result = planning.plan(config, "v5e-4", cache=str(tmp_path))
-  step = Step(config, make_mesh(config, jax.devices()[:4]), steps=1)
+  step = Program(config, make_mesh(config, jax.devices()[:4]), steps=1)
   assert result["model"]["parameters"] == sum(x.size for x in jax.tree.leaves(step.params_spec))
   whole = 4 * result["model"]["parameters"]
   assert (

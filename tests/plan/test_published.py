@@ -10,7 +10,7 @@ import pytest
 import mmjax.config as configs
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.plan import model_flops, tokens_of
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 SO400M = dict(
@@ -34,7 +34,7 @@ def models(request):
   config = configs.resolve(
     configs.load(f"configs/{name}.py", ()), ("train.batch_size=2", "mesh.data=1", "mesh.fsdp=1")
   )
-  return Step(config, single_device_mesh(), steps=100_000), theirs, tokens
+  return Program(config, single_device_mesh(), steps=100_000), theirs, tokens
 
 
 def test_parameters_tokens_and_flops_are_the_published_ones(models):

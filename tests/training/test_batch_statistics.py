@@ -12,8 +12,9 @@ from mmjax.config import UserError
 from mmjax.objectives import counted, objective
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
-from mmjax.training.microbatches import frozen_modules, with_batch_statistics
-from mmjax.training.step import Step
+from mmjax.training.forward import frozen_modules
+from mmjax.training.microbatches import with_batch_statistics
+from mmjax.training.program import Program
 
 ROWS = 8
 BLOCKS = dict(depth=1, heads=2)
@@ -83,7 +84,7 @@ def make_step(image, *overrides, text=None, fusion=None, **objectives):
   )
   config = configs.resolve(c, overrides)
   spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch())
-  return Step(config, make_mesh(config, jax.devices()[:1]), steps=10, batch_spec=spec)
+  return Program(config, make_mesh(config, jax.devices()[:1]), steps=10, batch_spec=spec)
 
 
 def random_params(step):
@@ -93,11 +94,12 @@ def random_params(step):
 
 def gradients(step):
   """A function of the parameters: (loss, gradients, sums, model state)."""
-  of = step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
   state = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), step.model_state_spec)
   batch = multihost.to_device(make_batch(), step.mesh)
-  return step._inside(
-    jax.jit(lambda params: of(params, state, batch, jax.random.key(0), step.objectives))
+  return step.in_mesh(
+    jax.jit(
+      lambda params: step.step.gradients(params, state, batch, jax.random.key(0), step.objectives)
+    )
   )
 
 
@@ -180,7 +182,7 @@ def test_frozen_batch_norm_keeps_its_statistics(rates, stays):
   same = jax.tree.map(np.array_equal, before, (state.params["image"], state.model_state))
   assert all(jax.tree.leaves(same[1])) is stays
   assert same[0]["stem"]["kernel"] is (rates == (("image/.*", 0.0),))
-  assert step._uncut == (() if stays else ("image",))
+  assert step.step.uncut_encoders == (() if stays else ("image",))
 
 
 def test_a_frozen_tower_drops_nothing():
@@ -192,7 +194,7 @@ def test_a_frozen_tower_drops_nothing():
     align=dict(kind="contrastive"),
   )
   params, batch = random_params(step), make_batch()
-  forward = step._forward(params, {}, batch, jax.random.key(0), ())
+  forward = step.step.forward(params, {}, batch, jax.random.key(0), ())
   for modality, equal in (("image", True), ("text", False)):
     evaluated = step.model.apply({"params": params}, modality, batch, method="embedding")
     assert np.allclose(forward("embedding", modality), evaluated, atol=1e-6) is equal

@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 
 from mmjax import config as configs
-from mmjax import files
+from mmjax import evaluation, files
 from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
+from mmjax.evaluation import report
 from mmjax.files import Mirror
 from mmjax.ownership import Owner
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint
-from mmjax.training import loop
-from mmjax.training.loop import Outputs
+from mmjax.training import loop, start
+from mmjax.training.outputs import Outputs
 from mmjax.training.profile import parse
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 from mmjax.training.watchdog import Watchdog
 from tests.e2e import squares
 from tests.e2e.commands import QUICKSTART, SMALL, metrics
@@ -60,7 +61,7 @@ def config(embedded_data):
 @pytest.fixture
 def bad_steps(monkeypatch):
   """Steps BAD are not finite; at step `killed_at[0]` the run ends."""
-  real, killed_at = Step.train, [0]
+  real, killed_at = Program.train, [0]
 
   def train(self, state, batch, source=""):
     at = int(state.step) + 1
@@ -76,7 +77,7 @@ def bad_steps(monkeypatch):
       "loss": jnp.float32(np.nan),
     }
 
-  monkeypatch.setattr(Step, "train", train)
+  monkeypatch.setattr(Program, "train", train)
   return killed_at
 
 
@@ -116,7 +117,7 @@ def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on
   # By hand: batches 1 to 4, then 10 to 12, each at its own step.
   mesh = make_mesh(config)
   pipeline = Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
-  step = Step(config, mesh, steps=12, examples=pipeline.examples)
+  step = Program(config, mesh, steps=12, examples=pipeline.examples)
   state = step.init(config.seed)
   with jax.set_mesh(mesh):
     for at in (1, 2, 3, 4, 10, 11, 12):
@@ -197,7 +198,7 @@ def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(
       "config.train.hang_seconds=60.0",
     ],
   )
-  codes, ahead, clock, real = [], [0.0], time.time, Step.train
+  codes, ahead, clock, real = [], [0.0], time.time, Program.train
   monkeypatch.setattr(loop, "Watchdog", functools.partial(Watchdog, end=codes.append))
   monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
 
@@ -211,7 +212,7 @@ def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(
       shutil.rmtree(tmp_path / "checkpoints" / "4")
     return real(self, state, batch, source)
 
-  monkeypatch.setattr(Step, "train", train)
+  monkeypatch.setattr(Program, "train", train)
   assert loop.train(config, tmp_path) == loop.DONE and not codes
   assert (
     "checkpoint 4 is no longer there, though this run did not delete it; the next save is whole "
@@ -261,7 +262,7 @@ def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path
 def test_weights_and_biases(tmp_path, monkeypatch, config):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="package wandb is not installed. `pip install wandb`"):
-    loop.open_workdir(
+    start.open_workdir(
       tmp_path, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"]), False
     )
   monkeypatch.delitem(sys.modules, "wandb")
@@ -339,12 +340,12 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_is_finished_by_the_next_
     raise Killed
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(loop.evaluation if end == "write_eval_json" else loop.report, end, kill)
+    patch.setattr(evaluation if end == "write_eval_json" else report, end, kill)
     loop.train(tiny(), tmp_path)
   assert (tmp_path / "checkpoints" / "8" / "manifest.json").exists()
   assert not (tmp_path / "report.html").exists()
   with monkeypatch.context() as patch:
-    patch.setattr(Step, "train", kill)  # no step is made again
+    patch.setattr(Program, "train", kill)  # no step is made again
     assert loop.train(tiny(), tmp_path) == loop.DONE
   assert metrics(tmp_path) == metrics(whole)
   assert (tmp_path / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
@@ -354,7 +355,7 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_is_finished_by_the_next_
   capsys.readouterr()
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.Checkpointer, "restore", kill)  # nothing is read or computed again
-    patch.setattr(Step, "compile", kill)
+    patch.setattr(Program, "compile", kill)
     assert loop.train(tiny(), tmp_path) == loop.DONE
   assert "is complete: 8 of 8 steps" in capsys.readouterr().out
   (tmp_path / "report.html").unlink()
@@ -384,7 +385,7 @@ def test_a_folder_in_which_another_run_trains_is_left_alone(tiny, whole, tmp_pat
 def test_a_run_that_was_stopped_and_taken_over_ends_and_writes_nothing(
   tiny, whole, tmp_path, monkeypatch
 ):
-  real, seen = Step.train, {}
+  real, seen = Program.train, {}
 
   def train(self, state, batch, source=""):
     if int(state.step) == 5:  # 4 is saved: SIGSTOP, and another run goes on from there
@@ -399,7 +400,7 @@ def test_a_run_that_was_stopped_and_taken_over_ends_and_writes_nothing(
     return real(self, state, batch, source)
 
   with monkeypatch.context() as patch:
-    patch.setattr(Step, "train", train)
+    patch.setattr(Program, "train", train)
     with pytest.raises(UserError, match="was taken over by process 7 on host far.*writes nothing"):
       loop.train(tiny("config.checkpoint.every=2"), tmp_path)
   assert seen and not (tmp_path / "report.html").exists()

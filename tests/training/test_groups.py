@@ -217,11 +217,10 @@ def learns(folder, *overrides, devices=1):
 
 def gradients_taught(step, params):
   def function(params, batch, taught):
-    of = step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
-    return of(params, {}, batch, jax.random.key(0), step.objectives, taught)[:2]
+    return step.step.gradients(params, {}, batch, jax.random.key(0), step.objectives, taught)[:2]
 
-  return step._inside(jax.jit(function))(
-    on(step, params), multihost.to_device(make_batch(), step.mesh), step.taught
+  return step.in_mesh(jax.jit(function))(
+    on(step, params), multihost.to_device(make_batch(), step.mesh), step.teachers_variables
   )
 
 
@@ -272,7 +271,9 @@ def test_a_teacher_is_no_part_of_the_state_and_learning_from_oneself_is_done(tau
     step.with_params(step.init(3), theirs), multihost.to_device(make_batch(), step.mesh)
   )
   jax.tree.map(
-    np.testing.assert_array_equal, jax.tree.map(np.asarray, step.taught[folder]["params"]), theirs
+    np.testing.assert_array_equal,
+    jax.tree.map(np.asarray, step.teachers_variables[folder]["params"]),
+    theirs,
   )
   assert (
     jax.tree.structure(state.params) == jax.tree.structure(theirs) and float(metrics["loss"]) < 1e-3

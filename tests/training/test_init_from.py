@@ -17,7 +17,7 @@ from mmjax.interop.huggingface import import_hf
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.state import checkpoint
 from mmjax.training import loop
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 from tests.data.conftest import COLOURS, record
 from tests.inference import tiny
 from tests.interop.test_single_encoders import folder_of
@@ -79,11 +79,11 @@ def test_a_fine_tuned_resnet_evaluates_like_its_checkpoint_before_the_first_step
 
   predictor = mmjax.load(imported, mesh=single_device_mesh())
   monkeypatch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
-  monkeypatch.setattr(Step, "compile", lambda self: [])
+  monkeypatch.setattr(Program, "compile", lambda self: [])
   monkeypatch.setattr(
     loop, "Summary", lambda *_: SimpleNamespace(memory=lambda: "nothing is compiled")
   )
-  monkeypatch.setattr(Step, "train", first)
+  monkeypatch.setattr(Program, "train", first)
   with pytest.raises(Started):
     loop.train(configs.resolve(c), tmp_path / "run")
   np.testing.assert_allclose(seen[0], predictor.encode_image(tiny.pixels(8)), atol=1e-5)

@@ -9,8 +9,8 @@ from mmjax import config as configs
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state.paths import by_name
-from mmjax.training.microbatches import only_valid
-from mmjax.training.step import Step
+from mmjax.training.forward import only_valid
+from mmjax.training.program import Program
 
 
 def test_a_step_changes_what_its_objectives_use_and_nothing_else():
@@ -39,7 +39,7 @@ def test_a_step_changes_what_its_objectives_use_and_nothing_else():
   c.optimizer = dict(name="adamw", lr=1e-2, weight_decay=0.1)
   c.schedule = dict(name="constant", warmup=0)
   config = configs.resolve(c)
-  step = Step(config, make_mesh(config, jax.devices()[:2]), steps=10)
+  step = Program(config, make_mesh(config, jax.devices()[:2]), steps=10)
   rng = np.random.default_rng(0)
   batches = {
     "pictures": {
@@ -101,7 +101,7 @@ def test_with_moments_of_its_own_no_source_drowns_another():
     c.optimizer = dict(name="adamw", lr=1e-2, eps=1e-30, clip=0.0, moments="source")
     c.schedule = dict(name="constant", warmup=0)
     config = configs.resolve(c)
-    step = Step(config, make_mesh(config, jax.devices()[:1]), steps=10)
+    step = Program(config, make_mesh(config, jax.devices()[:1]), steps=10)
     state, rng = step.init(0), np.random.default_rng(0)
     for i in range(6):
       batch = {

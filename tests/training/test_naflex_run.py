@@ -13,7 +13,7 @@ from mmjax.data.builders import write_dataset
 from mmjax.data.text import train_tokenizer
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.training import loop
-from mmjax.training.step import Step
+from mmjax.training.program import Program
 from tests.data.conftest import COLOURS, record
 from tests.e2e.commands import metrics, parameters
 from tests.inference.tiny import png
@@ -69,7 +69,7 @@ def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embe
     tmp_path / "tokenizers" / "t.model",
     vocab_size=400,
   )
-  config, step = make(tmp_path), Step.train
+  config, step = make(tmp_path), Program.train
   monkeypatch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
   assert loop.train(config, tmp_path / "whole") == loop.DONE
 
@@ -79,7 +79,7 @@ def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embe
     return step(self, state, batch, source)
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(Step, "train", train)
+    patch.setattr(Program, "train", train)
     loop.train(config, tmp_path / "killed")
   assert loop.train(config, tmp_path / "killed") == loop.DONE
   assert (

@@ -15,7 +15,8 @@ from mmjax.objectives import objective
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training.flops import count_flops
-from mmjax.training.step import Step, mixup
+from mmjax.training.mixup import mixup
+from mmjax.training.program import Program
 
 SIZE, TOKENS, BATCH = 8, 6, 32
 FSDP = ("mesh.data=1", "mesh.fsdp=8", "sharding=fsdp")
@@ -67,17 +68,16 @@ def make_step(*overrides, devices=8, **objectives):
   config = make_config(*overrides, **objectives)
   spec = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   batch = {name: jax.tree.map(spec, value) for name, value in make_batch().items() if name != "id"}
-  return Step(config, make_mesh(config, jax.devices()[:devices]), steps=100, batch_spec=batch)
+  return Program(config, make_mesh(config, jax.devices()[:devices]), steps=100, batch_spec=batch)
 
 
 def gradients(step, params, batch):
   """(loss, gradients, sums) as `update` gets them, with dropout off."""
 
   def function(params, batch):
-    of = step._in_microbatches if step.config.train.microbatches > 1 else step._at_once
-    return of(params, {}, batch, jax.random.key(0), step.objectives)[:3]
+    return step.step.gradients(params, {}, batch, jax.random.key(0), step.objectives)[:3]
 
-  return step._inside(jax.jit(function))(params, multihost.to_device(batch, step.mesh))
+  return step.in_mesh(jax.jit(function))(params, multihost.to_device(batch, step.mesh))
 
 
 def on(step, params):
@@ -282,9 +282,9 @@ def test_frozen_parameters_cost_no_backward_pass():
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(slopes["image"]))
   assert all(np.asarray(x).any() for x in jax.tree.leaves(slopes["text"]["layers"]["mlp"]))
   flops = lambda s: (
-    s._inside(jax.jit(lambda p, b: s._at_once(p, {}, b, jax.random.key(0), s.objectives)[1]).lower)(
-      s.params_spec, s.batch_spec
-    )
+    s.in_mesh(
+      jax.jit(lambda p, b: s.step.gradients(p, {}, b, jax.random.key(0), s.objectives)[1]).lower
+    )(s.params_spec, s.batch_spec)
     .compile()
     .cost_analysis()["flops"]
   )
@@ -351,7 +351,7 @@ def test_flops_are_those_of_what_is_differentiated():
     apply = lambda params, batch, modality=modality: step.model.apply(
       {"params": params}, modality, batch, method="embedding"
     )
-    of[modality] = step._inside(count_flops)(apply, step.params_spec, batch)
+    of[modality] = step.in_mesh(count_flops)(apply, step.params_spec, batch)
   pairs = 2 * BATCH**2 * 32
   patches, mean = 2 * BATCH * 4 * (4 * 4 * 3) * 32, 2 * BATCH * 4 * 32
   assert step.flops_per_step() == 3 * (of["image"] + of["text"] + pairs) - patches - mean

@@ -1,0 +1,228 @@
+"""What a run finds and checks before its first step: its data, its folder, the run that is in it, its
+first state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from mmjax import config as configs
+from mmjax import evaluation, files
+from mmjax.config import UserError
+from mmjax.data.examples import class_names
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.text import Tokenizer, load_tokenizer
+from mmjax.evaluation import report
+from mmjax.ownership import Owner
+from mmjax.parallel import multihost, threads
+from mmjax.parallel.mesh import make_mesh
+from mmjax.state import checkpoint, schedule
+from mmjax.state.storage import disk_errors
+from mmjax.state.train_state import TrainState
+from mmjax.training.metrics import import_wandb, log
+from mmjax.training.program import Program
+from mmjax.training.stop import StopSignal
+from mmjax.training.summary import finished_step
+from mmjax.training.watchdog import Watchdog
+
+
+class Run(NamedTuple):
+  """What a run has from its start on. owner: of the run folder, None in all processes but the main
+  one. begin: time.monotonic() at the start.
+  """
+
+  config: FrozenConfigDict
+  mesh: Mesh
+  pipeline: Pipeline
+  mirror: files.Mirror
+  owner: Owner | None
+  stop: StopSignal
+  watchdog: Watchdog
+  begin: float
+
+  def in_steps(self, duration: int | str, steps: int | None = None) -> int:
+    """A duration of the config in steps. steps: the length of the run, for percents."""
+    batch_size = self.config.train.batch_size
+    return configs.in_steps(
+      duration, steps=steps, batch_size=batch_size, examples=self.pipeline.examples
+    )
+
+  @property
+  def steps(self) -> int:
+    """Length of the run."""
+    return self.in_steps(self.config.train.steps)
+
+
+def open_data(config: FrozenConfigDict) -> tuple[Mesh, Pipeline]:
+  """The mesh, and this process's part of the training data on it. Raises UserError: the mesh does
+  not fit, data is missing.
+  """
+  mesh = make_mesh(config)
+  configs.check(config, jax.device_count())
+  return mesh, Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
+
+
+def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.nullcontext:
+  """Process 0 as the one owner of the run folder, the others as nobody. MMJAX_OWNER_SECONDS: how
+  long to wait for another run in it to end, as launchers set it before they start a run again.
+  Raises UserError in every process: it is in use."""
+
+  def claim() -> Owner | contextlib.nullcontext:
+    if not multihost.is_main():
+      return contextlib.nullcontext()
+    text = os.environ.get("MMJAX_OWNER_SECONDS", "0")
+    if not text.isdigit():
+      raise UserError(f"MMJAX_OWNER_SECONDS is {text!r}, but must be a whole number")
+    return Owner(workdir, f"--workdir {workdir}", wait=int(text), stopped=stop.is_received)
+
+  return multihost.together(claim)
+
+
+def open_program(run: Run, allow_change: bool) -> Program:
+  """The program of a run, and its folder made or checked. Raises UserError: a mistake in the config,
+  or the folder holds another run.
+  """
+  open_workdir(run.mirror.place, run.config, allow_change)
+  with configs.mistakes():
+    program = Program(run.config, run.mesh, steps=run.steps, examples=run.pipeline.examples)
+    program.optimizer  # noqa: B018  made now, for what it refuses
+  return program
+
+
+def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) -> None:
+  """Makes the run folder, or checks that the run in it is this one. Raises UserError otherwise."""
+  with disk_errors(workdir, f"--workdir {workdir} cannot be written"):
+    files.make_folder(workdir)
+    probe = workdir / f".writable-{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink()
+  if config.log.wandb:
+    import_wandb()
+  written = workdir / "config.json"
+  if not written.exists():
+    return
+  try:
+    old = configs.from_json(written.read_text(), (*config.allow_code, *configs.own_code(config)))
+  except configs.UntrustedCode as error:
+    raise UserError(f"{written}: {error}") from error
+  except (ValueError, UserError) as error:
+    raise UserError(
+      f"{written} is not a config of this version ({error}). Choose another --workdir"
+    ) from error
+  changes = configs.changed_on_resume(old, config)
+  if changes and not allow_change:
+    raise UserError(
+      f"{workdir} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, "
+      "or pass --allow-change to go on with the new ones"
+    )
+
+
+def is_finished(workdir: Path, step: int, config: FrozenConfigDict | None) -> bool:
+  """Whether everything that a run leaves at its end is in its folder, made at `step`; what process
+  0 sees. config: with evaluators.
+  """
+  finished = False
+  if multihost.is_main():
+    with files.store_errors(workdir, f"{workdir} cannot be read"):
+      scores = evaluation.read_eval_json(workdir)
+      finished = finished_step(workdir) == step and (workdir / report.NAME).exists()
+    finished &= config is None or set(config.evaluation.evaluators) <= scores.keys()
+  return multihost.any_process(finished)
+
+
+def first_state(
+  run: Run, program: Program, saver: checkpoint.Checkpointer, allow_change: bool
+) -> tuple[TrainState, dict, int]:
+  """(state, `data` of its checkpoint, steps done): of the newest checkpoint, of init.from, or new."""
+  config, workdir, steps = run.config, run.mirror.place, run.steps
+  restored = saver.restore(program.state_spec)
+  if restored:
+    state, data, start = restored
+    check_position(config, data, run.pipeline, steps, start, allow_change)
+    log(f"resume {workdir} at step {start} of {steps}")
+    return state, data, start
+  state = program.init(config.seed)
+  if config.init["from"]:
+    params, model_state, lines = checkpoint.restore_into(
+      state.params, config.init["from"], config.init.map, state.model_state
+    )
+    lines += other_tokenizer(config)
+    state = program.with_params(state, params, model_state)
+    for line in lines:
+      log(line)
+  return state, {}, 0
+
+
+def check_position(
+  config, data: dict, pipeline: Pipeline, steps: int, start: int, allow_change: bool
+) -> None:
+  """Refuses to go on with other data or another tokenizer, or with a schedule whose past would
+  change. Raises UserError.
+  """
+  if allow_change:
+    return
+  now, then = json.loads(json.dumps(pipeline.fingerprint())), data["fingerprint"]
+  differ = [
+    f"{k}: {then[k]!r} -> {now[k]!r}" for k in now if k in then and then[k] != now[k]
+  ]  # older ones have no tokenizer
+  if differ:
+    raise UserError(
+      f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore it, or "
+      "pass --allow-change"
+    )
+  past = schedule.make_schedule(config, steps=data["steps"], examples=pipeline.examples)
+  future = schedule.make_schedule(config, steps=steps, examples=pipeline.examples)
+  if not schedule.same_past(past, future, start):
+    raise UserError(
+      f"train.steps {data['steps']} -> {steps} would change the learning rate of steps that are "
+      f"done (schedule.name={config.schedule.name}). Keep train.steps, use "
+      "schedule.name=constant, or pass --allow-change"
+    )
+
+
+def other_tokenizer(config) -> list[str]:
+  """A line that warns where init.from was trained with another tokenizer than this run's, [] where
+  not (or where one has none).
+  """
+  theirs = checkpoint.load_assets(config.init["from"])
+  if not config.data.text.tokenizer or not any(name.startswith("tokenizer.") for name in theirs):
+    return []
+  if Tokenizer.from_assets(theirs).fingerprint == load_tokenizer(config.data).fingerprint:
+    return []
+  return [
+    f"warning: init.from {config.init['from']} was trained with another tokenizer than "
+    f"data.text.tokenizer {config.data.text.tokenizer!r}: its embeddings of tokens stand for "
+    "other pieces. Use its tokenizer, or leave them new by init.map"
+  ]
+
+
+def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
+  """What inference needs besides parameters, {file name: content}: the tokenizer of a model that
+  reads or writes texts, and classes.json, the names of a classifier's outputs."""
+  texts = "text" in config.model.encoders or config.model.get("decoder")
+  assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and texts else {}
+  names = next(
+    filter(None, (class_names(source, config.data.label) for source in pipeline.sources)), ()
+  )
+  if config.data.label != "none" and names:
+    assets["classes.json"] = json.dumps(names).encode()
+  return assets
+
+
+def write_config(run: Run) -> None:
+  """config.json of the run folder, and how many threads this machine's CPU computes with."""
+  if not run.owner:
+    return
+  run.owner.check()
+  folder = run.mirror.folder
+  files.replace_file(folder / "config.json", configs.to_json(run.config))
+  if jax.devices()[0].platform == "cpu" and not threads.recorded(run.mirror.place):
+    files.replace_file(folder / threads.FILE, json.dumps({"threads": threads.count()}))
