@@ -231,6 +231,11 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
   """Orthogonalised momentum of leaves [..., inputs..., ..., outputs...]; `sides` as `matrix_axes`
   gives them, by name.
+
+  The directions are those of `optax.contrib.scale_by_muon` with these sides as its dimension
+  numbers, times `rms` * sqrt(larger side). It is not used itself: it cannot iterate in another
+  precision than that of the momentum, so that on TPUs float32 would be bfloat16 passes, and it
+  keeps its coefficients in its state, where older checkpoints have none.
   """
 
   def init(params):

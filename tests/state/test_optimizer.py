@@ -8,7 +8,13 @@ import optax
 import pytest
 
 from mmjax.config import UserError
-from mmjax.state.optimizer import make_optimizer, matrix_axes, orthogonalize, state_axes
+from mmjax.state.optimizer import (
+  make_optimizer,
+  matrix_axes,
+  orthogonalize,
+  scale_by_muon,
+  state_axes,
+)
 from mmjax.state.paths import by_name
 
 LAYERS = 2
@@ -330,6 +336,33 @@ def test_state_axes_follow_the_parameters(make_config, name):
       },
     }[name]
   )
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_that_of_optax_with_the_sides_as_dimension_numbers(nesterov):
+  """Stacked layers, query, key and value in one leaf, and heads that are one side together."""
+  sides = {"qkv": ((1,), (3, 4)), "out": ((1, 2), (3,)), "plain": ((0,), (1,))}
+  shapes = {"qkv": (2, 8, 3, 2, 4), "out": (2, 2, 4, 8), "plain": (6, 10)}
+  width = {"qkv": 8, "out": 8, "plain": 10}  # the larger side of a matrix
+  number = optax.contrib.MuonDimensionNumbers
+  theirs = optax.contrib.scale_by_muon(
+    beta=0.9,
+    nesterov=nesterov,
+    weight_dimension_numbers={name: number(*pair) for name, pair in sides.items()},
+  )
+  settings = dict(beta=0.9, nesterov=nesterov, iterations=5, rms=0.2)
+  ours = scale_by_muon(sides, precision="float32", momentum_dtype="float32", **settings)
+  rng = np.random.default_rng(0)
+  state, their_state = (
+    tx.init({k: np.zeros(v, np.float32) for k, v in shapes.items()}) for tx in (ours, theirs)
+  )
+  for _ in range(3):
+    gradients = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
+    updates, state = ours.update(gradients, state)
+    their_updates, their_state = theirs.update(gradients, their_state)
+    for name, update in updates.items():
+      want = 0.2 * np.sqrt(width[name]) * np.asarray(their_updates[name])
+      np.testing.assert_allclose(update, want, rtol=2e-5, atol=2e-6)
 
 
 def test_matrices_of_muon():

@@ -71,11 +71,9 @@ def bad_steps(monkeypatch):
       return real(self, state, batch, source)
     old = jax.tree.map(jnp.copy, state)
     result = real(self, state, batch, source)[1]
-    return old.replace(step=old.step + 1), {
-      **result,
-      "skipped": jnp.float32(1),
-      "loss": jnp.float32(np.nan),
-    }
+    with jax.transfer_guard("allow"):
+      bad = dict(skipped=jnp.float32(1), loss=jnp.float32(np.nan))
+      return old.replace(step=old.step + 1), {**result, **bad}
 
   monkeypatch.setattr(Program, "train", train)
   return killed_at
@@ -369,6 +367,18 @@ def test_a_finished_run_whose_checkpoint_is_damaged_is_not_complete(tiny, whole,
   assert loop.train(tiny(), tmp_path / "run") == loop.DONE
   assert "checkpoints/8 is corrupt" in caplog.text
   assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_step_that_moves_data_without_a_word_ends_the_run(tiny, tmp_path, monkeypatch):
+  real = Program.train
+
+  def train(self, state, batch, source=""):
+    state, metrics = real(self, state, batch, source)
+    return state, {**metrics, "loss": metrics["loss"] + np.zeros((), np.float32)}
+
+  monkeypatch.setattr(Program, "train", train)
+  with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
+    loop.train(tiny(), tmp_path)
 
 
 def test_a_folder_in_which_another_run_trains_is_left_alone(tiny, whole, tmp_path):

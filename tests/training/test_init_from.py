@@ -16,7 +16,7 @@ from mmjax.data.builders import write_dataset
 from mmjax.interop.huggingface import import_hf
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.state import checkpoint
-from mmjax.training import loop
+from mmjax.training import loop, start
 from mmjax.training.program import Program
 from tests.data.conftest import COLOURS, record
 from tests.inference import tiny
@@ -69,16 +69,14 @@ def test_a_fine_tuned_resnet_evaluates_like_its_checkpoint_before_the_first_step
 
   def first(step, state, batch, source=""):
     pictures = np.stack([predictor.pixels(picture) for picture in tiny.pixels(8)])
-    seen.append(
-      step.apply(
-        step.evaluation_variables(state), "embedding", ("image",), {"image": {"pixels": pictures}}
-      )
-    )
+    batch, variables = {"image": {"pixels": pictures}}, step.evaluation_variables(state)
+    with jax.transfer_guard("allow"):
+      seen.append(step.apply(variables, "embedding", ("image",), batch))
     seen.append(jax.device_get(state.model_state))
     raise Started
 
   predictor = mmjax.load(imported, mesh=single_device_mesh())
-  monkeypatch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
+  monkeypatch.setattr(start, "make_mesh", lambda config: single_device_mesh())
   monkeypatch.setattr(Program, "compile", lambda self: [])
   monkeypatch.setattr(
     loop, "Summary", lambda *_: SimpleNamespace(memory=lambda: "nothing is compiled")

@@ -12,7 +12,7 @@ from mmjax import config as configs
 from mmjax.data.builders import write_dataset
 from mmjax.data.text import train_tokenizer
 from mmjax.parallel.mesh import single_device_mesh
-from mmjax.training import loop
+from mmjax.training import loop, start
 from mmjax.training.program import Program
 from tests.data.conftest import COLOURS, record
 from tests.e2e.commands import metrics, parameters
@@ -70,7 +70,7 @@ def test_a_run_on_pictures_of_any_aspect_ratio_trains_resumes_evaluates_and_embe
     vocab_size=400,
   )
   config, step = make(tmp_path), Program.train
-  monkeypatch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
+  monkeypatch.setattr(start, "make_mesh", lambda config: single_device_mesh())
   assert loop.train(config, tmp_path / "whole") == loop.DONE
 
   def train(self, state, batch, source=""):
