@@ -9,11 +9,13 @@ import json
 import jax
 import numpy as np
 import pytest
+import soundfile
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import mmjax
+from mmjax import cli
 from mmjax.config import UserError
 from mmjax.interop.huggingface import export_hf, import_hf
 from mmjax.models.encoders.htsat import htsat, stretch
@@ -224,10 +226,14 @@ def test_towers_alone_equal_transformers_both_ways(case, tmp_path):
 @pytest.mark.parametrize(
   ("file", "change", "says"),
   (
-    ("config.json", dict(audio_config=dict(AUDIO, enable_fusion=True)), "enable_fusion is True"),
+    ("config.json", dict(audio_config=dict(AUDIO, enable_fusion=True)), "enable_fusion is true"),
     ("preprocessor_config.json", dict(truncation="fusion"), "truncation is 'fusion'"),
     ("preprocessor_config.json", dict(feature_size=32), "num_mel_bins is 16, but"),
-    ("config.json", dict(audio_config=dict(AUDIO, window_size=9)), "smaller than window_size 9"),
+    (
+      "config.json",
+      dict(audio_config=dict(AUDIO, window_size=9)),
+      "relative_position_bias_table gives a",
+    ),
     ("config.json", dict(audio_config=dict(AUDIO, qkv_bias=False)), "qkv_bias is False"),
     ("config.json", dict(projection_hidden_act="mish"), "projection_hidden_act 'mish'"),
     ("preprocessor_config.json", dict(max_length_s=3), "a spectrogram of 301 frames"),
@@ -241,3 +247,43 @@ def test_what_is_not_supported_is_refused_by_name(file, change, says, folder, tm
   with pytest.raises(UserError, match=says):
     import_hf(tmp_path, tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+
+def test_commands_embed_sounds_and_classify_them_by_prompts(
+  folder, imported, tmp_path, monkeypatch
+):
+  out, _ = imported
+  monkeypatch.setenv("MMJAX_DATA", str(tmp_path / "data"))
+  rows, labels = sounds(), ("cat", "dog", "cat")
+  for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+    (tmp_path / "sounds" / label).mkdir(parents=True, exist_ok=True)
+    soundfile.write(tmp_path / "sounds" / label / f"{i}.wav", row, RATE, subtype="PCM_16")
+  (tmp_path / "texts.txt").write_text("a cat\na dog\n")
+  model = transformers.ClapModel.from_pretrained(folder).eval()
+  words = transformers.AutoTokenizer.from_pretrained(folder)(
+    ["a cat", "a dog"], return_tensors="pt"
+  )
+  with torch.no_grad():
+    want = model(
+      input_ids=words["input_ids"],
+      attention_mask=words["attention_mask"],
+      input_features=features_of(folder, rows),
+    )
+
+  command = ["embed", "--checkpoint", str(out), "--audio", str(tmp_path / "sounds")]
+  command += ["--texts", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "index.npz")]
+  assert cli.main(command) == 0
+  index = np.load(tmp_path / "index.npz")
+  order = np.argsort([int(name.split("/")[-1][0]) for name in index["audio_ids"]])
+  np.testing.assert_allclose(index["audio_embeddings"][order], want.audio_embeds, atol=1e-4)
+  np.testing.assert_allclose(index["text_embeddings"], want.text_embeds, atol=1e-4)
+
+  assert cli.main(["data", "convert", "folder", str(tmp_path / "sounds"), "--name", "sounds"]) == 0
+  entry = dict(kind="zero_shot", source="sounds", split="train", modality="audio")
+  command = ["eval", "--checkpoint", str(out), "--out", str(tmp_path / "eval")]
+  for key, value in dict(entry, templates="('a {}',)").items():
+    command.append(f"--config.evaluation.evaluators.classes.{key}={value}")
+  assert cli.main(command) == 0
+  found = json.loads((tmp_path / "eval" / "eval.json").read_text())["classes"]
+  right = want.logits_per_audio.argmax(1).numpy() == [("cat", "dog").index(x) for x in labels]
+  assert found["examples"] == 3 and found["accuracy"] == pytest.approx(right.mean())

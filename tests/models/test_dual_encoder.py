@@ -161,6 +161,16 @@ def test_missing_modality_gives_zeros_and_no_gradient():
   assert not any(np.any(g) for g in jax.tree.leaves(jax.jit(jax.grad(only_missing))(variables)))
 
 
+@pytest.mark.parametrize("function", ("none", "relu"))
+def test_a_bias_of_the_projection_gives_a_missing_modality_no_embedding(function):
+  model = build(projection_bias=True, projection_function=function)
+  batch = dict(image=dict(BATCH["image"], present=np.array([True, False, True])))
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), BATCH))
+  variables = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), shapes)
+  out = encode(model, variables, "image", batch, method="embedding")
+  assert np.asarray(out).any(1).tolist() == [True, False, True]
+
+
 def test_padding_is_seen_only_when_the_config_says_so():
   c = mmjax.config.base()
   c.model = dict(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.interop.huggingface import clap_audio, clap_text, clip, mapping
+from mmjax.interop.huggingface import clap_audio, clap_features, clap_text, clip, mapping
 from mmjax.interop.huggingface.mapping import Rule
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = clap_text.TOKENIZER_CLASS, "ClapProcessor", ""
 ARCHITECTURE, PAD, MASK_PADDING = "ClapModel", clap_text.PAD, clap_text.MASK_PADDING
-BESIDE = clap_audio.BESIDE
+BESIDE = clap_features.BESIDE
 AUDIO, TEXT = "audio_model.", "text_model."  # what names of the towers' tensors begin with
 SCALES = ("logit_scale_a", "logit_scale_t")  # of sounds compared with texts, and the other way
 
@@ -29,7 +29,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     audio, facts.get("preprocessor_config.json", {})
   )
   text_entry, text_data = clap_text.text_settings(text)
-  lines = clap_audio.notes(audio_data)
+  lines = clap_features.notes(audio_data)
   scales = [float(np.asarray(tensors[name], np.float32)) for name in SCALES if name in tensors]
   if len(set(scales)) > 1:
     lines.append(
@@ -91,7 +91,7 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
 
 def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
   """{name: content} of the file beside config.json: how sound is prepared."""
-  found = clap_audio.files(config, assets)
+  found = clap_features.files(config, assets)
   return {name: dict(content, processor_class=PROCESSOR_CLASS) for name, content in found.items()}
 
 

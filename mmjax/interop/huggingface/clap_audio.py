@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.interop.huggingface import mapping, single
+from mmjax.interop.huggingface import clap_features, mapping, single
 from mmjax.interop.huggingface.clap_text import PROJECTION, projection_facts, projection_settings
 from mmjax.interop.huggingface.clip import ACTIVATIONS, square
 from mmjax.interop.huggingface.mapping import Rule
@@ -19,8 +19,7 @@ from mmjax.models.encoders.swin import relative_index, stages_of
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "", "", "audio_model."
 ARCHITECTURE, ENCODER = "ClapAudioModel", "audio_encoder."
-BESIDE = ("preprocessor_config.json",)  # read with config.json; it has to be there
-
+BESIDE, files = clap_features.BESIDE, clap_features.files
 USUAL = dict(patch_embed_input_channels=1, flatten_patch_embeds=True, enable_patch_layer_norm=True)
 NAMES = dict(  # ours -> theirs, in config.json
   window="window_size",
@@ -30,21 +29,12 @@ NAMES = dict(  # ours -> theirs, in config.json
   eps="layer_norm_eps",
   drop_path="drop_path_rate",
 )
-SPECTROGRAM = dict(  # ours -> theirs, in preprocessor_config.json
-  n_fft="fft_window_size", hop="hop_length", low="frequency_min", high="frequency_max"
-)
-
-# What transformers assumes where config.json and preprocessor_config.json are silent.
+# What transformers assumes where config.json is silent.
 AUDIO = {
   **dict(window_size=8, num_mel_bins=64, spec_size=256, patch_size=4, patch_stride=(4, 4)),
   **dict(depths=(2, 2, 6, 2), num_attention_heads=(4, 8, 16, 32), mlp_ratio=4.0, qkv_bias=True),
   **dict(hidden_size=768, patch_embeds_hidden_size=96, hidden_act="gelu", layer_norm_eps=1e-5),
   **dict(enable_fusion=False, drop_path_rate=0.0, **USUAL, **PROJECTION),
-}
-PREPROCESSOR = {
-  **dict(feature_size=64, sampling_rate=48_000, hop_length=480, max_length_s=10),
-  **dict(fft_window_size=1024, frequency_min=0, frequency_max=14_000),
-  **dict(truncation="fusion", padding="repeatpad"),
 }
 
 
@@ -60,7 +50,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     facts["hidden_size"],
     **projection_settings(facts),
   )
-  return dict(model=model, audio=audio, notes=notes(audio))
+  return dict(model=model, audio=audio, notes=clap_features.notes(audio))
 
 
 def audio_settings(
@@ -69,47 +59,25 @@ def audio_settings(
   """(the entry of model.encoders.audio, settings of data.audio) of an audio_config that is filled in
   and a preprocessor_config.json. Raises UserError: no such encoder here.
   """
-  p = {**PREPROCESSOR, **preprocessor}
-  if facts["enable_fusion"] or p["truncation"] != "rand_trunc":
+  if facts["enable_fusion"]:
     raise UserError(
-      f"enable_fusion is {facts['enable_fusion']} and the feature extractor's truncation is "
-      f"{p['truncation']!r}, but only CLAP without fusion of several windows (enable_fusion false, "
-      "'rand_trunc') is supported, such as clap-htsat-unfused"
+      "enable_fusion is true, but only CLAP without fusion of several windows is supported, such as "
+      "clap-htsat-unfused"
     )
   single.only(facts, qkv_bias=True, **USUAL)
-  if facts["num_mel_bins"] != p["feature_size"]:
-    raise UserError(
-      f"num_mel_bins is {facts['num_mel_bins']}, but preprocessor_config.json has feature_size "
-      f"{p['feature_size']}"
-    )
-  size, stride = square(facts["spec_size"], "spec_size"), square(facts["patch_stride"], "stride")
-  last, rest = divmod(size, stride * 2 ** (len(facts["depths"]) - 1))
-  if rest or last < facts["window_size"]:
-    raise UserError(
-      f"spec_size {size} with {len(facts['depths'])} stages ends in a map that is not whole or "
-      f"smaller than window_size {facts['window_size']}"
-    )
+  spectrogram, audio = clap_features.settings(preprocessor, facts["num_mel_bins"])
   entry = dict(
     kind="htsat",
-    padding=p["padding"] if p["padding"] in ("repeat", "repeatpad") else "pad",
-    size=size,
+    size=square(facts["spec_size"], "spec_size"),
     patch=square(facts["patch_size"], "patch_size"),
-    stride=stride,
+    stride=square(facts["patch_stride"], "patch_stride"),
     depths=tuple(facts["depths"]),
     heads=tuple(facts["num_attention_heads"]),
     activation=single.activation(facts),
     **{ours: facts[theirs] for ours, theirs in NAMES.items()},
-    **{ours: p[theirs] for ours, theirs in SPECTROGRAM.items()},
+    **spectrogram,
   )
-  return entry, dict(rate=p["sampling_rate"], seconds=float(p["max_length_s"]))
-
-
-def notes(audio: Mapping[str, Any]) -> list[str]:
-  """Lines about what the feature extractor does and the import does not."""
-  return [
-    f"its feature extractor takes a random {audio['seconds']:g} s of a longer sound; here it is the "
-    f"first {audio['seconds']:g} s (data.audio.seconds)"
-  ]
+  return entry, audio
 
 
 def rules(config: Mapping[str, Any]) -> list[Rule]:
@@ -181,24 +149,6 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
     **USUAL,
     **projection_facts(config),
   )
-
-
-def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-  """{name: content} of the file beside config.json: how sound is prepared."""
-  audio, data = config["model"]["encoders"]["audio"], config["data"]["audio"]
-  audio = dict(audio, high=audio["high"] or data["rate"] / 2)
-  facts = dict(
-    feature_extractor_type="ClapFeatureExtractor",
-    feature_size=audio["mels"],
-    sampling_rate=data["rate"],
-    max_length_s=round(data["seconds"]),
-    truncation="rand_trunc",
-    padding=audio["padding"],
-    padding_value=0.0,
-    return_attention_mask=False,
-    **{theirs: audio[ours] for ours, theirs in SPECTROGRAM.items()},
-  )
-  return {"preprocessor_config.json": facts}
 
 
 def constants(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
