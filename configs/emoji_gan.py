@@ -4,7 +4,7 @@ optimizer.
 mmjax data build openmoji
 mmjax data tokenizer --source openmoji --split train+validation --languages en --vocab-size 1024 --name quickstart
 mmjax train --config configs/emoji_gan.py --workdir runs/emoji_gan
-"""
+"""  # noqa: E501
 
 import mmjax
 

@@ -5,7 +5,7 @@ bash launch/quickstart.sh
 mmjax train --config configs/emoji_groups.py:full --workdir runs/groups_full        # every parameter
 mmjax train --config configs/emoji_groups.py:linear --workdir runs/groups_linear    # a linear layer
 mmjax train --config configs/emoji_groups.py:scratch --workdir runs/groups_scratch  # without the checkpoint
-"""
+"""  # noqa: E501
 
 import mmjax
 

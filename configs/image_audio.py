@@ -4,7 +4,7 @@ ImageBind, Girdhar et al. 2023).
 mmjax data build openmoji && mmjax data build spoken_emoji
 mmjax data tokenizer --source openmoji --split train+validation --languages en --vocab-size 1024 --name quickstart
 mmjax train --config configs/image_audio.py --workdir runs/image_audio
-"""
+"""  # noqa: E501
 
 import mmjax
 

@@ -5,7 +5,7 @@ mmjax data build emoji_scenes && mmjax data build easy_vqa && mmjax data build o
 mmjax data tokenizer --source openmoji,emoji_scenes,easy_vqa --languages en --vocab-size 1024 --name multitask
 mmjax train --config configs/multitask.py --workdir runs/multitask
 mmjax train --config configs/multitask.py:captions --workdir runs/multitask_captions   # one task alone
-"""
+"""  # noqa: E501
 
 import mmjax
 

@@ -5,7 +5,7 @@ mmjax data build moving_emoji
 mmjax data tokenizer --source moving_emoji --name moving_emoji --vocab-size 1024
 mmjax train --config configs/video_text.py --workdir runs/video_text             # a transformer over the frames
 mmjax train --config configs/video_text.py:mean --workdir runs/video_text_mean   # the mean of the frames
-"""
+"""  # noqa: E501
 
 import mmjax
 

@@ -13,6 +13,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmjax.ranges import Count, Examples, Exponent, Few, Seed, Size, Vocabulary
 
@@ -312,28 +313,22 @@ def _generate(options) -> None:
     timestamps=options.timestamps,
     allow_code=options.allow_code,
   )
-  if options.timestamps:
-    rows = [
-      dict(
-        file=file,
-        segments=[
-          dict(start=round(s.start, 3), end=round(s.end, 3), text=s.text) for s in segments
-        ],
-      )
-      for file, segments in written
-    ]
-  else:
-    rows = [dict(file=file, text=text) for file, text in written]
+  rows: list[dict[str, Any]] = []
+  for file, answer in written:
+    if isinstance(answer, str):
+      rows.append(dict(file=file, text=answer))
+      continue
+    segments = [dict(start=round(s.start, 3), end=round(s.end, 3), text=s.text) for s in answer]
+    rows.append(dict(file=file, segments=segments))
   if options.json:
     say(json.dumps(rows, indent=2, ensure_ascii=False))
-  else:
-    for row in rows:
-      for s in row.get("segments", ()):
-        print(
-          f"{printable(row['file'])}: [{s['start']:.2f} - {s['end']:.2f}] {printable(s['text'])}"
-        )
-      if not options.timestamps:
-        print(f"{printable(row['file'])}: {printable(row['text'])}")
+    return
+  for row in rows:
+    name = printable(row["file"])
+    for s in row.get("segments", ()):
+      print(f"{name}: [{s['start']:.2f} - {s['end']:.2f}] {printable(s['text'])}")
+    if "text" in row:
+      print(f"{name}: {printable(row['text'])}")
 
 
 # -- Arguments -------------------------------------------------------------------------------------

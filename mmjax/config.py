@@ -96,10 +96,11 @@ def load(
       else ""
     )
     raise ConfigError(f"{path}: no such config file{near}")
-  spec = importlib.util.spec_from_file_location("mmjax_user_config", path)
-  module = importlib.util.module_from_spec(spec)
+  loader = importlib.machinery.SourceFileLoader("mmjax_user_config", path)
+  module = types.ModuleType(loader.name)
+  module.__file__ = path
   try:
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     config = module.get_config(arg) if arg else module.get_config()
   except ConfigError:
     raise
@@ -201,7 +202,8 @@ def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Cal
       return load_function(KINDS[g][name])
   if name and ":" in name:
     return load_function(name)
-  raise ConfigError(f"unknown kind {name!r}{_nearest(name, [k for g in groups for k in KINDS[g]])}")
+  known = [kind for g in groups for kind in KINDS[g]]
+  raise ConfigError(f"unknown kind {name!r}{_nearest(str(name), known)}")
 
 
 def in_steps(
@@ -565,10 +567,12 @@ def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str,
   for pattern, (group, _) in ENTRIES.items():
     above, _, last = pattern.rpartition(".")
     parent = _get(tree, above.split(".")) if above else tree
-    for name, entry in (
-      (parent or {}).items() if last == "*" else [(last, (parent or {}).get(last))]
-    ):
-      for setting, parameter in kind_settings(kind_function(entry, group)).items() if entry else ():
+    names = (parent or {}) if last == "*" else [last]
+    for name in names:
+      entry = (parent or {}).get(name)
+      if not entry:
+        continue
+      for setting, parameter in kind_settings(kind_function(entry, group)).items():
         for special in getattr(parameter.annotation, "__metadata__", ()):
           if isinstance(special, Special):
             yield [*filter(None, above.split(".")), name], entry, setting, special
@@ -704,7 +708,7 @@ def _resolve_node(
     for setting, parameter in kind_settings(kind_function({"kind": name}, group)).items():
       default = None if parameter.default is inspect.Parameter.empty else parameter.default
       known.setdefault(setting, (parameter.annotation, default))
-  out = {}
+  out: dict[str, Any] = {}
   for name in node:
     if name not in known:
       elsewhere = [key.path for key in KEYS if key.path.split(".")[-1] == name]
@@ -876,9 +880,10 @@ def _set(tree: dict, keys: list[str], value: Any) -> None:
 
 
 def _get(tree: dict, keys: list[str]) -> Any:
+  node: Any = tree
   for key in keys:
-    tree = tree.get(key) if isinstance(tree, dict) else None
-  return tree
+    node = node.get(key) if isinstance(node, dict) else None
+  return node
 
 
 def _plain(node: Any) -> Any:

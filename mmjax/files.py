@@ -221,14 +221,14 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     return fs.cat_file(name, start=offset, end=offset + size)
 
 
-def open_binary(path: str | os.PathLike) -> BinaryIO:
+def open_binary(path: str | os.PathLike) -> io.BufferedReader | _Object:
   """A file or object to read from, with seeking. It and its methods raise OSError; of an object
   FileNotFoundError, StoreError.
   """
   return _Object(path) if is_url(path) else open_file(path)
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike) -> io.BufferedReader:
   """A regular file of this machine, links followed. Raises OSError: also for a pipe, socket or
   device, which could block for good.
   """
@@ -352,7 +352,8 @@ class Mirror:
     self.place = as_path(place) if is_url(place) else Path(place)
     self.folder, self._remote = Path(place), is_url(place) and active
     self._seen: dict[Path, tuple[int, int]] = {}
-    self._lock, self._over, self._thread = threading.Lock(), threading.Event(), None
+    self._lock, self._over = threading.Lock(), threading.Event()
+    self._thread: threading.Thread | None = None
     self._alive: BinaryIO | None = None  # locked as long as the folder is in use
 
   def __enter__(self) -> Mirror:
@@ -366,7 +367,8 @@ class Mirror:
     with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
       self.push()
       shutil.rmtree(self.folder.parent, ignore_errors=True)
-      self._alive.close()
+      if self._alive:
+        self._alive.close()
 
   def fetch(self, *names: str) -> None:
     """Brings the files of these names that the place has: first of all, and again those that others
@@ -475,6 +477,8 @@ def bring(folder: Path) -> Path:
   Raises UserError: the store cannot be read, or the disk not be written.
   """
   url = origin(folder)
+  if url is None:
+    return folder
   with store_errors(url, f"{url} cannot be read"):
     there = _listing(url)
   if not there:

@@ -108,7 +108,7 @@ class Owner:
       newest = max(numbers, default=0)
       if newest and (other is None or other.number != newest):
         other = _Other(self._folder, newest, self._claim["machine"])
-      if not newest or other.is_gone():
+      if not newest or other is None or other.is_gone():
         if self._claims(newest + 1):
           self._remove(numbers)
           return newest + 1

@@ -96,7 +96,7 @@ text { font: 11px system-ui, sans-serif; fill: #5d6b7c }
 .name { font-size: 13px; font-weight: 600; fill: #1b2430 }
 .key { font-size: 9.5px }
 .grid { stroke: #e2e7ec } .line { fill: none; stroke-width: 1.8 } .area { opacity: .09 }
-"""
+"""  # noqa: E501
 COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#c2255c", "#866118")
 
 

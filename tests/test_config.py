@@ -92,6 +92,15 @@ def test_mistakes_are_refused_with_one_line_that_names_key_and_remedy(override, 
   assert "\n" not in message and all(word in message for word in words), message
 
 
+def test_a_config_file_of_any_ending_is_read_as_python(tmp_path):
+  path = tmp_path / "recipe"
+  path.write_text("import mmjax\ndef get_config(arg=''):\n  return mmjax.config.base()\n")
+  assert configs.load(str(path)).train.steps == mmjax.config.base().train.steps
+  (tmp_path / "notes.md").write_text("# Notes\nNot Python.\n")
+  with pytest.raises(configs.ConfigError, match="notes.md: SyntaxError"):
+    configs.load(str(tmp_path / "notes.md"))
+
+
 @pytest.mark.parametrize(
   ("objective", "sound"),
   [

@@ -54,7 +54,7 @@ class AudioTransform:
     x = data if isinstance(data, np.ndarray) else decode_audio(data, self.rate)
     if not len(x):
       raise Unreadable("audio of zero length")
-    if self.augment is not None:
+    if self.augment is not None and rng is not None:
       x = augment(x, self.rate, rng, limit=self.samples, **self.augment)
     x = x[: self.samples]
     waveform = np.zeros(self.samples, np.int16)

@@ -5,12 +5,14 @@ one generator.
 every operation reads its own of them, so that switching one on or off leaves the draws of the
 others as they were. Order of the operations:
 
-  1. random resized crop   `crop_box`     (image.py cuts and resizes, decoding only what it needs)
-  2. rotate, scale, shift  `warp`         one affine map about the centre, bilinear, uncovered pixels get `fill`
+  1. random resized crop   `crop_box`     image.py cuts and resizes, decoding only what it needs
+  2. rotate, scale, shift  `warp`         one bilinear affine map about the centre; uncovered pixels
+                                          get `fill`
   3. flip                                 horizontal, with probability `flip`
-  4. colour jitter         `jitter`       brightness, contrast, saturation, hue in random order, as torchvision's ColorJitter
-  5. RandAugment           `randaugment`  Cubuk et al. 2020 (arXiv:1909.13719), the 14 operations of its table
-  6. random erasing        `erase`        Zhong et al. 2020 (arXiv:1708.04896), noise in a random box
+  4. colour jitter         `jitter`       brightness, contrast, saturation, hue in random order, as
+                                          torchvision's ColorJitter
+  5. RandAugment           `randaugment`  Cubuk et al. 2020 (arXiv:1909.13719), its 14 operations
+  6. random erasing        `erase`        Zhong et al. 2020 (arXiv:1708.04896): noise in a box
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def open_container(data: bytes) -> av.container.InputContainer:
   off; av.error.FFmpegError.
   """
   check_whole(data)
-  return av.open(io.BytesIO(data), options={"format_whitelist": _FORMATS})
+  return av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS})
 
 
 def decoder(stream: av.stream.Stream) -> av.CodecContext:

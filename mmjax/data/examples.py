@@ -4,9 +4,10 @@ be used.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from mmjax.config import UserError
 from mmjax.data.builders import Record
 from mmjax.data.image import ImageTransform, decode
 from mmjax.data.media import WORDS, content_key
-from mmjax.data.naflex import SequenceTransform, picture_of
+from mmjax.data.naflex import PatchSequence, SequenceTransform, picture_of
 from mmjax.data.sources import Source
 from mmjax.data.text import (
   TextTransform,
@@ -32,9 +33,10 @@ _LENGTHS = {"audio": "data.audio.seconds", "series": "data.series.length"}  # wh
 MODALITIES = ("image", "text", "audio", "video", "series")
 
 
-class Place(NamedTuple):
-  """A row: record `index` of `source`; `part` chooses among its questions in evaluation (-1 = drawn
-  at random).
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What a row of a batch is made of: record `index` of `source`; `part` chooses among its
+  questions in evaluation (-1 = drawn at random).
   """
 
   source: Source
@@ -116,7 +118,7 @@ class ImageReader(Reader):
     (Unreadable).
     """
     seen = self.transform(content)
-    return picture_of(seen) if isinstance(seen, tuple) else seen
+    return picture_of(seen) if isinstance(seen, PatchSequence) else seen
 
 
 class AudioReader(Reader):
@@ -125,9 +127,10 @@ class AudioReader(Reader):
   def __init__(self, data, train: bool):
     from mmjax.data.audio import AudioTransform
 
-    self.transform, self.seconds = AudioTransform(data.audio, train), data.audio.seconds
+    self.transform = self.sound = AudioTransform(data.audio, train)
+    self.seconds = data.audio.seconds
     self.shapes = {
-      "waveform": ((self.transform.samples,), np.int16),
+      "waveform": ((self.sound.samples,), np.int16),
       "length": ((), np.int32),
       "key": ((2,), np.uint32),
     }
@@ -135,14 +138,14 @@ class AudioReader(Reader):
   def decode(self, content: Any) -> np.ndarray:
     from mmjax.data.audio import decode_audio
 
-    return decode_audio(content, self.transform.rate) if isinstance(content, bytes) else content
+    return decode_audio(content, self.sound.rate) if isinstance(content, bytes) else content
 
   def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
     sound = self.decode(content)
-    long = len(sound) > self.transform.samples
-    return self.transform(
-      sound, rng
-    ), f"{len(sound) / self.transform.rate:.1f} of {self.seconds:g} s" if long else ""
+    surplus = ""
+    if len(sound) > self.sound.samples:
+      surplus = f"{len(sound) / self.sound.rate:.1f} of {self.seconds:g} s"
+    return self.sound(sound, rng), surplus
 
 
 class VideoReader(Reader):
@@ -178,9 +181,8 @@ class SeriesReader(Reader):
     }
 
   def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
-    return self.transform(content), f"{len(content)} of {self.length} steps" if len(
-      content
-    ) > self.length else ""
+    surplus = f"{len(content)} of {self.length} steps" if len(content) > self.length else ""
+    return self.transform(content), surplus
 
 
 READERS: dict[str, type[Reader]] = {
@@ -226,53 +228,53 @@ class Examples:
 
   def __call__(
     self,
-    places: Sequence[Place],
+    rows: Sequence[Row],
     rngs: Iterable[np.random.Generator | None],
     modalities: Sequence[str] | None = None,
     length: int = 0,
   ) -> Batch:
-    data, modalities, count = self.config.data, modalities or self.modalities, len(places)
+    data, modalities, count = self.config.data, modalities or self.modalities, len(rows)
     batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": [], "cut": []}
     each = data.text.per_example
-    texts, labels = [[""] * each for _ in places], blank_labels(self.config, count)
+    texts, labels = [[""] * each for _ in rows], blank_labels(self.config, count)
     media = {name: self.reader(name).blank(count) for name in modalities if name != "text"}
     present = {name: np.ones(count, bool) for name in modalities}
-    for row, (place, rng) in enumerate(zip(places, rngs, strict=True)):
-      batch["id"][row] = place_of(place.source, place.index)
+    for number, (row, rng) in enumerate(zip(rows, rngs, strict=True)):
+      batch["id"][number] = stand_in_id(row.source, row.index)
       try:
-        record = place.source[place.index]
-        batch["id"][row] = record["id"]
+        record = row.source[row.index]
+        batch["id"][number] = record["id"]
         answers: list[str] = []
         for name in ("text", *media):  # texts first: the draws of a row come in this order
           try:
             if name == "text":
-              texts[row], answers = self._texts(record, place, rng, wanted="text" in modalities)
-              check_texts(texts[row])
+              texts[number], answers = self._texts(record, row, rng, wanted="text" in modalities)
+              check_texts(texts[number])
             else:
-              kept = getattr(place.source, "cached", False)
+              kept = getattr(row.source, "cached", False)
               arrays, surplus = self.reader(name).read(record, kept, rng)
               for array, value in zip(media[name].values(), arrays, strict=True):
-                array[row] = value
+                array[number] = value
               if surplus:
-                batch["cut"].append((name, f"{place.source.name} {record['id']}", surplus))
+                batch["cut"].append((name, f"{row.source.name} {record['id']}", surplus))
           except Absent:
             if data.missing == "skip":
               raise
             if name in present:
-              present[name][row] = False
+              present[name][number] = False
         if labels is not None:
-          self._label(labels[row : row + 1], record, place.source, answers)
-        batch["valid"][row] = True
+          self._label(labels[number : number + 1], record, row.source, answers)
+        batch["valid"][number] = True
       except UserError as error:
-        texts[row] = [""] * each
+        texts[number] = [""] * each
         for array in (array for arrays in media.values() for array in arrays.values()):
-          array[row] = 0
-        batch["unreadable"].append((f"{place.source.name} {batch['id'][row]}", str(error)))
+          array[number] = 0
+        batch["unreadable"].append((f"{row.source.name} {batch['id'][number]}", str(error)))
     batch.update(media)
     if "text" in modalities:
-      rows = self.text([text for row in texts for text in row], length)
+      tokens = self.text([text for of_row in texts for text in of_row], length)
       batch["text"] = {
-        k: v.reshape(count, each, *v.shape[1:]) if each > 1 else v for k, v in rows.items()
+        k: v.reshape(count, each, *v.shape[1:]) if each > 1 else v for k, v in tokens.items()
       }
     if data.missing == "mask":
       for name in modalities:
@@ -280,14 +282,14 @@ class Examples:
     return batch if labels is None else {**batch, "label": labels}
 
   def _texts(
-    self, record: Record, place: Place, rng: np.random.Generator | None, wanted: bool
+    self, record: Record, row: Row, rng: np.random.Generator | None, wanted: bool
   ) -> tuple[list[str], list[str]]:
     """(texts, answers) of a row, `per_example` each; answers [] where texts are captions. Questions
     are drawn even if only their answers are wanted. Raises Absent."""
     each = self.config.data.text.per_example
-    if getattr(place.source, "text", "caption") == "question":
-      return self._questions(record, place.part, rng)
-    return [self._caption(record, place.source, rng) if wanted else "" for _ in range(each)], []
+    if getattr(row.source, "text", "caption") == "question":
+      return self._questions(record, row.part, rng)
+    return [self._caption(record, row.source, rng) if wanted else "" for _ in range(each)], []
 
   def _caption(self, record: Record, source: Source, rng: np.random.Generator | None) -> str:
     """One of the captions: first a language, then one of its captions, then the words that stay.
@@ -403,8 +405,8 @@ def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, An
   """{modality: {array: (shape of an example, dtype)}}, and "label" where the config has one.
   length: tokens; 0 = data.text.length.
   """
-  data, spec = config.data, {}
-  length = length or data.text.length
+  data, length = config.data, length or config.data.text.length
+  spec: dict[str, Any] = {}
   for name in modalities:
     if name == "text":
       each = (data.text.per_example,) if data.text.per_example > 1 else ()
@@ -456,7 +458,7 @@ def modalities_of(config, source: Mapping[str, Any] | None = None) -> list[str]:
   return [name for name in MODALITIES if name in chosen]
 
 
-def place_of(source: Source, index: int) -> str:
+def stand_in_id(source: Source, index: int) -> str:
   """The id of a record whose own cannot be read."""
   return f"{source.name}[{index}]"
 
@@ -492,7 +494,7 @@ class CutMedia:
 
   LIMIT = 10_000  # names that are kept
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.names: dict[str, set[str]] = {}
     self._said: dict[str, int] = {}
 

@@ -2,26 +2,23 @@
 OpenCV, no JAX.
 
 `ImageTransform(config.data.image, train)` is what the pipeline calls. A file is what its first
-bytes say, whatever its
-ending: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC (with the package pillow-heif). It becomes
-8-bit RGB:
+bytes say, whatever its ending: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC (with the package
+pillow-heif). It becomes 8-bit RGB:
 
   orientation     as EXIF, TIFF and HEIF say, so that the picture stands upright
   transparency    composited on white: alpha channels, transparent colours of palettes and of RGB
-  16 and 12 bits  scaled to 8 (v * 255 / 65535, rounded for grey, cut for RGB, as Pillow does); 32 bits, floats and
-                  values with signs have no agreed white and are refused
+  16 and 12 bits  scaled to 8 (v * 255 / 65535, rounded for grey, cut for RGB, as Pillow does); 32
+                  bits, floats and values with signs have no agreed white and are refused
   grey, CMYK      as Pillow converts them, colour profiles ignored
   several frames  the first frame of an animation, the first page of a TIFF
   bytes after it  ignored (a phone's video behind a JPEG)
 
 Whatever cannot be decoded whole is `Unreadable`, and so is a picture whose header announces more
-than 100 megapixels:
-nothing of it is decoded.
+than 100 megapixels: nothing of it is decoded.
 
 Training resizes with `resize_fast`, and a large JPEG is decoded at 1/2, 1/4 or 1/8 where the crop
 stays at least 1.5 times as large as the output. Evaluation decodes everything and resizes exactly
-as Pillow. Order of the augmentation:
-see augment.py.
+as Pillow. Order of the augmentation: see augment.py.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, TiffImagePlugin
 
 from mmjax.config import UserError
 from mmjax.data.augment import Augment
@@ -117,11 +114,11 @@ def decode_and_transform(
 ) -> np.ndarray:
   """One picture as the model sees it: bytes (or uint8 [H, W, 3]) -> uint8 [size, size, 3].
 
-  Without `augment`: `resize`, exactly as Pillow; "shortest" keeps the share `crop` of the shortest
-  side. With it: the operations of augment.py, drawn from `rng` alone.
+  Without `augment` or `rng`: `resize`, exactly as Pillow; "shortest" keeps the share `crop` of the
+  shortest side. With both: the operations of augment.py, drawn from `rng` alone.
   Raises Unreadable.
   """
-  if augment is None:
+  if augment is None or rng is None:
     return _fit(
       data if isinstance(data, np.ndarray) else decode(data), size, resize, interpolation, crop=crop
     )
@@ -138,7 +135,8 @@ def decode_and_transform(
     )
   else:
     pixels = data if isinstance(data, np.ndarray) else decode(data)
-    left, top, right, bottom = (round(edge) for edge in _centre(*pixels.shape[:2], resize, crop))
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = (round(edge) for edge in _centre(height, width, resize, crop))
     pixels = resize_fast(pixels[top:bottom, left:right], (size, size), interpolation)
   return np.ascontiguousarray(augment.apply(pixels, draws, rng))
 
@@ -220,7 +218,8 @@ def _crop(
   """The random resized crop, of a JPEG decoded no larger than the crop needs."""
   if isinstance(data, np.ndarray) or data[:3] != b"\xff\xd8\xff":
     pixels = data if isinstance(data, np.ndarray) else decode(data)
-    left, top, right, bottom = augment.box(*pixels.shape[:2], draws)
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = augment.box(height, width, draws)
   else:
     _, height, width = _header(data)
     if _orientation(data) > 4:
@@ -237,7 +236,8 @@ def jpeg_crop(box: tuple[int, int, int, int], size: int) -> tuple[tuple[int, int
   """
   side = min(box[2] - box[0], box[3] - box[1])
   k = max(k for k in (1, 2, 4, 8) if k == 1 or side >= _KEEP * k * size)
-  return tuple(round(edge / k) * k for edge in box), k
+  left, top, right, bottom = (round(edge / k) * k for edge in box)
+  return (left, top, right, bottom), k
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -316,8 +316,9 @@ def _open(data: bytes, kind: str) -> Image.Image:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
   picture = Image.open(io.BytesIO(data), formats=[kind])
   if (
-    kind == "TIFF" and picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0) > MAX_PIXELS
-  ):  # of a tile
+    isinstance(picture, TiffImagePlugin.TiffImageFile)
+    and picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0) > MAX_PIXELS  # of a tile
+  ):
     raise Unreadable(f"TIFF whose tiles have more than {MAX_PIXELS // 10**6} megapixels")
   return picture
 

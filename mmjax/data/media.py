@@ -107,14 +107,17 @@ WORDS = {
 }
 
 
-def modality_of(name: str | os.PathLike, column: str = "") -> str | None:
-  """ "image", "audio" or "video" by the ending of a file name; None for any other.
+def modality_of(name: str | os.PathLike) -> str | None:
+  """ "image", "audio" or "video" by the ending of a file name; None for any other."""
+  return _by_ending(name, ENDINGS)
 
-  column: the modality of the column that names it, "" = none. It decides where the ending says
-  nothing, and a video in a column of sounds is its sound track.
+
+def modality_in_column(name: str | os.PathLike, column: str) -> str:
+  """The modality of a file that a column of this modality names. The column decides where the
+  ending says nothing, and a video in a column of sounds is its sound track.
   """
-  found = _by_ending(name, ENDINGS)
-  return column if column and (found is None or (column, found) == ("audio", "video")) else found
+  found = modality_of(name)
+  return column if found is None or (column, found) == ("audio", "video") else found
 
 
 def unread_modality_of(name: str | os.PathLike) -> str | None:
@@ -170,9 +173,8 @@ def check(record: Mapping[str, Any]) -> None:
   if record.get("video") is not None:
     from mmjax.data.video import decode_video
 
-    decode_video(
-      record["video"], lambda count: sorted({0, count - 1})
-    )  # everything is decoded, next to nothing kept
+    # everything is decoded, next to nothing kept
+    decode_video(record["video"], lambda count: np.unique([0, count - 1]))
 
 
 def too_large(error: Unreadable) -> bool:

@@ -32,10 +32,10 @@ class SequenceTransform:
   """The picture transform of a config whose data.image.resize is "naflex": `transform(data, rng) ->
   PatchSequence`.
 
-  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False nothing is random and
-  `rng` may be None. With it, the operations of augment.py, drawn from `rng` alone; a random crop
-  keeps its own aspect ratio. Raises Unreadable, also for a strip
-  too long for the budget. `shapes`: {array of a PatchSequence: (shape, dtype)}.
+  `data`: encoded bytes, or decoded pixels uint8 [H, W, 3]. With train=False, or without `rng`,
+  nothing is random. Else the operations of augment.py are drawn from `rng` alone; a random crop
+  keeps its own aspect ratio. Raises Unreadable, also for a strip too long for the budget.
+  `shapes`: {array of a PatchSequence: (shape, dtype)}.
   """
 
   def __init__(self, config, train: bool):
@@ -57,13 +57,15 @@ class SequenceTransform:
     self, data: bytes | np.ndarray, rng: np.random.Generator | None = None
   ) -> PatchSequence:
     pixels = data if isinstance(data, np.ndarray) else decode(data)
-    if self.augment is None:
+    if self.augment is None or rng is None:
       return patch_sequence(pixels, self.patch, self.budget, self.interpolation)
     draws = self.augment.draw(rng)
     if self.augment.crops:
-      left, top, right, bottom = self.augment.box(*pixels.shape[:2], draws)
+      height, width = pixels.shape[:2]
+      left, top, right, bottom = self.augment.box(height, width, draws)
       pixels = pixels[top:bottom, left:right]
-    rows, columns = fitting_grid(*pixels.shape[:2], self.patch, self.budget)
+    height, width = pixels.shape[:2]
+    rows, columns = fitting_grid(height, width, self.patch, self.budget)
     pixels = resize_fast(pixels, (rows * self.patch, columns * self.patch), self.interpolation)
     return cut(self.augment.apply(pixels, draws, rng), self.patch, self.budget)
 

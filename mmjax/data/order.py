@@ -88,15 +88,9 @@ class Order:
     group = self._group[source]
     groups = self._length[source] // group  # an epoch goes through these
     epoch, offset = np.divmod(nth, groups * group)
-    index = (
-      group
-      * permute(
-        offset // group,
-        groups,
-        _mix(epoch ^ _mix(source.astype(np.uint64) ^ _mix(np.uint64(self.seed % 2**64)))),
-      )
-      + offset % group
-    )
+    seed = _mix(np.full((), self.seed % 2**64, np.uint64))
+    key = _mix(epoch ^ _mix(source.astype(np.uint64) ^ seed))
+    index = group * permute(offset // group, groups, key) + offset % group
     return source, index.astype(np.int64), epoch.astype(np.int64)
 
   def source(self, step: int) -> int:

@@ -34,14 +34,15 @@ from mmjax.data.examples import (
   Batch,
   CutMedia,
   Examples,
-  Place,
+  ImageReader,
+  Row,
   check_classes,
   class_names,
   modalities_of,
-  place_of,
   report_unreadable,
   row_spec,
   spread_rows,
+  stand_in_id,
   streams,
 )
 from mmjax.data.media import content_key
@@ -187,7 +188,7 @@ class Pipeline:
     try:
       return self.sources[source][index]["id"]
     except UserError:
-      return place_of(self.sources[source], index)
+      return stand_in_id(self.sources[source], index)
 
   def _remember(self, step: int, ids: list[str]) -> None:
     self._ids[step] = ids
@@ -199,8 +200,8 @@ class Pipeline:
     `_settle` takes out again. Runs in a worker or a thread."""
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
-    places = [Place(self.sources[source[row]], int(index[row])) for row in rows]
-    return self._examples(places, streams(self.config.seed, step, rows), *self._made_of[source[0]])
+    items = [Row(self.sources[source[row]], int(index[row])) for row in rows]
+    return self._examples(items, streams(self.config.seed, step, rows), *self._made_of[source[0]])
 
   def _settle(self, batch: Batch) -> Batch:
     """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""
@@ -234,7 +235,7 @@ class EvaluationData:
   class_names: of the labels that `batches` gives;
   media_keys {modality: uint64 [N]}, equal = the same content; captions: every one in the entry's
   languages; facts: what each record says about itself ({} = nothing);
-  places [(example, part)]: the rows of `batches` (several an example where its questions do not fit
+  items [(example, part)]: the rows of `batches` (several an example where its questions do not fit
   one row).
   tokenizer: of a checkpoint; None = the one that the config names, where texts are asked for.
   Raises UserError: no such data set, split or language; while reading: too many unreadable records.
@@ -245,7 +246,7 @@ class EvaluationData:
     config,
     entry: Mapping[str, Any],
     batch_size: int,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
   ):
     self.config, self.batch_size = config, batch_size
@@ -255,7 +256,7 @@ class EvaluationData:
     self.class_names = class_names(self.source, config.data.label)
     self.captions: list[Caption] = []
     self.facts: list[dict] = []
-    self.places: list[tuple[int, int]] = []
+    self.items: list[tuple[int, int]] = []
     self._examples = Examples(config, train=False, tokenizer=tokenizer)
     self._bad: dict[str, str] = {}
     self._cut = CutMedia()
@@ -283,22 +284,22 @@ class EvaluationData:
       yield batch
 
   def batches(self, modalities: Sequence[str]) -> Iterator[Batch]:
-    """Every row of `places` with several modalities, and `label` where data.label has one; filled
+    """Every row of `items` with several modalities, and `label` where data.label has one; filled
     up at the end.
     """
-    for batch, _ in self._batches(self.places, tuple(modalities)):
+    for batch, _ in self._batches(self.items, tuple(modalities)):
       yield batch
 
   def _batches(
-    self, places: list[tuple[int, int]], modalities: tuple[str, ...]
+    self, items: list[tuple[int, int]], modalities: tuple[str, ...]
   ) -> Iterator[tuple[Batch, np.ndarray]]:
     """(batch, example of each row, -1 = none)."""
-    for start in range(0, len(places), self.batch_size):
+    for start in range(0, len(items), self.batch_size):
       row = start + self.rows
-      real = row < len(places)
-      chosen = [places[i] for i in row[real].tolist()]
+      real = row < len(items)
+      chosen = [items[i] for i in row[real].tolist()]
       batch = self._examples(
-        [Place(self.source, *place) for place in chosen], [None] * len(chosen), modalities
+        [Row(self.source, *place) for place in chosen], [None] * len(chosen), modalities
       )
       self._cut.add(batch.pop("cut"))
       report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
@@ -318,7 +319,7 @@ class EvaluationData:
   def picture(self, index: int) -> np.ndarray:
     """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""
     try:
-      return self._examples.reader("image").picture(self.source[index]["image"] or b"")
+      return ImageReader(self.config.data, False).picture(self.source[index]["image"] or b"")
     except UserError:
       return np.full((self.config.data.image.size,) * 2 + (3,), 255, np.uint8)
 
@@ -345,11 +346,11 @@ class EvaluationData:
         record = self.source[i]
       except UserError:
         self.facts.append({})
-        self.places.append((i, 0))
+        self.items.append((i, 0))
         continue
       self.facts.append(record.get("facts") or {})
       rows = -(-len(record.get("questions") or ()) // each) if asks else 1
-      self.places += [(i, part) for part in range(rows)]
+      self.items += [(i, part) for part in range(rows)]
       self.labels[i] = number.get(record["label"], -1)
       for name, keys in self.media_keys.items():
         if record.get(name) is not None:
@@ -410,8 +411,11 @@ def _start_worker(index: int, count: int) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, lambda *unused: threading.Timer(30, os._exit, (1,)).start())
 
+  main_process = multiprocessing.parent_process()
+
   def follow() -> None:
-    multiprocessing.parent_process().join()
+    if main_process is not None:
+      main_process.join()
     os._exit(1)
 
   threading.Thread(target=follow, daemon=True).start()

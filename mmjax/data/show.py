@@ -66,7 +66,12 @@ def show(
   chosen = np.arange(total)
   if count < total:
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
-  tiles, sizes, languages, labels, captions, unreadable = [], [], Counter(), Counter(), [], 0
+  tiles: list[str] = []
+  sizes: list[tuple[int, int]] = []
+  captions: list[str] = []
+  languages: Counter[str] = Counter()
+  labels: Counter[str] = Counter()
+  unreadable = 0
   seconds: dict[str, list[float]] = {"sounds": [], "videos": []}
   for index in chosen.tolist():
     try:

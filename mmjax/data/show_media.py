@@ -83,14 +83,14 @@ def strip(data: bytes) -> tuple[str, float]:
   seconds = count / _rate(data)
   scale = _HEIGHT / height if height > _HEIGHT else 1
   size = (max(1, min(round(width * scale), 4 * _HEIGHT)), max(1, round(height * scale)))
-  frames = [
+  small = [
     frame if scale == 1 else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     for frame in frames
   ]
   out = io.BytesIO()
   exact = scale == 1 and width <= 128  # drawn clips stay exact, films become JPEG
-  gap = np.full((frames[0].shape[0], 2, 3), 255, np.uint8)
-  joined = np.concatenate([part for frame in frames for part in (frame, gap)][:-1], axis=1)
+  gap = np.full((small[0].shape[0], 2, 3), 255, np.uint8)
+  joined = np.concatenate([part for frame in small for part in (frame, gap)][:-1], axis=1)
   Image.fromarray(joined).save(
     out, "PNG" if exact else "JPEG", **({} if exact else dict(quality=88))
   )

@@ -74,7 +74,8 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
     source: Source = TarSource(entry["path"], languages, data_dir(config))
   else:
     source = ArrayRecordSource(data_dir(config), name, entry.get("split") or "train", languages)
-  source = CachedSource(source) if entry.get("cache") else source
+  if entry.get("cache"):
+    source = CachedSource(source)
   source.text, source.first_captions = entry.get("text", "caption"), entry.get("captions", 0)
   return source
 
@@ -133,6 +134,9 @@ class ArrayRecordSource:
   one after the other.
   """
 
+  text = "caption"
+  first_captions = 0
+
   def __init__(self, root: Path, name: str, split: str, languages: Sequence[str] = ()):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -185,8 +189,13 @@ class ArrayRecordSource:
 class CachedSource:
   """Keeps every record of `source` in memory once it was read. For small data sets."""
 
+  text = "caption"
+  first_captions = 0
+  cached = True
+
   def __init__(self, source: Source):
-    self._source, self._kept, self.cached = source, [None] * len(source), True
+    self._source = source
+    self._kept: list[Record | None] = [None] * len(source)
     self.name, self.labels, self.answers = source.name, source.labels, source.answers
     self.languages, self.fingerprint = source.languages, source.fingerprint
 

@@ -109,9 +109,8 @@ class TarIndex:
     said = annotate(cells, language)
     if isinstance(said, Skip):
       raise self._bad(row, said)
-    return said.record(
-      name, {name: parts[name] for name in ("image", "audio", "video") if parts[name] is not None}
-    )
+    media = {kind: parts[kind] for kind in ("image", "audio", "video")}
+    return said.record(name, {kind: data for kind, data in media.items() if data is not None})
 
   def _bad(self, row: int, skip: Skip) -> BadSample:
     return BadSample(
@@ -141,14 +140,14 @@ class TarIndex:
     span = self._bytes(first, last - first) if together else b""
     parts: dict[str, bytes | None] = dict.fromkeys(_PLACES)
     for name, (offset, size) in places.items():
-      parts[name] = (
-        span[offset - first : offset - first + size] if together else self._bytes(offset, size)
-      )
-      if len(parts[name]) != size:
+      start = offset - first
+      data = span[start : start + size] if together else self._bytes(offset, size)
+      if len(data) != size:
         raise UserError(
           f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. "
           f"Start again to index it anew"
         )
+      parts[name] = data
     return parts
 
   def _bytes(self, offset: int, size: int) -> bytes:
@@ -171,20 +170,20 @@ class TarSource:
   Raises UserError: nothing found, or no pair at all.
   """
 
+  labels: tuple[str, ...] = ()
+  answers: tuple[str, ...] = ()
+  text = "caption"
+  first_captions = 0
+
   def __init__(
     self,
     path: str | os.PathLike,
     languages: Sequence[str] = (),
     data_dir: str | os.PathLike | None = None,
   ):
-    self.name, self.languages, self.labels, self.answers = (
-      "tars",
-      tuple(languages) or ("en",),
-      (),
-      (),
-    )
+    self.name, self.languages = "tars", tuple(languages) or ("en",)
     self._all_languages = not languages
-    self._indices = []
+    self._indices: list[TarIndex] = []
     self.skipped: Counter[str] = Counter()
     problems = []
     for found in index_tars(expand(path), data_dir):
@@ -411,7 +410,7 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
     if member is None:
       return
     count += 1
-    tar.members.clear()  # or all headers of a large tar stay in memory
+    tar.members.clear()  # type: ignore[attr-defined]  # or all headers of a large tar stay in memory
     yield member
 
 
@@ -428,20 +427,17 @@ def _braces(pattern: str) -> list[str]:
   ):
     raise too_many
   names = [pattern]
-  while re.search(
-    _BRACE, names[0]
-  ):  # the innermost first, so that all names have the same braces left
-    expanded, characters = [], 0
+  while re.search(_BRACE, names[0]):  # innermost first: all names have as many braces left
+    expanded: list[str] = []
+    characters = 0
     for name in names:
-      match = re.search(_BRACE, name)
-      options = _options(match[1], pattern)
+      before, inner, after = re.split(_BRACE, name, maxsplit=1)
+      options = _options(inner, pattern)
       characters += len(options) * len(name)
       if len(expanded) + len(options) > _MOST_NAMES or characters > 256 * _MOST_NAMES:
         raise too_many
-      width = len(match[1].partition("..")[0]) if isinstance(options, range) else 0
-      expanded += [
-        name[: match.start()] + str(option).zfill(width) + name[match.end() :] for option in options
-      ]
+      width = len(inner.partition("..")[0]) if isinstance(options, range) else 0
+      expanded += [before + str(option).zfill(width) + after for option in options]
     names = expanded
   return names
 

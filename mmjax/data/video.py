@@ -16,6 +16,7 @@ training a random share of the time (`augment.temporal`) is cut out first, then 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
@@ -60,7 +61,7 @@ class VideoTransform:
   def __call__(
     self, data: bytes | Clip | np.ndarray, rng: np.random.Generator | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    draws = rng.random(44 + self.frames) if self.augment or self.random else None
+    draws = rng.random(44 + self.frames) if rng and (self.augment or self.random) else None
     pick = lambda count: self.pick(count, draws)
     if isinstance(data, np.ndarray):
       if data.ndim != 4 or data.shape[-1] != 3 or not data.size:
@@ -81,21 +82,21 @@ class VideoTransform:
     """Which of `count` frames are used: int [min(count, T)], ascending."""
     first, last = 0, count
     low, high = self.augment.get("temporal", (1.0, 1.0))
-    if (low, high) != (1.0, 1.0):
+    if draws is not None and (low, high) != (1.0, 1.0):
       length = min(count, max(1, round(count * (low + draws[0] * (high - low)))))
       first = int(draws[1] * (count - length + 1))
       last = first + length
     if last - first <= self.frames:
       return np.arange(first, last)
     edges = first + np.arange(self.frames + 1) * (last - first) // self.frames
-    inside = draws[44:] if self.random else 0.5
+    inside = draws[44:] if draws is not None and self.random else 0.5
     return edges[:-1] + (inside * np.diff(edges)).astype(int)
 
   def spatial(self, frames: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
     """uint8 [n, H, W, 3] -> [n, size, size, 3]: the same box and flip for all, or the central
     square (evaluation).
     """
-    if not self.augment:
+    if not self.augment or draws is None:
       return np.stack([decode_and_transform(frame, size=self.size) for frame in frames])
     height, width = frames.shape[1:3]
     if tuple(self.augment.get("crop", (1.0, 1.0))) != (1.0, 1.0):
@@ -138,7 +139,7 @@ def _decode(data: bytes, pick: Pick | None) -> Clip:
     raise Unreadable("empty file")
   try:
     found = _measure(data)
-    wanted = np.arange(found.count) if pick is None else found.shown[pick(len(found.shown))]
+    wanted = np.arange(found.frames) if pick is None else found.shown[pick(len(found.shown))]
     if len(wanted) * found.height * found.width > MAX_KEPT:
       raise Unreadable(
         f"video of {len(wanted)} frames of {found.width} x {found.height}; the limit is "
@@ -159,11 +160,11 @@ def _decode(data: bytes, pick: Pick | None) -> Clip:
 
 
 class _Measure(NamedTuple):
-  """Of the first video stream: `count` frames of height x width, `shown` int [S] of a `Clip`, and
+  """Of the first video stream: `frames` of them of height x width, `shown` int [S] of a `Clip`, and
   its length in seconds.
   """
 
-  count: int
+  frames: int
   height: int
   width: int
   shown: np.ndarray
@@ -176,8 +177,9 @@ def _measure(data: bytes) -> _Measure:
     if not container.streams.video:
       raise Unreadable("no video stream in the file")
     stream = container.streams.video[0]
-    codec = decoder(stream)
-    height, width = codec.height, codec.width
+    tick = stream.time_base or Fraction(1, 90_000)  # every stream that FFmpeg reads has one
+    decoder(stream)
+    height, width = stream.codec_context.height, stream.codec_context.width
     if height * width > MAX_PIXELS:
       raise Unreadable(
         f"video of {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels a frame"
@@ -204,11 +206,9 @@ def _measure(data: bytes) -> _Measure:
     if stream.duration:
       last = max(last, (stream.start_time or 0) + stream.duration - times[-1])
     elif container.duration and len(container.streams) == 1:  # in microseconds
-      last = max(
-        last, float(container.duration / (1_000_000 * stream.time_base)) + times[0] - times[-1]
-      )
+      last = max(last, float(container.duration / (1_000_000 * tick)) + times[0] - times[-1])
     shown, length = shown_frames(times, last)
-    return _Measure(len(packets), height, width, shown, float(length * stream.time_base))
+    return _Measure(len(packets), height, width, shown, float(length * tick))
 
 
 def shown_frames(times: np.ndarray, last: float = 0) -> tuple[np.ndarray, float]:

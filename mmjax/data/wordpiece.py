@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from mmjax.config import UserError
 
@@ -88,5 +89,5 @@ def tokenizer_json(files: Mapping[str, bytes]) -> bytes:
   return made.to_str().encode()
 
 
-def _content(token: object) -> str | None:
+def _content(token: Any) -> str | None:
   return token.get("content") if isinstance(token, dict) else token

@@ -50,6 +50,13 @@ class Embedded(NamedTuple):
   valid: np.ndarray
 
 
+def sample_evenly(total: int, count: int) -> list[int]:
+  """At most `count` of range(total), evenly spread, the first and the last among them."""
+  if not count:
+    return []
+  return np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist()
+
+
 class Context:
   """What one evaluator may use: `config`, `name`, `mesh`, its data, and embeddings of batches."""
 
@@ -161,7 +168,8 @@ class Evaluation:
     which is named.
     """
     evaluators = self.config.evaluation.evaluators
-    results, seen = {}, {}
+    results: dict[str, Result] = {}
+    seen: dict[str, Any] = {}
     for name in pick(self.config, names):
       kind = config_lib.kind_function(evaluators[name], "evaluator")
       with _naming(name):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmjax.config import UserError, load_function
 from mmjax.data.text import normalise_caption
-from mmjax.evaluation import Context, Result
+from mmjax.evaluation import Context, Result, sample_evenly
 from mmjax.evaluation.metrics import text as metrics
 from mmjax.ranges import Count, Few, Finite, FunctionName
 
@@ -100,19 +100,16 @@ def captions(
         result[f"{prefix}{name}"] = float(np.mean([verdicts[i][name] for i in rows]))
   result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data)]).sum()))
   right = np.array([v["right"] for v in verdicts]) if verdicts else exact
-  chosen = (
-    np.unique(np.linspace(0, len(kept) - 1, examples).round().astype(int)) if examples else []
-  )
-  rows = [
+  shown = [
     dict(
       text=texts[i],
       expected=expected[i][:3],
       right=bool(right[i]),
       **_seen(data, kept[i], modalities),
     )
-    for i in chosen
+    for i in sample_evenly(len(kept), examples)
   ]
-  return Result(result, {"texts": dict(kind="texts", rows=rows)})
+  return Result(result, {"texts": dict(kind="texts", rows=shown)})
 
 
 def decode(tokenizer, tokens: Sequence[int], eos_id: int) -> str:

@@ -50,22 +50,22 @@ def multiple_choice(
       else int(np.argmax(np.where(np.arange(len(candidates)) == right, -np.inf, similarity)))
     )
   truth = np.array([right for _, _, right in asked])
-  picked = np.array(picked)
+  guess = np.array(picked)
   metrics = {
-    "accuracy": float(np.mean(picked == truth)),
+    "accuracy": float(np.mean(guess == truth)),
     "chance": float(np.mean([1 / len(c) for _, c, _ in asked])),
   }
   if by:
     values = np.array([str(data.facts[i].get(by, "")) for i, _, _ in asked])
     metrics.update(
-      {f"{v}/accuracy": float(np.mean((picked == truth)[values == v])) for v in np.unique(values)}
+      {f"{v}/accuracy": float(np.mean((guess == truth)[values == v])) for v in np.unique(values)}
     )
   metrics.update(examples=float(len(asked)), unreadable=float((~media.valid).sum()))
   count = max(len(candidates) for _, candidates, _ in asked)
   names = (
     list(data.label_names) if len(data.label_names) == count else [str(n) for n in range(count)]
   )
-  return Result(metrics, {"confusion": confusion(truth, picked, names)})
+  return Result(metrics, {"confusion": confusion(truth, guess, names)})
 
 
 def _maker(where: str, choices: str):

@@ -46,7 +46,7 @@ def classification(
   logits, valid, labels = context.apply("classify", (tuple(modalities),), batches, also=("label",))
   rows = np.repeat(np.arange(len(valid)), len(logits) // len(valid))
   if labels.dtype == bool:
-    return Result(_several(logits[valid], labels[valid], valid[: len(data.places)]), {})
+    return Result(_several(logits[valid], labels[valid], valid[: len(data.items)]), {})
   labels = labels.reshape(-1)
   kept = np.flatnonzero(valid[rows] & (labels >= 0))
   if not len(kept):
@@ -60,14 +60,14 @@ def classification(
     "majority": float(np.bincount(labels).max() / len(labels)),
   }
   if by:
-    values = np.array([str(data.facts[data.places[row][0]].get(by, "")) for row in rows[kept]])
+    values = np.array([str(data.facts[data.items[row][0]].get(by, "")) for row in rows[kept]])
     result.update(
       {
         f"{v}/accuracy": float(np.mean(predicted[values == v] == labels[values == v]))
         for v in np.unique(values)
       }
     )
-  result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data.places)]).sum()))
+  result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data.items)]).sum()))
   names = [
     *data.class_names,
     *map(str, range(len(data.class_names), logits.shape[1])),

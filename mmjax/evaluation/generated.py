@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.evaluation import Context, Result
+from mmjax.evaluation import Context, Result, sample_evenly
 from mmjax.evaluation.linear_probe import GRID, choose, part_of, ridge
 from mmjax.evaluation.zero_shot import confusion, mean_class_accuracy
 from mmjax.ranges import Count, Seed
@@ -53,31 +53,31 @@ def generated(
   test, train = context.data(source, split, languages), context.data(source, train_split, languages)
   names = sorted(set(test.label_names) | set(train.label_names))
   (real, readable), (x, readable_train) = pictures_of(test), pictures_of(train)
-  drawn, again = (
+  (made, drawn), (again, _) = (
     context.apply("generate", (number,), test.batches(("text",))) for number in (seed, seed + 1)
   )
   labels, train_labels = (
     np.array([names.index(d.label_names[i]) if i >= 0 else -1 for i in d.labels])
     for d in (test, train)
   )
-  rows = np.flatnonzero(readable & drawn[1][: len(test)] & (labels >= 0))
+  rows = np.flatnonzero(readable & drawn[: len(test)] & (labels >= 0))
   kept = np.flatnonzero(readable_train & (train_labels >= 0))
   if not len(rows) or len(np.unique(train_labels[kept])) < 2:
     raise UserError(
       f"{where}: {source} needs readable pictures with captions and labels in {split}, and of two "
       f"classes in {train_split}"
     )
-  y, real, drawn, again = labels[rows], real[rows], drawn[0][rows], again[0][rows]
+  y, real, made, again = labels[rows], real[rows], made[rows], again[rows]
   x, x_labels = x[kept], train_labels[kept]
   classify = fit(x, x_labels, np.asarray(train.media_keys["image"])[kept], len(names))
-  guess, guess_real = classify(drawn), classify(real)
-  near = nearest(drawn, x)
+  guess, guess_real = classify(made), classify(real)
+  near = nearest(made, x)
   metrics = dict(
     accuracy=float(np.mean(guess == y)),
     mean_class_accuracy=mean_class_accuracy(y, guess == y),
     nearest_train=float(near.mean()),
     variety=float(
-      np.mean(np.sqrt(np.mean(np.square((drawn.astype(np.float32) - again) / 255), axis=(1, 2, 3))))
+      np.mean(np.sqrt(np.mean(np.square((made.astype(np.float32) - again) / 255), axis=(1, 2, 3))))
     ),
     copies=float(np.mean(near < 0.02)),
     majority=float(np.bincount(y).max() / len(y)),
@@ -90,17 +90,14 @@ def generated(
   captions: dict[int, str] = {}
   for caption in test.captions:
     captions.setdefault(caption.example, caption.text)
-  chosen = (
-    np.unique(np.linspace(0, len(rows) - 1, examples).round().astype(int)) if examples else []
-  )
   shown = [
     dict(
       text=captions.get(int(rows[i]), ""),
-      picture=drawn[i],
+      picture=made[i],
       expected=real[i],
       right=bool(guess[i] == y[i]),
     )
-    for i in chosen
+    for i in sample_evenly(len(rows), examples)
   ]
   return Result(
     metrics,

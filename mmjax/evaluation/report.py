@@ -88,7 +88,7 @@ def read_metrics(path: str | Path | None) -> list[dict[str, Any]]:
   """The lines of a metrics.jsonl; lines that are cut off or no objects with a step are passed
   over.
   """
-  rows = []
+  rows: list[dict[str, Any]] = []
   if path is None or not Path(path).is_file():
     return rows
   for line in Path(path).read_text(errors="replace").splitlines():

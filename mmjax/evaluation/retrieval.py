@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mmjax.config import UserError
-from mmjax.evaluation import Context, Result
+from mmjax.evaluation import Context, Result, sample_evenly
 from mmjax.parallel import multihost, rules
 from mmjax.parallel.mesh import batch_shards
 from mmjax.ranges import Count
@@ -233,7 +233,7 @@ def _shower(data, modality: str, index: np.ndarray, texts: list[str] | None = No
     return lambda i: dict(picture=data.picture(int(index[i])))
   if texts:
     return lambda i: dict(text=texts[index[i]])
-  named = {}
+  named: dict[int, str] = {}
   for caption in data.captions:
     named.setdefault(caption[3], caption[0])
   return lambda i: dict(text=f"{modality} {named.get(int(index[i]), int(index[i]))}")
@@ -243,13 +243,8 @@ def _examples(query, target, vectors, pairs, rank, count, show) -> dict[str, Any
   """A figure: `count` queries spread over the split, each with its five most similar items, scores
   and which are right.
   """
-  chosen = (
-    np.unique(np.linspace(0, len(vectors[query]) - 1, count).round().astype(int))
-    if count
-    else np.zeros(0, int)
-  )
   rows = []
-  for i in chosen:
+  for i in sample_evenly(len(vectors[query]), count):
     similarity = vectors[target] @ vectors[query][i]
     right = set(pairs[pairs[:, 0] == i, 1].tolist())
     top = np.argsort(-similarity, kind="stable")[:5]

@@ -65,7 +65,7 @@ def zero_shot(
       for label in label_names
     ]
     by_language[language] = class_embeddings(lambda texts: context.texts(data, texts), prompt_sets)
-  both = normalise(sum(by_language.values()))
+  both = normalise(np.sum(list(by_language.values()), axis=0))
   metrics, predicted = classify(media.vectors[rows], both, labels[rows], context.mesh)
   if len(by_language) > 1:
     for language, vectors in by_language.items():

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
+from mmjax.inference.inputs import Item
 from mmjax.inference.predictor import Predictor, in_threads
 from mmjax.inference.transcribe import Segment
 from mmjax.printing import say
@@ -43,44 +45,48 @@ def generate(
   if not predictor.writes:
     predictor.write()  # says why not
   names = [name for file in files for name in _expand(file, predictor)]
-  kinds = [modality_of(name) for name in names]
-  for name, kind in zip(names, kinds, strict=True):
-    if kind not in predictor.media:
-      what = f"a file of {kind}" if kind else "no picture, sound or video by its ending"
+  modalities: list[str] = []
+  for name in names:
+    modality = modality_of(name)
+    if modality is None or modality not in predictor.media:
+      what = f"a file of {modality}" if modality else "no picture, sound or video by its ending"
       raise UserError(
         f"{name} is {what}, but this checkpoint writes about {', '.join(sorted(predictor.media))}"
       )
+    modalities.append(modality)
 
-  def attempt(place: int):
+  def read(index: int) -> Item | UserError:
+    media = predictor.media[modalities[index]]
     try:
-      media = predictor.media[kinds[place]]
-      return (media.sound if kinds[place] == "audio" else media)(names[place])
+      return (media.sound if modalities[index] == "audio" else media)(names[index])
     except UserError as error:
       return error
 
-  read = dict(enumerate(in_threads(attempt, range(len(names)))))
-  skipped = {place: error for place, error in read.items() if isinstance(error, UserError)}
-  for error in skipped.values():
-    log(f"skipped {error}")
-  texts: dict[int, str | list[Segment]] = {}
-  for kind in sorted(set(kinds)):
-    places = [place for place in read if kinds[place] == kind and place not in skipped]
-    if places:
+  items: dict[int, Item] = {}
+  errors: list[UserError] = []
+  for index, item in enumerate(in_threads(read, range(len(names)))):
+    if isinstance(item, UserError):
+      errors.append(item)
+      log(f"skipped {item}")
+    else:
+      items[index] = item
+  texts: dict[int, Any] = {}
+  for modality in sorted(set(modalities)):
+    indices = [index for index in items if modalities[index] == modality]
+    if indices:
       written = predictor.write(
         beams=beams,
         max_length=max_length,
         length_penalty=length_penalty,
         timestamps=timestamps,
-        **{kind: [read[p] for p in places]},
+        **{modality: [items[index] for index in indices]},
       )
-      texts.update(zip(places, written, strict=True))
+      texts.update(zip(indices, written, strict=True))
   if not texts:
-    raise UserError(
-      f"none of the {len(names)} files could be read; the first: {next(iter(skipped.values()))}"
-    )
-  if skipped:
-    log(f"{len(texts)} of {len(names)} files read, {len(skipped)} skipped")
-  return [(names[place], texts[place]) for place in sorted(texts)]
+    raise UserError(f"none of the {len(names)} files could be read; the first: {errors[0]}")
+  if errors:
+    log(f"{len(texts)} of {len(names)} files read, {len(errors)} skipped")
+  return [(names[index], texts[index]) for index in sorted(texts)]
 
 
 def _expand(file: str | os.PathLike, predictor: Predictor) -> list[str]:

@@ -51,7 +51,7 @@ class MediaInputs:
       for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)
     }
 
-  def sound(self, item: Item, name: str = "") -> Item:
+  def sound(self, item: Item, name: str = "") -> np.ndarray | dict[str, np.ndarray]:
     """The whole of a sound, float32 [n] at the config's rate, however long; what is already arrays
     stays. Raises Unreadable.
     """
@@ -70,12 +70,11 @@ class MediaInputs:
 
   def items(self, given: Item | Iterable[Item]) -> Iterable[Item]:
     """Several items, of one or of several."""
-    one = isinstance(given, (str, os.PathLike, bytes, Image.Image, dict))
-    return (
-      [given]
-      if one or (isinstance(given, np.ndarray) and given.ndim <= _AXES[self.modality])
-      else given
-    )
+    if isinstance(given, (str, os.PathLike, bytes, Image.Image, dict)):
+      return [given]
+    if isinstance(given, np.ndarray) and given.ndim <= _AXES[self.modality]:
+      return [given]
+    return given
 
   def _content(self, item: Item) -> bytes | np.ndarray:
     """What the transform takes. Raises Unreadable."""

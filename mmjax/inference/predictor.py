@@ -87,9 +87,8 @@ class Predictor:
     self.scale = self.bias = None
     with self._rules():
       if self.joint:
-        self.scale, self.bias = (
-          float(x) for x in self._model.apply({"params": self.params}, method="temperature")
-        )
+        temperature: Any = self._model.apply({"params": self.params}, method="temperature")
+        self.scale, self.bias = (float(x) for x in temperature)
       jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
       self._embed = jit(functools.partial(_embed, self._model), static_argnums=1)
       self._classify = jit(functools.partial(_classify, self._model), static_argnums=1)
@@ -153,15 +152,14 @@ class Predictor:
     cut.
     """
     self._needs("text", joint=True)
-    texts = [texts] if isinstance(texts, str) else texts
     return self._embedded(
-      "text", (self.tokens(chunk) for chunk in _chunks(texts, self._buckets[-1]))
+      "text", (self.tokens(chunk) for chunk in _chunks(_texts(texts), self._buckets[-1]))
     )
 
   def encode(self, modality: str, items: Item | Iterable[Item]) -> np.ndarray:
     """float32 [N, D], rows of length one, of items of any modality of the model."""
     if modality == "text":
-      return self.encode_text(items)
+      return self.encode_text(_texts(items))
     self._needs(modality, joint=True)
     examples = in_threads(self.media[modality], self.media[modality].items(items))
     return self._embedded(modality, map(_stack, _chunks(examples, self._buckets[-1])))
@@ -187,8 +185,8 @@ class Predictor:
     text, by a model whose decoder knows times (Whisper). Such a model reads a sound longer than
     data.audio.seconds in windows (transcribe.py; max_length is of each); any other reads that much
     of its beginning, and a warning names it.
-    Raises UserError: the model writes no text or has no such encoder, an item that cannot be read, or
-    timestamps of what has none.
+    Raises UserError: the model writes no text or has no such encoder, an item that cannot be read,
+    or timestamps of what has none.
     """
     from mmjax.evaluation.captions import decode
 
@@ -227,11 +225,13 @@ class Predictor:
         if timestamps:
           return written
         short = [sound for i, sound in enumerate(sounds) if i not in set(long)]
-        texts = iter(
-          self.write(max_length=max_length, beams=beams, length_penalty=length_penalty, audio=short)
-          if short
-          else ()
-        )
+        texts: Iterator[Any] = iter(())
+        if short:
+          texts = iter(
+            self.write(
+              max_length=max_length, beams=beams, length_penalty=length_penalty, audio=short
+            )
+          )
         joined = {
           i: [t for s in segments for t in s.tokens if t < self._model.decoder.time_tokens]
           for i, segments in zip(long, written, strict=True)
@@ -270,17 +270,22 @@ class Predictor:
       and encoder.get("normalisation") == "whisper"
     )
 
-  def _is_long(self, sound: Item) -> bool:
+  def _is_long(self, sound: np.ndarray | dict[str, np.ndarray]) -> bool:
     audio = self.config.data.audio
     return not isinstance(sound, dict) and len(sound) > round(audio.rate * audio.seconds)
 
   def _transcribe(
-    self, sounds: Sequence[Item], max_length: int, beams: int, length_penalty: float
+    self,
+    sounds: Sequence[np.ndarray | dict[str, np.ndarray]],
+    max_length: int,
+    beams: int,
+    length_penalty: float,
   ) -> list[list[Segment]]:
     """The segments of sounds of any length, window by window, those of several sounds at once."""
     from mmjax.evaluation.captions import decode
 
-    if any(isinstance(sound, dict) for sound in sounds):
+    waveforms = [sound for sound in sounds if isinstance(sound, np.ndarray)]
+    if len(waveforms) < len(sounds):
       raise UserError("timestamps need whole sounds: give paths, bytes or waveforms")
     whole, most = self._model.decoder, self.config.data.text.length
     start = start_tokens(whole.prompt, whole.time_tokens)
@@ -290,10 +295,16 @@ class Predictor:
       most = whole.length - len(start)
     windows = Windows(self.config.model.encoders.audio, self.config.data.audio, whole.time_tokens)
     (timed, detect), rows, source = self._timed_programs, max(1, WRITING // beams), ("audio",)
-    features, ends = zip(*map(windows.features, sounds), strict=True)
-    cut = lambda i: windows.cut(features[i], ends[i], seeks[i])
-    text = lambda tokens: decode(self.tokenizer, tokens, whole.eos_id)
-    seeks, found = [0] * len(sounds), [[] for _ in sounds]
+    features, ends = zip(*map(windows.features, waveforms), strict=True)
+    seeks = [0] * len(sounds)
+    found: list[list[Segment]] = [[] for _ in sounds]
+
+    def cut(i: int) -> np.ndarray:
+      return windows.cut(features[i], ends[i], seeks[i])
+
+    def text(tokens: Sequence[int]) -> str:
+      return decode(self.tokenizer, tokens, whole.eos_id)
+
     prompts = np.tile(np.asarray(start, np.int32), (len(sounds), 1))
     if whole.languages:
       first = (
@@ -421,6 +432,8 @@ class Predictor:
     for text in texts:
       if not isinstance(text, str):
         raise UserError(f"{text!r} ({type(text).__name__}) is no text: give strings")
+    if self.text_transform is None:
+      raise self._no_encoder("text")
     return self.text_transform(list(texts))
 
   @functools.cached_property
@@ -465,8 +478,7 @@ class Predictor:
     for modality in inputs:
       self._needs(modality)
     given = {
-      m: list([x] if isinstance(x, str) else x) if m == "text" else list(self.media[m].items(x))
-      for m, x in inputs.items()
+      m: list(_texts(x) if m == "text" else self.media[m].items(x)) for m, x in inputs.items()
     }
     if len({len(items) for items in given.values()}) > 1:
       raise UserError(
@@ -514,12 +526,14 @@ class Predictor:
   def _rules(self):
     return rules.use(self.mesh, rules.logical_rules(self.config))
 
+  def _no_encoder(self, modality: str) -> UserError:
+    return UserError(
+      f"this checkpoint has no encoder for {modality}; it has {', '.join(sorted(self.modalities))}"
+    )
+
   def _needs(self, modality: str, joint: bool = False) -> None:
     if modality not in self.modalities:
-      raise UserError(
-        f"this checkpoint has no encoder for {modality}; it has "
-        f"{', '.join(sorted(self.modalities))}"
-      )
+      raise self._no_encoder(modality)
     if joint and not self.joint:
       raise UserError(
         "this checkpoint has no shared space (model.joint is False), so that it gives no embeddings"
@@ -578,6 +592,11 @@ def _local_mesh(config) -> Mesh:
   tree = config.to_dict()
   tree["mesh"] = {axis: -1 if axis == BATCH_AXES[-2] else 1 for axis in tree["mesh"]}
   return make_mesh(type(config)(tree), jax.local_devices())
+
+
+def _texts(given: Any) -> Iterable[str]:
+  """Several texts, of one or of several; `Predictor.tokens` refuses what is no text."""
+  return [given] if isinstance(given, str) else given
 
 
 def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,8 +132,9 @@ def search(
   )
   for name, folder in folders.items():
     modality, index = name, embed_folder(predictor, folder, log, name)
-  if not isinstance(index, dict):
+  if isinstance(index, (str, os.PathLike)):
     index = load_index(index, predictor)
+  assert index is not None  # there is a folder or an index
   modality = modality or next((name for name in _NOUNS if f"{name}_embeddings" in index), "image")
   if f"{modality}_embeddings" not in index:
     raise UserError(
@@ -230,13 +232,13 @@ def save(out: Path, predictor: Predictor, index: Index) -> None:
   temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
   try:
     with open(temporary, "wb") as file:
-      np.savez(
-        file,
+      arrays: dict[str, Any] = {
         **index,
-        scale=np.float32(predictor.scale),
-        bias=np.float32(predictor.bias),
-        model=np.array(predictor.fingerprint),
-      )
+        "scale": np.float32(predictor.scale),
+        "bias": np.float32(predictor.bias),
+        "model": np.array(predictor.fingerprint),
+      }
+      np.savez(file, **arrays)
     os.replace(temporary, out)
   except OSError as error:
     temporary.unlink(missing_ok=True)

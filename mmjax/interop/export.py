@@ -99,7 +99,8 @@ def write_stablehlo(predictor: Predictor, folder: Path) -> None:
       inputs=[dict(name=key, **array(*spec)) for key, spec in function.inputs.items()],
       output=dict(array(out.shape[1:], out.dtype), gives=function.gives),
     )
-  np.savez(folder / "params.npz", **params)
+  arrays: dict[str, Any] = params
+  np.savez(folder / "params.npz", **arrays)
   (folder / "meta.json").write_text(json.dumps(facts, indent=2))
   _write_assets(predictor, folder)
 
@@ -116,8 +117,8 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
     bias=predictor.bias,
   )
   facts.update({modality: _MEDIA[modality](c.data[modality]) for modality in predictor.media})
-  if "text" in c.model.encoders:
-    text, transform = c.data.text, predictor.text_transform
+  if (transform := predictor.text_transform) is not None:
+    text = c.data.text
     facts["text"] = dict(
       length=text.length,
       start=list(transform.start),

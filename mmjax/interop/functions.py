@@ -128,7 +128,7 @@ def inputs(config, modalities: Iterable[str]) -> Spec:
   for modality in modalities:
     if modality == "text":
       length = (config.data.text.length,)
-      arrays = {"tokens": (length, np.int32), "mask": (length, np.bool_)}
+      arrays: Spec = {"tokens": (length, np.int32), "mask": (length, np.bool_)}
     else:
       arrays = READERS[modality](config.data, False).shapes
     spec.update({f"{modality}.{name}": array for name, array in arrays.items() if name != "key"})
@@ -136,15 +136,20 @@ def inputs(config, modalities: Iterable[str]) -> Spec:
 
 
 def _embeds(model: nn.Module, modality: str):
-  return lambda variables, batch: model.apply(
-    variables, modality, batch, method="embedding"
-  ).astype(jnp.float32)
+  def run(variables: Any, batch: Mapping[str, Any]) -> Array:
+    vectors: Any = model.apply(variables, modality, batch, method="embedding")
+    return vectors.astype(jnp.float32)
+
+  return run
 
 
 def _classifies(model: nn.Module, modalities: tuple[str, ...], kind: str):
   def run(variables: Any, batch: Mapping[str, Any]) -> Array:
-    logits = model.apply(variables, modalities, batch, method="classify").astype(jnp.float32)
-    return {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "none": jnp.asarray}[kind](logits)
+    outputs: Any = model.apply(variables, modalities, batch, method="classify")
+    logits = outputs.astype(jnp.float32)
+    if kind == "softmax":
+      return jax.nn.softmax(logits)
+    return jax.nn.sigmoid(logits) if kind == "sigmoid" else logits
 
   return run
 
@@ -156,9 +161,8 @@ def _writes(model: nn.Module, source: tuple[str, ...], length: int):
 def _draws(model: nn.Module):
   def run(variables: Any, batch: Mapping[str, Any]) -> Array:
     text = model.apply(variables, batch, method="condition")
-    return jnp.round(
-      (model.apply(variables, text, batch["noise"], method="draw") + 1) * 127.5
-    ).astype(jnp.uint8)
+    pictures: Any = model.apply(variables, text, batch["noise"], method="draw")
+    return jnp.round((pictures + 1) * 127.5).astype(jnp.uint8)
 
   return run
 

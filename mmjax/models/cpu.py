@@ -1,5 +1,5 @@
-"""What is there only because XLA's CPU backend needs it; on TPUs and GPUs each function is the plain
-operation.
+"""What is there only because XLA's CPU backend needs it; on TPUs and GPUs each function is the
+plain operation.
 
 The backend fuses an element-wise producer into the operand of a matrix product, or into each of its
 readers, and then computes it again and again (tests/bench/train_step.py). A barrier makes it write

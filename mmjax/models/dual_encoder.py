@@ -25,8 +25,8 @@ class DualEncoder(nn.Module):
   """One encoder a modality, each projected to a shared space of `width`, compared by cosine times
   `temperature()`.
 
-  `batch` is the nested dict of mmjax/README.md, {modality: {...}}. `unprojected` modalities are in the
-  shared space already.
+  `batch` is the nested dict of mmjax/README.md, {modality: {...}}. `unprojected` modalities are in
+  the shared space already.
   """
 
   encoders: Mapping[str, nn.Module]

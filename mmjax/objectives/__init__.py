@@ -49,7 +49,8 @@ def objective(
   """
 
   def mark(function: Callable[..., Losses]) -> Callable[..., Losses]:
-    function.couples_examples, function.mixup = couples_examples, mixup
+    marked: Any = function
+    marked.couples_examples, marked.mixup = couples_examples, mixup
     return function
 
   return mark

@@ -58,9 +58,7 @@ def _log_paths(logits: Array, real: Array, apart: Array, count: Array) -> Array:
       jnp.logaddexp(silent, jnp.pad(said, ((0, 0), (1, 0)), constant_values=_NEVER)),
       jnp.logaddexp(said, moved) + logit,
     )
-    return tuple(
-      jnp.where(here[:, None], new, old) for new, old in zip(now, state, strict=True)
-    ), None
+    return jax.tree.map(lambda new, old: jnp.where(here[:, None], new, old), now, state), None
 
   start = jnp.full((b, n + 1), _NEVER).at[:, 0].set(0.0), jnp.full((b, n), _NEVER)
   (silent, said), _ = jax.lax.scan(step, start, (logits.swapaxes(0, 1), real.swapaxes(0, 1)))

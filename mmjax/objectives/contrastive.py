@@ -80,9 +80,9 @@ def labels_of(batch: dict, between: tuple, side: str, valid: Array) -> Labels:
   `between`.
   """
   size = valid.shape[0]
-  names = [jnp.arange(size, dtype=jnp.uint32)[:, None]]
-  names += [batch[m]["key"].astype(jnp.uint32) for m in dict.fromkeys(between) if "key" in batch[m]]
-  names = jnp.concatenate(names, axis=-1)
+  parts = [jnp.arange(size, dtype=jnp.uint32)[:, None]]
+  parts += [batch[m]["key"].astype(jnp.uint32) for m in dict.fromkeys(between) if "key" in batch[m]]
+  names = jnp.concatenate(parts, axis=-1)
   if "mix_weight" not in batch[side]:
     return Labels(names[:, None], valid.astype(jnp.float32)[:, None])
   weight = batch[side]["mix_weight"].astype(jnp.float32)
@@ -196,11 +196,11 @@ def _softmax_sums(
       _merge(column_sums, _norms(logits, positives, 0)),
     )
 
-  rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
-  zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
+  own, others = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
+  zeros = jnp.zeros(own[0].shape[0], jnp.float32)
   start = Norms(zeros + _LOW, zeros, zeros, zeros)
   (row, nearest, rival), column, (home, _) = ring.visit(
-    tile, rows, columns, (start, zeros + _LOW, zeros + _LOW), start
+    tile, own, others, (start, zeros + _LOW, zeros + _LOW), start
   )
   largest = ring.group_max(column.largest)
   column = column._replace(
@@ -210,7 +210,7 @@ def _softmax_sums(
     positive_logits=ring.scatter_sum(column.positive_logits),
   )
   total = 0.5 * (_cross_entropy(row).sum() + _cross_entropy(column).sum())
-  hits = jnp.where(_counts(rows[1]) & (nearest > rival), 1.0, 0.0).sum()
+  hits = jnp.where(_counts(own[1]) & (nearest > rival), 1.0, 0.0).sum()
   total, hits = ring.total((total, hits))
   row, column = jax.tree.map(lambda s: s[:size], (row, column))
   return total, hits, home[:size], row, column
@@ -268,12 +268,12 @@ def _sigmoid_sums(
     )  # no counting pair: 0 * 1e30 + 1 * 0
     return (total + losses.sum(1), *_nearest(logits, positives, *nearest)), column_sums
 
-  rows, columns = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
-  zeros = jnp.zeros(rows[0].shape[0], jnp.float32)
+  own, others = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
+  zeros = jnp.zeros(own[0].shape[0], jnp.float32)
   (total, nearest, rival), _, (home, _) = ring.visit(
-    tile, rows, columns, (zeros, zeros + _LOW, zeros + _LOW), ()
+    tile, own, others, (zeros, zeros + _LOW, zeros + _LOW), ()
   )
-  hits = jnp.where(_counts(rows[1]) & (nearest > rival), 1.0, 0.0).sum()
+  hits = jnp.where(_counts(own[1]) & (nearest > rival), 1.0, 0.0).sum()
   return *ring.total((total.sum(), hits)), home[: x.shape[0]]
 
 

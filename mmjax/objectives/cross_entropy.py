@@ -118,7 +118,7 @@ def _over_devices(x: Array, axis: int) -> Array:
   """`x` with `axis` split over the batch and context axes of the mesh, the others as XLA likes."""
   if _shards() == 1:
     return x
-  spec = [P.UNCONSTRAINED] * x.ndim
+  spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
   spec[axis] = ROW_AXES
   return jax.lax.with_sharding_constraint(x, P(*spec))
 
@@ -169,7 +169,7 @@ def _forward(
   gradients = (
     into_rows,
     into_table.sum(0).astype(table.dtype),
-    None if bias is None else into_bias.sum(0).astype(bias.dtype),
+    None if bias is None or into_bias is None else into_bias.sum(0).astype(bias.dtype),
   )
   return (total, right), gradients
 

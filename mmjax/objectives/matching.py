@@ -4,6 +4,7 @@ the whole batch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -61,10 +62,14 @@ def matching(
       for view, (_, found) in zip(views, (to_second, to_first), strict=True)
     ),
   ]
-  total = lambda values: sum(
-    jnp.where(counts, value, 0).sum(dtype=jnp.float32)
-    for value, (_, counts, _) in zip(values, pairs, strict=True)
-  )
+
+  def total(values: list[Array]) -> Array:
+    sums = [
+      jnp.where(counts, value, 0).sum(dtype=jnp.float32)
+      for value, (_, counts, _) in zip(values, pairs, strict=True)
+    ]
+    return functools.reduce(jnp.add, sums)
+
   weight = total([jnp.ones_like(logits) for logits, _, _ in pairs])
   return {
     "loss": (total([jax.nn.softplus(-sign * logits) for logits, _, sign in pairs]), weight),

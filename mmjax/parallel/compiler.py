@@ -30,7 +30,7 @@ _LAYERS = {
 # with.
 _RINGS = {"xla_enable_async_collective_permute": "true"}
 
-PRESETS: dict[str, dict[str, str]] = {
+PRESETS: dict[str, dict[str, str | bool]] = {
   "none": {},  # the compiler's own
   "data": {**_GRADIENTS, **_RINGS},
   "fsdp": {**_GRADIENTS, **_LAYERS, **_RINGS},

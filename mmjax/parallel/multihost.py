@@ -54,11 +54,11 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
     )  # JAX's 1 s leaves out evaluators
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
-  if jax.config.jax_num_cpu_devices > 1:
+  if (devices_each := jax.config.read("jax_num_cpu_devices")) > 1:
     # XLA's CPU devices share one pool, in which every waiting collective holds a thread. With as
     # few threads as devices (its default), two independent collectives can take all of them while a
     # device that both wait for has none: a deadlock.
-    environment.setdefault("NPROC", str(4 * jax.config.jax_num_cpu_devices))
+    environment.setdefault("NPROC", str(4 * devices_each))
   if environment.get("MMJAX_COORDINATOR") == "auto":
     _join()
   elif any(environment.get(name) for name in _LOCAL):
@@ -91,7 +91,7 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
     )
   elif _cluster_processes(environment) > 1:
     _join()
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.read("jax_compilation_cache_dir"):
     together = shared and jax.distributed.is_initialized()
     jax.config.update(
       "jax_compilation_cache_dir",
@@ -134,11 +134,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
       f"a batch of {batch_size} does not divide over the {batch_shards(mesh)} devices of "
       "mesh.replica x data x fsdp. Change train.batch_size or the mesh"
     )
-  slices = {
-    s.indices(batch_size)[:2]
-    for (s, *_) in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-  }
-  return np.concatenate([np.arange(start, stop) for start, stop in sorted(slices)])
+  spans = _local_spans(batch_sharding(mesh), batch_size)
+  return np.concatenate([np.arange(start, stop) for start, stop in spans])
 
 
 def to_device(batch: dict, mesh: Mesh) -> dict:
@@ -151,11 +148,7 @@ def to_device(batch: dict, mesh: Mesh) -> dict:
   sharding = batch_sharding(mesh)
   numbers = {name: value for name, value in batch.items() if name != "id" and _is_numeric(value)}
   local = len(jax.tree.leaves(numbers)[0])
-  shards = {
-    s.indices(batch_shards(mesh))[0]
-    for (s, *_) in sharding.addressable_devices_indices_map((batch_shards(mesh),)).values()
-  }
-  size = local * batch_shards(mesh) // len(shards)
+  size = local * batch_shards(mesh) // len(_local_spans(sharding, batch_shards(mesh)))
   rows = local_rows(mesh, size)
   place = lambda x: _global_array(np.asarray(x), rows, size, sharding)
   return jax.tree.map(place, numbers)
@@ -205,7 +198,7 @@ def together(make: Callable[[], T]) -> T:
   """
   if jax.process_count() == 1:
     return make()
-  value, error = None, None
+  error = None
   try:
     value = make()
   except UserError as raised:
@@ -226,8 +219,14 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def _local_spans(sharding: NamedSharding, size: int) -> list[tuple[int, int]]:
+  """(start, stop) of the rows of an array [size] that this process's devices hold, ascending."""
+  indices = sharding.addressable_devices_indices_map((size,)).values()
+  return sorted({index[0].indices(size)[:2] for index in indices if index})
+
+
 def _global_array(x: np.ndarray, rows: np.ndarray, size: int, sharding: NamedSharding) -> jax.Array:
-  def shard(index: tuple[slice, ...]) -> np.ndarray:
+  def shard(index: Any) -> np.ndarray:
     start, stop, _ = index[0].indices(size)
     first = int(np.searchsorted(rows, start))
     return x[first : first + stop - start]

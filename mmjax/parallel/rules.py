@@ -108,12 +108,11 @@ def axes_shardings(axes: Any, spec: Any, mesh: Mesh, rules: Rules) -> Any:
   """
   leaves, tree = jax.tree.flatten(spec)
   names = jax.tree.leaves(axes, is_leaf=_is_names)
-  return tree.unflatten(
-    [
-      NamedSharding(mesh, spec_for(n, x.shape, mesh, rules))
-      for n, x in zip(names, leaves, strict=True)
-    ]
-  )
+  shardings = [
+    NamedSharding(mesh, spec_for(n, x.shape, mesh, rules))
+    for n, x in zip(names, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(tree, shardings)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -133,7 +132,7 @@ def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> 
   size = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")
   if size < SMALL:
     return P()
-  spec = nn.logical_to_mesh_axes(names, rules)
+  spec = nn.logical_to_mesh_axes(names, rules) or ()
   return P(*(_fits(axes, n, mesh) for axes, n in zip(spec, shape, strict=True)))
 
 
@@ -144,9 +143,8 @@ def places(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return P(*(None for _ in shape))
-  return P(
-    *(_fits(axes, n, mesh) for axes, n in zip(nn.logical_to_mesh_axes(names), shape, strict=True))
-  )
+  spec = nn.logical_to_mesh_axes(names) or ()
+  return P(*(_fits(axes, n, mesh) for axes, n in zip(spec, shape, strict=True)))
 
 
 def devices_along(axes: Any) -> int:
@@ -174,7 +172,7 @@ def gather_parameters(params: Any, spec: Any, axes: Any) -> Any:
     out.append(
       x if "layers" in name or whole == at.sharding.spec else _gather(x, whole, at.sharding.spec)
     )
-  return tree.unflatten(out)
+  return jax.tree.unflatten(tree, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

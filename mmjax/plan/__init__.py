@@ -60,7 +60,7 @@ def plan(
   does not fit. say: gets a line before everything that takes long. Raises UserError: no such slice,
   or a mesh that does not fit it.
   """
-  target, changes = topology.parse(name), ()
+  target = topology.parse(name)
   if changes := for_slices(config.mesh, target.slices):
     config = configs.resolve(config, changes)
   configs.check(config, target.device_count)
@@ -279,8 +279,9 @@ def estimate(step: Program, compiled: jax.stages.Compiled, source: str = "") -> 
   no text).
   """
   chip = topology.chip_of(step.mesh.devices.flat[0])
-  text = _text(compiled) if chip else ""
-  return _spent(step, hlo.parse(text), text, chip, source)["seconds"] or None if text else None
+  if chip is None or not (text := _text(compiled)):
+    return None
+  return _spent(step, hlo.parse(text), text, chip, source)["seconds"] or None
 
 
 def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) -> list[str]:
@@ -319,7 +320,8 @@ def model_flops(step: Program) -> dict[str, float]:
       def output(
         params: Any, state: Any, batch: dict, teachers: Any, modality: str = modality
       ) -> Any:
-        encoded = plain.model.apply({"params": params, **state}, modality, batch, method="encode")
+        variables = {"params": params, **state}
+        encoded: Any = plain.model.apply(variables, modality, batch, method="encode")
         return encoded.tokens.sum() + encoded.pooled.sum()
 
       by_part[modality] = plain.training_flops(output, plain.batch_spec)

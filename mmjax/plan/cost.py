@@ -136,8 +136,9 @@ def _custom_call(
   cycles = (
     max(flops / (chip.peak / chip.devices), moved / (chip.bandwidth / chip.devices)) * chip.clock
   )
-  named = kernel is not None and kernel.name != "pallas_call"
-  name = kernel.name if named else re.sub(r"\.\d+$", "", op.name)
+  name = re.sub(r"\.\d+$", "", op.name)
+  if kernel is not None and kernel.name != "pallas_call":
+    name = kernel.name
   return dict(
     name=name, target=op.target, flops=flops, bytes=moved, cycles_each=cycles, basis=basis
   )

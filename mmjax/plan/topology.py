@@ -166,9 +166,11 @@ def product_sizes(chip: Chip) -> dict[int, tuple[int, ...]]:
   """{the number in the product name: shape in chips}, doubling from the smallest slice to the
   largest.
   """
-  sizes, chips = {}, 1 if chip.dimensions == 2 else 4
+  sizes: dict[int, tuple[int, ...]] = {}
+  chips = 1 if chip.dimensions == 2 else 4
   while chips <= chip.largest:
     power = int(math.log2(chips))
+    shape: tuple[int, ...]
     if chip.dimensions == 2:
       shape = (2 ** (power // 2), 2 ** (power - power // 2))
     elif chips == 4:
@@ -235,7 +237,7 @@ def simulated(target: Slice) -> list[jax.Device]:
   """As many simulated CPU devices. Raises UserError where this process has started JAX with
   fewer.
   """
-  if jax.config.jax_num_cpu_devices < target.device_count:
+  if jax.config.read("jax_num_cpu_devices") < target.device_count:
     with contextlib.suppress(RuntimeError):
       jax.config.update("jax_num_cpu_devices", target.device_count)
   found = jax.devices("cpu")

@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,13 +106,14 @@ class Checkpointer:
     Raises UserError: the disk is full or unwritable, now or during the save before.
     """
     self._raise_early()
-    better = bool(metrics) and self._best_of(metrics) is not None
+    metrics = metrics or {}
+    better = self._best_of(metrics) is not None
     if not (force or better or self.due(step)):
       return False
     self.wait()
     if self._check:
       self._check()
-    decision = self._decide(step, metrics or {}, force) if jax.process_index() == 0 else ""
+    decision = self._decide(step, metrics, force) if jax.process_index() == 0 else ""
     decision = ("", "note", "save")[from_main([("", "note", "save").index(decision)])[0]]
     if decision == "note" and jax.process_index() == 0:
       with disk_errors(self._root, f"cannot note metrics in {self._root / str(step)}"):
@@ -120,7 +124,7 @@ class Checkpointer:
     facts = dict(
       step=int(step),
       time=time.time(),
-      metrics=_plain_metrics(metrics or {}),
+      metrics=_plain_metrics(metrics),
       average=state.ema is not None,
     )
     items = dict(
@@ -131,10 +135,10 @@ class Checkpointer:
       assets=storage.encode(assets),
     )
     with self._saving(step):
-      self._writer = self._writer or storage.Writer(self._root, self._check)
-      self._writer.start(self._root / str(step), items, facts)
+      self._writer = writer = self._writer or storage.Writer(self._root, self._check)
+      writer.start(self._root / str(step), items, facts)
     self._saved_at = time.monotonic()
-    self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
+    self._thread = threading.Thread(target=self._finish, args=(step, writer), name="checkpoint")
     self._thread.start()
     return True
 
@@ -158,7 +162,7 @@ class Checkpointer:
     for step in steps:
       folder = self._root / str(step)
       try:
-        state, data = _checked(folder, lambda folder=folder: self._read(folder, spec))
+        state, data = _checked(folder, functools.partial(self._read, folder, spec))
       except Corrupt as error:
         log.warning("checkpoint %s is corrupt: %s; trying the one before", folder, error)
         self._bad.add(step)
@@ -216,9 +220,8 @@ class Checkpointer:
     rest = storage.read_arrays(folder / "rest", _rest(spec))
     state = TrainState(params=params, **rest)
     within = lambda tree: None if tree is None else clamped(tree, self._config)
-    return state.replace(params=within(state.params), ema=within(state.ema)), storage.read_json(
-      folder / "data"
-    )
+    state = dataclasses.replace(state, params=within(state.params), ema=within(state.ema))
+    return state, storage.read_json(folder / "data")
 
   def due(self, step: int) -> bool:
     """Whether the step count or the clock asks for a checkpoint; the same in every process."""
@@ -238,11 +241,12 @@ class Checkpointer:
       with contextlib.suppress(Corrupt):  # then it is written anew
         manifest.read(self._root / str(step))
         return "note" if metrics else ""
-    if force or (self._every and step % self._every == 0) or self._best_of(metrics) is None:
+    best = self._best_of(metrics)
+    if force or (self._every and step % self._every == 0) or best is None:
       return "save"
     sign = 1 if self._options.best_mode == "max" else -1
     known = [sign * value for value in self._known_metrics().values()]
-    return "save" if not known or sign * self._best_of(metrics) > max(known) else ""
+    return "save" if not known or sign * best > max(known) else ""
 
   def _name_missing(self) -> None:
     """Warns of checkpoints that somebody else deleted while the run goes on; the folder is made
@@ -283,11 +287,11 @@ class Checkpointer:
           )
         raise
 
-  def _finish(self, step: int) -> None:
+  def _finish(self, step: int, writer: storage.Writer) -> None:
     """In the background: waits for the files, then deletes what config.checkpoint does not keep."""
     try:
       with self._saving(step):
-        self._writer.wait_until_finished()
+        writer.wait_until_finished()
       self._bad.discard(step)
       self._prune()
     except BaseException as error:
@@ -358,7 +362,7 @@ def kept(
 # -- reading without a run -------------------------------------------------------------------------
 
 
-def find_checkpoint(path: str) -> epath.Path:
+def find_checkpoint(path: str | os.PathLike) -> epath.Path:
   """The checkpoint at `path`: a run folder (its newest usable step), a step folder, or an import
   folder; files checked.
 
@@ -370,7 +374,7 @@ def find_checkpoint(path: str) -> epath.Path:
     return _find_checkpoint(path, root)
 
 
-def _find_checkpoint(path: str, root: epath.Path) -> epath.Path:
+def _find_checkpoint(path: str | os.PathLike, root: epath.Path) -> epath.Path:
   steps_root = next(
     (
       r

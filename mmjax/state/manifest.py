@@ -11,12 +11,13 @@ large object the manifest has only the size.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 
@@ -144,7 +145,7 @@ def _sum(path: epath.Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def _opened(path: epath.Path) -> Iterator[BinaryIO]:
+def _opened(path: epath.Path) -> Iterator[io.BufferedReader | io.RawIOBase]:
   """A file of a checkpoint, to read. Raises OSError; UserError: the store does not answer, which
   says nothing of the checkpoint.
   """

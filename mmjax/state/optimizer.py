@@ -94,7 +94,7 @@ class OptimizerState(NamedTuple):
   """count: int32, updates made. rule: state of the kind, over the leaves (and slices of stacks)
   that are trained; {source: state} where each source has moments of its own."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # tuple.count, as in optax's states
   rule: Any
 
 
@@ -215,12 +215,12 @@ def muon(
 
 
 class MuonState(NamedTuple):
-  count: jax.Array  # int32, updates made
+  count: jax.Array  # type: ignore[assignment]  # int32, updates made
   mu: Any  # momentum, like the parameters
 
 
 def scale_by_muon(
-  sides: Mapping[str, tuple],
+  sides: Mapping[str, tuple | None],
   *,
   beta: float,
   nesterov: bool,
@@ -320,12 +320,13 @@ def per_layer(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTra
 
   def gather(parts: list, like: Any) -> Any:
     """One state whose fields are trees, from a state for each leaf."""
-    kind, tree = type(parts[0]), jax.tree.structure(like)
+    kind: Any = type(parts[0])
+    tree = jax.tree.structure(like)
     return kind(
       *(
         getattr(parts[0], field)
         if field == "count"
-        else tree.unflatten([getattr(part, field) for part in parts])
+        else jax.tree.unflatten(tree, [getattr(part, field) for part in parts])
         for field in kind._fields
       )
     )
@@ -369,7 +370,7 @@ def per_layer(tx: optax.GradientTransformation, axes: Axes) -> optax.GradientTra
         else tx.update
       )
       out.append(one(leaf, part, param))
-    return tree.unflatten([o[0] for o in out]), gather([o[1] for o in out], updates)
+    return jax.tree.unflatten(tree, [o[0] for o in out]), gather([o[1] for o in out], updates)
 
   return optax.GradientTransformation(init, update)
 
@@ -580,12 +581,12 @@ def keep_unused(new: Any, old: Any, used: Any) -> Any:
   )
 
 
-def _owner(name: str, parameters: Mapping[str, Any]) -> str | None:
+def _owner(name: str, parameters: Mapping[str, Any]) -> str:
   """The parameter that a leaf of the optimizer's state belongs to: "rule/0/mu/image/patch/kernel"
-  -> "image/patch/kernel".
+  -> "image/patch/kernel"; "" if to none.
   """
   parts = name.split("/")
-  return next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in parameters), None)
+  return next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in parameters), "")
 
 
 def _reduced_axes(shape: tuple, axes: tuple, reduced: tuple, from_right: bool) -> tuple:

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import ConfigError, in_steps, kind_function, settings
-from mmjax.ranges import Share, Steps, StepsOrNever, is_duration
+from mmjax.ranges import Duration, Share, Steps, StepsOrNever, is_duration
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -35,7 +35,11 @@ def cosine(steps: int, warmup: int, *, final: Share = 0.0) -> Schedule:
 
 
 def rsqrt(
-  steps: int, warmup: int, *, timescale: Steps = 10_000, cooldown: StepsOrNever = 0
+  steps: int,
+  warmup: int,
+  *,
+  timescale: Steps = Duration(10_000),
+  cooldown: StepsOrNever = Duration(0),
 ) -> Schedule:
   """sqrt(timescale / (timescale + steps since the warm-up)) (Zhai et al. 2022, arXiv:2106.04560,
   appendix B).
@@ -59,7 +63,7 @@ def cooldown(
   steps: int,
   warmup: int,
   *,
-  cooldown: StepsOrNever = "20%",
+  cooldown: StepsOrNever = Duration("20%"),
   shape: Literal["linear", "sqrt"] = "linear",
   final: Share = 0.0,
 ) -> Schedule:

@@ -96,7 +96,9 @@ def _taken(
   tree: Any, origins: Mapping[str, str | None], there: Mapping[str, Any], where: str
 ) -> tuple[Any, list[str]]:
   """(`tree` with the leaves `there` that `origins` names for it, report lines)."""
-  values, lines, used = {}, {"loaded": [], "resized": [], "new": []}, set()
+  values: dict[str, jax.Array] = {}
+  lines: dict[str, list[str]] = {"loaded": [], "resized": [], "new": []}
+  used: set[str] = set()
   for name, leaf in by_name(tree).items():
     origin = origins[name]
     if origin is None:
@@ -125,12 +127,11 @@ def resize_grid(table: np.ndarray, length: int) -> np.ndarray | None:
   if old is None or new is None or (new[1] and not old[1]):
     return None
   (old_side, old_class), (new_side, new_class) = old, new
-  grid = table[old_class:].reshape(old_side, old_side, -1)
-  grid = jax.image.resize(
-    jnp.asarray(grid, jnp.float32), (new_side, new_side, grid.shape[-1]), "bicubic", antialias=True
-  )
-  grid = np.asarray(grid).reshape(new_side * new_side, -1).astype(table.dtype)
-  return np.concatenate([table[:new_class], grid])
+  grid = jnp.asarray(table[old_class:], jnp.float32).reshape(old_side, old_side, -1)
+  shape = new_side, new_side, grid.shape[-1]
+  resized = np.asarray(jax.image.resize(grid, shape, "bicubic", antialias=True))
+  resized = resized.reshape(new_side * new_side, -1).astype(table.dtype)
+  return np.concatenate([table[:new_class], resized])
 
 
 def _grid(length: int) -> tuple[int, int] | None:

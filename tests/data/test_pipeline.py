@@ -216,7 +216,8 @@ class Probe(lib._Make):
   def __call__(self, step):
     batch = super().__call__(step)
     from jax._src import xla_bridge
-    batch["id"] = [f"{os.getpid()} {sorted(xla_bridge._backends)} {os.environ.get('JAX_PLATFORMS')}"]
+    backends, platforms = sorted(xla_bridge._backends), os.environ.get("JAX_PLATFORMS")
+    batch["id"] = [f"{os.getpid()} {backends} {platforms}"]
     return batch
 
 

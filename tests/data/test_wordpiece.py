@@ -14,8 +14,8 @@ from mmjax.data.wordpiece import tokenizer_json
 
 PIECES = (
   "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] a cat ##s ##t the un ##aff ##able caf ##e ##é cafe "
-  "naïve naive Cat ! , . - ' 猫 犬 \u0130 i ##\u0307 ß ss 1 ##2 ##3 hello world \u200b \ufffd don t "
-  "[ ] UNK mask"
+  "naïve naive Cat ! , . - ' 猫 犬 \u0130 i ##\u0307 ß ss 1 ##2 ##3 hello world \u200b \ufffd "
+  "don t [ ] UNK mask"
 ).split(" ")
 TEXTS = [
   "The CATS, unaffable!",

@@ -30,14 +30,17 @@ import mmjax
 
 def get_config(arg=""):
   c = mmjax.config.base()
-  c.train.steps, c.train.batch_size, c.log.every, c.log.tensorboard, c.evaluation.every = 3, 16, 1, False, 0
+  c.train.steps, c.train.batch_size, c.evaluation.every = 3, 16, 0
+  c.log.every, c.log.tensorboard = 1, False
   c.data.sources.mine = dict(name="mine")
   c.data.modalities = ("image", "audio", "video", "text")
-  c.data.image.size, c.data.video.size, c.data.video.frames, c.data.audio.seconds, c.data.max_unreadable = 16, 16, 2, 0.25, 6
+  c.data.image.size, c.data.video.size, c.data.video.frames = 16, 16, 2
+  c.data.audio.seconds, c.data.max_unreadable = 0.25, 6
   c.data.text.tokenizer, c.data.text.vocab_size, c.data.text.length = "t", 400, 8
   block = dict(depth=1, heads=2)
   c.model = dict(name="captioner", width=16, decoder=block, encoders=dict(
-    image=dict(kind="vit", patch=8, **block), audio=dict(kind="whisper", mels=8, **block), video=dict(kind="frames", temporal="mean", patch=8, **block)))
+    image=dict(kind="vit", patch=8, **block), audio=dict(kind="whisper", mels=8, **block),
+    video=dict(kind="frames", temporal="mean", patch=8, **block)))
   c.objectives.write = dict(kind="captioning", source=("image", "audio", "video"))
   return c
 """

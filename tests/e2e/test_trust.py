@@ -202,7 +202,8 @@ import json, pathlib
 def get_config(arg=""):
   import mmjax
   c = mmjax.config.base()
-  c.model = dict(name="encoder", width=16, encoders=dict(image=dict(kind="trap_module:vit", width=16, depth=1, heads=2, patch=8)))
+  image = dict(kind="trap_module:vit", width=16, depth=1, heads=2, patch=8)
+  c.model = dict(name="encoder", width=16, encoders=dict(image=image))
   return c
 """
 
@@ -267,7 +268,7 @@ BAD = {
     "sys.exit(0)",
   ),
   "kind_breaks": (
-    "import mmjax\ndef get_config(arg=''):\n  return dict(model=dict(name='breaking_kind:model'))\n",
+    "def get_config(arg=''):\n  return dict(model=dict(name='breaking_kind:model'))\n",
     "ZeroDivisionError",
   ),
   "kind_is_none": (

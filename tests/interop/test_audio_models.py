@@ -200,7 +200,8 @@ def test_a_whisper_without_a_tokenizer_and_a_trained_one(tmp_path):
   )
   with pytest.raises(
     UserError,
-    match=r"nearest is WhisperForConditionalGeneration, but for model\.decoder\.project_memory = True",
+    match="nearest is WhisperForConditionalGeneration, but for "
+    r"model\.decoder\.project_memory = True",
   ):
     export_hf(tmp_path / "other", tmp_path / "no")
 

@@ -34,8 +34,12 @@ class Only(PathFinder):
     allowed = top in cls.ALLOWED or top in sys.stdlib_module_names or top.startswith("_")
     return PathFinder.find_spec(name, path, target) if allowed else None
 
-# Editable installs and their like add finders of their own: only Python's built-in, frozen and path finders stay.
-own = [finder for finder in sys.meta_path if getattr(finder, "__module__", "").startswith("_frozen_importlib")]
+# Editable installs and their like add finders of their own: only Python's built-in, frozen and path
+# finders stay.
+def is_pythons(finder):
+  return getattr(finder, "__module__", "").startswith("_frozen_importlib")
+
+own = filter(is_pythons, sys.meta_path)
 sys.meta_path = [Only if finder is PathFinder else finder for finder in own]
 for name in ("mmjax", "flax", "ml_collections", "safetensors"):
   try:
@@ -64,9 +68,11 @@ for name, facts in json.load(open("exported/meta.json"))["functions"].items():
   call = jax.jit(export.deserialize(open(f"exported/{name}.stablehlo", "rb").read()).call)
   for n in (1, 3):
     arrays = [inputs[x["name"]][:n] for x in facts["inputs"]]
-    assert [[*a.shape[1:], a.dtype.name] for a in arrays] == [[*x["shape"][1:], x["dtype"]] for x in facts["inputs"]], name
-    out[f"{name}/{n}"] = call(params, *arrays)
-    assert [*out[f"{name}/{n}"].shape[1:], out[f"{name}/{n}"].dtype.name] == [*facts["output"]["shape"][1:], facts["output"]["dtype"]], name
+    given = [[*a.shape[1:], a.dtype.name] for a in arrays]
+    assert given == [[*x["shape"][1:], x["dtype"]] for x in facts["inputs"]], name
+    out[f"{name}/{n}"] = result = call(params, *arrays)
+    stated = [*facts["output"]["shape"][1:], facts["output"]["dtype"]]
+    assert [*result.shape[1:], result.dtype.name] == stated, name
 np.savez(sys.argv[2], **out)
 """
 

@@ -39,7 +39,9 @@ def cloud(fakes, tmp_path):
   fakes.add(
     "python3.13",
     """
-    [ "$2" != venv ] || { mkdir -p "$3/bin"; echo "export VIRTUAL_ENV=$PWD/$3" > "$3/bin/activate"; }
+    [ "$2" = venv ] || exit 0
+    mkdir -p "$3/bin"
+    echo "export VIRTUAL_ENV=$PWD/$3" > "$3/bin/activate"
   """,
   )
   fakes.add("python", "")
@@ -102,7 +104,11 @@ def test_one_that_is_preempted_is_made_again_and_the_run_goes_on(
   cloud, tmp_path, queue, made, gone
 ):
   (tmp_path / "run").write_text("""
-    if [ "$(grep -c -- ' create pod' "$CALLS")" = 1 ]; then echo PREEMPTED > "$HOSTS/state"; rm -rf "$HOSTS/host$HOST"/*; exit 143; fi
+    if [ "$(grep -c -- ' create pod' "$CALLS")" = 1 ]; then
+      echo PREEMPTED > "$HOSTS/state"
+      rm -rf "$HOSTS/host$HOST"/*
+      exit 143
+    fi
     echo "second life of host $HOST"
   """)
   printed = cloud.run(

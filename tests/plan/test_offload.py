@@ -13,9 +13,11 @@ import mmjax
 
 def get_config(arg=""):
   c = mmjax.config.base()
-  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = 64, 64, 512, "none"
+  c.data.image.size, c.data.text.length = 64, 64
+  c.data.text.vocab_size, c.data.text.tokenizer = 512, "none"
   c.model = dict(name="dual_encoder", width=128, encoders=dict(
-    image=dict(kind="vit", patch=8, depth=12, heads=2), text=dict(kind="transformer", depth=1, heads=2)))
+    image=dict(kind="vit", patch=8, depth=12, heads=2),
+    text=dict(kind="transformer", depth=1, heads=2)))
   c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
   c.train.batch_size, c.train.steps = 1024, 1000
   return c

@@ -27,10 +27,12 @@ import mmjax
 
 def get_config(arg=""):
   c = mmjax.config.base()
-  c.data.image.size, c.data.text.length, c.data.text.vocab_size, c.data.text.tokenizer = 32, 32, 512, "none"
+  c.data.image.size, c.data.text.length = 32, 32
+  c.data.text.vocab_size, c.data.text.tokenizer = 512, "none"
   tower = dict(depth=3, heads=2)
   c.model = dict(name="dual_encoder", width=128, bias=True, encoders=dict(
-    image=dict(kind="vit", patch=8, remat="dots_no_batch", **tower), text=dict(kind="transformer", **tower)))
+    image=dict(kind="vit", patch=8, remat="dots_no_batch", **tower),
+    text=dict(kind="transformer", **tower)))
   c.objectives.align = dict(kind="contrastive", between=("image", "text"), loss="sigmoid")
   c.train.batch_size, c.train.steps = 128, 1000
   return c
@@ -250,7 +252,8 @@ place = jax.sharding.SingleDeviceSharding(topology.devices(target)[0])
 spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
 stack = lambda x, weights: jax.lax.scan(lambda x, w: (x @ w[0] @ w[1], None), x, weights)[0]
 with topology.quiet():
-  compiled = jax.jit(stack).lower(spec(8192, 4096), (spec(4, 4096, 16384), spec(4, 16384, 4096))).compile()
+  weights = spec(4, 4096, 16384), spec(4, 16384, 4096)
+  compiled = jax.jit(stack).lower(spec(8192, 4096), weights).compile()
 seconds = cost.cost(hlo.parse(compiled.as_text()), target.chip)["seconds"]
 print(seconds / (4 * 2 * 2 * 8192 * 4096 * 16384 / target.chip.peak))
 """

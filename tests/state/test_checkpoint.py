@@ -390,9 +390,14 @@ PREAMBLE = """
   from mmjax.state.checkpoint import Checkpointer
   from mmjax.state.train_state import TrainState
   def state_of(value, mesh):
-    put = lambda x, *axes: jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(*axes)), lambda i: x[i])
-    params = {f"w{i}": put(np.random.default_rng([value, i]).normal(size=(16, 4096)).astype(np.float32), "data") for i in range(4)}
-    return TrainState(step=put(np.asarray(value, np.int32)), params=params, model_state={}, opt_states={})
+    def put(x, *axes):
+      return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(*axes)), lambda i: x[i])
+    params = {}
+    for i in range(4):
+      weights = np.random.default_rng([value, i]).normal(size=(16, 4096))
+      params[f"w{i}"] = put(weights.astype(np.float32), "data")
+    step = put(np.asarray(value, np.int32))
+    return TrainState(step=step, params=params, model_state={}, opt_states={})
   raw = config_lib.base().to_dict()
   raw["checkpoint"].update(every=1)
   config = config_lib.FrozenConfigDict(raw)
@@ -422,7 +427,9 @@ PROCESSES = (
   if jax.process_index() == 0:
     path = next((run._root / "3" / "params").glob("ocdbt.process_1/d/*"))
     path.write_bytes(path.read_bytes()[:-1])
-  spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0, mesh))
+  def spec_of(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  spec = jax.tree.map(spec_of, state_of(0, mesh))
   state, data, step = run.restore(spec)
   expected = state_of(2, mesh)
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):

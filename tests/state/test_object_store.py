@@ -128,7 +128,7 @@ def test_an_import_goes_to_a_store(saver, make_state):
 def test_a_bucket_that_is_missing_is_one_line(object_store):
   with pytest.raises(
     UserError,
-    match="s3://nobody/run/checkpoints: The specified bucket does not exist. Check the bucket's name",
+    match="s3://nobody/run/checkpoints: The specified bucket does not exist. Check the bucket's",
   ):
     checkpoint.Checkpointer("s3://nobody/run", configs.resolve(configs.base()), steps=10)
   with pytest.raises(UserError, match="no checkpoint here"):

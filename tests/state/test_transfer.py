@@ -99,7 +99,8 @@ def test_statistics_go_with_the_parameters_of_their_module():
   assert report == ["new batch_stats/image/norm/mean [3]", "left batch_stats/vision/norm/mean [3]"]
   with pytest.raises(
     UserError,
-    match="image/norm comes from 'vision/norm', but the checkpoint has no batch_stats/vision/norm/mean",
+    match="image/norm comes from 'vision/norm', but the checkpoint has no "
+    "batch_stats/vision/norm/mean",
   ):
     take((("image/(.*)", r"vision/\1"),), {})
   two = {**normed("vision"), **normed("other")}

@@ -122,15 +122,13 @@ def write_dataset(
 
   files.check_name("a data set", name)
   fields = check_fields(fields)
-  seen_labels, seen_languages, seen_answers, content = (
-    set(),
-    set(),
-    set(),
-    hashlib.blake2b(digest_size=16),
-  )
+  seen_labels: set[str] = set()
+  seen_languages: set[str] = set()
+  seen_answers: set[str] = set()
+  content = hashlib.blake2b(digest_size=16)
   facts = tfds.core.MetadataDict(metadata or {})
 
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     VERSION = tfds.core.Version(version)
     pkg_dir_path = Path(__file__).parent
 
@@ -228,7 +226,7 @@ def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
     with files.store_errors(url, f"{url} cannot be read"):
       names = list(files.sizes(url))
   else:
-    names = [f"{path.parent.name}/{path.name}" for path in root.glob("*/*.json")] if name else ()
+    names = [f"{path.parent.name}/{path.name}" for path in root.glob("*/*.json")] if name else []
   versions = finished_versions(names)
   if not versions:
     return None

@@ -265,7 +265,9 @@ def _write_shard(
   schema = features(fields)
   serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
   content, skipped, count, size, read = hashlib.blake2b(digest_size=16), [], 0, 0, 0
-  labels, languages, answers = set(), set(), set()
+  labels: set[str] = set()
+  languages: set[str] = set()
+  answers: set[str] = set()
   temporary = staging / f"shard-{number:05d}.tmp"
   with _record_writer(temporary) as writer:
     for name, record, joined in reader.read(rows):

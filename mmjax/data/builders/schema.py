@@ -19,7 +19,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def features(fields: Sequence[str] = ("image",)):
   )
 
 
-def check_fields(fields: Sequence[str]) -> tuple[str, ...]:
+def check_fields(fields: Collection[str]) -> tuple[str, ...]:
   """`fields` as a tuple in the order of FIELDS. Raises UserError: a name that is none of them."""
   for name in fields:
     if name not in FIELDS:

@@ -1,10 +1,12 @@
 """`spoken_emoji`: the English names of openmoji's pictures, spoken by many synthetic voices; made
 from packages, without a download.
 
-  train               names of openmoji's `train`, several voices each, and random combinations of their words
+  train               names of openmoji's `train`, several voices each, and random combinations of
+                      their words
   validation          names heard in training, by voices that are in no other split
   test_voices         200 names heard in training, by each of the 6 test voices
-  test_phrases        the names of openmoji's `test_combinations`, never heard in training, with their pictures, by the test voices in turn
+  test_phrases        names of openmoji's `test_combinations`, never heard in training, with their
+                      pictures, by the test voices in turn
   train_multilingual  names in German, Spanish and French
 
 No variant of espeak-ng speaks in two of train, validation and the tests.
@@ -201,7 +203,7 @@ def plan(emoji: Catalogue) -> dict[str, list[Utterance]]:
   ranked = sorted(
     (text for text in names if "skin tone" not in text), key=lambda text: _rank("heard", text)
   )
-  splits = {
+  splits: dict[str, list[Utterance]] = {
     "train": [],
     "validation": [],
     "test_voices": [],
@@ -269,7 +271,8 @@ def _phrases(names: Mapping[str, Mapping[str, str]], ones, language: str) -> dic
 def _combinations(texts: list[str], tested: set[str]) -> list[Utterance]:
   """Random phrases of training words, none of them a tested one."""
   words = sorted({word for text in texts if "skin tone" not in text for word in text.split()})
-  rng, made = _rng("combinations"), []
+  rng = _rng("combinations")
+  made: list[Utterance] = []
   while len(made) < COMBINATIONS:
     text = " ".join(words[i] for i in rng.integers(len(words), size=rng.choice(COMBINATION_WORDS)))
     voice = _varied(TRAIN_VOICES[rng.integers(len(TRAIN_VOICES))], rng)

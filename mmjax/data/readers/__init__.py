@@ -3,11 +3,12 @@
 A reader lists its rows once, in an order that depends on the source alone, and reads any run of
 them, in any process:
 
-  rows() -> (rows, left out)    rows.Row: id (unique), place, how many rows of the source it joins; (name, Skip) of the others
-  read(rows) -> iterator        of (id, record or Skip, how many rows of the source that is), in order
-  files(rows) -> iterator       of the paths that the result depends on (a conversion goes on only while none changes)
-  fields(rows) -> set           of the optional fields (schema.FIELDS) that records may have
-  notes                         what a user should know of how the source was understood
+  rows() -> (rows, left out)  `rows.Row` of each, and (name, Skip) of what is left out
+  read(rows) -> iterator      of (id, record or Skip, how many rows of the source that is), in order
+  files(rows) -> iterator     of the paths that the result depends on; a conversion goes on only
+                              while none changes
+  fields(rows) -> set         of the optional fields (schema.FIELDS) that records may have
+  notes                       what a user should know of how the source was understood
 
 Every row of the source is read or left out with a reason: the counts of both add up to all of them.
 Rows about one medium are one record (`rows.join`), so that none of its captions and questions is
@@ -21,7 +22,6 @@ A new form is a file here and a line in FORMATS; most only turn their files into
 
 from __future__ import annotations
 
-import codecs
 import importlib
 import os
 from collections.abc import Mapping
@@ -65,8 +65,8 @@ def open_reader(
   if media and not os.path.isdir(media):
     raise UserError(f"{os.fspath(media)}: no such folder of media")
   try:
-    codecs.lookup(encoding or "utf-8")
-  except LookupError as error:
+    "a".encode(encoding or "utf-8")
+  except (LookupError, ValueError) as error:  # unknown, of bytes (base64), or never usable
     raise UserError(
       f"no encoding {encoding!r}: write one that Python knows, such as utf-8, utf-16, cp1252, "
       "shift_jis"

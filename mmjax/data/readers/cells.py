@@ -66,7 +66,7 @@ class Annotation(NamedTuple):
 
   def record(self, name: str, media: Mapping[str, bytes]) -> dict[str, Any]:
     """The record (see builders/schema.py) of encoded media; several labels become "one|other"."""
-    record = dict(
+    record: dict[str, Any] = dict(
       id=name,
       image=media.get("image"),
       captions=self.captions,
@@ -76,7 +76,7 @@ class Annotation(NamedTuple):
     record |= {modality: data for modality, data in media.items() if modality != "image"}
     if self.questions:
       record["questions"] = [(one.question, one.answer) for one in self.questions]
-    facts = {}
+    facts: dict[str, list] = {}
     if any(one.answers for one in self.questions):
       facts["answers"] = [list(one.answers or (one.answer,)) for one in self.questions]
     if self.conversations:
@@ -100,10 +100,11 @@ def annotate(
     captions = captions_of(cells.get("caption"), text_of(cells.get("language")) or language)
     questions = questions_of(cells.get("question"), cells.get("answer"), cells.get("chosen_answer"))
     labels = labels_of(cells.get("label"), label_names)
-    conversations = ()
+    conversations: tuple[list[dict[str, str]], ...] = ()
     if cells.get("conversation"):
-      conversations = (conversation_of(cells["conversation"]),)
-      questions += [Question(*pair) for pair in questions_in(conversations[0])]
+      turns = conversation_of(cells["conversation"])
+      conversations = (turns,)
+      questions += [Question(*pair) for pair in questions_in(turns)]
   except ValueError as error:
     return Skip("broken row", str(error))
   annotation = Annotation(captions, labels, tuple(questions), conversations)
@@ -140,6 +141,7 @@ def questions_of(questions: Any, answers: Any = None, chosen: Any = None) -> lis
       questions.get("question"),
       questions.get("answer", questions.get("answers")),
     )
+  pairs: list[Any]
   if isinstance(questions, str):
     pairs = [(questions, answers)]
   elif not isinstance(questions, (list, tuple)):

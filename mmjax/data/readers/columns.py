@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mmjax.config import UserError
-from mmjax.data.media import modality_of
+from mmjax.data.media import modality_in_column
 from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, text_of
 from mmjax.data.readers.conversations import media_in
 
@@ -83,7 +83,8 @@ def choose_columns(
   """{role: columns}, from `named` ("a+b" = both) or by the usual names. Raises UserError: no column
   for media or for what is said.
   """
-  there, chosen = list(there), {}
+  there = list(there)
+  chosen: dict[str, tuple[str, ...]] = {}
   lower = {column.strip().lower(): column for column in reversed(there)}
   for role, options in COLUMNS.items():
     if role in named:
@@ -92,11 +93,11 @@ def choose_columns(
         raise UserError(f"{path} has no column {missing[0]!r}; it has: {', '.join(there)}")
       chosen[role] = wanted
     elif role == "caption" and (several := _captions(there, named.values())):
-      chosen[role] = several
+      chosen[role] = tuple(several)
     elif found := [
       lower[option] for option in options if option in lower and lower[option] not in named.values()
     ]:
-      chosen[role] = found[:1]
+      chosen[role] = (found[0],)
   if "conversation" in chosen and "caption" not in named and "conversation" not in named:
     chosen.pop("caption", None)  # a "text" beside a conversation is its template
   for looks, needed, example in (
@@ -110,7 +111,7 @@ def choose_columns(
         f"{path} has no column that looks like {looks}; it has: {', '.join(there)}. Name it: "
         f"{example}=COLUMN"
       )
-  return {role: tuple(columns) for role, columns in chosen.items()}
+  return chosen
 
 
 def cells_of(row: Mapping[str, Any], chosen: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -161,15 +162,16 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
   media: dict[str, str] = {}
   for role, cell in named.items():
     cell = [cell] if not isinstance(cell, (list, tuple)) else cell
-    files = [one.get("path") if isinstance(one, dict) else one for one in cell]
-    if not all(isinstance(file, str) and file for file in files):
+    named_files = [one.get("path") if isinstance(one, dict) else one for one in cell]
+    files = [file for file in named_files if isinstance(file, str) and file]
+    if len(files) < len(named_files):
       return Skip("missing file", f"its {role} is no file name")
     if len(files) > 1:
       return Skip(
         "several pictures" if role == "image" else "several media",
         f"{len(files)} in one row, of which a record holds one",
       )
-    media[modality_of(files[0], role)] = files[0]
+    media[modality_in_column(files[0], role)] = files[0]
   return media or Skip("missing file", "names no picture, sound or video")
 
 

@@ -9,8 +9,9 @@ its label. Every file counts, except hidden ones.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
@@ -60,12 +61,13 @@ class FolderReader(ListedReader):
         governing[folder] = os.path.join(folder, own)
         self.paths.append(os.path.join(self.root, folder, own))
         parts += self._table_parts(self.paths[-1], folder)
-      media = [name for name in names if modality_of(name)]
+      kinds = {name: kind for name in names if (kind := modality_of(name))}
+      media = list(kinds)
       if governing[folder]:
         files += [(os.path.join(folder, name), governing[folder]) for name in media]
       others = [name for name in names if name not in set(media)]
       if not governing[folder]:
-        found, others = self._records(folder, media, others)
+        found, others = self._records(folder, kinds, others)
         alone += found
       left += [(os.path.join(folder, name), _not_read(name, governing[folder])) for name in others]
     rows, skipped = join(parts)
@@ -77,16 +79,15 @@ class FolderReader(ListedReader):
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
     for row in rows:
-      where = row.where
-      if where.said is None:
-        said = self._captions(where.texts)
-        where = where._replace(said=said)
-      if bad := broken_text([row.name, *where.media.values()]):
+      media, said, texts = row.where
+      if said is None:
+        said = self._captions(texts)
+      if bad := broken_text([row.name, *media.values()]):
         yield row.name, Skip("broken text", bad), row.count
-      elif isinstance(where.said, Skip):
-        yield row.name, where.said, row.count
+      elif isinstance(said, Skip):
+        yield row.name, said, row.count
       else:
-        yield row.name, file_record(self.root, row.name, where), row.count
+        yield row.name, file_record(self.root, row.name, media, said), row.count
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from super().files(rows)
@@ -102,14 +103,14 @@ class FolderReader(ListedReader):
       yield from json_lines.object_parts(objects, path, folder, self.options)
 
   def _records(
-    self, folder: str, media: list[str], others: list[str]
+    self, folder: str, media: Mapping[str, str], others: list[str]
   ) -> tuple[list[Row], list[str]]:
     """A row for the files that differ in their endings alone, in the order of their names, and the
-    files that none takes.
+    files that none takes. media: {file: its modality}.
     """
     stems: dict[str, dict[str, list[str]]] = {}
-    for name in media:
-      stems.setdefault(os.path.splitext(name)[0], {}).setdefault(modality_of(name), []).append(
+    for name, kind in media.items():
+      stems.setdefault(os.path.splitext(name)[0], {}).setdefault(kind, []).append(
         os.path.join(folder, name)
       )
     texts: dict[str, list[tuple[str, str]]] = {}
@@ -136,11 +137,12 @@ class FolderReader(ListedReader):
       data = read_inside(self.root, file)
       if isinstance(data, Skip):
         return data
+      encoding = encoding_of(data, self.options.encoding)
       try:
-        lines = data.decode(encoding_of(data, self.options.encoding)).splitlines()
-      except UnicodeError as error:
+        lines = data.decode(encoding).splitlines()
+      except UnicodeError:
         return Skip(
-          "broken text", f"{file} is not {error.encoding}; --encoding names another, such as cp1252"
+          "broken text", f"{file} is not {encoding}; --encoding names another, such as cp1252"
         )
       for name, found in captions_of(lines, language).items():
         captions.setdefault(name, []).extend(found)
@@ -160,7 +162,9 @@ class FolderReader(ListedReader):
         f"no captions: the folder of a file is its label ({len(names)} classes: {shown})"
       )
     return [
-      row._replace(where=row.where._replace(said=Annotation({}, (label,)))) if label else row
+      dataclasses.replace(row, where=row.where._replace(said=Annotation({}, (label,))))
+      if label
+      else row
       for row, label in zip(rows, labels, strict=True)
     ]
 

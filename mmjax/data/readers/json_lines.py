@@ -75,7 +75,8 @@ def read_json(path: str, encoding: str = "") -> dict[str, Any] | Iterator[Object
     return _items(path, encoding, base)
   document: dict[str, Any] = {}
   with open_text(path, encoding) as file:
-    for key, value in values(file, path):
+    for name, value in values(file, path):
+      key = name or ""
       if isinstance(value, dict) and isinstance(document.get(key), list):
         value = {name: what for name, what in value.items() if name not in _HEAVY}
       if isinstance(document.get(key), list):

@@ -7,25 +7,27 @@ is, not before.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmjax.config import UserError
-from mmjax.data.media import media_key, modality_of
+from mmjax.data.media import media_key, modality_in_column
 from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, text_of
 from mmjax.data.readers.columns import MEDIA, cells_of, choose_columns
 from mmjax.data.readers.rows import Left, Options, Record, Row, find_files, read_inside, stems
 from mmjax.files import open_file
 
-Place = tuple[int, int, int]  # number of the file, of the row group, of the row in it
+Position = tuple[int, int, int]  # number of the file, of the row group, of the row in it
 
 
 class ParquetReader:
   def __init__(self, source: str, options: Options):
     self.paths = [os.path.abspath(path) for path in find_files(source, (".parquet",))]
-    self.options, self.notes = options, []
+    self.options = options
+    self.notes: list[str] = []
     self.root = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
     schema = self._open(0).schema_arrow
     self.chosen = choose_columns(schema.names, options.columns, self.paths[0])
@@ -47,7 +49,7 @@ class ParquetReader:
     owner: dict[str, tuple] = {}
     skipped: list[Left] = []
     for number, stem in enumerate(stems(self.paths)):
-      for at, (place, cells) in enumerate(self._cells(number, keys)):
+      for at, (position, cells) in enumerate(self._cells(number, keys)):
         name = f"{stem}/{at:06d}"
         if cells is None:
           skipped.append((name, Skip("broken text", "its text is not UTF-8")))
@@ -67,11 +69,11 @@ class ParquetReader:
         if owner.setdefault(name, key) != key or (own and not about and not files and key in found):
           skipped.append((name, Skip("duplicate id", f"row {at} of {self.paths[number]}")))
         elif key in found:
-          found[key] = found[key]._replace(
-            where=(*found[key].where, place), count=found[key].count + 1
+          found[key] = dataclasses.replace(
+            found[key], where=(*found[key].where, position), count=found[key].count + 1
           )
         else:
-          found[key] = Row(name, (place,))
+          found[key] = Row(name, (position,))
     return list(found.values()), skipped
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
@@ -79,13 +81,13 @@ class ParquetReader:
     own.
     """
     rows = list(rows)
-    owners = {place: number for number, row in enumerate(rows) for place in row.where}
+    owners = {position: number for number, row in enumerate(rows) for position in row.where}
     left = [row.count for row in rows]
     made: list[list[tuple[Annotation, dict[str, bytes]]]] = [[] for _ in rows]
     faults: list[list[Skip]] = [[] for _ in rows]
     at = 0
-    for place, cells in self._rows_at(sorted(owners)):
-      number = owners[place]
+    for position, cells in self._rows_at(sorted(owners)):
+      number = owners[position]
       part = self._part(cells)
       if (
         not isinstance(part, Skip)
@@ -118,7 +120,7 @@ class ParquetReader:
         cells = (
           cells for number in range(len(self.paths)) for _, cells in self._cells(number, [role])
         )
-        found |= {modality_of(cell[role], role) for cell in cells if cell and cell[role]}
+        found |= {modality_in_column(cell[role], role) for cell in cells if cell and cell[role]}
       elif role in self.chosen:
         found.add(role)
     return found
@@ -141,7 +143,7 @@ class ParquetReader:
         content = content.get("bytes") or content.get("path")
       modality = role
       if isinstance(content, str) and content:
-        modality = modality_of(content, role) if role in self.path_columns else role
+        modality = modality_in_column(content, role) if role in self.path_columns else role
         content = (
           Skip("broken text", bad)
           if (bad := broken_text(content))
@@ -156,8 +158,10 @@ class ParquetReader:
     said = annotate(cells, self.options.language, self.label_names)
     return said if isinstance(said, Skip) else (said, media)
 
-  def _cells(self, number: int, roles: list[str]) -> Iterator[tuple[Place, dict[str, Any] | None]]:
-    """The place and the cells in these roles (None: not UTF-8) of each row of a file. Raises
+  def _cells(
+    self, number: int, roles: list[str]
+  ) -> Iterator[tuple[Position, dict[str, Any] | None]]:
+    """The position and the cells in these roles (None: not UTF-8) of each row of a file. Raises
     UserError.
     """
     file = self._open(number)
@@ -177,22 +181,22 @@ class ParquetReader:
           row if row is None else {role: row[self.chosen[role][0]] for role in roles},
         )
 
-  def _rows_at(self, places: list[Place]) -> Iterator[tuple[Place, dict[str, Any] | None]]:
+  def _rows_at(self, positions: list[Position]) -> Iterator[tuple[Position, dict[str, Any] | None]]:
     """Rows, read in small batches: a row group of many gigabytes does not have to fit in memory."""
     at = 0
-    while at < len(places):
-      number, group, _ = places[at]
+    while at < len(positions):
+      number, group, _ = positions[at]
       start = 0
       for batch in self._open(number).iter_batches(64, row_groups=[group], columns=self.columns):
         while (
-          at < len(places)
-          and places[at][:2] == (number, group)
-          and places[at][2] < start + batch.num_rows
+          at < len(positions)
+          and positions[at][:2] == (number, group)
+          and positions[at][2] < start + batch.num_rows
         ):
-          yield places[at], _rows(batch.slice(places[at][2] - start, 1))[0]
+          yield positions[at], _rows(batch.slice(positions[at][2] - start, 1))[0]
           at += 1
         start += batch.num_rows
-        if at == len(places) or places[at][:2] != (number, group):
+        if at == len(positions) or positions[at][:2] != (number, group):
           break
 
   def _open(self, number: int):

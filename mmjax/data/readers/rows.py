@@ -22,7 +22,8 @@ from mmjax.files import read_file
 Record = dict[str, Any]
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Row:
   """A record to be: its id, where it lies (a reader's own matter), and how many rows of the source
   it joins.
   """
@@ -75,7 +76,7 @@ def join(parts: Iterable[Part | Left]) -> tuple[list[Row], list[Left]]:
     else:
       row = rows[part.key]
       where = row.where._replace(said=row.where.said.joined(part.said))
-      rows[part.key] = row._replace(where=where, count=row.count + 1)
+      rows[part.key] = dataclasses.replace(row, where=where, count=row.count + 1)
   return list(rows.values()), skipped
 
 
@@ -85,7 +86,8 @@ class ListedReader:
   endings: tuple[str, ...] = ()
 
   def __init__(self, source: str, options: Options):
-    self.paths, self.options, self.notes = self.find(source), options, []
+    self.paths, self.options = self.find(source), options
+    self.notes: list[str] = []
     self.root = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
 
   def find(self, source: str) -> list[str]:
@@ -105,7 +107,7 @@ class ListedReader:
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
     for row in rows:
-      yield row.name, file_record(self.root, row.name, row.where), row.count
+      yield row.name, file_record(self.root, row.name, row.where.media, row.where.said), row.count
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.paths
@@ -127,15 +129,15 @@ def fields_of(said: Annotation) -> set[str]:
   return ({"questions"} if said.questions else set()) | ({"facts"} if facts else set())
 
 
-def file_record(root: str, name: str, where: Where) -> Record | Skip:
-  """The record of a row, whose files are read."""
+def file_record(root: str, name: str, paths: Mapping[str, str], said: Annotation) -> Record | Skip:
+  """The record of an annotation and the media files {modality: path below root}, which are read."""
   media = {}
-  for modality, path in where.media.items():
+  for modality, path in paths.items():
     content = read_inside(root, path)
     if isinstance(content, Skip):
       return content
     media[modality] = content
-  return where.said.record(name, media)
+  return said.record(name, media)
 
 
 def read_inside(root: str, path: str) -> bytes | Skip:

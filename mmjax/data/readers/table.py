@@ -13,7 +13,6 @@ import io
 import os
 from collections import deque
 from collections.abc import Iterator
-from typing import IO
 
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
@@ -56,7 +55,7 @@ def table_parts(path: str, folder: str, options) -> Iterator[Part | Left]:
       yield part if isinstance(part, Part) else (row.get(chosen.get("id", ("",))[0]) or at, part)
 
 
-def open_text(path: str, encoding: str = "") -> IO[str]:
+def open_text(path: str, encoding: str = "") -> io.TextIOWrapper:
   """Opens a text; bytes that are not of its encoding become lone surrogates, so that they cost
   their line alone. Raises UserError.
   """
@@ -69,7 +68,7 @@ def open_text(path: str, encoding: str = "") -> IO[str]:
     raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def lines(file: IO[str], path: str) -> Iterator[tuple[int, str | Skip]]:
+def lines(file: io.TextIOWrapper, path: str) -> Iterator[tuple[int, str | Skip]]:
   """(number, line) of the lines that are not blank; those too long or of another encoding are a
   Skip. Raises UserError.
   """
@@ -96,8 +95,9 @@ def lines(file: IO[str], path: str) -> Iterator[tuple[int, str | Skip]]:
       elif line.strip(" \r\n"):
         yield number, line
   except UnicodeError as error:
+    reason = error.reason if isinstance(error, UnicodeDecodeError) else error
     raise UserError(
-      f"{path}: line {number + 1} is not {file.encoding} ({error.reason}). Name its encoding with "
+      f"{path}: line {number + 1} is not {file.encoding} ({reason}). Name its encoding with "
       "--encoding"
     ) from error
   except OSError as error:

@@ -17,7 +17,8 @@ from mmjax.data.tars import BadSample, TarIndex, expand, index_tar, index_tars
 class TarReader:
   def __init__(self, source: str, options: Options):
     self.paths = [os.path.abspath(path) for path in expand(source)]
-    self.options, self.notes = options, []
+    self.options = options
+    self.notes: list[str] = []
 
   def rows(self) -> tuple[list[Row], list[Left]]:
     rows: list[Row] = []
@@ -35,15 +36,17 @@ class TarReader:
 
   def read(self, rows: Iterable[Row]) -> Iterator[tuple[str, Record | Skip, int]]:
     index: TarIndex | None = None
-    for name, (path, number), count in rows:
+    for row in rows:
+      path, number = row.where
       try:
         if index is None or index.path != path:
           index = index_tar(path, self.options.cache)
-        yield name, index.read(number, self.options.language) | {"id": name}, count
+        record = index.read(number, self.options.language) | {"id": row.name}
+        yield row.name, record, row.count
       except BadSample as error:
-        yield name, error.skip, count
+        yield row.name, error.skip, row.count
       except UserError as error:
-        yield name, Skip("broken row", str(error)), count
+        yield row.name, Skip("broken row", str(error)), row.count
 
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.paths

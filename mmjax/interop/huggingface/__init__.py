@@ -131,7 +131,8 @@ def import_hf(
       tensors.update(around.tensors)
   except UserError as error:
     raise UserError(f"{folder / getattr(family, 'CONFIG', 'config.json')}: {error}") from error
-  c, assets = mmjax.config.base(), {}
+  c = mmjax.config.base()
+  assets: dict[str, bytes] = {}
   c.model = found["model"]
   if "image" in c.model.encoders:
     c.data.image.update(
@@ -143,7 +144,7 @@ def import_hf(
     c.data.audio.update(found["audio"])
   if "text" in c.model.encoders or "decoder" in c.model:
     c.data.modalities = tuple(dict.fromkeys((*c.model.encoders, "text")))
-    text = {}
+    text: dict[str, Any] = {}
     if "text" in c.model.encoders or preprocessing.has_tokenizer(
       folder
     ):  # a decoder also writes without one
@@ -277,11 +278,9 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   """
   name = config["model"]["name"]
   kinds = {modality: encoder["kind"] for modality, encoder in config["model"]["encoders"].items()}
-  candidates = (
-    [family for kind in kinds.values() for family in ALONE.get(kind, ())]
-    if name == "encoder"
-    else []
-  )
+  candidates: Sequence[str] = ()
+  if name == "encoder":
+    candidates = [family for kind in kinds.values() for family in ALONE.get(kind, ())]
   if name == "dual_encoder" and kinds == {"image": "vit", "text": "transformer"}:
     candidates = DUAL
   if name == "dual_encoder" and kinds == {"image": "naflex", "text": "transformer"}:
@@ -297,7 +296,7 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
       f"the kinds {', '.join(ALONE)}, and captioners with whisper for audio alone. Export to "
       "safetensors or stablehlo"
     )
-  nearest: tuple[str, list[str]] | None = None
+  nearest: tuple[str, list[str]] = "", []
   for name in candidates:
     family = _family(name, Path())
     reasons = [
@@ -307,7 +306,7 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
     ]
     if not reasons:
       return family
-    if nearest is None or len(reasons) < len(nearest[1]):
+    if not nearest[1] or len(reasons) < len(nearest[1]):
       nearest = family.ARCHITECTURE, reasons
   raise UserError(
     f"transformers cannot express this model; nearest is {nearest[0]}, but for "

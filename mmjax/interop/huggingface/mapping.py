@@ -286,7 +286,7 @@ def to_tensors(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Ar
       "transformers has no place for these parameters, or lacks them: "
       f"{', '.join(sorted(ours ^ set(flat)))}"
     )
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for rule in rules:
     value = np.asarray(flat[rule.ours], np.float32)
     for i, layer in enumerate(value if rule.layers else [value]):

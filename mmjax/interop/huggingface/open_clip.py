@@ -32,7 +32,7 @@ EPS = 1e-5
 # supported.
 VISION = dict(layers=12, width=768, head_width=64, mlp_ratio=4.0, patch_size=16, image_size=224)
 TEXT = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12, mlp_ratio=4.0)
-FIXED = {
+FIXED: dict[str, dict[str, Any]] = {
   "vision_cfg": dict(
     timm_model_name=None,
     ls_init_value=None,

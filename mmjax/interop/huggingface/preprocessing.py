@@ -238,7 +238,7 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
       {**assets, wordpiece.VOCABULARY: read_bytes(vocabulary, LARGEST)}
     )
   stated = facts.get("pad_token") or family.PAD
-  pad = stated.get("content") if isinstance(stated, dict) else stated
+  pad = str(stated.get("content") if isinstance(stated, dict) else stated)
   if "tokenizer.json" in assets:
     import tokenizers
 

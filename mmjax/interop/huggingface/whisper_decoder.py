@@ -190,8 +190,10 @@ def prompt(known: Mapping[str, Any]) -> tuple[int, ...]:
   out: list[int | None] = [known["decoder_start_token_id"], *_forced(known)]
   detected, tasks = languages(known), known.get("task_to_id") or {}
   language, task = known.get("language"), known.get("task")
-  if language is not None or detected:
-    out[1:2] = [detected[0] if detected else language_token(language, known)]
+  if detected:
+    out[1:2] = [detected[0]]
+  elif language is not None:
+    out[1:2] = [language_token(language, known)]
   if task is not None or (language is not None and tasks):
     if (task or "transcribe") not in tasks:
       raise UserError(

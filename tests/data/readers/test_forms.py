@@ -269,8 +269,9 @@ def test_tables_in_other_encodings(tmp_path, photos):
   )
   run(tmp_path, "folder", photos, "western", encoding="cp1252")
   assert records(tmp_path, "western")["0.png"]["captions"] == {"en": ["ein grüner Käfer"]}
-  with pytest.raises(UserError, match="no encoding 'nonsense'"):
-    run(tmp_path, "folder", photos, encoding="nonsense")
+  for encoding in ("nonsense", "base64", "undefined"):  # unknown, of bytes, never usable
+    with pytest.raises(UserError, match=f"no encoding '{encoding}'"):
+      run(tmp_path, "folder", photos, encoding=encoding)
 
 
 def test_huge_cells_are_read_and_endless_lines_are_left_out(tmp_path, photos, monkeypatch):
