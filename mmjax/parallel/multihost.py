@@ -54,11 +54,12 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
     )  # JAX's 1 s leaves out evaluators
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
-  if (devices_each := jax.config.read("jax_num_cpu_devices")) > 1:
+  options: Any = jax.config  # whose attributes are declared at run time
+  if options.jax_num_cpu_devices > 1:
     # XLA's CPU devices share one pool, in which every waiting collective holds a thread. With as
     # few threads as devices (its default), two independent collectives can take all of them while a
     # device that both wait for has none: a deadlock.
-    environment.setdefault("NPROC", str(4 * devices_each))
+    environment.setdefault("NPROC", str(4 * options.jax_num_cpu_devices))
   if environment.get("MMJAX_COORDINATOR") == "auto":
     _join()
   elif any(environment.get(name) for name in _LOCAL):
@@ -91,7 +92,7 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
     )
   elif _cluster_processes(environment) > 1:
     _join()
-  if not jax.config.read("jax_compilation_cache_dir"):
+  if not options.jax_compilation_cache_dir:
     together = shared and jax.distributed.is_initialized()
     jax.config.update(
       "jax_compilation_cache_dir",

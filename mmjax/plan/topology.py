@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -237,7 +237,8 @@ def simulated(target: Slice) -> list[jax.Device]:
   """As many simulated CPU devices. Raises UserError where this process has started JAX with
   fewer.
   """
-  if jax.config.read("jax_num_cpu_devices") < target.device_count:
+  options: Any = jax.config  # whose attributes are declared at run time
+  if options.jax_num_cpu_devices < target.device_count:
     with contextlib.suppress(RuntimeError):
       jax.config.update("jax_num_cpu_devices", target.device_count)
   found = jax.devices("cpu")
