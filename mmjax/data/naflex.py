@@ -122,13 +122,16 @@ def fitting_grid(height: int, width: int, patch: int, budget: int) -> tuple[int,
   """
   if budget < 1 or patch < 1:
     raise UserError(f"a budget of {budget} patches of {patch} pixels: both must be at least 1")
-  at = lambda scale: tuple(max(1, math.ceil(side * scale / patch)) for side in (height, width))
+
+  def grid_at(scale: float) -> tuple[int, int]:
+    return max(1, math.ceil(height * scale / patch)), max(1, math.ceil(width * scale / patch))
+
   low, high = _EPS / 10, 100.0
   while high - low >= _EPS:
     middle = (low + high) / 2
-    rows, columns = at(middle)
+    rows, columns = grid_at(middle)
     low, high = (middle, high) if rows * columns <= budget else (low, middle)
-  rows, columns = at(low)
+  rows, columns = grid_at(low)
   if rows * columns > budget:
     raise Unreadable(
       f"a picture of {width} x {height} pixels does not fit {budget} patches of {patch} at any "

@@ -62,7 +62,10 @@ class VideoTransform:
     self, data: bytes | Clip | np.ndarray, rng: np.random.Generator | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
     draws = rng.random(44 + self.frames) if rng and (self.augment or self.random) else None
-    pick = lambda count: self.pick(count, draws)
+
+    def pick(count):
+      return self.pick(count, draws)
+
     if isinstance(data, np.ndarray):
       if data.ndim != 4 or data.shape[-1] != 3 or not data.size:
         raise Unreadable(f"video without frames (an array of shape {data.shape})")

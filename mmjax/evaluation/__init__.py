@@ -76,7 +76,10 @@ class Context:
     """Embeds every row of `batches` (padding included), on the mesh; each process gets all the
     rows.
     """
-    pick = lambda batch: {name: batch[name] for name in (modality, "valid")}
+
+    def pick(batch):
+      return {name: batch[name] for name in (modality, "valid")}
+
     vectors, valid = self.apply("embedding", (modality,), map(pick, batches))
     return Embedded(vectors.astype(np.float32).reshape(len(valid), -1 if len(valid) else 0), valid)
 

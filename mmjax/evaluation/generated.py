@@ -117,7 +117,10 @@ def nearest(x: np.ndarray, others: np.ndarray) -> np.ndarray:
   """float64 [N]: root mean square difference of each picture of x, uint8 [N, H, W, 3], to the
   nearest of others, in 0 to 1.
   """
-  flat = lambda pictures: pictures.reshape(len(pictures), -1).astype(np.float64) / 255
+
+  def flat(pictures):
+    return pictures.reshape(len(pictures), -1).astype(np.float64) / 255
+
   others = flat(others)
   out = []
   for start in range(0, len(x), 256):

@@ -90,8 +90,13 @@ def chart(
   ys = [y for _, points in series for _, y in points]
   low, high = _range(ys, zero)
   left, right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-  x_of = lambda x: LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
-  y_of = lambda y: HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+  def x_of(x):
+    return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+
+  def y_of(y):
+    return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
   parts = []
   for tick in _ticks(low, high, 5):
     y = f"{y_of(tick):.1f}"

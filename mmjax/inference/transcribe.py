@@ -79,16 +79,19 @@ class Windows:
     """
     is_time = [token >= self.begin for token in tokens]
     offset = seek * self.seconds / self.stride
-    make = lambda first, last, part: Segment(
-      offset + first * self.seconds,
-      offset + last * self.seconds,
-      decode([t for t in part if t < self.begin]),
-      tuple(part),
-    )
+
+    def segment(first: int, last: int, part: Sequence[int]) -> Segment:
+      return Segment(
+        offset + first * self.seconds,
+        offset + last * self.seconds,
+        decode([t for t in part if t < self.begin]),
+        tuple(part),
+      )
+
     pairs = [i + 1 for i in range(len(tokens) - 1) if is_time[i] and is_time[i + 1]]
     if not pairs:
       times = [token - self.begin for token in tokens if token >= self.begin]
-      return [make(0, (times and times[-1]) or frames // self.stride, tokens)], frames
+      return [segment(0, (times and times[-1]) or frames // self.stride, tokens)], frames
     alone = is_time[-2:] == [False, True]
     stops = (
       [*pairs, len(tokens)] if alone else [*pairs[:-1], pairs[-1] + 1]
@@ -97,7 +100,7 @@ class Windows:
     for stop in stops:
       part = tokens[start:stop]
       whole = stop == stops[-1] and not alone
-      found.append(make(part[0] - self.begin, part[-2 if whole else -1] - self.begin, part))
+      found.append(segment(part[0] - self.begin, part[-2 if whole else -1] - self.begin, part))
       start = stop
     return found, frames if alone else (tokens[start - 2] - self.begin) * self.stride
 

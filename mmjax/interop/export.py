@@ -93,7 +93,10 @@ def write_stablehlo(predictor: Predictor, folder: Path) -> None:
   for name, function in functions(predictor.config).items():
     lowered = lower(function, name, params, PLATFORMS, tuple(predictor.model_state))
     (folder / f"{name}.stablehlo").write_bytes(lowered.serialize())
-    array = lambda shape, dtype: dict(shape=["b", *shape], dtype=np.dtype(dtype).name)
+
+    def array(shape, dtype):
+      return dict(shape=["b", *shape], dtype=np.dtype(dtype).name)
+
     (out,) = lowered.out_avals
     facts["functions"][name] = dict(
       inputs=[dict(name=key, **array(*spec)) for key, spec in function.inputs.items()],

@@ -51,11 +51,14 @@ def functions(config) -> dict[str, Function]:
       found[f"encode_{modality}"] = Function(
         inputs(config, (modality,)), _embeds(model, modality), "embeddings of length one"
       )
-  kinds = lambda key, *names: tuple(
-    dict.fromkeys(
-      tuple(e[key]) for e in config.objectives.values() if e.get("kind") in names and e[key]
+
+  def kinds(key, *names):
+    return tuple(
+      dict.fromkeys(
+        tuple(e[key]) for e in config.objectives.values() if e.get("kind") in names and e[key]
+      )
     )
-  )
+
   if getattr(model, "classes", 0):
     together = getattr(model, "fusion", None) is not None
     sets = kinds("modalities", "classification") or (

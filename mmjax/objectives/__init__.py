@@ -68,9 +68,14 @@ def counted(batch: dict, *, every: tuple = (), some: tuple = ()) -> jax.Array:
   (where it names any).
   """
   size = jax.tree.leaves(batch)[0].shape[0]
-  has = lambda m: (
-    batch[m]["present"].reshape(size, -1).any(-1) if "present" in batch[m] else jnp.ones(size, bool)
-  )
+
+  def has(m):
+    return (
+      batch[m]["present"].reshape(size, -1).any(-1)
+      if "present" in batch[m]
+      else jnp.ones(size, bool)
+    )
+
   rows = batch.get("valid", jnp.ones(size, bool))
   for modality in every:
     rows &= has(modality)

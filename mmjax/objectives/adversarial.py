@@ -40,7 +40,10 @@ def modality_adversary(
     x = forward("embedding", modality)
     valid = counted(batch, every=(modality,))
     rows = jnp.repeat(valid, len(x) // len(valid))
-    total = lambda values, rows=rows: jnp.where(rows, values, 0).sum(dtype=jnp.float32)
+
+    def total(values, rows=rows):
+      return jnp.where(rows, values, 0).sum(dtype=jnp.float32)
+
     judged = forward("discriminate", jax.lax.stop_gradient(x), between)
     opponent -= total(jax.nn.log_softmax(judged)[:, number])
     right += total(is_highest(judged, jnp.full(len(judged), number)))

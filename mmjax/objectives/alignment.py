@@ -46,7 +46,9 @@ def _log_paths(logits: Array, real: Array, apart: Array, count: Array) -> Array:
   """[B]: the log of the sum over paths of exp(sum of logits), where a blank's is 0. apart bool [B,
   N]: a label may follow the one before it without a blank. count int32 [B]: labels of a row."""
   b, _, n = logits.shape
-  after = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=_NEVER)
+
+  def after(x):
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=_NEVER)
 
   def step(
     state: tuple[Array, Array], frame: tuple[Array, Array]
@@ -62,7 +64,10 @@ def _log_paths(logits: Array, real: Array, apart: Array, count: Array) -> Array:
 
   start = jnp.full((b, n + 1), _NEVER).at[:, 0].set(0.0), jnp.full((b, n), _NEVER)
   (silent, said), _ = jax.lax.scan(step, start, (logits.swapaxes(0, 1), real.swapaxes(0, 1)))
-  pick = lambda x, at: jnp.take_along_axis(x, at[:, None], axis=1)[:, 0]
+
+  def pick(x, at):
+    return jnp.take_along_axis(x, at[:, None], axis=1)[:, 0]
+
   return jnp.logaddexp(
     pick(silent, count), jnp.where(count > 0, pick(said, jnp.maximum(count - 1, 0)), _NEVER)
   )

@@ -67,7 +67,10 @@ def captioning(
   loss, right = row_cross_entropy(
     hidden.reshape(-1, width), table, targets.reshape(-1), label_smoothing=label_smoothing
   )
-  weight = lambda x: x.sum(dtype=jnp.float32)
+
+  def weight(x):
+    return x.sum(dtype=jnp.float32)
+
   some = real.any(-1)
   whole = (right.reshape(rows, length) | ~real).all(-1) & some
   out = {

@@ -41,7 +41,10 @@ def classification(
   logits = forward("classify", modalities).astype(jnp.float32)
   several = batch["label"].dtype == jnp.bool_
   times = logits.shape[0] // batch["label"].shape[0]
-  each = lambda x: jnp.repeat(x, times) if x.ndim == 1 else x.reshape(logits.shape[0], *x.shape[2:])
+
+  def each(x):
+    return jnp.repeat(x, times) if x.ndim == 1 else x.reshape(logits.shape[0], *x.shape[2:])
+
   rows = _rows(batch, modalities, times)
   label = (
     batch["label"]

@@ -352,7 +352,10 @@ def positives_of(rows: Labels, columns: Labels) -> Array:
   total: Any = 0.0
   for u in range(rows.names.shape[1]):
     for v in range(columns.names.shape[1]):
-      word = lambda n, u=u, v=v: rows.names[:, u, n, None] == columns.names[None, :, v, n]
+
+      def word(n, u=u, v=v):
+        return rows.names[:, u, n, None] == columns.names[None, :, v, n]
+
       same = word(0)
       for n in range(1, rows.names.shape[2], 2):
         same |= word(n) & word(n + 1)

@@ -175,7 +175,9 @@ def _forward(
 
 
 def _backward(smoothing: float, gradients: tuple, cotangents: tuple) -> tuple:
-  scale = lambda x: (x * cotangents[0]).astype(x.dtype)
+  def scale(x):
+    return (x * cotangents[0]).astype(x.dtype)
+
   return *jax.tree.map(scale, gradients), None
 
 

@@ -96,7 +96,10 @@ def logit_distillation(
   rows = _times(counted(batch, some=modalities), mine)
   losses = temperature**2 * divergence(theirs / temperature, mine / temperature)
   same = is_highest(mine, jnp.argmax(theirs, -1))
-  total = lambda x: jnp.where(rows, x, 0).sum(dtype=jnp.float32)
+
+  def total(x):
+    return jnp.where(rows, x, 0).sum(dtype=jnp.float32)
+
   weight = rows.sum(dtype=jnp.float32)
   return {"loss": (total(losses), weight), "agreement": (total(same), weight)}
 

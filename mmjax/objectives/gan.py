@@ -53,7 +53,10 @@ def gan(
   same = (batch["text"]["key"][:, None] == batch["text"]["key"]).all(-1)
   real = batch["image"]["pixels"].astype(jnp.float32) / 127.5 - 1
   sides = (1, 2, 3)
-  total = lambda x, rows=valid: jnp.where(rows, x, 0).sum(dtype=jnp.float32)
+
+  def total(x, rows=valid):
+    return jnp.where(rows, x, 0).sum(dtype=jnp.float32)
+
   weight = total(1.0)
 
   def judge(scores: Array) -> tuple[Array, Array, Array]:

@@ -138,7 +138,10 @@ def per_device(
   """
   if ring.devices == 1:
     return function
-  spec = lambda is_whole: P() if is_whole else P(BATCH_AXES)
+
+  def spec(is_whole):
+    return P() if is_whole else P(BATCH_AXES)
+
   return jax.shard_map(
     function,
     in_specs=tuple(map(spec, whole)),
@@ -178,8 +181,13 @@ def _over_tiles(
   across //= merged
   if down == across == 1:
     return tile(rows, columns, row_sums, column_sums)
-  cut = lambda tree, n: jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
-  join = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+  def cut(tree, n):
+    return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
+
+  def join(tree):
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
   rows = cut(rows, down)
 
   def one_column(row_sums: Any, column: tuple) -> tuple:

@@ -151,7 +151,10 @@ def to_device(batch: dict, mesh: Mesh) -> dict:
   local = len(jax.tree.leaves(numbers)[0])
   size = local * batch_shards(mesh) // len(_local_spans(sharding, batch_shards(mesh)))
   rows = local_rows(mesh, size)
-  place = lambda x: _global_array(np.asarray(x), rows, size, sharding)
+
+  def place(x):
+    return _global_array(np.asarray(x), rows, size, sharding)
+
   return jax.tree.map(place, numbers)
 
 

@@ -142,7 +142,10 @@ def _together(config: FrozenConfigDict, kinds: dict[str, dict[str, Any]]) -> dic
     return largest
   shares = {source: config.data.sources[source].weight for source in kinds}
   shares = {source: share / sum(shares.values()) for source, share in shares.items()}
-  mean = lambda part, key: sum(shares[source] * kind[part][key] for source, kind in kinds.items())
+
+  def mean(part, key):
+    return sum(shares[source] * kind[part][key] for source, kind in kinds.items())
+
   together = {
     **largest,
     "kinds": {
@@ -198,7 +201,10 @@ def analyse(
   estimates cycles (TPU), else memory
   only. source: the kind of step."""
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
-  per_chip = lambda counts: {name: count * chip.devices for name, count in counts.items()}
+
+  def per_chip(counts):
+    return {name: count * chip.devices for name, count in counts.items()}
+
   used = per_chip({**state_bytes(step), **compiled_bytes(compiled, peak_known=timed)})
   result: dict[str, Any] = dict(
     fits=used["peak"] <= chip.memory, memory={**used, "over": max(0, used["peak"] - chip.memory)}
@@ -333,9 +339,10 @@ def tokens_of(step: Program) -> dict[str, int]:
   found = {}
   for modality in step.config.model.get("encoders", {}):
     if modality in step.batch_spec:
-      encode = lambda params, state, batch, modality=modality: step.model.apply(
-        {"params": params, **state}, modality, batch, method="encode"
-      )
+
+      def encode(params, state, batch, modality=modality):
+        return step.model.apply({"params": params, **state}, modality, batch, method="encode")
+
       with rules.use(step.mesh, step.rules):
         found[modality] = jax.eval_shape(
           encode, step.params_spec, step.model_state_spec, step.batch_spec

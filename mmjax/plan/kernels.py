@@ -39,10 +39,9 @@ def match(kernels: Sequence[Kernel], operands: Arrays, results: Arrays) -> Kerne
   """The kernel with these operands and results, or else with these results alone. Ties: the most
   FLOPs.
   """
-  by = lambda pick: [k for k in kernels if pick(k)]
-  found = by(lambda k: sorted(k.operands) == sorted(operands) and k.results == results) or by(
-    lambda k: k.results == results
-  )
+  found = [k for k in kernels if k.results == results]
+  exact = [k for k in found if sorted(k.operands) == sorted(operands)]
+  found = exact or found
   return max(found, key=lambda k: k.flops, default=None)
 
 

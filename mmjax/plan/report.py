@@ -31,7 +31,10 @@ def command(
   topology.prepare()
   config = configs.load(file, overrides, allow_code)
   target = topology.parse(name)
-  say = lambda line: printing.say(line, sys.stderr)
+
+  def say(line):
+    return printing.say(line, sys.stderr)
+
   if not topology.has_libtpu():
     say(
       "libtpu is not installed: planning on simulated CPU devices, memory only (mend: pip install "

@@ -66,9 +66,10 @@ class Checkpointer:
     Raises UserError: unwritable folder."""
     self._check = check
     self._root = files.as_path(workdir) / "checkpoints"
-    convert = lambda value: in_steps(
-      value, steps=steps, batch_size=config.train.batch_size, examples=examples
-    )
+
+    def convert(value):
+      return in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
+
     self._config, self._options = config, config.checkpoint
     self._every, self._keep_every = convert(self._options.every), convert(self._options.keep_every)
     self._writer: storage.Writer | None = None
@@ -219,7 +220,10 @@ class Checkpointer:
     params = storage.read_arrays(folder / "params", spec.params)
     rest = storage.read_arrays(folder / "rest", _rest(spec))
     state = TrainState(params=params, **rest)
-    within = lambda tree: None if tree is None else clamped(tree, self._config)
+
+    def within(tree):
+      return None if tree is None else clamped(tree, self._config)
+
     state = dataclasses.replace(state, params=within(state.params), ema=within(state.ema))
     return state, storage.read_json(folder / "data")
 

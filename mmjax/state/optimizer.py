@@ -151,9 +151,10 @@ def adafactor(
   0 = none. `parameter_scale`: multiplies an update by the RMS of its parameter. All of it for each
   layer by itself.
   """
-  decay = lambda step, rate: jnp.minimum(
-    1 - (jnp.asarray(step, jnp.float32) + 1) ** -rate, max_decay
-  )
+
+  def decay(step, rate):
+    return jnp.minimum(1 - (jnp.asarray(step, jnp.float32) + 1) ** -rate, max_decay)
+
   parts = [
     optax.scale_by_factored_rms(
       decay_rate=decay_rate, min_dim_size_to_factor=min_factored, decay_rate_fn=decay
@@ -194,7 +195,10 @@ def muon(
   beta: decay of the momentum; nesterov: looked at one step ahead. b1, b2, eps: of Adam.
   """
   sides = {name: matrix_axes(name, leaf) for name, leaf in _axes_by_name(axes).items()}
-  labels = lambda tree: map_named(lambda name, _: "matrix" if sides[name] else "other", tree)
+
+  def labels(tree):
+    return map_named(lambda name, _: "matrix" if sides[name] else "other", tree)
+
   return optax.partition(
     {
       "matrix": scale_by_muon(
@@ -256,7 +260,10 @@ def scale_by_muon(
       inputs, outputs = sides[name]
       batch = tuple(i for i in range(x.ndim) if i not in inputs + outputs)
       order = batch + inputs + outputs
-      size = lambda dims: math.prod(x.shape[i] for i in dims)
+
+      def size(dims):
+        return math.prod(x.shape[i] for i in dims)
+
       matrices = x.transpose(order).reshape(size(batch), size(inputs), size(outputs))
       matrices = orthogonalize(matrices, iterations, precision) * (
         rms * math.sqrt(max(size(inputs), size(outputs)))
@@ -508,14 +515,16 @@ def make_optimizer(
   rule = kind(axes, **settings(entry, "optimizer"))
   rule = optax.chain(optax.clip_by_global_norm(entry.clip), rule) if entry.clip else rule
   factor = make_schedule(config, steps=steps, examples=examples)
-  schedule = lambda step: entry.lr * factor(step)
+
+  def schedule(step):
+    return entry.lr * factor(step)
 
   own = sources if entry.moments == "source" else ()
 
   def init(params):
-    new = lambda: rule.init(
-      view(params)
-    )  # anew for each: buffers that are donated must not be the same
+    def new():
+      return rule.init(view(params))  # anew for each: buffers that are donated must not be the same
+
     return OptimizerState(
       jnp.zeros((), jnp.int32), {source: new() for source in own} if own else new()
     )
@@ -531,7 +540,10 @@ def make_optimizer(
 
     def scale(name, update, param):
       chosen = trained[name]
-      shaped = lambda x: _shaped(np.atleast_1d(x)[chosen], layers[name], update.ndim)
+
+      def shaped(x):
+        return _shaped(np.atleast_1d(x)[chosen], layers[name], update.ndim)
+
       if np.any(decays[name]):
         update = update + entry.weight_decay * shaped(decays[name]) * param
       return (rate * shaped(rates[name]) * update).astype(param.dtype)
@@ -630,7 +642,9 @@ def _check_used(key: str, pattern: str, taken: dict[str, np.ndarray]) -> None:
 
 
 def _axes_by_name(axes: Axes) -> dict[str, tuple]:
-  is_leaf = lambda x: x is None or isinstance(x, (tuple, PartitionSpec))
+  def is_leaf(x):
+    return x is None or isinstance(x, (tuple, PartitionSpec))
+
   return {name: tuple(leaf or ()) for name, leaf in by_name(axes, is_leaf=is_leaf).items()}
 
 

@@ -93,9 +93,10 @@ def make_schedule(config: FrozenConfigDict, *, steps: int, examples: int | None 
   not known.
   """
   entry, kind = config.schedule, kind_function(config.schedule, "schedule")
-  convert = lambda value: in_steps(
-    value, steps=steps, batch_size=config.train.batch_size, examples=examples
-  )
+
+  def convert(value):
+    return in_steps(value, steps=steps, batch_size=config.train.batch_size, examples=examples)
+
   parameters = inspect.signature(kind, eval_str=True).parameters
   arguments = {
     name: convert(value) if is_duration(parameters[name].annotation) else value

@@ -58,7 +58,10 @@ class Writer(ocp.AsyncCheckpointer):
       else ocp.options.AtomicityMode.AUTO
     )
     atomicity = ocp.options.AtomicityOptions(mode=mode)
-    arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
+
+    def arrays():
+      return ocp.PyTreeCheckpointHandler(use_compression=False)
+
     handlers = dict(
       params=arrays(),
       rest=arrays(),
@@ -172,7 +175,10 @@ def _check_same(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapping[s
   """Raises UserError unless names, shapes and dtypes agree: nothing is dropped, filled in or cast
   silently.
   """
-  describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+  def describe(leaf):
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
   problems = [f"{name} is missing" for name in wanted if name not in stored]
   problems += [f"{name} is not in this model" for name in stored if name not in wanted]
   problems += [

@@ -260,7 +260,10 @@ def test_speed_changes_length_and_pitch():
 def test_shift_gain_and_noise_do_what_they_say():
   x = tone()
   for seed in range(4):
-    rng = lambda seed=seed: np.random.default_rng(seed)
+
+    def rng(seed=seed):
+      return np.random.default_rng(seed)
+
     waveform, length = transform(train=True, shift=0.1)(x, rng())
     moved = length - 8000
     assert 0 < moved <= 1600 and not waveform[:moved].any()

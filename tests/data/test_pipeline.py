@@ -21,7 +21,10 @@ from tests.data.conftest import picture, record
 
 def assert_equal(a, b):
   assert a["id"] == b["id"]
-  arrays = lambda batch: {k: v for k, v in batch.items() if k != "id"}
+
+  def arrays(batch):
+    return {k: v for k, v in batch.items() if k != "id"}
+
   jax.tree.map(np.testing.assert_array_equal, arrays(a), arrays(b))
 
 

@@ -227,7 +227,10 @@ def test_captions_by_language(tmp_path):
 def test_patterns(tmp_path):
   for name in ("a-00.tar", "a-01.tar", "b-00.tar", "c.txt"):
     (tmp_path / name).write_bytes(b"")
-  base = lambda files: [os.path.basename(file) for file in files]
+
+  def base(files):
+    return [os.path.basename(file) for file in files]
+
   assert base(expand(tmp_path / "{a,b}-{00..00}.tar")) == ["a-00.tar", "b-00.tar"]
   assert base(expand(tmp_path / "a-{00..01}.tar")) == ["a-00.tar", "a-01.tar"]
   assert base(expand(tmp_path)) == ["a-00.tar", "a-01.tar", "b-00.tar"]

@@ -241,9 +241,9 @@ def test_a_caption_that_is_all_masked_counts_nothing():
   params = {"params": tiny.random_params(c)}
 
   def loss(params, batch):
-    forward = lambda method, *args, **kwargs: model.apply(
-      params, *args, batch, method=method, **kwargs
-    )
+    def forward(method, *args, **kwargs):
+      return model.apply(params, *args, batch, method=method, **kwargs)
+
     return captioning(forward, batch, jax.random.key(0), source=("image",))["loss"]
 
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))

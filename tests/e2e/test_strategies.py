@@ -158,7 +158,10 @@ def test_sequences_split_over_devices_change_no_loss(devices):
 def test_layers_exchange_keys_and_values_and_gather_no_sequence(devices):
   step = make_step(*RECIPES["contrastive"], 4, *STRATEGIES["context"][4])
   text = step.compile()[0].as_text()
-  shapes = lambda name: re.findall(rf"= \(?(\w+\[[\d,]*\])\S* {name}(?:-start)?\(", text)
+
+  def shapes(name):
+    return re.findall(rf"= \(?(\w+\[[\d,]*\])\S* {name}(?:-start)?\(", text)
+
   rows, length, heads = BATCH // 2, TOKENS // 2, 4
   blocks = [
     shape for shape in shapes("collective-permute") if shape == f"f32[{rows},{heads},{length},16]"

@@ -36,11 +36,14 @@ def test_probe_reads_separable_classes_and_maps_labels_by_name():
   train = Data(x, batch_size=8, labels=y, label_names=names, valid=np.arange(90) != 5)
   swapped = np.array([2, 1, 0])  # the test split lists its labels in another order
   test = Data(x_test, batch_size=8, labels=swapped[y_test], label_names=names[::-1])
-  run = lambda devices: evaluation(
-    {"p": dict(kind="linear_probe", source="s", split="test")},
-    dict(train=train, test=test),
-    devices,
-  ).run(1.0)["p"]
+
+  def run(devices):
+    return evaluation(
+      {"p": dict(kind="linear_probe", source="s", split="test")},
+      dict(train=train, test=test),
+      devices,
+    ).run(1.0)["p"]
+
   metrics = run(8).metrics
   assert (
     metrics["accuracy"] == 1.0 and metrics["train_examples"] == 89 and metrics["unreadable"] == 1

@@ -133,7 +133,10 @@ def small_world(batch_size, shuffle=None):
   fixed.
   """
   rng = np.random.default_rng(1)
-  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+  def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
   vectors = unit(rng.normal(size=(6, 8)))
   vectors[3] = vectors[0]
   texts = {name: v for name, v in zip("abcdef", unit(rng.normal(size=(6, 8))), strict=True)}

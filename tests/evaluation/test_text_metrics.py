@@ -24,7 +24,10 @@ def corpus(seed, size=12):
   references.
   """
   draw = random.Random(seed)
-  sentence = lambda: draw.choices(VOCABULARY, k=draw.randint(1, 12))
+
+  def sentence():
+    return draw.choices(VOCABULARY, k=draw.randint(1, 12))
+
   references = [[sentence() for _ in range(draw.randint(1, 4))] for _ in range(size)]
   texts = [
     [

@@ -70,7 +70,10 @@ def gradients_match(encoder, params, rules, model, output, target):
     rules,
     "gradients",
   )
-  loss = lambda p: jnp.square(encoder.apply({"params": p["audio"]}, BATCH).tokens - target).mean()
+
+  def loss(p):
+    return jnp.square(encoder.apply({"params": p["audio"]}, BATCH).tokens - target).mean()
+
   got = jax.jit(jax.grad(loss))({"audio": params})
   scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(want))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), got, want)

@@ -228,12 +228,15 @@ def test_a_drawing_model_takes_texts_and_noise(tmp_path):
   lowered = lower(function, "draw", flat_params(predictor.params), ("cpu", "cuda", "tpu"))
   assert list(function.inputs) == ["text.tokens", "text.mask", "noise"]
   model = make_model(config)
-  draw = lambda params, rows, noise: model.apply(
-    {"params": params},
-    model.apply({"params": params}, {"text": rows}, method="condition"),
-    noise,
-    method="draw",
-  )
+
+  def draw(params, rows, noise):
+    return model.apply(
+      {"params": params},
+      model.apply({"params": params}, {"text": rows}, method="condition"),
+      noise,
+      method="draw",
+    )
+
   want = (
     np.asarray(
       jax.jit(draw)(predictor.params, {"tokens": rows["tokens"], "mask": rows["mask"]}, noise)

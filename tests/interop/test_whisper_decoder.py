@@ -115,7 +115,9 @@ def test_loss_and_gradients_are_equal(theirs, ours):
 @pytest.mark.parametrize("beams, penalty", [(1, 1.0), (3, 1.0), (3, 0.0)])
 def test_generation_is_equal(theirs, ours, beams, penalty):
   model, params = ours
-  apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
+
+  def apply(method, *args):
+    return model.apply({"params": params}, *args, method=method)
 
   @jax.jit
   def run(memory):
@@ -147,9 +149,12 @@ def test_generation_is_equal(theirs, ours, beams, penalty):
     return_dict_in_generate=True,
     output_scores=True,
   )
-  until_end = lambda row: (
-    row.tolist()[: row.tolist().index(4) + 1] if 4 in row else row.tolist()
-  )  # they fill up with another token
+
+  def until_end(row):
+    return (
+      row.tolist()[: row.tolist().index(4) + 1] if 4 in row else row.tolist()
+    )  # they fill up with another token
+
   found = [until_end(row) for row in out.sequences[:, 1:].numpy()]
   assert [until_end(row) for row in np.asarray(tokens)] == found
   if beams == 1 or not penalty:  # where sums are divided by lengths, long texts win

@@ -48,7 +48,10 @@ def by_torch(frames, real, table, labels, spoken):
   total = losses[counts].sum()
   if counts.any():
     total.backward()
-  gradient = lambda x: np.zeros_like(x.detach().numpy()) if x.grad is None else x.grad.numpy()
+
+  def gradient(x):
+    return np.zeros_like(x.detach().numpy()) if x.grad is None else x.grad.numpy()
+
   return total.item(), counts.numpy(), (gradient(frames), gradient(table))
 
 
@@ -72,7 +75,10 @@ def test_what_is_padding_changes_nothing():
   frames, real, table, labels, spoken = arguments(5, 12, 5, 1)
   noise = np.random.default_rng(0).normal(size=frames.shape).astype(np.float32)
   other = np.where(real[..., None], frames, noise), real, table, np.where(spoken, labels, 7), spoken
-  run = lambda *a: jax.value_and_grad(lambda x, *rest: ctc(x, *rest)[0])(jnp.asarray(a[0]), *a[1:])
+
+  def run(*a):
+    return jax.value_and_grad(lambda x, *rest: ctc(x, *rest)[0])(jnp.asarray(a[0]), *a[1:])
+
   (loss, gradient), (same, another) = run(frames, real, table, labels, spoken), run(*other)
   assert float(loss) == pytest.approx(float(same), rel=1e-6)
   np.testing.assert_allclose(gradient, another, atol=1e-6)
@@ -90,9 +96,12 @@ def test_captioning_adds_it_for_texts_without_their_end():
     "valid": np.array([True, True]),
   }
   answers = {"decode": (hidden, table), "transcribe": (hidden, table, frames, real)}
-  told = lambda **settings: captioning(
-    lambda method, *_: answers[method], batch, None, source=("audio",), **settings
-  )
+
+  def told(**settings):
+    return captioning(
+      lambda method, *_: answers[method], batch, None, source=("audio",), **settings
+    )
+
   plain, both = told(), told(ctc=0.5, eos_id=2, blank=0)
   alone, rows = ctc(frames, real, table, tokens, np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool))
   assert rows.all() and float(both["loss"][0]) == pytest.approx(

@@ -26,9 +26,10 @@ def mesh_of(*sizes):
 def make_batch(size=BATCH, *, seed=0, mixup=False, padding=True):
   """Repeated captions, repeated pictures, rows that are padding or lack a modality."""
   rng = np.random.default_rng(seed)
-  key = lambda kinds: np.stack([rng.integers(0, kinds, size), np.zeros(size, int)], 1).astype(
-    np.uint32
-  )
+
+  def key(kinds):
+    return np.stack([rng.integers(0, kinds, size), np.zeros(size, int)], 1).astype(np.uint32)
+
   batch = dict(image=dict(key=key(size)), text=dict(key=key(size // 2)), valid=np.ones(size, bool))
   if padding:
     batch["valid"] = rng.random(size) > 0.1
@@ -74,7 +75,10 @@ def dense(batch, loss, x, y, scale, bias):
     positives / positives.sum(1, keepdims=True),
     positives / positives.sum(0, keepdims=True),
   )
-  cross = lambda target, axis: -(target * jax.nn.log_softmax(logits, axis)).sum()
+
+  def cross(target, axis):
+    return -(target * jax.nn.log_softmax(logits, axis)).sum()
+
   return 0.5 * (cross(by_row, 1) + cross(by_column, 0)) / len(keep)
 
 
@@ -83,7 +87,10 @@ def blockwise(batch, loss, chunk):
 
   def function(x, y, scale, bias):
     outputs = dict(embedding={"image": x, "text": y}, temperature=(scale, bias))
-    forward = lambda method, *args: outputs[method][args[0]] if args else outputs[method]
+
+    def forward(method, *args):
+      return outputs[method][args[0]] if args else outputs[method]
+
     losses = contrastive(forward, batch, jax.random.key(0), loss=loss, chunk=chunk)
     (total, weight), (hits, rows) = losses["loss"], losses["accuracy"]
     return total / weight, hits / rows
@@ -186,7 +193,10 @@ def test_batch_without_any_valid_row_has_no_weight():
   batch = make_batch()
   batch["valid"][:] = False
   x, y, scale, bias = arguments()
-  forward = lambda method, *args: {"image": x, "text": y}[args[0]] if args else (scale, bias)
+
+  def forward(method, *args):
+    return {"image": x, "text": y}[args[0]] if args else (scale, bias)
+
   losses = contrastive(forward, batch, jax.random.key(0))
   assert losses["loss"] == (0, 0)
 
@@ -199,11 +209,14 @@ def temporary_bytes(loss, devices, rows, width, chunk=1):
     lambda *a: blockwise(a[4], loss, chunk)(*a[:4])[0], argnums=(0, 1, 2, 3)
   )
   with jax.set_mesh(mesh):
-    place = lambda a: jax.ShapeDtypeStruct(
-      np.shape(a),
-      np.asarray(a).dtype,
-      sharding=batch_sharding(mesh) if np.ndim(a) else replicated(mesh),
-    )
+
+    def place(a):
+      return jax.ShapeDtypeStruct(
+        np.shape(a),
+        np.asarray(a).dtype,
+        sharding=batch_sharding(mesh) if np.ndim(a) else replicated(mesh),
+      )
+
     x = np.zeros((size, width), np.float32)
     compiled = (
       jax.jit(gradient)

@@ -40,9 +40,13 @@ def dense(hidden, table, bias, targets, smoothing):
 def test_value_and_gradients_equal_the_dense_formula(rows, chunk, smoothing, with_bias):
   (hidden, table, bias), targets = arguments(rows)
   bias = bias if with_bias else None
-  chunked = lambda *a: (
-    0.1 * token_cross_entropy(*a[:2], targets, bias=a[2], label_smoothing=smoothing, chunk=chunk)[0]
-  )
+
+  def chunked(*a):
+    return (
+      0.1
+      * token_cross_entropy(*a[:2], targets, bias=a[2], label_smoothing=smoothing, chunk=chunk)[0]
+    )
+
   got = jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(hidden, table, bias)
   want = jax.value_and_grad(lambda *a: 0.1 * dense(*a, targets, smoothing), (0, 1, 2))(
     hidden, table, bias
@@ -60,7 +64,10 @@ def test_value_and_gradients_equal_the_dense_formula(rows, chunk, smoothing, wit
 def test_rows_that_do_not_count_may_hold_anything():
   (hidden, table, _), targets = arguments()
   spoilt = np.where((targets >= 0)[:, None], hidden, np.nan)
-  loss = lambda h: token_cross_entropy(h, table, targets, chunk=10)[0]
+
+  def loss(h):
+    return token_cross_entropy(h, table, targets, chunk=10)[0]
+
   (value, gradient), (clean, _) = jax.value_and_grad(loss)(spoilt), jax.value_and_grad(loss)(hidden)
   assert value == clean and not gradient[targets < 0].any() and np.isfinite(gradient).all()
 
@@ -77,7 +84,10 @@ def test_rows_and_vocabulary_split_over_devices_change_nothing(devices, sizes):
     )
   )
   want = run(hidden, table, bias, targets)
-  put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+  def put(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
   with jax.set_mesh(mesh):
     inputs = (
       put(hidden, BATCH_AXES),
@@ -98,9 +108,12 @@ def test_memory_grows_with_the_chunk_and_not_with_the_rows():
     jax.ShapeDtypeStruct(s, d)
     for s, d in (((2048, 32), jnp.float32), ((8192, 32), jnp.float32), ((2048,), jnp.int32))
   ]
-  temp = lambda f: (
-    jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-  )
+
+  def temp(f):
+    return (
+      jax.jit(jax.grad(f, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    )
+
   chunked = temp(lambda h, t, y: token_cross_entropy(h, t, y, chunk=128)[0])
   whole = temp(lambda h, t, y: dense(h, t, None, y, 0.0))
   assert chunked < 2048 * 8192 * 4 / 3 and whole > 4 * chunked

@@ -26,7 +26,10 @@ ROWS = 8
 def make_batch(seed, rows=ROWS, kinds=5):
   """Few different texts and pictures, so that many rows are positives; rows that do not count."""
   rng = np.random.default_rng(seed)
-  key = lambda: np.stack([rng.integers(0, kinds, rows), np.zeros(rows, int)], 1).astype(np.uint32)
+
+  def key():
+    return np.stack([rng.integers(0, kinds, rows), np.zeros(rows, int)], 1).astype(np.uint32)
+
   return dict(
     image=dict(row=np.arange(rows), key=key(), present=rng.random(rows) > 0.2),
     text=dict(row=np.arange(rows), key=key()),
@@ -58,7 +61,9 @@ def embeddings(seed, rows=ROWS):
 
 
 def allowed(batch):
-  same = lambda m: (batch[m]["key"][:, None] == batch[m]["key"][None]).all(-1)
+  def same(m):
+    return (batch[m]["key"][:, None] == batch[m]["key"][None]).all(-1)
+
   counts = batch["valid"] & batch["image"]["present"]
   return counts[:, None] & counts[None] & ~(
     same("image") | same("text") | np.eye(len(counts), dtype=bool)
@@ -168,7 +173,10 @@ def make_step(*overrides, devices, objectives):
 
 def real_batch():
   rng = np.random.default_rng(0)
-  integers = lambda high, *shape: rng.integers(0, high, (16, *shape))
+
+  def integers(high, *shape):
+    return rng.integers(0, high, (16, *shape))
+
   return dict(
     image=dict(
       pixels=integers(256, 8, 8, 3).astype(np.uint8), key=integers(99, 2).astype(np.uint32)

@@ -80,7 +80,10 @@ def test_a_logical_constraint_takes_effect(devices):
   sharding.
   """
   mesh = make_mesh(config_of(data=2, fsdp=2, tensor=2))
-  function = lambda x: nn.with_logical_constraint(x * 2, ("batch", "length", "mlp")).sum()
+
+  def function(x):
+    return nn.with_logical_constraint(x * 2, ("batch", "length", "mlp")).sum()
+
   x = jnp.ones((8, 3, 4))
   with rules.use(mesh, rules.RULES["fsdp_tensor"]):
     text = jax.jit(function).lower(x).as_text()

@@ -149,12 +149,17 @@ def one_step(mesh, rows):
   placed = multihost.to_device(jax.tree.map(lambda x: x[rows], batch), mesh)
 
   def loss(weights, batch):
-    unit = lambda x: x / jax.numpy.linalg.norm(x, axis=1, keepdims=True)
+    def unit(x):
+      return x / jax.numpy.linalg.norm(x, axis=1, keepdims=True)
+
     outputs = dict(
       image=lambda: unit(batch["image"]["pixels"] / 255.0 @ weights),
       text=lambda: unit(batch["text"]["values"]),
     )
-    forward = lambda method, *args: outputs[args[0]]() if args else (5.0, 0.0)
+
+    def forward(method, *args):
+      return outputs[args[0]]() if args else (5.0, 0.0)
+
     total, weight = contrastive(forward, batch, None, chunk=2)["loss"]
     return total / weight
 

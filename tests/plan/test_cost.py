@@ -263,10 +263,15 @@ Total hbm usage >= 21.77G:
 
 def test_a_run_on_chips_of_a_known_kind_gets_the_seconds_of_its_step():
   text = NESTED.replace("tpu_custom_call", "another")
-  on = lambda kind: SimpleNamespace(
-    mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
-  )
-  compiled = lambda text: SimpleNamespace(as_text=lambda: text)
+
+  def on(kind):
+    return SimpleNamespace(
+      mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
+    )
+
+  def compiled(text):
+    return SimpleNamespace(as_text=lambda: text)
+
   assert (
     estimate(on("TPU v5 lite"), compiled(text)) == cost.cost(hlo.parse(text), V5E)["seconds"] > 0
   )

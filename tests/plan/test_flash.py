@@ -40,8 +40,13 @@ def cycles_of(function, place, *shapes):
 @pytest.mark.parametrize("backward", [False, True])
 def test_flash_attention_takes_its_flops_at_peak(place, backward):
   b, length, heads, channels = 4, 4096, 8, 128
-  run = lambda q, k, v: attention.attend(q, k, v, kernel="flash")
-  loss = lambda q, k, v: run(q, k, v).astype(jnp.float32).sum()
+
+  def run(q, k, v):
+    return attention.attend(q, k, v, kernel="flash")
+
+  def loss(q, k, v):
+    return run(q, k, v).astype(jnp.float32).sum()
+
   spent, each = cycles_of(
     jax.grad(loss, argnums=(0, 1, 2)) if backward else run,
     place,

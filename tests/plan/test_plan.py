@@ -278,12 +278,15 @@ def test_every_stack_of_a_model_gets_a_remat_policy():
 def test_every_kind_of_step_is_planned():
   config = configs.base()
   config.data.sources = dict(a=dict(weight=1.0), b=dict(weight=3.0))
-  kind = lambda peak, seconds: dict(
-    memory=dict(peak=peak),
-    fits=True,
-    step=dict(seconds=seconds, mfu=0.5),
-    run=dict(steps=8, hours=seconds),
-  )
+
+  def kind(peak, seconds):
+    return dict(
+      memory=dict(peak=peak),
+      fits=True,
+      step=dict(seconds=seconds, mfu=0.5),
+      run=dict(steps=8, hours=seconds),
+    )
+
   together = planning._together(
     config, dict(zip("ab", (kind(10, 4.0), kind(20, 8.0)), strict=True))
   )

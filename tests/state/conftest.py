@@ -44,7 +44,10 @@ def make_state():
 
   def make(value, devices=8, ema=False):
     mesh = mesh_of(devices)
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
+    def put(x, *axes):
+      return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
     rng = np.random.default_rng(value)
     params = {
       "image": {

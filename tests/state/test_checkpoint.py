@@ -260,7 +260,10 @@ def test_reading_without_the_run(
   for step, state in states.items():
     run.save(step, state, config=make_config(), assets=ASSETS)
   run.close()
-  host = lambda tree: jax.tree.map(np.asarray, tree)
+
+  def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
   same(load_params(str(tmp_path)), host(states[3].ema))
   same(load_params(str(tmp_path), average=False), host(states[3].params))
   same(load_params(str(tmp_path), spec_on(4).params), states[3].ema)
@@ -467,7 +470,10 @@ def test_kill_9_while_saving(tmp_path, open_run):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     names = {}
     exec(textwrap.dedent(PREAMBLE), names)
-    expected = lambda step, names=names, mesh=mesh: names["state_of"](step, mesh)
+
+    def expected(step, names=names, mesh=mesh):
+      return names["state_of"](step, mesh)
+
     spec = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected(0)
     )

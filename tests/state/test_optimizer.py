@@ -141,7 +141,10 @@ def peers():
     return dims((0,), (1,)) if name.endswith(("up/kernel", "projection/kernel")) else None
 
   numbers = nest({k: number(k) for k in shapes(False)})
-  decay = lambda params: nest({k: k.endswith(("kernel", "embedding")) for k in by_name(params)})
+
+  def decay(params):
+    return nest({k: k.endswith(("kernel", "embedding")) for k in by_name(params)})
+
   return {
     "adamw": (dict(), lambda: optax.adamw(1e-2, weight_decay=0.1, mask=decay)),
     "lion": (dict(), lambda: optax.lion(1e-2, b1=0.9, b2=0.99, weight_decay=0.1, mask=decay)),
@@ -225,9 +228,9 @@ def test_frozen_leaves_and_layers(make_config, name):
     key for key in by_name(state) if "text" in key
   ]
 
-  drop = lambda tree: nest(
-    {key: leaf for key, leaf in by_name(unstack(tree)).items() if key not in frozen}
-  )
+  def drop(tree):
+    return nest({key: leaf for key, leaf in by_name(unstack(tree)).items() if key not in frozen})
+
   axes = nest({key: leaf for key, (_, leaf) in shapes(False).items() if key not in frozen})
   alone = make_optimizer(
     make_config(
@@ -398,9 +401,10 @@ def test_sharded_states_update_like_whole_ones(make_config):
   )
   optimizer = optimizer_for(make_config, "muon", weight_decay=0.1)
   params, gradients = random_tree(0), random_tree(1, 0.1)
-  place = lambda names: jax.NamedSharding(
-    mesh, jax.P(*("fsdp" if name == "embed" else None for name in names))
-  )
+
+  def place(names):
+    return jax.NamedSharding(mesh, jax.P(*("fsdp" if name == "embed" else None for name in names)))
+
   param_shardings = jax.tree.map(place, axes_tree(True), is_leaf=is_names)
   state_shardings = jax.tree.map(
     place, state_axes(optimizer, spec_of(params), axes_tree(True)), is_leaf=is_names

@@ -88,9 +88,9 @@ def normed(at="image"):
 
 
 def test_statistics_go_with_the_parameters_of_their_module():
-  take = lambda rules, source=statistics(5.0, "vision"), params=normed(): transfer_state(
-    statistics(0.0), source, params, normed("vision"), rules
-  )
+  def take(rules, source=statistics(5.0, "vision"), params=normed()):
+    return transfer_state(statistics(0.0), source, params, normed("vision"), rules)
+
   state, report = take((("image/(.*)", r"vision/\1"),))
   np.testing.assert_array_equal(state["batch_stats"]["image"]["norm"]["mean"], [5, 5, 5])
   assert report == ["loaded batch_stats/image/norm/mean from batch_stats/vision/norm/mean"]

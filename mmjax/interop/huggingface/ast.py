@@ -188,7 +188,10 @@ def encoder_rules(
   theirs = f"{theirs}." if theirs else ""
   at = f"{theirs}encoder.layer.{{i}}"
   embeddings, inside = f"{theirs}embeddings", f"{at}.attention.attention"
-  table = lambda name: f"{embeddings}.{name}"
+
+  def table(name):
+    return f"{embeddings}.{name}"
+
   return [
     Rule(
       f"{ours}/class", (table("cls_token"),), lambda t: t[0].reshape(-1), lambda p: [p[None, None]]

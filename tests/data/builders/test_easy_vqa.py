@@ -70,7 +70,9 @@ def test_records(splits):
 
 
 def test_what_questions_say_of_a_shape():
-  find = lambda *pairs: easy_vqa.find_attribute(list(pairs), easy_vqa.SHAPES)
+  def find(*pairs):
+    return easy_vqa.find_attribute(list(pairs), easy_vqa.SHAPES)
+
   assert (
     find(("what shape is in the image?", "circle"))
     == find(("what color is the circle?", "red"))
