@@ -572,7 +572,7 @@ def state_axes(optimizer: Optimizer | Optimizers, params_spec: Any, axes: Axes) 
 
   def of(name, leaf):
     owner, parts = _owner(name, spec), name.split("/")
-    if owner is None:
+    if not owner:
       return (None,) * leaf.ndim
     shape = spec[owner].shape
     padded = named_axes[owner] + (None,) * (len(shape) - len(named_axes[owner]))

@@ -1,4 +1,4 @@
-"""What a GPU does with mmjax: kernels against the plain formula, train steps, and PyTorch beside them.
+"""What a GPU does with mmjax: kernels against the plain formula, train steps, PyTorch beside them.
 
   python tests/bench/gpu.py OUT [--tiny]
 

@@ -30,7 +30,8 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   )
   text_entry, text_data = clap_text.text_settings(text)
   lines = clap_features.notes(audio_data)
-  scales = [float(np.asarray(tensors[name], np.float32)) for name in SCALES if name in tensors]
+  stored = [np.asarray(tensors[name], np.float32) for name in SCALES if name in tensors]
+  scales = [float(scale) for scale in stored]
   if len(set(scales)) > 1:
     lines.append(
       f"its logit scales differ (exp of {scales[0]:.6g} and {scales[1]:.6g}): that of sounds "
@@ -41,7 +42,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     width=projection["projection_dim"],
     bias=False,
     scale_init=float(facts.get("logit_scale_init_value", 1 / 0.07)),
-    scale_max=clip.scale_limit(dict(zip(["logit_scale"], scales, strict=False)), 100.0),
+    scale_max=clip.scale_limit(dict(zip(["logit_scale"], stored, strict=False)), 100.0),
     encoders=dict(audio=audio_entry, text=text_entry),
     **clap_text.projection_settings(projection),
   )

@@ -56,8 +56,8 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
 def audio_settings(
   facts: Mapping[str, Any], preprocessor: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(the entry of model.encoders.audio, settings of data.audio) of an audio_config that is filled in
-  and a preprocessor_config.json. Raises UserError: no such encoder here.
+  """(the entry of model.encoders.audio, settings of data.audio) of an audio_config that is filled
+  in and a preprocessor_config.json. Raises UserError: no such encoder here.
   """
   if facts["enable_fusion"]:
     raise UserError(

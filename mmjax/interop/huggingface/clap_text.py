@@ -1,5 +1,5 @@
-"""CLAP's tower of texts (model_type "clap_text_model"): a RoBERTa with its pooler, and a projection of
-two layers.
+"""CLAP's tower of texts (model_type "clap_text_model"): a RoBERTa with its pooler, and a projection
+of two layers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
 
 
 def text_settings(facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-  """(the entry of model.encoders.text, settings of data.text) of a text_config that is filled in."""
+  """(the entry of model.encoders.text, settings of data.text) of a text_config that is filled
+  in.
+  """
   offset = facts["pad_token_id"] + 1
   entry = dict(
     bert.encoder_settings(facts),

@@ -1,5 +1,5 @@
-"""Sound: HTS-AT, a Swin transformer on a spectrogram that is folded into a square (Chen et al. 2022,
-arXiv:2202.00874), as CLAP has it (Wu et al. 2023, arXiv:2211.06687).
+"""Sound: HTS-AT, a Swin transformer on a spectrogram that is folded into a square (Chen et al.
+2022, arXiv:2202.00874), as CLAP has it (Wu et al. 2023, arXiv:2211.06687).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Padding = Literal["repeatpad", "repeat", "pad"]
 
 
 class SpectrogramSwin(nn.Module):
-  """Call: {"waveform" int16 [B, S], "length" int32 [B]?, "present" bool [B]?} -> Encoded of width D =
-  width * 2**(stages - 1).
+  """Call: {"waveform" int16 [B, S], "length" int32 [B]?, "present" bool [B]?} -> Encoded of width D
+  = width * 2**(stages - 1).
 
   The spectrogram in decibels, batch normalised in each mel channel, is stretched over time to
   `size` * ratio frames, ratio = size // mels, and cut into `ratio` spans of time that are stacked
@@ -151,8 +151,8 @@ def htsat(
   eps: Epsilon = 1e-5,
   drop_path: Dropout = 0.0,
 ) -> SpectrogramSwin:
-  """HTS-AT: a Swin transformer on a folded spectrogram (reads batch["audio"]), with batch statistics
-  of the whole global batch.
+  """HTS-AT: a Swin transformer on a folded spectrogram (reads batch["audio"]), with batch
+  statistics of the whole global batch.
 
   mels, n_fft, hop: of the spectrogram: channels, and samples of a window and between two.
   low, high: frequencies of the channels, in Hz; high 0 = half of data.audio.rate.
