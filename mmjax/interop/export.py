@@ -7,10 +7,13 @@ with normalisation, log-mel and projection inside. meta.json has, for each of it
 inputs and output, and how media and texts are prepared. They, params.npz, the tokenizer and
 meta.json need jax, flatbuffers and NumPy, but not mmjax:
 
-  import json, jax, numpy as np from jax import export params = dict(np.load("exported/params.npz"))
-  meta = json.load(open("exported/meta.json")) load = lambda name:
-  jax.jit(export.deserialize(open(f"exported/{name}.stablehlo", "rb").read()).call) encode_image,
-  encode_text = load("encode_image"), load("encode_text")
+  import json, jax, numpy as np
+  from jax import export
+  params = dict(np.load("exported/params.npz"))
+  meta = json.load(open("exported/meta.json"))
+  program = lambda name: export.deserialize(open(f"exported/{name}.stablehlo", "rb").read())
+  load = lambda name: jax.jit(program(name).call)
+  encode_image, encode_text = load("encode_image"), load("encode_text")
   pixels = np.zeros((3, *meta["image"]["shape"]), np.uint8)         # resized as meta["image"] says
   tokens = np.zeros((3, meta["text"]["length"]), np.int32)          # by the tokenizer beside it
   pictures, texts = encode_image(params, pixels), encode_text(params, tokens, tokens > 0)

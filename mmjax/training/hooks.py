@@ -1,5 +1,5 @@
-"""What happens around the steps of a run: time is measured, metrics are read and written, steps that
-are not finite are counted, a trace is taken, checkpoints are saved and evaluators run.
+"""What happens around the steps of a run: time is measured, metrics are read and written, steps
+that are not finite are counted, a trace is taken, checkpoints are saved and evaluators run.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ class Hooks:
     return results
 
   def save(self, at: int, state: TrainState, results: dict | None, *, force: bool = False) -> None:
-    """Saves a checkpoint where one is due or `force` says so; with results, offers it as the best."""
+    """Saves a checkpoint where one is due or `force` says so; with results, offers it as the
+    best.
+    """
     due = self.saver.due(at) or force
     metrics = evaluation.flat_metrics(results) if results else None
     if not due and not metrics:

@@ -120,8 +120,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     log(
       f"{config.model.name}: {parameters / 1e6:.2f}M parameters on {jax.device_count()} "
-      f"{jax.devices()[0].platform} device(s), {pipeline.examples} examples an epoch, {steps} steps "
-      f"of {config.train.batch_size}"
+      f"{jax.devices()[0].platform} device(s), {pipeline.examples} examples an epoch, {steps} "
+      f"steps of {config.train.batch_size}"
     )
     write_config(run)
 

@@ -1,5 +1,5 @@
-"""What a run finds and checks before its first step: its data, its folder, the run that is in it, its
-first state.
+"""What a run finds and checks before its first step: its data, its folder, the run that is in it,
+its first state.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.null
 
 
 def open_program(run: Run, allow_change: bool) -> Program:
-  """The program of a run, and its folder made or checked. Raises UserError: a mistake in the config,
-  or the folder holds another run.
+  """The program of a run, and its folder made or checked. Raises UserError: a mistake in the
+  config, or the folder holds another run.
   """
   open_workdir(run.mirror.place, run.config, allow_change)
   with configs.mistakes():
@@ -141,7 +141,9 @@ def is_finished(workdir: Path, step: int, config: FrozenConfigDict | None) -> bo
 def first_state(
   run: Run, program: Program, saver: checkpoint.Checkpointer, allow_change: bool
 ) -> tuple[TrainState, dict, int]:
-  """(state, `data` of its checkpoint, steps done): of the newest checkpoint, of init.from, or new."""
+  """(state, `data` of its checkpoint, steps done): of the newest checkpoint, of init.from, or
+  new.
+  """
   config, workdir, steps = run.config, run.mirror.place, run.steps
   restored = saver.restore(program.state_spec)
   if restored:

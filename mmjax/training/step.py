@@ -1,5 +1,5 @@
-"""One training step: a batch in, the next state and the metrics out. Read `TrainStep.update` from top
-to bottom.
+"""One training step: a batch in, the next state and the metrics out. Read `TrainStep.update` from
+top to bottom.
 
 Objectives return (sum, weight) pairs; this file alone divides, after the sums are over the whole
 global batch. So the loss is a mean over what is real in the batch, whatever the mesh and however
