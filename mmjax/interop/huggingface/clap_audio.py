@@ -61,8 +61,8 @@ def audio_settings(
   """
   if facts["enable_fusion"]:
     raise UserError(
-      "enable_fusion is true, but only CLAP without fusion of several windows is supported, such as "
-      "clap-htsat-unfused"
+      "enable_fusion is true, but only CLAP without fusion of several windows is supported, such "
+      "as clap-htsat-unfused"
     )
   single.only(facts, qkv_bias=True, **USUAL)
   spectrogram, audio = clap_features.settings(preprocessor, facts["num_mel_bins"])
