@@ -85,16 +85,18 @@ def meaning(kind: str, group: str, setting: str) -> str:
   """
   for text, names in _docstrings(kind, group, set()):
     labels = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    start = rf"(?:^|(?<=[.;\n] )|(?<=\n))((?:(?:{labels}), )*(?:{labels})): "
+    one = rf"`?(?:{labels})`?"
+    start = rf"(?:^|(?<=[.;\n] )|(?<=\n))((?:{one},\s)*{one}):\s+"
     heads = list(re.finditer(start, text, re.M))
     for at, head in enumerate(heads):
-      if setting in head[1].split(", "):
+      named = re.findall(r"\w+", head[1])
+      if setting in named:
         body = text[head.end() : heads[at + 1].start() if at + 1 < len(heads) else None]
         body = re.split(r"\n\s*\n|\s(?=(?:Metrics|Returns|Raises|Needs)\b.*:)", body)[0]
         body = " ".join(body.split()).rstrip(";. ")
         if re.search(r"see\s+`\w+`", body):
           break  # that kind says it
-        return f"{head[1]}: {body}" if ", " in head[1] else body
+        return f"{', '.join(named)}: {body}" if len(named) > 1 else body
   for text, _ in _docstrings(kind, group, set()):
     for sentence in re.split(r"(?<=[.:])\s+", " ".join(text.split())):
       if re.search(rf"\b{setting}\b", sentence):

@@ -477,7 +477,9 @@ def perceiver(
 ) -> Perceiver:
   """A fixed number of learned queries read the tokens of all modalities.
 
-  latents: queries. The other settings: see `cross_attention`.
+  latents: number of queries.
+
+  The other settings: see `cross_attention`.
   """
   config = _config(
     precision,

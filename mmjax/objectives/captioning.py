@@ -41,6 +41,7 @@ def captioning(
   that loss is added (Watanabe et al. 2017, hybrid CTC/attention): for speech, whose order is that
   of its text. eos_id: the end, which nobody says; -1 = the tokenizer's. blank: the token that
   stands for no token; -1 = the tokenizer's <pad>.
+
   Reads batch["text"]: tokens int32 and mask bool [B, L] (or [B, K, L]: K texts a row). The loss is
   a mean over real tokens, <eos> among them. "accuracy": share of tokens that are the likeliest one;
   "sequence_accuracy": share of texts where all are, each given the true tokens before it; with

@@ -38,11 +38,12 @@ def gan(
   arXiv:1801.04406, eq. 9). Each moves parameters of its own side only; the text encoder learns from
   the side whose optimizer has it.
 
-  noise: dimensions of the generator's, as model.noise. r1_rows: the penalty is taken on every
-  r1_rows-th row of the batch.
+  group: of config.optimizers, which minimises "opponent". contrast, reconstruction: factors of
+  these parts of the losses. r1: factor of the gradient's penalty. r1_rows: it is taken on every
+  r1_rows-th row of the batch. noise: dimensions of the generator's, as model.noise.
   shift: real and drawn pictures are both moved by up to this share of the side before D sees them
-  (DiffAugment, Zhao et al.
-  2020, arXiv:2006.10738), white uncovered.
+  (DiffAugment, Zhao et al. 2020, arXiv:2006.10738), white uncovered.
+
   Rows that are not valid or lack one of the two do not count; equal texts are never told apart.
   Returns "real", "fake": mean of D; "r1": the mean squared gradient; "accuracy" of D on real and
   drawn pictures; "match_real", "match_fake": share whose own text (or an equal one) has the highest

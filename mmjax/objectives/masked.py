@@ -36,6 +36,7 @@ def masked_tokens(
   hidden; whole words where the batch has text.words (data.text.words), else tokens. special: ids of
   <pad> <bos> <eos> <unk> <mask>, in this order, -1 = none; () = the tokenizer's. label_smoothing:
   share of the target that is spread over the vocabulary.
+
   The loss is a mean over the hidden tokens of rows that are valid and have the text. Returns
   "accuracy" over the same tokens.
   Raises UserError: `special` is not five ids, or has no <mask>.

@@ -31,6 +31,7 @@ def matching(
   modalities.
 
   between: the two. negatives: sampled or hardest, as said below.
+
   Three pairs a row: its own (match), its first modality with another row's second, and its second
   with another row's first (no match); the loss is the mean of binary cross-entropies. The other
   rows come from the whole global batch: "sampled" from softmax(scale * cosine) of the embeddings,

@@ -67,8 +67,10 @@ def cooldown(
   shape: Literal["linear", "sqrt"] = "linear",
   final: Share = 0.0,
 ) -> Schedule:
-  """Constant, then down to `final` over the last `cooldown` steps; shape: linear, or 1 - sqrt
-  (Hägele et al. 2024, arXiv:2405.18392).
+  """Constant, then down to `final` over the last `cooldown` steps (Hägele et al. 2024,
+  arXiv:2405.18392).
+
+  cooldown: steps on the way down. shape: linear, or 1 - sqrt. final: share of the peak at the end.
   """
 
   def factor(step):
