@@ -25,14 +25,34 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; mistakes of the user end in one line on stderr (`--debug` shows the
   traceback).
   """
-  code = _main(argv)
-  if (
-    code in (EXIT_FAILED, EXIT_USAGE)
-    and argv is None
-    and (multihost := sys.modules.get("mmjax.parallel.multihost"))
-  ):
-    multihost.leave(code)
-  return code
+  try:
+    return _main(argv)
+  except _Failure as failure:
+    _complain(failure.why)
+    if argv is None:
+      _end_peers(failure)
+    return failure.code
+
+
+class _Failure(Exception):
+  """Ends a command with an exit code and one line on stderr."""
+
+  def __init__(self, code: int, why: object):
+    super().__init__(str(why))
+    self.code, self.why = code, why
+
+
+def _end_peers(failure: _Failure) -> None:
+  """Ends this process, if it is one of several of a run, in such a way that the others end too."""
+  from mmjax.parallel.environment import may_have_peers
+
+  if sys.argv[1:2] in (["train"], ["eval"]) and may_have_peers(os.environ):
+    from mmjax.config import ConfigError, UserError
+    from mmjax.parallel import multihost
+
+    kind = ConfigError if failure.code == EXIT_USAGE else UserError
+    multihost.tell(kind(str(failure)))
+    multihost.leave(failure.code)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -60,29 +80,29 @@ def _main(argv: Sequence[str] | None) -> int:
   except UserError as error:
     if options.debug:
       raise
-    _complain(error)
-    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-  except KeyboardInterrupt:
-    print("mmjax: interrupted", file=sys.stderr)
-    return EXIT_FAILED
+    raise _Failure(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED, error) from error
+  except KeyboardInterrupt as error:
+    raise _Failure(EXIT_FAILED, "interrupted") from error
   except SystemExit as error:  # of a kind's own code: a launcher would take 0 for done
-    _complain(f"code of this run called sys.exit({error.code!r:.80})")
-    return EXIT_FAILED
-  except BrokenPipeError:
+    why = f"code of this run called sys.exit({error.code!r:.80})"
+    raise _Failure(EXIT_FAILED, why) from error
+  except BrokenPipeError as error:
     sys.stderr.close()
-    return EXIT_FAILED
+    raise _Failure(EXIT_FAILED, "nobody reads what it prints") from error
   except Exception as error:
     if options.debug:
       raise
     if isinstance(error, OSError) and error.filename:  # the disk said no; Python knows where
       _complain(f"{error.filename!s:.300}: {error.strerror}")
       return EXIT_FAILED
-    _complain(f"{type(error).__name__}: {error!s:.600} (--debug shows where)")
-    return EXIT_FAILED
+    why = f"{type(error).__name__}: {error!s:.600} (--debug shows where)"
+    raise _Failure(EXIT_FAILED, why) from error
 
 
 def _complain(what: object) -> None:
-  """One line on stderr, whatever names and texts it holds."""
+  """One line on stderr, whatever names and texts it holds; none where nobody reads."""
+  if sys.stderr.closed:
+    return
   from mmjax.printing import printable
 
   line = " ".join(printable(what, keep="\n\t").split())
@@ -343,8 +363,7 @@ class _Parser(argparse.ArgumentParser):
     return super().add_argument(*names, **settings)
 
   def error(self, message: str):
-    _complain(f"{message}. See `{self.prog} --help`")
-    sys.exit(EXIT_USAGE)
+    raise _Failure(EXIT_USAGE, f"{message}. See `{self.prog} --help`")
 
 
 def _not_empty(text: str) -> str:

@@ -7,6 +7,7 @@ number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -20,11 +21,12 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import ConfigError, UserError
+from mmjax.parallel.environment import OURS, cluster_processes
 from mmjax.parallel.mesh import batch_shards
 from mmjax.parallel.rules import batch_sharding
+from mmjax.ranges import INT32, Range
 
 T = TypeVar("T")
-_LOCAL = ("MMJAX_COORDINATOR", "MMJAX_PROCESSES", "MMJAX_PROCESS_ID")
 _HEARTBEAT_SECONDS = 60
 
 
@@ -62,16 +64,16 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
     environment.setdefault("NPROC", str(4 * options.jax_num_cpu_devices))
   if environment.get("MMJAX_COORDINATOR") == "auto":
     _join()
-  elif any(environment.get(name) for name in _LOCAL):
-    missing = [name for name in _LOCAL if not environment.get(name)]
+  elif any(environment.get(name) for name in OURS):
+    missing = [name for name in OURS if not environment.get(name)]
     if missing:
       raise UserError(
-        f"{', '.join(missing)} not set, though {', '.join(n for n in _LOCAL if n not in missing)} "
+        f"{', '.join(missing)} not set, though {', '.join(n for n in OURS if n not in missing)} "
         "is: set all three or none; launch/local_multiprocess.sh does"
       )
     count, number = (
-      _count("MMJAX_PROCESSES", environment[_LOCAL[1]]),
-      _count("MMJAX_PROCESS_ID", environment[_LOCAL[2]], least=0),
+      _count("MMJAX_PROCESSES", environment[OURS[1]]),
+      _count("MMJAX_PROCESS_ID", environment[OURS[2]], least=0),
     )
     if number >= count:
       raise UserError(
@@ -79,7 +81,7 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
         f"{count - 1}"
       )
     if count > 1:
-      _join(coordinator_address=environment[_LOCAL[0]], num_processes=count, process_id=number)
+      _join(coordinator_address=environment[OURS[0]], num_processes=count, process_id=number)
   elif environment.get("JAX_COORDINATOR_ADDRESS"):
     numbers = dict(num_processes="JAX_NUM_PROCESSES", process_id="JAX_PROCESS_ID")
     _join(
@@ -90,7 +92,7 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
         if environment.get(name)
       },
     )
-  elif _cluster_processes(environment) > 1:
+  elif cluster_processes(environment) > 1:
     _join()
   if not options.jax_compilation_cache_dir:
     together = shared and jax.distributed.is_initialized()
@@ -98,6 +100,22 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
       "jax_compilation_cache_dir",
       f"{shared}/compiled" if together else os.path.expanduser("~/.cache/mmjax/compiled"),
     )
+
+
+def tell(error: UserError) -> None:
+  """Joins the peers of this process, if it has not yet, to say why it ends before their first
+  `together`, which raises it in them. Without peers, and after it, it does nothing.
+  """
+  if jax.distributed.is_initialized():
+    return
+
+  def fail() -> None:
+    raise error
+
+  with contextlib.suppress(UserError):
+    initialize()
+    if jax.distributed.is_initialized():
+      together(fail)
 
 
 def leave(code: int) -> None:
@@ -263,17 +281,8 @@ def _join(**settings: Any) -> None:
     ) from error
 
 
-def _cluster_processes(environment: Any) -> int:
-  """How many processes the scheduler started, as far as its variables tell."""
-  for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-    if environment.get(name, "").isdigit():
-      return int(environment[name])
-  if environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
-    return 2
-  return len(environment.get("TPU_WORKER_HOSTNAMES", "").split(","))
-
-
 def _count(name: str, text: str, *, least: int = 1) -> int:
-  if not text.isdigit() or int(text) < least:
-    raise UserError(f"{name} is {text!r}, but must be a whole number of at least {least}")
+  bounds = Range(least, INT32)
+  if not text.isdecimal() or not bounds.holds(int(text[:20])):
+    raise UserError(f"{name} is {text!r:.40}, but must be a whole number, {bounds}")
   return int(text)

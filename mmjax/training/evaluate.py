@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from mmjax import config as configs
 from mmjax import evaluation, files
@@ -59,8 +60,13 @@ def evaluate(
       "has some with --config"
     )
   multihost.initialize(config)
-  mesh = make_mesh(config)
-  configs.check(config, jax.device_count())
+
+  def open_mesh() -> Mesh:
+    mesh = make_mesh(config)
+    configs.check(config, jax.device_count())
+    return mesh
+
+  mesh = multihost.together(open_mesh)
   step = Program(config, mesh)
   with jax.set_mesh(mesh):
     params = checkpoint.load_params(found, step.params_spec)
