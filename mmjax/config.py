@@ -4,20 +4,14 @@ keys stand in keys.py.
 A config file defines `get_config(arg="") -> ConfigDict`: it starts from `base()` and assigns.
 `resolve()` merges every entry that has a `name` or a `kind` with the defaults of that kind, refuses
 what it does not know (naming the nearest key or value), checks types and contradictions, and
-freezes. Nothing here imports JAX or touches a device.
-
-A *kind* (an encoder, an objective, an optimizer, ...) is a function whose keyword-only parameters
-are its settings:
-their annotations are the types, their defaults the defaults, the docstring the documentation.
-`keys.KINDS` has one line for each; `kind="my_package.my_file:my_function"` uses one of your own
-without a line here.
+freezes. Nothing here imports JAX or touches a device. What a kind is stands in kinds.py, what keys
+contradict each other in contradictions.py.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import fnmatch
 import importlib
 import importlib.util
@@ -27,7 +21,6 @@ import logging
 import math
 import os
 import re
-import sys
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -35,6 +28,8 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mmjax.contradictions import check
+from mmjax.errors import ConfigError, UntrustedCode, UserError, nearest
 from mmjax.keys import (
   COLLECTIONS,
   ENTRIES,
@@ -47,25 +42,11 @@ from mmjax.keys import (
   Key,
   Special,
 )
+from mmjax.kinds import FUNCTION, kind_function, kind_settings, load_function, what_happened
 from mmjax.ranges import INT32, Duration, Function, Range
 
 log = logging.getLogger("mmjax")
 _DEEPEST = 32  # levels of a config: the deepest key has six
-_FUNCTION = r"[\w.]+:\w+"
-
-
-class UserError(Exception):
-  """A mistake that the user can mend. Its message is one line: what, where, how to mend. Commands
-  print it and exit 1.
-  """
-
-
-class ConfigError(UserError):
-  """A mistake in a config or on the command line. Commands exit 2."""
-
-
-class UntrustedCode(UserError):
-  """The config of a checkpoint names code outside this package that the user has not allowed."""
 
 
 def base() -> ConfigDict:
@@ -91,7 +72,7 @@ def load(
   path, _, arg = file.partition(":")
   if not os.path.isfile(path):
     near = (
-      _nearest(os.path.basename(path), os.listdir(os.path.dirname(path) or "."))
+      nearest(os.path.basename(path), os.listdir(os.path.dirname(path) or "."))
       if os.path.isdir(os.path.dirname(path) or ".")
       else ""
     )
@@ -112,7 +93,7 @@ def load(
   except KeyboardInterrupt:
     raise
   except BaseException as error:
-    raise ConfigError(f"{path}: {_what_happened(error)}") from error
+    raise ConfigError(f"{path}: {what_happened(error)}") from error
   try:
     resolved = resolve(config, overrides).to_dict()
     resolved["allow_code"] = tuple(
@@ -191,21 +172,6 @@ def settings(
   return {k: v for k, v in _plain(entry).items() if k in names and k not in without}
 
 
-def kind_function(entry: typing.Mapping, group: str | None = None) -> typing.Callable:
-  """The function of an entry's `kind` (or `name`), e.g. `contrastive` for dict(kind="contrastive",
-  ...).
-  """
-  name = entry.get("kind") or entry.get("name")
-  groups = [group] if group else list(KINDS)
-  for g in groups:
-    if name in KINDS[g]:
-      return load_function(KINDS[g][name])
-  if name and ":" in name:
-    return load_function(name)
-  known = [kind for g in groups for kind in KINDS[g]]
-  raise ConfigError(f"unknown kind {name!r}{_nearest(str(name), known)}")
-
-
 def in_steps(
   value: int | str, *, steps: int | None, batch_size: int, examples: int | None = None
 ) -> int:
@@ -267,240 +233,6 @@ def flatten(config: typing.Mapping, prefix: str = "") -> list[tuple[str, Any]]:
     else:
       rows.append((prefix + name, value))
   return rows
-
-
-def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> None:
-  """Refuses contradictions that can be seen without a device; with `device_count`, also a mesh that
-  does not fit it.
-  """
-  c = _plain(config)
-  batch, micro = c["train"]["batch_size"], c["train"]["microbatches"]
-  if batch % micro:
-    raise ConfigError(
-      f"train.batch_size {batch} is not divisible by train.microbatches {micro}; "
-      f"the nearest that is: {_nearest_multiple(batch, micro)}"
-    )
-  mesh = mesh_shape(c["mesh"], device_count)
-  shards = 1
-  for axis in ("replica", "data", "fsdp"):
-    shards *= max(1, mesh[axis])
-  if batch // micro % shards:
-    raise ConfigError(
-      f"train.batch_size {batch}{f' / {micro} microbatches' if micro > 1 else ''} is not "
-      f"divisible by the {shards} devices of mesh.replica x data x fsdp; the nearest that is: "
-      f"{_nearest_multiple(batch, micro * shards)}"
-    )
-  evaluation_batch = c["evaluation"]["batch_size"] or batch
-  if evaluation_batch % shards:
-    raise ConfigError(
-      f"evaluation.batch_size {evaluation_batch} is not divisible by the {shards} devices of the "
-      f"mesh; the nearest that is: {_nearest_multiple(evaluation_batch, shards)}"
-    )
-  if not 0 <= c["train"]["rollback"] < max(1, c["train"]["max_skipped"]):
-    raise ConfigError(
-      f"train.rollback is {c['train']['rollback']}, but must be 0 or less than train.max_skipped "
-      f"({c['train']['max_skipped']}), after which the run ends"
-    )
-  encoders = c["model"].get("encoders", {})
-  _check_modalities(c, encoders)
-  _check_widths(c["model"], encoders)
-  if "scale_max" in c["model"] and c["model"]["scale_init"] > c["model"]["scale_max"]:
-    raise ConfigError(
-      f"model.scale_init {c['model']['scale_init']} is above model.scale_max "
-      f"{c['model']['scale_max']}"
-    )
-  audio = encoders.get("audio", {})
-  if audio.get("frequency_width", 0) > audio.get("mels", math.inf):
-    raise ConfigError(
-      f"model.encoders.audio.frequency_width {audio['frequency_width']} is above mels "
-      f"{audio['mels']}"
-    )
-  for name, entry in c["objectives"].items():
-    if entry["kind"] == "classification" and c["data"]["label"] == "none":
-      raise ConfigError(
-        f"objectives.{name} classifies, but data.label is 'none'. Set it to 'label', 'labels' or "
-        "'answer'"
-      )
-  best = c["checkpoint"]["best"]
-  evaluators = c["evaluation"]["evaluators"]
-  if best and not any(best.startswith(f"{name}/") for name in evaluators):
-    raise ConfigError(
-      f"checkpoint.best {best!r} is no metric of evaluation.evaluators, which has "
-      f"{', '.join(evaluators) or 'none'}. Write EVALUATOR/METRIC"
-    )
-  if "%" in str(c["train"]["steps"]):
-    raise ConfigError(
-      f"train.steps {c['train']['steps']!r} is a share of itself. Write steps, '2 epochs' or '1e6 "
-      "examples'"
-    )
-  patch = encoders.get("image", {}).get("patch")
-  if c["data"]["image"]["resize"] == "naflex":
-    kind, cut = encoders.get("image", {}).get("kind", ""), c["data"]["image"]["patch"]
-    if kind != "naflex" and ":" not in kind:
-      raise ConfigError(
-        "data.image.resize 'naflex' gives patches of any aspect ratio, which model.encoders.image "
-        f"({kind or 'missing'}) does not take. Set its kind to 'naflex', or choose another resize"
-      )
-    if patch and patch != cut:
-      raise ConfigError(
-        f"data.image.patch is {cut}, but model.encoders.image.patch is {patch}. Make them equal"
-      )
-    if c["train"]["mixup"]:
-      raise ConfigError(
-        "train.mixup mixes pictures of one size, but data.image.resize is 'naflex'. Set "
-        "train.mixup to 0"
-      )
-  elif patch and c["data"]["image"]["size"] % patch and not encoders["image"].get("crop_edge"):
-    raise ConfigError(
-      f"data.image.size {c['data']['image']['size']} is not divisible by "
-      f"model.encoders.image.patch {patch}; the nearest that is: "
-      f"{_nearest_multiple(c['data']['image']['size'], patch)}"
-    )
-  if "text" in encoders and c["data"]["sources"] and not c["data"]["text"]["tokenizer"]:
-    raise ConfigError(
-      "model.encoders has text, but data.text.tokenizer is empty. Make one with `mmjax data "
-      "tokenizer` and name it"
-    )
-  groups = c.get("optimizers", {})
-  for name, entry in c["objectives"].items():
-    if entry.get("group") and entry["group"] not in groups:
-      raise ConfigError(
-        f"objectives.{name}.group is {entry['group']!r}, but optimizers has "
-        f"{', '.join(groups) or 'none'}. Give it an optimizer: c.optimizers.{entry['group']} = "
-        "dict(name='adamw', params=r'discriminator/.*')"
-      )
-  if c["train"]["mixup"]:
-    _check_mixup(c["objectives"])
-  if c["data"]["text"]["bos"] and c["model"].get("decoder"):
-    raise ConfigError(
-      "data.text.bos puts <bos> before every text, but model.decoder starts from a prompt of its "
-      "own and would learn to repeat <bos>. Set data.text.bos to False"
-    )
-  if not all(isinstance(module, str) for module in c["allow_code"]):
-    raise ConfigError(f"allow_code must be names of modules, not {c['allow_code']!r}")
-  if "main" in groups:
-    raise ConfigError(
-      "optimizers.main: that is the group of `optimizer` itself. Choose another name"
-    )
-  owners = ["optimizer", *(f"optimizers.{name}" for name in groups)]
-  for owner in owners:
-    _check_regex(f"{owner}.decay", _get(c, f"{owner}.decay".split(".")))
-    if _get(c, f"{owner}.moments".split(".")) == "source" and c["data"]["mix"] != "steps":
-      raise ConfigError(
-        f"{owner}.moments 'source' needs steps of one source each: set data.mix to 'steps', or "
-        "leave moments 'shared'"
-      )
-  for name, entry in groups.items():
-    _check_regex(f"optimizers.{name}.params", entry["params"])
-  for path in (*(f"{owner}.rates" for owner in owners), "init.map"):
-    for pair in _get(c, path.split(".")):
-      if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise ConfigError(f"{path} must be ((regex, value), ...), not {pair!r}")
-      _check_regex(path, pair[0])
-  sources = c["data"]["sources"]
-  if sources and not any(entry["weight"] for entry in sources.values()):
-    raise ConfigError(
-      f"data.sources.{next(iter(sources))}.weight: every source has weight 0, so nothing would be "
-      "read"
-    )
-  for name, entry in sources.items():
-    if not entry["name"]:
-      raise ConfigError(
-        f"data.sources.{name}.name is empty: name a data set, or 'tars' with a path"
-      )
-    length, most = entry["length"], c["data"]["text"]["length"]
-    if length and c["data"]["mix"] != "steps":
-      raise ConfigError(
-        f"data.sources.{name}.length is {length}, but the rows of a batch are of one length "
-        "unless data.mix is 'steps'"
-      )
-    if length and not 2 <= length <= most:
-      raise ConfigError(
-        f"data.sources.{name}.length is {length}, but must be from 2 to data.text.length {most}, "
-        "or 0"
-      )
-
-
-def _check_modalities(c: dict, encoders: dict) -> None:
-  """Every modality that a setting names has an encoder."""
-  have = ", ".join(sorted(encoders)) or "none"
-  named = [(f"model.{key}", c["model"].get(key)) for key in ("unprojected", "masked_patches")]
-  if "query" in (c["model"].get("fusion") or {}):
-    named.append(("model.fusion.query", c["model"]["fusion"]["query"]))
-  for name, entry in c["objectives"].items():
-    named += [
-      (f"objectives.{name}.{key}", entry.get(key))
-      for key in ("between", "modalities", "context", "source", "modality")
-    ]
-  for name, entry in c["evaluation"]["evaluators"].items():
-    named += [
-      (f"evaluation.evaluators.{name}.{key}", entry.get(key))
-      for key in ("between", "modalities", "context_modalities", "modality")
-    ]
-  for path, modalities in named:
-    for modality in (modalities,) if isinstance(modalities, str) else modalities or ():
-      if modality not in encoders:
-        raise ConfigError(
-          f'{path} names "{modality}", but model.encoders has {have}. '
-          f"Add an encoder for it or change `{path.rpartition('.')[2]}`"
-        )
-
-
-def _check_widths(model: dict, encoders: dict) -> None:
-  """Heads divide the width that they share."""
-  entries = {f"encoders.{name}": entry for name, entry in encoders.items()}
-  entries |= {name: model[name] for name in ("fusion", "decoder") if model.get(name)}
-  for name, entry in entries.items():
-    width, heads = entry.get("width") or model.get("width", 512), entry.get("heads")
-    if isinstance(heads, int) and heads and width % heads:
-      raise ConfigError(
-        f"model.{name}: width {width} is not divisible by {heads} heads; "
-        f"the nearest that is: {_nearest_multiple(width, heads)}"
-      )
-
-
-def _check_mixup(objectives: dict) -> None:
-  """Refuses objectives whose targets do not follow blended pictures. Which modalities one reads is
-  told by its settings; one that has none for it is taken to read pictures."""
-  for name, entry in objectives.items():
-    named = [entry[key] for key in ("between", "modalities", "context", "source") if key in entry]
-    read = {modality for some in named for modality in some}
-    read |= {entry["modality"]} if "modality" in entry else set() if named else {"image"}
-    sound = getattr(kind_function(entry, "objective"), "mixup", "never")
-    if "image" not in read or sound == "always" or (sound == "alone" and read == {"image"}):
-      continue
-    others = f" together with {', '.join(sorted(read - {'image'}))}" if sound == "alone" else ""
-    raise ConfigError(
-      f"train.mixup blends pictures, but objectives.{name} ({entry['kind']}) trains on "
-      f"them{others} as if each were one picture. Set train.mixup to 0, or leave the objective out"
-    )
-
-
-def mesh_shape(mesh: typing.Mapping, device_count: int | None = None) -> dict[str, int]:
-  """{axis: size}, with -1 filled in when `device_count` is known. Raises ConfigError when the axes
-  do not fit it.
-  """
-  shape = dict(_plain(mesh))
-  free = [axis for axis, size in shape.items() if size == -1]
-  if len(free) > 1:
-    raise ConfigError(
-      f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take what is left"
-    )
-  fixed = 1
-  for axis, size in shape.items():
-    if size != -1 and size < 1:
-      raise ConfigError(f"mesh.{axis} is {size}: give a size of at least 1, or -1 for what is left")
-    fixed *= max(1, size)
-  if device_count is not None:
-    if device_count % fixed or (not free and fixed != device_count):
-      sizes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != 1)
-      raise ConfigError(
-        f"mesh ({sizes}) does not divide the {device_count} devices there are. "
-        f"Set one axis to -1, or sizes with a product of {device_count}"
-      )
-    if free:
-      shape[free[0]] = device_count // fixed
-  return shape
 
 
 # -- special tokens --------------------------------------------------------------------------------
@@ -632,7 +364,7 @@ def own_code(config: typing.Mapping) -> list[str]:
     value.partition(":")[0]
     for path, value in flatten(config)
     if isinstance(value, str)
-    and re.fullmatch(_FUNCTION, value)
+    and re.fullmatch(FUNCTION, value)
     and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
   ]
   return [module for module in named if module.split(".")[0] != "mmjax"]
@@ -653,12 +385,6 @@ def _check_code(
       f"not of this package. If you trust that code, allow it with --allow-code {module} (in "
       f"Python: allow_code=({module!r},))"
     )
-
-
-def _what_happened(error: BaseException) -> str:
-  if isinstance(error, SystemExit):
-    return f"it called sys.exit({error.code!r:.80}) while it was read"
-  return f"{type(error).__name__}: {error!s:.600}"
 
 
 def _resolve_tree(raw: dict, allow_code: tuple[str, ...] | None = None) -> dict:
@@ -701,7 +427,7 @@ def _resolve_node(
       raise ConfigError(f"{path} has no `{selector}`; there are: {', '.join(KINDS[group])}")
     if not isinstance(name, str) or (name not in KINDS[group] and ":" not in name):
       raise ConfigError(
-        f"{prefix}{selector} is {name!r}, which is no {group}{_nearest(str(name), KINDS[group])}"
+        f"{prefix}{selector} is {name!r}, which is no {group}{nearest(str(name), KINDS[group])}"
       )
     known[selector] = (str, name)
     _check_code(name, KINDS[group].values(), f"{prefix}{selector}", allow_code)
@@ -712,7 +438,7 @@ def _resolve_node(
   for name in node:
     if name not in known:
       elsewhere = [key.path for key in KEYS if key.path.split(".")[-1] == name]
-      hint = _nearest(name, known) or (
+      hint = nearest(name, known) or (
         f". Did you mean {elsewhere[0]!r}?" if elsewhere else f"; there are: {', '.join(known)}"
       )
       raise ConfigError(f"unknown key {prefix}{name}{hint}")
@@ -752,7 +478,7 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
     if value not in choices:
       raise ConfigError(
         f"{path} is {value!r}, but must be one of "
-        f"{', '.join(map(repr, choices))}{_nearest(str(value), [str(c) for c in choices])}"
+        f"{', '.join(map(repr, choices))}{nearest(str(value), [str(c) for c in choices])}"
       )
     return value
   if origin in (typing.Union, types.UnionType):
@@ -803,41 +529,6 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   raise ConfigError(
     f"{path} is {value!r} ({type(value).__name__}), but must be {_article(plain.__name__)}{hint}"
   )
-
-
-def kind_settings(function: typing.Callable) -> dict[str, inspect.Parameter]:
-  """The keyword-only parameters of a kind's function, annotations evaluated."""
-  try:
-    parameters = inspect.signature(function, eval_str=True).parameters
-  except Exception as error:  # annotations of a user's function are code, too
-    raise ConfigError(
-      f"the settings of {function!r:.80} cannot be read: {_what_happened(error)}"
-    ) from error
-  return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def load_function(target: str, what: str = "kind") -> typing.Callable:
-  """The function "module:function"; the module may also be a file in the current folder.
-
-  what: names the setting in the error. Raises ConfigError: there is none, or `target` is not
-  written so.
-  """
-  if not re.fullmatch(_FUNCTION, target):
-    raise ConfigError(f"{what} {target!r}: write module:function")
-  module, _, name = target.partition(":")
-  if "" not in sys.path and os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())  # a command has only its own folder there
-  try:
-    function = getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError) as error:
-    raise ConfigError(f"{what} {target!r}: {error}") from error
-  except KeyboardInterrupt:
-    raise
-  except BaseException as error:
-    raise ConfigError(f"{what} {target!r}: {module}: {_what_happened(error)}") from error
-  if not callable(function):
-    raise ConfigError(f"{what} {target!r} is no function, but {function!r:.80}")
-  return function
 
 
 def _set_override(tree: dict, path: str, value: Any) -> None:
@@ -898,22 +589,6 @@ def _tuples(value: Any) -> Any:
 
 def _jsonable(value: Any) -> Any:
   return _tuples(value) if isinstance(value, (list, tuple)) else value
-
-
-def _check_regex(path: str, pattern: Any) -> None:
-  try:
-    re.compile(pattern)
-  except (re.error, TypeError) as error:
-    raise ConfigError(f"{path}: {pattern!r} is no regular expression ({error})") from error
-
-
-def _nearest(name: str, options: typing.Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-  return f". Did you mean {near[0]!r}?" if near else ""
-
-
-def _nearest_multiple(value: int, divisor: int) -> int:
-  return max(divisor, round(value / divisor) * divisor)
 
 
 def _article(noun: str) -> str:

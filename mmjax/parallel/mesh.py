@@ -16,7 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import UserError, mesh_shape
+from mmjax.config import UserError
+from mmjax.contradictions import mesh_shape
 
 AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("replica", "data", "fsdp")  # a batch is split over these, in this order

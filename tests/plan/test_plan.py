@@ -15,6 +15,7 @@ import pytest
 import mmjax.config as configs
 from mmjax import plan as planning
 from mmjax.config import UserError
+from mmjax.contradictions import mesh_shape
 from mmjax.parallel.mesh import make_mesh
 from mmjax.plan import report, topology
 from mmjax.plan.sweep import sweep
@@ -111,7 +112,7 @@ def rehearsed(monkeypatch):
 
   def compile_step(config, target, dump_hlo, say):
     policy = config.model.encoders.image.remat
-    mesh = configs.mesh_shape(config.mesh, target.device_count)
+    mesh = mesh_shape(config.mesh, target.device_count)
     peak = 39 * GIB * share[policy] / config.train.microbatches
     seconds = (2 - share[policy]) * config.train.microbatches * mesh["tensor"]
     over = max(0, peak - target.chip.memory)
