@@ -448,7 +448,7 @@ KEYS = (
     tuple,
     "((regex, factor), ...): first match multiplies the learning rate; 0 freezes. A module whose "
     "parameters are all frozen runs as in evaluation: nothing is dropped, and batch statistics "
-    "stay as they are.",
+    "stay as they are; a stack of which some layers are trained keeps its dropout.",
   ),
   Key(
     "optimizer.state_dtype", "float32", Literal["float32", "bfloat16"], "Dtype of the first moment."

@@ -23,6 +23,7 @@ whose gradients differ in scale need no weights (AdaTask, Yang et al. 2023, arXi
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -34,10 +35,12 @@ import optax
 from jax.sharding import PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import UserError, kind_function, settings
+from mmjax.config import UserError, flatten, kind_function, settings
 from mmjax.ranges import Decay, Depth, Epsilon, NonNegative, Positive, Share, Size
 from mmjax.state.paths import by_name, map_named, matches, nearest
 from mmjax.state.schedule import Schedule, make_schedule
+
+log = logging.getLogger("mmjax")
 
 # a tree like the parameters whose leaves are tuples of logical axis names (or None), one a
 # dimension
@@ -482,6 +485,7 @@ def make_optimizer(
   rates = {
     name: rate if owned is None or name in owned else 0 * rate for name, rate in rates.items()
   }
+  _warn_of_dropout(f"{where}.rates", config.model, rates, layers)
   trained = {name: np.flatnonzero(rate) for name, rate in rates.items()}
   if not any(map(len, trained.values())):
     raise UserError(
@@ -632,6 +636,32 @@ def _rates(where: str, rules: tuple, layers: dict[str, int | None]) -> dict[str,
       rates[name] = np.where(match & free[name], np.float32(factor), rates[name])
       free[name] = free[name] & ~match
   return rates
+
+
+def _warn_of_dropout(
+  where: str, model: FrozenConfigDict, rates: dict[str, np.ndarray], layers: dict[str, int | None]
+) -> None:
+  """Warns of stacks that are frozen in part and drop activations: all of their layers go on to, for
+  one scanned module runs either as in training or as in evaluation."""
+  stacks: dict[str, np.ndarray] = {}
+  for name, rate in rates.items():
+    if layers[name]:
+      stack = name.partition("layers/")[0] + "layers"
+      stacks[stack] = stacks.get(stack, np.zeros(len(rate), bool)) | (rate > 0)
+  for stack, trained in stacks.items():
+    part = stack.partition("/")[0]
+    entry = model.get("encoders", {}).get(part) or model.get(part)
+    settings = flatten(entry) if hasattr(entry, "items") else ()
+    dropped = {path: share for path, share in settings if path.split(".")[-1] == "dropout"}
+    if trained.any() and not trained.all() and any(dropped.values()):
+      log.warning(
+        "%s freezes layers of %s whose other layers are trained: dropout (%s) stays on in all of "
+        "them, for only what is frozen whole runs as in evaluation. Set it to 0 if the frozen "
+        "layers should drop nothing",
+        where,
+        stack,
+        ", ".join(f"{path} {share:g}" for path, share in dropped.items()),
+      )
 
 
 def _check_used(key: str, pattern: str, taken: dict[str, np.ndarray]) -> None:

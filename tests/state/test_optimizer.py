@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from mmjax.config import UserError
 from mmjax.state.optimizer import (
@@ -416,3 +417,26 @@ def test_sharded_states_update_like_whole_ones(make_config):
   )
   expected, _ = jax.jit(optimizer.tx.update)(gradients, optimizer.tx.init(params), params)
   assert_close(updates, expected, 1e-5, "the first step")
+
+
+@pytest.mark.parametrize(
+  "rates, dropout, warns",
+  [
+    (((r"image/layers[0:1]/.*", 0.0),), 0.1, True),
+    (((r"image/layers[0:1]/.*", 0.0),), 0.0, False),
+    (((r"image/.*", 0.0),), 0.1, False),
+    (((r"image/layers[0:1]/attention/.*", 0.0),), 0.1, False),  # no layer is frozen whole
+  ],
+)
+def test_dropout_in_frozen_layers_of_a_stack_is_said(rates, dropout, warns, make_config, caplog):
+  c = ConfigDict(make_config(rates=rates).to_dict())
+  c.model.encoders = dict(image=dict(kind="vit", dropout=dropout))
+  spec = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+    nest({name: shape for name, (shape, _) in shapes(True).items()}),
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
+  )
+  make_optimizer(FrozenConfigDict(c), axes_tree(True), spec, steps=10)
+  said = [record.getMessage() for record in caplog.records]
+  assert len(said) == warns
+  assert not warns or "freezes layers of image/layers" in said[0] and "dropout 0.1" in said[0]
