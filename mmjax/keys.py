@@ -2,7 +2,7 @@
 resolves with.
 
 A new key is one line of `KEYS`; a new encoder, fusion, objective, ... is one line of `KINDS` (see
-config.py for what a kind is).
+kinds.py for what a kind is).
 """
 
 from __future__ import annotations
