@@ -19,6 +19,7 @@ from mmjax.config import UserError
 from mmjax.data import examples
 from mmjax.data.builders import write_dataset
 from mmjax.data.builders.convert import convert
+from mmjax.data.examples import CutMedia
 from mmjax.data.sources import open_source
 from mmjax.data.tars import TarSource
 from mmjax.data.text import train_tokenizer_from_source
@@ -224,3 +225,10 @@ def test_an_empty_path_is_bad_usage(words, tmp_path, monkeypatch, capfd):
   monkeypatch.chdir(tmp_path)
   assert cli.main(list(words)) == 2
   assert "is empty" in capfd.readouterr().err and not os.listdir(tmp_path)
+
+
+def test_names_of_what_is_cut_are_shown_clean(capfd):
+  cut = CutMedia()
+  cut.add([("audio", f"voices {EVIL}", "0.1 of 0.2 s")])
+  told = capfd.readouterr().err
+  assert told.count("\n") == 1 and "only the beginning is used" in told and clean(told)

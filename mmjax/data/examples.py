@@ -527,7 +527,7 @@ class CutMedia:
 
   def _say(self, line: str, modality: str) -> None:
     self._said[modality] = len(self.names[modality])
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def report_unreadable(
