@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.interop.huggingface import mapping, single
+from mmjax.interop.huggingface import mapping, single, vit
 from mmjax.interop.huggingface.clip import square
 from mmjax.interop.huggingface.mapping import Rule
 
@@ -106,22 +106,8 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
     "image/registers", ("embeddings.register_tokens",), lambda t: t[0][0], lambda p: [p[None]]
   )
   return [
-    mapping.same("image/class", "embeddings.cls_token", shape=(1, 1, -1)),
-    Rule(
-      "image/position", ("embeddings.position_embeddings",), lambda t: t[0][0], lambda p: [p[None]]
-    ),
+    *vit.embedding_and_attention_rules(image),
     *([registers] if image["registers"] else ()),
-    mapping.patches(
-      "image/patch/kernel", "embeddings.patch_embeddings.projection.weight", image["patch"]
-    ),
-    mapping.same("image/patch/bias", "embeddings.patch_embeddings.projection.bias"),
-    *mapping.self_attention(
-      "image/layers/attention",
-      [f"{at}.attention.attention.{x}" for x in ("query", "key", "value")],
-      f"{at}.attention.output.dense",
-      image["heads"],
-      depth,
-    ),
     *mapping.norm("image/layers/attention_norm", f"{at}.norm1", depth),
     *mapping.norm("image/layers/mlp_norm", f"{at}.norm2", depth),
     mapping.same("image/layers/attention_scale/scale", f"{at}.layer_scale1.lambda1", depth),

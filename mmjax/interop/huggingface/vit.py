@@ -84,6 +84,21 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
   image = config["model"]["encoders"]["image"]
   at, depth = "encoder.layer.{i}", image["depth"]
   return [
+    *embedding_and_attention_rules(image),
+    *mapping.norm("image/layers/attention_norm", f"{at}.layernorm_before", depth),
+    *mapping.norm("image/layers/mlp_norm", f"{at}.layernorm_after", depth),
+    *mapping.linear("image/layers/mlp/up", f"{at}.intermediate.dense", depth),
+    *mapping.linear("image/layers/mlp/down", f"{at}.output.dense", depth),
+    *mapping.norm("image/norm", "layernorm"),
+    *(mapping.linear("image/pooler", "pooler.dense") if image["pooler"] else ()),
+    *single.classifier(config),
+  ]
+
+
+def embedding_and_attention_rules(image: Mapping[str, Any]) -> list[Rule]:
+  """The weights that every model made like a ViT names alike: before the blocks, and in attention."""
+  at = "encoder.layer.{i}.attention"
+  return [
     mapping.same("image/class", "embeddings.cls_token", shape=(1, 1, -1)),
     Rule(
       "image/position", ("embeddings.position_embeddings",), lambda t: t[0][0], lambda p: [p[None]]
@@ -94,18 +109,11 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
     mapping.same("image/patch/bias", "embeddings.patch_embeddings.projection.bias"),
     *mapping.self_attention(
       "image/layers/attention",
-      [f"{at}.attention.attention.{x}" for x in ("query", "key", "value")],
-      f"{at}.attention.output.dense",
+      [f"{at}.attention.{x}" for x in ("query", "key", "value")],
+      f"{at}.output.dense",
       image["heads"],
-      depth,
+      image["depth"],
     ),
-    *mapping.norm("image/layers/attention_norm", f"{at}.layernorm_before", depth),
-    *mapping.norm("image/layers/mlp_norm", f"{at}.layernorm_after", depth),
-    *mapping.linear("image/layers/mlp/up", f"{at}.intermediate.dense", depth),
-    *mapping.linear("image/layers/mlp/down", f"{at}.output.dense", depth),
-    *mapping.norm("image/norm", "layernorm"),
-    *(mapping.linear("image/pooler", "pooler.dense") if image["pooler"] else ()),
-    *single.classifier(config),
   ]
 
 
