@@ -1,4 +1,4 @@
-"""A process that fails before it has joined the others of its run ends them too, and they say why."""
+"""A process that fails before it has joined the others of its run ends them too; they say why."""
 
 from __future__ import annotations
 

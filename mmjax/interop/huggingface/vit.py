@@ -96,7 +96,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
 
 
 def embedding_and_attention_rules(image: Mapping[str, Any]) -> list[Rule]:
-  """The weights that every model made like a ViT names alike: before the blocks, and in attention."""
+  """The weights that all models made like a ViT name alike: before the blocks, in attention."""
   at = "encoder.layer.{i}.attention"
   return [
     mapping.same("image/class", "embeddings.cls_token", shape=(1, 1, -1)),
