@@ -38,7 +38,7 @@ def documentation(group, name, seen=()):
   text = inspect.getdoc(kind_function({"kind": name}, group)) or ""
   others = [
     other
-    for other in re.findall(r"see `(\w+)`", text, re.IGNORECASE)
+    for other in re.findall(r"see\s+`(\w+)`", text, re.IGNORECASE)
     if other in KINDS[group] and other not in seen
   ]
   return " ".join([text, *(documentation(group, other, (*seen, name)) for other in others)])
