@@ -16,6 +16,7 @@ import mmjax
 from mmjax.config import UserError
 from mmjax.interop.huggingface import export_hf, import_hf
 from mmjax.state import checkpoint as checkpoints
+from tests.interop import test_text_families as text_families
 from tests.interop.test_single_encoders import TOWER, WORDS, randomise, tokenizer
 
 TEXTS = ["a cat with a hat", "red house and blue car on the house with the dog and a cat", "Dog"]
@@ -35,7 +36,13 @@ def folder_of(folder, *modules, settings=None, inside="", **facts):
   )
   model.save_pretrained(where)
   tokenizer(where)
-  (where / "sentence_bert_config.json").write_text(
+  put_around(folder, *modules, settings=settings, inside=inside, **facts)
+  return model
+
+
+def put_around(folder, *modules, settings=None, inside="", **facts):
+  """Writes the files of sentence-transformers around the encoder in folder/inside."""
+  (folder / inside / "sentence_bert_config.json").write_text(
     json.dumps(settings or dict(max_seq_length=LENGTH, do_lower_case=False))
   )
   listed = [("Transformer", inside)]
@@ -55,7 +62,6 @@ def folder_of(folder, *modules, settings=None, inside="", **facts):
     )
   )
   (folder / "config_sentence_transformers.json").write_text(json.dumps(facts))
-  return model
 
 
 def pooling(*kinds):
@@ -203,12 +209,55 @@ def test_other_modules_are_refused_by_name(says, modules, more, tmp_path):
   assert not (tmp_path / "mmjax").exists()
 
 
+BACKBONES = {  # as in the folders of that name, or with that pooling
+  "all-mpnet-base-v2": ("MPNetModel", [pooling("mean_tokens"), NORMALIZE]),
+  "all-distilroberta-v1": ("RobertaModel", [pooling("mean_tokens"), NORMALIZE]),
+  "multilingual-e5": ("XLMRobertaModel", [pooling("mean_tokens"), NORMALIZE]),
+  "bge-m3": ("XLMRobertaModel", [pooling("cls_token"), NORMALIZE]),
+  "msmarco-distilbert": ("DistilBertModel", [pooling("mean_tokens")]),
+  "distiluse": ("DistilBertModel", [pooling("mean_tokens"), dense(16, 8, TANH)]),
+}
+
+
+def backbone_of(case, folder):
+  """(model, modules) of a folder whose encoder is no BERT."""
+  kind, modules = BACKBONES[case]
+  model, _, _ = text_families.folder_of(kind, folder)
+  path = folder / "tokenizer_config.json"
+  facts = json.loads(path.read_text())  # without token types, as these families' tokenizers are
+  path.write_text(json.dumps({**facts, "model_input_names": ["input_ids", "attention_mask"]}))
+  put_around(folder, *modules)
+  return model, modules
+
+
+QUICK = ("all-mpnet-base-v2", "all-distilroberta-v1", "bge-m3", "msmarco-distilbert")
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_embeddings_of_other_encoders_equal_the_modules_both_ways(case, tmp_path):
+  model, modules = backbone_of(case, tmp_path / "st")
+  want = by_hand(model, tmp_path / "st", TEXTS, modules)
+  import_hf(tmp_path / "st", tmp_path / "mmjax")
+  predictor = mmjax.load(str(tmp_path / "mmjax"))
+  assert predictor.config.data.text.length == LENGTH
+  np.testing.assert_allclose(predictor.encode_text(TEXTS), want, atol=1e-5)
+  export_hf(tmp_path / "mmjax", tmp_path / "back")
+  before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("st", "back"))
+  assert {name for name in before if not name.startswith("pooler.")} == set(after)
+  assert all(torch.equal(after[name], before[name]) for name in after)
+  again = transformers.AutoModel.from_pretrained(tmp_path / "back")
+  assert type(again).__name__ == type(model).__name__.removeprefix("XLM")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *BACKBONES])
 def test_embeddings_equal_the_library(case, tmp_path):
   """Also of what was exported; 25 seconds of it are the import of sentence_transformers."""
   library = pytest.importorskip("sentence_transformers")
-  folder_of(tmp_path / "st", *CASES[case])
+  if case in CASES:
+    folder_of(tmp_path / "st", *CASES[case])
+  else:
+    backbone_of(case, tmp_path / "st")
   import_hf(tmp_path / "st", tmp_path / "mmjax")
   export_hf(tmp_path / "mmjax", tmp_path / "back")
   got = mmjax.load(str(tmp_path / "mmjax")).encode_text(TEXTS)
