@@ -43,7 +43,7 @@ from mmjax.keys import (
   Special,
 )
 from mmjax.kinds import FUNCTION, kind_function, kind_settings, load_function, what_happened
-from mmjax.ranges import INT32, Duration, Function, Range
+from mmjax.ranges import INT32, Duration, Fields, Function, Range
 
 log = logging.getLogger("mmjax")
 _DEEPEST = 32  # levels of a config: the deepest key has six
@@ -453,6 +453,8 @@ def _resolve_node(
         value, f"{prefix}{name}", f"{pattern_prefix}{name}", common, allow_code
       )
     else:
+      if value == {} and any(isinstance(note, Fields) for note in typing.get_args(kind)):
+        continue  # nothing is asked of it, and old configs do not have it
       out[name] = _typed(value, kind, f"{prefix}{name}", default)
       if Function() in typing.get_args(kind):
         _check_code(out[name], FUNCTIONS, f"{prefix}{name}", allow_code)
@@ -465,6 +467,9 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   """
   if typing.get_origin(kind) is Annotated:
     bare, *notes = typing.get_args(kind)
+    for wanted in notes:
+      if isinstance(wanted, Fields):
+        return _fields(value, wanted, path)
     value = _typed(value, bare, path, default)
     for wanted in notes:
       if isinstance(wanted, Range) and not wanted.holds(value):
@@ -529,6 +534,25 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
   raise ConfigError(
     f"{path} is {value!r} ({type(value).__name__}), but must be {_article(plain.__name__)}{hint}"
   )
+
+
+def _fields(value: Any, wanted: Fields, path: str) -> dict[str, Any] | None:
+  """The settings of a dict that belong to a dataclass or a function, typed; None stays None."""
+  if value is None:
+    return None
+  if not isinstance(value, dict):
+    raise ConfigError(f"{path} must be a dict of settings, not {value!r}")
+  parameters = inspect.signature(wanted.of, eval_str=True).parameters
+  known = {name: p for name, p in parameters.items() if name not in wanted.without}
+  for name in value:
+    if name not in known:
+      elsewhere = f". It is {path.rpartition('.')[0]}.{name}" if name in wanted.without else ""
+      hint = elsewhere or nearest(name, known) or f"; there are: {', '.join(known)}"
+      raise ConfigError(f"unknown key {path}.{name}{hint}")
+  return {
+    name: _typed(given, known[name].annotation, f"{path}.{name}", known[name].default)
+    for name, given in value.items()
+  }
 
 
 def _set_override(tree: dict, path: str, value: Any) -> None:

@@ -79,6 +79,18 @@ class Function(NamedTuple):
 FunctionName = Annotated[str, Function()]
 
 
+class Fields(NamedTuple):
+  """Marks a setting that is a dict with the parameters of `of`, a dataclass or a function; only
+  those that a config names are kept. without: parameters that stand elsewhere.
+  """
+
+  of: Any
+  without: tuple[str, ...] = ()
+
+  def __str__(self) -> str:
+    return f"settings of {self.of.__name__}"
+
+
 def is_duration(annotation: Any) -> bool:
   """Whether a setting of this annotation is a duration, with a range or without."""
   return Duration in (annotation, *typing.get_args(annotation))
@@ -149,6 +161,7 @@ Epsilon = Annotated[float, Range(above=0, most=1)]
 
 # Several numbers
 Sizes = Annotated[tuple, Range(1, INT32)]
+Windows = Annotated[tuple, Range(0, INT32)]  # 0 = all that there is
 TokenIds = Annotated[tuple, Range(0, INT32)]
 Widths = Annotated[tuple[int, ...], Range(1, 262_144)]  # one or more
 Kernels = Annotated[

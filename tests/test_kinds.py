@@ -96,6 +96,8 @@ def test_a_kind_resolves_with_its_defaults(group, name):
     resolved = resolved[key]
   entry = resolved[last]
   for p in settings:
+    if "Fields(" in str(p.annotation) and p.name not in entry:
+      continue  # a dict of settings that names none
     special = "Special(" in str(p.annotation)  # those are the tokenizer's
     if (
       p.default is not p.empty

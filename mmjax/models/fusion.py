@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.models.block import BlockConfig, Kernel, Remat, with_block
 from mmjax.models.cross import CrossTransformer
-from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
+from mmjax.models.layers import Dense, Encoded, activate, normal, with_axes
 from mmjax.models.pooling import keep_rows
-from mmjax.models.transformer import Kernel, Remat, Transformer, TransformerConfig
+from mmjax.models.stack import Stack
 from mmjax.ranges import Count, Depth, Dropout, Heads, Size, Width
 
 Array = jax.Array
@@ -35,7 +36,7 @@ class Fusion(nn.Module):
   """
 
   modalities: tuple[str, ...]
-  config: TransformerConfig
+  config: BlockConfig
 
   projects = True  # False: `join` gets what the encoders gave
   decides = False  # True: `pooled` are logits of classes
@@ -207,10 +208,10 @@ class MergedAttention(Fusion):
     c = self.config
     tokens, mask = in_a_row(self._with_modality(parts))
     x = jnp.concatenate([tokens, self._reader(tokens.shape[0])], axis=1)
-    stack = Transformer(c)
+    stack = Stack(c)
     nn.share_scope(self, stack)  # its parameters are ours: fusion/layers
     x = stack(x, jnp.concatenate([mask, mask.any(-1, keepdims=True)], axis=1), train=train)
-    x = LayerNorm(c.eps, c.dtype, name="norm")(x)
+    x = c.make_norm("norm")(x)
     return Encoded(x[:, :-1], mask, x[:, -1])
 
 
@@ -336,9 +337,9 @@ def _config(
   mlp: int = 0,
   dropout: float = 0.0,
   **more: Any,
-) -> TransformerConfig:
+) -> BlockConfig:
   heads = heads or max(1, width // 64)
-  return TransformerConfig(
+  return BlockConfig(
     width=width,
     depth=depth,
     heads=heads,
@@ -392,6 +393,7 @@ def average(
   return Average(modalities, _config(precision, width, heads=1))
 
 
+@with_block
 def cross_attention(
   modalities: tuple,
   data: Mapping[str, Any],
@@ -431,6 +433,7 @@ def cross_attention(
   return CrossAttention(modalities, config, query=query)
 
 
+@with_block
 def merged_attention(
   modalities: tuple,
   data: Mapping[str, Any],
@@ -460,6 +463,7 @@ def merged_attention(
   return MergedAttention(modalities, config)
 
 
+@with_block
 def perceiver(
   modalities: tuple,
   data: Mapping[str, Any],

@@ -128,7 +128,7 @@ def write(
   step = lambda token, i, cache, memory: model.apply(
     variables, token, i, cache, memory, method="next_logits"
   )
-  prompt, rows = jnp.asarray(decoder.prompt, jnp.int32), cache["key"].shape[1]
+  prompt, rows = jnp.asarray(decoder.prompt, jnp.int32), cache.key.shape[1]
   if decoder.languages:
     prompt = (
       jnp.broadcast_to(prompt, (rows, len(prompt)))
@@ -182,7 +182,7 @@ def write_timed(
   cache, memory = model.apply(
     variables, tuple(source), batch, length=max_length, method="start_writing"
   )
-  rows, start = cache["key"].shape[1], prompt.shape[1]
+  rows, start = cache.key.shape[1], prompt.shape[1]
   written = Timed(
     cache, jnp.zeros((1, rows), bool), jnp.ones((1, rows), bool), jnp.full((1, rows), -1, jnp.int32)
   )

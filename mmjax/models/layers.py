@@ -12,7 +12,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -70,7 +69,8 @@ class Dense(nn.Module):
 
   Call: x [..., *inputs] -> [..., *features]. kernel [*inputs, *features]. `axes` names the kernel's
   dimensions; the bias takes the last ones. For rematerialisation, results of `affine` are named
-  "dense". apart: returns (x @ kernel, bias or None) for a caller that adds the bias itself.
+  "dense". part: a slice of the first of the features, for some of several projections in one.
+  apart: returns (x @ kernel, bias or None) for a caller that adds the bias itself.
   """
 
   features: tuple[int, ...]
@@ -78,25 +78,23 @@ class Dense(nn.Module):
   dtype: jnp.dtype
   kernel_init: Init | None = None
   use_bias: bool = True
-  apart: bool = False
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(
+    self, x: Array, part: slice = slice(None), *, apart: bool = False
+  ) -> Array | tuple[Array, Array | None]:
     n = len(self.axes) - len(self.features)
-    inputs = x.shape[x.ndim - n :]
+    inputs, axes = x.shape[x.ndim - n :], self.axes[n:]
     init = self.kernel_init or xavier(math.prod(inputs), math.prod(self.features))
     kernel = self.param(
       "kernel", with_axes(init, self.axes), (*inputs, *self.features), jnp.float32
     )
     bias = None
     if self.use_bias:
-      bias = self.param(
-        "bias", with_axes(nn.initializers.zeros, self.axes[n:]), self.features, jnp.float32
-      ).astype(self.dtype)
-    x, kernel, axes = x.astype(self.dtype), kernel.astype(self.dtype), self.axes[n:]
-    return (
-      (affine(x, kernel, None, n, axes), bias) if self.apart else affine(x, kernel, bias, n, axes)
-    )
+      bias = self.param("bias", with_axes(nn.initializers.zeros, axes), self.features, jnp.float32)
+      bias = bias[part].astype(self.dtype)
+    x, kernel = x.astype(self.dtype), kernel[(slice(None),) * n + (part,)].astype(self.dtype)
+    return (affine(x, kernel, None, n, axes), bias) if apart else affine(x, kernel, bias, n, axes)
 
 
 def affine(
@@ -171,6 +169,25 @@ class LayerNorm(nn.Module):
     )
 
 
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467) with float32
+  statistics. Call: x [..., D] -> [..., D] in `dtype`.
+  """
+
+  eps: float
+  dtype: jnp.dtype
+  axis: str = "embed"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param(
+      "scale", with_axes(nn.initializers.ones, (self.axis,)), (x.shape[-1],), jnp.float32
+    )
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return cpu.barrier((y * scale).astype(self.dtype))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalise(x: Array, scale: Array, bias: Array, eps: float, coarse: bool = False) -> Array:
   """(x - mean) / sqrt(variance + eps) * scale + bias over the last dimension. The backward pass
@@ -215,6 +232,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "relu": jax.nn.relu,
   "silu": jax.nn.silu,
 }
+# By the names of gated MLPs (block.py): what is done to the half that multiplies the other.
+ACTIVATIONS |= {
+  "swiglu": ACTIVATIONS["silu"],
+  "geglu": ACTIVATIONS["gelu"],
+  "geglu_tanh": ACTIVATIONS["gelu_tanh"],
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -228,7 +251,7 @@ def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
 
 
 def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
-  if name == "gelu_tanh" and platform() == "tpu":
+  if ACTIVATIONS[name] is ACTIVATIONS["gelu_tanh"] and platform() == "tpu":
     return ((cotangent * _gelu_tanh_derivative(x.astype(jnp.float32))).astype(x.dtype),)
   x = cpu.barrier(
     x
@@ -249,36 +272,6 @@ def _gelu_tanh_derivative(x: Array) -> Array:
 activate.defvjp(_activate_forward, _activate_backward)
 
 
-class Mlp(nn.Module):
-  """Two dense layers with an activation between. Call: x [..., D] -> [..., D].
-
-  gated: the first gives twice the hidden units, of which the activated half multiplies the other.
-  """
-
-  hidden: int
-  activation: str
-  dtype: jnp.dtype
-  use_bias: bool = True
-  gated: bool = False
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    width = x.shape[-1]
-    h = Dense(
-      (self.hidden * (1 + self.gated),),
-      ("embed", "mlp"),
-      self.dtype,
-      use_bias=self.use_bias,
-      name="up",
-    )(x)
-    h = (
-      activate(self.activation, h[..., : self.hidden]) * h[..., self.hidden :]
-      if self.gated
-      else activate(self.activation, h)
-    )
-    return Dense((width,), ("mlp", "embed"), self.dtype, use_bias=self.use_bias, name="down")(h)
-
-
 def hide_patches(module: nn.Module, x: Array, batch: Mapping[str, Array]) -> Array:
   """x [B, L, D] with a learned token of `module` where batch["patch_mask"], bool [B, L], is True;
   without it, x as it is.
@@ -291,70 +284,3 @@ def hide_patches(module: nn.Module, x: Array, batch: Mapping[str, Array]) -> Arr
     "mask_token", with_axes(normal(0.02), ("embed",)), (x.shape[-1],), jnp.float32
   )
   return jnp.where(batch["patch_mask"][..., None], token.astype(x.dtype), x)
-
-
-def sincos_positions(
-  height: int, width: int, channels: int, temperature: float = 10_000.0
-) -> np.ndarray:
-  """Fixed two-dimensional positions [height * width, channels], float32 (MoCo v3, Chen et al. 2021,
-  arXiv:2104.02057).
-  """
-  if channels % 4:
-    raise ValueError(f"sin-cos positions need a width divisible by 4, not {channels}")
-  y, x = np.mgrid[:height, :width].astype(np.float64)
-  omega = temperature ** -(np.arange(channels // 4) / max(1, channels // 4 - 1))
-  angles_y, angles_x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
-  return np.concatenate(
-    [np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)], 1
-  ).astype(np.float32)
-
-
-def resize_positions(
-  table: Array, old: tuple[int, int], new: tuple[int, int], antialias: bool = False
-) -> Array:
-  """Learned positions of a grid `old`, [old[0] * old[1], D], interpolated to the grid `new`:
-  [new[0] * new[1], D].
-
-  Bicubic with a = -0.75 and half-pixel centres, as transformers does with
-  `interpolate_pos_encoding`; antialias: with a = -0.5, over as many more places as the grid
-  shrinks, as `torch.nn.functional.interpolate(..., antialias=True)`.
-  """
-  if old == new:
-    return table
-  weights = _antialiased_weights if antialias else _cubic_weights
-  rows, columns = (jnp.asarray(weights(o, n), table.dtype) for o, n in zip(old, new, strict=True))
-  grid = table.reshape(*old, table.shape[-1])
-  return jnp.einsum("ah,bw,hwd->abd", rows, columns, grid, precision="highest").reshape(
-    -1, table.shape[-1]
-  )
-
-
-@functools.lru_cache(maxsize=64)
-def _cubic_weights(old: int, new: int) -> np.ndarray:
-  """[new, old] weights of one-dimensional cubic convolution (Keys 1981, a = -0.75), edges
-  repeated.
-  """
-  a, out = -0.75, np.zeros((new, old))
-  for i in range(new):
-    centre = (i + 0.5) * old / new - 0.5
-    first = math.floor(centre) - 1
-    for j in range(first, first + 4):
-      d = abs(centre - j)
-      w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
-      out[i, min(max(j, 0), old - 1)] += w
-  return out
-
-
-@functools.lru_cache(maxsize=64)
-def _antialiased_weights(old: int, new: int) -> np.ndarray:
-  """[new, old] weights of one-dimensional cubic convolution (a = -0.5), stretched where `new` is
-  smaller, cut off at the edges.
-  """
-  a, scale = -0.5, old / new
-  distance = np.abs(np.arange(old) + 0.5 - scale * (np.arange(new)[:, None] + 0.5)) / max(scale, 1)
-  near, far = (
-    (a + 2) * distance**3 - (a + 3) * distance**2 + 1,
-    a * (distance**3 - 5 * distance**2 + 8 * distance - 4),
-  )
-  weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
-  return weights / weights.sum(1, keepdims=True)

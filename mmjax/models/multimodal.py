@@ -17,7 +17,7 @@ from mmjax.config import UserError
 from mmjax.models.decoder import shift_right
 from mmjax.models.dual_encoder import DualEncoder
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, with_axes
-from mmjax.models.transformer import Transformer
+from mmjax.models.stack import Stack
 from mmjax.ranges import Count, Finite, Positive, Width
 
 Array = jax.Array
@@ -49,7 +49,7 @@ class Multimodal(DualEncoder):
 
   def setup(self) -> None:
     if self.shared:
-      self.trunk = Transformer(next(iter(self.encoders.values())).config)
+      self.trunk = Stack(next(iter(self.encoders.values())).config)
     super().setup()
     head = lambda count, name: Dense(
       (count,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.models.attention import Attention
-from mmjax.models.layers import LayerNorm, Mlp, with_axes, xavier
-from mmjax.models.transformer import TransformerConfig
+from mmjax.models.attention import AttentionMask
+from mmjax.models.block import Attention, BlockConfig, Mlp
+from mmjax.models.layers import with_axes, xavier
 
 Array = jax.Array
 SentencePooling = Literal["class", "max", "mean", "mean_sqrt", "weighted_mean", "last"]
@@ -25,19 +26,16 @@ class AttentionPool(nn.Module):
   pools to zeros.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
 
   @nn.compact
   def __call__(self, tokens: Array, mask: Array) -> Array:
     c = self.config
     query = self.param("query", with_axes(xavier(1, c.width), ("embed",)), (c.width,), jnp.float32)
     query = jnp.broadcast_to(query.astype(c.dtype), (tokens.shape[0], 1, c.width))
-    x = Attention(c.heads, c.dtype, use_bias=c.bias, kernel="xla", name="attention")(
-      query, tokens, mask=mask
-    )
-    x = x + Mlp(c.mlp, c.activation, c.dtype, c.bias, name="mlp")(
-      LayerNorm(c.eps, c.dtype, name="norm")(x)
-    )
+    own = dataclasses.replace(c, kernel="xla", gated=False)
+    x = Attention(own, name="attention")(query, AttentionMask(keys=mask), context=tokens)
+    x = x + Mlp(own, name="mlp")(c.make_norm("norm")(x))
     return keep_rows(x[:, 0], mask)
 
 

@@ -6,7 +6,7 @@ a strategy is a row of `RULES` and nothing else. Rules apply in order and a mesh
 an array, so that
 `batch` comes first: in an activation it takes `fsdp`, and `embed` then stays whole. Under every
 strategy sequences are split over `context`, where it divides their length (models/layers.py
-`constrain`), and attention runs as a ring over it (models/ring_attention.py); a sequence that it
+`constrain`), and attention runs as a ring over it (models/attention/ring.py); a sequence that it
 does not divide is whole on each of these devices, which repeat the work.
 """
 

@@ -22,7 +22,7 @@ from mmjax import config as configs
 from mmjax import files
 from mmjax.config import ConfigError, UserError
 from mmjax.models import NESTED
-from mmjax.models.transformer import REMAT
+from mmjax.models.stack import REMAT
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
 from mmjax.plan import cost, hlo, memory, topology

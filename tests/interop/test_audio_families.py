@@ -15,6 +15,7 @@ import transformers
 from mmjax.config import UserError
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import ast, mapping, whisper
+from mmjax.models import positions
 from mmjax.models.encoders import audio as encoders
 
 RATE = 16_000
@@ -181,7 +182,7 @@ def test_whisper_positions_equal_transformers_at_full_length():
     )
   )
   np.testing.assert_allclose(
-    encoders.sinusoids(1500, 384), model.encoder.embed_positions.weight, atol=2e-4
+    positions.sinusoids(1500, 384), model.encoder.embed_positions.weight, atol=2e-4
   )  # float32 angles of up to 1499
 
 

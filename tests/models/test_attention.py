@@ -15,91 +15,148 @@ from jax.sharding import AxisType
 from jax.test_util import check_grads
 
 from mmjax.config import UserError
-from mmjax.models import attention
-from mmjax.models.attention import Attention, attend
+from mmjax.models.attention import AttentionMask, attend, choose
+from mmjax.models.attention.attend import LACKS, per_shard
+from mmjax.models.attention.flash import flash, splash
+from mmjax.models.attention.fused import fused_attention
+from mmjax.models.attention.plain import plain, sdpa
+from mmjax.models.block import Attention, BlockConfig
+
+QUICK = dict(
+  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
+)  # the compiler takes longer than all runs
+B, L, H, G, K = 3, 8, 4, 2, 8
+SCALE = K**-0.5
 
 
-def formula(q, k, v, mask, causal, scale):
-  """softmax over the open keys, written out; zeros for a query with none."""
+def formula(q, k, v, seen, cap=0.0):
+  """softmax over the open keys, written out in float64; zeros for a query with none. seen [B, L,
+  S].
+  """
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-  logits = np.einsum("blhd,bshd->bhls", q, k) * scale
-  seen = np.ones(logits.shape, bool)
-  if mask is not None:
-    seen &= np.asarray(mask)[:, None, None] if mask.ndim == 2 else np.asarray(mask)[:, None]
-  if causal:
-    seen &= np.tril(np.ones(logits.shape[2:], bool))
-  weights = np.where(seen, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+  k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+  logits = np.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5
+  logits = cap * np.tanh(logits / cap) if cap else logits
+  weights = np.where(seen[:, None], np.exp(logits - logits.max(-1, keepdims=True)), 0)
   total = weights.sum(-1, keepdims=True)
   return np.einsum(
     "bhls,bshd->blhd", np.divide(weights, total, out=np.zeros_like(weights), where=total > 0), v
   )
 
 
-def inputs(length, keys, mask, heads=2, channels=8):
-  rng = np.random.default_rng(length + keys)
-  q, k, v = (
-    rng.standard_normal((3, n, heads, channels)).astype(np.float32) for n in (length, keys, keys)
-  )
-  if mask == "none":
-    return q, k, v, None
-  mask = rng.random((3, keys) if mask == "keys" else (3, length, keys)) < 0.6
-  mask[1] = False  # an example that sees nothing
-  if mask.ndim == 3:
-    mask[0, 2] = False  # and a query
-  return q, k, v, mask
+RNG = np.random.default_rng(0)
+KEYS = RNG.random((B, L)) < 0.6
+KEYS[1] = False  # an example that sees nothing
+SEGMENTS = np.sort(RNG.integers(0, 3, (B, L))).astype(np.int32)
+PREFIX = np.array([0, 3, 5], np.int32)
+PAIRS = RNG.random((B, L, L)) < 0.6
+PAIRS[0, 2] = False  # a query that sees nothing
+Q, KEY, VALUE, TARGET = (
+  RNG.standard_normal((B, L, heads, K)).astype(np.float32) for heads in (H, G, G, H)
+)
+MASKS = {
+  "none": (dict(), lambda b, i, j: True),
+  "keys": (dict(keys=KEYS), lambda b, i, j: KEYS[b, j]),
+  "causal": (dict(causal=True, keys=KEYS), lambda b, i, j: j <= i and KEYS[b, j]),
+  "window": (dict(causal=True, window=3), lambda b, i, j: i - 3 < j <= i),
+  "near": (dict(window=2), lambda b, i, j: abs(i - j) < 2),
+  "prefix": (
+    dict(causal=True, prefix=PREFIX, keys=KEYS),
+    lambda b, i, j: (j <= i or j < PREFIX[b]) and KEYS[b, j],
+  ),
+  "segments": (
+    dict(causal=True, segments=SEGMENTS, keys=KEYS),
+    lambda b, i, j: j <= i and SEGMENTS[b, i] == SEGMENTS[b, j] and KEYS[b, j],
+  ),
+  "packed": (
+    dict(causal=True, window=4, segments=SEGMENTS),
+    lambda b, i, j: i - 4 < j <= i and SEGMENTS[b, i] == SEGMENTS[b, j],
+  ),
+  "offset": (dict(causal=True, offset=-PREFIX), lambda b, i, j: j <= i - PREFIX[b]),
+  "pairs": (dict(pairs=PAIRS), lambda b, i, j: PAIRS[b, i, j]),
+}
+
+
+def packed(q, k, v, mask, *, scale, soft_cap=0.0):
+  """The kernel that takes projections in one array, by Pallas's interpreter."""
+  k, v = (jnp.repeat(x, H // G, axis=2) for x in (k, v))
+  qkv = jnp.stack([q, k, v], 2).reshape(B * L, -1)
+  return fused_attention(
+    qkv, None, mask, channels=K, length=L, scale=scale, soft_cap=soft_cap, interpret=True
+  ).reshape(q.shape)
 
 
 RUN = {
-  "xla": attend,
-  "sdpa": functools.partial(attend, kernel="sdpa"),
-  "flash": lambda q, k, v, mask=None, causal=False, scale=None: attention._flash(
-    q, k, v, mask, causal=causal, scale=scale or q.shape[-1] ** -0.5
-  ),
-  "splash": lambda q, k, v, mask=None, causal=False, scale=None: attention._splash(
-    q, k, v, mask, causal=causal, scale=scale or q.shape[-1] ** -0.5, interpret=True
-  ),
+  "xla": plain,
+  "sdpa": sdpa,
+  "fused": packed,
+  "flash": flash,
+  "splash": functools.partial(splash, interpret=True),
 }
-CASES = [
-  (kernel, mask, causal)
-  for kernel in RUN
-  for mask in ("none", "keys", "pairs")
-  for causal in (False, True)
-  if (kernel, mask) != ("splash", "pairs")
-]
 
 
-@pytest.mark.parametrize("kernel, mask, causal", CASES)
-def test_kernels_equal_the_formula_and_empty_rows_are_zero(kernel, mask, causal):
-  q, k, v, seen = inputs(7, 7 if causal else 5, mask)
-  target = np.random.default_rng(0).standard_normal(q.shape).astype(np.float32)
+SLOW = ("flash", "splash")  # to interpret: two masks show what they read and what they hold
 
-  def loss(q, k, v, run):
-    out = run(q, k, v, mask=None if seen is None else jnp.asarray(seen), causal=causal)
-    return (out * target).sum(), out
 
-  def value(run):
-    return jax.jit(
-      jax.value_and_grad(functools.partial(loss, run=run), argnums=(0, 1, 2), has_aux=True)
-    )(q, k, v)
+@functools.cache
+def all_masks(kernel):
+  """(function of query, key, value that gives {mask: (output, gradients)} of a kernel, its masks),
+  compiled once.
+  """
+  caps = (0.0,) if "soft_cap" in LACKS.get(kernel, ()) else (0.0, 2.0)
+  cases = {
+    (name, cap): AttentionMask(**parts)
+    for name, (parts, _) in MASKS.items()
+    if not set(parts) & set(LACKS.get(kernel, ()))
+    and (kernel not in SLOW or name in ("segments", "packed"))
+    for cap in (caps if name == "packed" else (0.0,))
+  }
+
+  def loss(q, k, v, mask, cap):
+    out = RUN[kernel](q, k, v, mask, scale=SCALE, soft_cap=cap)
+    return (out * TARGET).sum(), out
+
+  def run(q, k, v):
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return {case: gradient(q, k, v, mask, case[1]) for case, mask in cases.items()}
 
   with pltpu.force_tpu_interpret_mode() if kernel == "flash" else jax.numpy_rank_promotion("allow"):
-    (_, out), gradients = value(RUN[kernel])
-  np.testing.assert_allclose(out, formula(q, k, v, seen, causal, 8**-0.5), atol=2e-5)
-  if kernel != "xla":
-    _, want = value(attend)
-    for a, b in zip(gradients, want, strict=True):
-      np.testing.assert_allclose(a, b, atol=5e-5)
-  if seen is not None:
-    assert not np.any(out[1]) and not any(np.any(g[1]) for g in gradients)
-  if mask == "pairs":
-    assert not np.any(out[0, 2]) and not np.any(gradients[0][0, 2])
+    return jax.jit(run).lower(Q, KEY, VALUE).compile(QUICK)
+
+
+@pytest.mark.parametrize("kernel", RUN)
+def test_every_mask_on_every_kernel_equals_the_formula(kernel):
+  """Grouped heads, soft caps and gradients too; queries without a key give and take nothing."""
+  want = all_masks("xla")(Q, KEY, VALUE)
+  for (name, cap), (gradients, out) in all_masks(kernel)(Q, KEY, VALUE).items():
+    seen = np.array(
+      [[[MASKS[name][1](b, i, j) for j in range(L)] for i in range(L)] for b in range(B)]
+    )
+    np.testing.assert_allclose(
+      out, formula(Q, KEY, VALUE, seen, cap), atol=2e-5, err_msg=f"{name} {cap}"
+    )
+    for a, b in zip(gradients, want[name, cap][0], strict=True):
+      np.testing.assert_allclose(a, b, atol=5e-5, err_msg=f"{name} {cap}")
+    blind = ~seen.any(-1)
+    assert not np.asarray(out)[blind].any() and not np.asarray(gradients[0])[blind].any(), name
+    assert not any(np.asarray(x)[~seen.any(1)].any() for x in gradients[1:]), name
+
+
+@pytest.mark.parametrize("kernel", RUN)
+def test_segments_do_not_see_each_other_by_a_bit(kernel):
+  run, other = all_masks(kernel), SEGMENTS == 1
+  changed = [np.where(other[..., None, None], 9 * x[::-1] + 1, x) for x in (Q, KEY, VALUE)]
+  for case in [case for case in run(Q, KEY, VALUE) if case[0] in ("segments", "packed")]:
+    (before, after) = (run(*args)[case][1] for args in ((Q, KEY, VALUE), changed))
+    np.testing.assert_array_equal(before[~other], after[~other])
+    assert not np.allclose(before[other], after[other])
 
 
 def test_gradient_of_the_default_kernel_is_the_derivative():
-  q, k, v, seen = inputs(4, 5, "pairs")
+  mask = AttentionMask(pairs=jnp.asarray(PAIRS))
   check_grads(
-    lambda q, k, v: attend(q, k, v, mask=jnp.asarray(seen)),
-    (q, k, v),
+    lambda q, k, v: attend(q, k, v, mask, soft_cap=3.0),
+    (Q, KEY, VALUE),
     order=1,
     modes=("rev",),
     atol=1e-2,
@@ -108,29 +165,32 @@ def test_gradient_of_the_default_kernel_is_the_derivative():
 
 
 def test_masked_keys_change_nothing():
-  q, k, v, seen = inputs(4, 6, "keys")
-  hidden = ~seen[:, :, None, None]
-  out = attend(q, k, v, mask=jnp.asarray(seen))
+  hidden, mask = ~KEYS[:, :, None, None], AttentionMask(keys=jnp.asarray(KEYS))
   np.testing.assert_array_equal(
-    out, attend(q, np.where(hidden, 1e9, k), np.where(hidden, 1e9, v), mask=jnp.asarray(seen))
+    attend(Q, KEY, VALUE, mask),
+    attend(Q, np.where(hidden, 1e9, KEY), np.where(hidden, 1e9, VALUE), mask),
   )
 
 
 def test_bfloat16_stays_close():
-  q, k, v, seen = inputs(6, 6, "keys")
-  half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-  out = attend(*half, mask=jnp.asarray(seen))
+  half = [jnp.asarray(x, jnp.bfloat16) for x in (Q, KEY, VALUE)]
+  out = attend(*half, AttentionMask(keys=jnp.asarray(KEYS)))
   assert out.dtype == jnp.bfloat16
-  np.testing.assert_allclose(
-    np.asarray(out, np.float32), formula(*half, seen, False, 8**-0.5), atol=0.03
-  )
+  seen = np.broadcast_to(KEYS[:, None], (B, L, L))
+  np.testing.assert_allclose(np.asarray(out, np.float32), formula(*half, seen), atol=0.03)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "splash", "cudnn", "flsh"])
 def test_a_kernel_that_is_not_here_is_refused(kernel):
-  q, k, v, _ = inputs(4, 4, "none")
   with pytest.raises(UserError, match=f"'{kernel}'.*auto"):
-    attend(q, k, v, kernel=kernel)
+    attend(Q, KEY, VALUE, kernel=kernel)
+
+
+def test_what_a_kernel_cannot_have_is_refused():
+  with pytest.raises(UserError, match="'sdpa' takes no soft cap. Use 'auto'"):
+    attend(Q, KEY, VALUE, kernel="sdpa", soft_cap=1.0)
+  with pytest.raises(UserError, match="4 query heads are no multiple of 3"):
+    attend(Q, np.zeros((B, L, 3, K)), np.zeros((B, L, 3, K)))
 
 
 def test_kernels_run_on_each_device_alone(devices):
@@ -140,11 +200,11 @@ def test_kernels_run_on_each_device_alone(devices):
   import flax.linen as nn
 
   mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-  q, k, v, seen = (np.concatenate([x, x[:1]]) for x in inputs(4, 4, "keys"))
+  q, k, v, keys = (np.concatenate([x, x[:1]]) for x in (Q, KEY, VALUE, KEYS))
 
-  def run(q, k, v, mask):
-    one = lambda q, k, v, mask: attention._xla(q, k, v, mask, causal=False, scale=8**-0.5)
-    return attention._per_shard(one, q, k, v, mask)
+  def run(q, k, v, keys):
+    one = functools.partial(plain, scale=SCALE)
+    return per_shard(one, q, k, v, AttentionMask(causal=True, keys=keys))
 
   with (
     jax.set_mesh(mesh),
@@ -152,26 +212,30 @@ def test_kernels_run_on_each_device_alone(devices):
   ):
     sharding = jax.NamedSharding(mesh, jax.P("data", None, "tensor"))
     args = [jax.device_put(x, sharding) for x in (q, k, v)] + [
-      jax.device_put(seen, jax.NamedSharding(mesh, jax.P("data")))
+      jax.device_put(keys, jax.NamedSharding(mesh, jax.P("data")))
     ]
     compiled = jax.jit(run).lower(*args).compile()
     out = compiled(*args)
   assert "all-gather" not in compiled.as_text() and out.sharding.is_equivalent_to(sharding, 4)
-  np.testing.assert_allclose(out, formula(q, k, v, seen, False, 8**-0.5), atol=2e-5)
+  seen = np.tril(np.ones((L, L), bool)) & keys[:, None]
+  np.testing.assert_allclose(out, formula(q, k, v, seen), atol=2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "splash"])
+@pytest.mark.parametrize("run", [flash, splash])
 @pytest.mark.parametrize("shape, causal", [((2, 196, 3, 64), False), ((1, 1100, 2, 72), True)])
-def test_tpu_kernels_lower_for_tpus(kernel, shape, causal):
+def test_tpu_kernels_lower_for_tpus(run, shape, causal):
   """Forward and backward pass at real shapes reach the TPU compiler's input language, on a machine
   without TPUs.
   """
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-  mask = jax.ShapeDtypeStruct(shape[:2], jnp.bool_)
-  run = getattr(attention, f"_{kernel}")
-  loss = lambda q, k, v, m: run(q, k, v, m, causal=causal, scale=0.1).astype(jnp.float32).sum()
+  keys = jax.ShapeDtypeStruct(shape[:2], jnp.bool_)
+
+  def loss(q, k, v, keys):
+    mask = AttentionMask(causal=causal, keys=keys, segments=keys.astype(jnp.int32))
+    return run(q, k, v, mask, scale=0.1).astype(jnp.float32).sum()
+
   exported = jax.export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["tpu"])(
-    x, x, x, mask
+    x, x, x, keys
   )
   assert (
     exported.mlir_module().count("tpu_custom_call") >= 2
@@ -181,7 +245,10 @@ def test_tpu_kernels_lower_for_tpus(kernel, shape, causal):
 
 def test_auto_follows_the_devices_of_the_mesh():
   q = jax.ShapeDtypeStruct((1, 2048, 2, 64), jnp.bfloat16)
-  assert attention.choose("auto", q, q, None) == "xla"
+  short = jax.ShapeDtypeStruct((1, 196, 2, 64), jnp.bfloat16)
+  grouped = jax.ShapeDtypeStruct((1, 2048, 1, 64), jnp.bfloat16)
+  mask = AttentionMask()
+  assert choose("auto", q, q, mask) == "xla"
   for name, kind, want in (
     ("tpu", "TPU v5 lite", "flash"),
     ("cuda", "NVIDIA H100 80GB HBM3", "cudnn"),
@@ -190,15 +257,21 @@ def test_auto_follows_the_devices_of_the_mesh():
     with jax.sharding.use_abstract_mesh(
       jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
     ):
-      assert attention.choose("auto", q, q, None) == want
-      assert (
-        attention.choose("auto", q, jax.ShapeDtypeStruct((1, 196, 2, 64), jnp.bfloat16), None)
-        == "xla"
-      )
+      assert choose("auto", q, q, mask) == want
+      assert choose("auto", q, short, mask) == "xla"
+      if name == "tpu":  # what flash attention cannot do without a dense mask, splash can
+        assert choose("auto", q, grouped, mask) == "splash"
+        assert choose("auto", q, q, AttentionMask(causal=True, window=9)) == "splash"
+        assert choose("auto", q, q, mask, soft_cap=9.0) == "splash"
+        assert choose("auto", q, q, AttentionMask(pairs=np.ones((1, 2048, 2048)))) == "xla"
 
 
 def test_cross_attention_uses_the_parameters_of_self_attention():
-  layer = Attention(heads=2, dtype=jnp.float32)
+  layer = Attention(BlockConfig(width=16, depth=1, heads=2, mlp=16))
   x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
-  params = layer.init(jax.random.key(0), x)
-  np.testing.assert_allclose(layer.apply(params, x), layer.apply(params, x, x), atol=1e-6)
+  params = layer.init(jax.random.key(0), x, AttentionMask())
+  np.testing.assert_allclose(
+    layer.apply(params, x, AttentionMask()),
+    layer.apply(params, x, AttentionMask(), context=x),
+    atol=1e-6,
+  )

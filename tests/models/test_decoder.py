@@ -16,14 +16,14 @@ from jax.sharding import AxisType, Mesh
 
 import mmjax.config
 from mmjax.config import ConfigError, UserError
+from mmjax.models.block import BlockConfig
 from mmjax.models.decoder import Decoder, decoder, shift_right
 from mmjax.models.generation import generate
-from mmjax.models.transformer import TransformerConfig
 from mmjax.objectives.captioning import captioning
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import AXES
 
-CONFIG = TransformerConfig(width=16, depth=2, heads=2, mlp=32)
+CONFIG = BlockConfig(width=16, depth=2, heads=2, mlp=32)
 MODEL = Decoder(CONFIG, vocab_size=11, length=8, prompt=(1,), eos_id=2, pad_id=0)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 11, (3, 6)).astype(np.int32)
@@ -161,7 +161,7 @@ class Copier(nn.Module):
 
   def setup(self):
     self.decoder = Decoder(
-      TransformerConfig(width=32, depth=1, heads=2, mlp=64),
+      BlockConfig(width=32, depth=1, heads=2, mlp=64),
       vocab_size=11,
       length=6,
       prompt=(1,),

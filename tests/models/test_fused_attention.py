@@ -5,6 +5,7 @@ Pallas's interpreter.
 from __future__ import annotations
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from mmjax.models import attention, layers, platform, transformer
-from mmjax.models.fused_attention import fused_attention
-from mmjax.models.transformer import Transformer, TransformerConfig
+from mmjax.models import layers, platform
+from mmjax.models.attention import AttentionMask, attend, fuses
+from mmjax.models.attention.attend import packed_attention
+from mmjax.models.attention.fused import fused_attention
+from mmjax.models.attention.plain import plain as formula
+from mmjax.models.block import BlockConfig
+from mmjax.models.stack import Stack
+
+kernels = importlib.import_module(attend.__module__)
 
 
-def plain(qkv, bias, mask, *, channels, length, causal, scale):
+def plain(qkv, bias, mask, *, channels, length, scale):
   qkv = qkv if bias is None else qkv + bias
   q, k, v = (
     qkv.reshape(-1, length, 3, qkv.shape[1] // 3 // channels, channels)[:, :, n] for n in range(3)
   )
-  return attention._xla(q, k, v, mask, causal=causal, scale=scale).reshape(qkv.shape[0], -1)
+  return formula(q, k, v, mask, scale=scale).reshape(qkv.shape[0], -1)
 
 
 @settings(max_examples=4, deadline=None)
@@ -50,7 +57,14 @@ def test_equals_the_plain_formula_with_gradients(
 
   def value(run):
     loss = lambda qkv, bias: (
-      run(qkv, bias, mask, channels=channels, length=length, causal=causal, scale=channels**-0.5)
+      run(
+        qkv,
+        bias,
+        AttentionMask(causal=causal, keys=mask),
+        channels=channels,
+        length=length,
+        scale=channels**-0.5,
+      )
       * target
     ).sum()
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(qkv, bias)
@@ -68,8 +82,8 @@ def test_equals_the_plain_formula_with_gradients(
 
 def test_a_transformer_gives_what_it_gives_on_cpus(monkeypatch):
   """Lengths that are no whole tiles are filled up by tokens that change nothing."""
-  model = Transformer(
-    TransformerConfig(
+  model = Stack(
+    BlockConfig(
       width=32, depth=2, heads=2, mlp=64, activation="gelu_tanh", remat="dense", scan_unroll=1
     )
   )
@@ -81,10 +95,10 @@ def test_a_transformer_gives_what_it_gives_on_cpus(monkeypatch):
     params, x
   )  # traced anew each time
   want = value()
-  for module in (attention, layers, platform):
+  for module in (kernels, layers, platform):
     monkeypatch.setattr(module, "platform", lambda: "tpu")
   monkeypatch.setattr(
-    attention, "fused_attention", functools.partial(fused_attention, interpret=True)
+    kernels, "fused_attention", functools.partial(fused_attention, interpret=True)
   )
   assert "pallas_call" in str(jax.make_jaxpr(loss)(params, x))
   got = value()
@@ -110,9 +124,9 @@ def test_heads_and_batch_are_split_over_devices(devices, monkeypatch, split):
   qkv, bias = (
     np.random.default_rng(0).standard_normal((n, 3, 2, 8)).astype(np.float32) for n in (4 * 8, 1)
   )
-  bias = bias[0]
+  bias, causal = bias[0], AttentionMask(causal=True)
   monkeypatch.setattr(
-    attention, "fused_attention", functools.partial(fused_attention, interpret=True)
+    kernels, "fused_attention", functools.partial(fused_attention, interpret=True)
   )
 
   def value(run):
@@ -123,7 +137,7 @@ def test_heads_and_batch_are_split_over_devices(devices, monkeypatch, split):
     place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
     args = place(qkv, "data", None, split), place(bias, None, split)
     compiled = (
-      value(lambda qkv, bias: attention._fused(qkv, bias, None, 8, causal=True, scale=0.3))
+      value(lambda qkv, bias: packed_attention(qkv, bias, causal, 8, scale=0.3))
       .lower(*args)
       .compile()
     )
@@ -132,7 +146,7 @@ def test_heads_and_batch_are_split_over_devices(devices, monkeypatch, split):
     args[0].sharding, 4
   )
   flat = lambda qkv, bias: plain(
-    qkv.reshape(32, -1), bias.reshape(-1), None, channels=8, length=8, causal=True, scale=0.3
+    qkv.reshape(32, -1), bias.reshape(-1), causal, channels=8, length=8, scale=0.3
   )
   want, expected = value(flat)(qkv, bias)
   np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -148,9 +162,10 @@ def test_lowers_for_tpus(rows, length, heads, channels, masked):
   without TPUs.
   """
   qkv = jax.ShapeDtypeStruct((rows, 3 * heads * channels), jnp.bfloat16)
-  mask = jnp.ones((rows // length, length), bool) if masked else None
+  keys = jnp.ones((rows // length, length), bool) if masked else None
+  mask = AttentionMask(keys=keys, segments=None if keys is None else keys.astype(jnp.int32))
   loss = lambda qkv: (
-    fused_attention(qkv, None, mask, channels=channels, length=length, causal=False, scale=0.1)
+    fused_attention(qkv, None, mask, channels=channels, length=length, scale=0.1)
     .astype(jnp.float32)
     .sum()
   )
@@ -162,16 +177,20 @@ def test_lowers_for_tpus(rows, length, heads, channels, masked):
 
 
 def test_chosen_for_short_sequences_on_tpus_alone():
-  assert not transformer.fuses("auto", jax.ShapeDtypeStruct((2, 64, 2, 8), jnp.float32), None)
+  assert not fuses("auto", jax.ShapeDtypeStruct((2, 64, 2, 8), jnp.float32), AttentionMask())
   device = jax.sharding.AbstractDevice(platform="tpu", device_kind="TPU v5 lite", num_cores=None)
   with jax.sharding.use_abstract_mesh(
     jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
   ):
-    of = lambda length, mask=None: transformer.fuses(
-      "auto", jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32), mask
+    of = lambda length, **mask: fuses(
+      "auto", jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32), AttentionMask(**mask)
     )
     assert (
-      of(64) and of(200) and not of(2048) and not of(197) and not of(64, np.ones((2, 64, 64), bool))
+      of(64)
+      and of(200)
+      and not of(2048)
+      and not of(197)
+      and not of(64, pairs=np.ones((2, 64, 64), bool))
     )
 
 
@@ -187,6 +206,6 @@ def test_not_chosen_where_a_chip_has_too_little_vector_memory(kind, fitting):
     jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
   ):
     assert (
-      transformer.fuses("auto", jax.ShapeDtypeStruct((2, 584, 16, 64), jnp.bfloat16), None)
+      fuses("auto", jax.ShapeDtypeStruct((2, 584, 16, 64), jnp.bfloat16), AttentionMask())
       == fitting
     )

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmjax.config import UserError, kind_function
-from mmjax.models.cross import CrossBlock
+from mmjax.models.attention import AttentionMask
+from mmjax.models.block import Block, BlockConfig
 from mmjax.models.layers import Encoded
-from mmjax.models.transformer import TransformerConfig
 
 ROWS, LENGTHS, WIDTHS = 8, dict(text=3, image=2, audio=4), dict(text=8, image=6, audio=4)
 DEEP = dict(width=8, depth=1, heads=2)
@@ -211,12 +211,15 @@ def test_decisions_are_averaged_or_counted(label):
 
 def test_the_cross_block_is_the_one_of_pytorch():
   width, heads = 8, 2
-  config = TransformerConfig(width=width, depth=1, heads=heads, mlp=16, activation="gelu", eps=1e-5)
+  config = BlockConfig(width=width, depth=1, heads=heads, mlp=16, activation="gelu", eps=1e-5)
   rng = np.random.default_rng(0)
   x, context = (rng.normal(size=(3, n, width)).astype(np.float32) for n in (4, 5))
   mask, context_mask = (np.arange(n) < np.array([[n], [2], [3]]) for n in (4, 5))
+  seen = AttentionMask(keys=mask)
   params = nn.unbox(
-    jax.jit(CrossBlock(config).init)(jax.random.key(0), x, mask, context, context_mask)
+    jax.jit(Block(config).init)(
+      jax.random.key(0), x, seen, context=context, context_mask=context_mask
+    )
   )["params"]
   params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
   layer = torch.nn.TransformerDecoderLayer(
@@ -256,7 +259,9 @@ def test_the_cross_block_is_the_one_of_pytorch():
       memory_key_padding_mask=torch.from_numpy(~context_mask),
     ).numpy()
   np.testing.assert_allclose(
-    CrossBlock(config).apply({"params": params}, x, mask, context, context_mask), want, atol=2e-5
+    Block(config).apply({"params": params}, x, seen, context=context, context_mask=context_mask),
+    want,
+    atol=2e-5,
   )
 
 

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmjax.config as configs
-from mmjax.models import ring_attention
-from mmjax.models.attention import attend
+from mmjax.models.attention import AttentionMask, attend, ring
 from mmjax.models.layers import constrain
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import make_mesh
@@ -65,7 +64,7 @@ def cases(draw):
     sizes,
     draw(length),
     draw(length),
-    draw(st.sampled_from(["none", "keys", "pairs"])),
+    draw(st.sampled_from(["none", "keys", "pairs", "packed"])),
     draw(st.booleans()),
     draw(st.sampled_from([1, 2, 1024])),
     draw(st.integers(0, 2**16)),
@@ -80,25 +79,29 @@ def test_any_shape_and_mask_equals_the_dense_formula(devices, case):
   q, k, v, cotangent = (
     rng.standard_normal((2, n, 2, 4)).astype(np.float32) for n in (length, keys, keys, length)
   )
-  mask = (
-    None
-    if kind == "none"
-    else rng.random((2, keys) if kind == "keys" else (2, length, keys)) < rng.random()
-  )
-  seen = (
-    np.ones((2, length, keys), bool)
-    if mask is None
-    else np.broadcast_to(mask[:, None] if mask.ndim == 2 else mask, (2, length, keys))
-  )
-  seen = seen & np.tril(np.ones((length, keys), bool)) if causal else seen
+  seen, parts = np.ones((2, length, keys), bool), {}
+  reach = np.tril(seen) if causal else seen
+  if kind == "keys":
+    parts["keys"] = rng.random((2, keys)) < rng.random()
+    seen = seen & parts["keys"][:, None]
+  elif kind == "pairs":
+    parts["pairs"] = seen = rng.random(seen.shape) < rng.random()
+  elif kind == "packed":  # two segments, a window, and first keys that are open to all
+    rows, columns = np.arange(length)[:, None], np.arange(keys)
+    parts = dict(window=3, prefix=rng.integers(0, 4, 2).astype(np.int32))
+    parts["segments"] = np.sort(rng.integers(0, 2, (2, length))).astype(np.int32)
+    parts["key_segments"] = np.sort(rng.integers(0, 2, (2, keys))).astype(np.int32)
+    reach = reach & (abs(rows - columns) < 3) | (columns < parts["prefix"][:, None, None])
+    seen = parts["segments"][:, :, None] == parts["key_segments"][:, None]
+  mask, seen = AttentionMask(causal=causal, **parts), seen & reach
 
   def both(q, k, v, mask):
-    out, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, causal=causal), q, k, v)
+    out, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
     return out, *back(jnp.asarray(cotangent))
 
   with (
     rules.use(mesh_of(**sizes), rules.RULES["fsdp_tensor"]),
-    mock.patch.object(ring_attention, "AT_ONCE", tile),
+    mock.patch.object(ring, "AT_ONCE", tile),
   ):
     compiled = jax.jit(both).lower(q, k, v, mask).compile(QUICK)
     got = compiled(q, k, v, mask)
@@ -117,7 +120,8 @@ def long():
   text, bytes of temporaries).
   """
   mesh = mesh_of(context=8)
-  loss = lambda q, k, v: attend(q, k, v, causal=True).astype(jnp.float32).sum()
+  causal = AttentionMask(causal=True)
+  loss = lambda q, k, v: attend(q, k, v, causal).astype(jnp.float32).sum()
   x = jax.ShapeDtypeStruct(
     (1, 4096, 1, 8), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P(None, "context"))
   )
@@ -145,6 +149,30 @@ def test_bfloat16_stays_close(devices):
   for a, b in zip(got, dense(*half, np.ones((2, 8, 8), bool), cotangent), strict=True):
     assert a.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=0.05)
+
+
+def test_grouped_heads_soft_caps_and_segments(devices):
+  """Against the plain formula on one device; changing one segment changes no other's output."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.standard_normal((2, 8, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
+  segments = np.repeat(np.array([[0, 1, 2, 2]], np.int32), 2, 1).repeat(2, 0)
+  mask = AttentionMask(causal=True, segments=segments)
+
+  def value(q, k, v):
+    return jax.value_and_grad(
+      lambda *args: (attend(*args, mask, soft_cap=2.0) ** 2).sum(), argnums=(0, 1, 2)
+    )(q, k, v), attend(q, k, v, mask, soft_cap=2.0)
+
+  want = value(q, k, v)
+  other = (segments == 1)[..., None, None]
+  with rules.use(mesh_of(tensor=2, context=4), rules.RULES["fsdp_tensor"]):
+    run = jax.jit(value).lower(q, k, v).compile(QUICK)
+    got = run(q, k, v)
+    changed = run(*(np.where(other, 9 * x + 1, x) for x in (q, k, v)))[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
+  kept = segments != 1
+  np.testing.assert_array_equal(np.asarray(got[1])[kept], np.asarray(changed)[kept])
+  assert not np.allclose(np.asarray(got[1])[~kept], np.asarray(changed)[~kept])
 
 
 def test_a_length_that_does_not_divide_is_left_whole(devices):

@@ -20,7 +20,7 @@ from mmjax.models.encoders.audio import around, overlapping
 from mmjax.models.encoders.sequence import stack_config
 from mmjax.models.encoders.spectrogram import SpecAugment, kaldi_mel, log_mel, mel_filters
 from mmjax.models.layers import Encoded
-from mmjax.models.transformer import Transformer
+from mmjax.models.stack import Stack
 from mmjax.parallel import rules as parallel
 from mmjax.parallel.mesh import make_mesh
 
@@ -466,7 +466,7 @@ def test_hidden_patches_are_not_seen_and_can_be_asked_for(case):
 
 
 def test_sound_video_and_series_may_share_one_transformer():
-  shared = Transformer(stack_config(dict(compute="float32"), activation="gelu", eps=1e-5, **SMALL))
+  shared = Stack(stack_config(dict(compute="float32"), activation="gelu", eps=1e-5, **SMALL))
 
   class Both(nn.Module):
     def setup(self):

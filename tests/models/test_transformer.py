@@ -14,25 +14,28 @@ import pytest
 from jax.sharding import AxisType
 
 from mmjax.config import UserError
+from mmjax.models.attention import AttentionMask
+from mmjax.models.block import Block, BlockConfig
 from mmjax.models.cpu import barrier
 from mmjax.models.decoder import Decoder
-from mmjax.models.layers import ACTIVATIONS, activate, resize_positions, sincos_positions
+from mmjax.models.layers import ACTIVATIONS, activate
 from mmjax.models.platform import platform
-from mmjax.models.transformer import REMAT, Block, Transformer, TransformerConfig
+from mmjax.models.positions import resize_positions, sincos_positions
+from mmjax.models.stack import REMAT, Stack
 
-CONFIG = TransformerConfig(width=16, depth=3, heads=2, mlp=32)
+CONFIG = BlockConfig(width=16, depth=3, heads=2, mlp=32)
 X = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
 
 
 @pytest.fixture(scope="module")
 def params():
-  boxed = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), X, MASK)
+  boxed = jax.jit(Stack(CONFIG).init)(jax.random.key(0), X, MASK)
   return nn.unbox(boxed)["params"]
 
 
 def test_layers_are_stored_stacked_with_logical_axes():
-  boxed = jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), X, MASK)
+  boxed = jax.eval_shape(Stack(CONFIG).init, jax.random.key(0), X, MASK)
   spec = nn.get_partition_spec(boxed)["params"]["layers"]
   assert spec["attention"]["qkv"]["kernel"] == jax.P("layers", "embed", "qkv", "heads", "kv")
   assert spec["attention"]["out"]["kernel"] == jax.P("layers", "heads", "kv", "embed")
@@ -48,9 +51,9 @@ def test_layers_start_different_and_equal_blocks_run_one_after_another(params):
   x = jnp.asarray(X)
   for i in range(CONFIG.depth):
     x = Block(CONFIG).apply(
-      {"params": jax.tree.map(lambda p, i=i: p[i], params["layers"])}, x, MASK
+      {"params": jax.tree.map(lambda p, i=i: p[i], params["layers"])}, x, AttentionMask(keys=MASK)
     )
-  np.testing.assert_allclose(Transformer(CONFIG).apply({"params": params}, X, MASK), x, atol=1e-5)
+  np.testing.assert_allclose(Stack(CONFIG).apply({"params": params}, X, MASK), x, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_layers_start_different_and_equal_blocks_run_one_after_another(params):
 )
 def test_remat_and_unrolling_change_no_number(params, change):
   def gradient(config):
-    loss = lambda p: jnp.square(Transformer(config).apply({"params": p}, X, MASK)).mean()
+    loss = lambda p: jnp.square(Stack(config).apply({"params": p}, X, MASK)).mean()
     return jax.jit(jax.value_and_grad(loss))(params)
 
   want, got = gradient(CONFIG), gradient(dataclasses.replace(CONFIG, **change))
@@ -72,7 +75,7 @@ def test_remat_and_unrolling_change_no_number(params, change):
 
 
 @pytest.mark.parametrize("kernel", ["fused", "flash"])
-@pytest.mark.parametrize("model", [Transformer, Decoder])
+@pytest.mark.parametrize("model", [Stack, Decoder])
 def test_a_stack_is_made_with_any_kernel(model, kernel):
   """Parameters are made from a single token, which most kernels refuse."""
   config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, kernel=kernel)
@@ -80,9 +83,9 @@ def test_a_stack_is_made_with_any_kernel(model, kernel):
   with jax.sharding.use_abstract_mesh(
     jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
   ):
-    if model is Transformer:
+    if model is Stack:
       shapes = jax.eval_shape(
-        Transformer(config).init, jax.random.key(0), jnp.zeros((2, 8, 16), jnp.bfloat16)
+        Stack(config).init, jax.random.key(0), jnp.zeros((2, 8, 16), jnp.bfloat16)
       )
     else:
       decoder = Decoder(
@@ -100,7 +103,7 @@ def test_a_stack_is_made_with_any_kernel(model, kernel):
 
 def test_remat_keeps_less(params):
   def kept(config):
-    run = lambda p: Transformer(config).apply({"params": p}, jnp.tile(X, (64, 1, 1)), None).sum()
+    run = lambda p: Stack(config).apply({"params": p}, jnp.tile(X, (64, 1, 1)), None).sum()
     return jax.jit(jax.grad(run)).lower(params).compile().memory_analysis().temp_size_in_bytes
 
   config = dataclasses.replace(CONFIG, depth=3, scan_unroll=1)
@@ -108,7 +111,7 @@ def test_remat_keeps_less(params):
 
 
 def test_causal_blocks_do_not_look_ahead(params):
-  stack = Transformer(dataclasses.replace(CONFIG, causal=True))
+  stack = Stack(dataclasses.replace(CONFIG, causal=True))
   changed = X.copy()
   changed[:, 3:] += 1
   a, b = (stack.apply({"params": params}, x) for x in (X, changed))
@@ -117,27 +120,27 @@ def test_causal_blocks_do_not_look_ahead(params):
 
 
 def test_dropout_needs_train_and_is_a_function_of_the_key(params):
-  stack = Transformer(dataclasses.replace(CONFIG, dropout=0.5))
+  stack = Stack(dataclasses.replace(CONFIG, dropout=0.5))
   run = lambda seed: stack.apply(
     {"params": params}, X, MASK, train=True, rngs={"dropout": jax.random.key(seed)}
   )
   np.testing.assert_array_equal(run(1), run(1))
   assert not np.allclose(run(1), run(2))
   np.testing.assert_allclose(
-    stack.apply({"params": params}, X, MASK), Transformer(CONFIG).apply({"params": params}, X, MASK)
+    stack.apply({"params": params}, X, MASK), Stack(CONFIG).apply({"params": params}, X, MASK)
   )
 
 
 def test_post_norm_normalises_its_output():
   config = dataclasses.replace(CONFIG, norm="post")
-  out, _ = jax.jit(Transformer(config).init_with_output)(jax.random.key(0), X)
+  out, _ = jax.jit(Stack(config).init_with_output)(jax.random.key(0), X)
   np.testing.assert_allclose(out.mean(-1), 0, atol=1e-5)
   np.testing.assert_allclose(out.std(-1), 1, atol=1e-3)
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
   config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
-  out, variables = jax.eval_shape(Transformer(config).init_with_output, jax.random.key(0), X)
+  out, variables = jax.eval_shape(Stack(config).init_with_output, jax.random.key(0), X)
   assert out.dtype == jnp.bfloat16 and all(
     p.dtype == jnp.float32 for p in jax.tree.leaves(variables)
   )
@@ -145,7 +148,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
 
 def test_bad_hyper_parameters_are_refused():
   with pytest.raises(UserError, match="width 10 is not divisible by 3 heads"):
-    TransformerConfig(width=10, depth=1, heads=3, mlp=4)
+    BlockConfig(width=10, depth=1, heads=3, mlp=4)
   with pytest.raises(UserError, match="remat 'al' is unknown"):
     dataclasses.replace(CONFIG, remat="al")
 
@@ -161,7 +164,7 @@ def test_activations_equal_torch_and_their_derivatives_are_right(name):
     "silu": torch.nn.functional.silu,
     "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
     "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
-  }[name]
+  }[{"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(name, name)]
   t = torch.from_numpy(x).requires_grad_()
   reference(t).sum().backward()
   np.testing.assert_allclose(activate(name, x), reference(t).detach(), atol=1e-6)

@@ -17,7 +17,7 @@ from mmjax.config import UserError
 from mmjax.interop.huggingface import mapping, whisper_decoder
 from mmjax.interop.huggingface.clip import ACTIVATIONS
 from mmjax.interop.huggingface.mapping import Rule
-from mmjax.models.encoders.audio import sinusoids
+from mmjax.models.positions import sinusoids
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "WhisperTokenizer", "WhisperProcessor", ""
 ARCHITECTURE, PAD = "WhisperForConditionalGeneration", "<|endoftext|>"

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.sequence import (
   SequencePooling,
   drop_and_run,
@@ -30,17 +30,8 @@ from mmjax.models.encoders.spectrogram import (
   kaldi_mel,
   log_mel,
 )
-from mmjax.models.layers import (
-  Dense,
-  Encoded,
-  LayerNorm,
-  activate,
-  hide_patches,
-  normal,
-  resize_positions,
-  with_axes,
-)
-from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+from mmjax.models.layers import Dense, Encoded, activate, hide_patches, normal, with_axes
+from mmjax.models.positions import resize_positions, sinusoids
 from mmjax.ranges import (
   Count,
   Depth,
@@ -72,7 +63,7 @@ class WhisperEncoder(nn.Module):
   only when `train`.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   rate: int
   n_fft: int
   hop: int
@@ -150,7 +141,7 @@ class SpectrogramTransformer(nn.Module):
   their neighbours still see their edges.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   rate: int
   seconds: float
   mels: int = 128
@@ -192,7 +183,7 @@ class SpectrogramTransformer(nn.Module):
     mask = jnp.concatenate(
       [jnp.broadcast_to(mask.any(1, keepdims=True), (x.shape[0], 2)), mask], axis=1
     )
-    x = LayerNorm(c.eps, c.dtype, name="norm")(drop_and_run(self, x, mask, train=train))
+    x = c.make_norm("norm")(drop_and_run(self, x, mask, train=train))
     if self.pooling == "class":
       return Encoded(x, mask, pool.keep_rows((x[:, 0] + x[:, 1]) / 2, mask))
     return pooled(self, x, mask, self.pooling)
@@ -255,20 +246,7 @@ def overlapping(x: Array, patch: int, stride: int) -> Array:
   return x.reshape(x.shape[0], -1, patch * patch)
 
 
-def sinusoids(length: int, channels: int) -> np.ndarray:
-  """Positions [length, channels] float32: sines, then cosines, of wavelengths up to 10,000 * 2 pi
-  (as Whisper's).
-  """
-  if channels % 2:
-    raise UserError(f"positions of sines need an even width, not {channels}")
-  omega = np.exp(
-    np.arange(channels // 2, dtype=np.float32)
-    * np.float32(-math.log(10_000) / max(1, channels // 2 - 1))
-  )
-  angles = np.arange(length, dtype=np.float32)[:, None] * omega
-  return np.concatenate([np.sin(angles), np.cos(angles)], 1)
-
-
+@with_block
 def whisper(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -314,7 +292,7 @@ def whisper(
   time_warp, frequency_warp: in training the middle moves, the mel axis stretches, by up to this
   share.
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
   config = stack_config(
@@ -347,6 +325,7 @@ def whisper(
   )
 
 
+@with_block
 def ast(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -395,7 +374,7 @@ def ast(
   time_warp, frequency_warp: in training the middle moves, the mel axis stretches, by up to this
   share.
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
   config = stack_config(

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.models import pooling as pool
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.text import TokenEncoder, enough_positions
 from mmjax.models.layers import Dense, Encoded, LayerNorm, constrain, normal, with_axes
-from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
+from mmjax.models.stack import run_stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Width
 
 Array = jax.Array
@@ -99,6 +100,7 @@ def relative_buckets(length: int, buckets: int) -> np.ndarray:
   return (place + half * (distance > 0)).astype(np.int32)
 
 
+@with_block
 def bert(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -131,13 +133,13 @@ def bert(
   pooling: pooler (first token, dense layer, pooler_activation), class (first token) or mean.
   activation, eps, dropout: of the blocks.
   max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   pooler_activation: after the pooler's dense layer: tanh, or relu as DistilBERT's classifier has.
   position_offset: rows at the start of the table of positions that no token uses, as RoBERTa has.
   relative_buckets: learned biases of the attention by distance, as MPNet has (32); 0 = none.
   """
-  config = TransformerConfig(
+  config = BlockConfig(
     width=width,
     depth=depth,
     heads=heads or max(1, width // 64),

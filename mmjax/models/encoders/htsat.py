@@ -15,12 +15,12 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
+from mmjax.models.block import Activation
 from mmjax.models.encoders.audio import overlapping
 from mmjax.models.encoders.resnet import BatchNorm
 from mmjax.models.encoders.spectrogram import log10_mel, samples
 from mmjax.models.encoders.swin import EPS, SwinConfig, run_stages, stages_of
 from mmjax.models.layers import Dense, Encoded, LayerNorm
-from mmjax.models.transformer import Activation
 from mmjax.ranges import Dropout, Epsilon, NonNegative, Positive, Side, Sizes, Width
 
 Array = jax.Array

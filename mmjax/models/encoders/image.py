@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.layers import (
   Dense,
   Encoded,
@@ -19,11 +20,10 @@ from mmjax.models.layers import (
   constrain,
   hide_patches,
   normal,
-  resize_positions,
-  sincos_positions,
   with_axes,
 )
-from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
+from mmjax.models.positions import resize_positions, sincos_positions
+from mmjax.models.stack import run_stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, NonNegative, Side, Width
 
 Array = jax.Array
@@ -45,7 +45,7 @@ class VisionTransformer(nn.Module):
   Randomness: stream "dropout", for dropout and patch dropout, only when `train`.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   patch: int
   size: int
   pixel_mean: tuple[float, ...]
@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
     mask = None if present is None else jnp.broadcast_to(present[:, None], x.shape[:2])
     x = run_stack(self, x, mask, train=train)
     if self.final_norm:
-      x = LayerNorm(c.eps, c.dtype, name="norm")(x)
+      x = c.make_norm("norm")(x)
     mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
     if self.pooling == "attention":
       return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask))
@@ -281,6 +281,7 @@ def drop_tokens(x: Array, rate: float, key: Array) -> Array:
   return jnp.take_along_axis(x, jnp.sort(order, axis=-1)[..., None], axis=1)
 
 
+@with_block
 def vit(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -332,7 +333,7 @@ def vit(
   input_norm: layer norm before the first block, as CLIP has.
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   pooler: a dense layer and a tanh after the pooling (class, mean or last), as some classifiers
   have.
@@ -348,7 +349,7 @@ def vit(
       f"data.image.size {image['size']} is not divisible by model.encoders.image.patch {patch}. "
       "Change one, or set crop_edge to leave the rest unseen"
     )
-  config = TransformerConfig(
+  config = BlockConfig(
     width=width,
     depth=depth,
     heads=heads or max(1, width // 64),

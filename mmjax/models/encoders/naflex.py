@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.image import normalise, patchify
-from mmjax.models.layers import Dense, Encoded, LayerNorm, constrain, normal, with_axes
-from mmjax.models.transformer import Activation, Kernel, Remat, Transformer, TransformerConfig
+from mmjax.models.layers import Dense, Encoded, constrain, normal, with_axes
+from mmjax.models.stack import Stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
 
 Array = jax.Array
@@ -32,7 +33,7 @@ class FlexibleVisionTransformer(nn.Module):
   the grid of each picture.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   patch: int
   grid: int
   pixel_mean: tuple[float, ...]
@@ -65,12 +66,10 @@ class FlexibleVisionTransformer(nn.Module):
     )
     x = x + position_of(table, inputs["positions"], inputs["grid"]).astype(c.dtype)
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
-    stack = Transformer(c)
-    nn.share_scope(
-      self, stack
-    )  # its parameters are ours: image/layers, not image/Transformer_0/layers
+    stack = Stack(c)
+    nn.share_scope(self, stack)  # its parameters are ours: image/layers, not image/Stack_0/layers
     x = stack(x, mask, train=train)
-    x = LayerNorm(c.eps, c.dtype, name="norm")(x)
+    x = c.make_norm("norm")(x)
     if self.pooling == "attention":
       return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask))
     return Encoded(x, mask, pool.mean(x, mask))
@@ -122,6 +121,7 @@ def sequences(pixels: Array, patch: int) -> dict[str, Array]:
   )
 
 
+@with_block
 def naflex(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -151,10 +151,10 @@ def naflex(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, bias, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
-  config = TransformerConfig(
+  config = BlockConfig(
     width=width,
     depth=depth,
     heads=heads or max(1, width // 64),

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import pooling as pool
-from mmjax.models.layers import Encoded, LayerNorm, constrain
-from mmjax.models.transformer import TransformerConfig, run_stack
+from mmjax.models.block import BlockConfig
+from mmjax.models.layers import Encoded, constrain
+from mmjax.models.stack import run_stack
 
 Array = jax.Array
 SequencePooling = Literal["mean", "attention"]
@@ -19,9 +20,9 @@ SequencePooling = Literal["mean", "attention"]
 
 def stack_config(
   precision: Mapping[str, Any], *, width: int, heads: int, mlp: int, **settings: Any
-) -> TransformerConfig:
+) -> BlockConfig:
   """The stack of an encoder's settings; heads 0 = width / 64, mlp 0 = 4 * width."""
-  return TransformerConfig(
+  return BlockConfig(
     width=width,
     heads=heads or max(1, width // 64),
     mlp=mlp or 4 * width,
@@ -67,9 +68,7 @@ def encode_sequence(
   -> Encoded.
   """
   x = drop_and_run(module, x, mask, train=train)
-  return pooled(
-    module, LayerNorm(module.config.eps, module.config.dtype, name="norm")(x), mask, pooling
-  )
+  return pooled(module, module.config.make_norm("norm")(x), mask, pooling)
 
 
 def pooled(module: nn.Module, x: Array, mask: Array, pooling: SequencePooling) -> Encoded:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.sequence import (
   SequencePooling,
   encode_sequence,
@@ -20,7 +21,6 @@ from mmjax.models.encoders.sequence import (
   standardise,
 )
 from mmjax.models.layers import Dense, Encoded, hide_patches, normal, with_axes
-from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
 
 Array = jax.Array
@@ -37,7 +37,7 @@ class SeriesTransformer(nn.Module):
   RevIN).
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   patch: int
   length: int
   instance_norm: bool = False
@@ -80,6 +80,7 @@ class SeriesTransformer(nn.Module):
     return x, real(mask.reshape(rows, -1, self.patch).any(-1), batch)
 
 
+@with_block
 def series(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -109,7 +110,7 @@ def series(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
   if data["series"]["length"] % patch:

@@ -16,10 +16,10 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.models import pooling as pool
+from mmjax.models.block import Activation, BlockConfig, Mlp
 from mmjax.models.cpu import einsum
 from mmjax.models.encoders.image import normalise, patchify
-from mmjax.models.layers import Dense, Encoded, LayerNorm, Mlp, normal, with_axes, xavier
-from mmjax.models.transformer import Activation
+from mmjax.models.layers import Dense, Encoded, LayerNorm, normal, with_axes, xavier
 from mmjax.ranges import Dropout, Epsilon, Positive, Side, Sizes, Width
 
 Array = jax.Array
@@ -125,7 +125,11 @@ class SwinBlock(nn.Module):
     constrain = lambda x: nn.with_logical_constraint(x, ("batch", None, None, "embed"))
     shift = self.window // 2 if self.shifted and min(x.shape[1:3]) > self.window else 0
     attention = WindowAttention(self.heads, self.window, c.dtype, name="attention")
-    mlp = Mlp(int(c.mlp_ratio * x.shape[-1]), c.activation, c.dtype, name="mlp")
+    width = x.shape[-1]
+    hidden = BlockConfig(
+      width, 1, self.heads, int(c.mlp_ratio * width), activation=c.activation, dtype=c.dtype
+    )
+    mlp = Mlp(hidden, name="mlp")
     x = constrain(x)
     x = x + self._kept(attention(LayerNorm(c.eps, c.dtype, name="attention_norm")(x), shift), train)
     x = x + self._kept(mlp(LayerNorm(c.eps, c.dtype, name="mlp_norm")(x)), train)

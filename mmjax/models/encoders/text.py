@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from mmjax.config import UserError
 from mmjax.keys import Special
 from mmjax.models import pooling as pool
-from mmjax.models.layers import Encoded, LayerNorm, constrain, normal, with_axes
-from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig, run_stack
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
+from mmjax.models.layers import Encoded, constrain, normal, with_axes
+from mmjax.models.stack import run_stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, TokenId, Width
 
 Array = jax.Array
@@ -27,7 +28,7 @@ class TokenEncoder(nn.Module):
   trunk: a transformer shared with other encoders, instead of its own.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   vocab_size: int
   length: int
   mask_padding: bool = True
@@ -109,7 +110,7 @@ class TextTransformer(TokenEncoder):
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x.astype(c.dtype)))
     x = run_stack(self, x, mask, train=train)
     if self.final_norm:
-      x = LayerNorm(c.eps, c.dtype, name="norm")(x)
+      x = c.make_norm("norm")(x)
     return Encoded(x, mask, self._pool(x, mask, tokens))
 
   def _pool(self, x: Array, mask: Array, tokens: Array) -> Array:
@@ -126,6 +127,7 @@ class TextTransformer(TokenEncoder):
     return {"last": pool.last, "class": pool.first, "mean": pool.mean}[self.pooling](x, mask)
 
 
+@with_block
 def transformer(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -161,10 +163,10 @@ def transformer(
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
   max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
-  config = TransformerConfig(
+  config = BlockConfig(
     width=width,
     depth=depth,
     heads=heads or max(1, width // 64),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.image import (
   ImagePooling,
   Positions,
@@ -28,17 +29,8 @@ from mmjax.models.encoders.sequence import (
   real,
   stack_config,
 )
-from mmjax.models.layers import (
-  Dense,
-  Encoded,
-  LayerNorm,
-  activate,
-  hide_patches,
-  normal,
-  resize_positions,
-  with_axes,
-)
-from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
+from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, hide_patches, normal, with_axes
+from mmjax.models.positions import resize_positions
 from mmjax.ranges import (
   Count,
   Depth,
@@ -69,7 +61,7 @@ class FrameEncoder(nn.Module):
   shared with other encoders.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   frame: nn.Module
   length: int
   temporal: Temporal = "mean"
@@ -96,7 +88,7 @@ class FrameEncoder(nn.Module):
       "position", with_axes(normal(0.5), ("position", "embed")), (self.length, c.width), jnp.float32
     )
     x = x + drop_and_run(self, x + position[:length].astype(c.dtype), mask, train=train)
-    return pooled(self, LayerNorm(c.eps, c.dtype, name="norm")(x), mask, self.pooling)
+    return pooled(self, c.make_norm("norm")(x), mask, self.pooling)
 
 
 class ConvolutionFrame(nn.Module):
@@ -152,7 +144,7 @@ class TubeletTransformer(nn.Module):
   True are hidden by a learned token. trunk: a transformer shared with other encoders.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   patch: int
   time: int
   size: int
@@ -208,6 +200,7 @@ def _mask(batch: Mapping[str, Array]) -> Array:
   return batch["mask"] if "mask" in batch else jnp.ones(batch["frames"].shape[:2], bool)
 
 
+@with_block
 def frames(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -248,7 +241,7 @@ def frames(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: of the frames: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of all blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
   video, size = data["video"], data["video"]["size"]
@@ -299,6 +292,7 @@ def frames(
   return FrameEncoder(config, frame, length=video["frames"], temporal=temporal, pooling=pooling)
 
 
+@with_block
 def tubelets(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -329,7 +323,7 @@ def tubelets(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
   video = data["video"]

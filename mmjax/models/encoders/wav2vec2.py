@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.sequence import (
   SequencePooling,
   drop_and_run,
@@ -31,7 +32,6 @@ from mmjax.models.layers import (
   normal,
   with_axes,
 )
-from mmjax.models.transformer import Activation, Kernel, Remat, TransformerConfig
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Few, Heads, Kernels, Width, Widths
 
 Array = jax.Array
@@ -54,7 +54,7 @@ class Wav2Vec2Encoder(nn.Module):
   a window.
   """
 
-  config: TransformerConfig
+  config: BlockConfig
   channels: tuple[int, ...]
   sizes: tuple[int, ...]
   strides: tuple[int, ...]
@@ -93,7 +93,7 @@ class Wav2Vec2Encoder(nn.Module):
       x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)
     x = drop_and_run(self, x, mask, train=train)
     if c.norm == "pre":
-      x = LayerNorm(c.eps, c.dtype, name="norm")(x)
+      x = c.make_norm("norm")(x)
     return pooled(self, x, mask, self.pooling)
 
   def _features(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -200,6 +200,7 @@ def _windows(samples: Any, sizes: tuple[int, ...], strides: tuple[int, ...]) -> 
   return samples
 
 
+@with_block
 def wav2vec2(
   data: Mapping[str, Any],
   precision: Mapping[str, Any],
@@ -248,7 +249,7 @@ def wav2vec2(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (transformer.py REMAT). scan_unroll:
+  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
   blocks a loop trip.
   """
   if not len(channels) == len(sizes) == len(strides) > 0:

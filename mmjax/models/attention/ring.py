@@ -10,6 +10,7 @@ without a key that they may see give exactly zero, and take and give no gradient
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from mmjax.models.attention.mask import AttentionMask
+
 Array = jax.Array
 
 # keys of a visiting block whose logits are held at once, where its length has such a divisor
@@ -26,25 +29,33 @@ AT_ONCE = 1024
 
 
 class Ring(NamedTuple):
-  """What does not change on the way round. spec: places of query, key, value and result [B, L, H,
-  K]; its second entry is the axis of the ring, which has `devices` devices."""
+  """What does not change on the way round. spec: layout of query and result [B, L, H, K]; its
+  second entry is the axis of the ring, which has `devices` devices."""
 
   spec: P
   devices: int
-  causal: bool
   scale: float
+  soft_cap: float
 
   @property
   def axis(self) -> str:
     return self.spec[1]
 
-  def specs(self, mask: Array | None) -> tuple:
-    """Places of query, key, value and mask."""
-    pairs = {None: None, 2: P(self.spec[0], self.axis), 3: P(self.spec[0], self.axis, None)}
-    return self.spec, self.spec, self.spec, pairs[None if mask is None else mask.ndim]
+  def specs(self, mask: AttentionMask) -> tuple:
+    """Layouts of query, key, value and mask."""
+    batch, axis = self.spec[0], self.axis
+    layouts = dict(
+      prefix=P(batch),
+      keys=P(batch, axis),
+      segments=P(batch, axis),
+      key_segments=P(batch, axis),
+      pairs=P(batch, axis, None),
+    )
+    given = {name: x for name, x in layouts.items() if getattr(mask, name) is not None}
+    return self.spec, self.spec, self.spec, dataclasses.replace(mask, **given)
 
   def sums(self) -> P:
-    """Places of one number a query and head [B, H, L]."""
+    """Layout of one number a query and head [B, H, L]."""
     return P(self.spec[0], self.spec[2], self.axis)
 
   def hop(self, tree: Any) -> Any:
@@ -52,41 +63,54 @@ class Ring(NamedTuple):
     to = [(i, (i + 1) % self.devices) for i in range(self.devices)]
     return jax.tree.map(lambda x: lax.ppermute(x, self.axis, to), tree)
 
-  def logits(self, query: Array, key: Array, mask: Array | None, start: Array) -> Array:
-    """float32 [B, H, L, T] of a tile of keys, the first of which is number `start` of the sequence;
-    -inf where it may not be seen.
+  def logits(
+    self, query: Array, key: Array, mask: AttentionMask, start: Array
+  ) -> tuple[Array, Array | None]:
+    """(float32 [B, H, L, T] of a tile of keys, the first of which is number `start` of the
+    sequence, -inf where it may not be seen; slope of the soft cap or None).
 
-    query [B, H, L, K], scaled; key [B, H, T, K]; mask bool [B, T], or [B, L, S] of all keys.
+    query [B, H, L, K], scaled; key [B, H, T, K]; mask: its keys and key_segments of the tile, its
+    pairs of all keys.
     """
-    logits = _product("bhld,bhtd->bhlt", query, key)
+    logits, slope = _product("bhld,bhtd->bhlt", query, key), None
+    if self.soft_cap:
+      capped = jnp.tanh(logits / self.soft_cap)
+      logits, slope = capped * self.soft_cap, 1 - jnp.square(capped)
     length, keys = logits.shape[2:]
-    if mask is not None:
-      seen = (
-        mask[:, None, None]
-        if mask.ndim == 2
-        else lax.dynamic_slice_in_dim(mask, start, keys, 2)[:, None]
-      )
-      logits = jnp.where(seen, logits, -jnp.inf)
-    if self.causal:
-      row = lax.axis_index(self.axis) * length + jnp.arange(length)
-      logits = jnp.where(row[:, None] >= start + jnp.arange(keys), logits, -jnp.inf)
-    return logits
+    row = (lax.axis_index(self.axis) * length + jnp.arange(length))[:, None]
+    prefix = None if mask.prefix is None else mask.prefix[:, None, None]
+    seen = [mask.in_reach(row, start + jnp.arange(keys), prefix)]
+    if mask.keys is not None:
+      seen.append(mask.keys[:, None])
+    if mask.segments is not None:
+      seen.append(mask.segments[:, :, None] == mask.key_segments[:, None])
+    if mask.pairs is not None:
+      seen.append(lax.dynamic_slice_in_dim(mask.pairs, start, keys, 2))
+    for part in seen:
+      if part is not None:
+        part = part[:, None] if part.ndim == 3 else part
+        logits = jnp.where(part, logits, -jnp.inf)
+    return logits, slope
 
 
-def ring_attention(query: Array, key: Array, value: Array, mask: Array | None, ring: Ring) -> Array:
-  """query [B, L, H, K], key and value [B, S, H, K], mask bool [B, S] | [B, L, S] | None -> [B, L,
-  H, K], the same as the plain formula. L and S are multiples of the ring's devices; lengths may
-  differ. Arrays are global: call it outside of shard_map."""
+def ring_attention(
+  query: Array, key: Array, value: Array, mask: AttentionMask, ring: Ring
+) -> Array:
+  """query [B, L, H, K], key and value [B, S, G, K] -> [B, L, H, K], the same as the plain formula;
+  the mask without an offset. L and S are multiples of the ring's devices; lengths may differ.
+  Arrays are global: call it outside of shard_map."""
+  if mask.segments is not None:  # those of the keys travel
+    mask = dataclasses.replace(mask, key_segments=mask.key_numbers)
   return _attend(ring, query, key, value, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: Ring, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+def _attend(ring: Ring, query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
   return _forward(ring, query, key, value, mask)[0]
 
 
 def _forward(
-  ring: Ring, query: Array, key: Array, value: Array, mask: Array | None
+  ring: Ring, query: Array, key: Array, value: Array, mask: AttentionMask
 ) -> tuple[Array, tuple]:
   run = jax.shard_map(
     functools.partial(_forward_here, ring),
@@ -112,17 +136,19 @@ _attend.defvjp(_forward, _backward)
 
 
 def _forward_here(
-  ring: Ring, query: Array, key: Array, value: Array, mask: Array | None
+  ring: Ring, query: Array, key: Array, value: Array, mask: AttentionMask
 ) -> tuple[Array, Array]:
   """One device's queries: (result [B, L, H, K], log of the sum of exponentials float32 [B, H, L], 0
   where no key was seen).
   """
   query, key, value = _by_head(ring, query, key, value)
   rows = query.shape[:3]
+  spread = functools.partial(jnp.repeat, repeats=query.shape[1] // key.shape[1], axis=1)
 
-  def meet(state: tuple, key: Array, value: Array, mask: Array | None, start: Array) -> tuple:
+  def meet(state: tuple, key: Array, value: Array, mask: AttentionMask, start: Array) -> tuple:
     highest, total, out = state
-    logits = ring.logits(query, key, mask, start)
+    key, value = spread(key), spread(value)
+    logits, _ = ring.logits(query, key, mask, start)
     now = jnp.maximum(highest, logits.max(-1))
     base = jnp.where(now == -jnp.inf, 0, now)
     weights, shrink = jnp.exp(logits - base[..., None]), jnp.exp(highest - base)
@@ -147,7 +173,7 @@ def _backward_here(
   query: Array,
   key: Array,
   value: Array,
-  mask: Array | None,
+  mask: AttentionMask,
   out: Array,
   norm: Array,
   cotangent: Array,
@@ -158,20 +184,27 @@ def _backward_here(
   dtypes = query.dtype, key.dtype, value.dtype
   query, key, value = _by_head(ring, query, key, value)
   cotangent, out = cotangent.swapaxes(1, 2), out.swapaxes(1, 2)
+  spread = functools.partial(jnp.repeat, repeats=query.shape[1] // key.shape[1], axis=1)
   inner = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
   def meet(
-    state: tuple, key: Array, value: Array, mask: Array | None, at: Array, start: Array
+    state: tuple, key: Array, value: Array, mask: AttentionMask, at: Array, start: Array
   ) -> tuple:
     into_query, into_key, into_value = state
-    weights = jnp.exp(ring.logits(query, key, mask, start) - norm[..., None])
-    push = (weights * (_product("bhld,bhtd->bhlt", cotangent, value) - inner)).astype(query.dtype)
-    add = lambda x, more: lax.dynamic_update_slice_in_dim(
-      x, lax.dynamic_slice_in_dim(x, at, more.shape[2], 2) + more, at, 2
-    )
+    key, value = spread(key), spread(value)
+    logits, slope = ring.logits(query, key, mask, start)
+    weights = jnp.exp(logits - norm[..., None])
+    dlogits = weights * (_product("bhld,bhtd->bhlt", cotangent, value) - inner)
+    dlogits = (dlogits if slope is None else dlogits * slope).astype(query.dtype)
+
+    def add(x: Array, more: Array) -> Array:
+      more = more.reshape(x.shape[0], x.shape[1], -1, *more.shape[2:]).sum(2)
+      old = lax.dynamic_slice_in_dim(x, at, more.shape[2], 2)
+      return lax.dynamic_update_slice_in_dim(x, old + more, at, 2)
+
     return (
-      into_query + _product("bhlt,bhtd->bhld", push, key),
-      add(into_key, _product("bhlt,bhld->bhtd", push, query)),
+      into_query + _product("bhlt,bhtd->bhld", dlogits, key),
+      add(into_key, _product("bhlt,bhld->bhtd", dlogits, query)),
       add(into_value, _product("bhlt,bhld->bhtd", weights.astype(cotangent.dtype), cotangent)),
     )
 
@@ -195,13 +228,14 @@ def _round(
   block that came last).
 
   The last `travel` parts of the state belong to the block: they go with it, and come home at the
-  end. A mask of pairs stays.
+  end. Of the mask travels what belongs to keys.
   """
   here = lax.axis_index(ring.axis)
-  stays = block[2] is not None and block[2].ndim == 3
 
   def hop(block: tuple) -> tuple:
-    return (*ring.hop(block[:2]), block[2] if stays else ring.hop(block[2]))
+    key, value, mask = block
+    key, value, keys, segments = ring.hop((key, value, mask.keys, mask.key_segments))
+    return key, value, dataclasses.replace(mask, keys=keys, key_segments=segments)
 
   def send(state: tuple) -> tuple:
     cut = len(state) - travel
@@ -228,12 +262,12 @@ def _over_tiles(meet: Callable, state: tuple, block: tuple) -> tuple:
 
   def one(number: int, state: tuple) -> tuple:
     at = number * tile
-    cut = lambda x, axis: lax.dynamic_slice_in_dim(x, at, tile, axis)
-    return meet(
-      state,
-      at,
-      (cut(key, 2), cut(value, 2), cut(mask, 1) if mask is not None and mask.ndim == 2 else mask),
-    )
+
+    def cut(x: Array | None, axis: int) -> Array | None:
+      return None if x is None else lax.dynamic_slice_in_dim(x, at, tile, axis)
+
+    own = dict(keys=cut(mask.keys, 1), key_segments=cut(mask.key_segments, 1))
+    return meet(state, at, (cut(key, 2), cut(value, 2), dataclasses.replace(mask, **own)))
 
   return lax.fori_loop(0, keys // tile, one, state)
 

@@ -1,0 +1,263 @@
+"""Self-attention of short sequences on TPUs in one kernel: what stands between the input and the
+output projection.
+
+A whole sequence fits into a chip's vector memory, so nothing has to be blocked: the kernel reads
+the projections of a few examples as the dense layer wrote them, rows [B L, 3 H K], keeps logits and
+weights of one head at a time on the chip, and writes [B L, H K]. No transposes, no logits in memory
+(written out they cost more than the matrix products of a base-size model). The backward pass
+computes the weights again and needs nothing but the projections.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mmjax.models.attention.mask import AttentionMask
+from mmjax.models.platform import vector_memory
+
+Array = jax.Array
+
+LONGEST = 768  # tokens from which whole rows of logits are too long to be worth it
+TILE = 8  # rows of a tile: lengths are multiples of it
+_ROWS = 512  # tokens of one block: examples of short sequences travel together
+_LOW = -1e30
+
+
+def fits(length: int, heads: int, channels: int, itemsize: int) -> bool:
+  """Whether the backward pass of one sequence fits into vector memory: projections, cotangent and
+  gradients, each twice (one on its way while the other is worked on), and the logits of a head and
+  what is computed from them in float32."""
+  return (
+    length <= LONGEST
+    and 14 * length * heads * channels * itemsize + 24 * length**2 <= vector_memory()
+  )
+
+
+def fused_attention(
+  qkv: Array,
+  bias: Array | None,
+  mask: AttentionMask,
+  *,
+  channels: int,
+  length: int,
+  scale: float,
+  soft_cap: float = 0.0,
+  interpret: bool = False,
+) -> Array:
+  """softmax(scale * q k^T + masks) v of `qkv` [B * length, 3 H K] + `bias` [3 H K]: [B * length, H
+  K] in its dtype, the softmax in float32. Queries of all heads come first, then keys, then values;
+  K = `channels`.
+
+  mask: without offset and pairs. A query that no key is open to gives zero, and has zero gradient.
+  """
+  bias = jnp.zeros((1, qkv.shape[1]), qkv.dtype) if bias is None else bias[None]
+  heads = qkv.shape[1] // 3 // channels
+  position = AttentionMask(causal=mask.causal, window=mask.window)
+  settings = _Settings(length, heads, channels, position, scale, soft_cap, interpret)
+  return _fused(settings, qkv, bias, _parts_of(mask, qkv.shape[0] // length, length))
+
+
+def _parts_of(mask: AttentionMask, batch: int, length: int) -> _Parts:
+  """The arrays of a mask as the kernels read them: numbers of keys in a row and of queries in a
+  column, which have to be equal; hidden keys have one of their own.
+  """
+  rows = columns = prefix = None
+  if mask.segments is not None or mask.keys is not None:
+    numbers = jnp.zeros((batch, length)) if mask.segments is None else mask.segments
+    numbers = numbers.astype(jnp.float32)
+    columns = numbers if mask.key_segments is None else mask.key_segments.astype(jnp.float32)
+    columns = columns if mask.keys is None else jnp.where(mask.keys, columns, _LOW)
+    columns = columns[:, None, :]
+    rows = None if mask.segments is None else numbers[:, :, None]
+  if mask.prefix is not None and mask.by_position:
+    prefix = mask.prefix.astype(jnp.int32)[:, None, None]
+  return _Parts(columns, rows, prefix)
+
+
+class _Parts(NamedTuple):
+  """Arrays of a mask: float32 [B, 1, L] of keys, [B, L, 1] of queries, int32 [B, 1, 1]."""
+
+  columns: Array | None
+  rows: Array | None
+  prefix: Array | None
+
+
+class _Settings(NamedTuple):
+  """What a kernel is made for. position: a mask of positions alone; interpret: run by the
+  interpreter, on any platform.
+  """
+
+  length: int
+  heads: int
+  channels: int
+  position: AttentionMask
+  scale: float
+  soft_cap: float
+  interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(settings: _Settings, qkv: Array, bias: Array, parts: _Parts) -> Array:
+  return _forward(settings, qkv, bias, parts)[0]
+
+
+def _forward(
+  settings: _Settings, qkv: Array, bias: Array, parts: _Parts
+) -> tuple[Array, tuple[Array, Array, _Parts]]:
+  out = jax.ShapeDtypeStruct((qkv.shape[0], settings.heads * settings.channels), qkv.dtype)
+  return _call(settings, _forward_kernel, (qkv,), bias, parts, (out,))[0], (qkv, bias, parts)
+
+
+def _backward(
+  settings: _Settings, kept: tuple[Array, Array, _Parts], cotangent: Array
+) -> tuple[Array, Array, None]:
+  qkv, bias, parts = kept
+  examples = qkv.shape[0] // settings.length
+  out = (
+    jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+    jax.ShapeDtypeStruct((examples, 1, qkv.shape[1]), jnp.float32),
+  )
+  dqkv, sums = _call(settings, _backward_kernel, (qkv, cotangent), bias, parts, out)
+  return dqkv, sums.sum(0).astype(bias.dtype), None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _call(
+  settings: _Settings, kernel, arrays: tuple[Array, ...], bias: Array, parts: _Parts, out: tuple
+) -> list[Array]:
+  """`kernel` over blocks of examples. Arrays [B * L, ...] or one row an example, [B, 1, ...]; bias
+  [1, ...]; parts of a mask [B, ...].
+  """
+  length = settings.length
+  b = arrays[0].shape[0] // length
+  few = lambda n: (
+    n * length <= _ROWS
+    and fits(n * length, settings.heads, settings.channels, arrays[0].dtype.itemsize)
+  )
+  block = next(n for n in range(max(1, _ROWS // length), 0, -1) if n == 1 or b % n == 0 and few(n))
+  spec = lambda x: (
+    pl.BlockSpec((block * length, x.shape[1]), lambda i: (i, 0))
+    if len(x.shape) == 2
+    else pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, 0, 0))
+  )
+  given = [part for part in parts if part is not None]
+  operands = (*arrays, *given)
+  body = functools.partial(kernel, settings, block, [part is not None for part in parts])
+  return pl.pallas_call(
+    body,
+    grid=(b // block,),
+    in_specs=[pl.BlockSpec(bias.shape, lambda i: (0, 0)), *map(spec, operands)],
+    out_specs=[spec(x) for x in out],
+    out_shape=out,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel",), vmem_limit_bytes=vector_memory()
+    ),
+    interpret=settings.interpret,
+    name=kernel.__name__.strip("_"),
+  )(bias, *operands)
+
+
+def _forward_kernel(settings: _Settings, block: int, given: list[bool], bias, qkv, *refs) -> None:
+  length, heads, channels = settings[:3]
+  parts, (out,) = _refs(given, refs)
+
+  def example(i: Array, _: None) -> None:
+    rows = pl.ds(pl.multiple_of(i * length, TILE), length)
+    opened = _open(settings, parts, i)
+    for h in range(heads):
+      q, k, v = _of_head(qkv, bias, rows, h, heads, channels)
+      weights, total, _ = _weights(q, k, opened, settings)
+      value = jax.lax.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+      out[rows, h * channels : (h + 1) * channels] = value.astype(out.dtype)
+
+  jax.lax.fori_loop(0, block, example, None)
+
+
+def _backward_kernel(
+  settings: _Settings, block: int, given: list[bool], bias, qkv, cotangent, *refs
+) -> None:
+  length, heads, channels = settings[:3]
+  parts, (out, sums) = _refs(given, refs)
+
+  def over(a: Array, b: Array, axes: tuple) -> Array:
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+
+  def example(i: Array, _: None) -> None:
+    rows = pl.ds(pl.multiple_of(i * length, TILE), length)
+    opened = _open(settings, parts, i)
+    for h in range(heads):
+      q, k, v = _of_head(qkv, bias, rows, h, heads, channels)
+      do = cotangent[rows, h * channels : (h + 1) * channels]
+      weights, total, slope = _weights(q, k, opened, settings)
+      weights = weights / total
+      dweights = over(do, v, ((1,), (1,)))
+      dlogits = weights * (dweights - (weights * dweights).sum(1, keepdims=True))
+      dlogits = dlogits * settings.scale if slope is None else dlogits * slope * settings.scale
+      dlogits = dlogits.astype(q.dtype)
+      gradients = (
+        over(dlogits, k, ((1,), (0,))),
+        over(dlogits, q, ((0,), (0,))),
+        over(weights.astype(do.dtype), do, ((0,), (0,))),
+      )
+      for n, gradient in enumerate(gradients):
+        columns = slice((n * heads + h) * channels, (n * heads + h + 1) * channels)
+        out[rows, columns] = gradient.astype(out.dtype)
+        sums[i, :, columns] = gradient.sum(0, keepdims=True)
+
+  jax.lax.fori_loop(0, block, example, None)
+
+
+def _refs(given: list[bool], refs: tuple) -> tuple[_Parts, tuple]:
+  """(the parts of the mask, the outputs) of a kernel's last references."""
+  count = sum(given)
+  parts = iter(refs[:count])
+  return _Parts(*(next(parts) if has else None for has in given)), refs[count:]
+
+
+def _of_head(qkv, bias, rows, h: int, heads: int, channels: int) -> list[Array]:
+  """query, key and value [L, K] of one head."""
+  places = (slice((n * heads + h) * channels, (n * heads + h + 1) * channels) for n in range(3))
+  return [qkv[rows, place] + bias[:, place] for place in places]
+
+
+def _open(settings: _Settings, parts: _Parts, i: Array) -> Array | None:
+  """bool [L, L] (or [1, L]): which keys a query of example `i` may see; None = all."""
+  opened = None
+  if parts.columns is not None:
+    columns = parts.columns[i]
+    opened = columns == parts.rows[i] if parts.rows is not None else columns > _LOW
+  if settings.position.by_position:
+    shape = (settings.length, settings.length)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    prefix = None if parts.prefix is None else parts.prefix[i]
+    reach = settings.position.in_reach(row, column, prefix)
+    opened = reach if opened is None else reach & opened
+  return opened
+
+
+def _weights(
+  q: Array, k: Array, opened: Array | None, settings: _Settings
+) -> tuple[Array, Array, Array | None]:
+  """(exp(logits - largest) float32 [L, L], zero where closed; its sum over keys [L, 1], 1 where no
+  key is open; slope of the soft cap or None).
+  """
+  logits = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  logits, slope = logits * settings.scale, None
+  if settings.soft_cap:
+    capped = jnp.tanh(logits / settings.soft_cap)
+    logits, slope = capped * settings.soft_cap, 1 - jnp.square(capped)
+  if opened is None:
+    weights = jnp.exp(logits - logits.max(1, keepdims=True))
+    return weights, weights.sum(1, keepdims=True), slope
+  logits = jnp.where(opened, logits, _LOW)
+  weights = jnp.where(opened, jnp.exp(logits - logits.max(1, keepdims=True)), 0.0)
+  total = weights.sum(1, keepdims=True)
+  return weights, jnp.where(total > 0, total, 1.0), slope

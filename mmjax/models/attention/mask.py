@@ -1,0 +1,89 @@
+"""Who sees whom in attention, said once for every kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+  """A query sees a key that every given part opens to it. B examples, L queries, S keys.
+
+  causal: keys up to the query's own position. window: the last so many of these, itself among them
+  (or, where not causal, keys less than so many positions away on either side); 0 = all.
+  prefix: int32 [B], so many first keys are open to all queries, whatever causal and window say.
+  keys: bool [B, S], the keys that are real.
+  segments: int32 [B, L] (and key_segments [B, S], where keys are not the queries' own tokens):
+  examples that share a row; only equal numbers meet.
+  offset: int32 scalar or [B], the position of the first query among the keys, as behind a cache.
+  pairs: bool [B, L, S], for what the other parts cannot say; kernels must then hold it.
+  """
+
+  causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
+  window: int = dataclasses.field(default=0, metadata=dict(static=True))
+  prefix: Array | None = None
+  keys: Array | None = None
+  segments: Array | None = None
+  key_segments: Array | None = None
+  offset: Array | int | None = None
+  pairs: Array | None = None
+
+  @property
+  def key_numbers(self) -> Array | None:
+    """The segments of the keys, int32 [B, S]."""
+    return self.segments if self.key_segments is None else self.key_segments
+
+  @property
+  def by_position(self) -> bool:
+    """Whether positions alone say something, for all examples alike (causal, window)."""
+    return self.causal or self.window > 0
+
+  @property
+  def arrays(self) -> bool:
+    """Whether some part is an array: the mask may then differ between examples."""
+    parts = (self.prefix, self.keys, self.segments, self.offset, self.pairs)
+    return any(part is not None for part in parts)
+
+  def in_reach(self, rows: Array, columns: Array, prefix: Array | None = None) -> Array | None:
+    """What positions say: bool of the broadcast shape of the positions of queries and keys (and of
+    `prefix`, by default none); None = all. In kernels too.
+    """
+    reach = columns <= rows if self.causal else None
+    if self.window:
+      near = columns > rows - self.window
+      if not self.causal:
+        near &= columns < rows + self.window
+      reach = near if reach is None else reach & near
+    return reach if reach is None or prefix is None else reach | (columns < prefix)
+
+  def dense(self, length: int, keys: int) -> Array | None:
+    """bool [B or 1, L or 1, S]: the whole mask, for kernels that write their logits out; None =
+    all.
+    """
+    rows = jnp.arange(length)[None, :, None]
+    if self.offset is not None:
+      rows = rows + jnp.asarray(self.offset).reshape(-1, 1, 1)
+    prefix = None if self.prefix is None else self.prefix[:, None, None]
+    parts = [self.in_reach(rows, jnp.arange(keys)[None, None], prefix)]
+    if self.keys is not None:
+      parts.append(self.keys[:, None, :])
+    if self.segments is not None:
+      parts.append(self.segments[:, :, None] == self.key_numbers[:, None, :])
+    parts = [part for part in (*parts, self.pairs) if part is not None]
+    return functools.reduce(jnp.logical_and, parts) if parts else None
+
+  def padded(self, batch: int, length: int, wanted: int) -> AttentionMask:
+    """The mask of a sequence to itself, filled up from `length` to `wanted` tokens that nobody
+    sees.
+    """
+    keys = jnp.ones((batch, length), bool) if self.keys is None else self.keys
+    more = ((0, 0), (0, wanted - length))
+    segments = None if self.segments is None else jnp.pad(self.segments, more)
+    return dataclasses.replace(self, keys=jnp.pad(keys, more), segments=segments)

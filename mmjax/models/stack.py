@@ -1,0 +1,266 @@
+"""A stack of blocks: parameters stored stacked, run by a loop over the layers (patterns of layers
+too), rematerialised by name, all at once or with a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models.attention import AttentionMask, fuses
+from mmjax.models.attention.fused import TILE
+from mmjax.models.block import Attention, Block, BlockConfig, KeyValue, Turns
+from mmjax.models.platform import platform
+
+Array = jax.Array
+Policy = Callable[..., Any]
+
+_POLICIES = jax.checkpoint_policies
+# by name: policies of products do not see into functions with their own derivatives
+_DENSE = _POLICIES.save_only_these_names("dense")
+
+
+def _offload(name: str) -> Policy:
+  return _POLICIES.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[name],
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
+
+
+# What the forward pass keeps for the backward pass; everything else of a block is computed again.
+REMAT: dict[str, Policy | None] = {
+  "none": None,  # no rematerialisation
+  "full": _POLICIES.nothing_saveable,  # only the inputs of the blocks
+  # results of every matrix product, attention logits among them
+  "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _DENSE),
+  "dense": _DENSE,  # results of the dense layers, biases added: norms, activations, attention anew
+  # results of the dense layers, not of attention
+  "dots_no_batch": _POLICIES.save_from_both_policies(
+    _POLICIES.dots_with_no_batch_dims_saveable, _DENSE
+  ),
+  "attention": _POLICIES.save_only_these_names("attention"),  # the outputs of attention
+  # As "full", and the inputs wait in the memory of the host: nothing on the chip grows with depth,
+  # for deep stacks of long sequences. A block moves 2 bytes a channel (bfloat16) and computes some
+  # 24 D FLOPs on it, which hides the way from D = 1024 on.
+  "offload": _offload("block"),
+  # As "dense" in the memory of "full": no dense product is computed twice, but nine times as much
+  # goes to the host and back.
+  "offload_dense": _offload("dense"),
+}
+
+
+class Memory(NamedTuple):
+  """What the blocks attend to besides themselves, its keys and values computed once: key, value
+  [layers, B, S, G, K]; mask bool [1, B, S]. Rows stand on axis 1.
+  """
+
+  key: Array
+  value: Array
+  mask: Array
+
+
+class Stack(nn.Module):
+  """`depth` blocks. Their parameters are stored stacked under "layers" with a leading logical axis
+  "layers", however they are run. For the final norm (pre-norm stacks) see who uses it.
+
+  cross: the blocks attend to a context too. context_norm, dropout: as in `Block`. Randomness:
+  stream "dropout", drawn for each block from one key.
+  """
+
+  config: BlockConfig
+  cross: bool = False
+  context_norm: str = "cross_attention_norm"
+  dropout: str = "Dropout_0"
+
+  def setup(self) -> None:
+    self.layers = self.param("layers", self._init_layers)
+
+  def __call__(
+    self,
+    x: Array,
+    mask: Array | AttentionMask | None = None,
+    *,
+    context: Array | None = None,
+    context_mask: Array | None = None,
+    positions: Array | None = None,
+    train: bool = False,
+    bias: Array | None = None,
+  ) -> Array:
+    """x [B, L, D] -> [B, L, D]. mask: a mask, or which tokens are real, bool [B, L]. context [B, S,
+    D], context_mask bool [B, S]: what the blocks attend to besides. positions: of rotary positions,
+    int32 [B, L] or [B, L, axes]; None = 0, 1, ... bias float32 [H, L, L]: of the attention's
+    logits.
+    """
+    c, shape = self.config, x.shape
+    mask = mask if isinstance(mask, AttentionMask) else AttentionMask(keys=mask)
+    mask = dataclasses.replace(mask, causal=c.causal)
+    x, context = x.astype(c.dtype), None if context is None else context.astype(c.dtype)
+    length = 0
+    if c.packs and context is None and bias is None:
+      x, mask, length = self._rows(x, mask)
+    keys = jax.random.split(self.make_rng("dropout"), c.depth) if train and c.dropout else None
+    settings = dict(
+      context=context, context_mask=context_mask, bias=bias, length=length, train=train
+    )
+
+    def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Array, None]:
+      params, key = layer
+      rngs = None if key is None else {"dropout": key}
+      out = block.apply({"params": params}, x, mask, turns=turns, rngs=rngs, **settings)
+      return out, None
+
+    x, _ = self._each(run, x, (self.layers, keys), self._positions(positions, shape, 0))
+    return x.reshape(shape[0], length, c.width)[:, : shape[1]] if length else x
+
+  def init_cache(self, rows: int, length: int) -> KeyValue:
+    """An empty cache of keys and values for `rows` texts of up to `length` tokens."""
+    c = self.config
+    empty = jnp.zeros((c.depth, rows, length, c.groups, c.channels), c.dtype)
+    return KeyValue(empty, empty)
+
+  def init_memory(self, context: Array, context_mask: Array) -> Memory:
+    """Of tokens [B, S, D] and which are real, bool [B, S]: once a generation."""
+    attention = Attention(self.config, parent=None)
+
+    def one(_: None, params: Any) -> tuple[None, KeyValue]:
+      params = {"params": params["cross_attention"]}
+      return None, attention.apply(params, context, method="keys_and_values")
+
+    return Memory(*jax.lax.scan(one, None, self.layers)[1], context_mask[None])
+
+  def extend(
+    self,
+    x: Array,
+    start: Array,
+    cache: KeyValue,
+    memory: Memory | None = None,
+    *,
+    keys: Array | None = None,
+    positions: Array | None = None,
+  ) -> tuple[Array, KeyValue]:
+    """x [B, L, D], the tokens from place `start` (int32 scalar or [B]) of the cache on -> ([B, L,
+    D], the cache with them): a whole prompt or one token.
+
+    A token sees the cache up to its own place; keys: bool [B, T], the places of it that are real.
+    positions: as in a call; None = the places.
+    """
+    mask = AttentionMask(causal=True, offset=start, keys=keys)
+    stored = None if memory is None else KeyValue(memory.key, memory.value)
+    context_mask = None if memory is None else memory.mask[0]
+
+    def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Array, KeyValue]:
+      params, cache, stored = layer
+      return block.apply(
+        {"params": params},
+        x,
+        mask,
+        context=stored,
+        context_mask=context_mask,
+        turns=turns,
+        cache=cache,
+      )
+
+    layers = (self.layers, cache, stored)
+    return self._each(
+      run, x.astype(self.config.dtype), layers, self._positions(positions, x.shape, start), False
+    )
+
+  def _each(
+    self, run: Callable, x: Array, layers: Any, positions: Array | None, train: bool = True
+  ) -> tuple[Array, Any]:
+    """`run(block, x, layer, turns) -> (x, out)` for layer after layer of `layers`, arrays with a
+    leading axis of them: (x, outs stacked). A pattern of layers is one trip of the loop.
+    """
+    c = self.config
+    windows = c.windows or (0,)
+    period, turns = len(windows), {}
+    if c.rotary is not None and positions is not None:
+      turns = {
+        local: (c.local_rotary if local and c.local_rotary else c.rotary).angles(
+          positions, c.channels
+        )
+        for local in {window > 0 for window in windows}
+      }
+    unroll = c.scan_unroll or (c.depth if platform() == "cpu" and c.depth <= 12 else 1)
+    unroll = min(unroll, c.depth) if train else 1
+
+    def of_window(window: int) -> Callable:
+      block = Block(c, window, self.context_norm, self.dropout, parent=None)
+      one = lambda x, layer: run(block, x, layer, turns.get(window > 0))
+      if c.remat == "none" or not train:
+        return one
+      return jax.checkpoint(one, policy=REMAT[c.remat], prevent_cse=unroll > 1)
+
+    runs = [of_window(window) for window in windows]
+    if period == 1:
+      return jax.lax.scan(runs[0], x, layers, unroll=unroll)
+
+    def trip(x: Array, group: Any) -> tuple[Array, Any]:
+      outs = []
+      for i, one in enumerate(runs):
+        x, out = one(x, jax.tree.map(lambda a, i=i: a[i], group))
+        outs.append(out)
+      return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+
+    whole = c.depth // period * period
+    groups = jax.tree.map(lambda a: a[:whole].reshape(-1, period, *a.shape[1:]), layers)
+    x, outs = jax.lax.scan(trip, x, groups, unroll=max(1, unroll // period))
+    outs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
+    for i in range(whole, c.depth):
+      x, out = runs[i - whole](x, jax.tree.map(lambda a, i=i: a[i], layers))
+      outs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), outs, out)
+    return x, outs
+
+  def _positions(
+    self, positions: Array | None, shape: tuple[int, ...], start: Array | int
+  ) -> Array | None:
+    """Positions of tokens x [B, L, D] that begin at `start`, where the blocks need any."""
+    if self.config.rotary is None or positions is not None:
+      return positions
+    places = jnp.asarray(start).reshape(-1, 1) + jnp.arange(shape[1])
+    return jnp.broadcast_to(places, shape[:2])
+
+  def _rows(self, x: Array, mask: AttentionMask) -> tuple[Array, AttentionMask, int]:
+    """(x, mask, 0), or, where attention is fused, (x as rows [B * L, D], mask, L), with L filled up
+    to whole tiles of a TPU by tokens that nothing may see: activations then have one layout only,
+    and nothing is copied before or after a kernel.
+    """
+    c, (b, real, _) = self.config, x.shape
+    length = real + -real % TILE
+    head = jax.ShapeDtypeStruct((b, length, c.heads, c.channels), c.dtype)
+    if not fuses(c.kernel, head, mask):
+      return x, mask, 0
+    if length != real:
+      x = jnp.pad(x, ((0, 0), (0, length - real), (0, 0)))
+      mask = mask.padded(b, real, length)
+    return x.reshape(b * length, c.width), mask, length
+
+  def _init_layers(self, key: Array) -> Any:
+    # the same parameters; kernels refuse a single token
+    block = Block(dataclasses.replace(self.config, kernel="xla"), 0, self.context_norm, parent=None)
+    x = jnp.zeros((1, 1, self.config.width), self.config.dtype)
+    context = x if self.cross else None
+    stacked = jax.vmap(lambda k: block.init(k, x, context=context)["params"])(
+      jax.random.split(key, self.config.depth)
+    )
+    return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+
+
+def run_stack(
+  encoder: nn.Module, x: Array, mask: Array | None, *, train: bool, bias: Array | None = None
+) -> Array:
+  """x [B, L, D] through the stack of an encoder: its `trunk`, where it shares one, or one of its
+  own `config`, whose parameters are the encoder's (text/layers, not text/Stack_0/layers). Call it
+  in the encoder's compact method."""
+  if encoder.trunk is not None:
+    return encoder.trunk(x, mask, train=train, bias=bias)
+  stack = Stack(encoder.config)
+  nn.share_scope(encoder, stack)
+  return stack(x, mask, train=train, bias=bias)
