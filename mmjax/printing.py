@@ -14,7 +14,8 @@ import sys
 from typing import Any, TextIO
 
 _UNSAFE = re.compile(
-  "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+  "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufdd0-\ufdef"
+  "\ufff9-\ufffb\ufffe\uffff]"
 )
 
 

@@ -30,8 +30,8 @@ from tests.data.test_convert import picture
 from tests.data.test_tars import pairs, write_tar
 from tests.inference import tiny
 
-EVIL = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202eexe.gnp\u2066\r"
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+EVIL = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202eexe.gnp\u2066\uffff\r"
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\uffff]")
 
 
 def clean(text: str) -> bool:

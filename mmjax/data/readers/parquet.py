@@ -7,6 +7,7 @@ is, not before.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -174,7 +175,8 @@ class ParquetReader:
     columns = sorted({self.chosen[role][0] for role in roles})
     for group in range(file.num_row_groups):
       count = file.metadata.row_group(group).num_rows
-      table = _rows(file.read_row_group(group, columns=columns)) if columns else [{}] * count
+      with self._damage(number):
+        table = _rows(file.read_row_group(group, columns=columns)) if columns else [{}] * count
       for within, row in enumerate(table):
         yield (
           (number, group, within),
@@ -187,7 +189,7 @@ class ParquetReader:
     while at < len(positions):
       number, group, _ = positions[at]
       start = 0
-      for batch in self._open(number).iter_batches(64, row_groups=[group], columns=self.columns):
+      for batch in self._batches(number, group):
         while (
           at < len(positions)
           and positions[at][:2] == (number, group)
@@ -199,15 +201,31 @@ class ParquetReader:
         if at == len(positions) or positions[at][:2] != (number, group):
           break
 
+  def _batches(self, number: int, group: int) -> Iterator[Any]:
+    batches = self._open(number).iter_batches(64, row_groups=[group], columns=self.columns)
+    while True:
+      with self._damage(number):
+        batch = next(batches, None)
+      if batch is None:
+        return
+      yield batch
+
   def _open(self, number: int):
     try:
-      import pyarrow
       import pyarrow.parquet as parquet
     except ImportError as error:
       raise UserError("reading parquet needs pyarrow: pip install pyarrow") from error
-    try:
+    with self._damage(number):
       open_file(self.paths[number]).close()  # Arrow would wait for a pipe
       return parquet.ParquetFile(self.paths[number])
+
+  @contextlib.contextmanager
+  def _damage(self, number: int) -> Iterator[None]:
+    """Turns what Arrow says of a file that it cannot read into a UserError that names the file."""
+    import pyarrow
+
+    try:
+      yield
     except (pyarrow.ArrowException, OSError) as error:
       raise UserError(
         f"{self.paths[number]}: not a readable parquet file ({' '.join(str(error).split())[:120]})"
@@ -226,11 +244,13 @@ def _rows(table) -> list[dict[str, Any] | None]:
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
   """The names of the classes that a column of numbers means, as Hugging Face stores them."""
-  feature = (
-    json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    .get("info", {})
-    .get("features", {})
-    .get(column, {})
-  )
-  feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
-  return list(feature.get("names") or ()) if isinstance(feature, dict) else []
+  try:
+    found = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+  except (ValueError, RecursionError):
+    return []
+  for name in ("info", "features", column):
+    found = found.get(name) if isinstance(found, dict) else None
+  if isinstance(found, dict):
+    found = found.get("feature", found)
+  names = found.get("names") if isinstance(found, dict) else None
+  return names if isinstance(names, list) and all(isinstance(x, str) for x in names) else []
