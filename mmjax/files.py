@@ -51,6 +51,10 @@ _BUGS = (
   MemoryError,
 )  # no store is to blame
 _origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
+_DISK_ERROR = re.compile(
+  r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS "
+  r"error"
+)
 
 
 class StoreError(Exception):
@@ -151,6 +155,26 @@ def store_errors(
   HINT".
   """
   return _turned(place, lambda error: UserError(f"{what}: {reason(error)}{hint}"))
+
+
+@contextlib.contextmanager
+def disk_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterator[None]:
+  """Turns what the disk or the object store of `place` says, which libraries wrap in many types,
+  into one line.
+  """
+  try:
+    with store_errors(place, what, hint):
+      yield
+  except UserError:
+    raise
+  except Exception as error:
+    match = _DISK_ERROR.search(str(error))
+    if not isinstance(error, OSError) and not match:
+      raise
+    reason = getattr(error, "strerror", None) or (match[0] if match else str(error).split("\n")[0])
+    raise UserError(
+      f"{what}: {reason}{hint or '. Free space, or choose another folder'}"
+    ) from error
 
 
 def _asking(path: str | os.PathLike) -> contextlib.AbstractContextManager:

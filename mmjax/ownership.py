@@ -205,13 +205,10 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     if not pid.isdigit() or _started(int(pid)).replace(" ", "_") != start:
       shutil.rmtree(left, ignore_errors=True)
   try:
-    temporary.mkdir(parents=True)
-    yield temporary
-    temporary.rename(out)  # over an empty folder too; one with files that came meanwhile stays
-  except OSError as error:
-    raise UserError(
-      f"{out}: cannot be written ({error.strerror or error}). Free space or choose another folder"
-    ) from error
+    with files.disk_errors(out, f"{out} cannot be written"):
+      temporary.mkdir(parents=True)
+      yield temporary
+      temporary.rename(out)  # over an empty folder too; one with files that came meanwhile stays
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.state.storage import disk_errors
+from mmjax.files import disk_errors
 
 
 def test_a_mirror_of_a_folder_is_the_folder(tmp_path):

@@ -37,10 +37,11 @@ from ml_collections import FrozenConfigDict
 
 from mmjax import files
 from mmjax.config import UntrustedCode, UserError, from_json, in_steps
+from mmjax.files import disk_errors
 from mmjax.ownership import new_folder
 from mmjax.state import manifest, storage
 from mmjax.state.manifest import Corrupt
-from mmjax.state.storage import DELETED, TEMPORARY, disk_errors, from_main
+from mmjax.state.storage import DELETED, TEMPORARY, from_main
 from mmjax.state.train_state import TrainState, clamped
 from mmjax.state.transfer import transfer, transfer_state
 

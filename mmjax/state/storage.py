@@ -34,10 +34,6 @@ TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted"
 _PATIENCE = (
   30 * 24 * 3600
 )  # seconds; Orbax's 20 minutes go by the wall clock, which may jump. The watchdog bounds a save.
-_DISK_ERROR = re.compile(
-  r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS "
-  r"error"
-)
 
 
 class Writer(ocp.AsyncCheckpointer):
@@ -201,26 +197,6 @@ def from_main(values: list[int]) -> list[int]:
   count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
   padded = np.array(values if jax.process_index() == 0 else [0] * count, np.int32)
   return [int(v) for v in multihost_utils.broadcast_one_to_all(padded)] if count else []
-
-
-@contextlib.contextmanager
-def disk_errors(place: str | os.PathLike, what: str, hint: str = "") -> Iterator[None]:
-  """Turns what the disk or the object store of `place` says (Orbax wraps it in many types) into one
-  line.
-  """
-  try:
-    with files.store_errors(place, what, hint):
-      yield
-  except UserError:
-    raise
-  except Exception as error:
-    match = _DISK_ERROR.search(str(error))
-    if not isinstance(error, OSError) and not match:
-      raise
-    reason = getattr(error, "strerror", None) or (match[0] if match else str(error).split("\n")[0])
-    raise UserError(
-      f"{what}: {reason}{hint or '. Free space, or choose another folder'}"
-    ) from error
 
 
 def delete(path: epath.Path, *, patience: float = 0.0) -> None:

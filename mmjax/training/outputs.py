@@ -10,8 +10,8 @@ from ml_collections import FrozenConfigDict
 
 from mmjax import evaluation, files
 from mmjax.evaluation import report
+from mmjax.files import disk_errors
 from mmjax.ownership import Owner
-from mmjax.state.storage import disk_errors
 from mmjax.training.metrics import MetricsFile, TensorBoard, WeightsAndBiases
 
 

@@ -21,11 +21,11 @@ from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.text import Tokenizer, load_tokenizer
 from mmjax.evaluation import report
+from mmjax.files import disk_errors
 from mmjax.ownership import Owner
 from mmjax.parallel import multihost, threads
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
-from mmjax.state.storage import disk_errors
 from mmjax.state.train_state import TrainState
 from mmjax.training.metrics import import_wandb, log
 from mmjax.training.program import Program

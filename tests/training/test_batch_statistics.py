@@ -98,7 +98,9 @@ def gradients(step):
   batch = multihost.to_device(make_batch(), step.mesh)
   return step.in_mesh(
     jax.jit(
-      lambda params: step.step.gradients(params, state, batch, jax.random.key(0), step.objectives)
+      lambda params: tuple(
+        step.step.gradients(params, state, batch, jax.random.key(0), step.objectives)
+      )
     )
   )
 

@@ -174,22 +174,22 @@ def write_dataset(
   ids: set[str] = set()
   Builder.name = name
   folder = Path(data_dir) / name / version
+  what = f"{data_dir}: cannot write data set {name!r}"
+  hint = ". Free space, or choose another folder with $MMJAX_DATA"
   try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    owner = Owner(folder.parent, f"data set {name!r} in {data_dir}", wait=_PATIENCE)
-    with owner, _quiet_tfds(), tempfile.TemporaryDirectory() as nowhere:
-      for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of builds that were killed
-        shutil.rmtree(left, ignore_errors=True)
-      builder = Builder(data_dir=os.fspath(data_dir), file_format="array_record")
-      builder.download_and_prepare(
-        download_dir=nowhere, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-      )
-  except OSError as error:
+    with files.disk_errors(data_dir, what, hint):
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      owner = Owner(folder.parent, f"data set {name!r} in {data_dir}", wait=_PATIENCE)
+      with owner, _quiet_tfds(), tempfile.TemporaryDirectory() as nowhere:
+        for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of builds that were killed
+          shutil.rmtree(left, ignore_errors=True)
+        builder = Builder(data_dir=os.fspath(data_dir), file_format="array_record")
+        builder.download_and_prepare(
+          download_dir=nowhere, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+  except UserError:
     if not is_complete(folder):  # else another process has built the same meanwhile
-      raise UserError(
-        f"{data_dir}: cannot write data set {name!r} ({error}). Choose another folder with "
-        "$MMJAX_DATA"
-      ) from error
+      raise
   return folder
 
 
