@@ -92,10 +92,9 @@ def _main(argv: Sequence[str] | None) -> int:
   except Exception as error:
     if options.debug:
       raise
-    if isinstance(error, OSError) and error.filename:  # the disk said no; Python knows where
-      _complain(f"{error.filename!s:.300}: {error.strerror}")
-      return EXIT_FAILED
     why = f"{type(error).__name__}: {error!s:.600} (--debug shows where)"
+    if isinstance(error, OSError) and error.filename:  # the disk said no; Python knows where
+      why = f"{error.filename!s:.300}: {error.strerror}"
     raise _Failure(EXIT_FAILED, why) from error
 
 
