@@ -197,8 +197,7 @@ class Examples:
   """Records to a batch: reading, transforms, a caption or questions, tokens, labels.
 
   An unusable record becomes a row of zeros that is not valid. With data.missing "mask" a record
-  that only lacks a modality
-  is usable: `<modality>.present` bool [B] is False there.
+  that only lacks a modality is usable: `<modality>.present` bool [B] is False there.
   """
 
   def __init__(self, config, train: bool, tokenizer: Tokenizer | None = None):

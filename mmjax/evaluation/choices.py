@@ -27,8 +27,8 @@ def multiple_choice(
 
   source: a data set. split: which of its splits. modality: what the texts are about. choices:
   "module:function(facts) -> (texts, the number of the right one)", or a name in the records' facts
-  of such a pair. by: a name in the facts: accuracy also for each of its
-  values. Metrics: "accuracy", "chance", "examples", "unreadable". Ties are pessimistic.
+  of such a pair. by: a name in the facts: accuracy also for each of its values. Metrics:
+  "accuracy", "chance", "examples", "unreadable". Ties are pessimistic.
   """
   where = f"evaluation.evaluators.{context.name}"
   data = context.data(source, split, ())

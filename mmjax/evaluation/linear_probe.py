@@ -30,9 +30,8 @@ def linear_probe(
 
   source: a data set with labels. split: tested on. train_split: fitted on; a fifth of it (by
   picture, so that identical ones stay together) chooses the regularisation from `grid`, then all of
-  it is fitted again. The tested
-  split chooses nothing. Metrics: "accuracy", "mean_class_accuracy", "regularisation",
-  "train_examples", "examples", "unreadable" (left out).
+  it is fitted again. The tested split chooses nothing. Metrics: "accuracy", "mean_class_accuracy",
+  "regularisation", "train_examples", "examples", "unreadable" (left out).
   """
   where = f"evaluation.evaluators.{context.name}"
   if split == train_split:

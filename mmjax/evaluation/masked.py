@@ -26,9 +26,8 @@ def masked_words(
   are guessed.
 
   source: a data set. split: which of its splits. languages: of the captions (the first of each
-  example). context_modalities: what
-  the model sees beside the caption. skip: words that are never hidden, for they are guessed from
-  grammar alone.
+  example). context_modalities: what the model sees beside the caption. skip: words that are never
+  hidden, for they are guessed from grammar alone.
   Needs data.text.words. Metrics: "accuracy" (share of hidden words whose tokens are all right),
   "words", "unreadable".
   """

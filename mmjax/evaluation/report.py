@@ -51,9 +51,8 @@ def write_report(
   """Writes `workdir`/report.html and returns its path.
 
   config: the resolved config. results: of the evaluators run now, with their figures; scores of
-  others come from
-  eval.json. metrics_file: a metrics.jsonl; without one the page has no curves. Raises UserError if
-  the folder cannot be written.
+  others come from eval.json. metrics_file: a metrics.jsonl; without one the page has no curves.
+  Raises UserError if the folder cannot be written.
   """
   workdir = Path(workdir)
   rows = read_metrics(metrics_file)

@@ -46,11 +46,10 @@ def retrieval(
   between: two modalities;
   equal pictures, sounds, clips and series are one item, texts are the captions. by: a name in the
   records' facts ("voice"): R@1 of queries of the first modality is also given for each of its
-  values. examples: queries
-  that the report shows, each way. Metrics: "image_to_text/R@1", ..., "text_to_image/median_rank",
-  the sizes "images" and "texts" (or whatever the modalities are) of the two galleries, and
-  "unreadable": examples that could not be read and were left out with captions that are only
-  theirs.
+  values. examples: queries that the report shows, each way. Metrics: "image_to_text/R@1", ...,
+  "text_to_image/median_rank", the sizes "images" and "texts" (or whatever the modalities are) of
+  the two galleries, and "unreadable": examples that could not be read and were left out with
+  captions that are only theirs.
   """
   where = f"evaluation.evaluators.{context.name}"
   if len(set(between)) != 2:

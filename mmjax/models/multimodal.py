@@ -28,8 +28,8 @@ class Multimodal(DualEncoder):
   """Encoders, and what a config adds to them; each method reads the parts that it needs.
 
   Several texts an example (text.tokens [B, K, L]) are B * K rows to every method; the other
-  modalities' rows are repeated K
-  times beside them. `masked_patches`: modalities whose hidden patches are predicted. `shared`:
+  modalities' rows are repeated K times beside them. `masked_patches`: modalities whose hidden
+  patches are predicted. `shared`:
   encoders share one transformer (`trunk`) and own only their inputs, norms and poolings.
   """
 

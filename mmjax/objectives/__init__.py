@@ -3,10 +3,9 @@ training/step.py divides.
 
 An objective is a function `name(forward, batch, rng, *, settings...) -> Losses`. `forward(method,
 *args)` applies a method of the model to the batch; it is memoised, so objectives share work. Its
-attribute `couples_examples` says whether the
-loss of one example depends on the others: then microbatches go through the exact two-pass embedding
-cache. `mixup` says where
-it is sound on pictures that train.mixup blended: what it asks for must then follow the blend.
+attribute `couples_examples` says whether the loss of one example depends on the others: then
+microbatches go through the exact two-pass embedding cache. `mixup` says where it is sound on
+pictures that train.mixup blended: what it asks for must then follow the blend.
 """
 
 from __future__ import annotations

@@ -24,10 +24,9 @@ def modality_adversary(
 
   The model's discriminator (model.discriminator, parameters discriminator/...) names the modality
   of each embedding; its cross- entropy in nats is "opponent", which moves nothing but the group's
-  parameters. "loss" is minus the same cross-entropy and moves
-  the encoders: times the config's `weight`, their gradient is that of a gradient reversal layer of
-  this strength. Both updates
-  are made in the same step, each by its own optimizer: c.optimizers.adversary = dict(name="adamw",
+  parameters. "loss" is minus the same cross-entropy and moves the encoders: times the config's
+  `weight`, their gradient is that of a gradient reversal layer of this strength. Both updates are
+  made in the same step, each by its own optimizer: c.optimizers.adversary = dict(name="adamw",
   params=r"discriminator/.*").
 
   between: the modalities. group: that of the discriminator.

@@ -121,11 +121,11 @@ def masked_patches(
   with mask tokens in the encoder and a linear head as SimMIM, Xie et al. 2022, arXiv:2111.09886).
 
   modality: image, video, audio or series, with an encoder that hides patches. context: modalities
-  that the patches see through
-  the fusion. ratio: share of a row's real patches that is hidden, rounded. normalise: each patch's
-  values less their mean, divided by their standard deviation (MAE, section 4). The loss is a mean
-  over the hidden patches of rows that are valid and have the modality. Returns "explained": 1 -
-  error, the share of the variance that the prediction explains, with `normalise`.
+  that the patches see through the fusion. ratio: share of a row's real patches that is hidden,
+  rounded. normalise: each patch's values less their mean, divided by their standard deviation (MAE,
+  section 4). The loss is a mean over the hidden patches of rows that are valid and have the
+  modality. Returns "explained": 1 - error, the share of the variance that the prediction explains,
+  with `normalise`.
   """
   values, real = forward("patches", modality)
   real &= counted(batch, every=(modality,))[:, None]

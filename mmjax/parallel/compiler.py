@@ -17,8 +17,8 @@ _GRADIENTS = {
   "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
 # Parameters are gathered, and gradients scattered, piece by piece inside the products that need or
-# make them (collective fusion),
-# over several steps of a loop over layers. On v5e alone: the compiler refuses it for other chips.
+# make them (collective fusion), over several steps of a loop over layers. On v5e alone: the
+# compiler refuses it for other chips.
 _LAYERS = {
   "xla_enable_async_all_gather": "true",
   "xla_tpu_enable_async_collective_fusion": "true",

@@ -28,9 +28,8 @@ def make_mesh(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = N
   """The mesh of `config.mesh` over `devices` (all of them when None), every axis of type Auto.
 
   Neighbours along the last axes are neighbours in the machine; slices, where there are several, are
-  told apart by
-  `replica`. Raises UserError: the sizes do not multiply to the number of devices, or `replica` not
-  to that of slices.
+  told apart by `replica`. Raises UserError: the sizes do not multiply to the number of devices, or
+  `replica` not to that of slices.
   """
   devices = list(jax.devices()) if devices is None else list(devices)
   shape = mesh_shape(config.mesh, len(devices))

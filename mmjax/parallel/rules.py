@@ -3,11 +3,10 @@
 Models name the axes of every parameter (`embed`, `mlp`, `heads`, ...) and of activations (`batch`,
 `length`, `embed`, ...);
 a strategy is a row of `RULES` and nothing else. Rules apply in order and a mesh axis is used once
-an array, so that
-`batch` comes first: in an activation it takes `fsdp`, and `embed` then stays whole. Under every
-strategy sequences are split over `context`, where it divides their length (models/layers.py
-`constrain`), and attention runs as a ring over it (models/attention/ring.py); a sequence that it
-does not divide is whole on each of these devices, which repeat the work.
+an array, so that `batch` comes first: in an activation it takes `fsdp`, and `embed` then stays
+whole. Under every strategy sequences are split over `context`, where it divides their length
+(models/layers.py `constrain`), and attention runs as a ring over it (models/attention/ring.py); a
+sequence that it does not divide is whole on each of these devices, which repeat the work.
 """
 
 from __future__ import annotations

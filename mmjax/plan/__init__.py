@@ -56,9 +56,8 @@ def plan(
   """What a step of `config` takes on the slice `name`: the dict of plan.json.
 
   dump_hlo: file for the compiled text. cache: folder of earlier answers, None = none. remedies: try
-  changes where it
-  does not fit. say: gets a line before everything that takes long. Raises UserError: no such slice,
-  or a mesh that does not fit it.
+  changes where it does not fit. say: gets a line before everything that takes long. Raises
+  UserError: no such slice, or a mesh that does not fit it.
   """
   target = topology.parse(name)
   if changes := for_slices(config.mesh, target.slices):
@@ -198,8 +197,8 @@ def analyse(
   source: str = "",
 ) -> dict[str, Any]:
   """The figures of a compiled step. text: the program, where it is known. timed: the compiler
-  estimates cycles (TPU), else memory
-  only. source: the kind of step."""
+  estimates cycles (TPU), else memory only. source: the kind of step.
+  """
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
 
   def per_chip(counts):

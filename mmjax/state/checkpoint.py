@@ -151,9 +151,9 @@ class Checkpointer:
     of that step or none.
 
     spec: TrainState of ShapeDtypeStruct with shardings: any mesh. One that is corrupt or
-    half-written is named in a warning, and
-    the one before it is used. Raises UserError: none is usable though some exist, or the newest is
-    of another model (a leaf is missing, extra, or of another shape or dtype; nothing is ever cast).
+    half-written is named in a warning, and the one before it is used. Raises UserError: none is
+    usable though some exist, or the newest is of another model (a leaf is missing, extra, or of
+    another shape or dtype; nothing is ever cast).
     """
     self.wait()
     steps = from_main(sorted(self._steps(), reverse=True) if jax.process_index() == 0 else [])

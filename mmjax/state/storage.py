@@ -262,8 +262,7 @@ def _prepare(folder: epath.Path) -> None:
   """Makes Orbax quiet, and able to write and read `folder`.
 
   Orbax 0.12 has TensorStore's drivers for this machine's disk and gs://, not the one for s3://. The
-  one function in which it
-  names a driver gets it here: what it would say of gs://, said of s3://.
+  one function in which it names a driver gets it here: what it would say of gs://, said of s3://.
   """
   _quiet()
   if not str(folder).startswith("s3://"):

@@ -8,11 +8,9 @@ a name that no rule covers, one that the checkpoint lacks, and shapes that diffe
 Exceptions, each in the report:
 
 Tables of positions, leaves called "position" of shape [L, D], fit another length. Under "image"
-they are square grids of patches,
-row by row, after at most one position of a class token: the grid is resized (bicubic, Keys a =
--0.5, half-pixel centres,
-antialiased when it shrinks: `jax.image.resize`), the class token's row is copied, or left out where
-the model has none.
+they are square grids of patches, row by row, after at most one position of a class token: the grid
+is resized (bicubic, Keys a = -0.5, half-pixel centres, antialiased when it shrinks:
+`jax.image.resize`), the class token's row is copied, or left out where the model has none.
 Elsewhere they count tokens: a shorter table takes the first rows.
 
 What a model keeps besides parameters (batch statistics) goes with the parameters of its module:

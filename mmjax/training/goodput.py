@@ -1,13 +1,11 @@
 """Where the time of a run goes: of each step, and of all wall time since the run's first start.
 
 Every second of the main process belongs to one cause. Goodput is the share of the wall time since
-the first start that computed steps
-which count: neither skipped nor lost, because the run ended before a checkpoint had them. The
-seconds live in RUN/goodput.json, and a checkpoint
-notes how many were productive when it was saved: what goes beyond that is lost when a run goes on
-from it. Clocks that jump do
-no harm: within a process time is monotonic, and between two processes it never counts less than
-nothing.
+the first start that computed steps which count: neither skipped nor lost, because the run ended
+before a checkpoint had them. The seconds live in RUN/goodput.json, and a checkpoint notes how many
+were productive when it was saved: what goes beyond that is lost when a run goes on from it. Clocks
+that jump do no harm: within a process time is monotonic, and between two processes it never counts
+less than nothing.
 """
 
 from __future__ import annotations
@@ -54,8 +52,8 @@ class Clock:
   """Measures a run from its first start on; `folder`: where goodput.json is, None = do not keep it.
 
   begin: time.monotonic() at the start of this process. productive: what the checkpoint that this
-  process goes on from
-  noted. notify: called with what the main thread waits for, whenever that changes.
+  process goes on from noted. notify: called with what the main thread waits for, whenever that
+  changes.
   """
 
   def __init__(

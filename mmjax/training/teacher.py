@@ -41,9 +41,8 @@ class Teacher:
   for batches of a pupil.
 
   model: the linen module. spec: its variables as a tree of ShapeDtypeStruct with shardings; nothing
-  is read from the weights
-  until `load`. Raises UserError: no checkpoint there, or one that reads pictures, texts, ... of
-  another kind.
+  is read from the weights until `load`. Raises UserError: no checkpoint there, or one that reads
+  pictures, texts, ... of another kind.
   """
 
   def __init__(self, path: str, config: FrozenConfigDict, mesh: Mesh, batch: Mapping[str, Any]):

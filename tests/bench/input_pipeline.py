@@ -4,10 +4,9 @@ open_clip does it.
   python tests/bench/input_pipeline.py [--seconds 20] [--size 224] [--json FILE]
 
 Work: a JPEG (three scikit-image photographs at 500x375, quality 90, 4:2:0) to a random resized crop
-of scale 0.9 to 1,
-bicubic and antialiased. Pillow: Image.open, convert("RGB"), crop, resize, array, which is what
-torchvision's RandomResizedCrop does with a PIL picture. Both sides take the same boxes, run in
-turns of a few pictures on the same core, and are compared pixel by pixel.
+of scale 0.9 to 1, bicubic and antialiased. Pillow: Image.open, convert("RGB"), crop, resize, array,
+which is what torchvision's RandomResizedCrop does with a PIL picture. Both sides take the same
+boxes, run in turns of a few pictures on the same core, and are compared pixel by pixel.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """CSV and TSV tables whose first line names the columns.
 
 CSV is read as RFC 4180 says, TSV line by line, since most are written without quoting (CC3M, SBU).
-Whatever the quotes, no
-line is lost: one that does not fit the header is left out by its number, and the next is read on
-its own.
+Whatever the quotes, no line is lost: one that does not fit the header is left out by its number,
+and the next is read on its own.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
 
 def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
   """(file, what it says of the image processor): of processor_config.json before
-  preprocessor_config.json, as transformers reads
-  them. Raises UserError: there is neither."""
+  preprocessor_config.json, as transformers reads them. Raises UserError: there is neither.
+  """
   nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
   if nested.exists() and isinstance(found := read_json(nested).get("image_processor"), dict):
     return nested, found

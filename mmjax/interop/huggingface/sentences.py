@@ -2,8 +2,8 @@
 family, both ways.
 
 The encoder is that of `Transformer`, a folder of transformers; then come `Pooling`, any number of
-`Dense`, and `Normalize`. Embeddings
-have length one here in any case: cosines are equal with `Normalize` or without it.
+`Dense`, and `Normalize`. Embeddings have length one here in any case: cosines are equal with
+`Normalize` or without it.
 """
 
 from __future__ import annotations

@@ -146,10 +146,9 @@ class BatchNorm(nn.Module):
   that are not present.
 
   Call: x [B, H, W, C], present bool [B] -> [B, H, W, C] in `dtype`. All in float32. Under a mesh
-  the means are of the global
-  batch. Running statistics: collection "batch_stats", "mean" and "variance" (unbiased, as PyTorch
-  keeps it) float32 [C], moved by a tenth of the way a step; a batch without any present row leaves
-  them and is normalised by them.
+  the means are of the global batch. Running statistics: collection "batch_stats", "mean" and
+  "variance" (unbiased, as PyTorch keeps it) float32 [C], moved by a tenth of the way a step; a
+  batch without any present row leaves them and is normalised by them.
   """
 
   dtype: jnp.dtype

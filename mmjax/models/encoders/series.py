@@ -31,10 +31,9 @@ class SeriesTransformer(nn.Module):
   D, T / patch tokens.
 
   A patch is real if one of its steps is; steps that are not real count as zeros. Patches where
-  patch_mask bool [B, L] is True are
-  hidden by a learned token. trunk: a transformer shared with other encoders. `instance_norm`: each
-  channel of each example to mean 0 and variance 1 over its real steps first (Kim et al. 2022,
-  RevIN).
+  patch_mask bool [B, L] is True are hidden by a learned token. trunk: a transformer shared with
+  other encoders. `instance_norm`: each channel of each example to mean 0 and variance 1 over its
+  real steps first (Kim et al. 2022, RevIN).
   """
 
   config: BlockConfig
