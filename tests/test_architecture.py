@@ -61,6 +61,39 @@ def test_imports_point_downwards():
   assert not wrong
 
 
+def modules_imported(tree):
+  """Names of the modules, or of what is in them, that a file imports anywhere but for types."""
+  for node in ast.iter_child_nodes(tree):
+    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+      continue
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    yield from modules_imported(node)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  """Not even within functions."""
+  paths = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+  }
+  graph = {}
+  for name, path in paths.items():
+    found = set(modules_imported(ast.parse(path.read_text())))
+    found = {other if other in paths else other.rpartition(".")[0] for other in found}
+    graph[name] = (found & paths.keys()) - {name}
+  with_imports = graph.keys()
+  while with_imports:  # modules that import none of those left are on no circle
+    left = {name for name in with_imports if graph[name] & with_imports}
+    if left == with_imports:
+      break
+    with_imports = left
+  circle = {name for name in with_imports if any(name in graph[other] for other in with_imports)}
+  assert not circle, f"among these is a circle: {sorted(circle)}"
+
+
 def test_only_parallel_names_mesh_axes():
   wrong = []
   for path in PACKAGE.rglob("*.py"):

@@ -15,9 +15,9 @@ from PIL import Image
 
 from mmjax.config import UserError
 from mmjax.data import image, show_media
+from mmjax.data.folders import data_dir as default_data_dir
 from mmjax.data.resample import resize_exact
 from mmjax.data.sources import Source, list_datasets, open_source
-from mmjax.data.sources import data_dir as default_data_dir
 from mmjax.files import write_whole
 from mmjax.printing import in_html, say
 

@@ -20,15 +20,10 @@ from typing import Any, Protocol
 
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.data.builders import (
-  BUILDERS,
-  Record,
-  example_class,
-  find_version,
-  finished_versions,
-  parse_record,
-  split_sizes,
-)
+from mmjax.data.builders import BUILDERS
+from mmjax.data.builders.schema import Record, example_class, parse_record
+from mmjax.data.folders import data_dir, find_version, finished_versions, split_sizes
+from mmjax.data.tars import TarSource
 
 
 class Source(Protocol):
@@ -64,8 +59,6 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
   if not re.fullmatch(r"\w[\w.-]*", name):
     raise UserError(f"{name!r:.200} is no name of a data set: it is a word, not a path")
   if name == "tars":
-    from mmjax.data.tars import TarSource
-
     if not entry.get("path"):
       raise UserError(
         "a source named 'tars' has no path: give a glob or a brace pattern, such as "
@@ -78,29 +71,6 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
     source = CachedSource(source)
   source.text, source.first_captions = entry.get("text", "caption"), entry.get("captions", 0)
   return source
-
-
-def data_dir(config=None) -> Path:
-  """The folder of the data sets: `data.dir` of the config, else $MMJAX_DATA, else ~/.cache/mmjax.
-
-  `config`: a config, its `data` part, a path, or None. For a URL (s3://bucket/data) it is the
-  folder of this machine to which data sets and tokenizers are copied when they are opened.
-  """
-  if config is not None and not isinstance(config, (str, os.PathLike)):
-    config = config.get("data", config).get("dir", "")
-  place = config or os.environ.get("MMJAX_DATA") or "~/.cache/mmjax"
-  return files.cached(place) if files.is_url(place) else Path(place).expanduser()
-
-
-def local_data_dir(config=None) -> Path:
-  """`data_dir`, to write data sets in. Raises UserError: it is a URL."""
-  root = data_dir(config)
-  if url := files.origin(root):
-    raise UserError(
-      f"{url}: data sets are made on this machine and copied to a store then: name a local folder "
-      f"with --data-dir, and copy what is made there, as with `aws s3 cp --recursive FOLDER {url}`"
-    )
-  return root
 
 
 def list_datasets(root: str | os.PathLike) -> list[str]:

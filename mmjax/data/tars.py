@@ -33,6 +33,7 @@ import numpy as np
 
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.data import folders
 from mmjax.data.media import ENDINGS
 from mmjax.data.readers.cells import Skip, annotate, broken_text
 from mmjax.printing import printable
@@ -248,8 +249,6 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
   """The index of one tar, from data_dir/tar_index if it is still right. Raises UserError: no tar,
   or no pair in it; StoreError.
   """
-  from mmjax.data.sources import data_dir as default_dir
-
   path = os.fspath(path) if files.is_url(path) else os.path.abspath(path)
   try:
     size, changed = files.size_and_mark(path)
@@ -257,7 +256,7 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
     raise UserError(f"{path}: no such tar ({error.strerror or error})") from error
   stamp = np.array([_VERSION, size, changed], np.int64)
   name = hashlib.blake2b(path.encode(), digest_size=12).hexdigest()
-  cache = default_dir(data_dir or None) / "tar_index" / f"{name}.npz"
+  cache = folders.data_dir(data_dir or None) / "tar_index" / f"{name}.npz"
   try:
     with np.load(cache, allow_pickle=False) as saved:
       if np.array_equal(saved["stamp"], stamp):

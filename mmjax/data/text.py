@@ -24,8 +24,9 @@ import numpy as np
 from mmjax import files
 from mmjax.config import UserError
 from mmjax.data import wordpiece
+from mmjax.data.folders import data_dir, local_data_dir
 from mmjax.data.readers.cells import broken_text, printable
-from mmjax.data.sources import data_dir, list_tokenizers, open_source
+from mmjax.data.sources import list_tokenizers, open_source
 from mmjax.keys import SPECIAL_TOKENS
 from mmjax.printing import say
 
@@ -332,11 +333,10 @@ def train_tokenizer_from_source(
   pieces. `languages`: those of each, () = all
   that it has. `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
   """
-  from mmjax.data import sources
 
   if name is not None:
     files.check_name("a tokenizer", name)
-  root = sources.local_data_dir(data_dir)
+  root = local_data_dir(data_dir)
   opened = [
     open_source(dict(name=one.strip(), split=split, languages=tuple(languages), path=path), root)
     for one in source.split(",")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 # of config.optimizers: the loss that this group minimises; the config's `weight` is a factor of
 # "loss" alone. Neither may move the other's parameters.
 Losses = dict[str, tuple[jax.Array, jax.Array]]
+MINIMISED = ("loss", "opponent")  # the other entries of Losses are metrics
 
 
 class Forward(Protocol):

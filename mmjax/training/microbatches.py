@@ -22,13 +22,23 @@ from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError
 from mmjax.models.layers import Encoded
+from mmjax.objectives import MINIMISED, Losses
 from mmjax.parallel.rules import constrain_batch, shardings_of
 from mmjax.training.forward import Forward, is_shared
 
 if TYPE_CHECKING:
-  from mmjax.training.step import Gradients, Objective, TrainStep
+  from mmjax.training.step import Objective, TrainStep
 
 Array = jax.Array
+
+
+class Gradients(NamedTuple):
+  """loss: float32 scalar. gradients: like the parameters. sums: {objective: its Losses}."""
+
+  loss: Array
+  gradients: Any
+  sums: dict[str, Losses]
+  model_state: Any
 
 
 def gradients_in_parts(
@@ -43,8 +53,6 @@ def gradients_in_parts(
   """The loss of `objectives` and its gradients, of a batch in train.microbatches parts one after
   the other: equal to `TrainStep.loss` up to rounding (but for dropout, drawn per part).
   """
-  from mmjax.training.step import LOSSES, Gradients
-
   count, whole, fixed = (
     step.config.train.microbatches,
     step.uncut_encoders,
@@ -101,7 +109,7 @@ def gradients_in_parts(
     forward = forward_part(fixed, part)
     sums = {objective.name: objective(forward, part.batch, forward.rng) for objective in single}
     return None, {
-      name: {key: losses[key][1] for key in LOSSES if key in losses}
+      name: {key: losses[key][1] for key in MINIMISED if key in losses}
       for name, losses in sums.items()
     }
 

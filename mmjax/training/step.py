@@ -20,18 +20,21 @@ import optax
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import kind_function, settings
-from mmjax.objectives import Losses
+from mmjax.objectives import MINIMISED, Losses
 from mmjax.parallel import rules
 from mmjax.state.optimizer import Optimizers, keep_unused
 from mmjax.state.train_state import TrainState, clamped
 from mmjax.training.flops import used_inputs
 from mmjax.training.forward import Forward, frozen_modules, is_shared, stream
-from mmjax.training.microbatches import encoders_with_batch_statistics, gradients_in_parts
+from mmjax.training.microbatches import (
+  Gradients,
+  encoders_with_batch_statistics,
+  gradients_in_parts,
+)
 from mmjax.training.mixup import mixup
 from mmjax.training.teacher import Teacher
 
 Array = jax.Array
-LOSSES = ("loss", "opponent")  # what is minimised of an objective's Losses; the rest are metrics
 
 
 class Objective(NamedTuple):
@@ -46,15 +49,6 @@ class Objective(NamedTuple):
 
   def __call__(self, forward: Forward, batch: dict, rng: Array) -> Losses:
     return self.function(forward, batch, stream(rng, self.name))
-
-
-class Gradients(NamedTuple):
-  """loss: float32 scalar. gradients: like the parameters. sums: {objective: its Losses}."""
-
-  loss: Array
-  gradients: Any
-  sums: dict[str, Losses]
-  model_state: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,7 +170,7 @@ class TrainStep:
       (factors[name] if key == "loss" else 1.0)
       * mean(losses[key][0], weights[name][key] if weights else losses[key][1])
       for name, losses in sums.items()
-      for key in LOSSES
+      for key in MINIMISED
       if key in losses
     ]
     return sum(means, jnp.zeros((), jnp.float32))

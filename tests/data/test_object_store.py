@@ -9,10 +9,11 @@ from s3fs import S3File, S3FileSystem
 
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.data import builders, sources
+from mmjax.data import builders
 from mmjax.data.builders import convert
+from mmjax.data.folders import data_dir, local_data_dir
 from mmjax.data.pipeline import Pipeline
-from mmjax.data.sources import data_dir, list_datasets, open_source
+from mmjax.data.sources import list_datasets, open_source
 from mmjax.data.text import load_tokenizer
 from tests.data.test_tars import pairs, write_tar
 
@@ -78,7 +79,7 @@ def test_what_is_missing_names_the_url_and_nothing_is_made_there(remote, tmp_pat
   for make in (
     lambda: builders.build("openmoji", remote),
     lambda: convert.convert("folder", str(tmp_path), "mine", remote),
-    lambda: sources.local_data_dir(remote),
+    lambda: local_data_dir(remote),
   ):
     with pytest.raises(UserError, match="s3://bucket/datasets: data sets are made on this machine"):
       make()

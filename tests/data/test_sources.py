@@ -12,7 +12,8 @@ import pytest
 from mmjax.config import UserError
 from mmjax.data import builders, sources
 from mmjax.data.builders import find_version, split_sizes, write_dataset
-from mmjax.data.sources import data_dir, list_datasets, list_tokenizers, open_source
+from mmjax.data.folders import data_dir
+from mmjax.data.sources import list_datasets, list_tokenizers, open_source
 from tests.data.conftest import record
 
 

@@ -10,11 +10,9 @@ A new data set is one file with a `build(data_dir, log)` function and one line i
 
 from __future__ import annotations
 
-import collections
 import difflib
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import tempfile
@@ -34,6 +32,7 @@ from mmjax.data.builders.schema import (
   parse_record,
   to_example,
 )
+from mmjax.data.folders import find_version, is_complete, local_data_dir, split_sizes
 from mmjax.ownership import Owner
 from mmjax.printing import say
 
@@ -53,7 +52,6 @@ __all__ = [
 ]
 
 _PATIENCE = 3600.0  # seconds that a build waits for another one of the same data set
-_FINISHED = ("dataset_info.json", "features.json")  # TFDS writes them last
 
 # Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the
 # version that it built.
@@ -81,8 +79,6 @@ def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None
       f"Did you mean {near[0]!r}?" if near else "`mmjax data convert` makes one from your own files"
     )
     raise UserError(f"no builder for data set {name!r}; there are: {', '.join(BUILDERS)}. {hint}")
-  from mmjax.data.sources import local_data_dir
-
   data_dir = local_data_dir(data_dir)
   start = time.perf_counter()
   make = load_function(target)
@@ -191,54 +187,6 @@ def write_dataset(
     if not is_complete(folder):  # else another process has built the same meanwhile
       raise
   return folder
-
-
-def is_complete(folder: Path) -> bool:
-  """Whether `folder` (data_dir/NAME/VERSION) holds a finished data set; a build that was cut short
-  never does.
-  """
-  return all((folder / name).is_file() for name in _FINISHED)
-
-
-def finished_versions(names: Iterable[str]) -> list[str]:
-  """The versions, oldest first, that are complete by the names VERSION/FILE of what a data set's
-  folder holds.
-  """
-  folders = collections.defaultdict(set)
-  for name in names:
-    folder, _, file = name.partition("/")
-    folders[folder].add(file)
-  found = [
-    folder
-    for folder, there in folders.items()
-    if folder.replace(".", "").isdigit() and there.issuperset(_FINISHED)
-  ]
-  return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
-
-
-def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
-  """The newest finished version of data set NAME under `data_dir`, or None; that of a URL is copied
-  to this machine.
-  """
-  root = Path(data_dir) / name
-  url = files.origin(root) if name else None
-  if url:
-    with files.store_errors(url, f"{url} cannot be read"):
-      names = list(files.sizes(url))
-  else:
-    names = [f"{path.parent.name}/{path.name}" for path in root.glob("*/*.json")] if name else []
-  versions = finished_versions(names)
-  if not versions:
-    return None
-  return files.bring(root / versions[-1]) if url else root / versions[-1]
-
-
-def split_sizes(folder: Path) -> dict[str, int]:
-  """{split: number of examples} of the data set in `folder`."""
-  info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-  return {
-    split["name"]: sum(int(length) for length in split["shardLengths"]) for split in info["splits"]
-  }
 
 
 def _check_unique(seen: set[str], key: str, name: str) -> None:

@@ -34,11 +34,11 @@ from mmjax.config import UserError
 from mmjax.data import media
 from mmjax.data.builders import Record, _quiet_tfds, canonical, features, find_version, to_example
 from mmjax.data.builders.schema import check_fields
+from mmjax.data.folders import local_data_dir
 from mmjax.data.image import Unreadable
 from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text, printable
 from mmjax.data.readers.rows import Row
-from mmjax.data.sources import local_data_dir
 from mmjax.files import check_name, write_whole
 from mmjax.ownership import Owner
 

@@ -1,0 +1,85 @@
+"""Folders of data sets: where they are, which versions are complete, how large their splits are."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mmjax import files
+from mmjax.config import UserError
+
+_FINISHED = ("dataset_info.json", "features.json")  # TFDS writes them last
+
+
+def data_dir(config=None) -> Path:
+  """The folder of the data sets: `data.dir` of the config, else $MMJAX_DATA, else ~/.cache/mmjax.
+
+  `config`: a config, its `data` part, a path, or None. For a URL (s3://bucket/data) it is the
+  folder of this machine to which data sets and tokenizers are copied when they are opened.
+  """
+  if config is not None and not isinstance(config, (str, os.PathLike)):
+    config = config.get("data", config).get("dir", "")
+  place = config or os.environ.get("MMJAX_DATA") or "~/.cache/mmjax"
+  return files.cached(place) if files.is_url(place) else Path(place).expanduser()
+
+
+def local_data_dir(config=None) -> Path:
+  """`data_dir`, to write data sets in. Raises UserError: it is a URL."""
+  root = data_dir(config)
+  if url := files.origin(root):
+    raise UserError(
+      f"{url}: data sets are made on this machine and copied to a store then: name a local folder "
+      f"with --data-dir, and copy what is made there, as with `aws s3 cp --recursive FOLDER {url}`"
+    )
+  return root
+
+
+def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
+  """The newest finished version of data set NAME under `data_dir`, or None; that of a URL is copied
+  to this machine.
+  """
+  root = Path(data_dir) / name
+  url = files.origin(root) if name else None
+  if url:
+    with files.store_errors(url, f"{url} cannot be read"):
+      names = list(files.sizes(url))
+  else:
+    names = [f"{path.parent.name}/{path.name}" for path in root.glob("*/*.json")] if name else []
+  versions = finished_versions(names)
+  if not versions:
+    return None
+  return files.bring(root / versions[-1]) if url else root / versions[-1]
+
+
+def finished_versions(names: Iterable[str]) -> list[str]:
+  """The versions, oldest first, that are complete by the names VERSION/FILE of what a data set's
+  folder holds.
+  """
+  folders = collections.defaultdict(set)
+  for name in names:
+    folder, _, file = name.partition("/")
+    folders[folder].add(file)
+  found = [
+    folder
+    for folder, there in folders.items()
+    if folder.replace(".", "").isdigit() and there.issuperset(_FINISHED)
+  ]
+  return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
+
+
+def is_complete(folder: Path) -> bool:
+  """Whether `folder` (data_dir/NAME/VERSION) holds a finished data set; a build that was cut short
+  never does.
+  """
+  return all((folder / name).is_file() for name in _FINISHED)
+
+
+def split_sizes(folder: Path) -> dict[str, int]:
+  """{split: number of examples} of the data set in `folder`."""
+  info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+  return {
+    split["name"]: sum(int(length) for length in split["shardLengths"]) for split in info["splits"]
+  }
