@@ -87,7 +87,7 @@ class Pipeline:
   Raises UserError for what is missing (data set, split, language, tokenizer).
   """
 
-  def __init__(self, config, rows: Sequence[int] | None = None):
+  def __init__(self, config, rows: Sequence[int] | np.ndarray | None = None):
     self.config = config
     self.rows = None if rows is None else np.asarray(rows, np.int64)
     self._bad: dict[str, str] = {}

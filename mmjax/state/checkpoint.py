@@ -55,7 +55,7 @@ class Checkpointer:
 
   def __init__(
     self,
-    workdir: str,
+    workdir: str | os.PathLike,
     config: FrozenConfigDict,
     *,
     steps: int,

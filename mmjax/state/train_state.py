@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """A pytree; a step maps it to the next one.
 
   step: int32 scalar, the number of steps done (also the position in the data).

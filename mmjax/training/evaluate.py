@@ -87,5 +87,5 @@ def evaluate(
 
 def run_folder(path: str | os.PathLike) -> Path:
   """The run folder of a step folder (RUN/checkpoints/STEP), else the path itself."""
-  path = files.as_path(path)
-  return path.parent.parent if path.parent.name == "checkpoints" else path
+  folder = files.as_path(path)
+  return folder.parent.parent if folder.parent.name == "checkpoints" else folder

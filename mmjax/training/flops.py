@@ -45,7 +45,7 @@ def used_inputs(loss: Callable[..., Any], params: Any, *args: Any) -> Any:
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, *args))
   used = dce_jaxpr(jax.make_jaxpr(loss)(*shapes).jaxpr, [True])[1]
   leaves, tree = jax.tree.flatten(params)
-  return tree.unflatten(used[: len(leaves)])
+  return jax.tree.unflatten(tree, used[: len(leaves)])
 
 
 def _without_own_derivatives(jaxpr: Jaxpr) -> Jaxpr:
@@ -61,9 +61,10 @@ def _without_own_derivatives(jaxpr: Jaxpr) -> Jaxpr:
   for equation in jaxpr.eqns:
     params = equation.params
     if equation.primitive not in ad.primitive_jvps and not _bodies(params):
-      inputs = list(equation.invars)
+      inputs: list[Any] = list(equation.invars)
       for i, x in enumerate(inputs):
-        if isinstance(x, Var) and jnp.issubdtype(x.aval.dtype, jnp.inexact):
+        dtype = getattr(x.aval, "dtype", None)  # tokens have none
+        if isinstance(x, Var) and dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
           inputs[i] = Var(x.aval)
           equations.append(
             equation.replace(

@@ -137,7 +137,8 @@ class Hooks:
   def _row(self, at: int, metrics: dict) -> dict[str, Any]:
     """A line of metrics.jsonl."""
     ids = "\n".join(map(str, self.run.pipeline.ids(at - 1)))
-    row = dict(step=at, time=time.time(), **{name: float(x) for name, x in metrics.items()})
+    row: dict[str, Any] = dict(step=at, time=time.time())
+    row.update((name, float(x)) for name, x in metrics.items())
     row["skipped_total"] = self.faults.skipped
     if self.config.train.rollback:
       row["rollbacks"] = self.faults.rollbacks
@@ -164,7 +165,8 @@ class Hooks:
     """Runs the evaluators and writes what they found."""
     self.read_metrics()
     with self.clock.measure("evaluation", at):
-      results = self.evaluators.run(self.program.evaluation_variables(state))
+      variables = self.program.evaluation_variables(state)
+      results = self.evaluators.run(variables) if self.evaluators else {}
     if self.outputs and self.progress:
       self.outputs.evaluated(at, results)
       for name, result in results.items():

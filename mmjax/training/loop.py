@@ -101,7 +101,11 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
   run.watchdog.start(workdir)
   with contextlib.ExitStack() as ends:
     saver = checkpoint.Checkpointer(
-      workdir, config, steps=steps, examples=pipeline.examples, check=run.owner and run.owner.check
+      workdir,
+      config,
+      steps=steps,
+      examples=pipeline.examples,
+      check=run.owner.check if run.owner else None,
     )
     ends.callback(saver.close)
     last = saver.finished_step()
@@ -159,8 +163,9 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
             state, metrics = program.train(state, batch, pipeline.source_of(at - 1))
         hooks.dispatched(at, metrics)
         if hooks.rollback_due():
-          now, state = state.step, None  # its memory is needed for the one that is read
-          state = hooks.roll_back(at).replace(step=now)
+          done = state.step
+          del state  # its memory is needed for the one that is read
+          state = hooks.roll_back(at).replace(step=done)
         results = hooks.evaluate(at, state) if hooks.evaluation_due(at) else None
         stopping = hooks.stopping(at)
         hooks.save(at, state, results, force=stopping or at == steps)

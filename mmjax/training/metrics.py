@@ -120,7 +120,8 @@ def _without(*modules: str) -> Iterator[None]:
   """Within it these modules cannot be imported: tensorboardX imports PyTorch and cloud clients
   where they are installed, which takes seconds, for nothing here."""
   kept = {name: sys.modules.get(name) for name in modules}
-  sys.modules.update(dict.fromkeys(modules))
+  imported: dict[str, Any] = sys.modules
+  imported.update(dict.fromkeys(modules))
   try:
     yield
   finally:

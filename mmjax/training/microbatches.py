@@ -100,7 +100,8 @@ def gradients_in_parts(
     encoded = encode_whole(forward, whole, recorder.views)
     return separate(encoded)[0], (encoded, forward.model_state)
 
-  _, encoders_vjp, (encoded, moved) = jax.vjp(encode, params, has_aux=True)
+  of_encoders: Any = jax.vjp(encode, params, has_aux=True)
+  _, encoders_vjp, (encoded, moved) = of_encoders
   parts = Part.all(count, batch, recorder.views, encoded)
 
   # The other objectives need their total weights before their sums can be added up (the compiler
@@ -334,8 +335,9 @@ def separate(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
 
   def join(chosen: list[Array]) -> Any:
     rest = iter(chosen)
-    return structure.unflatten(
-      [next(rest) if is_float else leaf for leaf, is_float in zip(leaves, floating, strict=True)]
+    return jax.tree.unflatten(
+      structure,
+      [next(rest) if is_float else leaf for leaf, is_float in zip(leaves, floating, strict=True)],
     )
 
   return [leaf for leaf, is_float in zip(leaves, floating, strict=True) if is_float], join

@@ -26,7 +26,9 @@ class Outputs:
       owner.check()
     with self._disk_errors():
       self._file = MetricsFile(mirror.folder, step)
-      self._boards = [TensorBoard(mirror.folder, step)] if config.log.tensorboard else []
+      self._boards: list[TensorBoard | WeightsAndBiases] = []
+      if config.log.tensorboard:
+        self._boards.append(TensorBoard(mirror.folder, step))
     if config.log.wandb:
       self._boards.append(
         WeightsAndBiases(config.log.wandb, mirror.place, mirror.folder, config.to_dict())
@@ -72,8 +74,9 @@ class Outputs:
 
   def close(self) -> None:
     with self._disk_errors(), contextlib.ExitStack() as ends:
-      for output in (self._file, *self._boards):
-        ends.callback(output.close)
+      ends.callback(self._file.close)
+      for board in self._boards:
+        ends.callback(board.close)
 
   def _disk_errors(self):
     return disk_errors(

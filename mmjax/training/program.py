@@ -154,7 +154,7 @@ class Program:
     shapes = self.in_mesh(jax.eval_shape)(self._init_state, jax.random.key(0))
     optimizer_axes = state_axes(self.optimizer, self.params_spec, self.axes)
     params = shardings_of(self.params_spec)
-    shardings = TrainState(
+    shardings = shapes.replace(
       step=rules.replicated(self.mesh),
       params=params,
       model_state=shardings_of(self.model_state_spec),
@@ -315,7 +315,7 @@ class Program:
       return self
     return self.like(with_plain_kernels(self.config))
 
-  def mean_over_kinds(self, figure: Callable[[str], float | None]) -> float:
+  def mean_over_kinds(self, figure: Callable[[str], float]) -> float:
     """The mean of a figure of each kind of step, by how often there is one."""
     sources = self.config.data.sources
     weights = [sources[source].weight if source else 1.0 for source in self.sources]
@@ -346,8 +346,9 @@ class Program:
         params = rules.gather_parameters(variables["params"], self.params_spec, self.axes)
         variables = {**variables, "params": params}
         if method == "write":
-          return write(self.model, variables, *args, batch)
-        return self.model.apply(variables, *args, batch, method=method)
+          return write(self.model, variables, *(*args, batch))
+        output: Any = self.model.apply(variables, *args, batch, method=method)
+        return output
 
       self._appliers[method, args] = jax.jit(
         run,

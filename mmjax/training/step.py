@@ -236,19 +236,19 @@ class TrainStep:
 
 def make_objectives(config: FrozenConfigDict) -> tuple[Objective, ...]:
   """The entries of config.objectives."""
-  return tuple(
-    Objective(
-      name,
-      functools.partial(
-        kind_function(entry, "objective"),
-        **settings(entry, "objective", without=("weight", "sources")),
-      ),
-      entry.weight,
-      kind_function(entry, "objective").couples_examples,
-      tuple(entry.sources),
-      entry.get("teacher", ""),
-    )
-    for name, entry in config.objectives.items()
+  return tuple(make_objective(name, entry) for name, entry in config.objectives.items())
+
+
+def make_objective(name: str, entry: FrozenConfigDict) -> Objective:
+  function: Any = kind_function(entry, "objective")
+  chosen = settings(entry, "objective", without=("weight", "sources"))
+  return Objective(
+    name,
+    functools.partial(function, **chosen),
+    entry.weight,
+    function.couples_examples,
+    tuple(entry.sources),
+    entry.get("teacher", ""),
   )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 
 class StopSignal:
   """Within `with`, SIGTERM and Ctrl-C set `received`; a second Ctrl-C interrupts at once."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.received, self.name = False, "a signal to another process"
-    self._before: dict[int, object] = {}
+    self._before: dict[int, Any] = {}
 
   def is_received(self) -> bool:
     return self.received

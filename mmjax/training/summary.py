@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,21 +29,25 @@ Estimate = Callable[[Program, jax.stages.Compiled, str], float | None]
 class Summary:
   """The plan of a run's step, and the comparison with what was measured.
 
-  compiled: the executables, one a kind of step, in the order of step.sources. estimate: asked once,
-  where there are TPUs.
+  compiled: the executables, one a kind of step, in the order of program.sources. estimate: asked
+  once, where there are TPUs.
   """
 
   def __init__(
-    self, step: Program, compiled: Sequence[jax.stages.Compiled], estimate: Estimate | None = None
+    self,
+    program: Program,
+    compiled: Sequence[jax.stages.Compiled],
+    estimate: Estimate | None = None,
   ):
-    self._step, self._compiled, self._estimate = step, compiled, estimate
+    self._program, self._compiled, self._estimate = program, compiled, estimate
     self._device = jax.local_devices()[0]
     used = [
       compiled_bytes(executable, peak_known=self._device.platform != "cpu")
       for executable in compiled
     ]
-    self.bytes = {**state_bytes(step), **max(used, key=lambda kind: kind["peak"])}
-    self.flops, self.seconds = 0.0, None
+    self.bytes = {**state_bytes(program), **max(used, key=lambda kind: kind["peak"])}
+    self.flops = 0.0
+    self.seconds: float | None = None
 
   def memory(self) -> str:
     """The first line: the memory of a device."""
@@ -58,14 +63,16 @@ class Summary:
 
   def work(self) -> str:
     """The second line. It takes a moment: call it while the devices compute."""
-    self.flops = self._step.flops_per_step()
+    self.flops = self._program.flops_per_step()
     if self._estimate and self._device.platform == "tpu":
       try:
         each = {
-          source: self._estimate(self._step, one, source)
-          for one, source in zip(self._compiled, self._step.sources, strict=True)
+          source: self._estimate(self._program, one, source)
+          for one, source in zip(self._compiled, self._program.sources, strict=True)
         }
-        self.seconds = None if None in each.values() else self._step.mean_over_kinds(each.get)
+        known = {source: seconds for source, seconds in each.items() if seconds is not None}
+        if len(known) == len(each):
+          self.seconds = self._program.mean_over_kinds(known.__getitem__)
       except Exception as error:  # a run does not end because a plan of it cannot be made
         log.warning("no estimate of the time of a step: %s: %s", type(error).__name__, error)
     text = f"a step: {_flop(self.flops)} of the model"
@@ -80,21 +87,21 @@ class Summary:
     too few.
     """
     self.flops = (
-      self.flops or self._step.flops_per_step()
+      self.flops or self._program.flops_per_step()
     )  # of a run that had only its end left to do
-    planned = dict(
+    planned: dict[str, Any] = dict(
       flops=self.flops,
       seconds=self.seconds,
       mfu=utilisation(self.flops, self.seconds or 0),
       memory=self.bytes,
     )
-    measured = dict(
+    measured: dict[str, Any] = dict(
       seconds=seconds, memory=memory_in_use(), mfu=utilisation(self.flops, seconds or 0)
     )
     parts = []
     if seconds:
       measured.update(
-        examples_per_second=self._step.config.train.batch_size / seconds,
+        examples_per_second=self._program.config.train.batch_size / seconds,
         flops_per_second=self.flops / seconds,
       )
       parts += [

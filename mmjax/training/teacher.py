@@ -57,10 +57,11 @@ class Teacher:
       variables = dict(jax.eval_shape(self._variables, jax.random.key(0)))
     boxed = variables.pop("params")
     self._axes = rules.param_axes(boxed)
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    others = nn.unbox(variables)
+    whole = jax.tree.map(lambda _: rules.replicated(mesh), others)
     self.spec = {
-      "params": jax.tree.map(place, nn.unbox(boxed), rules.param_shardings(boxed, mesh, table)),
-      **jax.tree.map(lambda x: place(x, rules.replicated(mesh)), nn.unbox(variables)),
+      "params": rules.with_shardings(nn.unbox(boxed), rules.param_shardings(boxed, mesh, table)),
+      **rules.with_shardings(others, whole),
     }
 
   def load(self, config: FrozenConfigDict) -> dict[str, Any]:
@@ -95,8 +96,13 @@ class Teacher:
     return self.model.init({"params": rng, "dropout": rng}, batch)
 
   def _check(self, config: FrozenConfigDict, modalities: list[str]) -> None:
-    value = lambda c, key: c.data[key.split(".")[0]][key.split(".")[1]]
-    patches = lambda c: c.data.image.resize == "naflex"
+    def value(c: FrozenConfigDict, key: str) -> Any:
+      part, _, name = key.partition(".")
+      return c.data[part][name]
+
+    def patches(c: FrozenConfigDict) -> bool:
+      return c.data.image.resize == "naflex"
+
     if "image" in modalities and patches(config) and not patches(self.config):
       raise UserError(
         f"teacher {self.path} takes pictures of one size, but data.image.resize is 'naflex' here. "
@@ -109,9 +115,9 @@ class Teacher:
             f"teacher {self.path} was trained with data.{key} {value(self.config, key)!r}, but it "
             f"is {value(config, key)!r} here. Set it to the teacher's"
           )
-      key = LONGEST.get(modality)
-      if key and value(config, key) > value(self.config, key):
+      longest = LONGEST.get(modality)
+      if longest and value(config, longest) > value(self.config, longest):
         raise UserError(
-          f"teacher {self.path} takes data.{key} up to {value(self.config, key)!r}, but it is "
-          f"{value(config, key)!r} here. Lower it"
+          f"teacher {self.path} takes data.{longest} up to {value(self.config, longest)!r}, but it "
+          f"is {value(config, longest)!r} here. Lower it"
         )

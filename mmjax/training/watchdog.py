@@ -19,7 +19,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 from mmjax import files
 
@@ -145,7 +145,7 @@ class Watchdog:
 
   # -- The end -------------------------------------------------------------------------------------
 
-  def _end_with(self, what: str, silent: Iterable[int]) -> None:
+  def _end_with(self, what: str, silent: Mapping[int, float]) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = self._folder / "stacks" / f"process-{self._process}-{stamp}.txt"
     written: list[str] = []
@@ -156,9 +156,7 @@ class Watchdog:
     writer.join(timeout=10)  # the disk may be what hangs
     who = ""
     if silent:
-      names = ", ".join(
-        f"process {peer} (for {seconds:.0f} s)" for peer, seconds in dict(silent).items()
-      )
+      names = ", ".join(f"process {peer} (for {seconds:.0f} s)" for peer, seconds in silent.items())
       who = f"; no sign of life from {names}: stopped, dead or cut off"
     elif self._processes > 1:
       who = "; every other process gives signs of life"
