@@ -163,7 +163,10 @@ class Decoder(nn.Module):
     Tokens of `suppress` are at -1e30, and those of `suppress_first` right after the prompt."""
     hidden, cache = self.decode_step(token, index, cache, memory)
     logits = self.logits(hidden)
-    never = lambda tokens: logits.at[:, np.asarray(tokens, np.int32)].set(-1e30)
+
+    def never(tokens):
+      return logits.at[:, np.asarray(tokens, np.int32)].set(-1e30)
+
     if self.suppress:
       logits = never(self.suppress)
     if self.suppress_first:

@@ -97,9 +97,12 @@ class Fusion(nn.Module):
       (len(self.modalities), self.config.width),
       jnp.float32,
     )
-    add = lambda m, part: part._replace(
-      tokens=part.tokens + table[self.modalities.index(m)].astype(part.tokens.dtype)
-    )
+
+    def add(m, part):
+      return part._replace(
+        tokens=part.tokens + table[self.modalities.index(m)].astype(part.tokens.dtype)
+      )
+
     return {m: add(m, part) for m, part in parts.items()}
 
   def _reader(self, rows: int) -> Array:

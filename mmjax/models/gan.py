@@ -70,9 +70,12 @@ class TextToImageGan(nn.Module):
     batch that it is in.
     """
     key = jax.random.key(seed)
-    of_text = lambda name: jax.random.normal(
-      jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]), (self.noise,)
-    )
+
+    def of_text(name):
+      return jax.random.normal(
+        jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]), (self.noise,)
+      )
+
     x = self.draw(self.condition(batch, train=train), jax.vmap(of_text)(batch["text"]["key"]))
     return jnp.round((x + 1) * 127.5).astype(jnp.uint8)
 

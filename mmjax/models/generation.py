@@ -71,14 +71,23 @@ def generate(
   prompt = jnp.broadcast_to(prompt, (rows, prompt.shape[-1]))
   read = prompt.shape[1] - 1
   if read:
-    feed = lambda state, at: (step(at[1], at[0], state, constants)[1], None)
+
+    def feed(state, at):
+      return (step(at[1], at[0], state, constants)[1], None)
+
     state, _ = jax.lax.scan(feed, state, (jnp.arange(read), prompt[:, :-1].T))
-  advance = lambda token, i, state, constants: step(token, read + i, state, constants)
+
+  def advance(token, i, state, constants):
+    return step(token, read + i, state, constants)
+
   if method == "beam":
     return _beam(
       advance, state, constants, prompt[:, -1], max_length, eos_id, pad_id, beams, length_penalty
     )
-  pick = lambda logits, i: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  def pick(logits, i):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
   if method == "sample":
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
       rng, jnp.arange(rows) if ids is None else jnp.asarray(ids)
@@ -125,9 +134,10 @@ def write(
   cache, memory = model.apply(
     variables, tuple(source), batch, length=max_length, method="start_writing"
   )
-  step = lambda token, i, cache, memory: model.apply(
-    variables, token, i, cache, memory, method="next_logits"
-  )
+
+  def step(token, i, cache, memory):
+    return model.apply(variables, token, i, cache, memory, method="next_logits")
+
   prompt, rows = jnp.asarray(decoder.prompt, jnp.int32), cache.key.shape[1]
   if decoder.languages:
     prompt = (
@@ -337,7 +347,9 @@ def _beam(
 ) -> tuple[Array, Array]:
   rows = first.shape[0]
   state, constants = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1), (state, constants))
-  normalised = lambda sums, n: sums / jnp.asarray(n, jnp.float32) ** penalty
+
+  def normalised(sums, n):
+    return sums / jnp.asarray(n, jnp.float32) ** penalty
 
   def going(at: _Beams) -> Array:
     # Sums only fall, so that the best an open text can come to is its sum now over the kindest

@@ -51,9 +51,12 @@ class Multimodal(DualEncoder):
     if self.shared:
       self.trunk = Stack(next(iter(self.encoders.values())).config)
     super().setup()
-    head = lambda count, name: Dense(
-      (count,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=name
-    )
+
+    def head(count, name):
+      return Dense(
+        (count,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=name
+      )
+
     if self.classes:
       names = (
         ["classifier"]
@@ -272,9 +275,10 @@ class Multimodal(DualEncoder):
     guessed.
     """
     hidden, table, bias = self.readout(modality, batch, context=context, train=train)
-    guess = lambda row: jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(
-      jnp.int32
-    )
+
+    def guess(row):
+      return jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(jnp.int32)
+
     return jax.lax.map(guess, hidden)
 
   def table(self) -> Array:

@@ -193,7 +193,10 @@ class Stack(nn.Module):
 
     def of_window(window: int) -> Callable:
       block = Block(c, window, self.context_norm, self.dropout, parent=None)
-      one = lambda x, layer: run(block, x, layer, turns.get(window > 0))
+
+      def one(x, layer):
+        return run(block, x, layer, turns.get(window > 0))
+
       if c.remat == "none" or not train:
         return one
       return jax.checkpoint(one, policy=REMAT[c.remat], prevent_cse=unroll > 1)

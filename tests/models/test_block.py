@@ -93,9 +93,16 @@ FAMILIES = {
 
 def layer_weights(layer, config, gemma):
   """Our parameters of one of their layers."""
-  tensor = lambda x: x.detach().numpy()
-  heads = lambda x, n: tensor(x.weight).T.reshape(config.width, n, config.channels)
-  norm = lambda x: dict(scale=tensor(x.weight) + (1 if gemma else 0))
+
+  def tensor(x):
+    return x.detach().numpy()
+
+  def heads(x, n):
+    return tensor(x.weight).T.reshape(config.width, n, config.channels)
+
+  def norm(x):
+    return dict(scale=tensor(x.weight) + (1 if gemma else 0))
+
   at, mlp = layer.self_attn, layer.mlp
   attention = dict(
     query=dict(kernel=heads(at.q_proj, config.heads)),

@@ -35,9 +35,10 @@ SEEN = np.arange(5) < np.array([5, 2, 0])[:, None]
 @pytest.fixture(scope="module")
 def params():
   boxed = jax.jit(MODEL.init)(jax.random.key(0), TOKENS, MASK, MEMORY, SEEN)
-  spread = lambda x: (
-    x + 0.3 * RNG.normal(size=x.shape).astype(np.float32)
-  )  # so that biases and scales matter
+
+  def spread(x):
+    return x + 0.3 * RNG.normal(size=x.shape).astype(np.float32)  # so that biases and scales matter
+
   return jax.tree.map(spread, nn.unbox(boxed)["params"])
 
 
@@ -79,7 +80,10 @@ def test_looks_neither_ahead_nor_at_padding(run):
 
 def test_token_by_token_equals_all_at_once(run, params):
   want = run(TOKENS, None, MEMORY, SEEN)
-  apply = lambda method, *args: MODEL.apply({"params": params}, *args, method=method)
+
+  def apply(method, *args):
+    return MODEL.apply({"params": params}, *args, method=method)
+
   memory, cache = apply("init_memory", MEMORY, SEEN), apply("init_cache", 3, 7)
   step = jax.jit(lambda *args: apply("decode_step", *args))
   for i in range(6):
@@ -90,7 +94,9 @@ def test_token_by_token_equals_all_at_once(run, params):
 
 def test_remat_changes_no_gradient_and_dropout_needs_a_key(params):
   def gradient(model):
-    loss = lambda p: jnp.square(model.apply({"params": p}, TOKENS, MASK, MEMORY, SEEN)).mean()
+    def loss(p):
+      return jnp.square(model.apply({"params": p}, TOKENS, MASK, MEMORY, SEEN)).mean()
+
     return jax.jit(jax.grad(loss))(params)
 
   other = dataclasses.replace(
@@ -100,9 +106,12 @@ def test_remat_changes_no_gradient_and_dropout_needs_a_key(params):
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(other), gradient(MODEL)
   )
   noisy = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, dropout=0.5))
-  call = lambda seed: noisy.apply(
-    {"params": params}, TOKENS, train=True, rngs={"dropout": jax.random.key(seed)}
-  )
+
+  def call(seed):
+    return noisy.apply(
+      {"params": params}, TOKENS, train=True, rngs={"dropout": jax.random.key(seed)}
+    )
+
   assert not np.allclose(call(0), call(1))
   np.testing.assert_array_equal(call(0), call(0))
 
@@ -206,9 +215,9 @@ def digits(rows, seed):
 def test_a_decoder_learns_to_copy_and_generates_what_it_learnt():
   model, optimizer = Copier(), optax.adam(5e-3)
   params = nn.unbox(model.init(jax.random.key(0), digits(2, 0)))
-  forward = lambda params, batch: (
-    lambda method, *args: model.apply(params, *args, batch, method=method)
-  )
+
+  def forward(params, batch):
+    return lambda method, *args: model.apply(params, *args, batch, method=method)
 
   @jax.jit
   def update(params, moments, batch):
@@ -225,9 +234,10 @@ def test_a_decoder_learns_to_copy_and_generates_what_it_learnt():
   test = digits(100, 10_000)
   found = captioning(forward(params, test), test, None, source=("digits",))
   assert found["sequence_accuracy"][0] / found["sequence_accuracy"][1] > 0.95
-  step = lambda token, index, cache, memory: model.apply(
-    params, token, index, cache, memory, method="step"
-  )
+
+  def step(token, index, cache, memory):
+    return model.apply(params, token, index, cache, memory, method="step")
+
   cache, memory = model.apply(params, test, 5, method="start")
   tokens, _ = jax.jit(
     lambda c, m: generate(step, c, m, rows=100, max_length=5, prompt=(1,), eos_id=2, pad_id=0)

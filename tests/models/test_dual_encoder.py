@@ -121,7 +121,10 @@ def test_embeddings_are_unit_float32_and_the_temperature_is_clipped():
 def test_image_settings_train_every_parameter(settings):
   model = build(image=settings)
   variables = start(model)
-  loss = lambda v: (model.apply(v, "image", BATCH, method="embedding") * jnp.arange(16.0)).sum()
+
+  def loss(v):
+    return (model.apply(v, "image", BATCH, method="embedding") * jnp.arange(16.0)).sum()
+
   gradient = jax.jit(jax.grad(loss))(variables)["params"]["image"]
   assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(gradient))
 
@@ -157,7 +160,10 @@ def test_missing_modality_gives_zeros_and_no_gradient():
   variables = start(model, batch)
   z = encode(model, variables, "image", batch, "embedding")
   assert not np.any(z[1]) and np.all(np.isfinite(z)) and np.any(z[0])
-  only_missing = lambda v: (model.apply(v, batch)["image"][1] * jnp.arange(16.0)).sum()
+
+  def only_missing(v):
+    return (model.apply(v, batch)["image"][1] * jnp.arange(16.0)).sum()
+
   assert not any(np.any(g) for g in jax.tree.leaves(jax.jit(jax.grad(only_missing))(variables)))
 
 
@@ -207,16 +213,22 @@ def test_patch_dropout_keeps_a_share_in_order_and_only_in_training():
   )
   model = build(image=dict(patch_dropout=0.5, pooling="class"))
   variables = start(model)
-  shape = lambda **k: encode(model, variables, "image", BATCH, **k).tokens.shape[1]
+
+  def shape(**k):
+    return encode(model, variables, "image", BATCH, **k).tokens.shape[1]
+
   assert shape() == 5 and shape(train=True, rngs={"dropout": jax.random.key(0)}) == 3
 
 
 def test_patches_are_a_convolution():
   pixels = RNG.random((2, 8, 8, 3)).astype(np.float32)
   kernel = RNG.random((4, 4, 3, 5)).astype(np.float32)
-  convolve = lambda x, k, stride, pad: jax.lax.conv_general_dilated(
-    x, k, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
+
+  def convolve(x, k, stride, pad):
+    return jax.lax.conv_general_dilated(
+      x, k, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
   np.testing.assert_allclose(
     patchify(pixels, 4) @ kernel.reshape(-1, 5),
     convolve(pixels, kernel, 4, "VALID").reshape(2, 4, 5),

@@ -56,17 +56,19 @@ def test_equals_the_plain_formula_with_gradients(
     mask[0] = False  # an example that sees nothing
 
   def value(run):
-    loss = lambda qkv, bias: (
-      run(
-        qkv,
-        bias,
-        AttentionMask(causal=causal, keys=mask),
-        channels=channels,
-        length=length,
-        scale=channels**-0.5,
-      )
-      * target
-    ).sum()
+    def loss(qkv, bias):
+      return (
+        run(
+          qkv,
+          bias,
+          AttentionMask(causal=causal, keys=mask),
+          channels=channels,
+          length=length,
+          scale=channels**-0.5,
+        )
+        * target
+      ).sum()
+
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(qkv, bias)
 
   (got, slopes), (want, expected) = (
@@ -90,10 +92,15 @@ def test_a_transformer_gives_what_it_gives_on_cpus(monkeypatch):
   rng = np.random.default_rng(0)
   x, mask = rng.standard_normal((3, 13, 32)).astype(np.float32), rng.random((3, 13)) < 0.7
   params = model.init(jax.random.key(0), x, mask)
-  loss = lambda params, x: (model.apply(params, x, mask) ** 2).sum()
-  value = lambda: jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1)))(
-    params, x
-  )  # traced anew each time
+
+  def loss(params, x):
+    return (model.apply(params, x, mask) ** 2).sum()
+
+  def value():
+    return jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1)))(
+      params, x
+    )  # traced anew each time
+
   want = value()
   for module in (kernels, layers, platform):
     monkeypatch.setattr(module, "platform", lambda: "tpu")
@@ -130,11 +137,16 @@ def test_heads_and_batch_are_split_over_devices(devices, monkeypatch, split):
   )
 
   def value(run):
-    loss = lambda qkv, bias: ((out := run(qkv, bias)) ** 2).sum() + 0 * out.sum()
+    def loss(qkv, bias):
+      return ((out := run(qkv, bias)) ** 2).sum() + 0 * out.sum()
+
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
   with jax.set_mesh(mesh), nn.logical_axis_rules([("batch", "data"), ("heads", split)]):
-    place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+
+    def place(x, *axes):
+      return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+
     args = place(qkv, "data", None, split), place(bias, None, split)
     compiled = (
       value(lambda qkv, bias: packed_attention(qkv, bias, causal, 8, scale=0.3))
@@ -145,9 +157,10 @@ def test_heads_and_batch_are_split_over_devices(devices, monkeypatch, split):
   assert "all-gather" not in compiled.as_text() and slopes[0].sharding.is_equivalent_to(
     args[0].sharding, 4
   )
-  flat = lambda qkv, bias: plain(
-    qkv.reshape(32, -1), bias.reshape(-1), causal, channels=8, length=8, scale=0.3
-  )
+
+  def flat(qkv, bias):
+    return plain(qkv.reshape(32, -1), bias.reshape(-1), causal, channels=8, length=8, scale=0.3)
+
   want, expected = value(flat)(qkv, bias)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   for slope, other in zip(slopes, expected, strict=True):
@@ -164,11 +177,14 @@ def test_lowers_for_tpus(rows, length, heads, channels, masked):
   qkv = jax.ShapeDtypeStruct((rows, 3 * heads * channels), jnp.bfloat16)
   keys = jnp.ones((rows // length, length), bool) if masked else None
   mask = AttentionMask(keys=keys, segments=None if keys is None else keys.astype(jnp.int32))
-  loss = lambda qkv: (
-    fused_attention(qkv, None, mask, channels=channels, length=length, scale=0.1)
-    .astype(jnp.float32)
-    .sum()
-  )
+
+  def loss(qkv):
+    return (
+      fused_attention(qkv, None, mask, channels=channels, length=length, scale=0.1)
+      .astype(jnp.float32)
+      .sum()
+    )
+
   exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["tpu"])(qkv)
   assert (
     exported.mlir_module().count("tpu_custom_call") >= 1
@@ -182,9 +198,12 @@ def test_chosen_for_short_sequences_on_tpus_alone():
   with jax.sharding.use_abstract_mesh(
     jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
   ):
-    of = lambda length, **mask: fuses(
-      "auto", jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32), AttentionMask(**mask)
-    )
+
+    def of(length, **mask):
+      return fuses(
+        "auto", jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32), AttentionMask(**mask)
+      )
+
     assert (
       of(64)
       and of(200)

@@ -52,7 +52,10 @@ def encoded(seed=0, lacking=()):
     mask = rng.random((ROWS, length)) < rng.choice([0.2, 0.8])
     mask[0] = False
     mask &= m not in lacking
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def normal(*shape):
+      return rng.normal(size=shape).astype(np.float32)
+
     pooled = np.where(mask.any(-1, keepdims=True), normal(ROWS, WIDTHS[m]), 0).astype(np.float32)
     out[m] = Encoded(normal(ROWS, length, WIDTHS[m]), mask, pooled)
   return out
@@ -91,11 +94,10 @@ def test_rows_are_independent_and_padding_is_not_seen(kind, seed):
     )
     for m, p in parts.items()
   }
-  seen = lambda out: (
-    np.where(np.asarray(out.mask)[..., None], out.tokens, 0),
-    out.mask,
-    out.pooled,
-  )
+
+  def seen(out):
+    return (np.where(np.asarray(out.mask)[..., None], out.tokens, 0), out.mask, out.pooled)
+
   close(seen(function(params, other)), seen(out))
   nothing = ~np.stack([p.mask.any(-1) for p in parts.values()]).any(0)
   assert (
@@ -158,13 +160,16 @@ def dense(params, name, x):
 def test_feature_fusions_are_their_formulas():
   parts = encoded(6)
   has = np.stack([p.mask.any(-1) for p in parts.values()], 1)
-  pooled = lambda params: np.stack(
-    [
-      np.where(p.mask.any(-1)[:, None], dense(params, f"{m}_in", p.pooled), 0)
-      for m, p in parts.items()
-    ],
-    1,
-  )
+
+  def pooled(params):
+    return np.stack(
+      [
+        np.where(p.mask.any(-1)[:, None], dense(params, f"{m}_in", p.pooled), 0)
+        for m, p in parts.items()
+      ],
+      1,
+    )
+
   for kind in ("average", "weighted_sum"):
     function, params = fused(kind)
     params = params["params"]
@@ -225,7 +230,10 @@ def test_the_cross_block_is_the_one_of_pytorch():
   layer = torch.nn.TransformerDecoderLayer(
     width, heads, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
   ).eval()
-  put = lambda target, value: target.data.copy_(torch.from_numpy(np.array(value)))
+
+  def put(target, value):
+    return target.data.copy_(torch.from_numpy(np.array(value)))
+
   for ours, theirs in (("attention", layer.self_attn), ("cross_attention", layer.multihead_attn)):
     kernel = (
       np.asarray(params[ours]["qkv"]["kernel"]).transpose(1, 2, 3, 0).reshape(3 * width, width)

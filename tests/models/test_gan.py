@@ -68,7 +68,10 @@ def trained():
 
 def gradients(step, params):
   place = jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), params, step.params_spec)
-  of = lambda p, b: step.step.gradients(p, {}, b, jax.random.key(0), step.objectives)[:3]
+
+  def of(p, b):
+    return step.step.gradients(p, {}, b, jax.random.key(0), step.objectives)[:3]
+
   return step.in_mesh(jax.jit(of))(place, multihost.to_device(make_batch(), step.mesh))
 
 
@@ -85,10 +88,14 @@ def test_losses_r1_and_the_discriminators_gradient_equal_torch(trained):
     model.apply({"params": params}, text, jax.random.normal(rng, (BATCH, 4)), method="draw")
   )
   d = jax.tree.map(lambda x: torch.tensor(np.array(x), requires_grad=True), params["discriminator"])
-  leaky = lambda x: torch.nn.functional.leaky_relu(x, 0.2)
+
+  def leaky(x):
+    return torch.nn.functional.leaky_relu(x, 0.2)
 
   def score(x, text):
-    dense = lambda x, name: x @ d[name]["kernel"] + d[name]["bias"]
+    def dense(x, name):
+      return x @ d[name]["kernel"] + d[name]["bias"]
+
     x = (
       x.reshape(len(x), 4, 2, 4, 2, 3)
       .permute(0, 1, 3, 2, 4, 5)
@@ -117,10 +124,15 @@ def test_losses_r1_and_the_discriminators_gradient_equal_torch(trained):
   rows = np.flatnonzero(batch["valid"])
   choices = [[i] + [j for j in rows if (key[j] != key[i]).any()] for i in rows]
   assert any(len(c) < len(rows) for c in choices)
-  entropy = lambda scores: torch.stack(
-    [-scores[i, c].log_softmax(0)[0] for i, c in zip(rows, choices, strict=True)]
-  ).mean()
-  own = lambda scores: scores.diagonal()[valid]
+
+  def entropy(scores):
+    return torch.stack(
+      [-scores[i, c].log_softmax(0)[0] for i, c in zip(rows, choices, strict=True)]
+    ).mean()
+
+  def own(scores):
+    return scores.diagonal()[valid]
+
   opponent = (
     (soft(-own(on_real)) + soft(own(on_fake))).mean() + entropy(on_real) + 0.5 * squares.mean()
   )
@@ -197,11 +209,14 @@ def test_two_players_take_a_step_each(trained):
 def test_a_drawing_depends_on_text_and_seed_alone(trained):
   step, params, _ = trained
   batch = {"text": make_batch()["text"]}
-  draw = lambda seed, rows: np.asarray(
-    step.model.apply(
-      {"params": params}, seed, jax.tree.map(lambda x: x[rows], batch), method="generate"
+
+  def draw(seed, rows):
+    return np.asarray(
+      step.model.apply(
+        {"params": params}, seed, jax.tree.map(lambda x: x[rows], batch), method="generate"
+      )
     )
-  )
+
   order = np.random.default_rng(1).permutation(BATCH)
   whole = draw(0, np.arange(BATCH))
   assert whole.shape == (BATCH, SIZE, SIZE, 3) and whole.dtype == np.uint8

@@ -126,7 +126,10 @@ def test_samples_follow_the_distribution():
 
 def test_the_nucleus_is_the_smallest_set_of_enough_probability():
   logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]]))
-  kept = lambda k, p: (np.asarray(restrict(logits, k, p)) > -1e20).tolist()
+
+  def kept(k, p):
+    return (np.asarray(restrict(logits, k, p)) > -1e20).tolist()
+
   assert kept(0, 0.7) == [[False, True, False, True], [True, True, True, False]]
   assert kept(0, 0.76)[0] == [False, True, True, True] and kept(3, 1.0)[0] == [
     False,

@@ -48,10 +48,15 @@ def built(name):
   """
   model = make(*KINDS[name])
   variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), inputs(name, 0)))
-  encode = lambda variables, batch: model.apply(variables, "image", batch, method="encode")
-  train = lambda variables, batch: model.apply(
-    variables, "image", batch, method="encode", train=True, mutable=["batch_stats"]
-  )
+
+  def encode(variables, batch):
+    return model.apply(variables, "image", batch, method="encode")
+
+  def train(variables, batch):
+    return model.apply(
+      variables, "image", batch, method="encode", train=True, mutable=["batch_stats"]
+    )
+
   return variables, jax.jit(encode), jax.jit(train)
 
 
@@ -176,7 +181,10 @@ def test_every_parameter_names_its_axes():
 def test_joined_regions_of_shifted_windows_stay_apart():
   """Brute force over a map of 6x6 whose windows of 4 are filled up to 8x8 and shifted by 2."""
   seen = open_pairs(8, 8, 4, 2)
-  part = lambda place: 0 if place < 4 else 1 if place < 6 else 2
+
+  def part(place):
+    return 0 if place < 4 else 1 if place < 6 else 2
+
   for window in range(4):
     top, left = divmod(window, 2)
     places = [(top * 4 + i, left * 4 + j) for i in range(4) for j in range(4)]

@@ -86,9 +86,9 @@ def test_every_parameter_is_made_at_the_start_and_used_by_a_method():
   model, params = whole()
 
   def loss(params):
-    run = lambda method, *args, batch=BATCH, **kwargs: model.apply(
-      params, *args, batch, method=method, **kwargs
-    )
+    def run(method, *args, batch=BATCH, **kwargs):
+      return model.apply(params, *args, batch, method=method, **kwargs)
+
     hidden = {
       **BATCH,
       "image": {**BATCH["image"], "patch_mask": np.array([[1, 0, 0, 1]] * 3, bool)},
@@ -149,7 +149,10 @@ def test_a_readout_takes_its_own_tokens_out_of_the_fusion():
 
 def test_hidden_patches_do_not_reach_the_model_and_targets_are_the_pixels():
   mask = np.array([[1, 0, 0, 1]] * 3, bool)
-  view = lambda pixels: {**BATCH, "image": dict(pixels=pixels, patch_mask=mask)}
+
+  def view(pixels):
+    return {**BATCH, "image": dict(pixels=pixels, patch_mask=mask)}
+
   pixels = BATCH["image"]["pixels"]
   changed = pixels.copy()
   changed[:, :8, :8] = 0  # the first patch

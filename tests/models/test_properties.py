@@ -85,8 +85,13 @@ def config(encoders, **model):
 def inputs(kind, rng, junk):
   """ROWS examples of random lengths; `junk` fills what is not real."""
   modality = ENCODERS[kind][0]
-  real = lambda length: np.arange(length) < rng.integers(1, length + 1, (ROWS, 1))
-  bytes_of = lambda rng, *shape: rng.integers(0, 256, shape, dtype=np.uint8)
+
+  def real(length):
+    return np.arange(length) < rng.integers(1, length + 1, (ROWS, 1))
+
+  def bytes_of(rng, *shape):
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
   if kind == "naflex":
     rows = [
       patch_sequence(bytes_of(rng, *rng.integers(8, 40, 2), 3), 8, 6)._asdict() for _ in range(ROWS)
@@ -196,7 +201,10 @@ def test_encoders_keep_rows_apart_and_see_no_padding(kind):
   )
   def check(seed, order, present):
     variables, _, run = encoder(kind)
-    make = lambda noise: inputs(kind, np.random.default_rng(seed), np.random.default_rng(noise))
+
+    def make(noise):
+      return inputs(kind, np.random.default_rng(seed), np.random.default_rng(noise))
+
     batch, order, present = (
       dict(make(0), present=np.ones(ROWS, bool)),
       np.array(order),
@@ -331,7 +339,10 @@ def test_objectives_do_not_depend_on_order_padding_or_rows_that_do_not_count(see
   assert float(losses["captioning ctc"]["ctc"][1]) > 0
   close(run(variables, examples(seed, noise=1)), losses)
   moved = run(variables, jax.tree.map(lambda x: x[order], batch))
-  keep = lambda losses: {name: part for name, part in losses.items() if name not in BY_PLACE}
+
+  def keep(losses):
+    return {name: part for name, part in losses.items() if name not in BY_PLACE}
+
   close(keep(moved), keep(losses), atol=2e-4)
 
 

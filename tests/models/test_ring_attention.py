@@ -121,7 +121,10 @@ def long():
   """
   mesh = mesh_of(context=8)
   causal = AttentionMask(causal=True)
-  loss = lambda q, k, v: attend(q, k, v, causal).astype(jnp.float32).sum()
+
+  def loss(q, k, v):
+    return attend(q, k, v, causal).astype(jnp.float32).sum()
+
   x = jax.ShapeDtypeStruct(
     (1, 4096, 1, 8), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P(None, "context"))
   )

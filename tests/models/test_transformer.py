@@ -67,7 +67,9 @@ def test_layers_start_different_and_equal_blocks_run_one_after_another(params):
 )
 def test_remat_and_unrolling_change_no_number(params, change):
   def gradient(config):
-    loss = lambda p: jnp.square(Stack(config).apply({"params": p}, X, MASK)).mean()
+    def loss(p):
+      return jnp.square(Stack(config).apply({"params": p}, X, MASK)).mean()
+
     return jax.jit(jax.value_and_grad(loss))(params)
 
   want, got = gradient(CONFIG), gradient(dataclasses.replace(CONFIG, **change))
@@ -103,7 +105,9 @@ def test_a_stack_is_made_with_any_kernel(model, kernel):
 
 def test_remat_keeps_less(params):
   def kept(config):
-    run = lambda p: Stack(config).apply({"params": p}, jnp.tile(X, (64, 1, 1)), None).sum()
+    def run(p):
+      return Stack(config).apply({"params": p}, jnp.tile(X, (64, 1, 1)), None).sum()
+
     return jax.jit(jax.grad(run)).lower(params).compile().memory_analysis().temp_size_in_bytes
 
   config = dataclasses.replace(CONFIG, depth=3, scan_unroll=1)
@@ -121,9 +125,12 @@ def test_causal_blocks_do_not_look_ahead(params):
 
 def test_dropout_needs_train_and_is_a_function_of_the_key(params):
   stack = Stack(dataclasses.replace(CONFIG, dropout=0.5))
-  run = lambda seed: stack.apply(
-    {"params": params}, X, MASK, train=True, rngs={"dropout": jax.random.key(seed)}
-  )
+
+  def run(seed):
+    return stack.apply(
+      {"params": params}, X, MASK, train=True, rngs={"dropout": jax.random.key(seed)}
+    )
+
   np.testing.assert_array_equal(run(1), run(1))
   assert not np.allclose(run(1), run(2))
   np.testing.assert_allclose(
@@ -173,7 +180,10 @@ def test_activations_equal_torch_and_their_derivatives_are_right(name):
 
 def test_the_barrier_is_seen_by_the_cpu_compiler_alone():
   step = jax.jit(jax.grad(lambda x: (barrier(x * 2) ** 2).sum()))
-  export = lambda platform: jax.export.export(step, platforms=[platform])(jnp.ones(3)).mlir_module()
+
+  def export(platform):
+    return jax.export.export(step, platforms=[platform])(jnp.ones(3)).mlir_module()
+
   assert export("cpu").count(
     "stablehlo.optimization_barrier"
   ) == 2 and "optimization_barrier" not in export("tpu")

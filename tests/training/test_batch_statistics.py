@@ -49,7 +49,10 @@ TWO, ONE = (dict(kind=f"{__name__}:{name}") for name in ("two_looks", "one_look"
 
 def make_batch():
   rng = np.random.default_rng(0)
-  integers = lambda high, *shape: rng.integers(0, high, (ROWS, *shape))
+
+  def integers(high, *shape):
+    return rng.integers(0, high, (ROWS, *shape))
+
   return dict(
     image=dict(
       pixels=integers(256, 8, 8, 3).astype(np.uint8), key=integers(99, 2).astype(np.uint32)
@@ -134,7 +137,10 @@ def assert_slopes_are_those_of_the_loss(step, moved):
   }
   of = gradients(step)
   slopes = of(params)[1]
-  loss = lambda sign: float(of(jax.tree.map(lambda x, d: x + sign * d, params, direction))[0])
+
+  def loss(sign):
+    return float(of(jax.tree.map(lambda x, d: x + sign * d, params, direction))[0])
+
   expected = sum(
     np.vdot(a, b) for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(direction), strict=True)
   )

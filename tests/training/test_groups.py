@@ -125,9 +125,10 @@ def test_each_group_has_its_own_optimizer_and_state(player, whole):
     np.testing.assert_allclose(
       change, -rate * g / (np.abs(g) + 1e-8), rtol=1e-2, atol=rate * 1e-3, err_msg=name
     )
-  owned = lambda group: {
-    name.split("mu/")[1] for name in by_name(after.opt_states[group]) if "mu/" in name
-  }
+
+  def owned(group):
+    return {name.split("mu/")[1] for name in by_name(after.opt_states[group]) if "mu/" in name}
+
   assert owned("adversary") == {n for n in moved if n.startswith("discriminator/")} and owned(
     "main"
   ) == set(moved) - owned("adversary")
@@ -245,9 +246,12 @@ def test_distillation_equals_torch(taught, lesson):
     return x[rows], y[rows], float(np.exp(params["log_scale"])) * (x[rows] @ y[rows].T)
 
   (x, y, mine), (their_x, their_y, aim) = look(step.model, params), look(model, theirs)
-  kl = lambda a, b: torch.nn.functional.kl_div(
-    a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean"
-  )
+
+  def kl(a, b):
+    return torch.nn.functional.kl_div(
+      a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+
   cosine = torch.nn.functional.cosine_similarity(
     torch.cat([x, y]), torch.cat([their_x, their_y])
   ).mean()

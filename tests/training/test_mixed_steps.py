@@ -57,7 +57,10 @@ def test_a_step_changes_what_its_objectives_use_and_nothing_else():
     },
   }
   state = step.init(0)
-  host = lambda tree: {name: np.asarray(x) for name, x in by_name(tree).items()}
+
+  def host(tree):
+    return {name: np.asarray(x) for name, x in by_name(tree).items()}
+
   before, moments = host(state.params), host(state.opt_states)
   for source, mine, other in (("pictures", "image", "text"), ("texts", "text", "image")):
     batch = {

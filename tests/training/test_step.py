@@ -49,7 +49,10 @@ def make_config(*overrides, **objectives):
 
 def make_batch(seed=0):
   rng = np.random.default_rng(seed)
-  integers = lambda high, *shape: rng.integers(0, high, (BATCH, *shape))
+
+  def integers(high, *shape):
+    return rng.integers(0, high, (BATCH, *shape))
+
   return dict(
     image=dict(
       pixels=integers(256, SIZE, SIZE, 3).astype(np.uint8), key=integers(99, 2).astype(np.uint32)
@@ -66,7 +69,10 @@ def make_batch(seed=0):
 
 def make_step(*overrides, devices=8, **objectives):
   config = make_config(*overrides, **objectives)
-  spec = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+  def spec(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
   batch = {name: jax.tree.map(spec, value) for name, value in make_batch().items() if name != "id"}
   return Program(config, make_mesh(config, jax.devices()[:devices]), steps=100, batch_spec=batch)
 
@@ -163,9 +169,12 @@ def test_dropout_is_the_same_in_both_passes():
     lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32) * 1e-3, params
   )
   loss, slope, _ = gradients(step, params, batch)
-  move = lambda sign: gradients(
-    step, on(step, jax.tree.map(lambda x, d: np.asarray(x) + sign * d, params, direction)), batch
-  )[0]
+
+  def move(sign):
+    return gradients(
+      step, on(step, jax.tree.map(lambda x, d: np.asarray(x) + sign * d, params, direction)), batch
+    )[0]
+
   measured = (move(1) - move(-1)) / 2
   expected = sum(
     np.vdot(a, b) for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(direction), strict=True)
@@ -281,13 +290,16 @@ def test_frozen_parameters_cost_no_backward_pass():
   _, slopes, _ = gradients(step, step.init(0).params, make_batch())
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(slopes["image"]))
   assert all(np.asarray(x).any() for x in jax.tree.leaves(slopes["text"]["layers"]["mlp"]))
-  flops = lambda s: (
-    s.in_mesh(
-      jax.jit(lambda p, b: s.step.gradients(p, {}, b, jax.random.key(0), s.objectives)[1]).lower
-    )(s.params_spec, s.batch_spec)
-    .compile()
-    .cost_analysis()["flops"]
-  )
+
+  def flops(s):
+    return (
+      s.in_mesh(
+        jax.jit(lambda p, b: s.step.gradients(p, {}, b, jax.random.key(0), s.objectives)[1]).lower
+      )(s.params_spec, s.batch_spec)
+      .compile()
+      .cost_analysis()["flops"]
+    )
+
   assert flops(step) < 0.8 * flops(make_step(devices=1))
 
 
@@ -348,9 +360,10 @@ def test_flops_are_those_of_what_is_differentiated():
   of = {}
   for modality in ("image", "text"):
     batch = {modality: step.batch_spec[modality]}
-    apply = lambda params, batch, modality=modality: step.model.apply(
-      {"params": params}, modality, batch, method="embedding"
-    )
+
+    def apply(params, batch, modality=modality):
+      return step.model.apply({"params": params}, modality, batch, method="embedding")
+
     of[modality] = step.in_mesh(count_flops)(apply, step.params_spec, batch)
   pairs = 2 * BATCH**2 * 32
   patches, mean = 2 * BATCH * 4 * (4 * 4 * 3) * 32, 2 * BATCH * 4 * 32

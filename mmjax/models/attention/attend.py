@@ -218,7 +218,9 @@ def packed_attention(
   rows, _, heads, channels = qkv.shape
 
   def run(qkv: Array, bias: Array | None, mask: AttentionMask) -> Array:
-    flat = lambda x: x if x.ndim < 3 else x.reshape(*x.shape[: x.ndim - 3], -1)
+    def flat(x):
+      return x if x.ndim < 3 else x.reshape(*x.shape[: x.ndim - 3], -1)
+
     out = fused_attention(
       flat(qkv),
       bias if bias is None else flat(bias),

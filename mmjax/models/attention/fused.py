@@ -138,16 +138,21 @@ def _call(
   """
   length = settings.length
   b = arrays[0].shape[0] // length
-  few = lambda n: (
-    n * length <= _ROWS
-    and fits(n * length, settings.heads, settings.channels, arrays[0].dtype.itemsize)
-  )
+
+  def few(n):
+    return n * length <= _ROWS and fits(
+      n * length, settings.heads, settings.channels, arrays[0].dtype.itemsize
+    )
+
   block = next(n for n in range(max(1, _ROWS // length), 0, -1) if n == 1 or b % n == 0 and few(n))
-  spec = lambda x: (
-    pl.BlockSpec((block * length, x.shape[1]), lambda i: (i, 0))
-    if len(x.shape) == 2
-    else pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, 0, 0))
-  )
+
+  def spec(x):
+    return (
+      pl.BlockSpec((block * length, x.shape[1]), lambda i: (i, 0))
+      if len(x.shape) == 2
+      else pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, 0, 0))
+    )
+
   given = [part for part in parts if part is not None]
   operands = (*arrays, *given)
   body = functools.partial(kernel, settings, block, [part is not None for part in parts])

@@ -167,9 +167,10 @@ class BatchNorm(nn.Module):
     if train:
       some, now_mean, now_variance, unbiased = _statistics(x, present)
       if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-        move = lambda old, new: jax.lax.stop_gradient(
-          jnp.where(some, KEPT * old + (1 - KEPT) * new, old)
-        )
+
+        def move(old, new):
+          return jax.lax.stop_gradient(jnp.where(some, KEPT * old + (1 - KEPT) * new, old))
+
         running_mean.value, running_variance.value = move(mean, now_mean), move(variance, unbiased)
       mean, variance = jnp.where(some, now_mean, mean), jnp.where(some, now_variance, variance)
     return ((x - mean) * (jax.lax.rsqrt(variance + EPS) * scale) + bias).astype(self.dtype)

@@ -292,5 +292,8 @@ def _warp_time(x: Array, frames: Array, shift: Array) -> Array:
   source = jnp.clip(source, 0, end)
   low = jnp.floor(source)
   part = (source - low)[:, :, None]
-  take = lambda index: jnp.take_along_axis(x, index.astype(jnp.int32)[:, :, None], axis=1)
+
+  def take(index):
+    return jnp.take_along_axis(x, index.astype(jnp.int32)[:, :, None], axis=1)
+
   return take(low) * (1 - part) + take(jnp.minimum(low + 1, end)) * part

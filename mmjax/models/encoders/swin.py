@@ -122,7 +122,10 @@ class SwinBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
     c = self.config
-    constrain = lambda x: nn.with_logical_constraint(x, ("batch", None, None, "embed"))
+
+    def constrain(x):
+      return nn.with_logical_constraint(x, ("batch", None, None, "embed"))
+
     shift = self.window // 2 if self.shifted and min(x.shape[1:3]) > self.window else 0
     attention = WindowAttention(self.heads, self.window, c.dtype, name="attention")
     width = x.shape[-1]
@@ -229,9 +232,10 @@ def open_pairs(height: int, width: int, window: int, shift: int) -> np.ndarray:
   """Which query sees which key of a shifted window: bool [windows, window**2, window**2] (figure
   4).
   """
-  region = lambda size: (
-    (np.arange(size) >= size - window).astype(int) + (np.arange(size) >= size - shift)
-  )
+
+  def region(size):
+    return (np.arange(size) >= size - window).astype(int) + (np.arange(size) >= size - shift)
+
   regions = region(height)[:, None] * 3 + region(width)
   windows = (
     regions.reshape(height // window, window, width // window, window)

@@ -128,9 +128,12 @@ class ConvolutionFrame(nn.Module):
         name=f"convolution_{i}",
       )(neighbours(x))
       x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
-    linear = lambda name: Dense(
-      (self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name=name
-    )
+
+    def linear(name):
+      return Dense(
+        (self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name=name
+      )
+
     return linear("where")(x.reshape(x.shape[0], -1)) + linear("what")(x.max(axis=(1, 2)))
 
 
@@ -162,9 +165,12 @@ class TubeletTransformer(nn.Module):
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
     )(x)
     x, places = hide_patches(self, x, batch), self.size // self.patch
-    table = lambda name, count: self.param(
-      name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32
-    )
+
+    def table(name, count):
+      return self.param(
+        name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32
+      )
+
     place = resize_positions(table("position", places * places), (places, places), tuple(grid))
     when = table("time_position", self.length // self.time)[:steps]
     x = x + (when[:, None] + place[None]).reshape(-1, c.width).astype(c.dtype)
