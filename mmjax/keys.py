@@ -605,7 +605,7 @@ KINDS: dict[str, dict[str, str]] = {
     "adamw": "mmjax.state.optimizer:adamw",
     "adafactor": "mmjax.state.optimizer:adafactor",
     "lion": "mmjax.state.optimizer:lion",
-    "muon": "mmjax.state.optimizer:muon",
+    "muon": "mmjax.state.muon:muon",
   },
   "schedule": {
     "cosine": "mmjax.state.schedule:cosine",

@@ -9,13 +9,8 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from mmjax.config import UserError
-from mmjax.state.optimizer import (
-  make_optimizer,
-  matrix_axes,
-  orthogonalize,
-  scale_by_muon,
-  state_axes,
-)
+from mmjax.state.muon import matrix_axes, orthogonalize, scale_by_muon
+from mmjax.state.optimizer import make_optimizer, state_axes
 from mmjax.state.paths import by_name
 
 LAYERS = 2
