@@ -20,4 +20,4 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(mktemp -d)}
 ruff check mmjax configs tests setup.py
 ruff format --check --quiet mmjax configs tests setup.py
 mypy
-python -m pytest -n 2 --dist loadfile "${select[@]}" "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"
