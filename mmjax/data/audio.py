@@ -31,6 +31,8 @@ from mmjax.data.image import Unreadable
 MAX_SECONDS = 3600  # of a file
 MAX_SAMPLES = 1 << 29  # of a file, over all channels: 2 GB of float32
 _BLOCK = 1 << 18
+_GUESSED = ("MP3",)  # formats whose headers do not say how long a file is
+_STREAMED_FRAMES = 1 << 31  # what a header says that was written before the end was known
 _MAX_RATE = 1_000_000
 _MP3_LENGTH = (b"Xing", b"Info", b"VBRI")  # in the first frame: then an MP3 says how long it is
 
@@ -92,14 +94,34 @@ def read_audio(data: bytes) -> tuple[np.ndarray, int]:
   return x, found
 
 
+def audio_length(data: bytes) -> tuple[int, int]:
+  """(samples, samples a second) of a sound file, by its header where that is right. Raises
+  Unreadable.
+  """
+  try:
+    with soundfile.SoundFile(io.BytesIO(_start(data))) as file:
+      if file.format not in _GUESSED and 0 < file.frames < _STREAMED_FRAMES:
+        return file.frames, file.samplerate
+  except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError):
+    pass  # what else opens it, or says what is wrong
+  x, rate = read_audio(data)
+  return len(x), rate
+
+
+def _start(data: bytes) -> bytes:
+  """The bytes of a file as libsndfile reads them: a streamed WAV with its size, without zeros in
+  front.
+  """
+  if data[:4] == b"RIFF":
+    return _with_size(data)
+  return data.lstrip(b"\0") if data[:1] == b"\0" and not is_iso(data) else data
+
+
 def _by_libsndfile(data: bytes) -> tuple[np.ndarray, int]:
   """As `read_audio`, by libsndfile. Raises LibsndfileError: it does not open the file;
   Unreadable.
   """
-  if data[:4] == b"RIFF":
-    data = _with_size(data)
-  elif data[:1] == b"\0" and not is_iso(data):
-    data = data.lstrip(b"\0")
+  data = _start(data)
   file = soundfile.SoundFile(io.BytesIO(data))
   try:
     with file:

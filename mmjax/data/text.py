@@ -208,9 +208,14 @@ class TextTransform:
     return self.start + ids[: (length or self.length) - len(self.start) - len(self.end)] + self.end
 
   def _prepared(self, caption: str) -> str:
-    if self.lowercase:
-      caption = caption.lower()
-    return caption if self.punctuation else " ".join(caption.translate(_NO_PUNCTUATION).split())
+    return prepared(caption, self.lowercase, self.punctuation)
+
+
+def prepared(caption: str, lowercase: bool, punctuation: bool) -> str:
+  """A caption as the tokenizer reads it: data.text.lowercase, data.text.punctuation."""
+  if lowercase:
+    caption = caption.lower()
+  return caption if punctuation else " ".join(caption.translate(_NO_PUNCTUATION).split())
 
 
 def normalise_caption(caption: str) -> str:

@@ -136,6 +136,18 @@ def seconds_of(data: bytes) -> float:
   return _measure(data).seconds
 
 
+def clip_size(data: bytes) -> tuple[float, int, float, int, int]:
+  """(seconds, frames, frames a second, height, width) by the packets of a file; nothing is decoded.
+  Raises Unreadable.
+  """
+  try:
+    found = _measure(data)
+  except (av.error.FFmpegError, ValueError, IndexError, MemoryError) as error:
+    raise Unreadable(f"not a video that FFmpeg opens, or damaged{_detail(error)}") from error
+  fps = found.frames / found.seconds if found.seconds > 0 else 0.0
+  return found.seconds, found.frames, fps, found.height, found.width
+
+
 def _decode(data: bytes, pick: Pick | None) -> Clip:
   """The wanted frames, and `shown` of the whole video."""
   if not data:
