@@ -185,10 +185,10 @@ def _data_build(options) -> None:
 
 
 def _data_convert(options) -> None:
+  from mmjax import printing
   from mmjax.data.builders import convert
-  from mmjax.printing import say
 
-  log = (lambda line: say(line, sys.stderr)) if options.json else say
+  log = (lambda line: printing.log(line, sys.stderr)) if options.json else printing.log
   columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair) or None
   summary = convert.convert(
     options.format,
@@ -237,9 +237,11 @@ def _config_show(options) -> None:
   from mmjax import config, describe
 
   resolved = config.load(options.file, options.overrides)
-  from mmjax.printing import say
+  from mmjax import printing
 
-  say(config.to_json(resolved) if options.json else describe.describe(resolved, docs=options.docs))
+  printing.log(
+    config.to_json(resolved) if options.json else describe.describe(resolved, docs=options.docs)
+  )
 
 
 def _config_keys(options) -> None:
@@ -261,9 +263,9 @@ def _config_methods(options) -> None:
 
 
 def _print_table(options, rows: list[dict], markdown: Callable[[list[dict]], str]) -> None:
-  from mmjax.printing import say
+  from mmjax import printing
 
-  say(json.dumps(rows, indent=2, ensure_ascii=False) if options.json else markdown(rows))
+  printing.log(json.dumps(rows, indent=2, ensure_ascii=False) if options.json else markdown(rows))
 
 
 def _import(options) -> None:
@@ -299,7 +301,7 @@ def _embed(options) -> None:
 def _search(options) -> None:
   from mmjax.inference import search
 
-  hits = search.search(
+  results = search.search(
     options.checkpoint,
     options.query,
     images=options.images,
@@ -313,15 +315,16 @@ def _search(options) -> None:
   from mmjax.printing import printable
 
   if options.json:
-    print(json.dumps([dict(name=name, score=score) for name, score in hits], indent=2))
+    print(json.dumps([dict(name=name, score=score) for name, score in results], indent=2))
   else:
-    for name, score in hits:
+    for name, score in results:
       print(f"{score:.4f}  {printable(name)}")
 
 
 def _generate(options) -> None:
+  from mmjax import printing
   from mmjax.inference import generate
-  from mmjax.printing import printable, say
+  from mmjax.printing import printable
 
   written = generate.generate(
     options.checkpoint,
@@ -340,7 +343,7 @@ def _generate(options) -> None:
     segments = [dict(start=round(s.start, 3), end=round(s.end, 3), text=s.text) for s in answer]
     rows.append(dict(file=file, segments=segments))
   if options.json:
-    say(json.dumps(rows, indent=2, ensure_ascii=False))
+    printing.log(json.dumps(rows, indent=2, ensure_ascii=False))
     return
   for row in rows:
     name = printable(row["file"])

@@ -362,11 +362,11 @@ class Mirror:
   """`folder`: where to write the files of a place. The place itself, or for a URL a folder of this
   machine that is copied there.
 
-  `push` copies what has changed, and so does a thread from time to time; leaving `with` pushes for
-  the last time. Each has a folder of its own, for several may write to one place (a run and `mmjax
-  eval` of it); what a killed one left goes with the next.
+  `upload` copies what has changed, and so does a thread from time to time; leaving `with`
+  uploads for the last time. Each has a folder of its own, for several may write to one place (a
+  run and `mmjax eval` of it); what a killed one left goes with the next.
   active: False = this process writes nothing. check: called before files are copied; what it
-  raises, `push` raises.
+  raises, `upload` raises.
   """
 
   def __init__(
@@ -375,7 +375,7 @@ class Mirror:
     self._check = check or (lambda: None)
     self.place = as_path(place) if is_url(place) else Path(place)
     self.folder, self._remote = Path(place), is_url(place) and active
-    self._seen: dict[Path, tuple[int, int]] = {}
+    self._uploaded: dict[Path, tuple[int, int]] = {}
     self._lock, self._over = threading.Lock(), threading.Event()
     self._thread: threading.Thread | None = None
     self._alive: BinaryIO | None = None  # locked as long as the folder is in use
@@ -389,7 +389,7 @@ class Mirror:
     self._over.set()
     self._thread.join(timeout=10)
     with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
-      self.push()
+      self.upload()
       shutil.rmtree(self.folder.parent, ignore_errors=True)
       if self._alive:
         self._alive.close()
@@ -404,13 +404,13 @@ class Mirror:
       return
     if self._thread is None:
       self._make_folder()
-      self._thread = threading.Thread(target=self._push_often, name="mirror", daemon=True)
+      self._thread = threading.Thread(target=self._upload_often, name="mirror", daemon=True)
       self._thread.start()
     with self._lock, store_errors(self.place, f"{self.place} cannot be read"):
       for name in names:
         if (self.place / name).exists():
           write_whole(self.folder / name, (self.place / name).read_bytes())
-          self._seen[self.folder / name] = _stamp(self.folder / name)
+          self._uploaded[self.folder / name] = _stamp(self.folder / name)
 
   def _make_folder(self) -> None:
     root = cache_dir() / "runs" / _key(self.place)
@@ -432,7 +432,7 @@ class Mirror:
         "Set MMJAX_CACHE to another folder"
       ) from error
 
-  def push(self) -> None:
+  def upload(self) -> None:
     """Copies what is new or has changed; returns when the store has it. Raises UserError."""
     if self._thread is None:
       return
@@ -443,9 +443,9 @@ class Mirror:
         if path.name.startswith(".") or path.name.endswith(".tmp") or not path.is_file():
           continue
         stamp = _stamp(path)  # before the copy: what is added meanwhile goes with the next
-        if self._seen.get(path) != stamp:
+        if self._uploaded.get(path) != stamp:
           fs.put_file(str(path), str(self.place / path.relative_to(self.folder).as_posix()))
-          self._seen[path] = stamp
+          self._uploaded[path] = stamp
 
   def name(self, path: str | os.PathLike) -> str:
     """A path in the folder as the user knows it."""
@@ -455,12 +455,12 @@ class Mirror:
       else str(path)
     )
 
-  def _push_often(self) -> None:
+  def _upload_often(self) -> None:
     while not self._over.wait(_SECONDS):
       with contextlib.suppress(
         UserError, OSError
       ):  # a store that stays away ends the run at the next checkpoint
-        self.push()
+        self.upload()
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -504,10 +504,10 @@ def bring(folder: Path) -> Path:
   if url is None:
     return folder
   with store_errors(url, f"{url} cannot be read"):
-    there = _listing(url)
-  if not there:
+    listed = _listing(url)
+  if not listed:
     return folder
-  root = folder.parent / hashlib.blake2b(json.dumps(there).encode(), digest_size=6).hexdigest()
+  root = folder.parent / hashlib.blake2b(json.dumps(listed).encode(), digest_size=6).hexdigest()
   copy, partial = root / folder.name, root.with_name(f".{root.name}.partial")
   try:
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -519,19 +519,19 @@ def bring(folder: Path) -> Path:
         return copy
       shutil.rmtree(partial, ignore_errors=True)
       log.info(
-        "copying %s (%.1f MB) to %s", url, sum(size for size, _ in there.values()) / 1e6, copy
+        "copying %s (%.1f MB) to %s", url, sum(size for size, _ in listed.values()) / 1e6, copy
       )
-      places = {name: partial / folder.name / name for name in there}
-      for place in places.values():
+      targets = {name: partial / folder.name / name for name in listed}
+      for place in targets.values():
         place.parent.mkdir(parents=True, exist_ok=True)
       with store_errors(url, f"{url} cannot be copied to {copy}"):
         fs, path = fsspec.core.url_to_fs(str(url))
         fs.get(
-          [f"{path.rstrip('/')}/{name}" for name in there],
-          [str(place) for place in places.values()],
+          [f"{path.rstrip('/')}/{name}" for name in listed],
+          [str(place) for place in targets.values()],
         )
-      for name, (size, _) in there.items():
-        if places[name].stat().st_size != size:
+      for name, (size, _) in listed.items():
+        if targets[name].stat().st_size != size:
           raise UserError(f"{url}/{name}: changed while it was copied. Start again")
       os.replace(partial, root)
   except OSError as error:

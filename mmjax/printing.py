@@ -28,7 +28,7 @@ def printable(text: Any, keep: str = "") -> str:
   )
 
 
-def say(text: Any, file: TextIO | None = None) -> None:
+def log(text: Any, file: TextIO | None = None) -> None:
   """Prints lines: escapes what would move the cursor, change colours or reverse the text."""
   print(printable(text, "\n\t"), file=file or sys.stdout, flush=True)
 

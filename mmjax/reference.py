@@ -45,14 +45,14 @@ def kinds(name: str = "") -> list[Row]:
   """
   found = []
   for group, targets in KINDS.items():
-    places = [f"{path}.{selector}" for path, (owner, selector) in ENTRIES.items() if owner == group]
+    paths = [f"{path}.{selector}" for path, (owner, selector) in ENTRIES.items() if owner == group]
     for kind, target in targets.items():
       if name in ("", group, kind):
         function = load_function(target)
         found.append(
           dict(
             group=group,
-            at=places,
+            at=paths,
             kind=kind,
             meaning=_first_paragraph(function),
             settings=_settings(group, kind, function),
@@ -96,7 +96,7 @@ def kinds_table(rows: Sequence[Row]) -> str:
   for row in rows:
     if row["group"] != group:
       group = row["group"]
-      parts.append(f"## {group}: {', '.join(f'`{place}`' for place in row['at'])}")
+      parts.append(f"## {group}: {', '.join(f'`{path}`' for path in row['at'])}")
     parts += [f"### {group} `{row['kind']}`", _escape(row["meaning"])]
     if row["settings"]:
       parts.append(_table(row["settings"], code=("setting", "default")))
@@ -110,7 +110,7 @@ def methods_table(rows: Sequence[Row]) -> str:
 
 def _settings(group: str, kind: str, function: typing.Callable) -> list[Row]:
   """Rows of setting, default, takes, meaning; the key's, for one that all of the group have."""
-  places = [path for path, (owner, _) in ENTRIES.items() if owner == group]
+  paths = [path for path, (owner, _) in ENTRIES.items() if owner == group]
   shared = {key.path: key.doc for key in KEYS}
   rows = []
   for name, parameter in kind_settings(function).items():
@@ -120,7 +120,7 @@ def _settings(group: str, kind: str, function: typing.Callable) -> list[Row]:
         setting=name,
         default="needed" if needed else repr(parameter.default),
         takes=in_words(parameter.annotation),
-        meaning=meaning(kind, group, name) or shared.get(f"{places[0]}.{name}", ""),
+        meaning=meaning(kind, group, name) or shared.get(f"{paths[0]}.{name}", ""),
       )
     )
   return rows

@@ -18,7 +18,7 @@ def test_a_mirror_of_a_folder_is_the_folder(tmp_path):
   with files.Mirror(tmp_path) as mirror:
     mirror.fetch("a")
     assert mirror.folder == mirror.place == tmp_path
-    mirror.push()
+    mirror.upload()
   assert list(tmp_path.iterdir()) == []
 
 
@@ -30,7 +30,7 @@ def test_a_mirror_copies_what_changed_and_goes_on_with_what_was_there(object_sto
     (mirror.folder / "metrics.jsonl.tmp").write_text("half")
     (mirror.folder / "tensorboard").mkdir()
     (mirror.folder / "tensorboard" / "events").write_bytes(b"\0")
-    mirror.push()
+    mirror.upload()
     assert files.sizes(url) == {"metrics.jsonl": 2, "tensorboard/events": 1}
     (mirror.folder / "metrics.jsonl").write_text("1\n2\n")
   assert (files.as_path(url) / "metrics.jsonl").read_text() == "1\n2\n"
@@ -48,7 +48,7 @@ def test_mirrors_of_one_place_leave_each_other_alone(object_store):
   with files.Mirror(url) as run:
     run.fetch()
     (run.folder / "metrics.jsonl").write_text("1\n")
-    run.push()
+    run.upload()
     with files.Mirror(url) as evaluation:
       evaluation.fetch("metrics.jsonl")
       (evaluation.folder / "eval.json").write_text("{}")

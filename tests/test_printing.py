@@ -142,7 +142,7 @@ def test_the_report(tmp_path):
   c = configs.base()
   c.model.encoders.image = dict(kind="vit")
   c.log.wandb = EVIL
-  rows = [dict(text=f"text {EVIL}", expected=[EVIL], right=False)]
+  rows = [dict(text=f"text {EVIL}", expected=[EVIL], correct=False)]
   write_report(
     tmp_path,
     configs.resolve(c),

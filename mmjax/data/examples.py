@@ -94,8 +94,8 @@ class Reader:
     """(the arrays without "key", how long the content is where only its beginning is used, "" = all
     of it is). Raises Unreadable.
     """
-    seen = self.transform(content, rng)
-    return seen if isinstance(seen, tuple) else (seen,), ""
+    views = self.transform(content, rng)
+    return views if isinstance(views, tuple) else (views,), ""
 
 
 class ImageReader(Reader):
@@ -117,8 +117,8 @@ class ImageReader(Reader):
     """A picture as the model sees it in evaluation, uint8 [H, W, 3]. Raises UserError
     (Unreadable).
     """
-    seen = self.transform(content)
-    return picture_of(seen) if isinstance(seen, PatchSequence) else seen
+    views = self.transform(content)
+    return picture_of(views) if isinstance(views, PatchSequence) else views
 
 
 class AudioReader(Reader):
@@ -462,7 +462,7 @@ def stand_in_id(source: Source, index: int) -> str:
   return f"{source.name}[{index}]"
 
 
-def spread_rows(batch: Batch, real: np.ndarray) -> Batch:
+def scatter_rows(batch: Batch, real: np.ndarray) -> Batch:
   """Puts the rows of a batch where `real` bool [B] is true, and rows that are not valid (zeros,
   empty ids, label -1) elsewhere.
   """
@@ -505,7 +505,7 @@ class CutMedia:
         continue
       names.add(name)
       if len(names) <= 3:
-        self._say(
+        self._warn(
           f"only the beginning is used of a {WORDS[modality]}, {surplus} ({_LENGTHS[modality]}): "
           f"{name}",
           modality,
@@ -518,13 +518,13 @@ class CutMedia:
     for modality, names in self.names.items():
       if len(names) > max(3, self._said.get(modality, 0)):
         at_least = "at least " if len(names) >= self.LIMIT else ""
-        self._say(
+        self._warn(
           f"{at_least}{len(names):,} {WORDS[modality]}{'s' if modality == 'audio' else ''} exceed "
           f"{_LENGTHS[modality]}; only their beginning is used",
           modality,
         )
 
-  def _say(self, line: str, modality: str) -> None:
+  def _warn(self, line: str, modality: str) -> None:
     self._said[modality] = len(self.names[modality])
     print(printable(line), file=sys.stderr, flush=True)
 

@@ -64,8 +64,8 @@ def finished_versions(names: Iterable[str]) -> list[str]:
     folders[folder].add(file)
   found = [
     folder
-    for folder, there in folders.items()
-    if folder.replace(".", "").isdigit() and there.issuperset(_FINISHED)
+    for folder, available in folders.items()
+    if folder.replace(".", "").isdigit() and available.issuperset(_FINISHED)
   ]
   return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 

@@ -41,7 +41,7 @@ from mmjax.data.examples import (
   modalities_of,
   report_unreadable,
   row_spec,
-  spread_rows,
+  scatter_rows,
   stand_in_id,
   streams,
 )
@@ -139,7 +139,7 @@ class Pipeline:
     """The batch of a step, counted from 0; only this process's rows. Raises UserError: too many
     unreadable records.
     """
-    return self._settle(self._make(step))
+    return self._report(self._make(step))
 
   def iterate(self, start: int, stop: int) -> Iterator[Batch]:
     """The batches start, start + 1, ..., stop - 1, prepared ahead by data.threads threads or
@@ -167,7 +167,7 @@ class Pipeline:
     iterator = iter(batches)
     try:
       for step in range(start, stop):
-        batch = self._settle(_own(next(iterator)) if data.workers else next(iterator))
+        batch = self._report(_own(next(iterator)) if data.workers else next(iterator))
         if self.rows is None:
           self._remember(step, batch["id"])
         yield batch
@@ -197,13 +197,13 @@ class Pipeline:
 
   def _make(self, step: int) -> Batch:
     """The batch with "unreadable": [(name, reason)] and "cut": [(modality, name, length)], which
-    `_settle` takes out again. Runs in a worker or a thread."""
+    `_report` takes out again. Runs in a worker or a thread."""
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
     items = [Row(self.sources[source[row]], int(index[row])) for row in rows]
     return self._examples(items, streams(self.config.seed, step, rows), *self._made_of[source[0]])
 
-  def _settle(self, batch: Batch) -> Batch:
+  def _report(self, batch: Batch) -> Batch:
     """Counts and names what a batch could not use; raises UserError past data.max_unreadable."""
     self._cut.add(batch.pop("cut"))
     report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
@@ -305,7 +305,7 @@ class EvaluationData:
       report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
       index = np.full(len(row), -1)
       index[real] = [example for example, _ in chosen]
-      yield spread_rows(batch, real), index
+      yield scatter_rows(batch, real), index
     self._cut.total()
 
   def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
@@ -314,7 +314,7 @@ class EvaluationData:
       index = start + self.rows
       real = index < len(texts)
       rows = self._examples.text([texts[i] for i in index[real].tolist()])
-      yield spread_rows({"text": rows, "valid": np.ones(int(real.sum()), bool)}, real)
+      yield scatter_rows({"text": rows, "valid": np.ones(int(real.sum()), bool)}, real)
 
   def picture(self, index: int) -> np.ndarray:
     """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data import image, show_media
 from mmjax.data.folders import data_dir as default_data_dir
 from mmjax.data.resample import resize_exact
 from mmjax.data.sources import Source, list_datasets, open_source
 from mmjax.files import write_whole
-from mmjax.printing import in_html, say
 
 # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
 THUMBNAIL = 320
@@ -34,7 +34,7 @@ def show_data_set(
   count: int = 48,
   seed: int = 0,
   data_dir: str | os.PathLike | None = None,
-  log: Callable[[str], None] = say,
+  log: Callable[[str], None] = printing.log,
 ) -> Path:
   """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some. Returns the file.
   Raises UserError.
@@ -127,7 +127,7 @@ def show(
     facts.append(f'<b class="bad">{unreadable} unreadable</b>')
   title = title or getattr(source, "name", "") or "sample"
   page = _PAGE.format(
-    title=in_html(title),
+    title=printing.in_html(title),
     style=_STYLE,
     facts="".join(f"<li>{fact}</li>" for fact in facts),
     languages=_chips("Languages", languages),
@@ -143,8 +143,8 @@ def show(
 
 def _shown(record: Mapping[str, Any]) -> list[str]:
   """The media of a record; a picture, which is said to be missing, if it has none."""
-  there = [name for name in ("image", "video", "audio") if record.get(name)]
-  return there + (["series"] if record.get("series") is not None else []) or ["image"]
+  available = [name for name in ("image", "video", "audio") if record.get(name)]
+  return available + (["series"] if record.get("series") is not None else []) or ["image"]
 
 
 def _picture(record: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
@@ -172,7 +172,7 @@ def _picture(record: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
 
 
 def _fault(error: Exception) -> str:
-  return f'<div class="fault">{in_html(str(error))}</div>'
+  return f'<div class="fault">{printing.in_html(str(error))}</div>'
 
 
 def _framed(picture: str) -> str:
@@ -187,13 +187,20 @@ def _tile(record: Mapping[str, Any], parts: Sequence[str], size: str) -> str:
   ):
     direction = ' dir="rtl"' if language in _RIGHT_TO_LEFT else ""
     for number, text in enumerate(texts):
-      mark = f"<dt>{in_html(language)}</dt>" if number == 0 else "<dt></dt>"
+      mark = f"<dt>{printing.in_html(language)}</dt>" if number == 0 else "<dt></dt>"
       shown = text if len(text) <= 300 else text[:300] + "…"
-      lines.append(f'{mark}<dd lang="{in_html(language)}"{direction}>{in_html(shown)}</dd>')
-  tag = f'<span class="label">{in_html(record["label"])}</span>' if record.get("label") else ""
+      lines.append(
+        f'{mark}<dd lang="{printing.in_html(language)}"{direction}>{printing.in_html(shown)}</dd>'
+      )
+  tag = (
+    f'<span class="label">{printing.in_html(record["label"])}</span>' if record.get("label") else ""
+  )
   head = f'<div class="head">{tag}<span class="size">{size}</span></div>' if tag or size else ""
   wide = ' class="wide"' if any('class="strip"' in part for part in parts) else ""
-  name, questions = in_html(record["id"]), show_media.answers(record.get("questions") or ())
+  name, questions = (
+    printing.in_html(record["id"]),
+    show_media.answers(record.get("questions") or ()),
+  )
   captions = f"<dl>{''.join(lines)}</dl>" if lines else ""
   return (
     f'<article{wide}>{"".join(parts)}{head}{captions}{questions}<div class="id" '
@@ -205,7 +212,8 @@ def _chips(title: str, counts: Counter[str]) -> str:
   if not counts:
     return ""
   chips = "".join(
-    f"<span>{in_html(name)} <b>{count}</b></span>" for name, count in counts.most_common(40)
+    f"<span>{printing.in_html(name)} <b>{count}</b></span>"
+    for name, count in counts.most_common(40)
   )
   return f'<div class="chips"><em>{title}</em>{chips}</div>'
 

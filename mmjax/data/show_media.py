@@ -72,14 +72,14 @@ def strip(data: bytes) -> tuple[str, float]:
   """(HTML of a video: STRIP frames side by side, from the first to the last, seconds). Raises
   Unreadable.
   """
-  seen: list[int] = []
+  counts: list[int] = []
 
   def pick(count: int) -> np.ndarray:
-    seen.append(count)
+    counts.append(count)
     return np.unique(np.linspace(0, count - 1, STRIP).round().astype(int))
 
   frames = decode_video(data, pick)
-  count, (height, width) = seen[0], frames.shape[1:3]
+  count, (height, width) = counts[0], frames.shape[1:3]
   seconds = count / _rate(data)
   scale = _HEIGHT / height if height > _HEIGHT else 1
   size = (max(1, min(round(width * scale), 4 * _HEIGHT)), max(1, round(height * scale)))

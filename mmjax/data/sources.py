@@ -78,11 +78,11 @@ def list_datasets(root: str | os.PathLike) -> list[str]:
   root = Path(root)
   if url := files.origin(root):
     with files.store_errors(url, f"{url} cannot be read"):
-      there = collections.defaultdict(list)
+      available = collections.defaultdict(list)
       for path in files.sizes(url):
         name, _, rest = path.partition("/")
-        there[name].append(rest)
-    return sorted(name for name, rest in there.items() if finished_versions(rest))
+        available[name].append(rest)
+    return sorted(name for name, rest in available.items() if finished_versions(rest))
   return (
     sorted(path.name for path in root.iterdir() if find_version(root, path.name))
     if root.is_dir()
@@ -120,7 +120,7 @@ class ArrayRecordSource:
     info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     try:
       facts = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-      self.labels, there, content = tuple(facts["labels"]), facts["languages"], facts["content"]
+      self.labels, available, content = tuple(facts["labels"]), facts["languages"], facts["content"]
       self.answers = tuple(facts.get("answers", ()))
     except (OSError, ValueError, KeyError) as error:
       raise UserError(
@@ -128,12 +128,12 @@ class ArrayRecordSource:
         "with `mmjax data convert`"
       ) from error
     for language in languages:
-      if language not in there:
+      if language not in available:
         raise UserError(
           f"data set {name!r} has no captions in {language!r}; its languages: "
-          f"{', '.join(there)}{_nearest(language, there)}"
+          f"{', '.join(available)}{_nearest(language, available)}"
         )
-    self.languages = self._languages or tuple(there)
+    self.languages = self._languages or tuple(available)
     shards = []
     for part in split.split("+"):
       shards += _shards(folder, info, part.strip())
@@ -209,15 +209,15 @@ def _how_to_get(root: Path, name: str) -> str:
   """The end of an error about a missing data set: the nearest that is there, and the command that
   makes one.
   """
-  there = list_datasets(root)
+  available = list_datasets(root)
   make = f"`mmjax data build {name}` makes it" if name in BUILDERS else ""
-  if near := difflib.get_close_matches(name, sorted({*there, *BUILDERS}), n=1, cutoff=0.5):
+  if near := difflib.get_close_matches(name, sorted({*available, *BUILDERS}), n=1, cutoff=0.5):
     make = make or f"Did you mean {near[0]!r}?" + (
-      "" if near[0] in there else f" `mmjax data build {near[0]}` makes it"
+      "" if near[0] in available else f" `mmjax data build {near[0]}` makes it"
     )
   elif not make:
     make = "Make it with `mmjax data convert`, or set $MMJAX_DATA to the folder that has it"
-  return f" (there: {', '.join(there) or 'none'}). {make}"
+  return f" (there: {', '.join(available) or 'none'}). {make}"
 
 
 def _nearest(name: str, options: Iterable[str]) -> str:

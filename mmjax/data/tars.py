@@ -40,7 +40,7 @@ from mmjax.printing import printable
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 _VERSION = 4  # of the index files
-_PLACES = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.places
+_PARTS = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.extents
 _NEAR = (
   1 << 16
 )  # bytes between members of a key that are read in vain rather than asked for one by one
@@ -52,8 +52,8 @@ _KINDS = {
   "cls": "cls",
   **{ending: name for name, endings in ENDINGS.items() for ending in endings},
 }
-_MEDIA = [_PLACES.index(name) for name in ("image", "audio", "video")]
-_TEXTS = [_PLACES.index(name) for name in ("txt", "json", "cls")]
+_MEDIA = [_PARTS.index(name) for name in ("image", "audio", "video")]
+_TEXTS = [_PARTS.index(name) for name in ("txt", "json", "cls")]
 _log = logging.getLogger(__name__)
 
 
@@ -69,14 +69,14 @@ class BadSample(UserError):
 class TarIndex:
   """Where the pairs of media and texts of one tar are.
 
-  `keys` [N] str, in the order of the tar; `places` int64 [N, 6, 2]: offset and size of picture,
+  `keys` [N] str, in the order of the tar; `extents` int64 [N, 6, 2]: offset and size of picture,
   .txt, .json, .cls, sound, video (size -1 = absent). `skipped`: [(name, reason)] of what is no
   pair.
   """
 
   path: str
   keys: np.ndarray
-  places: np.ndarray
+  extents: np.ndarray
   skipped: tuple[tuple[str, str], ...]
 
   def __len__(self) -> int:
@@ -120,27 +120,27 @@ class TarIndex:
 
   def has(self, part: str) -> bool:
     """Whether any key has this part ("image", "audio", "video", "txt", "json", "cls")."""
-    return bool((self.places[:, _PLACES.index(part), 1] >= 0).any())
+    return bool((self.extents[:, _PARTS.index(part), 1] >= 0).any())
 
   def _parts(self, row: int) -> dict[str, bytes | None]:
     """{part: its bytes, None = absent}. At a URL members that lie together are read at once: a
     request costs more than a few kilobytes.
     """
-    places = {
-      name: place
-      for name, place in zip(_PLACES, self.places[row].tolist(), strict=True)
-      if place[1] >= 0
+    extents = {
+      name: extent
+      for name, extent in zip(_PARTS, self.extents[row].tolist(), strict=True)
+      if extent[1] >= 0
     }
     first, last = (
-      min(offset for offset, _ in places.values()),
-      max(offset + size for offset, size in places.values()),
+      min(offset for offset, _ in extents.values()),
+      max(offset + size for offset, size in extents.values()),
     )
     together = (
-      files.is_url(self.path) and last - first <= sum(size for _, size in places.values()) + _NEAR
+      files.is_url(self.path) and last - first <= sum(size for _, size in extents.values()) + _NEAR
     )
     span = self._bytes(first, last - first) if together else b""
-    parts: dict[str, bytes | None] = dict.fromkeys(_PLACES)
-    for name, (offset, size) in places.items():
+    parts: dict[str, bytes | None] = dict.fromkeys(_PARTS)
+    for name, (offset, size) in extents.items():
       start = offset - first
       data = span[start : start + size] if together else self._bytes(offset, size)
       if len(data) != size:
@@ -206,9 +206,9 @@ class TarSource:
     self._ends = np.cumsum([len(index) for index in self._indices])
     content = hashlib.blake2b(digest_size=6)
     for index in self._indices:
-      places = index.places if index.has("audio") or index.has("video") else index.places[:, :4]
+      extents = index.extents if index.has("audio") or index.has("video") else index.extents[:, :4]
       content.update(
-        os.path.basename(index.path).encode() + index.keys.astype("U").tobytes() + places.tobytes()
+        os.path.basename(index.path).encode() + index.keys.astype("U").tobytes() + extents.tobytes()
       )
     self.fingerprint = (
       f"{len(self._indices)} tars: {len(self)} examples, content {content.hexdigest()}"
@@ -261,7 +261,7 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
     with np.load(cache, allow_pickle=False) as saved:
       if np.array_equal(saved["stamp"], stamp):
         skipped = tuple(map(tuple, json.loads(str(saved["skipped"]))))
-        return TarIndex(path, saved["keys"], saved["places"], skipped)
+        return TarIndex(path, saved["keys"], saved["extents"], skipped)
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     pass  # absent, or not one of ours: made again below
   index = _scan(path, size)
@@ -270,7 +270,7 @@ def index_tar(path: str | os.PathLike, data_dir: str | os.PathLike | None = None
     out,
     stamp=stamp,
     keys=index.keys,
-    places=index.places,
+    extents=index.extents,
     skipped=np.array(json.dumps(index.skipped)),
   )
   try:
@@ -340,7 +340,7 @@ def _scan(path: str, size: int) -> TarIndex:
         if member.offset_data + member.size > size:
           skipped.append((name, "truncated tar"))
           continue
-        key, column = f"{folder}/{stem}".lstrip("/"), _PLACES.index(_KINDS[last])
+        key, column = f"{folder}/{stem}".lstrip("/"), _PARTS.index(_KINDS[last])
         before = taken.setdefault((key, column), name)
         if key in samples and samples[key][column, 1] >= 0:
           if _dotted(name) and _dotted(before) and name != before:
@@ -352,8 +352,8 @@ def _scan(path: str, size: int) -> TarIndex:
             continue
           skipped.append((before, "ending not read"))  # a.jpg is the picture of `a`, not a.mask.png
           taken[key, column] = name
-        place = samples.setdefault(key, np.full((len(_PLACES), 2), -1, np.int64))
-        place[column] = member.offset_data, member.size
+        extent = samples.setdefault(key, np.full((len(_PARTS), 2), -1, np.int64))
+        extent[column] = member.offset_data, member.size
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:
     with files.open_binary(path) as file:
       zipped = file.read(2) == b"\x1f\x8b"
@@ -366,14 +366,14 @@ def _scan(path: str, size: int) -> TarIndex:
     )
     raise UserError(f"{path}: not a readable tar ({hint})") from error
   pairs = []
-  for key, place in samples.items():
+  for key, extent in samples.items():
     if broken_text(key):
       skipped.append((key, "broken text"))
     elif key in several:
       skipped.append((key, "several files of a kind"))
-    elif (place[_MEDIA, 1] < 0).all():
+    elif (extent[_MEDIA, 1] < 0).all():
       skipped.append((key, "missing file"))
-    elif (place[_TEXTS, 1] < 0).all():
+    elif (extent[_TEXTS, 1] < 0).all():
       skipped.append((key, "no caption"))
     else:
       pairs.append(key)

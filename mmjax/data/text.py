@@ -21,14 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmjax import files
+from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.data import wordpiece
 from mmjax.data.folders import data_dir, local_data_dir
 from mmjax.data.readers.cells import broken_text, printable
 from mmjax.data.sources import list_tokenizers, open_source
 from mmjax.keys import SPECIAL_TOKENS
-from mmjax.printing import say
 
 RESERVED = tuple(f"<{role}>" for role in SPECIAL_TOKENS)
 SPARE = tuple(f"<spare_{number}>" for number in range(64))
@@ -329,7 +328,7 @@ def train_tokenizer_from_source(
   name: str | None = None,
   data_dir: str = "",
   path: str = "",
-  log=say,
+  log=printing.log,
 ) -> Path:
   """Trains on the captions and questions of data sets and writes DATA_DIR/tokenizers/NAME.model
   (None: those of the sources, joined by "_").
@@ -495,8 +494,8 @@ def _find_tokenizer(name: str, root: Path) -> Path:
       "data.text.tokenizer is empty. Make one with `mmjax data tokenizer --source DATASET --name "
       "NAME` and name it"
     )
-  there = list_tokenizers(folder)
-  near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
+  available = list_tokenizers(folder)
+  near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
   hint = f" Did you mean {near[0]!r}?" if near else ""
   make = (
     ""
@@ -505,7 +504,7 @@ def _find_tokenizer(name: str, root: Path) -> Path:
   )
   raise UserError(
     f"data.text.tokenizer: no tokenizer {name!r} under {files.origin(root) or root}/tokenizers "
-    f"(there: {', '.join(there) or 'none'}).{hint}{make}"
+    f"(there: {', '.join(available) or 'none'}).{hint}{make}"
   )
 
 

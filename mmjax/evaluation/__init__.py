@@ -60,9 +60,9 @@ def sample_evenly(total: int, count: int) -> list[int]:
 class Context:
   """What one evaluator may use: `config`, `name`, `mesh`, its data, and embeddings of batches."""
 
-  def __init__(self, evaluation: Evaluation, name: str, params: Any, seen: dict):
+  def __init__(self, evaluation: Evaluation, name: str, params: Any, embedded: dict):
     self.config, self.mesh, self.name = evaluation.config, evaluation.mesh, name
-    self._evaluation, self._params, self._seen = evaluation, params, seen
+    self._evaluation, self._params, self._embedded = evaluation, params, embedded
 
   def data(self, source: str, split: str, languages: Sequence[str] = (), text: str = "caption"):
     """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a
@@ -125,14 +125,14 @@ class Context:
   def media(self, data, modality: str) -> Embedded:
     """One modality of an `EvaluationData`, one row an example, shared as `images`."""
     split = getattr(getattr(data, "source", None), "fingerprint", None)
-    if split is None or (split, modality) not in self._seen:
+    if split is None or (split, modality) not in self._embedded:
       embedded = self.embed(
         modality, data.images() if modality == "image" else data.media(modality)
       )
-      self._seen[split, modality] = Embedded(
+      self._embedded[split, modality] = Embedded(
         embedded.vectors[: len(data)], embedded.valid[: len(data)]
       )
-    return self._seen[split, modality]
+    return self._embedded[split, modality]
 
   def texts(self, data, texts: Sequence[str]) -> np.ndarray:
     """Embeddings float32 [N, D] of any texts, with the tokenizer of the checkpoint or else of the
@@ -172,12 +172,13 @@ class Evaluation:
     """
     evaluators = self.config.evaluation.evaluators
     results: dict[str, Result] = {}
-    seen: dict[str, Any] = {}
+    embedded: dict[str, Any] = {}
     for name in pick(self.config, names):
       kind = config_lib.kind_function(evaluators[name], "evaluator")
       with _naming(name):
         results[name] = kind(
-          Context(self, name, params, seen), **config_lib.settings(evaluators[name], "evaluator")
+          Context(self, name, params, embedded),
+          **config_lib.settings(evaluators[name], "evaluator"),
         )
     return results
 

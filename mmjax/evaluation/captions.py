@@ -55,7 +55,7 @@ def captions(
     beams,
     length_penalty,
   )
-  tokens, valid = context.apply("write", settings, data.batches(modalities))
+  tokens, valid = context.apply("generate_text", settings, data.batches(modalities))
   references: dict[int, list[str]] = collections.defaultdict(list)
   for caption in data.captions:
     references[caption.example].append(caption.text)
@@ -99,13 +99,13 @@ def captions(
       for name in verdicts[0]:
         result[f"{prefix}{name}"] = float(np.mean([verdicts[i][name] for i in rows]))
   result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data)]).sum()))
-  right = np.array([v["right"] for v in verdicts]) if verdicts else exact
+  correct = np.array([v["right"] for v in verdicts]) if verdicts else exact
   shown = [
     dict(
       text=texts[i],
       expected=expected[i][:3],
-      right=bool(right[i]),
-      **_seen(data, kept[i], modalities),
+      correct=bool(correct[i]),
+      **_inputs(data, kept[i], modalities),
     )
     for i in sample_evenly(len(kept), examples)
   ]
@@ -129,7 +129,7 @@ def _verdict(answer: bool | dict[str, bool]) -> dict[str, bool]:
   return {"right": bool(answer)}
 
 
-def _seen(data, example: int, modalities: tuple) -> dict:
+def _inputs(data, example: int, modalities: tuple) -> dict:
   """A picture of what the model saw, where it saw one."""
   if "image" in modalities:
     return dict(picture=data.picture(example))

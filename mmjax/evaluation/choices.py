@@ -41,15 +41,15 @@ def multiple_choice(
   number = {text: n for n, text in enumerate(texts)}
   vectors = context.texts(data, texts)
   picked = []
-  for example, candidates, right in asked:
+  for example, candidates, correct in asked:
     similarity = vectors[[number[text] for text in candidates]] @ media.vectors[example]
-    others = np.delete(similarity, right)
+    others = np.delete(similarity, correct)
     picked.append(
-      right
-      if similarity[right] > others.max() + 1e-6
-      else int(np.argmax(np.where(np.arange(len(candidates)) == right, -np.inf, similarity)))
+      correct
+      if similarity[correct] > others.max() + 1e-6
+      else int(np.argmax(np.where(np.arange(len(candidates)) == correct, -np.inf, similarity)))
     )
-  truth = np.array([right for _, _, right in asked])
+  truth = np.array([correct for _, _, correct in asked])
   guess = np.array(picked)
   metrics = {
     "accuracy": float(np.mean(guess == truth)),

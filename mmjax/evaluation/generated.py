@@ -94,7 +94,7 @@ def generated(
       text=captions.get(int(rows[i]), ""),
       picture=made[i],
       expected=real[i],
-      right=bool(guess[i] == y[i]),
+      correct=bool(guess[i] == y[i]),
     )
     for i in sample_evenly(len(rows), examples)
   ]
@@ -160,11 +160,11 @@ def fit(x: np.ndarray, labels: np.ndarray, keys: np.ndarray, classes: int):
       views = np.lib.stride_tricks.sliding_window_view(part, (PATCH, PATCH), axis=(1, 2)).transpose(
         0, 1, 2, 4, 5, 3
       )
-      seen = np.maximum(
+      pixels = np.maximum(
         normalised(views.reshape(-1, PATCH * PATCH * 3)) @ kernel - bias - THRESHOLD, 0
       )
-      seen = seen.reshape(len(part), side, side, -1)
-      sums = np.add.reduceat(np.add.reduceat(seen, edges[:-1], axis=1), edges[:-1], axis=2)
+      pixels = pixels.reshape(len(part), side, side, -1)
+      sums = np.add.reduceat(np.add.reduceat(pixels, edges[:-1], axis=1), edges[:-1], axis=2)
       out.append(np.sqrt(sums.reshape(len(part), -1)))
     return np.concatenate(out)
 

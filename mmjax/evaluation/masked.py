@@ -57,15 +57,15 @@ def masked_words(
         yield {**batch, "text": text, "hidden": hidden, "truth": tokens}
 
   guesses, valid, hidden, truth = context.apply(
-    "fill", ("text", tuple(context_modalities)), batches(), also=("hidden", "truth")
+    "predict_masked", ("text", tuple(context_modalities)), batches(), also=("hidden", "truth")
   )
   asked = valid & hidden.any(-1)
   if not asked.any():
     raise UserError(f"{where}: {source} split {split} has no caption with a word to hide")
-  right = ((guesses == truth) | ~hidden).all(1)[asked]
+  correct = ((guesses == truth) | ~hidden).all(1)[asked]
   return Result(
     {
-      "accuracy": float(right.mean()),
+      "accuracy": float(correct.mean()),
       "words": float(asked.sum()),
       "unreadable": float(data.unreadable),
     },

@@ -245,7 +245,7 @@ def _heat_map(figure: dict) -> dict[str, Any]:
         dict(
           count=int(matrix[i, j]),
           share=float(matrix[i, j] / max(rows[i], 1)),
-          right=bool(i == j),
+          correct=bool(i == j),
           title=f"{names[i]} taken for {names[j]}: {matrix[i, j]} of {rows[i]}",
         )
         for j in kept
@@ -257,7 +257,7 @@ def _heat_map(figure: dict) -> dict[str, Any]:
     names=[names[i] for i in kept],
     rows=cells,
     total=total,
-    right=int(np.trace(matrix)),
+    correct=int(np.trace(matrix)),
     left_out=len(names) - len(kept),
   )
 

@@ -7,9 +7,9 @@ PAGE = r"""<!doctype html>
 <title>{{ title }} · mmjax</title>
 <style>
 :root { --ink: #1b2430; --soft: #5d6b7c; --faint: #8a96a5; --page: #f4f6f8; --card: #fff; --edge: #e2e7ec; --track: #e9eef2;
-  --a: #0b7285; --b: #d9480f; --c: #5f3dc4; --d: #2b8a3e; --e: #c2255c; --f: #866118; --right: #2b8a3e; --right-soft: #e6f5e9; --heat: 11, 114, 133; }
+  --a: #0b7285; --b: #d9480f; --c: #5f3dc4; --d: #2b8a3e; --e: #c2255c; --f: #866118; --correct: #2b8a3e; --correct-soft: #e6f5e9; --heat: 11, 114, 133; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e9ef; --soft: #a3b0be; --faint: #75828f; --page: #11161c; --card: #1a2129; --edge: #2b3540; --track: #2b3540;
-  --a: #3bc9db; --b: #ff922b; --c: #b197fc; --d: #69db7c; --e: #f783ac; --f: #e0b252; --right: #69db7c; --right-soft: #1d3325; --heat: 59, 201, 219; } }
+  --a: #3bc9db; --b: #ff922b; --c: #b197fc; --d: #69db7c; --e: #f783ac; --f: #e0b252; --correct: #69db7c; --correct-soft: #1d3325; --heat: 59, 201, 219; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 34px 24px 70px; }
@@ -42,22 +42,22 @@ svg { width: 100%; height: auto; display: block; overflow: visible; cursor: cros
 .example { display: flex; gap: 15px; }
 .example img.query { width: 92px; height: 92px; border-radius: 8px; border: 1px solid var(--edge); background: #fff; object-fit: contain; flex: none; }
 .asked { flex: none; width: 104px; text-align: center; }
-.rank { font-size: 12px; color: var(--soft); margin-top: 5px; text-align: center; font-variant-numeric: tabular-nums; } .rank.first { color: var(--right); font-weight: 600; }
+.rank { font-size: 12px; color: var(--soft); margin-top: 5px; text-align: center; font-variant-numeric: tabular-nums; } .rank.first { color: var(--correct); font-weight: 600; }
 .answers { flex: 1; min-width: 0; }
 .answer { display: flex; justify-content: space-between; gap: 8px; font-size: 13px; padding: 2px 7px; border-radius: 5px; }
 .answer span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } .answer span:last-child { color: var(--faint); font-variant-numeric: tabular-nums; }
-.answer.right { background: var(--right-soft); font-weight: 600; } .answer.right span:first-child::before { content: "✓ "; color: var(--right); }
+.answer.correct { background: var(--correct-soft); font-weight: 600; } .answer.correct span:first-child::before { content: "✓ "; color: var(--correct); }
 .expected { font-size: 12.5px; color: var(--soft); padding: 5px 7px 0; border-top: 1px solid var(--edge); margin-top: 5px; }
 .pictures { display: flex; gap: 8px; margin-top: 10px; }
 .shot { flex: 1; text-align: center; font-size: 11.5px; color: var(--faint); font-variant-numeric: tabular-nums; max-width: 84px; }
 .shot img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 7px; border: 2px solid var(--edge); background: #fff; display: block; margin-bottom: 2px; }
-.shot.right img { border-color: var(--right); } .shot.right { color: var(--right); font-weight: 600; } .shot.missed { opacity: .75; } .shot.missed img { border-style: dashed; }
+.shot.correct img { border-color: var(--correct); } .shot.correct { color: var(--correct); font-weight: 600; } .shot.missed { opacity: .75; } .shot.missed img { border-style: dashed; }
 .caption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; } .top { display: flex; justify-content: space-between; gap: 12px; } .top .rank { margin: 0; white-space: nowrap; }
 .drawn { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); } .drawn .card { padding: 4px 12px 8px; } .drawn .note { margin: 4px 0 0; }
 .scroll { overflow-x: auto; }
 table.heat { border-collapse: separate; border-spacing: 2px; font-size: 12px; font-variant-numeric: tabular-nums; }
 table.heat td { width: 50px; min-width: 26px; height: 34px; text-align: center; border-radius: 4px; cursor: default; } table.heat td.none { color: transparent; background: var(--track); opacity: .45; }
-table.heat td.right { box-shadow: inset 0 0 0 1.5px var(--right); }
+table.heat td.correct { box-shadow: inset 0 0 0 1.5px var(--correct); }
 table.heat th { font-weight: 500; color: var(--soft); text-align: right; padding: 0 8px 0 0; white-space: nowrap; }
 table.heat thead th { height: 96px; vertical-align: bottom; padding: 0; } table.heat thead div { width: 50px; } table.heat thead span { display: inline-block; transform: rotate(-38deg); transform-origin: 0 100%; white-space: nowrap; margin-left: 22px; }
 .note { color: var(--soft); font-size: 13px; margin: 0 0 12px; }
@@ -106,31 +106,31 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 <div class="examples">{% for row in figure.rows %}
 {% if "picture" not in row.top[0] %}
 <div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="query picture">{% else %}<div class="caption" dir="auto">{{ row.text }}</div>{% endif %}{{ rank(row) }}</div><div class="answers">
-{% for hit in row.top %}<div class="answer{{ " right" if hit.right }}"><span dir="auto" title="{{ hit.text }}">{{ hit.text }}</span><span>{{ "%.2f" | format(hit.score) }}</span></div>{% endfor %}
-{% if row.rank > 5 %}<div class="expected" dir="auto">Right: {{ row.expected | map(attribute="text") | join(" · ") }}</div>{% endif %}</div></div>
+{% for hit in row.top %}<div class="answer{{ " correct" if hit.correct }}"><span dir="auto" title="{{ hit.text }}">{{ hit.text }}</span><span>{{ "%.2f" | format(hit.score) }}</span></div>{% endfor %}
+{% if row.rank > 5 %}<div class="expected" dir="auto">Correct: {{ row.expected | map(attribute="text") | join(" · ") }}</div>{% endif %}</div></div>
 {% else %}
 <div class="card"><div class="top"><div class="caption" dir="auto">{{ row.text }}</div>{{ rank(row) }}</div><div class="pictures">
-{% for hit in row.top %}<div class="shot{{ " right" if hit.right }}"><img src="{{ hit.picture | picture }}" alt="">{{ "✓ " if hit.right }}{{ "%.2f" | format(hit.score) }}</div>{% endfor %}
-{% if row.rank > 5 %}<div class="shot missed"><img src="{{ row.expected[0].picture | picture }}" alt="the right picture">right</div>{% endif %}</div></div>
+{% for hit in row.top %}<div class="shot{{ " correct" if hit.correct }}"><img src="{{ hit.picture | picture }}" alt="">{{ "✓ " if hit.correct }}{{ "%.2f" | format(hit.score) }}</div>{% endfor %}
+{% if row.rank > 5 %}<div class="shot missed"><img src="{{ row.expected[0].picture | picture }}" alt="the correct picture">correct</div>{% endif %}</div></div>
 {% endif %}{% endfor %}</div>{% endfor %}
 
 {% for name, figure in texts if figure.rows %}
 <h2>{{ name }}: what the model writes</h2><p class="note">Examples spread over the split, none chosen by hand. Right ones are marked.</p>
 <div class="examples">{% for row in figure.rows %}<div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="what the model saw">{% endif %}</div>
-<div class="answers"><div class="answer{{ " right" if row.right }}"><span dir="auto">{{ row.text or "(nothing)" }}</span></div>
-{% if not row.right %}<div class="expected" dir="auto">Right: {{ row.expected | join(" · ") }}</div>{% endif %}</div></div>{% endfor %}</div>{% endfor %}
+<div class="answers"><div class="answer{{ " correct" if row.correct }}"><span dir="auto">{{ row.text or "(nothing)" }}</span></div>
+{% if not row.correct %}<div class="expected" dir="auto">Correct: {{ row.expected | join(" · ") }}</div>{% endif %}</div></div>{% endfor %}</div>{% endfor %}
 
 {% for name, figure in pictures if figure.rows %}
 <h2>{{ name }}: what the model draws</h2><p class="note">Captions spread over the split, none chosen by hand: the drawn picture, and the real one beside it. A green frame: the classifier gives it the caption's class.</p>
-<div class="drawn">{% for row in figure.rows %}<div class="card"><div class="pictures"><div class="shot{{ " right" if row.right }}"><img src="{{ row.picture | picture }}" alt="drawn">drawn</div>
+<div class="drawn">{% for row in figure.rows %}<div class="card"><div class="pictures"><div class="shot{{ " correct" if row.correct }}"><img src="{{ row.picture | picture }}" alt="drawn">drawn</div>
 <div class="shot"><img src="{{ row.expected | picture }}" alt="real">real</div></div><div class="note" dir="auto">{{ row.text }}</div></div>{% endfor %}</div>{% endfor %}
 
 {% for name, map in confusions %}
-<h2>{{ name }}: confusion</h2><p class="note">Rows are true classes, columns what the model said; colour is the share of the row. {{ map.right | number }} of {{ map.total | number }} on the diagonal.
+<h2>{{ name }}: confusion</h2><p class="note">Rows are true classes, columns what the model said; colour is the share of the row. {{ map.correct | number }} of {{ map.total | number }} on the diagonal.
 {% if map.left_out %} {{ map.left_out }} classes without examples or with the fewest are not drawn.{% endif %}</p>
 <div class="card scroll"><table class="heat"><thead><tr><th></th>{% for label in map.names %}<th><div><span>{{ label }}</span></div></th>{% endfor %}</tr></thead>
 {% for row in map.rows %}<tr><th>{{ row.name }} ({{ row.count }})</th>{% for cell in row.cells %}
-<td title="{{ cell.title }}"{% if not cell.count %} class="none{{ " right" if cell.right }}">0{% else %}{% if cell.right %} class="right"{% endif %} style="background: rgba(var(--heat), {{ "%.3f" | format(0.08 + 0.82 * cell.share) }}){{ "; color: var(--card)" if cell.share > 0.5 }}">{{ cell.count }}{% endif %}</td>{% endfor %}</tr>{% endfor %}
+<td title="{{ cell.title }}"{% if not cell.count %} class="none{{ " correct" if cell.correct }}">0{% else %}{% if cell.correct %} class="correct"{% endif %} style="background: rgba(var(--heat), {{ "%.3f" | format(0.08 + 0.82 * cell.share) }}){{ "; color: var(--card)" if cell.share > 0.5 }}">{{ cell.count }}{% endif %}</td>{% endfor %}</tr>{% endfor %}
 </table></div>{% endfor %}
 
 <h2>Configuration</h2><details class="card"><summary>Every key of the resolved config</summary><div class="tree">{{ tree(config) }}</div></details>

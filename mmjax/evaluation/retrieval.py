@@ -245,16 +245,17 @@ def _examples(query, target, vectors, pairs, rank, count, show) -> dict[str, Any
   rows = []
   for i in sample_evenly(len(vectors[query]), count):
     similarity = vectors[target] @ vectors[query][i]
-    right = set(pairs[pairs[:, 0] == i, 1].tolist())
+    correct = set(pairs[pairs[:, 0] == i, 1].tolist())
     top = np.argsort(-similarity, kind="stable")[:5]
     rows.append(
       dict(
         **show[query](i),
         rank=int(rank[i]),
         of=len(vectors[target]),
-        expected=[show[target](j) for j in sorted(right)[:3]],
+        expected=[show[target](j) for j in sorted(correct)[:3]],
         top=[
-          dict(**show[target](j), score=float(similarity[j]), right=int(j) in right) for j in top
+          dict(**show[target](j), score=float(similarity[j]), correct=int(j) in correct)
+          for j in top
         ],
       )
     )

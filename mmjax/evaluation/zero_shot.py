@@ -110,9 +110,9 @@ def classify(
   return metrics, predicted
 
 
-def mean_class_accuracy(labels: np.ndarray, right: np.ndarray) -> float:
+def mean_class_accuracy(labels: np.ndarray, correct: np.ndarray) -> float:
   """The mean, over the classes that occur in `labels`, of the share that is right."""
-  return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+  return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> dict:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
 from mmjax.inference.inputs import Item
 from mmjax.inference.predictor import Predictor, in_threads
 from mmjax.inference.transcribe import Segment
-from mmjax.printing import say
 
 
 def generate(
@@ -27,11 +27,11 @@ def generate(
   length_penalty: float = 1.0,
   timestamps: bool = False,
   allow_code: Sequence[str] = (),
-  log: Callable[[str], None] = lambda line: say(line, sys.stderr),
+  log: Callable[[str], None] = lambda line: printing.log(line, sys.stderr),
 ) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:
   """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted.
-  timestamps: [(file, segments)] of sounds, by a model that knows times; see `Predictor.write`, also
-  for sounds longer than the model reads.
+  timestamps: [(file, segments)] of sounds, by a model that knows times; see `Predictor.generate`,
+  also for sounds longer than the model reads.
 
   Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model
   writes no text or does not take such files, a file that is none of picture, sound and video, or
@@ -43,7 +43,7 @@ def generate(
     else Predictor.load(checkpoint, allow_code=allow_code)
   )
   if not predictor.writes:
-    predictor.write()  # says why not
+    predictor.generate()  # says why not
   names = [name for file in files for name in _expand(file, predictor)]
   modalities: list[str] = []
   for name in names:
@@ -74,7 +74,7 @@ def generate(
   for modality in sorted(set(modalities)):
     indices = [index for index in items if modalities[index] == modality]
     if indices:
-      written = predictor.write(
+      written = predictor.generate(
         beams=beams,
         max_length=max_length,
         length_penalty=length_penalty,

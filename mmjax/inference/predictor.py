@@ -27,7 +27,7 @@ from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
 from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.inference.transcribe import Segment, Windows, detect_language, start_tokens
 from mmjax.models import make_model
-from mmjax.models.generation import can_write, write, write_timed
+from mmjax.models.generation import can_generate, generate_text, generate_timed_text
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 
@@ -79,7 +79,7 @@ class Predictor:
     self.media = {name: MediaInputs(config, name) for name in self.modalities if name != "text"}
     self.joint = bool(getattr(self._model, "joint", True))
     self._decoder = getattr(self._model, "decoder", None)
-    self.writes = can_write(self._model)
+    self.writes = can_generate(self._model)
     self.class_names = tuple(json.loads(self.assets.get("classes.json", b"[]")))
     self.text_transform = (
       TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
@@ -92,7 +92,9 @@ class Predictor:
       jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
       self._embed = jit(functools.partial(_embed, self._model), static_argnums=1)
       self._classify = jit(functools.partial(_classify, self._model), static_argnums=1)
-      self._write = jit(functools.partial(write, self._model), static_argnums=(1, 2, 3, 4))
+      self._generate = jit(
+        functools.partial(generate_text, self._model), static_argnums=(1, 2, 3, 4)
+      )
     self.width = int(config.model.width)
 
   @classmethod
@@ -164,7 +166,7 @@ class Predictor:
     examples = in_threads(self.media[modality], self.media[modality].items(items))
     return self._embedded(modality, map(_stack, _chunks(examples, self._buckets[-1])))
 
-  def write(
+  def generate(
     self,
     *,
     max_length: int = 0,
@@ -228,7 +230,7 @@ class Predictor:
         texts: Iterator[Any] = iter(())
         if short:
           texts = iter(
-            self.write(
+            self.generate(
               max_length=max_length, beams=beams, length_penalty=length_penalty, audio=short
             )
           )
@@ -252,7 +254,7 @@ class Predictor:
         )
       media = dict(audio=sounds)
     tokens = self._run(
-      self._write,
+      self._generate,
       (tuple(media), max_length or limit, beams, length_penalty),
       self._batches(media, rows),
       rows,
@@ -332,14 +334,14 @@ class Predictor:
 
   @functools.cached_property
   def _timed_programs(self) -> tuple[Callable, Callable]:
-    """(`write_timed`, `detect_language`) of the model whose prompt leaves room for times."""
+    """(`generate_timed_text`, `detect_language`) of the model whose prompt has room for times."""
     decoder = self._model.decoder
     model = self._model.clone(
       decoder=decoder.clone(prompt=start_tokens(decoder.prompt, decoder.time_tokens))
     )
     jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
     return (
-      jit(functools.partial(write_timed, model), static_argnums=(1, 2, 3, 4)),
+      jit(functools.partial(generate_timed_text, model), static_argnums=(1, 2, 3, 4)),
       jit(functools.partial(detect_language, model), static_argnums=1),
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.image import Unreadable
 from mmjax.data.media import ENDINGS, WORDS, bytes_key, content_key
@@ -25,7 +26,6 @@ from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
 from mmjax.files import read_file
 from mmjax.inference.predictor import Predictor, in_threads
-from mmjax.printing import say
 
 FILES = {
   modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()
@@ -47,7 +47,7 @@ def embed(
   languages: Sequence[str] = (),
   modality: str | None = None,
   allow_code: Sequence[str] = (),
-  log: Callable[[str], None] = say,
+  log: Callable[[str], None] = printing.log,
 ) -> Path:
   """Embeds folders of pictures (`images`), sounds (`audio`) or videos, the lines of a text file
   (`texts`), or a split of a data set (`source`), and writes `out`.
@@ -103,7 +103,7 @@ def search(
   modality: str | None = None,
   k: int = 5,
   allow_code: Sequence[str] = (),
-  log: Callable[[str], None] = say,
+  log: Callable[[str], None] = printing.log,
 ) -> list[tuple[str, float]]:
   """The `k` pictures (sounds, videos) nearest to `query` as (name, cosine), best first; ties by
   name.
@@ -161,7 +161,7 @@ def search(
 def embed_folder(
   predictor: Predictor,
   folder: str | os.PathLike,
-  log: Callable[[str], None] = say,
+  log: Callable[[str], None] = printing.log,
   modality: str = "image",
 ) -> Index:
   """The pictures (sounds, videos) in a folder and its sub-folders, in the order of their names:
@@ -195,7 +195,7 @@ def embed_source(
   source: str,
   split: str,
   languages: Sequence[str] = (),
-  log: Callable[[str], None] = say,
+  log: Callable[[str], None] = printing.log,
   modality: str | None = None,
 ) -> Index:
   """One modality of a data set and, where the model reads texts, its captions: every array of the

@@ -25,7 +25,7 @@ from mmjax.config import UserError
 from mmjax.data.examples import READERS
 from mmjax.inference.predictor import probabilities
 from mmjax.models import make_model, with_plain_kernels
-from mmjax.models.generation import can_write, write
+from mmjax.models.generation import can_generate, generate_text
 
 Array = jax.Array
 Spec = dict[str, tuple[tuple[int, ...], Any]]
@@ -70,11 +70,11 @@ def functions(config) -> dict[str, Function]:
         _classifies(model, chosen, probabilities(config)),
         "probabilities of the classes",
       )
-  if can_write(model):
+  if can_generate(model):
     sets = kinds("source", "captioning", "autoregressive") or tuple(
       (m,) for m in model.encoders if m != "text"
     )
-    for name, chosen in _named("write", sets):
+    for name, chosen in _named("generate", sets):
       found[name] = Function(
         inputs(config, chosen),
         _writes(model, chosen, config.data.text.length),
@@ -158,7 +158,7 @@ def _classifies(model: nn.Module, modalities: tuple[str, ...], kind: str):
 
 
 def _writes(model: nn.Module, source: tuple[str, ...], length: int):
-  return lambda variables, batch: write(model, variables, source, length, 1, 1.0, batch)
+  return lambda variables, batch: generate_text(model, variables, source, length, 1, 1.0, batch)
 
 
 def _draws(model: nn.Module):

@@ -52,13 +52,13 @@ def read_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
       else ""
     )
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json{old}")
-  places = read_json(index).get("weight_map", {})
+  shards = read_json(index).get("weight_map", {})
   tensors: dict[str, np.ndarray] = {}
-  for name in sorted(set(places.values())):
+  for name in sorted(set(shards.values())):
     if Path(name).name != name or not (folder / name).exists():
       raise UserError(f"{index} names {name!r}, which is not beside it. Copy the whole folder")
     tensors.update(read(folder / name))
-  if missing := sorted(set(places) - set(tensors)):
+  if missing := sorted(set(shards) - set(tensors)):
     raise UserError(f"{index} promises tensors that its files lack: {', '.join(missing)}")
   return tensors
 

@@ -261,7 +261,9 @@ class Attention(nn.Module):
       key, value = context if isinstance(context, KeyValue) else self.keys_and_values(context)
     kernel = c.kernel
     if cache is not None:
-      cache = KeyValue(write(cache.key, key, mask.offset), write(cache.value, value, mask.offset))
+      cache = KeyValue(
+        update_cache(cache.key, key, mask.offset), update_cache(cache.value, value, mask.offset)
+      )
       (key, value), kernel = cache, "xla"
     out = attend(query, key, value, mask, kernel=kernel, bias=bias, **settings)
     out = self.out(constrain(out, ("batch", "length", "heads", "kv")))
@@ -299,7 +301,7 @@ def unstack(x: Array) -> list[Array]:
   return [part[..., 0, :, :] for part in jax.lax.split(x, (1,) * x.shape[axis], axis=axis)]
 
 
-def write(cached: Array, new: Array, start: Array) -> Array:
+def update_cache(cached: Array, new: Array, start: Array) -> Array:
   """cached [B, T, ...] with new [B, L, ...] from position `start` on, int32 scalar or [B]."""
   update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
   if jnp.ndim(start):
@@ -351,9 +353,9 @@ class Block(nn.Module):
 
     def attention(y: Array) -> Array:
       nonlocal cache
-      seen = dataclasses.replace(mask, window=self.window)
+      layer_mask = dataclasses.replace(mask, window=self.window)
       out = Attention(c, name="attention")(
-        y, seen, turns=turns, cache=cache, bias=bias, length=length
+        y, layer_mask, turns=turns, cache=cache, bias=bias, length=length
       )
       if cache is not None:
         out, cache = out

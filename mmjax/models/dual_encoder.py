@@ -39,7 +39,7 @@ class DualEncoder(nn.Module):
   use_bias: bool = False
   bias_init: float = -10.0
   joint: bool = True  # False: no shared space, so neither `embedding` nor `temperature`
-  judges: int = 0  # hidden units of the discriminator of modalities; 0 = none
+  discriminator_hidden: int = 0  # hidden units of the discriminator of modalities; 0 = none
 
   shared_methods = (
     "temperature",
@@ -61,8 +61,8 @@ class DualEncoder(nn.Module):
       for modality in self.encoders
       if modality not in self.unprojected
     }
-    if self.judges:
-      self.discriminator = Discriminator(self.judges, len(self.encoders))
+    if self.discriminator_hidden:
+      self.discriminator = Discriminator(self.discriminator_hidden, len(self.encoders))
     self.log_scale = self.param(
       "log_scale",
       with_axes(nn.initializers.constant(math.log(self.scale_init)), ()),
@@ -83,7 +83,7 @@ class DualEncoder(nn.Module):
     makes them all.
     """
     self.temperature()
-    if self.judges:
+    if self.discriminator_hidden:
       self.discriminate(jnp.zeros((1, self.width)), tuple(self.encoders))
     return {
       modality: self.embedding(modality, batch, train=train)
@@ -122,7 +122,7 @@ class DualEncoder(nn.Module):
     """float32 logits [N, modalities] that an embedding of x [N, width] is of each of these
     modalities.
     """
-    if not (self.judges and self.joint):
+    if not (self.discriminator_hidden and self.joint):
       raise UserError(
         "the model has no discriminator of modalities: set model.discriminator to its hidden "
         "units, such as 64"
@@ -211,5 +211,5 @@ def dual_encoder(
     scale_max=scale_max,
     use_bias=bias,
     bias_init=bias_init,
-    judges=discriminator,
+    discriminator_hidden=discriminator,
   )

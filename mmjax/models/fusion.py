@@ -54,7 +54,7 @@ class Fusion(nn.Module):
       if m in encoded
     }
     tokens, mask, pooled = self.join(parts, train)
-    some = there(parts).any(-1)
+    some = present_modalities(parts).any(-1)
     return Encoded(
       jnp.where(some[:, None, None], tokens, 0),
       mask & some[:, None],
@@ -67,7 +67,7 @@ class Fusion(nn.Module):
     """
     raise NotImplementedError
 
-  def keeps(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
+  def contextual_modalities(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
     """Of these, whose tokens come out one for one after seeing the others', in their order along
     the output; () = none.
     """
@@ -113,12 +113,12 @@ class Fusion(nn.Module):
     return jnp.broadcast_to(token.astype(self.config.dtype), (rows, 1, self.config.width))
 
 
-def there(parts: Mapping[str, Encoded]) -> Array:
+def present_modalities(parts: Mapping[str, Encoded]) -> Array:
   """bool [B, number of modalities]: which modalities a row has."""
   return jnp.stack([part.mask.any(-1) for part in parts.values()], axis=-1)
 
 
-def in_a_row(parts: Mapping[str, Encoded]) -> tuple[Array, Array]:
+def concatenate_tokens(parts: Mapping[str, Encoded]) -> tuple[Array, Array]:
   """All tokens [B, L, D] one after the other, and their mask [B, L]."""
   return (
     jnp.concatenate([part.tokens for part in parts.values()], axis=1),
@@ -130,7 +130,7 @@ def weigh(parts: Mapping[str, Encoded], logits: Array) -> Array:
   """Mean of the pooled vectors [B, D] float32 with weights softmax(logits [B or 1, modalities])
   over those that are there.
   """
-  has = there(parts)
+  has = present_modalities(parts)
   shares = jnp.where(has, jax.nn.softmax(jnp.where(has, logits, -1e30), axis=-1), 0)
   return jnp.einsum(
     "bm,bmd->bd",
@@ -152,7 +152,9 @@ class Concat(Fusion):
     c = self.config
     x = Dense((c.mlp,), ("joint", "mlp"), c.dtype, name="up")(self._all_pooled(parts))
     x = nn.Dropout(c.dropout, deterministic=not train)(activate(c.activation, x))
-    return Encoded(*in_a_row(parts), Dense((c.width,), ("mlp", "embed"), c.dtype, name="down")(x))
+    return Encoded(
+      *concatenate_tokens(parts), Dense((c.width,), ("mlp", "embed"), c.dtype, name="down")(x)
+    )
 
 
 class WeightedSum(Fusion):
@@ -168,14 +170,14 @@ class WeightedSum(Fusion):
       jnp.float32,
     )
     logits = jnp.stack([weights[self.modalities.index(m)] for m in parts])
-    return Encoded(*in_a_row(parts), weigh(parts, logits[None]))
+    return Encoded(*concatenate_tokens(parts), weigh(parts, logits[None]))
 
 
 class Average(Fusion):
   """pooled = mean of the projected pooled vectors of the modalities that a row has."""
 
   def join(self, parts: Parts, train: bool) -> Encoded:
-    return Encoded(*in_a_row(parts), weigh(parts, jnp.zeros((1, len(parts)))))
+    return Encoded(*concatenate_tokens(parts), weigh(parts, jnp.zeros((1, len(parts)))))
 
 
 class Gated(Fusion):
@@ -193,7 +195,7 @@ class Gated(Fusion):
         Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_gate")(everything)
       )
       total += keep_rows(gate * value, part.mask)
-    return Encoded(*in_a_row(parts), total)
+    return Encoded(*concatenate_tokens(parts), total)
 
 
 # -- Deep: tokens see tokens -----------------------------------------------------------------------
@@ -204,12 +206,12 @@ class MergedAttention(Fusion):
   et al. 2022, METER, arXiv:2111.02387, section 3.2, "merged attention"; FLAVA,
   arXiv:2112.04482)."""
 
-  def keeps(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
+  def contextual_modalities(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(m for m in self.modalities if m in modalities)
 
   def join(self, parts: Parts, train: bool) -> Encoded:
     c = self.config
-    tokens, mask = in_a_row(self._with_modality(parts))
+    tokens, mask = concatenate_tokens(self._with_modality(parts))
     x = jnp.concatenate([tokens, self._reader(tokens.shape[0])], axis=1)
     stack = Stack(c)
     nn.share_scope(self, stack)  # its parameters are ours: fusion/layers
@@ -225,13 +227,13 @@ class CrossAttention(Fusion):
 
   query: str = "text"
 
-  def keeps(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
+  def contextual_modalities(self, modalities: tuple[str, ...]) -> tuple[str, ...]:
     return (self.query,) if self.query in modalities else ()
 
   def join(self, parts: Parts, train: bool) -> Encoded:
     parts = self._with_modality(parts)
-    rows = there(parts).shape[0]
-    x, some = self._reader(rows), there(parts).any(-1, keepdims=True)
+    rows = present_modalities(parts).shape[0]
+    x, some = self._reader(rows), present_modalities(parts).any(-1, keepdims=True)
     mask, others = some, {m: part for m, part in parts.items() if m != self.query}
     if self.query in parts:
       x, mask = (
@@ -239,7 +241,9 @@ class CrossAttention(Fusion):
         jnp.concatenate([parts[self.query].mask, some], axis=1),
       )
     context, context_mask = (
-      in_a_row(others) if others else (jnp.zeros_like(x[:, :1]), jnp.zeros((rows, 1), bool))
+      concatenate_tokens(others)
+      if others
+      else (jnp.zeros_like(x[:, :1]), jnp.zeros((rows, 1), bool))
     )
     x = CrossTransformer(self.config, name="cross")(x, mask, context, context_mask, train=train)
     return Encoded(x[:, :-1], mask[:, :-1], x[:, -1])
@@ -254,7 +258,7 @@ class Perceiver(Fusion):
 
   def join(self, parts: Parts, train: bool) -> Encoded:
     c = self.config
-    context, context_mask = in_a_row(self._with_modality(parts))
+    context, context_mask = concatenate_tokens(self._with_modality(parts))
     x = self.param(
       "latents",
       with_axes(normal(0.02), ("position", "embed")),
@@ -305,7 +309,7 @@ class Decision(Fusion):
         part.mask.any(-1, keepdims=True),
         keep_rows(score, part.mask),
       )
-    tokens, mask = in_a_row(scores)
+    tokens, mask = concatenate_tokens(scores)
     if self.combine == "mean":
       weights = self.param(
         "weights",

@@ -33,7 +33,7 @@ class TextToImageGan(nn.Module):
   size: int
   noise: int
   channels: tuple[int, ...]
-  judges: tuple[int, ...]
+  discriminator_channels: tuple[int, ...]
   dtype: jnp.dtype
 
   shared_methods = ("draw", "score")  # methods that take arrays, not the batch
@@ -42,7 +42,7 @@ class TextToImageGan(nn.Module):
   def setup(self) -> None:
     self.text = self.encoders["text"].clone(parent=None)
     self.generator = Generator(self.channels, self.size, self.dtype)
-    self.discriminator = Discriminator(self.judges, self.dtype)
+    self.discriminator = Discriminator(self.discriminator_channels, self.dtype)
 
   def __call__(self, batch: Mapping[str, Any], *, train: bool = False) -> dict[str, Array]:
     """{"text": condition}; uses every part once, so that `init` makes all parameters."""

@@ -102,12 +102,12 @@ def generate(
   return _one_by_one(advance, state, constants, prompt[:, -1], max_length, eos_id, pad_id, pick)
 
 
-def can_write(model: nn.Module) -> bool:
-  """Whether `write` has something to write with: a decoder, or a CTC head."""
+def can_generate(model: nn.Module) -> bool:
+  """Whether `generate_text` has something to write with: a decoder, or a CTC head."""
   return getattr(model, "decoder", None) is not None or bool(getattr(model, "spelling", 0))
 
 
-def write(
+def generate_text(
   model: nn.Module,
   variables: Any,
   source: tuple[str, ...],
@@ -132,7 +132,7 @@ def write(
       spelled, ((0, 0), (0, max_length - spelled.shape[1])), constant_values=model.blank
     )
   cache, memory = model.apply(
-    variables, tuple(source), batch, length=max_length, method="start_writing"
+    variables, tuple(source), batch, length=max_length, method="start_decoding"
   )
 
   def step(token, i, cache, memory):
@@ -171,7 +171,7 @@ def without_repeats(path: Array, blank: int) -> Array:
   return jnp.where(jnp.arange(path.shape[1]) < kept.sum(1, keepdims=True), labels, blank)
 
 
-def write_timed(
+def generate_timed_text(
   model: nn.Module,
   variables: Any,
   source: tuple[str, ...],
@@ -180,9 +180,9 @@ def write_timed(
   length_penalty: float,
   batch: dict,
 ) -> Array:
-  """int32 [B, max_length]: as `write`, with tokens for times among those of the text, as Whisper
-  has them (Radford et al. 2022, section 2.3). batch["prompt"]: {"tokens" int32 [B, P]}, what each
-  row's text follows.
+  """int32 [B, max_length]: as `generate_text`, with tokens for times among those of the text, as
+  Whisper has them (Radford et al. 2022, section 2.3). batch["prompt"]: {"tokens" int32 [B, P]},
+  what each row's text follows.
 
   A text begins with a time, and times come in pairs, the end of one segment and the start of the
   next, never falling; where all times together are likelier than any other token, a time is
@@ -190,7 +190,7 @@ def write_timed(
   """
   decoder, prompt = model.decoder, batch["prompt"]["tokens"]
   cache, memory = model.apply(
-    variables, tuple(source), batch, length=max_length, method="start_writing"
+    variables, tuple(source), batch, length=max_length, method="start_decoding"
   )
   rows, start = cache.key.shape[1], prompt.shape[1]
   written = Timed(
@@ -237,8 +237,8 @@ class Timed(NamedTuple):
 
 
 def allow_times(logits: Array, state: Timed, first: Array, decoder: nn.Module) -> Array:
-  """logits [N, V] with -1e30 for the tokens that may not follow, by the rules of `write_timed`.
-  first: nothing is written yet.
+  """logits [N, V] with -1e30 for the tokens that may not follow, by the rules of
+  `generate_timed_text`. first: nothing is written yet.
   """
   begin, tokens = decoder.time_tokens, jnp.arange(logits.shape[-1])
   last, before, latest = state.last[0, :, None], state.before[0, :, None], state.latest[0, :, None]

@@ -17,7 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from mmjax.models import cpu
 from mmjax.models.platform import on_lone_cpu, platform
-from mmjax.parallel.rules import places
+from mmjax.parallel.rules import partition_spec
 
 Array = jax.Array
 Init = Callable[..., Array]
@@ -48,7 +48,7 @@ def constrain(x: Array, axes: tuple[str | None, ...] | None = None) -> Array:
   if not nn.get_logical_axis_rules() or jax.sharding.get_abstract_mesh().empty:
     return x
   axes = axes or (("batch", "length", "embed") if x.ndim == 3 else ("batch", "embed"))
-  return jax.lax.with_sharding_constraint(x, places(x.shape, axes))
+  return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes))
 
 
 def normal(stddev: float) -> Init:
@@ -112,7 +112,7 @@ def affine(
   whole = (
     len(rows) == 1
     and platform() == "tpu"
-    and not any(places((*rows, *columns), ("batch", *axes))[1:])
+    and not any(partition_spec((*rows, *columns), ("batch", *axes))[1:])
   )
   if not (whole or on_lone_cpu()):
     contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))

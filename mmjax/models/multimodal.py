@@ -102,7 +102,7 @@ class Multimodal(DualEncoder):
       else {m: self.encode(m, batch, train=train).pooled for m in have}
     )
     if self.masked_text:
-      self.readout("text", batch, train=train)
+      self.masked_token_head("text", batch, train=train)
     for modality in self.masked_patches:
       hidden = jnp.zeros(self.patches(modality, batch)[1].shape, bool)
       self.reconstruct(
@@ -166,7 +166,7 @@ class Multimodal(DualEncoder):
       raise UserError("the model has no matching head: set model.match to True")
     return self.match_head(self.fuse(modalities, batch, train=train).pooled)[:, 0]
 
-  def readout(
+  def masked_token_head(
     self, modality: str, batch: Batch, *, context: tuple[str, ...] = (), train: bool = False
   ) -> tuple[Array, Array, Array]:
     """(hidden [B, L, D], table [V, D], bias [V]): logits of a text's tokens are hidden table^T +
@@ -211,9 +211,9 @@ class Multimodal(DualEncoder):
   ) -> tuple[Array, Array]:
     """(hidden [B, L, D], table [V, D]): hidden[:, l] predicts token l of batch["text"] from the
     tokens before it and the tokens of the source modalities; source () = from the text alone."""
-    return self.transcribe(source, batch, train=train)[:2]
+    return self.decode_with_memory(source, batch, train=train)[:2]
 
-  def transcribe(
+  def decode_with_memory(
     self, source: tuple[str, ...], batch: Batch, *, train: bool = False
   ) -> tuple[Array, Array, Array | None, Array | None]:
     """What `decode` gives, and what the decoder attends to: tokens [B, S, D], which are real bool
@@ -250,7 +250,9 @@ class Multimodal(DualEncoder):
       jnp.concatenate([part.mask for part in encoded.values()], axis=1),
     )
 
-  def start_writing(self, source: tuple[str, ...], batch: Batch, *, length: int) -> tuple[Any, Any]:
+  def start_decoding(
+    self, source: tuple[str, ...], batch: Batch, *, length: int
+  ) -> tuple[Any, Any]:
     """(an empty cache for the prompt and texts of `length` tokens, what the decoder attends to):
     for `next_logits`.
     """
@@ -265,16 +267,16 @@ class Multimodal(DualEncoder):
     return self.decoder.step_logits(token, index, cache, memory)
 
   def detect_language(self, cache: Any, memory: Any) -> Array:
-    """int32 [B]: the decoder's language of each row, from what `start_writing` gave."""
+    """int32 [B]: the decoder's language of each row, from what `start_decoding` gave."""
     return self.decoder.detect_language(cache, memory)
 
-  def fill(
+  def predict_masked(
     self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False
   ) -> Array:
     """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be
     guessed.
     """
-    hidden, table, bias = self.readout(modality, batch, context=context, train=train)
+    hidden, table, bias = self.masked_token_head(modality, batch, context=context, train=train)
 
     def guess(row):
       return jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(jnp.int32)
@@ -299,7 +301,7 @@ class Multimodal(DualEncoder):
   ) -> Encoded:
     """A modality's tokens after the fusion, where it keeps them; else as its encoder gives them."""
     chosen = (modality, *context)
-    kept = self.fusion.keeps(chosen) if self.fusion is not None else ()
+    kept = self.fusion.contextual_modalities(chosen) if self.fusion is not None else ()
     if modality not in kept:
       if context:
         raise UserError(
@@ -561,7 +563,7 @@ def multitask(
     masked_text=masked_text,
     masked_patches=tuple(masked_patches),
     shared=shared,
-    judges=discriminator,
+    discriminator_hidden=discriminator,
     dtype=jnp.dtype(precision["compute"]),
   )
 

@@ -46,8 +46,8 @@ class SingleEncoder(nn.Module):
   several at once), or "none" (scores).
   `spelling`: tokens of a CTC head on each token of the encoder, for `spell`; 0 = none. `blank`: the
   one that stands for none.
-  `masked_tokens`: the head of a masked language model, for `readout`. `batch` is the nested dict of
-  mmjax/README.md, {modality: {...}}.
+  `masked_tokens`: the head of a masked language model, for `masked_token_head`. `batch` is the
+  nested dict of mmjax/README.md, {modality: {...}}.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -102,7 +102,7 @@ class SingleEncoder(nn.Module):
     if self.spelling:
       self.spell((modality,), batch)
     if self.masked_tokens:
-      self.readout(modality, batch, train=train)
+      self.masked_token_head(modality, batch, train=train)
     return {modality: self.embedding(modality, batch, train=train)}
 
   def encode(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Encoded:
@@ -159,7 +159,7 @@ class SingleEncoder(nn.Module):
       encoded.mask, jnp.argmax(self.speller(encoded.tokens), axis=-1), self.blank
     ).astype(jnp.int32)
 
-  def readout(
+  def masked_token_head(
     self,
     modality: str,
     batch: Mapping[str, Any],

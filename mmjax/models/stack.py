@@ -227,8 +227,8 @@ class Stack(nn.Module):
     """Positions of tokens x [B, L, D] that begin at `start`, where the blocks need any."""
     if self.config.rotary is None or positions is not None:
       return positions
-    places = jnp.asarray(start).reshape(-1, 1) + jnp.arange(shape[1])
-    return jnp.broadcast_to(places, shape[:2])
+    positions = jnp.asarray(start).reshape(-1, 1) + jnp.arange(shape[1])
+    return jnp.broadcast_to(positions, shape[:2])
 
   def _rows(self, x: Array, mask: AttentionMask) -> tuple[Array, AttentionMask, int]:
     """(x, mask, 0), or, where attention is fused, (x as rows [B * L, D], mask, L), with L filled up

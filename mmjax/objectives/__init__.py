@@ -63,7 +63,7 @@ def is_highest(logits: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.where(here, logits, -jnp.inf).max(-1) > jnp.where(here, -jnp.inf, logits).max(-1)
 
 
-def counted(batch: dict, *, every: tuple = (), some: tuple = ()) -> jax.Array:
+def example_mask(batch: dict, *, every: tuple = (), some: tuple = ()) -> jax.Array:
   """bool [B]: rows that are valid, have all modalities of `every`, and at least one of `some`
   (where it names any).
   """

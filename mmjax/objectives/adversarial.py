@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmjax.objectives import Forward, Losses, counted, is_highest, objective
+from mmjax.objectives import Forward, Losses, example_mask, is_highest, objective
 
 Array = jax.Array
 
@@ -34,10 +34,10 @@ def modality_adversary(
   aligned spaces bring it down to 1 / modalities.
   """
   between = tuple(between)
-  fool = opponent = right = weight = jnp.zeros((), jnp.float32)
+  fool = opponent = correct = weight = jnp.zeros((), jnp.float32)
   for number, modality in enumerate(between):
     x = forward("embedding", modality)
-    valid = counted(batch, every=(modality,))
+    valid = example_mask(batch, every=(modality,))
     rows = jnp.repeat(valid, len(x) // len(valid))
 
     def total(values, rows=rows):
@@ -45,7 +45,7 @@ def modality_adversary(
 
     judged = forward("discriminate", jax.lax.stop_gradient(x), between)
     opponent -= total(jax.nn.log_softmax(judged)[:, number])
-    right += total(is_highest(judged, jnp.full(len(judged), number)))
+    correct += total(is_highest(judged, jnp.full(len(judged), number)))
     fool += total(jax.nn.log_softmax(forward("discriminate", x, between, fixed=group))[:, number])
     weight += total(1.0)
-  return {"loss": (fool, weight), "opponent": (opponent, weight), "accuracy": (right, weight)}
+  return {"loss": (fool, weight), "opponent": (opponent, weight), "accuracy": (correct, weight)}

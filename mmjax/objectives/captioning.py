@@ -59,13 +59,13 @@ def captioning(
       f"captioning: ctc needs an end and a blank, but eos_id is {eos_id} and blank {blank}. Name "
       "tokens for them"
     )
-  hidden, table, *spelled = forward("transcribe" if ctc else "decode", tuple(source))
+  hidden, table, *spelled = forward("decode_with_memory" if ctc else "decode", tuple(source))
   rows, length, width = hidden.shape
   text = batch["text"]
-  counted = jnp.repeat(_counted(batch, (*source, "text")), rows // text["tokens"].shape[0])
-  real = text["mask"].reshape(rows, length) & counted[:, None]
+  examples = jnp.repeat(_example_mask(batch, (*source, "text")), rows // text["tokens"].shape[0])
+  real = text["mask"].reshape(rows, length) & examples[:, None]
   targets = jnp.where(real, text["tokens"].reshape(rows, length), -1)
-  loss, right = row_cross_entropy(
+  loss, correct = row_cross_entropy(
     hidden.reshape(-1, width), table, targets.reshape(-1), label_smoothing=label_smoothing
   )
 
@@ -73,9 +73,9 @@ def captioning(
     return x.sum(dtype=jnp.float32)
 
   some = real.any(-1)
-  whole = (right.reshape(rows, length) | ~real).all(-1) & some
+  whole = (correct.reshape(rows, length) | ~real).all(-1) & some
   out = {
-    "accuracy": (weight(right), weight(real)),
+    "accuracy": (weight(correct), weight(real)),
     "sequence_accuracy": (weight(whole), weight(some)),
   }
   if not ctc:
@@ -84,7 +84,7 @@ def captioning(
   tokens = text["tokens"].reshape(rows, length)
   said = real & (tokens != eos_id)
   alignment, aligned = alignment_loss(
-    frames, heard & counted[:, None], table, tokens, said, blank=blank
+    frames, heard & examples[:, None], table, tokens, said, blank=blank
   )
   return {
     "loss": (loss + ctc * alignment, weight(real)),
@@ -103,11 +103,11 @@ def autoregressive(
   return captioning(forward, batch, rng, source=source, label_smoothing=label_smoothing)
 
 
-def _counted(batch: dict, modalities: tuple) -> Array:
+def _example_mask(batch: dict, modalities: tuple) -> Array:
   """bool [B]: rows that are valid and have every one of `modalities`."""
   size = batch["text"]["tokens"].shape[0]
-  counted = batch.get("valid", jnp.ones(size, bool))
+  examples = batch.get("valid", jnp.ones(size, bool))
   for modality in modalities:
     if "present" in batch[modality]:
-      counted = counted & batch[modality]["present"].reshape(size, -1).any(-1)
-  return counted
+      examples = examples & batch[modality]["present"].reshape(size, -1).any(-1)
+  return examples

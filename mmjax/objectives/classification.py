@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmjax.objectives import Forward, Losses, counted, is_highest, objective
+from mmjax.objectives import Forward, Losses, example_mask, is_highest, objective
 from mmjax.ranges import Dropout
 
 Array = jax.Array
@@ -66,13 +66,16 @@ def classification(
     total += (share * losses(logits, side, label_smoothing)).sum()
     weights += share.sum()
   if several:
-    right = ((logits > 0) == label).mean(-1)
+    correct = ((logits > 0) == label).mean(-1)
     counts = rows
   else:
-    right, counts = is_highest(logits, label), rows & (label >= 0)
+    correct, counts = is_highest(logits, label), rows & (label >= 0)
   return {
     "loss": (total, weights),
-    "accuracy": (jnp.where(counts, right, 0).sum(dtype=jnp.float32), counts.sum(dtype=jnp.float32)),
+    "accuracy": (
+      jnp.where(counts, correct, 0).sum(dtype=jnp.float32),
+      counts.sum(dtype=jnp.float32),
+    ),
   }
 
 
@@ -80,7 +83,7 @@ def _rows(batch: dict, modalities: tuple, times: int) -> Array:
   """bool [B * times]: rows that count. With several texts a row, `text.present` may be of each
   text.
   """
-  rows = jnp.repeat(counted(batch, some=modalities), times)
+  rows = jnp.repeat(example_mask(batch, some=modalities), times)
   present = batch["text"].get("present") if "text" in modalities else None
   if present is not None and present.ndim == 2 and modalities == ("text",):
     rows &= present.reshape(-1)

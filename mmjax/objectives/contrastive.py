@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.objectives import Forward, Losses, example_mask, objective
 from mmjax.parallel.collectives import Ring, make_ring, pad_rows, per_device
 from mmjax.ranges import Size
 
@@ -60,11 +60,11 @@ def contrastive(
   first, second = between
   x, y = forward("embedding", first), forward("embedding", second)
   scale, bias = forward("temperature")
-  valid = counted(batch, every=between)
+  valid = example_mask(batch, every=between)
   rows, columns = (labels_of(batch, between, side, valid) for side in between)
-  loss_sum, hits = _pairwise(loss, make_ring(chunk), x, y, scale, bias, rows, columns)
+  loss_sum, correct = _pairwise(loss, make_ring(chunk), x, y, scale, bias, rows, columns)
   weight = valid.sum(dtype=jnp.float32)
-  return {"loss": (loss_sum, weight), "accuracy": (hits, weight)}
+  return {"loss": (loss_sum, weight), "accuracy": (correct, weight)}
 
 
 class Labels(NamedTuple):
@@ -127,20 +127,20 @@ def _forward(
       (False, False, True, False, False),
       (True, True, False, False, False),
     )
-    total, hits, y, row_norms, column_norms = function(x, y, scale, rows, columns)
-    return (total, hits), (x, y, scale, bias, rows, columns, row_norms, column_norms)
+    total, correct, y, row_norms, column_norms = function(x, y, scale, rows, columns)
+    return (total, correct), (x, y, scale, bias, rows, columns, row_norms, column_norms)
   function = per_device(
     ring,
     functools.partial(_sigmoid_sums, ring),
     (False, False, True, True, False, False),
     (True, True, False),
   )
-  total, hits, y = function(x, y, scale, bias, rows, columns)
-  return (total, hits), (x, y, scale, bias, rows, columns)
+  total, correct, y = function(x, y, scale, bias, rows, columns)
+  return (total, correct), (x, y, scale, bias, rows, columns)
 
 
 def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
-  pull = cotangents[0]  # of the loss; the hits of the accuracy have no derivative
+  cotangent = cotangents[0]  # of the loss; the hits of the accuracy have no derivative
   if loss == "softmax":
     x, y, scale, bias, rows, columns, row_norms, column_norms = saved
     function = per_device(
@@ -149,7 +149,7 @@ def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
       (True, False, False, True, False, False, False, False),
       (False, False, True),
     )
-    dx, dy, dscale = function(pull, x, y, scale, rows, columns, row_norms, column_norms)
+    dx, dy, dscale = function(cotangent, x, y, scale, rows, columns, row_norms, column_norms)
     return (
       dx,
       dy,
@@ -164,7 +164,7 @@ def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
     (True, False, False, True, True, False, False),
     (False, False, True, True),
   )
-  return *function(pull, *saved), None, None
+  return *function(cotangent, *saved), None, None
 
 
 _pairwise.defvjp(_forward, _backward)
@@ -210,15 +210,15 @@ def _softmax_sums(
     positive_logits=ring.scatter_sum(column.positive_logits),
   )
   total = 0.5 * (_cross_entropy(row).sum() + _cross_entropy(column).sum())
-  hits = jnp.where(_counts(own[1]) & (nearest > rival), 1.0, 0.0).sum()
-  total, hits = ring.total((total, hits))
+  correct = jnp.where(_counts(own[1]) & (nearest > rival), 1.0, 0.0).sum()
+  total, correct = ring.total((total, correct))
   row, column = jax.tree.map(lambda s: s[:size], (row, column))
-  return total, hits, home[:size], row, column
+  return total, correct, home[:size], row, column
 
 
 def _softmax_gradients(
   ring: Ring,
-  pull: Array,
+  cotangent: Array,
   x: Array,
   y: Array,
   scale: Array,
@@ -229,25 +229,30 @@ def _softmax_gradients(
 ) -> tuple:
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
     logits, positives = _logits(rows, columns, scale), positives_of(rows[1], columns[1])
-    (row_largest, row_share, row_pull), (column_largest, column_share, column_pull) = (
+    (row_largest, row_share, row_positive), (column_largest, column_share, column_positive) = (
       rows[2],
       columns[2],
     )
     # d loss / d logits: the two softmaxes less the two target distributions.
-    push = (
+    dlogits = (
       jnp.exp(logits - row_largest[:, None]) * row_share[:, None]
       + jnp.exp(logits - column_largest[None]) * column_share[None]
     )
     return _add_gradients(
-      push - positives * (row_pull[:, None] + column_pull[None]), scale, rows, columns, row_sums, dy
+      dlogits - positives * (row_positive[:, None] + column_positive[None]),
+      scale,
+      rows,
+      columns,
+      row_sums,
+      dy,
     )
 
   def shares(norms: Norms) -> tuple:
     counts = norms.positive > 0
     return (
       norms.largest,
-      jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.total, 1), 0),
-      jnp.where(counts, 0.5 * pull / jnp.where(counts, norms.positive, 1), 0),
+      jnp.where(counts, 0.5 * cotangent / jnp.where(counts, norms.total, 1), 0),
+      jnp.where(counts, 0.5 * cotangent / jnp.where(counts, norms.positive, 1), 0),
     )
 
   rows = pad_rows((_where(rows, x), rows, shares(row_norms)))
@@ -273,13 +278,13 @@ def _sigmoid_sums(
   (total, nearest, rival), _, (home, _) = ring.visit(
     tile, own, others, (zeros, zeros + _LOW, zeros + _LOW), ()
   )
-  hits = jnp.where(_counts(own[1]) & (nearest > rival), 1.0, 0.0).sum()
-  return *ring.total((total.sum(), hits)), home[: x.shape[0]]
+  correct = jnp.where(_counts(own[1]) & (nearest > rival), 1.0, 0.0).sum()
+  return *ring.total((total.sum(), correct)), home[: x.shape[0]]
 
 
 def _sigmoid_gradients(
   ring: Ring,
-  pull: Array,
+  cotangent: Array,
   x: Array,
   y: Array,
   scale: Array,
@@ -290,7 +295,7 @@ def _sigmoid_gradients(
   def tile(rows: tuple, columns: tuple, row_sums: tuple, dy: Array) -> tuple:
     logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
     return _add_gradients(
-      pull * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)),
+      cotangent * (jax.nn.sigmoid(logits) - jnp.minimum(positives, 1)),
       scale,
       rows,
       columns,

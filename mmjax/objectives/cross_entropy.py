@@ -43,10 +43,10 @@ def token_cross_entropy(
   chunk: rows of a device whose logits are held at once; 0 = by size. Rows split over the batch and
   context axes and a table split along V stay where they are. Only the loss has a derivative.
   """
-  loss, right = row_cross_entropy(
+  loss, correct = row_cross_entropy(
     hidden, table, targets, bias=bias, label_smoothing=label_smoothing, chunk=chunk
   )
-  return loss, (targets >= 0).sum(dtype=jnp.float32), right.sum(dtype=jnp.float32)
+  return loss, (targets >= 0).sum(dtype=jnp.float32), correct.sum(dtype=jnp.float32)
 
 
 def row_cross_entropy(
@@ -69,8 +69,10 @@ def row_cross_entropy(
     jnp.pad(hidden, ((0, missing), (0, 0))),
     jnp.pad(targets, (0, missing), constant_values=-1),
   )
-  loss, right = _chunked(label_smoothing, _split(hidden, plan), table, bias, _split(targets, plan))
-  return loss, right.swapaxes(0, 1).reshape(-1)[:rows]
+  loss, correct = _chunked(
+    label_smoothing, _split(hidden, plan), table, bias, _split(targets, plan)
+  )
+  return loss, correct.swapaxes(0, 1).reshape(-1)[:rows]
 
 
 class _Plan(NamedTuple):
@@ -132,7 +134,7 @@ def _chunked(
 
   def body(total: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
     found = _losses(smoothing, part[0], cast, bias, part[1])
-    return total + found.loss.sum(), found.right
+    return total + found.loss.sum(), found.correct
 
   return jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets))
 
@@ -155,23 +157,25 @@ def _forward(
     total, into_table, into_bias = carry
     rows, target = part
     found = _losses(smoothing, rows, cast, bias, target)
-    push = _pushes(smoothing, found, target)
-    into_bias = None if bias is None else into_bias + push.sum(1)
-    push = push.astype(rows.dtype)
-    into_rows = _product("snv,vd->snd", push, cast)
-    into_table = _over_devices(into_table + _product("snv,snd->svd", push, rows), 0)
+    dlogits = _dlogits(smoothing, found, target)
+    into_bias = None if bias is None else into_bias + dlogits.sum(1)
+    dlogits = dlogits.astype(rows.dtype)
+    into_rows = _product("snv,vd->snd", dlogits, cast)
+    into_table = _over_devices(into_table + _product("snv,snd->svd", dlogits, rows), 0)
     return (total + found.loss.sum(), into_table, into_bias), (
-      found.right,
+      found.correct,
       into_rows.astype(rows.dtype),
     )
 
-  (total, into_table, into_bias), (right, into_rows) = jax.lax.scan(body, start, (hidden, targets))
+  (total, into_table, into_bias), (correct, into_rows) = jax.lax.scan(
+    body, start, (hidden, targets)
+  )
   gradients = (
     into_rows,
     into_table.sum(0).astype(table.dtype),
     None if bias is None or into_bias is None else into_bias.sum(0).astype(bias.dtype),
   )
-  return (total, right), gradients
+  return (total, correct), gradients
 
 
 def _backward(smoothing: float, gradients: tuple, cotangents: tuple) -> tuple:
@@ -192,7 +196,7 @@ class _Found(NamedTuple):
   logits: Array
   norm: Array
   loss: Array
-  right: Array
+  correct: Array
 
 
 def _losses(
@@ -203,13 +207,13 @@ def _losses(
   norm = jax.nn.logsumexp(logits, axis=-1)
   is_target = _is_target(logits, targets)
   chosen = jnp.where(is_target, logits, 0).sum(-1)
-  right = chosen > jnp.where(is_target, -jnp.inf, logits).max(-1)
+  correct = chosen > jnp.where(is_target, -jnp.inf, logits).max(-1)
   loss = norm - (1 - smoothing) * chosen - (smoothing * logits.mean(-1) if smoothing else 0)
   counts = targets >= 0
-  return _Found(logits, norm, jnp.where(counts, loss, 0), counts & right)
+  return _Found(logits, norm, jnp.where(counts, loss, 0), counts & correct)
 
 
-def _pushes(smoothing: float, found: _Found, targets: Array) -> Array:
+def _dlogits(smoothing: float, found: _Found, targets: Array) -> Array:
   """d loss / d logits: the softmax less the target distribution; zero in rows that do not count."""
   wanted = (
     jnp.where(_is_target(found.logits, targets), 1 - smoothing, 0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.objectives import Forward, Losses, counted, is_highest, objective
+from mmjax.objectives import Forward, Losses, example_mask, is_highest, objective
 from mmjax.ranges import Positive
 
 Array = jax.Array
@@ -34,7 +34,7 @@ def embedding_distillation(
         f"{list(theirs.shape)} in {teacher}. Set model.width to the teacher's, or use "
         "similarity_distillation"
       )
-    rows = _times(counted(batch, every=(modality,)), mine)
+    rows = _times(example_mask(batch, every=(modality,)), mine)
     total += jnp.where(rows, (mine * theirs).sum(-1), 0).sum()
     weight += rows.sum(dtype=jnp.float32)
   return {"loss": (weight - total, weight), "cosine": (total, weight)}
@@ -57,14 +57,14 @@ def similarity_distillation(
   own, theirs = (
     _similarities(ask, between) for ask in (forward, lambda *args: forward.teacher(teacher, *args))
   )
-  valid = _times(counted(batch, every=between), own)
-  total = right = jnp.zeros((), jnp.float32)
+  valid = _times(example_mask(batch, every=between), own)
+  total = correct = jnp.zeros((), jnp.float32)
   for mine, aim in ((own, theirs), (own.T, theirs.T)):
     mine, aim = (jnp.where(valid[None], x, -1e30) for x in (mine, aim))
     total += jnp.where(valid, divergence(aim, mine), 0).sum()
-    right += jnp.where(valid, is_highest(mine, jnp.argmax(aim, -1)), 0).sum(dtype=jnp.float32)
+    correct += jnp.where(valid, is_highest(mine, jnp.argmax(aim, -1)), 0).sum(dtype=jnp.float32)
   weight = 2 * valid.sum(dtype=jnp.float32)
-  return {"loss": (total, weight), "agreement": (right, weight)}
+  return {"loss": (total, weight), "agreement": (correct, weight)}
 
 
 @objective(couples_examples=False, mixup="always")
@@ -93,7 +93,7 @@ def logit_distillation(
       f"logit_distillation: {mine.shape[-1]} classes here and {theirs.shape[-1]} in {teacher}. "
       "Set data.classes to the teacher's"
     )
-  rows = _times(counted(batch, some=modalities), mine)
+  rows = _times(example_mask(batch, some=modalities), mine)
   losses = temperature**2 * divergence(theirs / temperature, mine / temperature)
   same = is_highest(mine, jnp.argmax(theirs, -1))
 

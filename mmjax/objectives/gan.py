@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.objectives import Forward, Losses, example_mask, objective
 from mmjax.ranges import NonNegative, Share, Size
 
 Array = jax.Array
@@ -50,7 +50,7 @@ def gan(
   D.
   """
   keys = dict(zip(("noise", "real", "fake"), jax.random.split(rng, 3), strict=True))
-  valid = counted(batch, every=("image", "text"))
+  valid = example_mask(batch, every=("image", "text"))
   same = (batch["text"]["key"][:, None] == batch["text"]["key"]).all(-1)
   real = batch["image"]["pixels"].astype(jnp.float32) / 127.5 - 1
   sides = (1, 2, 3)
@@ -60,7 +60,7 @@ def gan(
 
   weight = total(1.0)
 
-  def judge(scores: Array) -> tuple[Array, Array, Array]:
+  def discriminate(scores: Array) -> tuple[Array, Array, Array]:
     """(D of a picture with its own text, cross-entropy of that text, whether it is the likeliest),
     [B] each, of D [B, B].
     """
@@ -75,7 +75,7 @@ def gan(
   # The generator, against a discriminator that stays as it is.
   text = forward("condition", fixed=group)
   fake = forward("draw", text, jax.random.normal(keys["noise"], (len(text), noise)))
-  own, entropy, found_fake = judge(
+  own, entropy, found_fake = discriminate(
     forward("score", move(fake, shift, keys["fake"]), text, fixed=group)
   )
   loss = (
@@ -84,8 +84,8 @@ def gan(
 
   # The discriminator, against a generator that stays as it is.
   text, fake = forward("condition", fixed="main"), jax.lax.stop_gradient(fake)
-  seen = move(real, shift, keys["real"])
-  on_real, entropy, found_real = judge(forward("score", seen, text))
+  augmented = move(real, shift, keys["real"])
+  on_real, entropy, found_real = discriminate(forward("score", augmented, text))
   on_fake = jnp.diagonal(forward("score", move(fake, shift, keys["fake"]), text))
   opponent = total(jax.nn.softplus(-on_real) + jax.nn.softplus(on_fake) + contrast * entropy)
   metrics = {
@@ -98,7 +98,7 @@ def gan(
   if r1:
     some = slice(None, None, r1_rows)
     fixed_text = jax.lax.stop_gradient(text[some])
-    slopes = jax.grad(lambda x: jnp.trace(forward("score", x, fixed_text)))(seen[some])
+    slopes = jax.grad(lambda x: jnp.trace(forward("score", x, fixed_text)))(augmented[some])
     squares, count = total(jnp.square(slopes).sum(sides), valid[some]), total(1.0, valid[some])
     # As a part of the mean over all rows it is the mean over those that it is taken on.
     opponent += r1 / 2 * squares * weight / jnp.maximum(count, 1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.keys import SPECIAL_TOKENS, Special
-from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.objectives import Forward, Losses, example_mask, objective
 from mmjax.objectives.cross_entropy import token_cross_entropy
 from mmjax.ranges import INT32, Dropout, Part, Portion, Range
 
@@ -43,7 +43,7 @@ def masked_tokens(
   """
   text = batch["text"]
   vocabulary = forward("table").shape[0]
-  rows = counted(batch, every=("text",))
+  rows = example_mask(batch, every=("text",))
   if "present" in text and text["present"].ndim == text["mask"].ndim - 1:
     rows = rows.reshape(-1, *(1,) * (text["present"].ndim - 1)) & text["present"]
   open_ = text["mask"] & rows.reshape(*rows.shape, *(1,) * (text["mask"].ndim - rows.ndim))
@@ -51,15 +51,15 @@ def masked_tokens(
     text["tokens"], open_, text.get("words"), rng, rate=rate, special=special, vocabulary=vocabulary
   )
   view = {**batch, "text": {**text, "tokens": tokens}}
-  hidden, table, bias = forward("readout", "text", context=tuple(context), batch=view)
-  loss, weight, right = token_cross_entropy(
+  hidden, table, bias = forward("masked_token_head", "text", context=tuple(context), batch=view)
+  loss, weight, correct = token_cross_entropy(
     hidden.reshape(-1, hidden.shape[-1]),
     table,
     targets.reshape(-1),
     bias=bias,
     label_smoothing=label_smoothing,
   )
-  return {"loss": (loss, weight), "accuracy": (right, weight)}
+  return {"loss": (loss, weight), "accuracy": (correct, weight)}
 
 
 def hide_tokens(
@@ -128,7 +128,7 @@ def masked_patches(
   with `normalise`.
   """
   values, real = forward("patches", modality)
-  real &= counted(batch, every=(modality,))[:, None]
+  real &= example_mask(batch, every=(modality,))[:, None]
   hidden = hide_patches(real, rng, ratio)
   view = {**batch, modality: {**batch[modality], "patch_mask": hidden}}
   predicted = forward("reconstruct", modality, context=tuple(context), batch=view)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.objectives import Forward, Losses, counted, objective
+from mmjax.objectives import Forward, Losses, example_mask, objective
 from mmjax.objectives.contrastive import labels_of, positives_of
 from mmjax.parallel.rules import constrain_batch
 
@@ -48,7 +48,7 @@ def matching(
       f"{y.shape[0]}: set data.text.per_example to 1"
     )
   scale = jax.lax.stop_gradient(forward("temperature")[0])
-  valid = counted(batch, every=between)
+  valid = example_mask(batch, every=between)
   to_second, to_first = _negatives(batch, between, valid, scale, x, y, rng, negatives)
 
   own = forward("match", tuple(between))

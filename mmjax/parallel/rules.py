@@ -135,7 +135,7 @@ def spec_for(names: tuple, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> 
   return P(*(_fits(axes, n, mesh) for axes, n in zip(spec, shape, strict=True)))
 
 
-def places(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P:
+def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P:
   """Which mesh axes split an array of these logical axes, by the rules in use; None where they
   would not split it evenly.
   """

@@ -30,7 +30,7 @@ from mmjax.plan.kernels import kernels_of
 from mmjax.training.memory import compiled_bytes, state_bytes
 from mmjax.training.program import Program
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 CACHE = "~/.cache/mmjax/plans"
 LEAST_MEMORY = (
   "none",
@@ -51,7 +51,7 @@ def plan(
   dump_hlo: str = "",
   cache: str | None = CACHE,
   remedies: bool = True,
-  say: Say = lambda line: None,
+  log: Log = lambda line: None,
 ) -> dict[str, Any]:
   """What a step of `config` takes on the slice `name`: the dict of plan.json.
 
@@ -68,22 +68,22 @@ def plan(
     result = json.loads(path.read_text())
     if result["fits"] or result.get("tried") or not remedies:
       return {**result, "cached": True}
-  result = _compile(config, target, dump_hlo, say)
+  result = _compile(config, target, dump_hlo, log)
   result["changes"] = list(changes)
   if not result["fits"] and remedies:
-    result["tried"] = _remedies(config, target, cache, say)
+    result["tried"] = _remedies(config, target, cache, log)
   if path:
     files.write_whole(path, json.dumps(result))
   return {**result, "cached": False}
 
 
 def _compile(
-  config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, say: Say
+  config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, log: Log
 ) -> dict[str, Any]:
   real = topology.has_libtpu()
   devices = topology.devices(target) if real else topology.simulated(target)
   step, length = make_step(config, make_mesh(config, devices))
-  say(f"compiling {_summary(config)} for {target.name} ({target.chips} chips) ...")
+  log(f"compiling {_summary(config)} for {target.name} ({target.chips} chips) ...")
   head = dict(
     topology=dict(
       name=target.name,
@@ -382,7 +382,7 @@ def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:
 
 
 def _remedies(
-  config: FrozenConfigDict, target: topology.Slice, cache: str | None, say: Say
+  config: FrozenConfigDict, target: topology.Slice, cache: str | None, log: Log
 ) -> list[dict[str, Any]]:
   """Tries to keep less (remat), then less at once (microbatches), then state that is smaller or
   split, until it fits:
@@ -409,7 +409,7 @@ def _remedies(
   for overrides in changes:
     try:
       other = plan(
-        configs.resolve(config, overrides), target.name, cache=cache, remedies=False, say=say
+        configs.resolve(config, overrides), target.name, cache=cache, remedies=False, log=log
       )
     except ConfigError:  # the batch cannot be cut so small
       continue

@@ -152,7 +152,7 @@ def collectives(module: hlo.Module) -> dict[str, dict[str, float]]:
   in.
   """
   found: dict[str, dict[str, float]] = {}
-  seen: set[Any] = set()
+  visited: set[Any] = set()
   types = {
     name: {op.name: op.type for op in operations}
     for name, operations in module.computations.items()
@@ -164,9 +164,9 @@ def collectives(module: hlo.Module) -> dict[str, dict[str, float]]:
     # A collective that the compiler spreads over several fusions keeps its channel in each of them.
     channel = re.search(r"channel_id=(\d+)", op.rest)
     key = (channel[1], times) if channel and "fus" in computation else (op.name, computation, times)
-    if key in seen:
+    if key in visited:
       continue
-    seen.add(key)
+    visited.add(key)
     inputs = sum(hlo.size(types[computation].get(name, "")) for name in op.operands)
     result = hlo.size(op.type)
     if kind == "all-gather":

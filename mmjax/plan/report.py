@@ -32,23 +32,23 @@ def command(
   config = configs.load(file, overrides, allow_code)
   target = topology.parse(name)
 
-  def say(line):
-    return printing.say(line, sys.stderr)
+  def log(line):
+    return printing.log(line, sys.stderr)
 
   if not topology.has_libtpu():
-    say(
+    log(
       "libtpu is not installed: planning on simulated CPU devices, memory only (mend: pip install "
       "'mmjax[tpu]')"
     )
   cache = None if no_cache else CACHE
   result = plan(
-    config, target.name, dump_hlo=dump_hlo, cache=cache, say=say, remedies=not sweep_all
+    config, target.name, dump_hlo=dump_hlo, cache=cache, log=log, remedies=not sweep_all
   )
   if sweep_all:
-    result["sweep"] = sweep(config, target.name, cache=cache, say=say)
+    result["sweep"] = sweep(config, target.name, cache=cache, log=log)
   if out:
     files.write_whole(Path(out), json.dumps(result, indent=2) + "\n")
-  printing.say(json.dumps(result, indent=2) if as_json else describe(result))
+  printing.log(json.dumps(result, indent=2) if as_json else describe(result))
   return 0
 
 

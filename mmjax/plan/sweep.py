@@ -25,7 +25,7 @@ def sweep(
   remats: Sequence[str] = REMATS,
   microbatches: Sequence[int] = MICROBATCHES,
   cache: str | None = CACHE,
-  say: Callable[[str], None] = lambda line: None,
+  log: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
   """Every mesh of `parallel.mesh.layouts` x remat x microbatches, the fastest that fits first.
 
@@ -40,7 +40,7 @@ def sweep(
         overrides = [*layout, *with_remat(config, policy), f"train.microbatches={parts}"]
         try:
           chosen = configs.resolve(config, overrides)
-          result = plan(chosen, name, cache=cache, remedies=False, say=say)
+          result = plan(chosen, name, cache=cache, remedies=False, log=log)
         except (ConfigError, UserError) as error:
           rows.append(dict(overrides=overrides, fits=False, error=str(error)))
           break

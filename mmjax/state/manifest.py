@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-from mmjax import files as places
+from mmjax import files as stores
 from mmjax.config import UserError
 
 NAME = "manifest.json"
@@ -40,9 +40,9 @@ class Corrupt(Exception):
 def write(folder: epath.Path, **facts: Any) -> None:
   """Sums up every file under `folder`; `facts` (JSON values) are kept with it."""
   sizes = {
-    name: size for name, size in places.sizes(folder).items() if name not in (NAME, _COMMITTED)
+    name: size for name, size in stores.sizes(folder).items() if name not in (NAME, _COMMITTED)
   }
-  names, stored = list(sizes), places.is_url(folder)
+  names, stored = list(sizes), stores.is_url(folder)
   with ThreadPoolExecutor(_THREADS) as pool:
     sums = list(
       pool.map(
@@ -92,8 +92,8 @@ def check_structure(folder: epath.Path, items: Sequence[str] | None = None) -> l
   Raises Corrupt, UserError.
   """
   files = read(folder)["files"]
-  with places.store_errors(folder, f"checkpoint {folder} cannot be read"):
-    sizes = places.sizes(folder)
+  with stores.store_errors(folder, f"checkpoint {folder} cannot be read"):
+    sizes = stores.sizes(folder)
   names = [name for name in files if items is None or name.split("/")[0] in items]
   large = [name for name in names if files[name][0] > SMALL]
   for name in names:
@@ -126,10 +126,10 @@ def check_content(folder: epath.Path, names: Sequence[str]) -> None:
 
 def _put(folder: epath.Path, content: dict[str, Any]) -> None:
   text = json.dumps({"crc32": zlib.crc32(_canonical(content)), "content": content})
-  if places.is_url(folder):  # an object store writes a whole object or none
+  if stores.is_url(folder):  # an object store writes a whole object or none
     (folder / NAME).write_text(text)
     return
-  places.write_whole(Path(folder / NAME), text)
+  stores.write_whole(Path(folder / NAME), text)
 
 
 def _sum(path: epath.Path) -> list[int]:
@@ -150,9 +150,9 @@ def _opened(path: epath.Path) -> Iterator[io.BufferedReader | io.RawIOBase]:
   says nothing of the checkpoint.
   """
   try:
-    with places.open_binary(path) as file:
+    with stores.open_binary(path) as file:
       yield file
-  except places.StoreError as error:
+  except stores.StoreError as error:
     raise UserError(str(error)) from error
 
 

@@ -330,16 +330,17 @@ def make_optimizer(
     name: leaf.shape[0] if named_axes[name][:1] == ("layers",) else None
     for name, leaf in spec.items()
   }
-  rates = _rates(f"{where}.rates", entry.rates, layers)
+  multipliers = _learning_rate_multipliers(f"{where}.rates", entry.rates, layers)
   decays = {name: np.zeros(count or (), bool) for name, count in layers.items()}
   if entry.weight_decay:
     decays = {name: matches(entry.decay, name, count) for name, count in layers.items()}
     _check_used(f"{where}.decay", entry.decay, decays)
-  rates = {
-    name: rate if owned is None or name in owned else 0 * rate for name, rate in rates.items()
+  multipliers = {
+    name: multiplier if owned is None or name in owned else 0 * multiplier
+    for name, multiplier in multipliers.items()
   }
-  _warn_of_dropout(f"{where}.rates", config.model, rates, layers)
-  trained = {name: np.flatnonzero(rate) for name, rate in rates.items()}
+  _warn_of_dropout(f"{where}.rates", config.model, multipliers, layers)
+  trained = {name: np.flatnonzero(multiplier) for name, multiplier in multipliers.items()}
   if not any(map(len, trained.values())):
     raise UserError(
       f"{where}.rates freezes every parameter: nothing would be trained. Leave one out"
@@ -351,18 +352,18 @@ def make_optimizer(
     def pick(name, leaf):
       if not len(trained[name]):
         return optax.MaskedNode()
-      return leaf if len(trained[name]) == rates[name].size else leaf[_index(trained[name])]
+      return leaf if len(trained[name]) == multipliers[name].size else leaf[_index(trained[name])]
 
     return map_named(pick, tree)
 
-  def fill(updates, like):
+  def scatter(updates, like):
     """Updates of the view as a tree like the parameters: zero where frozen."""
     some = by_name(updates)
 
     def put(name, leaf):
       if name not in some:
         return jnp.zeros_like(leaf)
-      if len(trained[name]) == rates[name].size:
+      if len(trained[name]) == multipliers[name].size:
         return some[name]
       return jnp.zeros_like(leaf, some[name].dtype).at[_index(trained[name])].set(some[name])
 
@@ -403,9 +404,9 @@ def make_optimizer(
 
       if np.any(decays[name]):
         update = update + entry.weight_decay * shaped(decays[name]) * param
-      return (rate * shaped(rates[name]) * update).astype(param.dtype)
+      return (rate * shaped(multipliers[name]) * update).astype(param.dtype)
 
-    updates = fill(map_named(scale, updates, kept), gradients)
+    updates = scatter(map_named(scale, updates, kept), gradients)
     return updates, OptimizerState(optax.safe_increment(state.count), rule_state)
 
   return Optimizer(
@@ -474,9 +475,11 @@ def _reduced_axes(shape: tuple, axes: tuple, reduced: tuple, from_right: bool) -
   return (("layers",) if stack else ()) + tuple(reversed(found) if from_right else found)
 
 
-def _rates(where: str, rules: tuple, layers: dict[str, int | None]) -> dict[str, np.ndarray]:
+def _learning_rate_multipliers(
+  where: str, rules: tuple, layers: dict[str, int | None]
+) -> dict[str, np.ndarray]:
   """Factor of the learning rate, a scalar or one a layer: the first rule that matches, else 1."""
-  rates = {name: np.ones(count or (), np.float32) for name, count in layers.items()}
+  multipliers = {name: np.ones(count or (), np.float32) for name, count in layers.items()}
   free = {name: np.ones(count or (), bool) for name, count in layers.items()}
   for pattern, factor in rules:
     if not isinstance(factor, (int, float)) or factor < 0:
@@ -486,21 +489,24 @@ def _rates(where: str, rules: tuple, layers: dict[str, int | None]) -> dict[str,
     taken = {name: matches(pattern, name, count) for name, count in layers.items()}
     _check_used(where, pattern, taken)
     for name, match in taken.items():
-      rates[name] = np.where(match & free[name], np.float32(factor), rates[name])
+      multipliers[name] = np.where(match & free[name], np.float32(factor), multipliers[name])
       free[name] = free[name] & ~match
-  return rates
+  return multipliers
 
 
 def _warn_of_dropout(
-  where: str, model: FrozenConfigDict, rates: dict[str, np.ndarray], layers: dict[str, int | None]
+  where: str,
+  model: FrozenConfigDict,
+  multipliers: dict[str, np.ndarray],
+  layers: dict[str, int | None],
 ) -> None:
   """Warns of stacks that are frozen in part and drop activations: all of their layers go on to, for
   one scanned module runs either as in training or as in evaluation."""
   stacks: dict[str, np.ndarray] = {}
-  for name, rate in rates.items():
+  for name, multiplier in multipliers.items():
     if layers[name]:
       stack = name.partition("layers/")[0] + "layers"
-      stacks[stack] = stacks.get(stack, np.zeros(len(rate), bool)) | (rate > 0)
+      stacks[stack] = stacks.get(stack, np.zeros(len(multiplier), bool)) | (multiplier > 0)
   for stack, trained in stacks.items():
     part = stack.partition("/")[0]
     entry = model.get("encoders", {}).get(part) or model.get(part)

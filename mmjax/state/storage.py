@@ -143,11 +143,11 @@ def stored_leaves(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
 def _check_memory(folder: epath.Path, stored: Mapping[str, Any]) -> None:
   """Raises UserError where a few bytes on disk claim arrays that this machine cannot hold."""
   needed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in stored.values())
-  there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  if needed > there:
+  available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if needed > available:
     raise UserError(
-      f"{folder}: its arrays take {needed / 2**30:.1f} GiB, this machine has {there / 2**30:.1f} "
-      "GiB"
+      f"{folder}: its arrays take {needed / 2**30:.1f} GiB, this machine has "
+      f"{available / 2**30:.1f} GiB"
     )
 
 

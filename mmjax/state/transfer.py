@@ -41,14 +41,14 @@ def transfer(
   Values get the dtype and the sharding of the parameter they replace; a change of dtype is said in
   the report.
   """
-  here, there = by_name(params), by_name(source)
+  here, given = by_name(params), by_name(source)
   for pattern, _ in rules:
     if not any(re.fullmatch(pattern, name) for name in here):
       raise UserError(
         f"init.map: {pattern!r} matches no parameter of this model; the nearest is "
         f"{nearest(pattern, here)!r}"
       )
-  return _taken(params, {name: _origin(name, rules, there, where) for name in here}, there, where)
+  return _taken(params, {name: _origin(name, rules, given, where) for name in here}, given, where)
 
 
 def transfer_state(
@@ -66,7 +66,7 @@ def transfer_state(
   Raises UserError: that module has none in the checkpoint, or of another shape; or the parameters
   come from several modules.
   """
-  names, there = by_name(source_params), by_name(source)
+  names, given = by_name(source_params), by_name(source)
   modules: dict[str, set[str]] = {}
   for name in by_name(params):
     if (origin := _origin(name, rules, names, where)) is not None:
@@ -82,16 +82,16 @@ def transfer_state(
         f"{', '.join(found)}. Take all of {module} from one"
       )
     origins[name] = "/".join(filter(None, (collection, found[0], leaf))) if found else None
-    if found and origins[name] not in there:
+    if found and origins[name] not in given:
       raise UserError(
         f"init.map: {module} comes from {found[0]!r}, but {where} has no {origins[name]}. Map "
         f"{module}/.* to None to keep it new"
       )
-  return _taken(state, origins, there, where)
+  return _taken(state, origins, given, where)
 
 
 def _taken(
-  tree: Any, origins: Mapping[str, str | None], there: Mapping[str, Any], where: str
+  tree: Any, origins: Mapping[str, str | None], given: Mapping[str, Any], where: str
 ) -> tuple[Any, list[str]]:
   """(`tree` with the leaves `there` that `origins` names for it, report lines)."""
   values: dict[str, jax.Array] = {}
@@ -104,14 +104,14 @@ def _taken(
       lines["new"].append(f"new {name} {list(leaf.shape)}")
       continue
     used.add(origin)
-    value, change = _fit(name, np.asarray(there[origin]), leaf.shape, where)
+    value, change = _fit(name, np.asarray(given[origin]), leaf.shape, where)
     cast = f" ({value.dtype} -> {leaf.dtype})" if value.dtype != leaf.dtype else ""
-    values[name] = _placed(value.astype(leaf.dtype), leaf)
+    values[name] = _put(value.astype(leaf.dtype), leaf)
     source_name = f" from {origin}" if origin != name else ""
     lines["resized" if change else "loaded"].append(
       f"{'resized' if change else 'loaded'} {name}{source_name}{change}{cast}"
     )
-  left = [f"left {name} {list(there[name].shape)}" for name in there if name not in used]
+  left = [f"left {name} {list(given[name].shape)}" for name in given if name not in used]
   return map_named(lambda name, _: values[name], tree), lines["loaded"] + lines["resized"] + lines[
     "new"
   ] + left
@@ -141,14 +141,14 @@ def _grid(length: int) -> tuple[int, int] | None:
   return None
 
 
-def _origin(name: str, rules: tuple, there: Mapping[str, Any], where: str) -> str | None:
+def _origin(name: str, rules: tuple, given: Mapping[str, Any], where: str) -> str | None:
   for pattern, target in rules:
     if match := re.fullmatch(pattern, name):
       origin = None if target is None else match.expand(target)
-      if origin is not None and origin not in there:
+      if origin is not None and origin not in given:
         raise UserError(
           f"init.map: {name} should come from {origin!r}, which {where} lacks; the nearest there "
-          f"is {nearest(re.escape(origin), there)!r}. Map it to another name, or to None to keep "
+          f"is {nearest(re.escape(origin), given)!r}. Map it to another name, or to None to keep "
           "it new"
         )
       return origin
@@ -185,7 +185,7 @@ def _fit(
   )
 
 
-def _placed(value: np.ndarray, like: Any) -> Any:
+def _put(value: np.ndarray, like: Any) -> Any:
   """The value with the sharding of `like`, in every process."""
   if not isinstance(like, jax.Array):
     return value

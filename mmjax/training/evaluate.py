@@ -12,13 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from mmjax import config as configs
-from mmjax import evaluation, files
+from mmjax import evaluation, files, printing
 from mmjax.config import UserError
 from mmjax.data.text import Tokenizer
 from mmjax.evaluation import report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
-from mmjax.printing import say
 from mmjax.state import checkpoint
 from mmjax.training.program import Program
 
@@ -80,8 +79,8 @@ def evaluate(
       written = evaluation.write_eval_json(mirror.folder, results)
       page = report.write_report(mirror.folder, config, results, mirror.folder / "metrics.jsonl")
       for name, result in results.items():
-        say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
-    say(f"wrote {mirror.name(written)} and {mirror.name(page)}")
+        printing.log(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
+    printing.log(f"wrote {mirror.name(written)} and {mirror.name(page)}")
   return {name: result.metrics for name, result in results.items()}
 
 

@@ -18,10 +18,9 @@ from typing import Any
 
 import jax
 
-from mmjax import files
+from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.parallel import multihost
-from mmjax.printing import printable, say
 
 # Peak dense bfloat16 FLOPs a second of one device, as jax.Device.device_kind spells it (vendors'
 # data sheets).
@@ -218,9 +217,9 @@ class Progress:
 
   def log_line(self, text: str) -> None:
     if self._bar:
-      self._bar.console.print(printable(text), markup=False, highlight=False)
+      self._bar.console.print(printing.printable(text), markup=False, highlight=False)
     else:
-      say(text, self._out)
+      printing.log(text, self._out)
 
   def close(self) -> None:
     if self._bar:
@@ -249,4 +248,4 @@ def utilisation(flops_per_step: float, seconds_per_step: float) -> float | None:
 def log(text: str) -> None:
   """Prints lines, from the main process only."""
   if multihost.is_main():
-    say(text)
+    printing.log(text)

@@ -61,7 +61,7 @@ class Outputs:
     """
     with self._disk_errors():
       self._file.sync()
-    self._mirror.push()
+    self._mirror.upload()
 
   def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
     if self._owner:

@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 from mmjax.config import in_steps
 from mmjax.data import pipeline
 from mmjax.models import make_model, with_plain_kernels
-from mmjax.models.generation import write
+from mmjax.models.generation import generate_text
 from mmjax.parallel import compiler, rules
 from mmjax.parallel.rules import shardings_of, with_shardings
 from mmjax.state.optimizer import Optimizers, make_optimizers, state_axes
@@ -338,15 +338,15 @@ class Program:
     like the batch.
 
     variables: of `evaluation_variables`, or {"params": ...}. args: hashable, before the batch. The
-    method "write" is `models.generation.write`: texts int32 [B, T].
+    method "generate_text" is `models.generation.generate_text`: texts int32 [B, T].
     """
     if (method, args) not in self._appliers:
 
       def run(variables: dict, batch: dict) -> Array:
         params = rules.gather_parameters(variables["params"], self.params_spec, self.axes)
         variables = {**variables, "params": params}
-        if method == "write":
-          return write(self.model, variables, *(*args, batch))
+        if method == "generate_text":
+          return generate_text(self.model, variables, *(*args, batch))
         output: Any = self.model.apply(variables, *args, batch, method=method)
         return output
 

@@ -52,12 +52,12 @@ class Faults:
     return bool(config.train.rollback) and self.skipped_in_a_row == config.train.rollback
 
   def roll_back(
-    self, saver: Checkpointer, spec: TrainState, at: int, say: Callable[[str], None]
+    self, saver: Checkpointer, spec: TrainState, at: int, log: Callable[[str], None]
   ) -> TrainState:
     """The state of the last good checkpoint, its own step in it. Raises UserError: it is gone or
     corrupt.
     """
-    say(
+    log(
       f"step {at}: {self.skipped_in_a_row} steps in a row were not finite (train.rollback); back "
       f"to the parameters of checkpoint {self.good}, on with step {at + 1}"
     )

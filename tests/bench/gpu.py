@@ -57,7 +57,7 @@ def errors_of(kernel: str, length: int, causal: bool, masked: bool) -> dict[str,
   ]
   return dict(
     kernel=kernel, length=length, causal=causal, key_mask=masked, output=errors[0],
-    gradient=max(errors[1:]), right=max(errors) < 0.03,
+    gradient=max(errors[1:]), correct=max(errors) < 0.03,
   )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def table(result: dict[str, Any]) -> str:
       f"| {row['what']} | {row['batch']} | {row['per_second']:,.0f} | "
       f"{f'{share:.1%}' if share else '-'} |"
     )
-  wrong = [row for row in result["kernels"] if not row["right"]]
+  wrong = [row for row in result["kernels"] if not row["correct"]]
   lines += ["", f"{len(result['kernels'])} kernels and masks tried, {len(wrong)} wrong."]
   return "\n".join(lines) + "\n"
 
@@ -213,7 +213,7 @@ def main() -> int:
   (options.out / "gpu.json").write_text(json.dumps(result, indent=1))
   (options.out / "gpu.md").write_text(table(result))
   print(table(result))
-  return 0 if all(row["right"] for row in result["kernels"]) else 1
+  return 0 if all(row["correct"] for row in result["kernels"]) else 1
 
 
 if __name__ == "__main__":

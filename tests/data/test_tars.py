@@ -102,7 +102,7 @@ def test_the_index_equals_what_tarfile_lists(tmp_path_factory, keys, sizes, form
     for row, key in enumerate(index.keys):
       for column, kind in ((0, "png"), (1, "txt")):
         member = tar.getmember(f"{key}.{kind}")
-        assert index.places[row, column].tolist() == [member.offset_data, member.size]
+        assert index.extents[row, column].tolist() == [member.offset_data, member.size]
       assert index.read(row)["image"] == tar.extractfile(f"{key}.png").read()
   assert sorted(index.keys.tolist()) == sorted(keys) and not index.skipped
 
@@ -249,4 +249,4 @@ def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
   assert TarSource(a).fingerprint == TarSource(b).fingerprint
   write_tar(tmp_path / "x" / "a.tar", pairs(1, 3))
   assert TarSource(a).fingerprint != TarSource(b).fingerprint
-  assert np.array_equal(index_tar(a).places, index_tar(b).places)
+  assert np.array_equal(index_tar(a).extents, index_tar(b).extents)

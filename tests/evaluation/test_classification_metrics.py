@@ -40,12 +40,12 @@ def test_average_precision_equals_scikit_learn(decimals):
 
 def test_calibration_error_equals_the_sum_over_bins():
   chances = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
-  confidence, right = chances.max(1), chances.argmax(1) == LABELS
+  confidence, correct = chances.max(1), chances.argmax(1) == LABELS
   want = 0.0
   for low in np.arange(10) / 10:
     here = (confidence > low) & (confidence <= low + 0.1)
     if here.any():
-      want += here.mean() * abs(right[here].mean() - confidence[here].mean())
+      want += here.mean() * abs(correct[here].mean() - confidence[here].mean())
   assert expected_calibration_error(LOGITS, LABELS, bins=10) == pytest.approx(want)
   assert expected_calibration_error(
     np.array([[99.0, 0], [0, 99.0]]), np.array([0, 1])

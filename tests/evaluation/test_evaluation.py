@@ -93,9 +93,11 @@ def test_embed_and_numpy_give_the_same_recall(checkpoint, metrics, tmp_path):
   images, i = np.unique(f["image_keys"], return_index=True, return_inverse=True)[1:]
   texts, t = np.unique(f["text_keys"], return_index=True, return_inverse=True)[1:]
   similarity = f["image_embeddings"][images] @ f["text_embeddings"][texts].T
-  right = np.zeros(similarity.shape, bool)
-  right[i[f["text_owners"]], t] = True
-  recall = np.mean(np.where(right, similarity, -2).max(1) > np.where(right, -2, similarity).max(1))
+  correct = np.zeros(similarity.shape, bool)
+  correct[i[f["text_owners"]], t] = True
+  recall = np.mean(
+    np.where(correct, similarity, -2).max(1) > np.where(correct, -2, similarity).max(1)
+  )
   assert recall == metrics["retrieval/en/image_to_text/R@1"]
 
 

@@ -96,13 +96,15 @@ def test_classification_counts_what_is_right(world):
     by="voice",
   )
   truth = np.array([LABELS.index(record(i)["label"]) for i in READABLE])
-  right = np.array([said(i) == t for i, t in zip(READABLE, truth, strict=True)])
-  assert result.metrics["accuracy"] == right.mean() and result.metrics["accuracy@5"] == 1.0
+  correct = np.array([said(i) == t for i, t in zip(READABLE, truth, strict=True)])
+  assert result.metrics["accuracy"] == correct.mean() and result.metrics["accuracy@5"] == 1.0
   assert result.metrics["majority"] == np.bincount(truth).max() / len(truth)
   for voice in (0, 1):
-    assert result.metrics[f"v{voice}/accuracy"] == right[[i % 2 == voice for i in READABLE]].mean()
+    assert (
+      result.metrics[f"v{voice}/accuracy"] == correct[[i % 2 == voice for i in READABLE]].mean()
+    )
   assert result.metrics["examples"] == len(READABLE) and result.metrics["unreadable"] == 1
-  assert np.trace(result.figures["confusion"]["matrix"]) == right.sum()
+  assert np.trace(result.figures["confusion"]["matrix"]) == correct.sum()
 
 
 def test_several_labels_and_hidden_modalities(world):
@@ -199,11 +201,12 @@ def test_multiple_choice_picks_the_nearest(world):
     )
 
   result = world(embed, jnp.asarray(aim), kind="multiple_choice", modality="image", by="voice")
-  right = {i: i % 3 > 0 for i in READABLE}
+  correct = {i: i % 3 > 0 for i in READABLE}
   assert (
-    result.metrics["accuracy"] == np.mean(list(right.values())) and result.metrics["chance"] == 0.25
+    result.metrics["accuracy"] == np.mean(list(correct.values()))
+    and result.metrics["chance"] == 0.25
   )
-  assert result.metrics["v0/accuracy"] == np.mean([right[i] for i in READABLE if i % 2 == 0])
+  assert result.metrics["v0/accuracy"] == np.mean([correct[i] for i in READABLE if i % 2 == 0])
   tie = world(lambda method, batch, _: jnp.ones((4, 8)), kind="multiple_choice", modality="image")
   assert tie.metrics["accuracy"] == 0, "ties are pessimistic"
 

@@ -53,11 +53,11 @@ def config():
 
 def figures():
   picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
-  hits = [
-    dict(text="<b>red & blue</b>", score=0.5, right=True),
-    dict(text="نص", score=0.25, right=False),
+  results = [
+    dict(text="<b>red & blue</b>", score=0.5, correct=True),
+    dict(text="نص", score=0.25, correct=False),
   ]
-  shots = [dict(picture=picture, score=0.5, right=False)]
+  shots = [dict(picture=picture, score=0.5, correct=False)]
   return {
     "retrieval/a": Result(
       {"image_to_text/R@1": 0.41, "images": 500.0, "unreadable": 0.0},
@@ -66,7 +66,7 @@ def figures():
           kind="retrieval",
           query="image",
           target="text",
-          rows=[dict(picture=picture, rank=1, of=500, expected=[dict(text="x")], top=hits)],
+          rows=[dict(picture=picture, rank=1, of=500, expected=[dict(text="x")], top=results)],
         ),
         "text_to_image": dict(
           kind="retrieval",

@@ -180,7 +180,7 @@ def test_examples_mark_what_is_right():
       assert [h["score"] for h in row["top"]] == sorted(
         (h["score"] for h in row["top"]), reverse=True
       )
-      assert (row["rank"] == 1) == row["top"][0]["right"]
+      assert (row["rank"] == 1) == row["top"][0]["correct"]
   assert all(row["picture"].shape == (8, 8, 3) for row in result.figures["image_to_text"]["rows"])
 
 

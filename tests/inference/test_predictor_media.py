@@ -86,8 +86,8 @@ def test_embed_and_search_other_media(dual, files, tmp_path):
   assert index["audio_ids"].tolist() == [f"s{n}.flac" for n in range(5)] and index[
     "video_embeddings"
   ].shape == (5, 16)
-  hits = search(dual, str(files / "s3.flac"), index=out, k=2)
-  assert hits[0][0] == "s3.flac" and hits[0][1] == pytest.approx(1, abs=1e-5)
+  results = search(dual, str(files / "s3.flac"), index=out, k=2)
+  assert results[0][0] == "s3.flac" and results[0][1] == pytest.approx(1, abs=1e-5)
   assert search(dual, str(files / "v1.mkv"), index=out, modality="video")[0][0] == "v1.mkv"
   by_words = search(dual, "a red heart", audio=files, k=5, log=lambda line: None)
   assert sorted(name for name, _ in by_words) == index["audio_ids"].tolist()
@@ -103,19 +103,19 @@ def test_embed_and_search_other_media(dual, files, tmp_path):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_texts_written_together_equal_those_written_alone(captioner, files, beams):
   paths = sorted(files.glob("*.flac"))
-  together = captioner.write(audio=paths, beams=beams)
-  assert together == [captioner.write(audio=path, beams=beams)[0] for path in paths]
-  assert captioner.write(audio=[*paths, *paths] * 4, beams=beams) == together * 8, (
+  together = captioner.generate(audio=paths, beams=beams)
+  assert together == [captioner.generate(audio=path, beams=beams)[0] for path in paths]
+  assert captioner.generate(audio=[*paths, *paths] * 4, beams=beams) == together * 8, (
     "more than fit one batch"
   )
-  assert len(set(together)) > 1 and captioner.write(image=[]) == []
+  assert len(set(together)) > 1 and captioner.generate(image=[]) == []
 
 
 def test_both_media_of_a_row_are_heard_and_seen(captioner, files):
   sounds, pictures = sorted(files.glob("*.flac"))[:2], sorted(files.glob("*.png"))[:2]
-  assert len(captioner.write(image=pictures, audio=sounds, max_length=4)) == 2
+  assert len(captioner.generate(image=pictures, audio=sounds, max_length=4)) == 2
   with pytest.raises(UserError, match="2 of image, 1 of audio"):
-    captioner.write(image=pictures, audio=sounds[:1])
+    captioner.generate(image=pictures, audio=sounds[:1])
 
 
 def test_generate_writes_about_files_and_folders(captioner, files):
@@ -126,8 +126,8 @@ def test_generate_writes_about_files_and_folders(captioner, files):
   )
   assert [name for name, _ in got] == [str(files / "p1.png"), str(files / "s0.flac")]
   assert (
-    got[0][1] == captioner.write(image=files / "p1.png", beams=3)[0]
-    and got[1][1] == captioner.write(audio=files / "s0.flac", beams=3)[0]
+    got[0][1] == captioner.generate(image=files / "p1.png", beams=3)[0]
+    and got[1][1] == captioner.generate(audio=files / "s0.flac", beams=3)[0]
   )
   assert (
     len(lines) == 2 and "zero.wav: audio of zero length" in lines[0] and "1 skipped" in lines[1]
@@ -153,12 +153,12 @@ def test_what_a_model_cannot_do_is_one_clear_line(captioner, dual, files, tmp_pa
   for call, words in (
     (lambda: captioner.encode_image(files / "p0.png"), "no shared space"),
     (lambda: captioner.encode_text("x"), "no encoder for text"),
-    (lambda: captioner.write(), "at least one modality"),
-    (lambda: captioner.write(video=path), "no encoder for video"),
-    (lambda: captioner.write(text="x"), "image=, audio="),
-    (lambda: captioner.write(audio=path, beams=0), "at least 1"),
-    (lambda: captioner.write(audio=path, max_length=99), "0 to 8"),
-    (lambda: dual.write(audio=path), "neither a decoder nor a CTC head"),
+    (lambda: captioner.generate(), "at least one modality"),
+    (lambda: captioner.generate(video=path), "no encoder for video"),
+    (lambda: captioner.generate(text="x"), "image=, audio="),
+    (lambda: captioner.generate(audio=path, beams=0), "at least 1"),
+    (lambda: captioner.generate(audio=path, max_length=99), "0 to 8"),
+    (lambda: dual.generate(audio=path), "neither a decoder nor a CTC head"),
     (lambda: dual.classes(audio=path), "no classifier"),
     (lambda: generate(dual, [path]), "neither a decoder nor a CTC head"),
     (lambda: generate(captioner, [files / "v0.mkv"]), "audio, image"),

@@ -71,10 +71,10 @@ def test_a_pipe_among_the_pictures_is_named(predictor, folder, tmp_path):
 
 def test_search_by_picture_and_by_words(predictor, folder, tmp_path):
   index = embed(predictor, tmp_path / "i.npz", images=str(folder), log=lambda line: None)
-  hits = search(predictor, str(folder / "b.png"), index=index, k=3)
-  assert [name for name, _ in hits[:2]] == ["b.png", "copy.png"] and hits[0][1] == pytest.approx(
-    1, abs=1e-5
-  )
+  results = search(predictor, str(folder / "b.png"), index=index, k=3)
+  assert [name for name, _ in results[:2]] == ["b.png", "copy.png"] and results[0][
+    1
+  ] == pytest.approx(1, abs=1e-5)
   words = search(predictor, "a red heart", images=folder, k=10, log=lambda line: None)
   scores = (
     predictor.encode_image([folder / n for n, _ in words]) @ predictor.encode_text("a red heart")[0]
@@ -152,9 +152,11 @@ def test_recall_of_a_data_set_in_a_few_lines_of_numpy(predictor, tmp_path, monke
   images, i = np.unique(f["image_keys"], return_index=True, return_inverse=True)[1:]
   texts, t = np.unique(f["text_keys"], return_index=True, return_inverse=True)[1:]
   similarity = f["image_embeddings"][images] @ f["text_embeddings"][texts].T
-  right = np.zeros(similarity.shape, bool)
-  right[i[f["text_owners"]], t] = True
-  recall = np.mean(np.where(right, similarity, -2).max(1) > np.where(right, -2, similarity).max(1))
+  correct = np.zeros(similarity.shape, bool)
+  correct[i[f["text_owners"]], t] = True
+  recall = np.mean(
+    np.where(correct, similarity, -2).max(1) > np.where(correct, -2, similarity).max(1)
+  )
 
   items = merge(f["image_keys"], np.ones(4, bool), f["text_owners"], f["text_keys"])
   rank = ranks(

@@ -19,7 +19,7 @@ from mmjax.config import UserError
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import export_hf, import_hf, whisper_decoder
 from mmjax.models import make_model
-from mmjax.models.generation import write
+from mmjax.models.generation import generate_text
 from mmjax.state import checkpoint as checkpoints
 from tests.interop.test_audio_families import FLOATS, LENGTHS, RATE, WAVEFORM, randomised
 
@@ -155,7 +155,7 @@ def test_whisper_logits_and_texts_are_equal(whisper_folder):
   real = TEXT > 0
   np.testing.assert_allclose((hidden @ table.T)[real], want.numpy()[real], atol=1e-4)
   tokens = np.asarray(
-    jax.jit(lambda v, b: write(model, v, ("audio",), config.data.text.length, 1, 1.0, b))(
+    jax.jit(lambda v, b: generate_text(model, v, ("audio",), config.data.text.length, 1, 1.0, b))(
       variables, dict(audio=AUDIO)
     )
   )
@@ -314,9 +314,9 @@ def test_the_language_is_detected_in_each_sound(whisper_folder, tmp_path):
   def run(variables, batch):
     return model.apply(
       variables,
-      *model.apply(variables, ("audio",), batch, length=9, method="start_writing"),
+      *model.apply(variables, ("audio",), batch, length=9, method="start_decoding"),
       method="detect_language",
-    ), write(model, variables, ("audio",), 9, 1, 1.0, batch)
+    ), generate_text(model, variables, ("audio",), 9, 1, 1.0, batch)
 
   scores = np.random.default_rng(0).normal(size=(2, *FLOATS.shape[1:])) * 0.3
   batch = dict(

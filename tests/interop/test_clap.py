@@ -285,5 +285,5 @@ def test_commands_embed_sounds_and_classify_them_by_prompts(
     command.append(f"--config.evaluation.evaluators.classes.{key}={value}")
   assert cli.main(command) == 0
   found = json.loads((tmp_path / "eval" / "eval.json").read_text())["classes"]
-  right = want.logits_per_audio.argmax(1).numpy() == [("cat", "dog").index(x) for x in labels]
-  assert found["examples"] == 3 and found["accuracy"] == pytest.approx(right.mean())
+  correct = want.logits_per_audio.argmax(1).numpy() == [("cat", "dog").index(x) for x in labels]
+  assert found["examples"] == 3 and found["accuracy"] == pytest.approx(correct.mean())

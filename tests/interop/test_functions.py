@@ -82,7 +82,7 @@ def expected(predictor, name, items):
   if what == "encode":
     return predictor.encode(modalities, items[modalities])
   chosen = (
-    {"classes": ("text", "image"), "write": ("image",)}[what]
+    {"classes": ("text", "image"), "generate": ("image",)}[what]
     if not modalities
     else tuple(modalities.split("_"))
   )
@@ -91,7 +91,7 @@ def expected(predictor, name, items):
 
 def compare(predictor, name, got, items):
   want = expected(predictor, name, items)[: len(got)]
-  if name.startswith("write"):
+  if name.startswith("generate"):
     assert [
       decode(predictor.tokenizer, row, predictor.config.model.decoder.eos_id) for row in got
     ] == want and got.dtype == np.int32
@@ -123,7 +123,7 @@ def test_every_function_of_a_model_of_everything_without_mmjax(modalities, tmp_p
   out, items = export(checkpoint, "stablehlo", tmp_path / "exported"), media()
   np.savez(tmp_path / "in.npz", **arrays_of(predictor, items))
   _, found = apart(EVERY_FUNCTION, out, tmp_path)
-  names = [*(f"encode_{modality}" for modality in modalities), "classes", "write"]
+  names = [*(f"encode_{modality}" for modality in modalities), "classes", "generate"]
   assert sorted(found) == sorted(f"{name}/{n}" for name in names for n in (1, 3))
   for name in names:
     for n in (1, 3):

@@ -136,7 +136,7 @@ def test_segments_and_times_equal_transformers(tmp_path, generation):
   import_hf(tmp_path / "hf", tmp_path / "mmjax")
   predictor = Predictor.load(tmp_path / "mmjax")
   sounds = [sound(seconds, seed) for seed, seconds in enumerate((3.37, 1.5, 5.01))]
-  got = predictor.write(audio=sounds, timestamps=True)
+  got = predictor.generate(audio=sounds, timestamps=True)
   lengths = set()
   for x, segments in zip(sounds, got, strict=True):
     want = theirs(model, tmp_path / "hf", x)
@@ -147,10 +147,10 @@ def test_segments_and_times_equal_transformers(tmp_path, generation):
     lengths |= {len(s.tokens) for s in segments}
     assert all(s.text.split() == [f"w{t}" for t in s.tokens if t < SILENT] for s in segments)
   assert len(lengths) > 1 and sum(map(len, got)) > 6  # not the same over and over
-  texts = predictor.write(audio=[*sounds, sound(0.8, 9)])
+  texts = predictor.generate(audio=[*sounds, sound(0.8, 9)])
   assert texts[:3] == [" ".join(s.text for s in segments if s.text) for segments in got]
-  assert texts[3] == predictor.write(audio=sound(0.8, 9))[0]
-  assert predictor.write(audio=sounds[1], timestamps=True) == got[1:2]
+  assert texts[3] == predictor.generate(audio=sound(0.8, 9))[0]
+  assert predictor.generate(audio=sounds[1], timestamps=True) == got[1:2]
 
 
 def test_the_command_prints_segments(tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_the_command_prints_segments(tmp_path, capsys):
   soundfile.write(tmp_path / "a.wav", sound(2.5, 0), RATE, subtype="FLOAT")
   command = ["generate", "--checkpoint", str(tmp_path / "mmjax"), str(tmp_path / "a.wav")]
   predictor = Predictor.load(tmp_path / "mmjax")
-  (want,) = predictor.write(audio=sound(2.5, 0), timestamps=True)
+  (want,) = predictor.generate(audio=sound(2.5, 0), timestamps=True)
   capsys.readouterr()
   assert cli.main([*command, "--timestamps", "--json"]) == 0
   (row,) = json.loads(capsys.readouterr().out)
@@ -185,9 +185,9 @@ def test_what_another_model_does_not_hear_is_said(tmp_path, caplog):
     np.random.default_rng(0).normal(size=6000).astype(np.float32) * 0.1
   )  # a quarter of a second is 2000 samples
   with caplog.at_level(logging.WARNING, "mmjax"):
-    assert predictor.write(audio=[x[:2000], x]) == predictor.write(audio=[x[:2000]]) * 2
+    assert predictor.generate(audio=[x[:2000], x]) == predictor.generate(audio=[x[:2000]]) * 2
   assert "sound 2 of 2 is 0.8 s long; the model reads the first 0.25" in caplog.text
   with pytest.raises(
     UserError, match="timestamps need audio= alone, and a decoder with tokens for times"
   ):
-    predictor.write(audio=x, timestamps=True)
+    predictor.generate(audio=x, timestamps=True)

@@ -177,7 +177,7 @@ def outputs(net, variables, batch):
     if net.classes:
       out["logits"] = net.apply(variables, (modality,), batch, method="classify")
     if net.masked_tokens:
-      hidden, table, bias = net.apply(variables, modality, batch, method="readout")
+      hidden, table, bias = net.apply(variables, modality, batch, method="masked_token_head")
       out["logits"] = hidden @ table.T + bias
     return out
 
@@ -232,7 +232,9 @@ def test_a_gradient_is_equal(case, tmp_path):
 
   def loss(params):
     if net.masked_tokens:
-      hidden, table, bias = net.apply({"params": params}, modality, batch, method="readout")
+      hidden, table, bias = net.apply(
+        {"params": params}, modality, batch, method="masked_token_head"
+      )
       return ((hidden @ table.T + bias) * factor).sum()
     return (
       net.apply({"params": params, **state}, modality, batch, method="encode").pooled * factor

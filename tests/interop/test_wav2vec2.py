@@ -223,11 +223,11 @@ def test_a_ctc_head_writes_what_transformers_reads_off_it_there_and_back(tmp_pat
   assert len(set(want)) == 2 and all(len(set(text)) > 1 for text in want), want
   import_hf(tmp_path / "theirs", tmp_path / "ours")
   predictor = Predictor.load(tmp_path / "ours")
-  assert predictor.write(audio=FLOATS) == want
-  (short,) = predictor.write(audio=FLOATS[0], max_length=5)
+  assert predictor.generate(audio=FLOATS) == want
+  (short,) = predictor.generate(audio=FLOATS[0], max_length=5)
   assert want[0].startswith(short) and 0 < len(short) <= 5
   with pytest.raises(UserError, match="beams=1"):
-    predictor.write(audio=FLOATS, beams=2)
+    predictor.generate(audio=FLOATS, beams=2)
   export_hf(tmp_path / "ours", tmp_path / "back")
   again, info = getattr(transformers, name).from_pretrained(
     tmp_path / "back", output_loading_info=True

@@ -84,7 +84,7 @@ def test_masked_tokens_are_read_out_through_the_embeddings(kind):
   variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch))
   read = jax.jit(
     lambda v: (
-      model.apply(v, "text", batch, method="readout"),
+      model.apply(v, "text", batch, method="masked_token_head"),
       model.apply(v, ("text",), batch, method="classify"),
     )
   )

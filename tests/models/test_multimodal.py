@@ -93,7 +93,7 @@ def test_every_parameter_is_made_at_the_start_and_used_by_a_method():
       **BATCH,
       "image": {**BATCH["image"], "patch_mask": np.array([[1, 0, 0, 1]] * 3, bool)},
     }
-    states, table, bias = run("readout", "text", context=("image",))
+    states, table, bias = run("masked_token_head", "text", context=("image",))
     decoded, words = run("decode", ("image",))
     out = [
       run("embedding", "image"),
@@ -121,7 +121,7 @@ def test_methods_return_the_shapes_of_the_contract():
   assert apply("classify", ("image",), BATCH).shape == (3, 5) and apply(
     "match", ("image", "text"), BATCH
   ).shape == (3,)
-  hidden, table, bias = apply("readout", "text", BATCH, context=("image",))
+  hidden, table, bias = apply("masked_token_head", "text", BATCH, context=("image",))
   assert hidden.shape == (3, 6, 16) and bias.shape == (64,)
   np.testing.assert_array_equal(table, whole()[1]["params"]["text"]["embedding"])
   np.testing.assert_array_equal(
@@ -137,8 +137,8 @@ def test_a_readout_takes_its_own_tokens_out_of_the_fusion():
   """
   other = {**BATCH, "image": dict(pixels=255 - BATCH["image"]["pixels"])}
   alone, seen = (
-    (lambda b: apply("readout", "text", b)[0]),
-    (lambda b: apply("readout", "text", b, context=("image",))[0]),
+    (lambda b: apply("masked_token_head", "text", b)[0]),
+    (lambda b: apply("masked_token_head", "text", b, context=("image",))[0]),
   )
   np.testing.assert_array_equal(alone(BATCH), alone(other))
   assert np.abs(seen(BATCH) - seen(other)).max() > 1e-3
@@ -192,8 +192,8 @@ def test_several_texts_a_row_are_rows_beside_repeated_pictures():
       apply("decode", ("image",), several)[0][k::2], apply("decode", ("image",), one)[0], atol=1e-5
     )
     np.testing.assert_allclose(
-      apply("readout", "text", several, context=("image",))[0][k::2],
-      apply("readout", "text", one, context=("image",))[0],
+      apply("masked_token_head", "text", several, context=("image",))[0][k::2],
+      apply("masked_token_head", "text", one, context=("image",))[0],
       atol=1e-5,
     )
 
@@ -291,7 +291,7 @@ def test_methods_that_a_model_lacks_say_what_to_set():
     ("classify", (("image",),), "set data.classes"),
     ("match", (("image", "text"),), "model.match"),
     ("fuse", (("image",),), "config.model.fusion"),
-    ("readout", ("text",), "model.masked_text"),
+    ("masked_token_head", ("text",), "model.masked_text"),
     ("reconstruct", ("image",), "model.masked_patches"),
     ("decode", (("image",),), "config.model.decoder"),
     ("embedding", ("image",), "model.joint"),

@@ -42,11 +42,11 @@ def dense(q, k, v, seen, cotangent):
   logits = np.where(seen[:, None], q @ k.swapaxes(2, 3) * scale, -np.inf)
   weights = np.exp(logits - np.maximum(logits.max(-1, keepdims=True), -1e300))
   weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-  push = g @ v.swapaxes(2, 3)
-  push = weights * (push - (push * weights).sum(-1, keepdims=True)) * scale
+  dlogits = g @ v.swapaxes(2, 3)
+  dlogits = weights * (dlogits - (dlogits * weights).sum(-1, keepdims=True)) * scale
   return [
     x.swapaxes(1, 2)
-    for x in (weights @ v, push @ k, push.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ g)
+    for x in (weights @ v, dlogits @ k, dlogits.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ g)
   ]
 
 

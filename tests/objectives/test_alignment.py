@@ -95,7 +95,7 @@ def test_captioning_adds_it_for_texts_without_their_end():
     "audio": dict(waveform=np.zeros((2, 3))),
     "valid": np.array([True, True]),
   }
-  answers = {"decode": (hidden, table), "transcribe": (hidden, table, frames, real)}
+  answers = {"decode": (hidden, table), "decode_with_memory": (hidden, table, frames, real)}
 
   def told(**settings):
     return captioning(

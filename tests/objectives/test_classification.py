@@ -69,10 +69,10 @@ def reference(batch, logits, label, smoothing):
 def test_losses_are_those_of_pytorch_whatever_the_order(seed, several, smoothing):
   batch, logits = make(seed, several)
   counts, each = reference(batch, logits, batch["label"], smoothing)
-  right = (
+  correct = (
     ((logits > 0) == batch["label"]).mean(-1) if several else logits.argmax(-1) == batch["label"]
   )
-  want = [each[counts].sum(), counts.sum(), right[counts].sum(), counts.sum()]
+  want = [each[counts].sum(), counts.sum(), correct[counts].sum(), counts.sum()]
   np.testing.assert_allclose(
     run(batch, logits, label_smoothing=smoothing), want, rtol=1e-5, atol=1e-5
   )

@@ -92,8 +92,8 @@ def blockwise(batch, loss, chunk):
       return outputs[method][args[0]] if args else outputs[method]
 
     losses = contrastive(forward, batch, jax.random.key(0), loss=loss, chunk=chunk)
-    (total, weight), (hits, rows) = losses["loss"], losses["accuracy"]
-    return total / weight, hits / rows
+    (total, weight), (correct, rows) = losses["loss"], losses["accuracy"]
+    return total / weight, correct / rows
 
   return function
 

@@ -54,10 +54,10 @@ def test_value_and_gradients_equal_the_dense_formula(rows, chunk, smoothing, wit
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, want)
   assert jax.jit(chunked)(hidden, table, bias) == pytest.approx(float(want[0]), rel=1e-6)
   _, weight, correct = token_cross_entropy(hidden, table, targets, bias=bias, chunk=chunk)
-  right = np.argmax(hidden @ table.T + (0 if bias is None else bias), -1) == targets
-  assert (weight, correct) == ((targets >= 0).sum(), right.sum())
+  is_correct = np.argmax(hidden @ table.T + (0 if bias is None else bias), -1) == targets
+  assert (weight, correct) == ((targets >= 0).sum(), is_correct.sum())
   np.testing.assert_array_equal(
-    row_cross_entropy(hidden, table, targets, bias=bias, chunk=chunk)[1], right
+    row_cross_entropy(hidden, table, targets, bias=bias, chunk=chunk)[1], is_correct
   )
 
 

@@ -129,7 +129,7 @@ def test_the_token_loss_counts_hidden_tokens_of_rows_that_count():
   losses = masked_tokens(
     forward, batch, jax.random.key(0), context=("image",), rate=0.6, special=SPECIAL
   )
-  args, kwargs, view = asked["readout"]
+  args, kwargs, view = asked["masked_token_head"]
   assert args == ("text",) and kwargs == {"context": ("image",)} and view["image"] is batch["image"]
   _, targets = hide_tokens(
     jnp.asarray(tokens),

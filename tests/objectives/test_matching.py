@@ -100,8 +100,8 @@ def test_no_positive_is_a_negative_and_the_loss_is_the_formula(seed, kinds, how)
     rtol=1e-5,
     atol=1e-5,
   )
-  right = (logits[0] > 0)[counts].sum() + sum((x < 0)[found].sum() for x in logits[1:])
-  assert float(losses["accuracy"][0]) == right
+  correct = (logits[0] > 0)[counts].sum() + sum((x < 0)[found].sum() for x in logits[1:])
+  assert float(losses["accuracy"][0]) == correct
 
 
 @settings(max_examples=10, deadline=None)

@@ -58,7 +58,7 @@ def test_ties_are_not_right(function, metric, settings):
 
 
 def test_a_token_as_likely_as_another_is_not_right():
-  _, weight, right = token_cross_entropy(
+  _, weight, correct = token_cross_entropy(
     jnp.zeros((ROWS, WIDTH)), jnp.ones((CLASSES, WIDTH)), jnp.zeros(ROWS, jnp.int32)
   )
-  assert (float(weight), float(right)) == (ROWS, 0)
+  assert (float(weight), float(correct)) == (ROWS, 0)

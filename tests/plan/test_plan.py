@@ -78,7 +78,7 @@ def test_without_libtpu_memory_is_planned_on_simulated_devices(tiny, without_lib
     "text": 32,
   }
   assert sum(result["model"]["flops"].values()) == pytest.approx(result["model"]["flops_per_step"])
-  again = planning.plan(config, "v5e-4", cache=str(tmp_path), say=lambda line: pytest.fail(line))
+  again = planning.plan(config, "v5e-4", cache=str(tmp_path), log=lambda line: pytest.fail(line))
   assert (
     again.pop("cached") and not result.pop("cached") and again == json.loads(json.dumps(result))
   )
@@ -110,7 +110,7 @@ def rehearsed(monkeypatch):
   """
   share = {"none": 1.0, "dots": 0.9, "dots_no_batch": 0.7, "attention": 0.6, "full": 0.4}
 
-  def compile_step(config, target, dump_hlo, say):
+  def compile_step(config, target, dump_hlo, log):
     policy = config.model.encoders.image.remat
     mesh = mesh_shape(config.mesh, target.device_count)
     peak = 39 * GIB * share[policy] / config.train.microbatches

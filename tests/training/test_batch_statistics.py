@@ -9,7 +9,7 @@ import pytest
 
 import mmjax.config as configs
 from mmjax.config import UserError
-from mmjax.objectives import counted, objective
+from mmjax.objectives import example_mask, objective
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training.forward import frozen_modules
@@ -28,7 +28,7 @@ def two_looks(forward, batch, rng):
   """Pairs every picture with another one, twice: with its own view of the batch, and with another
   of two thirds of the rows.
   """
-  x, rows = forward("embedding", "image"), counted(batch, every=("image",))
+  x, rows = forward("embedding", "image"), example_mask(batch, every=("image",))
   loss = jnp.zeros(())
   for index in (jnp.roll(jnp.arange(ROWS), 1), jnp.arange(ROWS) // 3 * 3):
     view = {**batch, "image": jax.tree.map(lambda leaf, index=index: leaf[index], batch["image"])}
@@ -40,7 +40,7 @@ def two_looks(forward, batch, rng):
 @objective(couples_examples=False)
 def one_look(forward, batch, rng, *, changed: bool = False):
   view = {**batch, "image": dict(batch["image"])} if changed else None
-  x, rows = forward("embedding", "image", batch=view), counted(batch, every=("image",))
+  x, rows = forward("embedding", "image", batch=view), example_mask(batch, every=("image",))
   return {"loss": (jnp.where(rows, x[:, 0] ** 2, 0).sum(), rows.sum(dtype=jnp.float32))}
 
 

@@ -57,11 +57,11 @@ def test_the_game_is_a_gradient_reversal(player):
   inputs = x * np.sqrt(x.shape[1])
   hidden = inputs @ d["hidden"]["kernel"] + d["hidden"]["bias"]
   logits = np.maximum(hidden, 0) @ d["out"]["kernel"] + d["out"]["bias"]
-  pull = (np.exp(log_softmax(logits)) - target) * valid[:, None] / valid.sum()
-  into = (pull @ d["out"]["kernel"].T) * (hidden > 0)
+  dlogits = (np.exp(log_softmax(logits)) - target) * valid[:, None] / valid.sum()
+  into = (dlogits @ d["out"]["kernel"].T) * (hidden > 0)
   want = {
     "hidden": {"kernel": inputs.T @ into, "bias": into.sum(0)},
-    "out": {"kernel": np.maximum(hidden, 0).T @ pull, "bias": pull.sum(0)},
+    "out": {"kernel": np.maximum(hidden, 0).T @ dlogits, "bias": dlogits.sum(0)},
   }
   alone = adversarial(objectives=dict(fool=FOOL["fool"]))
   _, got, sums = gradients(alone, on(alone, params), batch)
@@ -185,7 +185,7 @@ def test_mistakes_of_groups_are_named(override, words):
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+def distilled(tmp_path_factory):
   """(folder of a teacher of another width, its parameters, its model)."""
   folder = str(tmp_path_factory.mktemp("teacher") / "import")
   teacher = make_step("model.width=16", devices=1)
@@ -194,7 +194,7 @@ def taught(tmp_path_factory):
   return folder, params, teacher.model
 
 
-def pupil(folder, *overrides, devices=1, **objectives):
+def student_program(folder, *overrides, devices=1, **objectives):
   return make_step(
     *overrides,
     devices=devices,
@@ -204,7 +204,7 @@ def pupil(folder, *overrides, devices=1, **objectives):
 
 def learns(folder, *overrides, devices=1):
   """A pupil of the teacher's width with both kinds of embedding distillation."""
-  return pupil(
+  return student_program(
     folder,
     "model.width=16",
     *overrides,
@@ -216,9 +216,9 @@ def learns(folder, *overrides, devices=1):
   )
 
 
-def gradients_taught(step, params):
-  def function(params, batch, taught):
-    return step.step.gradients(params, {}, batch, jax.random.key(0), step.objectives, taught)[:2]
+def student_gradients(step, params):
+  def function(params, batch, distilled):
+    return step.step.gradients(params, {}, batch, jax.random.key(0), step.objectives, distilled)[:2]
 
   return step.in_mesh(jax.jit(function))(
     on(step, params), multihost.to_device(make_batch(), step.mesh), step.teachers_variables
@@ -226,16 +226,16 @@ def gradients_taught(step, params):
 
 
 @pytest.fixture(scope="module")
-def lesson(taught):
+def student(distilled):
   """(a pupil's step, its parameters, loss and gradients on one device)."""
-  step = learns(taught[0])
+  step = learns(distilled[0])
   params = jax.tree.map(np.asarray, step.init(3).params)
-  return step, params, gradients_taught(step, params)
+  return step, params, student_gradients(step, params)
 
 
-def test_distillation_equals_torch(taught, lesson):
+def test_distillation_equals_torch(distilled, student):
   torch = pytest.importorskip("torch")
-  (_, theirs, model), (step, params, (loss, _)), batch = taught, lesson, make_batch()
+  (_, theirs, model), (step, params, (loss, _)), batch = distilled, student, make_batch()
 
   def look(model, params):
     x, y = (
@@ -259,18 +259,18 @@ def test_distillation_equals_torch(taught, lesson):
   np.testing.assert_allclose(loss, float(want), rtol=1e-4)
 
 
-def test_distillation_is_the_same_on_devices_and_in_microbatches(taught, lesson):
+def test_distillation_is_the_same_on_devices_and_in_microbatches(distilled, student):
   step = learns(
-    taught[0], "train.microbatches=4", "mesh.data=1", "mesh.fsdp=8", "sharding=fsdp", devices=8
+    distilled[0], "train.microbatches=4", "mesh.data=1", "mesh.fsdp=8", "sharding=fsdp", devices=8
   )
-  assert_close(gradients_taught(step, lesson[1]), lesson[2])
+  assert_close(student_gradients(step, student[1]), student[2])
 
 
-def test_a_teacher_is_no_part_of_the_state_and_learning_from_oneself_is_done(taught, lesson):
+def test_a_teacher_is_no_part_of_the_state_and_learning_from_oneself_is_done(distilled, student):
   """A pupil with the teacher's parameters agrees with it; a train step leaves the teacher as it
   is.
   """
-  (folder, theirs, _), step = taught, lesson[0]
+  (folder, theirs, _), step = distilled, student[0]
   state, metrics = step.train(
     step.with_params(step.init(3), theirs), multihost.to_device(make_batch(), step.mesh)
   )
@@ -293,18 +293,20 @@ def test_a_teacher_is_no_part_of_the_state_and_learning_from_oneself_is_done(tau
     ("data.text.length=7", ["data.text.length", "6"]),
   ],
 )
-def test_a_teacher_of_other_inputs_is_refused(taught, override, words):
+def test_a_teacher_of_other_inputs_is_refused(distilled, override, words):
   with pytest.raises(UserError) as error:
-    pupil(taught[0], override).teachers  # noqa: B018
-  assert taught[0] in str(error.value) and all(word in str(error.value) for word in words), (
+    student_program(distilled[0], override).teachers  # noqa: B018
+  assert distilled[0] in str(error.value) and all(word in str(error.value) for word in words), (
     error.value
   )
 
 
-def test_a_missing_teacher_and_other_widths_are_named(taught, tmp_path):
+def test_a_missing_teacher_and_other_widths_are_named(distilled, tmp_path):
   with pytest.raises(UserError, match="no checkpoint here"):
-    pupil(str(tmp_path / "none")).teachers  # noqa: B018
-  step = pupil(taught[0], distil=dict(kind="embedding_distillation", teacher=taught[0]))
+    student_program(str(tmp_path / "none")).teachers  # noqa: B018
+  step = student_program(
+    distilled[0], distil=dict(kind="embedding_distillation", teacher=distilled[0])
+  )
   with pytest.raises(UserError, match="model.width"):
     step.lower()
 
@@ -315,10 +317,10 @@ def ask(forward, batch, rng, *, teacher: str):
   return {"loss": (x.sum(), jnp.ones(()))}
 
 
-def test_a_teacher_without_a_modality_says_so(taught):
+def test_a_teacher_without_a_modality_says_so(distilled):
   with pytest.raises(UserError, match="no encoder for 'audio'") as error:
-    pupil(taught[0], distil=dict(kind=f"{__name__}:ask", teacher=taught[0])).lower()
-  assert taught[0] in str(error.value)
+    student_program(distilled[0], distil=dict(kind=f"{__name__}:ask", teacher=distilled[0])).lower()
+  assert distilled[0] in str(error.value)
 
 
 def test_old_configs_have_one_group():

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax import files
+from mmjax import files, printing
 from mmjax.config import UserError, load_function
 from mmjax.data.builders.schema import (
   Record,
@@ -34,7 +34,6 @@ from mmjax.data.builders.schema import (
 )
 from mmjax.data.folders import find_version, is_complete, local_data_dir, split_sizes
 from mmjax.ownership import Owner
-from mmjax.printing import say
 
 __all__ = [
   "BUILDERS",
@@ -64,7 +63,9 @@ BUILDERS = {
 }
 
 
-def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None] = say) -> Path:
+def build(
+  name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None] = printing.log
+) -> Path:
   """Builds the embedded data set NAME under `data_dir` ("" = the usual folder); one that is there
   already is left alone.
 
@@ -82,11 +83,11 @@ def build(name: str, data_dir: str | os.PathLike = "", log: Callable[[str], None
   data_dir = local_data_dir(data_dir)
   start = time.perf_counter()
   make = load_function(target)
-  there = find_version(data_dir, name) if name in BUILDERS else None
+  built = find_version(data_dir, name) if name in BUILDERS else None
   folder = Path(make(data_dir, log))
   name = folder.parent.name
   splits = ", ".join(f"{split} {count:,}" for split, count in split_sizes(folder).items())
-  if there == folder:
+  if built == folder:
     log(f"{name} is already built: {folder} ({splits})")
   else:
     log(f"built {name} in {time.perf_counter() - start:.0f} s: {folder} ({splits})")
@@ -189,10 +190,10 @@ def write_dataset(
   return folder
 
 
-def _check_unique(seen: set[str], key: str, name: str) -> None:
-  if key in seen:
+def _check_unique(known: set[str], key: str, name: str) -> None:
+  if key in known:
     raise UserError(f"data set {name!r}: two records have the id {key!r}. Give each its own")
-  seen.add(key)
+  known.add(key)
 
 
 class _quiet_tfds:

@@ -101,7 +101,7 @@ def convert(
   media: str | os.PathLike = "",
   encoding: str = "",
   shard_rows: int = SHARD_ROWS,
-  log: Callable[[str], None] = printing.say,
+  log: Callable[[str], None] = printing.log,
 ) -> Summary:
   """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default
   folder).
@@ -543,13 +543,13 @@ def _counts(skipped: list[Entry]) -> dict[str, int]:
 
 
 def _unique(rows: list[Row]) -> tuple[list[Row], list[Entry]]:
-  seen: set[str] = set()
+  known: set[str] = set()
   kept, duplicates = [], []
   for row in rows:
-    if row.name in seen:
+    if row.name in known:
       duplicates.append(_entry(row.name, Skip("duplicate id"), row.count))
     else:
-      seen.add(row.name)
+      known.add(row.name)
       kept.append(row)
   return kept, duplicates
 

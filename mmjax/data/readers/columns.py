@@ -78,21 +78,21 @@ class Part(NamedTuple):
 
 
 def choose_columns(
-  there: Iterable[str], named: Mapping[str, str], path: str
+  present: Iterable[str], named: Mapping[str, str], path: str
 ) -> dict[str, tuple[str, ...]]:
   """{role: columns}, from `named` ("a+b" = both) or by the usual names. Raises UserError: no column
   for media or for what is said.
   """
-  there = list(there)
+  present = list(present)
   chosen: dict[str, tuple[str, ...]] = {}
-  lower = {column.strip().lower(): column for column in reversed(there)}
+  lower = {column.strip().lower(): column for column in reversed(present)}
   for role, options in COLUMNS.items():
     if role in named:
-      wanted = (named[role],) if named[role] in there else tuple(named[role].split("+"))
-      if missing := [column for column in wanted if column not in there]:
-        raise UserError(f"{path} has no column {missing[0]!r}; it has: {', '.join(there)}")
+      wanted = (named[role],) if named[role] in present else tuple(named[role].split("+"))
+      if missing := [column for column in wanted if column not in present]:
+        raise UserError(f"{path} has no column {missing[0]!r}; it has: {', '.join(present)}")
       chosen[role] = wanted
-    elif role == "caption" and (several := _captions(there, named.values())):
+    elif role == "caption" and (several := _captions(present, named.values())):
       chosen[role] = tuple(several)
     elif found := [
       lower[option] for option in options if option in lower and lower[option] not in named.values()
@@ -108,7 +108,7 @@ def choose_columns(
       needed == MEDIA and "conversation" in chosen
     ):
       raise UserError(
-        f"{path} has no column that looks like {looks}; it has: {', '.join(there)}. Name it: "
+        f"{path} has no column that looks like {looks}; it has: {', '.join(present)}. Name it: "
         f"{example}=COLUMN"
       )
   return chosen
@@ -175,14 +175,14 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
   return media or Skip("missing file", "names no picture, sound or video")
 
 
-def _captions(there: list[str], taken: Iterable[str]) -> list[str]:
+def _captions(present: list[str], taken: Iterable[str]) -> list[str]:
   """The columns of captions where there may be several: caption_0 to caption_4, caption and
   alt_text.
   """
   for pattern in _ALSO:
     if found := [
       column
-      for column in there
+      for column in present
       if re.fullmatch(pattern, column.strip().lower()) and column not in taken
     ]:
       return found

@@ -125,9 +125,11 @@ class FolderReader(ListedReader):
       texts.setdefault(stem, []).insert(0 if stem == name[:-4] else len(texts.get(stem, ())), found)
       taken.add(name)
     rows = []
-    for stem, there in stems.items():
-      for number in range(max(map(len, there.values()))):
-        files = {kind: there[kind][number] for kind in MEDIA if number < len(there.get(kind, ()))}
+    for stem, present in stems.items():
+      for number in range(max(map(len, present.values()))):
+        files = {
+          kind: present[kind][number] for kind in MEDIA if number < len(present.get(kind, ()))
+        }
         rows.append(Row(next(iter(files.values())), Where(files, None, tuple(texts.get(stem, ())))))
     return rows, [name for name in others if name not in taken]
 

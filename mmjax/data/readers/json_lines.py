@@ -97,25 +97,25 @@ def object_parts(
     if isinstance(row, Skip):
       yield at, row
       continue
-    there = tuple(row)
-    if there not in chosen:
+    present = tuple(row)
+    if present not in chosen:
       named = {
         role: name
         for role, name in options.columns.items()
         if not chosen or name in row or set(name.split("+")) <= set(row)
       }
       try:
-        chosen[there] = choose_columns(row, named, path)
+        chosen[present] = choose_columns(row, named, path)
       except UserError as error:
         if not chosen:
           raise
         yield at, Skip("broken row", printable(str(error)))
         continue
-    part = part_of(cells_of(row, chosen[there]), at, folder, options.language)
+    part = part_of(cells_of(row, chosen[present]), at, folder, options.language)
     yield (
       part
       if isinstance(part, Part)
-      else (text_of(row.get(chosen[there].get("id", ("",))[0])) or at, part)
+      else (text_of(row.get(chosen[present].get("id", ("",))[0])) or at, part)
     )
 
 

@@ -52,7 +52,7 @@ class _Stream:
         self.at += 1
       if self.at < len(self.text) or self.ended:
         return self.text[self.at : self.at + 1]
-      self._fill()
+      self._read_more()
 
   def take(self, wanted: str) -> str:
     """The next character, one of `wanted`. Raises ValueError."""
@@ -94,9 +94,9 @@ class _Stream:
       except ValueError:
         if self.ended:
           raise
-      self._fill()
+      self._read_more()
 
-  def _fill(self) -> None:
+  def _read_more(self) -> None:
     """Reads on: as much again as a value has already taken, so that a long one is not parsed many
     times.
     """

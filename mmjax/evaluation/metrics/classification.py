@@ -17,7 +17,7 @@ def accuracy(logits: Array, labels: Array, *, top: int = 1) -> float:
 
   Raises UserError: no row counts.
   """
-  logits, labels = _counted(logits, labels)
+  logits, labels = _labelled(logits, labels)
   ranked = np.argsort(-logits, axis=1, kind="stable")[:, :top]
   return float((ranked == labels[:, None]).any(1).mean())
 
@@ -32,11 +32,11 @@ def average_precision(scores: Array, positives: Array) -> float:
   if not positives.any():
     raise UserError("average precision needs a positive example. Leave out classes that have none")
   order = np.argsort(-np.asarray(scores), kind="stable")
-  scores, hits = np.asarray(scores)[order], np.cumsum(positives[order])
+  scores, true_positives = np.asarray(scores)[order], np.cumsum(positives[order])
   last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # of each run of equal scores
-  hits = hits[last]
-  gained = np.diff(hits, prepend=0) / positives.sum()
-  return float((gained * hits / (last + 1)).sum())
+  true_positives = true_positives[last]
+  gained = np.diff(true_positives, prepend=0) / positives.sum()
+  return float((gained * true_positives / (last + 1)).sum())
 
 
 def mean_average_precision(scores: Array, labels: Array) -> float:
@@ -59,17 +59,17 @@ def expected_calibration_error(logits: Array, labels: Array, *, bins: int = 15) 
   (Guo et al. 2017, arXiv:1706.04599, equation 3). logits [N, C], labels int [N]. Bins are (low,
   high]. Raises UserError: no row counts.
   """
-  logits, labels = _counted(logits, labels)
+  logits, labels = _labelled(logits, labels)
   logits = logits.astype(np.float64)
   chances = np.exp(logits - logits.max(1, keepdims=True))
   chances /= chances.sum(1, keepdims=True)
-  confidence, right = chances.max(1), chances.argmax(1) == labels
+  confidence, correct = chances.max(1), chances.argmax(1) == labels
   index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-  gaps = np.bincount(index, right - confidence, minlength=bins)
+  gaps = np.bincount(index, correct - confidence, minlength=bins)
   return float(np.abs(gaps).sum() / len(labels))
 
 
-def _counted(logits: Array, labels: Array) -> tuple[Array, Array]:
+def _labelled(logits: Array, labels: Array) -> tuple[Array, Array]:
   logits, labels = np.asarray(logits), np.asarray(labels)
   if logits.ndim != 2 or labels.shape != logits.shape[:1]:
     raise UserError(

@@ -21,13 +21,13 @@ import flax.traverse_util
 import jax
 
 import mmjax.config
+from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.pipeline import batch_spec
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, open_clip, preprocessing, sentences, single
 from mmjax.models import make_model
 from mmjax.ownership import new_folder
-from mmjax.printing import say
 from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
@@ -76,7 +76,7 @@ ALONE = {  # an encoder's kind -> the families that it alone may be
 
 
 def _warn(line: str) -> None:
-  say(f"mmjax: {line}", sys.stderr)
+  printing.log(f"mmjax: {line}", sys.stderr)
 
 
 def import_hf(

@@ -235,11 +235,11 @@ def _forced(known: Mapping[str, Any]) -> list[int | None]:
   if known.get("language") is not None or known.get("task") is not None:
     return []
   pairs = [tuple(pair) for pair in known.get("forced_decoder_ids") or ()]
-  places = [place for place, _ in pairs]
-  if places and places[0] != 1:
+  positions = [position for position, _ in pairs]
+  if positions and positions[0] != 1:
     return []  # transformers leaves them out
-  if places != list(range(1, len(places) + 1)):
-    raise UserError(f"forced_decoder_ids has the places {places}, but they must count up from 1")
+  if positions != list(range(1, len(positions) + 1)):
+    raise UserError(f"forced_decoder_ids has the places {positions}, but they must count up from 1")
   return [token for _, token in pairs]
 
 

@@ -24,7 +24,7 @@ from mmjax.models.attention.mask import AttentionMask
 from mmjax.models.attention.plain import plain, sdpa
 from mmjax.models.attention.ring import Ring, ring_attention
 from mmjax.models.platform import platform
-from mmjax.parallel.rules import devices_along, places
+from mmjax.parallel.rules import devices_along, partition_spec
 
 Array = jax.Array
 
@@ -85,7 +85,7 @@ def attend(
   kernel = choose(kernel, query, key, mask, soft_cap=soft_cap, bias=bias)
   if bias is not None:
     return plain(query, key, value, mask, scale=scale, soft_cap=soft_cap, bias=bias)
-  spec = _places(query.shape, ("batch", "length", "heads", "kv"))
+  spec = _partition_spec(query.shape, ("batch", "length", "heads", "kv"))
   if spec is not None and groups % devices_along(spec[2]):
     key, value = (jnp.repeat(x, heads // groups, axis=2) for x in (key, value))
   if (
@@ -232,7 +232,7 @@ def packed_attention(
     )
     return out if qkv.ndim == 2 else out.reshape(out.shape[0], -1, channels)
 
-  batch, split = _places((rows // length, heads), ("batch", "heads")) or (None, None)
+  batch, split = _partition_spec((rows // length, heads), ("batch", "heads")) or (None, None)
   if split is None:
     # all of it as matrices: the compiler may not choose another layout for [B * L, 3, H, K] where
     # devices meet
@@ -248,7 +248,7 @@ def per_shard(
   run: Callable[..., Array], query: Array, key: Array, value: Array, mask: AttentionMask
 ) -> Array:
   """Runs a kernel that XLA cannot partition on each device's share of the batch and the heads."""
-  spec = _places(query.shape, ("batch", None, "heads", "kv")) or P(None)
+  spec = _partition_spec(query.shape, ("batch", None, "heads", "kv")) or P(None)
   return _per_device(run, (query, spec), (key, spec), (value, spec), (mask, P(spec[0])), out=spec)
 
 
@@ -266,9 +266,9 @@ def _per_device(run: Callable[..., Array], *operands: tuple[Any, P], out: P) -> 
   return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
 
 
-def _places(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
+def _partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
   """Which mesh axes split the dimensions of these logical names, as the rules in force say; None
   where nothing does.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else places(shape, names)
+  return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else partition_spec(shape, names)

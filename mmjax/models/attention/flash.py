@@ -31,9 +31,9 @@ def flash(
   k, v = (jnp.repeat(x, heads // groups, axis=1) for x in (k, v))
   bias = segments = some = None
   if needs_dense(mask):
-    seen = mask.dense(length, keys)
-    seen, some = open_blind_rows(jnp.broadcast_to(seen, (q.shape[0], length, keys)))
-    bias = _pad(_pad(jnp.where(seen, 0.0, LOW).astype(jnp.float32), 1), 2, LOW)
+    allowed = mask.dense(length, keys)
+    allowed, some = open_blind_rows(jnp.broadcast_to(allowed, (q.shape[0], length, keys)))
+    bias = _pad(_pad(jnp.where(allowed, 0.0, LOW).astype(jnp.float32), 1), 2, LOW)
     bias = jnp.broadcast_to(bias[:, None], (*q.shape[:3], k.shape[2]))
   elif mask.arrays or k.shape[2] != keys:
     segments, some = _segments(mask, q.shape[0], length, keys)

@@ -229,8 +229,8 @@ def _refs(given: list[bool], refs: tuple) -> tuple[_Parts, tuple]:
 
 def _of_head(qkv, bias, rows, h: int, heads: int, channels: int) -> list[Array]:
   """query, key and value [L, K] of one head."""
-  places = (slice((n * heads + h) * channels, (n * heads + h + 1) * channels) for n in range(3))
-  return [qkv[rows, place] + bias[:, place] for place in places]
+  columns = (slice((n * heads + h) * channels, (n * heads + h + 1) * channels) for n in range(3))
+  return [qkv[rows, column] + bias[:, column] for column in columns]
 
 
 def _open(settings: _Settings, parts: _Parts, i: Array) -> Array | None:

@@ -35,10 +35,10 @@ def plain(
     logits = soft_cap * jnp.tanh(logits / soft_cap)
   if bias is not None:
     logits = logits + bias
-  seen, some = mask.dense(length, key.shape[1]), None
-  if seen is not None:
-    seen, some = open_blind_rows(seen)
-    logits = jnp.where(seen[:, None], logits, LOW)
+  allowed, some = mask.dense(length, key.shape[1]), None
+  if allowed is not None:
+    allowed, some = open_blind_rows(allowed)
+    logits = jnp.where(allowed[:, None], logits, LOW)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
   if groups != heads:
     weights = weights.reshape(b, groups, heads // groups * length, -1)
@@ -70,19 +70,19 @@ def sdpa(
       scale=scale,
       implementation=implementation,
     )
-  seen = mask.dense(query.shape[1], key.shape[1])
-  seen, some = open_blind_rows(
-    jnp.broadcast_to(seen, (query.shape[0], query.shape[1], key.shape[1]))
+  allowed = mask.dense(query.shape[1], key.shape[1])
+  allowed, some = open_blind_rows(
+    jnp.broadcast_to(allowed, (query.shape[0], query.shape[1], key.shape[1]))
   )
   out = jax.nn.dot_product_attention(
-    query, key, value, mask=seen[:, None], scale=scale, implementation=implementation
+    query, key, value, mask=allowed[:, None], scale=scale, implementation=implementation
   )
   return jnp.where(some[:, :, None, None], out, 0)
 
 
-def open_blind_rows(seen: Array) -> tuple[Array, Array]:
-  """(`seen` [B, L, S] with rows that see nothing opened wide so that they stay finite, which rows
-  see something [B, L]).
+def open_blind_rows(allowed: Array) -> tuple[Array, Array]:
+  """(`allowed` [B, L, S] with rows that see nothing opened wide so that they stay finite, which
+  rows see something [B, L]).
   """
-  some = seen.any(-1)
-  return seen | ~some[..., None], some
+  some = allowed.any(-1)
+  return allowed | ~some[..., None], some

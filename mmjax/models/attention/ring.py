@@ -79,14 +79,14 @@ class Ring(NamedTuple):
     length, keys = logits.shape[2:]
     row = (lax.axis_index(self.axis) * length + jnp.arange(length))[:, None]
     prefix = None if mask.prefix is None else mask.prefix[:, None, None]
-    seen = [mask.in_reach(row, start + jnp.arange(keys), prefix)]
+    allowed = [mask.in_reach(row, start + jnp.arange(keys), prefix)]
     if mask.keys is not None:
-      seen.append(mask.keys[:, None])
+      allowed.append(mask.keys[:, None])
     if mask.segments is not None:
-      seen.append(mask.segments[:, :, None] == mask.key_segments[:, None])
+      allowed.append(mask.segments[:, :, None] == mask.key_segments[:, None])
     if mask.pairs is not None:
-      seen.append(lax.dynamic_slice_in_dim(mask.pairs, start, keys, 2))
-    for part in seen:
+      allowed.append(lax.dynamic_slice_in_dim(mask.pairs, start, keys, 2))
+    for part in allowed:
       if part is not None:
         part = part[:, None] if part.ndim == 3 else part
         logits = jnp.where(part, logits, -jnp.inf)

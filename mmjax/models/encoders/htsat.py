@@ -109,9 +109,9 @@ def stretch(x: Array, size: int) -> Array:
   """
   if x.shape[1] == size:
     return x
-  places, weights = cubic_taps(x.shape[1], size)
-  taps = zip(places.T, weights.T, strict=True)
-  return sum(jnp.take(x, place, axis=1) * weight[:, None] for place, weight in taps)
+  indices, weights = cubic_taps(x.shape[1], size)
+  taps = zip(indices.T, weights.T, strict=True)
+  return sum(jnp.take(x, index, axis=1) * weight[:, None] for index, weight in taps)
 
 
 @functools.lru_cache(maxsize=16)
@@ -125,8 +125,8 @@ def cubic_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
   a = np.float32(-0.75)
   near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
   far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-  places = np.clip(first[:, None] + np.arange(-1, 3), 0, old - 1).astype(np.int32)
-  return places, np.where(distance <= 1, near, far)
+  indices = np.clip(first[:, None] + np.arange(-1, 3), 0, old - 1).astype(np.int32)
+  return indices, np.where(distance <= 1, near, far)
 
 
 def htsat(

@@ -109,13 +109,13 @@ def sequences(pixels: Array, patch: int) -> dict[str, Array]:
       f"{patch}"
     )
   patches = patchify(pixels[:, : rows * patch, : columns * patch], patch)
-  places = jnp.stack(
+  grid_positions = jnp.stack(
     jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1
   ).reshape(-1, 2)
   b = pixels.shape[0]
   return dict(
     patches=patches,
-    positions=jnp.broadcast_to(places, (b, rows * columns, 2)),
+    positions=jnp.broadcast_to(grid_positions, (b, rows * columns, 2)),
     grid=jnp.broadcast_to(jnp.array([rows, columns]), (b, 2)),
     mask=jnp.ones((b, rows * columns), bool),
   )

@@ -62,7 +62,9 @@ class SwinTransformer(nn.Module):
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
     c = self.config
-    x = _fill(normalise(batch["pixels"], self.pixel_mean, self.pixel_std, c.dtype), self.patch)
+    x = _pad_to_multiple(
+      normalise(batch["pixels"], self.pixel_mean, self.pixel_std, c.dtype), self.patch
+    )
     rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
@@ -161,7 +163,7 @@ class WindowAttention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, shift: int) -> Array:
     (b, h, w, width), n = x.shape, self.window
-    x = jnp.roll(_fill(x, n), (-shift, -shift), axis=(1, 2))
+    x = jnp.roll(_pad_to_multiple(x, n), (-shift, -shift), axis=(1, 2))
     rows, columns = x.shape[1] // n, x.shape[2] // n
     x = (
       x.reshape(b, rows, n, columns, n, width)
@@ -211,7 +213,7 @@ class PatchMerging(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     width = x.shape[-1]
-    x = _fill(x, 2)
+    x = _pad_to_multiple(x, 2)
     x = jnp.concatenate([x[:, i::2, j::2] for j in range(2) for i in range(2)], axis=-1)
     x = LayerNorm(EPS, self.dtype, name="norm")(x)
     return Dense(
@@ -222,8 +224,8 @@ class PatchMerging(nn.Module):
 @functools.lru_cache(maxsize=16)
 def relative_index(window: int) -> np.ndarray:
   """Row of the bias table for each query and key of a window: int32 [window**2, window**2]."""
-  places = np.stack(np.mgrid[:window, :window]).reshape(2, -1)
-  rows, columns = places[:, :, None] - places[:, None, :] + window - 1
+  positions = np.stack(np.mgrid[:window, :window]).reshape(2, -1)
+  rows, columns = positions[:, :, None] - positions[:, None, :] + window - 1
   return (rows * (2 * window - 1) + columns).astype(np.int32)
 
 
@@ -245,7 +247,7 @@ def open_pairs(height: int, width: int, window: int, shift: int) -> np.ndarray:
   return windows[:, :, None] == windows[:, None, :]
 
 
-def _fill(x: Array, multiple: int) -> Array:
+def _pad_to_multiple(x: Array, multiple: int) -> Array:
   """[B, H, W, C] with zeros at the bottom and the right up to multiples."""
   down, right = -x.shape[1] % multiple, -x.shape[2] % multiple
   return jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0))) if down or right else x

@@ -164,14 +164,14 @@ class TubeletTransformer(nn.Module):
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
     )(x)
-    x, places = hide_patches(self, x, batch), self.size // self.patch
+    x, side = hide_patches(self, x, batch), self.size // self.patch
 
     def table(name, count):
       return self.param(
         name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32
       )
 
-    place = resize_positions(table("position", places * places), (places, places), tuple(grid))
+    place = resize_positions(table("position", side * side), (side, side), tuple(grid))
     when = table("time_position", self.length // self.time)[:steps]
     x = x + (when[:, None] + place[None]).reshape(-1, c.width).astype(c.dtype)
     return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
