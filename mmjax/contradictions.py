@@ -131,12 +131,13 @@ def _check_model(model: dict, encoders: dict) -> None:
 
 def _check_objectives(c: dict) -> None:
   """What objectives train on is there, and who updates for them."""
-  groups = c.get("optimizers", {})
+  groups, data = c.get("optimizers", {}), c["data"]
   for name, entry in c["objectives"].items():
-    if entry["kind"] == "classification" and c["data"]["label"] == "none":
+    if entry["kind"] in ("classification", "ordinal"):
+      _check_classes(f"objectives.{name}", entry, data)
+    if entry["kind"] == "regression" and not data["values"]:
       raise ConfigError(
-        f"objectives.{name} classifies, but data.label is 'none'. Set it to 'label', 'labels' or "
-        "'answer'"
+        f"objectives.{name} predicts values, but data.values is 0. Set it to how many a record has"
       )
   for name, entry in c["objectives"].items():
     if entry.get("group") and entry["group"] not in groups:
@@ -147,6 +148,24 @@ def _check_objectives(c: dict) -> None:
       )
   if c["train"]["mixup"]:
     _check_mixup(c["objectives"])
+
+
+def _check_classes(where: str, entry: dict, data: dict) -> None:
+  """Labels to classify by, and a weight for each class."""
+  weights = entry["class_weights"]
+  if data["label"] == "none":
+    raise ConfigError(
+      f"{where} classifies, but data.label is 'none'. Set it to 'label', 'labels' or 'answer'"
+    )
+  if entry["kind"] == "ordinal" and data["label"] != "label":
+    raise ConfigError(
+      f"{where} needs one label a record, but data.label is {data['label']!r}. Set it to 'label'"
+    )
+  if weights != "balanced" and weights and len(weights) != data["classes"]:
+    raise ConfigError(
+      f"{where}.class_weights has {len(weights)} numbers, but data.classes is {data['classes']}. "
+      "Give one for each class, or 'balanced'"
+    )
 
 
 def _check_mixup(objectives: dict) -> None:

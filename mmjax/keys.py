@@ -177,6 +177,14 @@ KEYS = (
     Count,
     "Classes that a classifier tells apart: at least as many as the sources have.",
   ),
+  Key(
+    "data.class_names",
+    (),
+    tuple,
+    "Classes in the order of their numbers, such as grades from the lowest on; () = all that the "
+    "sources have, sorted.",
+  ),
+  Key("data.values", 0, Count, "Values of a record that a regression predicts; 0 = none."),
   Key("data.workers", 0, Processes, "Data processes a host; 0 = threads of the main process."),
   Key("data.threads", 2, Threads, "Reading threads a data process."),
   Key("data.prefetch", 4, Few, "Batches prepared ahead."),
@@ -591,6 +599,8 @@ KINDS: dict[str, dict[str, str]] = {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
     "matching": "mmjax.objectives.matching:matching",
     "classification": "mmjax.objectives.classification:classification",
+    "ordinal": "mmjax.objectives.ordinal:ordinal",
+    "regression": "mmjax.objectives.regression:regression",
     "masked_tokens": "mmjax.objectives.masked:masked_tokens",
     "masked_patches": "mmjax.objectives.masked:masked_patches",
     "captioning": "mmjax.objectives.captioning:captioning",

@@ -342,7 +342,7 @@ class Examples:
     """{class: number} of a source."""
     if id(source) not in self._numbers:
       self._numbers[id(source)] = {
-        name: number for number, name in enumerate(class_names(source, self.config.data.label))
+        name: number for number, name in enumerate(class_names(source, self.config.data))
       }
     return self._numbers[id(source)]
 
@@ -351,16 +351,22 @@ def check_classes(config, sources: Sequence[Source]) -> None:
   """Raises UserError: the sources have other classes than each other, or more than data.classes."""
   if config.data.label == "none":
     return
-  labelled = [source for source in sources if class_names(source, config.data.label)]
+  labelled = [source for source in sources if class_names(source, config.data)]
   if not labelled:
     raise UserError(
       f"data.label is {config.data.label!r}, but no source has such classes: "
       f"{', '.join(source.name for source in sources)}. Set data.label='none' or choose another "
       "source"
     )
-  first = class_names(labelled[0], config.data.label)
+  first = class_names(labelled[0], config.data)
   for source in labelled:
-    names = class_names(source, config.data.label)
+    names = class_names(source, config.data)
+    unknown = [name for name in _found(source, config.data.label) if name not in names]
+    if unknown:
+      raise UserError(
+        f"{source.name} has the label {unknown[0]!r}, which data.class_names does not name: "
+        f"{', '.join(names[:12])}"
+      )
     if names != first:
       raise UserError(
         f"sources {labelled[0].name} and {source.name} have different classes; a classifier needs "
@@ -373,9 +379,17 @@ def check_classes(config, sources: Sequence[Source]) -> None:
       )
 
 
-def class_names(source: Source, label: str) -> tuple[str, ...]:
-  """The classes of a source in the order of their numbers, for data.label `label`; answers only
-  where its texts are questions.
+def class_names(source: Source, data: Mapping[str, Any]) -> tuple[str, ...]:
+  """The classes of a source in the order of their numbers: data.class_names, or else those that it
+  has, sorted; () = none.
+  """
+  found = _found(source, data["label"])
+  return tuple(data["class_names"]) or found if found else ()
+
+
+def _found(source: Source, label: str) -> tuple[str, ...]:
+  """The classes that a source has, for data.label `label`; answers only where its texts are
+  questions.
   """
   if label == "answer":
     return (

@@ -253,7 +253,7 @@ class EvaluationData:
     self.rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     self.source = open_source(entry, config)
     self.label_names = self.source.labels
-    self.class_names = class_names(self.source, config.data.label)
+    self.class_names = class_names(self.source, config.data)
     self.captions: list[Caption] = []
     self.facts: list[dict] = []
     self.items: list[tuple[int, int]] = []

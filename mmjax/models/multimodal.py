@@ -17,6 +17,7 @@ from mmjax.config import UserError
 from mmjax.models.decoder import shift_right
 from mmjax.models.dual_encoder import DualEncoder
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, with_axes
+from mmjax.models.ordinal import OrdinalHead
 from mmjax.models.stack import Stack
 from mmjax.ranges import Count, Finite, Positive, Width
 
@@ -36,6 +37,8 @@ class Multimodal(DualEncoder):
   fusion: nn.Module | None = None
   decoder: nn.Module | None = None
   classes: int = 0
+  ordinal: bool = False  # the classes have an order
+  values: int = 0  # numbers of a row that `regress` predicts
   matches: bool = False
   masked_text: bool = False
   masked_patches: tuple[str, ...] = ()
@@ -57,17 +60,17 @@ class Multimodal(DualEncoder):
         (count,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=name
       )
 
+    owners = [""] if self.fusion is not None else [f"{modality}_" for modality in self.encoders]
     if self.classes:
-      names = (
-        ["classifier"]
-        if self.fusion is not None
-        else [f"{modality}_classifier" for modality in self.encoders]
-      )
+      names = [f"{owner}classifier" for owner in owners]
       self.classifiers = {
-        name: head(self.classes, name)
+        name: OrdinalHead(self.classes, name=name) if self.ordinal else head(self.classes, name)
         for name in names
         if not getattr(self.fusion, "decides", False)
       }
+    if self.values:
+      names = [f"{owner}regressor" for owner in owners]
+      self.regressors = {name: head(self.values, name) for name in names}
     if self.matches:
       self.match_head = head(1, "matcher")
     if self.masked_text:
@@ -110,12 +113,11 @@ class Multimodal(DualEncoder):
       )
     if self.fusion is not None:
       self.fuse(have, batch, train=train)
-    for modalities in (
-      ([have] if self.fusion is not None else [(modality,) for modality in have])
-      if self.classes
-      else []
-    ):
-      self.classify(modalities, batch, train=train)
+    for modalities in [have] if self.fusion is not None else [(modality,) for modality in have]:
+      if self.classes:
+        self.classify(modalities, batch, train=train)
+      if self.values:
+        self.regress(modalities, batch, train=train)
     if self.matches:
       self.match(have, batch, train=train)
     if self.decoder is not None and "text" in batch:
@@ -146,19 +148,30 @@ class Multimodal(DualEncoder):
     """
     if not self.classes:
       raise UserError("the model has no classifier: set data.classes to the number of classes")
-    if self.fusion is None:
-      if len(modalities) != 1:
-        raise UserError(
-          f"classifying {' + '.join(modalities)} needs a fusion: give config.model.fusion, or "
-          "name one modality"
-        )
-      return self.classifiers[f"{modalities[0]}_classifier"](
-        self.encode(modalities[0], batch, train=train).pooled
+    owner, pooled = self._pooled(modalities, batch, train)
+    if getattr(self.fusion, "decides", False):
+      return pooled.astype(jnp.float32)
+    return self.classifiers[f"{owner}classifier"](pooled)
+
+  def regress(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
+    """float32 [B, K]: the values of a row, standardised as the objective "regression" says, from
+    the fused modalities, or from one alone in a model without a fusion.
+    """
+    if not self.values:
+      raise UserError("the model predicts no values: set data.values to how many a record has")
+    owner, pooled = self._pooled(modalities, batch, train)
+    return self.regressors[f"{owner}regressor"](pooled)
+
+  def _pooled(self, modalities: tuple[str, ...], batch: Batch, train: bool) -> tuple[str, Array]:
+    """(whose head reads it, "" = the fusion's; [B, D])."""
+    if self.fusion is not None:
+      return "", self.fuse(modalities, batch, train=train).pooled
+    if len(modalities) != 1:
+      raise UserError(
+        f"a head on {' + '.join(modalities)} needs a fusion: give config.model.fusion, or name one "
+        "modality"
       )
-    pooled = self.fuse(modalities, batch, train=train).pooled
-    return (
-      pooled.astype(jnp.float32) if self.fusion.decides else self.classifiers["classifier"](pooled)
-    )
+    return f"{modalities[0]}_", self.encode(modalities[0], batch, train=train).pooled
 
   def match(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
     """float32 logits [B] that the modalities of a row belong together."""
@@ -414,6 +427,7 @@ def fusion_encoder(
   masked_patches: tuple = (),
   shared: bool = False,
   joint: bool = True,
+  ordinal: bool = False,
   unprojected: tuple = (),
   projection_bias: bool = False,
   scale_init: Positive = 1 / 0.07,
@@ -441,6 +455,7 @@ def fusion_encoder(
     masked_patches=masked_patches,
     shared=shared,
     joint=joint,
+    ordinal=ordinal,
     unprojected=unprojected,
     projection_bias=projection_bias,
     scale_init=scale_init,
@@ -460,6 +475,7 @@ def captioner(
   decoder: nn.Module | None = None,
   shared: bool = False,
   joint: bool = False,
+  ordinal: bool = False,
   unprojected: tuple = (),
   projection_bias: bool = False,
   scale_init: Positive = 1 / 0.07,
@@ -482,6 +498,7 @@ def captioner(
     decoder=decoder,
     shared=shared,
     joint=joint,
+    ordinal=ordinal,
     unprojected=unprojected,
     projection_bias=projection_bias,
     scale_init=scale_init,
@@ -505,6 +522,7 @@ def multitask(
   masked_patches: tuple = (),
   shared: bool = False,
   joint: bool = True,
+  ordinal: bool = False,
   unprojected: tuple = (),
   projection_bias: bool = False,
   scale_init: Positive = 1 / 0.07,
@@ -514,7 +532,7 @@ def multitask(
   discriminator: Count = 0,
 ) -> Multimodal:
   """Encoders with any of: a shared space, a fusion, a decoder, heads. With data.classes, also a
-  classifier.
+  classifier, and with data.values a head that predicts them.
 
   width: channels of the shared space, and of encoders, fusion and decoder that do not say theirs.
   fusion: settings of a fusion, such as dict(kind="cross_attention"). decoder: settings of the text
@@ -525,6 +543,8 @@ def multitask(
   shared: one transformer serves every encoder; they own their inputs, norms and poolings, and have
   the same settings of blocks.
   joint: project every modality to one space (contrastive, retrieval, matching).
+  ordinal: the classes have an order, that of their numbers: a score and ascending thresholds tell
+  them apart.
   unprojected, projection_bias, scale_init, scale_max, bias, bias_init, discriminator: of that
   space; see `dual_encoder`.
   """
@@ -542,6 +562,10 @@ def multitask(
     raise UserError(
       "model.match needs a fusion: give config.model.fusion, such as dict(kind='cross_attention')"
     )
+  if (ordinal or data.get("values")) and getattr(fusion, "decides", False):
+    raise UserError("model.ordinal and data.values need a fusion of features, not 'decision'")
+  if ordinal and data.get("classes", 0) < 2:
+    raise UserError(f"model.ordinal needs data.classes of at least 2, not {data.get('classes', 0)}")
   if match and fusion.decides:
     raise UserError("model.match needs a fusion of features, not 'decision'")
   if shared:
@@ -559,6 +583,8 @@ def multitask(
     fusion=fusion,
     decoder=decoder,
     classes=data.get("classes", 0),
+    ordinal=ordinal,
+    values=data.get("values", 0),
     matches=match,
     masked_text=masked_text,
     masked_patches=tuple(masked_patches),

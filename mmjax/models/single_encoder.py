@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
+from mmjax.models.ordinal import OrdinalHead
 from mmjax.models.pooling import SentencePooling, keep_rows, sentence
 from mmjax.models.projection import Between, projection
 from mmjax.ranges import Count, Sizes, Width
@@ -41,7 +42,8 @@ class SingleEncoder(nn.Module):
   `projected`: the pooled output goes through a linear layer (or two) to `width` channels first, as
   CLIP's and CLAP's towers have it.
   `classes`: outputs of a linear classifier on the pooled output; 0 = none; `classifier_norm`: it
-  has a layer norm before it.
+  has a layer norm before it; `ordinal`: it is an `OrdinalHead` instead. `values`: of a head for
+  `regress`.
   `probabilities`: what makes probabilities of its logits: softmax, sigmoid (of one label, or
   several at once), or "none" (scores).
   `spelling`: tokens of a CTC head on each token of the encoder, for `spell`; 0 = none. `blank`: the
@@ -67,6 +69,8 @@ class SingleEncoder(nn.Module):
   probabilities: Probabilities = "softmax"
   spelling: int = 0
   blank: int = 0
+  ordinal: bool = False
+  values: int = 0
 
   shared_methods = ("temperature",)  # methods whose result does not depend on examples
 
@@ -75,12 +79,16 @@ class SingleEncoder(nn.Module):
       setattr(
         self, modality, encoder.clone(parent=None)
       )  # the parameters of "image" are image/..., not encoders_image/...
-    if self.classes:
+    if self.classes and self.ordinal:
+      self.classifier = OrdinalHead(self.classes)
+    elif self.classes:
       self.classifier = (
         NormedClassifier(self.classes, self.eps)
         if self.classifier_norm
         else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02))
       )
+    if self.values:
+      self.regressor = Dense((self.values,), ("embed", None), jnp.float32, normal(0.02))
     if self.projected:
       self.projection = projection(self.width, self.projection_function, self.projection_bias)
     self.dense_layer = [
@@ -99,6 +107,8 @@ class SingleEncoder(nn.Module):
       return {}
     if self.classes:
       self.classify((modality,), batch, train=train)
+    if self.values:
+      self.regress((modality,), batch, train=train)
     if self.spelling:
       self.spell((modality,), batch)
     if self.masked_tokens:
@@ -148,6 +158,15 @@ class SingleEncoder(nn.Module):
       raise UserError("this model has no classifier: set model.classes")
     (modality,) = modalities
     return self.classifier(self._pooled(modality, batch, train))
+
+  def regress(
+    self, modalities: tuple[str, ...], batch: Mapping[str, Any], *, train: bool = False
+  ) -> Array:
+    """float32 [B, K]: the values of a row, standardised as the objective "regression" says."""
+    if not self.values:
+      raise UserError("this model predicts no values: set data.values to how many a record has")
+    (modality,) = modalities
+    return self.regressor(self._pooled(modality, batch, train))
 
   def spell(self, modalities: tuple[str, ...], batch: Mapping[str, Any]) -> Array:
     """int32 [B, L]: the likeliest token of each token of the encoder by the CTC head, `blank` where
@@ -232,12 +251,14 @@ def encoder(
   probabilities: Probabilities = "softmax",
   spelling: Count = 0,
   blank: Count = 0,
+  ordinal: bool = False,
 ) -> SingleEncoder:
   """One encoder, whose pooled output is the embedding.
 
   width: channels that the encoder ends with, and of an encoder that does not say its own.
   classes: outputs of a linear classifier; 0 = none. classifier_norm: a layer norm before it, as AST
-  has.
+  has. ordinal: the classes have an order, that of their numbers: a score and ascending thresholds
+  tell them apart. With data.values there is also a head that predicts them.
   probabilities: of the classifier's outputs: softmax, sigmoid (one label, or several at once) or
   none (they are scores).
   masked_tokens: a head that predicts masked tokens through the encoder's own embeddings (text
@@ -267,6 +288,10 @@ def encoder(
     raise UserError(
       f"model.classifier_norm needs an encoder that is a transformer, not {type(module).__name__}"
     )
+  if ordinal and (classes < 2 or classifier_norm):
+    raise UserError(
+      "model.ordinal needs model.classes of at least 2, and a classifier without a norm"
+    )
   _check_sentence(module, sentence_pooling, dense, dense_activations)
   settings = (
     dict(activation=module.config.activation, eps=module.config.eps)
@@ -289,6 +314,8 @@ def encoder(
     probabilities=probabilities,
     spelling=spelling,
     blank=blank,
+    ordinal=ordinal,
+    values=data.get("values", 0),
     **settings,
   )
 

@@ -10,7 +10,7 @@ pictures that train.mixup blended: what it asks for must then follow the blend.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -41,16 +41,21 @@ class Forward(Protocol):
 Mixup = Literal["always", "alone", "never"]
 
 
+# (settings, statistics of the training data, config.data) -> settings that are known only from that
+# data. statistics: data/statistics.py; None = numbers of the same shape, to plan with.
+Fit = Callable[[Mapping[str, Any], Any, Mapping[str, Any]], dict[str, Any]]
+
+
 def objective(
-  *, couples_examples: bool, mixup: Mixup = "never"
+  *, couples_examples: bool, mixup: Mixup = "never", fit: Fit | None = None
 ) -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:
   """Marks a function as an objective. mixup: it is sound on blended pictures always, where it reads
-  nothing beside them, or never.
+  nothing beside them, or never. fit: gives settings that the start of a run fills in.
   """
 
   def mark(function: Callable[..., Losses]) -> Callable[..., Losses]:
     marked: Any = function
-    marked.couples_examples, marked.mixup = couples_examples, mixup
+    marked.couples_examples, marked.mixup, marked.fit = couples_examples, mixup, fit
     return function
 
   return mark

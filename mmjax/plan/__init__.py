@@ -29,6 +29,7 @@ from mmjax.plan import cost, hlo, memory, topology
 from mmjax.plan.kernels import kernels_of
 from mmjax.training.memory import compiled_bytes, state_bytes
 from mmjax.training.program import Program
+from mmjax.training.statistics import with_statistics
 
 Log = Callable[[str], None]
 CACHE = "~/.cache/mmjax/plans"
@@ -169,7 +170,7 @@ def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Progra
   """(the step of a run, its length where that is known). Data are opened only where durations are
   in epochs.
   """
-  examples = None
+  config, examples = with_statistics(config), None
   if any(isinstance(value, str) and "epoch" in value for _, value in configs.flatten(config)):
     from mmjax.data.pipeline import Pipeline
 

@@ -78,7 +78,7 @@ def train(
   )
   # From here on: a signal that comes while compiling is not lost.
   with StopSignal() as stop, watchdog, contextlib.ExitStack() as ends:
-    mesh, pipeline = multihost.together(functools.partial(open_data, config))
+    config, mesh, pipeline = multihost.together(functools.partial(open_data, config))
     owner = ends.enter_context(own(workdir, stop))
     mirror = files.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check)
     ends.enter_context(mirror)

@@ -19,6 +19,7 @@ from mmjax import evaluation, files
 from mmjax.config import UserError
 from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
+from mmjax.data.statistics import Statistics
 from mmjax.data.text import Tokenizer, load_tokenizer
 from mmjax.evaluation import report
 from mmjax.files import disk_errors
@@ -29,6 +30,7 @@ from mmjax.state import checkpoint, schedule
 from mmjax.state.train_state import TrainState
 from mmjax.training.metrics import import_wandb, log
 from mmjax.training.program import Program
+from mmjax.training.statistics import with_statistics
 from mmjax.training.stop import StopSignal
 from mmjax.training.summary import finished_step
 from mmjax.training.watchdog import Watchdog
@@ -61,13 +63,14 @@ class Run(NamedTuple):
     return self.in_steps(self.config.train.steps)
 
 
-def open_data(config: FrozenConfigDict) -> tuple[Mesh, Pipeline]:
-  """The mesh, and this process's part of the training data on it. Raises UserError: the mesh does
-  not fit, data is missing.
+def open_data(config: FrozenConfigDict) -> tuple[FrozenConfigDict, Mesh, Pipeline]:
+  """The config with what only the data tells, the mesh, and this process's part of the training
+  data on it. Raises UserError: the mesh does not fit, data is missing.
   """
   mesh = make_mesh(config)
   configs.check(config, jax.device_count())
-  return mesh, Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
+  pipeline = Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
+  return with_statistics(config, Statistics(config, pipeline.sources)), mesh, pipeline
 
 
 def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.nullcontext:
@@ -211,9 +214,7 @@ def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
   reads or writes texts, and classes.json, the names of a classifier's outputs."""
   texts = "text" in config.model.encoders or config.model.get("decoder")
   assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and texts else {}
-  names = next(
-    filter(None, (class_names(source, config.data.label) for source in pipeline.sources)), ()
-  )
+  names = next(filter(None, (class_names(source, config.data) for source in pipeline.sources)), ())
   if config.data.label != "none" and names:
     assets["classes.json"] = json.dumps(names).encode()
   return assets

@@ -87,6 +87,58 @@ def test_losses_are_those_of_pytorch_whatever_the_order(seed, several, smoothing
   )
 
 
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), smoothing=st.sampled_from([0.0, 0.1]))
+def test_class_weights_are_those_of_pytorch(seed, smoothing):
+  weights = np.random.default_rng(seed).uniform(0.2, 3, CLASSES)
+  batch, logits = make(seed)
+  counts = batch["valid"] & batch["image"]["present"] & (batch["label"] >= 0)
+  got = run(batch, logits, label_smoothing=smoothing, class_weights=tuple(weights))
+  if counts.any():
+    want = torch.nn.functional.cross_entropy(
+      torch.from_numpy(logits[counts]).double(),
+      torch.from_numpy(batch["label"][counts]).long(),
+      weight=torch.from_numpy(weights),
+      label_smoothing=smoothing,
+    )
+    np.testing.assert_allclose(got[0] / got[1], float(want), rtol=1e-5)
+  batch, logits = make(seed, several=True)
+  counts = batch["valid"] & batch["image"]["present"]
+  want = torch.nn.functional.binary_cross_entropy_with_logits(
+    torch.from_numpy(logits[counts]).double(),
+    torch.from_numpy(batch["label"][counts]).double(),
+    pos_weight=torch.from_numpy(weights),
+    reduction="sum",
+  )
+  got = run(batch, logits, class_weights=tuple(weights))
+  np.testing.assert_allclose(got[:2], (float(want), counts.sum()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_focal_loss_multiplies_by_what_is_missed(several):
+  """The formula of the paper in float64, -(1 - p)^g log p, also where p is 1 and its gradient."""
+  batch, logits = make(7, several)
+  logits[0, 0] = 80.0  # p = 1 in float32
+  x = logits.astype(np.float64)
+  if several:
+    p = 1 / (1 + np.exp(np.where(batch["label"], -x, x)))
+    each = (-((1 - p) ** 2) * np.log(np.maximum(p, 1e-300))).sum(1)
+    counts = batch["valid"] & batch["image"]["present"]
+  else:
+    shares = np.exp(x - x.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    p = shares[np.arange(ROWS), np.maximum(batch["label"], 0)]
+    each = -((1 - p) ** 2) * np.log(p)
+    counts = batch["valid"] & batch["image"]["present"] & (batch["label"] >= 0)
+  got = run(batch, logits, focal=2.0)
+  np.testing.assert_allclose(got[:2], (each[counts].sum(), counts.sum()), rtol=1e-4)
+
+  def loss(x):
+    return classification(lambda *_: x, batch, jax.random.key(0), focal=0.5)["loss"][0]
+
+  assert np.isfinite(jax.grad(loss)(jax.numpy.asarray(logits))).all()
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_mixed_pictures_have_the_labels_of_both(several):
   batch, logits = make(3, several, mixup=True)
