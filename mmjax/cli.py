@@ -189,7 +189,7 @@ def _data_convert(options) -> None:
   from mmjax.data.builders import convert
 
   log = (lambda line: printing.log(line, sys.stderr)) if options.json else printing.log
-  columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair) or None
+  columns = _columns(options)
   summary = convert.convert(
     options.format,
     options.source,
@@ -201,10 +201,29 @@ def _data_convert(options) -> None:
     columns=columns,
     media=options.media,
     encoding=options.encoding,
+    separator=options.separator,
+    classes=[name.strip() for name in options.classes.split(",")] if options.classes else (),
     log=log,
   )
   if options.json:
     print(json.dumps(summary.to_dict(), indent=2))
+
+
+def _columns(options) -> dict[str, str] | None:
+  """{role: column} that the options of `data convert` name."""
+  from mmjax.config import ConfigError
+
+  columns = {}
+  for pair in filter(None, options.columns.split(",")):
+    role, equals, column = pair.partition("=")
+    if not (role and equals and column):
+      raise ConfigError(f"--columns: {pair!r:.80} is not ROLE=COLUMN, such as caption=title")
+    columns[role.strip()] = column
+  if options.labels:
+    columns["labels"] = options.labels
+  if options.value:
+    columns["value"] = "+".join(name.strip() for name in options.value.split(","))
+  return columns or None
 
 
 def _data_show(options) -> None:
@@ -552,8 +571,31 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument(
     "--columns",
     default="",
-    help="columns of a table by role (image, audio, video, caption, question, answer, label, id, "
-    "image_id, language, conversation), e.g. image=jpg,caption=alt; caption=a+b reads both",
+    help="columns of a table by role (image, audio, video, series, caption, question, answer, "
+    "label, id, image_id, language, conversation), e.g. image=jpg,caption=alt; caption=a+b reads "
+    "both",
+  )
+  sub.add_argument(
+    "--labels",
+    default="",
+    metavar="COLUMN",
+    help="column of any number of labels: a list, or a text with --separator between them",
+  )
+  sub.add_argument(
+    "--separator", default=",", metavar="TEXT", help="between several labels; default: a comma"
+  )
+  sub.add_argument(
+    "--classes",
+    default="",
+    metavar="A,B,C",
+    help="what labels may be, in the order of their numbers, such as low,medium,high; default: all "
+    "that there are, sorted",
+  )
+  sub.add_argument(
+    "--value",
+    default="",
+    metavar="COLUMN[,COLUMN]",
+    help="columns of numbers to predict (regression)",
   )
   sub.add_argument(
     "--media",

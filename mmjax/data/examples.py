@@ -236,6 +236,7 @@ class Examples:
     batch: Batch = {"valid": np.zeros(count, bool), "id": [""] * count, "unreadable": [], "cut": []}
     each = data.text.per_example
     texts, labels = [[""] * each for _ in rows], blank_labels(self.config, count)
+    values = blank_values(self.config, count)
     media = {name: self.reader(name).blank(count) for name in modalities if name != "text"}
     present = {name: np.ones(count, bool) for name in modalities}
     for number, (row, rng) in enumerate(zip(rows, rngs, strict=True)):
@@ -263,6 +264,8 @@ class Examples:
               present[name][number] = False
         if labels is not None:
           self._label(labels[number : number + 1], record, row.source, answers)
+        if values is not None and record.get("value") is not None:
+          values[number] = record["value"]
         batch["valid"][number] = True
       except UserError as error:
         texts[number] = [""] * each
@@ -278,7 +281,11 @@ class Examples:
     if data.missing == "mask":
       for name in modalities:
         batch[name] = {**batch[name], "present": present[name]}
-    return batch if labels is None else {**batch, "label": labels}
+    if labels is not None:
+      batch["label"] = labels
+    if values is not None:
+      batch["value"] = values
+    return batch
 
   def _texts(
     self, record: Record, row: Row, rng: np.random.Generator | None, wanted: bool
@@ -379,6 +386,31 @@ def check_classes(config, sources: Sequence[Source]) -> None:
       )
 
 
+def check_values(config, sources: Sequence[Source]) -> None:
+  """Raises UserError: no source has values, or not data.values of them, or others than another."""
+  count = config.data["values"]
+  having = [source for source in sources if source.values]
+  if not count:
+    return
+  if not having:
+    raise UserError(
+      f"data.values is {count}, but no source has values: "
+      f"{', '.join(source.name for source in sources)}. Convert with --value COLUMN, or set "
+      "data.values=0"
+    )
+  for source in having:
+    if len(source.values) != count:
+      raise UserError(
+        f"data.values is {count}, but {source.name} has {len(source.values)}: "
+        f"{', '.join(source.values[:12])}. Set data.values to {len(source.values)}"
+      )
+    if source.values != having[0].values:
+      raise UserError(
+        f"sources {having[0].name} and {source.name} have different values "
+        f"({', '.join(having[0].values[:6])}; {', '.join(source.values[:6])})"
+      )
+
+
 def class_names(source: Source, data: Mapping[str, Any]) -> tuple[str, ...]:
   """The classes of a source in the order of their numbers: data.class_names, or else those that it
   has, sorted; () = none.
@@ -397,7 +429,7 @@ def _found(source: Source, label: str) -> tuple[str, ...]:
       if getattr(source, "text", "caption") == "question"
       else ()
     )
-  if label == "labels":
+  if label == "labels" and any("|" in names for names in source.labels):
     return tuple(sorted({name for names in source.labels for name in names.split("|") if name}))
   return tuple(source.labels)
 
@@ -412,6 +444,13 @@ def blank_labels(config, count: int) -> np.ndarray | None:
   if kind == "labels":
     return np.zeros((count, config.data.classes), bool)
   return np.full((count, each) if kind == "answer" and each > 1 else count, -1, np.int32)
+
+
+def blank_values(config, count: int) -> np.ndarray | None:
+  """Values of `count` rows that have none: float32 [count, data.values] of NaN, or None."""
+  if not config.data["values"]:
+    return None
+  return np.full((count, config.data["values"]), np.nan, np.float32)
 
 
 def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, Any]:
@@ -436,6 +475,8 @@ def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, An
       spec[name]["present"] = ((), np.bool_)
   if (labels := blank_labels(config, 1)) is not None:
     spec["label"] = (labels.shape[1:], labels.dtype)
+  if (values := blank_values(config, 1)) is not None:
+    spec["value"] = (values.shape[1:], values.dtype)
   return spec
 
 
@@ -478,7 +519,7 @@ def stand_in_id(source: Source, index: int) -> str:
 
 def scatter_rows(batch: Batch, real: np.ndarray) -> Batch:
   """Puts the rows of a batch where `real` bool [B] is true, and rows that are not valid (zeros,
-  empty ids, label -1) elsewhere.
+  empty ids, label -1, value NaN) elsewhere.
   """
   if real.all():
     return batch
@@ -489,11 +530,8 @@ def scatter_rows(batch: Batch, real: np.ndarray) -> Batch:
     if isinstance(value, list):
       rest = iter(value)
       return [next(rest) if here else "" for here in real]
-    out = np.full(
-      (len(real), *value.shape[1:]),
-      -1 if name == "label" and value.dtype != bool else 0,
-      value.dtype,
-    )
+    blank = {"label": False if value.dtype == bool else -1, "value": np.nan}.get(name, 0)
+    out = np.full((len(real), *value.shape[1:]), blank, value.dtype)
     out[real] = value
     return out
 

@@ -132,7 +132,6 @@ def measure(
       kept = _tokens(source, row, tokenizer, lowercase, punctuation), {}
       _keep(folder, of_tokens, kept)
     arrays = {**arrays, **kept[0]}
-  names = tuple(getattr(source, "values", ()))
   known = [*source.labels, *facts["labels"]]
   classes = dict.fromkeys(name for several in known for name in several.split("|") if name)
   return Measured(
@@ -144,7 +143,7 @@ def measure(
     labels={name: facts["labels"].get(name, 0) for name in classes},
     unlabelled=facts["unlabelled"],
     values=arrays["values"],
-    value_names=names,
+    value_names=source.values,
     media=_grouped(arrays, MEDIA),
     texts=_grouped(arrays, TEXTS),
     languages=tuple(facts["languages"]),
@@ -186,8 +185,7 @@ def _measured(source: Source, row: np.ndarray) -> tuple[dict[str, np.ndarray], d
   labels: collections.Counter[str] = collections.Counter()
   characters: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
   languages: dict[str, int] = {}
-  names = tuple(getattr(source, "values", ()))
-  values = np.full((len(row), len(names)), np.nan, np.float32)
+  values = np.full((len(row), len(source.values)), np.nan, np.float32)
   unreadable = unlabelled = 0
   for place, (index, record, sizes) in enumerate(_records(source, row)):
     if record is None:
@@ -196,7 +194,7 @@ def _measured(source: Source, row: np.ndarray) -> tuple[dict[str, np.ndarray], d
     several = [name for name in record["label"].split("|") if name]
     labels.update(several)
     unlabelled += not several
-    if names and record.get("value") is not None:
+    if source.values and record.get("value") is not None:
       values[place] = record["value"]
     for kind, found in sizes.items():
       columns[f"{kind}/row"].append(index)

@@ -64,6 +64,7 @@ ENDINGS = {  # small, without the dot; a GIF counts as a picture, of which its f
     "m2ts",
   ),
 }
+SERIES = (".npy", ".csv", ".tsv")  # of files of numbers, where a table is none
 UNREAD = {  # media that nothing here decodes: a file of these is left out, counted and named
   "image": (
     "svg",
@@ -117,6 +118,8 @@ def modality_in_column(name: str | os.PathLike, column: str) -> str:
   ending says nothing, and a video in a column of sounds is its sound track.
   """
   found = modality_of(name)
+  if found is None and os.fspath(name).lower().endswith(SERIES):
+    return "series"
   return column if found is None or (column, found) == ("audio", "video") else found
 
 
@@ -150,9 +153,12 @@ def content_key(record: Mapping[str, Any], modality: str) -> int:
 
 def media_key(record: Mapping[str, Any]) -> int:
   """The `image_key` of a record: a hash in [0, 2^64) of the bytes of its picture, else of its
-  video, else of its sound.
+  video, else of its sound, else of its series.
   """
-  return bytes_key(record.get("image") or record.get("video") or record.get("audio") or b"")
+  content = record.get("image") or record.get("video") or record.get("audio") or b""
+  if not content and record.get("series") is not None:
+    return content_key(record, "series")
+  return bytes_key(content)
 
 
 def bytes_key(data: bytes) -> int:
@@ -175,6 +181,8 @@ def check(record: Mapping[str, Any]) -> None:
 
     # everything is decoded, next to nothing kept
     decode_video(record["video"], lambda count: np.unique([0, count - 1]))
+  if record.get("series") is not None and not np.isfinite(record["series"]).all(1).any():
+    raise Unreadable("a series without one step of numbers")
 
 
 def too_large(error: Unreadable) -> bool:

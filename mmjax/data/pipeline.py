@@ -9,8 +9,9 @@ process can make just its own rows, and any step can be made first.
 A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B,
 L], "mask" bool [B, L], "key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B],
 "key"}, "video": {"frames" uint8 [B, T, H, W, 3], "mask" bool [B, T], "key"}, "series": {"values"
-float32 [B, T, C], "mask" bool [B, T], "key"}, "label" int32 [B], "valid" bool [B], "id": list of
-str}, with the modalities that the config asks for; equal keys are equal texts or media. Where
+float32 [B, T, C], "mask" bool [B, T], "key"}, "label" int32 [B] (-1 = none; of data.label "labels"
+bool [B, classes]), "value" float32 [B, K] (NaN = none), "valid" bool [B], "id": list of str}, with
+the modalities that the config asks for; equal keys are equal texts or media. Where
 data.image.resize is "naflex", the image is {"patches" uint8 [B, N, p * p * 3], "positions" int32
 [B, N, 2], "mask" bool [B, N], "grid" int32 [B, 2], "key"} (naflex.py). Where data.text.per_example
 is K > 1, texts are [B, K, ...].
@@ -37,6 +38,7 @@ from mmjax.data.examples import (
   ImageReader,
   Row,
   check_classes,
+  check_values,
   class_names,
   modalities_of,
   report_unreadable,
@@ -96,6 +98,7 @@ class Pipeline:
     entries = list(config.data.sources.items())
     self.sources = [_named(name, entry, config) for name, entry in entries]
     check_classes(config, self.sources)
+    check_values(config, self.sources)
     self._made_of = [_made_of(config, name) for name, _ in entries]
     self.order = Order(
       [len(s) for s in self.sources],
@@ -233,6 +236,7 @@ class EvaluationData:
   entry: name, split, languages (and path, and text = "caption" or "question"). rows: which rows of
   each batch this process makes (None = all). labels int32 [N] (-1 = none) index label_names;
   class_names: of the labels that `batches` gives;
+  values float32 [N, K] of all records, NaN = none, K = 0 where the source has none;
   media_keys {modality: uint64 [N]}, equal = the same content; captions: every one in the entry's
   languages; facts: what each record says about itself ({} = nothing);
   items [(example, part)]: the rows of `batches` (several an example where its questions do not fit
@@ -337,6 +341,7 @@ class EvaluationData:
     number = {label: i for i, label in enumerate(self.label_names)}
     asks, each = self.source.text == "question", self.config.data.text.per_example
     self.labels = np.full(len(self), -1, np.int32)
+    self.values = np.full((len(self), len(self.source.values)), np.nan, np.float32)
     absent = np.arange(
       2**63, 2**63 + len(self), dtype=np.uint64
     )  # equal to no other; such a row is not valid
@@ -352,6 +357,8 @@ class EvaluationData:
       rows = -(-len(record.get("questions") or ()) // each) if asks else 1
       self.items += [(i, part) for part in range(rows)]
       self.labels[i] = number.get(record["label"], -1)
+      if self.values.size and record.get("value") is not None:
+        self.values[i] = record["value"]
       for name, keys in self.media_keys.items():
         if record.get(name) is not None:
           keys[i] = content_key(record, name)

@@ -29,7 +29,8 @@ from mmjax.data.tars import TarSource
 class Source(Protocol):
   """Records with random access.
 
-  `labels`: class names, sorted. `answers`: to the questions of all splits, sorted. `text`: what the
+  `labels`: class names, sorted or in the order that was given. `values`: names of the numbers of a
+  record's `value`. `answers`: to the questions of all splits, sorted. `text`: what the
   text of a row is, "caption" or "question",
   `first_captions`: how many of the first captions training draws from, 0 = all (as the entry says).
   `languages`: those that captions may have. `fingerprint`: changes when the content does.
@@ -38,6 +39,7 @@ class Source(Protocol):
 
   name: str
   labels: tuple[str, ...]
+  values: tuple[str, ...]
   answers: tuple[str, ...]
   text: str
   first_captions: int
@@ -122,13 +124,14 @@ class ArrayRecordSource:
       facts = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
       self.labels, available, content = tuple(facts["labels"]), facts["languages"], facts["content"]
       self.answers = tuple(facts.get("answers", ()))
+      self.values = tuple(facts.get("values", ()))
     except (OSError, ValueError, KeyError) as error:
       raise UserError(
         f"{folder} is a TFDS data set, but not one of mmjax (metadata.json: {error}). Make it "
         "with `mmjax data convert`"
       ) from error
     for language in languages:
-      if language not in available:
+      if available and language not in available:  # without captions, none is drawn from
         raise UserError(
           f"data set {name!r} has no captions in {language!r}; its languages: "
           f"{', '.join(available)}{_nearest(language, available)}"
@@ -167,6 +170,7 @@ class CachedSource:
     self._source = source
     self._kept: list[Record | None] = [None] * len(source)
     self.name, self.labels, self.answers = source.name, source.labels, source.answers
+    self.values = source.values
     self.languages, self.fingerprint = source.languages, source.fingerprint
 
   def __len__(self) -> int:

@@ -24,7 +24,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -82,9 +82,17 @@ class TarIndex:
   def __len__(self) -> int:
     return len(self.keys)
 
-  def read(self, row: int, language: str = "en") -> dict[str, Any]:
+  def read(
+    self,
+    row: int,
+    language: str = "en",
+    columns: Mapping[str, str] | None = None,
+    separator: str = ",",
+  ) -> dict[str, Any]:
     """Record `row`, its captions taken to be in `language` unless its JSON says otherwise. Raises
     UserError.
+
+    columns {role: key, or several "a+b"} of the JSON; separator: of several labels in a text.
     """
     parts = self._parts(row)
     name = f"{Path(self.path).stem}/{self.keys[row]}"
@@ -107,7 +115,10 @@ class TarIndex:
     captions = facts.get("captions") or (text if text is not None else facts.get("caption"))
     if captions or text is not None:
       cells["caption"] = captions
-    said = annotate(cells, language)
+    for role, name in (columns or {}).items():
+      several = [facts.get(key) for key in name.split("+")]
+      cells[role] = facts.get(name) if name in facts or len(several) == 1 else several
+    said = annotate(cells, language, separator=separator)
     if isinstance(said, Skip):
       raise self._bad(row, said)
     media = {kind: parts[kind] for kind in ("image", "audio", "video")}
@@ -173,6 +184,7 @@ class TarSource:
 
   labels: tuple[str, ...] = ()
   answers: tuple[str, ...] = ()
+  values: tuple[str, ...] = ()
   text = "caption"
   first_captions = 0
 

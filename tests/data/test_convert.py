@@ -195,7 +195,8 @@ def test_columns_and_languages_can_be_named(tmp_path):
     "".join(json.dumps(dict(bild=f"p{n:03d}.png", satz=f"Satz {n}")) + "\n" for n in range(2))
   )
   with pytest.raises(
-    UserError, match="no column that looks like a picture, sound or video; it has: bild, satz"
+    UserError,
+    match="no column that looks like a picture, sound, video or series; it has: bild, satz",
   ):
     run(tmp_path, "jsonl", root / "x.jsonl")
   run(

@@ -111,9 +111,10 @@ def write_dataset(
 
   `fields`: the optional fields of records that are stored (schema.FIELDS). `card` becomes its
   README.md. metadata.json holds `labels`, `languages` and `answers` (of all splits, sorted),
-  `fields`, `content` (a hash of all records, which makes the fingerprint of a source) and what
-  `metadata` adds.
-  Raises UserError: two records with the same id, no such field, or the folder cannot be written.
+  `values` (names of a record's numbers, "value[0]", ... unless `metadata` says), `fields`,
+  `content` (a hash of all records, which makes the fingerprint of a source) and what `metadata`
+  adds. Raises UserError: two records with the same id, no such field, or the folder cannot be
+  written.
   """
   import tensorflow_datasets as tfds
 
@@ -158,6 +159,8 @@ def write_dataset(
         seen_languages.update(record["captions"])
         if "questions" in fields:
           seen_answers.update(answer for _, answer in record.get("questions") or ())
+        if record.get("value") is not None and "values" not in facts:
+          facts["values"] = [f"value[{k}]" for k in range(len(record["value"]))]
         content.update(canonical(split, record, fields))
         yield number, to_example(record, fields)
       facts.update(

@@ -23,7 +23,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -38,7 +38,7 @@ from mmjax.data.folders import local_data_dir
 from mmjax.data.image import Unreadable
 from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text, printable
-from mmjax.data.readers.rows import Row
+from mmjax.data.readers.rows import Options, Row
 from mmjax.files import check_name, write_whole
 from mmjax.ownership import Owner
 
@@ -47,7 +47,7 @@ _ENDING = "ending not read"
 Entry = tuple[
   str, str, str, int
 ]  # of what is left out: id, reason, detail, how many rows of the source
-_FORM = 3  # of the shards: another number starts a conversion anew
+_FORM = 4  # of the shards: another number starts a conversion anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,8 @@ def convert(
   columns: Mapping[str, str] | None = None,
   media: str | os.PathLike = "",
   encoding: str = "",
+  separator: str = ",",
+  classes: Sequence[str] = (),
   shard_rows: int = SHARD_ROWS,
   log: Callable[[str], None] = printing.log,
 ) -> Summary:
@@ -108,6 +110,8 @@ def convert(
 
   `language`: of captions that do not say. `columns`: {role: column}, the roles being those of
   readers.columns.COLUMNS.
+  `separator`: of several labels in a text. `classes`: what labels may be, in their order; () = any,
+  sorted.
   `media`: the folder of the files that annotations name ("" = that of the annotations). `encoding`:
   of texts that are not UTF-8.
   `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version,
@@ -120,8 +124,20 @@ def convert(
   if workers < 0 or shard_rows < 1:
     raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
   root = local_data_dir(data_dir or None) / name
+  if bad := [one for one in classes if not one.strip() or "|" in one]:
+    raise UserError(f"classes names {bad[0]!r}: give names without '|'")
+  if len(set(classes)) < len(classes):
+    raise UserError(f"classes names one twice: {', '.join(classes)}")
   reader = open_reader(
-    format, source, columns, language, media=media, encoding=encoding, cache=root.parent
+    format,
+    source,
+    columns,
+    language,
+    media=media,
+    encoding=encoding,
+    cache=root.parent,
+    separator=separator,
+    classes=classes or _ordered_classes(root),
   )
   rows, left = reader.rows()
   rows, duplicates = _unique(rows)
@@ -129,6 +145,7 @@ def convert(
   if not rows:
     raise UserError(f"{source}: nothing to convert{_reasons(skipped)}")
   settings = [_FORM, format, split, language, columns, os.fspath(media), encoding, shard_rows]
+  settings += [separator, reader.options.classes]
   plan = _plan_hash(settings, reader, rows)
   done = _already(root.parent, name, split, plan, source)
   if done:
@@ -151,6 +168,10 @@ def convert(
         shutil.rmtree(staging)
         count = sum(row.count for row in rows)
         raise UserError(f"{source}: all {count:,} rows were left out{_reasons(skipped)}")
+      for role in {"labels", "value"} & set(columns or ()):
+        if not any(fact["labels" if role == "labels" else "widths"] for fact in facts):
+          shutil.rmtree(staging)
+          raise UserError(f"{source}: no row has anything in {(columns or {})[role]!r}, its {role}")
       origin = dict(
         plan=plan,
         format=format,
@@ -158,7 +179,7 @@ def convert(
         rows=sum(fact["rows"] for fact in facts),
         notes=list(reader.notes),
       )
-      folder = _assemble(root, name, split, staging, facts, fields, skipped, origin)
+      folder = _assemble(root, name, split, staging, facts, fields, skipped, origin, reader.options)
       shutil.rmtree(staging)
   except OSError as error:
     raise UserError(
@@ -257,7 +278,7 @@ def _write_shard(
   reader, rows: list, fields: tuple, split: str, staging: Path, number: int
 ) -> dict[str, Any]:
   """Writes shard-NUMBER and then its facts: {count, rows, bytes, size, content, labels, languages,
-  answers, skipped}.
+  answers, widths (how many values records have), skipped}.
   """
   from tensorflow_datasets.core import example_serializer
   from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
@@ -268,10 +289,11 @@ def _write_shard(
   labels: set[str] = set()
   languages: set[str] = set()
   answers: set[str] = set()
+  widths: set[int] = set()
   temporary = staging / f"shard-{number:05d}.tmp"
   with _record_writer(temporary) as writer:
     for name, record, joined in reader.read(rows):
-      fault = record if isinstance(record, Skip) else _fault(record)
+      fault = record if isinstance(record, Skip) else _fault(record, reader.options.classes)
       if fault:
         skipped.append(_entry(name, fault, joined))
         continue
@@ -283,6 +305,8 @@ def _write_shard(
       content.update(canonical(split, record, fields))
       labels.add(record["label"])
       languages.update(record["captions"])
+      if record.get("value") is not None:
+        widths.add(len(record["value"]))
       if "conversations" not in record.get("facts", ()):  # whose answers are no classes
         answers.update(answer for _, answer in record.get("questions", ()))
       count, size, read = count + 1, size + len(data), read + joined
@@ -299,6 +323,7 @@ def _write_shard(
     labels=sorted(labels - {""}),
     languages=sorted(languages),
     answers=sorted(answers - {""}),
+    widths=sorted(widths),
     skipped=skipped,
   )
   write_whole(
@@ -332,8 +357,12 @@ def _finished(staging: Path, number: int) -> dict[str, Any] | None:
     return None
 
 
-def _fault(record: Record) -> Skip | None:
-  """Why a record is no use: by its texts, and by decoding all of its media."""
+def _fault(record: Record, classes: Sequence[str] = ()) -> Skip | None:
+  """Why a record is no use: by its texts, by its labels, which `classes` must name if it names any,
+  and by decoding all of its media.
+  """
+  if classes and record["label"] and not _known(record["label"], classes):
+    return Skip("another label", f"{record['label']} is not in --classes")
   if bad := broken_text(
     [
       record["id"],
@@ -363,6 +392,7 @@ def _assemble(
   fields: tuple,
   skipped: list[Entry],
   origin: dict,
+  options: Options,
 ) -> Path:
   """Makes root/VERSION from the shards and from the splits that the version before it has; it
   appears at once.
@@ -372,7 +402,7 @@ def _assemble(
   before = find_version(root.parent, name)
   version = "1.0.0"
   meta: dict[str, Any] = dict(
-    labels=[], languages=[], answers=[], fields=[], content="", converted={}
+    labels=[], values=[], languages=[], answers=[], fields=[], content="", converted={}
   )
   if before:
     major, minor, _ = before.name.split(".")
@@ -380,6 +410,7 @@ def _assemble(
     meta |= dict(fields=["image"]) | json.loads(
       (before / "metadata.json").read_text(encoding="utf-8")
     )
+  meta |= _targets(name, meta, facts, options)
   folder, new = root / version, root / f"{version}.incomplete-converting"
   shutil.rmtree(new, ignore_errors=True)
   new.mkdir()
@@ -408,7 +439,7 @@ def _assemble(
   }
   meta |= {
     what: sorted({*meta[what], *(name for fact in facts for name in fact[what])})
-    for what in ("labels", "languages", "answers")
+    for what in ("languages", "answers")
   }
   meta["fields"] = list(check_fields({*meta["fields"], *fields}))
   meta |= dict(
@@ -450,6 +481,51 @@ def _assemble(
   return folder
 
 
+def _targets(name: str, meta: dict, facts: list[dict], options: Options) -> dict[str, Any]:
+  """What metadata.json says of labels and values, with those of the new shards. Raises UserError:
+  they are others than those of the splits that are there, or rows differ in how many they have.
+  """
+  labels = sorted({*meta["labels"], *(label for fact in facts for label in fact["labels"])})
+  if options.classes:
+    if unknown := [label for label in meta["labels"] if not _known(label, options.classes)]:
+      raise UserError(
+        f"{name} has the label {unknown[0]!r} in another split, which --classes does not name"
+      )
+    labels = list(options.classes)
+  widths = sorted({width for fact in facts for width in fact["widths"]})
+  values = list(meta["values"])
+  if len(widths) > 1:
+    raise UserError(
+      f"rows have {' or '.join(map(str, widths))} values in {options.columns['value']!r}: give "
+      "each as many"
+    )
+  if widths:
+    column = options.columns["value"]
+    named = [column] if widths == [1] else column.split("+")
+    if len(named) < widths[0]:
+      named = [f"{column}[{number}]" for number in range(widths[0])]
+    if values and values != named:
+      raise UserError(
+        f"{name} has the values {', '.join(values)} in another split, not {', '.join(named)}"
+      )
+    values = named
+  return dict(labels=labels, ordered=bool(options.classes), values=values)
+
+
+def _ordered_classes(root: Path) -> tuple[str, ...]:
+  """The classes that were given, in their order, when the data set in `root` was converted."""
+  folder = find_version(root.parent, root.name)
+  try:
+    meta = json.loads((folder / "metadata.json").read_bytes()) if folder else {}
+  except (OSError, ValueError):
+    return ()
+  return tuple(meta["labels"]) if meta.get("ordered") else ()
+
+
+def _known(label: str, classes: Sequence[str]) -> bool:
+  return label in classes or all(name in classes for name in label.split("|"))
+
+
 def _card(name: str, meta: dict) -> str:
   lines = [
     f"# {name}",
@@ -457,7 +533,8 @@ def _card(name: str, meta: dict) -> str:
     "Made by `mmjax data convert`.",
     f"Fields: `id`, {', '.join(f'`{name}`' for name in meta['fields'])} (media encoded), "
     "`captions` (language, text), `label`, `image_key`.",
-    f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}.",
+    f"Languages: {', '.join(meta['languages'])}. Classes: {len(meta['labels'])}. Values: "
+    f"{', '.join(meta['values']) or 'none'}.",
     "",
   ]
   for split, facts in meta["converted"].items():

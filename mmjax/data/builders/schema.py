@@ -11,6 +11,7 @@ records have besides, `None` or empty in a record that lacks it:
   series     float32 [T, C], sensor values over time
   questions  [(question, answer), ...]
   facts      a dict of JSON values: what is true of the example (a scene graph, a motion, a voice)
+  value      float32 [K], numbers to predict, NaN = none; `values` of metadata.json names the K
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mmjax.config import UserError
 
 Record = dict[str, Any]
 
-FIELDS = ("image", "audio", "video", "series", "questions", "facts")
+FIELDS = ("image", "audio", "video", "series", "questions", "facts", "value")
 
 
 def features(fields: Sequence[str] = ("image",)):
@@ -49,6 +50,7 @@ def features(fields: Sequence[str] = ("image",)):
     "series": lambda: tfds.features.Tensor(shape=(None, None), dtype=np.float32, encoding="bytes"),
     "questions": lambda: tfds.features.Sequence({"question": text(), "answer": text()}),
     "facts": text,
+    "value": lambda: tfds.features.Tensor(shape=(None,), dtype=np.float32),
   }
   return tfds.features.FeaturesDict(
     {
@@ -94,6 +96,8 @@ def to_example(record: Record, fields: Sequence[str] = ("image",)) -> dict[str, 
       example[name] = (
         np.zeros((0, 0), np.float32) if value is None else np.ascontiguousarray(value, np.float32)
       )
+    elif name == "value":
+      example[name] = np.zeros(0, np.float32) if value is None else np.asarray(value, np.float32)
     elif name == "questions":
       value = value or []
       example[name] = {
@@ -154,6 +158,10 @@ def _optional(feature) -> Record:
     record["questions"] = [
       (question.decode(), answer.decode()) for question, answer in zip(*both, strict=True)
     ]
+  if "value" in feature:
+    record["value"] = np.array(feature["value"].float_list.value, np.float32)
+    if not record["value"].size:
+      record["value"] = None
   if "facts" in feature:
     record["facts"] = json.loads(feature["facts"].bytes_list.value[0] or b"{}")
   return record
@@ -180,6 +188,8 @@ def canonical(split: str, record: Record, fields: Sequence[str] = ("image",)) ->
   if "series" in fields and record.get("series") is not None:
     series = np.ascontiguousarray(record["series"], "<f4")
     more["series"] = [*series.shape, _digest(series.tobytes())]
+  if "value" in fields and record.get("value") is not None:
+    more["value"] = np.asarray(record["value"], np.float32).tolist()
   more.update(
     {name: record[name] for name in ("questions", "facts") if name in fields and record.get(name)}
   )

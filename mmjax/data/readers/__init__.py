@@ -12,9 +12,9 @@ them, in any process:
 
 Every row of the source is read or left out with a reason: the counts of both add up to all of them.
 Rows about one medium are one record (`rows.join`), so that none of its captions and questions is
-lost. A record has a picture, a sound, a video or several of them, and captions, questions or a
-label. A media file must lie inside the folder of the source, links resolved; its ending tells what
-it is, and where that says nothing, its column. Nothing is decoded here.
+lost. A record has a picture, a sound, a video, a series or several of them, and captions,
+questions, labels or values. A media file must lie inside the folder of the source, links resolved;
+its ending tells what it is, and where that says nothing, its column. Nothing is decoded here.
 
 A new form is a file here and a line in FORMATS; most only turn their files into rows of a table
 (`columns.part_of`).
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mmjax.config import UserError
 
@@ -51,6 +51,8 @@ def open_reader(
   media: str | os.PathLike = "",
   encoding: str = "",
   cache: str | os.PathLike | None = None,
+  separator: str = ",",
+  classes: Sequence[str] = (),
 ):
   """The reader of a format; see rows.Options. Raises UserError."""
   if format not in FORMATS:
@@ -71,5 +73,7 @@ def open_reader(
       f"no encoding {encoding!r}: write one that Python knows, such as utf-8, utf-16, cp1252, "
       "shift_jis"
     ) from error
-  options = Options(dict(columns or {}), language, os.fspath(media), encoding, cache)
+  options = Options(
+    dict(columns or {}), language, os.fspath(media), encoding, cache, separator, tuple(classes)
+  )
   return getattr(importlib.import_module(f"{__name__}.{module}"), name)(os.fspath(source), options)

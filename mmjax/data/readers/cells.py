@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mmjax.data.media import media_key
 from mmjax.data.readers.conversations import conversation_of, questions_in
 
@@ -44,16 +46,17 @@ class Question(NamedTuple):
 
 class Annotation(NamedTuple):
   """What is said of a medium: captions by language, labels, questions, conversations (lists of
-  turns).
+  turns), values (NaN = none).
   """
 
   captions: dict[str, list[str]]
   labels: tuple[str, ...] = ()
   questions: tuple[Question, ...] = ()
   conversations: tuple[list[dict[str, Any]], ...] = ()
+  values: tuple[float, ...] = ()
 
   def joined(self, other: Annotation) -> Annotation:
-    """Both, about one medium."""
+    """Both, about one medium, which must not differ in their values (`other_values`)."""
     captions = {language: list(texts) for language, texts in self.captions.items()}
     for language, texts in other.captions.items():
       captions.setdefault(language, []).extend(texts)
@@ -62,10 +65,17 @@ class Annotation(NamedTuple):
       tuple(dict.fromkeys(self.labels + other.labels)),
       self.questions + other.questions,
       self.conversations + other.conversations,
+      self.values or other.values,
     )
 
-  def record(self, name: str, media: Mapping[str, bytes]) -> dict[str, Any]:
-    """The record (see builders/schema.py) of encoded media; several labels become "one|other"."""
+  def other_values(self, other: Annotation) -> Skip | None:
+    """Why both cannot be said of one medium: it has one value of a kind."""
+    if not (self.values and other.values) or repr(self.values) == repr(other.values):
+      return None
+    return Skip("another value", f"{other.values} after {self.values} of the same medium")
+
+  def record(self, name: str, media: Mapping[str, Any]) -> dict[str, Any]:
+    """The record (see builders/schema.py) of media; several labels become "one|other"."""
     record: dict[str, Any] = dict(
       id=name,
       image=media.get("image"),
@@ -76,6 +86,8 @@ class Annotation(NamedTuple):
     record |= {modality: data for modality, data in media.items() if modality != "image"}
     if self.questions:
       record["questions"] = [(one.question, one.answer) for one in self.questions]
+    if self.values:
+      record["value"] = np.array(self.values, np.float32)
     facts: dict[str, list] = {}
     if any(one.answers for one in self.questions):
       facts["answers"] = [list(one.answers or (one.answer,)) for one in self.questions]
@@ -85,13 +97,17 @@ class Annotation(NamedTuple):
 
 
 def annotate(
-  cells: Mapping[str, Any], language: str = "en", label_names: Sequence[str] = ()
+  cells: Mapping[str, Any],
+  language: str = "en",
+  label_names: Sequence[str] = (),
+  separator: str = ",",
 ) -> Annotation | Skip:
-  """The annotation in `cells`: caption, question, answer, chosen_answer, label, language,
-  conversation.
+  """The annotation in `cells`: caption, question, answer, chosen_answer, label, labels, value,
+  language, conversation.
 
-  `language`: of captions that do not say. `label_names`: of labels that are numbers. A row that has
-  captions by its form (a key "caption") needs one, though it may have a label.
+  `language`: of captions that do not say. `label_names`: of labels that are numbers. `separator`:
+  of a text of several `labels`, of which there may be none. A row that has captions by its form (a
+  key "caption") needs one, though it may have a label; not where it has `labels` or values.
   """
   cells = dict(cells)
   if _is_conversation(cells.get("caption")):
@@ -100,6 +116,9 @@ def annotate(
     captions = captions_of(cells.get("caption"), text_of(cells.get("language")) or language)
     questions = questions_of(cells.get("question"), cells.get("answer"), cells.get("chosen_answer"))
     labels = labels_of(cells.get("label"), label_names)
+    if "labels" in cells:
+      labels = several_labels(cells["labels"], separator, label_names)
+    values = values_of(cells["value"]) if "value" in cells else ()
     conversations: tuple[list[dict[str, str]], ...] = ()
     if cells.get("conversation"):
       turns = conversation_of(cells["conversation"])
@@ -107,12 +126,12 @@ def annotate(
       questions += [Question(*pair) for pair in questions_in(turns)]
   except ValueError as error:
     return Skip("broken row", str(error))
-  annotation = Annotation(captions, labels, tuple(questions), conversations)
+  annotation = Annotation(captions, labels, tuple(questions), conversations, values)
   if bad := broken_text(annotation):
     return Skip("broken text", bad)
-  if captions or questions or (labels and "caption" not in cells):
+  if captions or questions or (labels and "caption" not in cells) or "labels" in cells or values:
     return annotation
-  return Skip("no caption")
+  return Skip("no value") if "value" in cells else Skip("no caption")
 
 
 def captions_of(value: Any, language: str = "en") -> dict[str, list[str]]:
@@ -186,6 +205,34 @@ def labels_of(value: Any, names: Sequence[str] = ()) -> tuple[str, ...]:
     if label not in _NO_LABEL:
       labels.append(label)
   return tuple(dict.fromkeys(labels))
+
+
+def several_labels(value: Any, separator: str, names: Sequence[str] = ()) -> tuple[str, ...]:
+  """The labels of a cell: a list, or a text that `separator` cuts. Raises ValueError: an object, or
+  a label with "|" in it, which stands between labels in a record.
+  """
+  cells = value.split(separator) if isinstance(value, str) else value
+  labels = labels_of(cells, names)
+  if bad := [label for label in labels if "|" in label]:
+    raise ValueError(f"its label {bad[0]!r:.100} holds '|'")
+  return labels
+
+
+def values_of(value: Any) -> tuple[float, ...]:
+  """The numbers of a cell or of several, NaN for null, "" and NaN; () where all are. Raises
+  ValueError: one is no finite number.
+  """
+  numbers = []
+  for one in value if isinstance(value, (list, tuple)) else (value,):
+    text = text_of(one)
+    try:
+      number = math.nan if text in ("", "nan", "NaN") else float(text)
+    except ValueError:
+      number = math.inf
+    if math.isinf(number) or isinstance(one, (bool, dict, list, tuple)):
+      raise ValueError(f"its value {text!r:.40} is no number")
+    numbers.append(number)
+  return () if all(map(math.isnan, numbers)) else tuple(numbers)
 
 
 def text_of(value: Any) -> str:

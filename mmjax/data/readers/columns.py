@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mmjax.config import UserError
+from mmjax.data.image import Unreadable
 from mmjax.data.media import modality_in_column
 from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, text_of
 from mmjax.data.readers.conversations import media_in
+from mmjax.data.series import inline_series
 
 COLUMNS = {  # what a column may be called, in small letters, most likely first
   "image": (
@@ -49,16 +51,20 @@ COLUMNS = {  # what a column may be called, in small letters, most likely first
     "sentence",
     "comment",
   ),
+  "series": ("series", "sensor", "signal"),
   "question": ("questions", "question"),
   "answer": ("answers", "answer", "multiple_choice_answer"),
   "id": ("id", "key", "uid", "__key__"),
   "image_id": ("image_id", "img_id", "imageid"),
   "label": ("label", "labels", "class", "category"),
+  "labels": (),  # several, of which there may be none; by name alone
+  "value": (),  # numbers to predict; by name alone
   "language": ("language", "lang"),
   "conversation": ("conversations", "messages", "conversation"),
 }
-MEDIA = ("image", "audio", "video")  # columns of these hold media
-TEXTS = ("caption", "question", "label", "conversation")  # at least one of these is needed
+MEDIA = ("image", "audio", "video", "series")  # columns of these hold media
+# at least one of these is needed
+TEXTS = ("caption", "question", "label", "labels", "value", "conversation")
 _ALSO = (
   r"captions?([ _/-]?\d+)?|alt_?text",
   r"(text|sentence|description)s?[ _/-]?\d+",
@@ -100,8 +106,10 @@ def choose_columns(
       chosen[role] = (found[0],)
   if "conversation" in chosen and "caption" not in named and "conversation" not in named:
     chosen.pop("caption", None)  # a "text" beside a conversation is its template
+  if "labels" in chosen:
+    chosen.pop("label", None)
   for looks, needed, example in (
-    ("a picture, sound or video", MEDIA, "image"),
+    ("a picture, sound, video or series", MEDIA, "image"),
     ("captions, questions or a label", TEXTS, "caption"),
   ):
     if not any(role in chosen for role in needed) and not (
@@ -125,7 +133,7 @@ def cells_of(row: Mapping[str, Any], chosen: Mapping[str, tuple[str, ...]]) -> d
   return cells
 
 
-def part_of(cells: Mapping[str, Any], at: str, folder: str, language: str) -> Part | Skip:
+def part_of(cells: Mapping[str, Any], at: str, folder: str, options) -> Part | Skip:
   """The part of a record that a row of a table is; its files are named relative to `folder`, itself
   below the root.
   """
@@ -144,7 +152,7 @@ def part_of(cells: Mapping[str, Any], at: str, folder: str, language: str) -> Pa
   name = name or (at if inline else "")
   if bad := broken_text([name, *media.values()]):
     return Skip("broken text", bad)
-  said = annotate(cells, language)
+  said = annotate(cells, options.language, separator=options.separator)
   if isinstance(said, Skip):
     return said
   key = (name, *sorted((modality, os.path.normpath(file)) for modality, file in media.items()))
@@ -161,6 +169,11 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
   }
   media: dict[str, str] = {}
   for role, cell in named.items():
+    if role == "series" and not isinstance(cell, str):
+      try:
+        cell = inline_series(cell)
+      except Unreadable as error:
+        return Skip("unreadable", str(error))
     cell = [cell] if not isinstance(cell, (list, tuple)) else cell
     named_files = [one.get("path") if isinstance(one, dict) else one for one in cell]
     files = [file for file in named_files if isinstance(file, str) and file]
@@ -172,7 +185,7 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
         f"{len(files)} in one row, of which a record holds one",
       )
     media[modality_in_column(files[0], role)] = files[0]
-  return media or Skip("missing file", "names no picture, sound or video")
+  return media or Skip("missing file", "names no picture, sound, video or series")
 
 
 def _captions(present: list[str], taken: Iterable[str]) -> list[str]:

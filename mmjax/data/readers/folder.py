@@ -1,10 +1,11 @@
 """Media in folders: with a table each (captions.csv, metadata.jsonl, ...: file_name, caption, ...),
 or with a NAME.txt each.
 
-A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. NAME.png, NAME.wav and
-NAME.mp4 are one record. A table speaks of the files in its folder and below, where no other table
-lies, by their paths from there. Where nothing says anything of any file, the name of its folder is
-its label. Every file counts, except hidden ones.
+A NAME.txt holds a caption a line; NAME.de.txt holds captions in German. NAME.png, NAME.wav,
+NAME.mp4 and NAME.npy (or a NAME.csv of numbers, a sensor's) are one record. A table speaks of the
+files in its folder and below, where no other table lies, by their paths from there. Where nothing
+says anything of any file, the name of its folder is its label. Every file counts, except hidden
+ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 
 from mmjax.config import UserError
-from mmjax.data.media import modality_of
+from mmjax.data.media import SERIES, modality_of
 from mmjax.data.readers import json_lines, table
 from mmjax.data.readers.cells import Annotation, Skip, broken_text, captions_of, encoding_of
 from mmjax.data.readers.columns import MEDIA, Part
@@ -28,6 +29,8 @@ from mmjax.data.readers.rows import (
   join,
   read_inside,
 )
+from mmjax.data.series import looks_like_series
+from mmjax.files import open_file
 
 TABLES = tuple(
   f"{name}{ending}"
@@ -37,6 +40,9 @@ TABLES = tuple(
   )
   for ending in endings
 )
+
+
+_PEEK = 4096  # characters of a table that tell whether it holds a series
 
 
 class FolderReader(ListedReader):
@@ -61,7 +67,7 @@ class FolderReader(ListedReader):
         governing[folder] = os.path.join(folder, own)
         self.paths.append(os.path.join(self.root, folder, own))
         parts += self._table_parts(self.paths[-1], folder)
-      kinds = {name: kind for name in names if (kind := modality_of(name))}
+      kinds = {name: kind for name in names if (kind := self._kind(folder, name))}
       media = list(kinds)
       if governing[folder]:
         files += [(os.path.join(folder, name), governing[folder]) for name in media]
@@ -70,6 +76,11 @@ class FolderReader(ListedReader):
         found, others = self._records(folder, kinds, others)
         alone += found
       left += [(os.path.join(folder, name), _not_read(name, governing[folder])) for name in others]
+    if self.options.columns and not self.paths:
+      raise UserError(
+        f"{self.root}: columns are named, but no table ({', '.join(TABLES[:2])}, ...) is in it. "
+        "Add one, or convert your table itself: `mmjax data convert csv TABLE`"
+      )
     rows, skipped = join(parts)
     named = {os.path.normpath(path) for row in rows for path in row.where.media.values()}
     left += [
@@ -93,6 +104,18 @@ class FolderReader(ListedReader):
     yield from super().files(rows)
     for row in rows:
       yield from (os.path.join(self.root, text) for text, _ in row.where.texts)
+
+  def _kind(self, folder: str, name: str) -> str | None:
+    """The modality of a file; a table that holds nothing but numbers is a series."""
+    if not name.lower().endswith(SERIES) or name.lower().endswith(".npy"):
+      return "series" if name.lower().endswith(SERIES) else modality_of(name)
+    try:
+      with open_file(os.path.join(self.root, folder, name)) as file:
+        start = file.read(_PEEK).decode("utf-8-sig", "replace")
+    except OSError:
+      return None
+    whole = start if len(start) < _PEEK else start.rpartition("\n")[0]
+    return "series" if looks_like_series(whole) else None
 
   def _table_parts(self, path: str, folder: str) -> Iterator[Part | Left]:
     if path.endswith(table.ENDINGS):
@@ -182,5 +205,5 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
 def _not_read(name: str, table: str) -> Skip:
   """Why a file that is neither a medium nor its text is left out."""
   if name.lower().endswith(".txt") and not table:
-    return Skip("text without a file", "no picture, sound or video has its name")
+    return Skip("text without a file", "no picture, sound, video or series has its name")
   return Skip("ending not read", f"{table} is read" if table else "")

@@ -58,7 +58,7 @@ class JsonReader(ListedReader):
         yield at, row
         continue
       row["image"] = row.get("image") or find(row["image_id"])
-      part = part_of(cells_of(row, chosen), at, "", self.options.language)
+      part = part_of(cells_of(row, chosen), at, "", self.options)
       yield part if isinstance(part, Part) else (at, part)
 
 
@@ -93,10 +93,13 @@ def object_parts(
   no medium what it shows.
   """
   chosen: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
+  targets = [options.columns[role] for role in ("value", "labels") if role in options.columns]
+  may_lack = dict.fromkeys(name for names in targets for name in names.split("+"))
   for at, row in objects:
     if isinstance(row, Skip):
       yield at, row
       continue
+    row = may_lack | row
     present = tuple(row)
     if present not in chosen:
       named = {
@@ -111,7 +114,7 @@ def object_parts(
           raise
         yield at, Skip("broken row", printable(str(error)))
         continue
-    part = part_of(cells_of(row, chosen[present]), at, folder, options.language)
+    part = part_of(cells_of(row, chosen[present]), at, folder, options)
     yield (
       part
       if isinstance(part, Part)

@@ -14,11 +14,22 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from mmjax.config import UserError
 from mmjax.data.media import media_key, modality_in_column
 from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, text_of
 from mmjax.data.readers.columns import MEDIA, cells_of, choose_columns
-from mmjax.data.readers.rows import Left, Options, Record, Row, find_files, read_inside, stems
+from mmjax.data.readers.rows import (
+  Left,
+  Options,
+  Record,
+  Row,
+  find_files,
+  read_inside,
+  series_of,
+  stems,
+)
 from mmjax.files import open_file
 
 Position = tuple[int, int, int]  # number of the file, of the row group, of the row in it
@@ -84,12 +95,14 @@ class ParquetReader:
     rows = list(rows)
     owners = {position: number for number, row in enumerate(rows) for position in row.where}
     left = [row.count for row in rows]
-    made: list[list[tuple[Annotation, dict[str, bytes]]]] = [[] for _ in rows]
+    made: list[list[tuple[Annotation, dict[str, Any]]]] = [[] for _ in rows]
     faults: list[list[Skip]] = [[] for _ in rows]
     at = 0
     for position, cells in self._rows_at(sorted(owners)):
       number = owners[position]
       part = self._part(cells)
+      if not isinstance(part, Skip) and made[number]:
+        part = made[number][0][0].other_values(part[0]) or part
       if (
         not isinstance(part, Skip)
         and made[number]
@@ -116,6 +129,7 @@ class ParquetReader:
 
   def fields(self, rows: Iterable[Row]) -> set[str]:
     found = {"questions", "facts"} if {"question", "conversation"} & set(self.chosen) else set()
+    found |= {"value"} & set(self.chosen)
     for role in MEDIA:
       if role in self.path_columns:
         cells = (
@@ -126,20 +140,21 @@ class ParquetReader:
         found.add(role)
     return found
 
-  def _part(self, row: dict[str, Any] | None) -> tuple[Annotation, dict[str, bytes]] | Skip:
+  def _part(self, row: dict[str, Any] | None) -> tuple[Annotation, dict[str, Any]] | Skip:
     """What a row says and the media that it says it of."""
     if row is None:
       return Skip("broken text", "its text is not UTF-8")
     cells = cells_of(row, self.chosen)
-    media: dict[str, bytes] = {}
+    media: dict[str, Any] = {}
     for role in MEDIA:
       content = cells.get(role)
-      if isinstance(content, list) and len(content) > 1:
+      if role != "series" and isinstance(content, list) and len(content) > 1:
         return Skip(
           "several pictures" if role == "image" else "several media",
           f"{len(content)} in one row, of which a record holds one",
         )
-      content = content[0] if isinstance(content, list) and content else content
+      if role != "series" and isinstance(content, list) and content:
+        content = content[0]
       if isinstance(content, dict):
         content = content.get("bytes") or content.get("path")
       modality = role
@@ -150,13 +165,19 @@ class ParquetReader:
           if (bad := broken_text(content))
           else read_inside(self.root, content)
         )
+      elif role == "series" and isinstance(content, (list, np.ndarray)):
+        content = series_of(content)
+      if isinstance(content, bytes) and modality == "series":
+        content = series_of(content)
       if isinstance(content, Skip):
         return content
-      if isinstance(content, bytes) and content:
+      if isinstance(content, np.ndarray) or (isinstance(content, bytes) and content):
         media[modality] = content
     if not media:
-      return Skip("missing file", "no picture, sound or video in this row")
-    said = annotate(cells, self.options.language, self.label_names)
+      return Skip("missing file", "no picture, sound, video or series in this row")
+    said = annotate(
+      cells, self.options.language, self.label_names, separator=self.options.separator
+    )
     return said if isinstance(said, Skip) else (said, media)
 
   def _cells(

@@ -13,9 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mmjax.config import UserError
+from mmjax.data.image import Unreadable
 from mmjax.data.readers.cells import Annotation, Skip
 from mmjax.data.readers.columns import Part
+from mmjax.data.series import as_series, read_series
 from mmjax.data.tars import expand
 from mmjax.files import read_file
 
@@ -47,13 +51,16 @@ class Where(NamedTuple):
 class Options:
   """`columns`: {role: column}. `language`: of captions that do not say. `media`: the folder of the
   media ("" = where the annotations lie). `encoding`: of texts without a byte order mark ("" =
-  UTF-8). `cache`: the folder for indices of tars."""
+  UTF-8). `cache`: the folder for indices of tars. `separator`: between several labels in a cell.
+  `classes`: that labels may be, in their order; () = any."""
 
   columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
   language: str = "en"
   media: str = ""
   encoding: str = ""
   cache: str | os.PathLike | None = None
+  separator: str = ","
+  classes: tuple[str, ...] = ()
 
 
 Left = tuple[str, Skip]  # the name of what is left out, and why
@@ -73,6 +80,8 @@ def join(parts: Iterable[Part | Left]) -> tuple[list[Row], list[Left]]:
       skipped.append((part.name, Skip("duplicate id", part.at)))
     elif part.key not in rows:
       rows[part.key] = Row(part.name, Where(part.media, part.said))
+    elif differs := rows[part.key].where.said.other_values(part.said):
+      skipped.append((part.at, differs))
     else:
       row = rows[part.key]
       where = row.where._replace(said=row.where.said.joined(part.said))
@@ -126,18 +135,29 @@ class ListedReader:
 def fields_of(said: Annotation) -> set[str]:
   """The optional fields (schema.FIELDS) that an annotation fills."""
   facts = said.conversations or any(one.answers for one in said.questions)
-  return ({"questions"} if said.questions else set()) | ({"facts"} if facts else set())
+  found = {"questions": said.questions, "facts": facts, "value": said.values}
+  return {name for name, there in found.items() if there}
 
 
 def file_record(root: str, name: str, paths: Mapping[str, str], said: Annotation) -> Record | Skip:
   """The record of an annotation and the media files {modality: path below root}, which are read."""
-  media = {}
+  media: dict[str, Any] = {}
   for modality, path in paths.items():
-    content = read_inside(root, path)
+    content: Any = read_inside(root, path)
+    if modality == "series" and isinstance(content, bytes):
+      content = series_of(content, path)
     if isinstance(content, Skip):
       return content
     media[modality] = content
   return said.record(name, media)
+
+
+def series_of(content: Any, path: str = "") -> np.ndarray | Skip:
+  """A series float32 [T, C], of the bytes of a file or of nested lists; or why not."""
+  try:
+    return read_series(content) if isinstance(content, bytes) else as_series(content)
+  except Unreadable as error:
+    return Skip("unreadable", f"{path}: {error}" if path else str(error))
 
 
 def read_inside(root: str, path: str) -> bytes | Skip:

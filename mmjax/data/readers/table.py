@@ -50,7 +50,7 @@ def table_parts(path: str, folder: str, options) -> Iterator[Part | Left]:
       chosen = choose_columns(header, options.columns, path)
     else:
       row = dict(zip(header, cells, strict=False))
-      part = part_of(cells_of(row, chosen), at, folder, options.language)
+      part = part_of(cells_of(row, chosen), at, folder, options)
       yield part if isinstance(part, Part) else (row.get(chosen.get("id", ("",))[0]) or at, part)
 
 

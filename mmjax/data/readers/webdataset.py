@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from mmjax.config import UserError
+from mmjax.data.media import ENDINGS
 from mmjax.data.readers.cells import Skip
 from mmjax.data.readers.columns import MEDIA
 from mmjax.data.readers.rows import Left, Options, Record, Row, stems
@@ -19,6 +20,11 @@ class TarReader:
     self.paths = [os.path.abspath(path) for path in expand(source)]
     self.options = options
     self.notes: list[str] = []
+    if media := [role for role in options.columns if role in MEDIA]:
+      raise UserError(
+        f"columns names {media[0]!r}, but the media of tars are their files; keys of their JSON "
+        "may be named"
+      )
 
   def rows(self) -> tuple[list[Row], list[Left]]:
     rows: list[Row] = []
@@ -41,7 +47,9 @@ class TarReader:
       try:
         if index is None or index.path != path:
           index = index_tar(path, self.options.cache)
-        record = index.read(number, self.options.language) | {"id": row.name}
+        record = index.read(
+          number, self.options.language, self.options.columns, self.options.separator
+        ) | {"id": row.name}
         yield row.name, record, row.count
       except BadSample as error:
         yield row.name, error.skip, row.count
@@ -55,7 +63,8 @@ class TarReader:
     indices = [
       index for index in index_tars(self.paths, self.options.cache) if isinstance(index, TarIndex)
     ]
-    found = {part for part in MEDIA if any(index.has(part) for index in indices)}
+    found = {part for part in ENDINGS if any(index.has(part) for index in indices)}
+    found |= {"value"} & set(self.options.columns)
     return found | (
       {"questions", "facts"} if any(index.has("json") for index in indices) else set()
     )

@@ -87,6 +87,7 @@ def test_a_data_set_says_its_fields_and_answers(tmp_path):
     series=np.eye(3, 2, dtype=np.float32),
     questions=[("how many?", "2"), ("red?", "yes")],
     facts={"objects": [{"name": "cat"}]},
+    value=np.array([1.5, np.nan], np.float32),
   )
   bare = plain(id="b", image=None)
   write_dataset(
@@ -104,9 +105,12 @@ def test_a_data_set_says_its_fields_and_answers(tmp_path):
     "series": None,
     "questions": [],
     "facts": {},
+    "value": None,
   }
+  assert source.values == ("value[0]", "value[1]")
   read = open_source(dict(name="full", split="train", languages=("de",)), tmp_path)[0]
-  np.testing.assert_array_equal(read.pop("series"), full.pop("series"))
+  for name in ("series", "value"):
+    np.testing.assert_array_equal(read.pop(name), full.pop(name))
   assert read == {**full, "captions": {"de": ["eins"]}}
   assert json.loads((find_version(tmp_path, "full") / "metadata.json").read_text())[
     "fields"
@@ -167,6 +171,8 @@ def test_the_content_counts_what_is_stored_and_nothing_else():
     plain(questions=[("b", "a")]),
     plain(facts={"k": 1}),
     plain(facts={"k": 2}),
+    plain(value=[1.0]),
+    plain(value=[2.0]),
   ]
   assert len({canonical("train", record, FIELDS) for record in records}) == len(records)
   assert canonical("train", plain(audio=None, questions=[], facts={}), FIELDS) == canonical(
