@@ -105,7 +105,7 @@ def captions(
       text=texts[i],
       expected=expected[i][:3],
       correct=bool(correct[i]),
-      **_inputs(data, kept[i], modalities),
+      **inputs_of(data, kept[i], modalities),
     )
     for i in sample_evenly(len(kept), examples)
   ]
@@ -129,7 +129,7 @@ def _verdict(answer: bool | dict[str, bool]) -> dict[str, bool]:
   return {"right": bool(answer)}
 
 
-def _inputs(data, example: int, modalities: tuple) -> dict:
+def inputs_of(data, example: int, modalities: tuple) -> dict:
   """A picture of what the model saw, where it saw one."""
   if "image" in modalities:
     return dict(picture=data.picture(example))

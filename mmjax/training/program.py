@@ -16,8 +16,8 @@ from ml_collections import FrozenConfigDict
 
 from mmjax.config import in_steps
 from mmjax.data import pipeline
+from mmjax.inference.engine import generate_text
 from mmjax.models import make_model, with_plain_kernels
-from mmjax.models.generation import generate_text
 from mmjax.parallel import compiler, rules
 from mmjax.parallel.rules import shardings_of, with_shardings
 from mmjax.state.optimizer import Optimizers, make_optimizers, state_axes
@@ -338,7 +338,7 @@ class Program:
     like the batch.
 
     variables: of `evaluation_variables`, or {"params": ...}. args: hashable, before the batch. The
-    method "generate_text" is `models.generation.generate_text`: texts int32 [B, T].
+    method "generate_text" is `inference.engine.generate_text`: texts int32 [B, T].
     """
     if (method, args) not in self._appliers:
 
