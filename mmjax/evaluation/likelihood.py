@@ -23,8 +23,8 @@ def likelihood(
   source: a data set. split: which of its splits. languages: of its texts. text: what they are:
   document, caption or question.
   Metrics: "loss" (nats a target), "perplexity", "accuracy" (share of targets that are the likeliest
-  token), "bits_per_byte" (of documents: bits of the text over its bytes in UTF-8, ends of texts
-  paid for but not counted as bytes), "tokens", "examples", "unreadable".
+  token), "bits_per_byte" (of documents: bits over the bytes in UTF-8 of the text as the tokenizer
+  gives it back; ends of texts are paid for and no bytes), "tokens", "examples", "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   if not context.config.data.sequence.length:
@@ -46,6 +46,7 @@ def likelihood(
     first: dict[int, str] = {}
     for caption in data.captions:
       first.setdefault(caption.example, caption.text)
-    size = sum(len(text.encode()) for text in first.values())
+    tokenizer = context.tokenizer()
+    size = sum(len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in first.values())
     result["bits_per_byte"] = loss / math.log(2) / size
   return Result({name: float(value) for name, value in result.items()}, {})
