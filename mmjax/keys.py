@@ -564,15 +564,23 @@ KEYS = (
     "checkpoint.best",
     "",
     str,
-    "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'.",
+    "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'; every "
+    "command reads it as --checkpoint RUN/best.",
   ),
   Key(
     "checkpoint.best_mode",
-    "max",
-    Literal["max", "min"],
-    "Whether the best is the largest or the smallest.",
+    "auto",
+    Literal["auto", "max", "min"],
+    "Whether the best is the largest or the smallest; auto: the smallest of what is named a loss, "
+    "an error (mae, rmse, ...) or a perplexity.",
   ),
   Key("evaluation.every", "100%", StepsOrNever, "Steps between evaluations in the loop; 0 = none."),
+  Key(
+    "evaluation.patience",
+    0,
+    Count,
+    "Evaluations in a row without a better checkpoint.best after which the run ends; 0 = never.",
+  ),
   Key("evaluation.batch_size", 0, Count, "Examples an evaluation batch; 0 = train.batch_size."),
   Key("evaluation.evaluators", {}, dict, "Named evaluators."),
   Key("log.every", 10, Steps, "Steps between lines of metrics.jsonl."),
@@ -667,8 +675,10 @@ KINDS: dict[str, dict[str, str]] = {
   "evaluator": {
     "retrieval": "mmjax.evaluation.retrieval:retrieval",
     "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
+    "loss": "mmjax.evaluation.loss:loss",
     "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
     "classification": "mmjax.evaluation.classification:classification",
+    "regression": "mmjax.evaluation.regression:regression",
     "captions": "mmjax.evaluation.captions:captions",
     "masked_words": "mmjax.evaluation.masked:masked_words",
     "multiple_choice": "mmjax.evaluation.choices:multiple_choice",

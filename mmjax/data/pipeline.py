@@ -371,6 +371,15 @@ class EvaluationData:
     chosen = np.linspace(0, max(0, int(mask.sum()) - 1), frames).round().astype(int)
     return np.concatenate(list(clip[chosen]), axis=1)
 
+  def media_of(self, record: Mapping[str, Any], modality: str) -> dict[str, np.ndarray]:
+    """The arrays of one modality of a record as the model gets them; {} if it cannot be read."""
+    reader = self._examples.reader(modality)
+    try:
+      arrays, _ = reader.read(dict(record), False, None)
+    except UserError:
+      return {}
+    return {name: np.asarray(x) for name, x in zip(reader.shapes, arrays, strict=True)}
+
   def _read_facts(self) -> None:
     """One pass over the records for captions, labels and the keys of media."""
     number = {label: i for i, label in enumerate(self.label_names)}

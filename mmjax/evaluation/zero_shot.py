@@ -33,8 +33,8 @@ def zero_shot(
   also reported alone. classes: ((label, (name, ...)), ...) instead of the names in
   evaluation/prompts.py; labels it leaves out keep theirs. templates: prompts with {} for the name,
   instead of those of the modality in evaluation/prompts.py.
-  Metrics: "accuracy", "accuracy@5", "mean_class_accuracy" (the mean over classes of each one's
-  accuracy), "examples", "unreadable" (left out). Ties are pessimistic.
+  Metrics: "accuracy", "accuracy@5" from 6 classes on, "mean_class_accuracy" (the mean over classes
+  of each one's accuracy), "examples", "unreadable" (left out). Ties are pessimistic.
   """
   where = f"evaluation.evaluators.{context.name}"
   if modality == "text":
@@ -101,7 +101,7 @@ def classify(
   rank = ranks(media, classes, np.stack([np.arange(len(labels)), labels], axis=1), mesh)
   metrics = {
     "accuracy": float(np.mean(rank <= 1)),
-    "accuracy@5": float(np.mean(rank <= 5)),
+    **({"accuracy@5": float(np.mean(rank <= 5))} if len(classes) >= 6 else {}),
     "mean_class_accuracy": mean_class_accuracy(labels, rank <= 1),
   }
   predicted = np.concatenate(
