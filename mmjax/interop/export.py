@@ -200,7 +200,12 @@ _MEDIA = {
     normalised_inside=True,
   ),
   "series": lambda series: dict(
-    length=series.length, channels=series.channels, dtype="float32", padding="zeros, mask false"
+    length=series.length,
+    channels=series.channels,
+    mean=list(series.mean),
+    std=list(series.std),
+    dtype="float32",
+    padding="zeros, mask false",
   ),
 }
 

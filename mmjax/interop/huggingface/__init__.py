@@ -25,7 +25,7 @@ from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.pipeline import batch_spec
 from mmjax.interop import safetensors
-from mmjax.interop.huggingface import mapping, open_clip, preprocessing, sentences, single
+from mmjax.interop.huggingface import mapping, open_clip, preprocessing, sentences, single, unigram
 from mmjax.models import make_model
 from mmjax.ownership import new_folder
 from mmjax.state import checkpoint as checkpoints
@@ -217,8 +217,7 @@ def export_hf(
   family = _expressed_by(config)
   special, facts = {}, {}
   is_sentence = bool(config["model"].get("sentence_pooling"))
-  tokenizes = "text" in config["model"]["encoders"] or "tokenizer.json" in assets
-  if tokenizes:
+  if _tokenizes(config, assets):
     tokenizer = preprocessing.Tokenizer.from_assets(assets)
     special = {
       f"{name}_token_id": number
@@ -230,6 +229,13 @@ def export_hf(
     facts["preprocessor_config.json"] = json.dumps(
       preprocessing.image_facts(config, family), indent=2
     ).encode()
+  variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}
+  end = unigram.moved_end(config, assets)
+  if end is not None:
+    text = config["model"]["encoders"]["text"]
+    table = unigram.swap_rows(variables["text"]["embedding"], text["eos_id"], end)
+    variables["text"] = {**variables["text"], "embedding": table}
+    text["eos_id"] = special["eos_token_id"] = end
   stated = family.facts(config, special)
   if config["model"].get("classes") and config["model"]["name"] == "encoder":
     stated.update(single.label_facts(config, json.loads(assets.get("classes.json", b"[]"))))
@@ -241,7 +247,6 @@ def export_hf(
         for name, content in family.files(config, assets).items()
       }
     )
-  variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}
   tensors = mapping.to_tensors(variables, [*family.rules(config), *sentences.rules(config)])
   if hasattr(family, "constants"):
     tensors.update(family.constants(config))
@@ -261,6 +266,27 @@ def export_hf(
     for name, tensors in weights.items():
       safetensors.write(partial / name, tensors)
   return out
+
+
+def check_export(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> str:
+  """The architecture of transformers that `export_hf` would write for a model of this config with
+  these assets. Raises UserError: as `export_hf`, of what can be known without parameters.
+  """
+  filled = _filled(config.to_dict() if hasattr(config, "to_dict") else dict(config))
+  family = _expressed_by(filled)
+  if _tokenizes(filled, assets):
+    is_sentence = bool(filled["model"].get("sentence_pooling"))
+    preprocessing.tokenizer_files(filled, assets, family, lowercases=is_sentence)
+  unigram.moved_end(filled, assets)
+  if "image" in filled["model"]["encoders"]:
+    preprocessing.image_facts(filled, family)
+  return family.ARCHITECTURE
+
+
+def _tokenizes(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> bool:
+  """Whether the folder of a model has a tokenizer: a decoder may do without."""
+  found = any(name in assets for name in ("tokenizer.json", "tokenizer.model"))
+  return found or "text" in config["model"]["encoders"]
 
 
 def _family(model_type: str, where: Path) -> ModuleType:

@@ -259,10 +259,10 @@ def image_refusals(image: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 
 
 def text_refusals(text: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
-  """What CLIP's tower of texts must have beside."""
-  poolings = ("eos", "highest") if text["eos_id"] != LEGACY_EOS else ("highest",)
+  """What CLIP's tower of texts must have beside; see `moved_end` of unigram.py for an end token of
+  LEGACY_EOS."""
   return [
-    ("model.encoders.text.pooling", text["pooling"], poolings),
+    ("model.encoders.text.pooling", text["pooling"], ("eos", "highest")),
     ("model.encoders.text.causal", text["causal"], (True,)),
   ]
 

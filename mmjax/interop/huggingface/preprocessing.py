@@ -14,6 +14,7 @@ from typing import Any
 from mmjax.config import UserError
 from mmjax.data import wordpiece
 from mmjax.data.text import LARGEST, Tokenizer
+from mmjax.interop.huggingface import unigram
 from mmjax.interop.huggingface.clip import square
 from mmjax.interop.safetensors import read_bytes, read_json
 
@@ -321,7 +322,12 @@ def tokenizer_files(
   files = {name: assets[name] for name in TOKENIZER_FILES if name in assets}
   facts: dict[str, Any] = {}
   text = config["data"]["text"]
-  if "tokenizer.json" not in files:
+  if "tokenizer.json" not in files and unigram.is_own(assets.get("tokenizer.model", b"")):
+    end = unigram.moved_end(config, assets)
+    files = unigram.files(assets["tokenizer.model"], text, end)
+    facts = dict(processor_class=family.PROCESSOR_CLASS) if family.PROCESSOR_CLASS else {}
+    _check_lowercases(family, text)
+  elif "tokenizer.json" not in files:
     if (
       "tokenizer.model" not in assets
       or family.TOKENIZER_CLASS != "SiglipTokenizer"
@@ -331,16 +337,13 @@ def tokenizer_files(
       raise UserError(
         f"transformers has no tokenizer for this model: {family.TOKENIZER_CLASS} reads a "
         "tokenizer.json, or (SigLIP alone) a sentencepiece model with "
-        "data.text.punctuation=false and bos=false. Export to safetensors or stablehlo"
+        "data.text.punctuation=false and bos=false; of tokenizers of `mmjax data tokenizer` it "
+        "gets one. Export to safetensors or stablehlo"
       )
     facts = dict(do_lower_case=text["lowercase"])
     files[SENTENCEPIECE] = assets["tokenizer.model"]
   elif getattr(family, "LOWERCASES", False):
-    if not text["lowercase"] or not text["punctuation"]:
-      raise UserError(
-        f"{family.TOKENIZER_CLASS} lower-cases texts and keeps punctuation: set "
-        "data.text.lowercase and punctuation to True"
-      )
+    _check_lowercases(family, text)
     facts = dict(padding_side="right")
   elif (text["lowercase"] and not lowercases) or not text["punctuation"]:
     raise UserError(
@@ -356,3 +359,12 @@ def tokenizer_files(
     "model_input_names": inputs,
   }
   return {**files, "tokenizer_config.json": json.dumps(facts, indent=2).encode()}
+
+
+def _check_lowercases(family: ModuleType, text: Mapping[str, Any]) -> None:
+  """Raises UserError: the family lower-cases texts and keeps punctuation, data.text does not."""
+  if getattr(family, "LOWERCASES", False) and not (text["lowercase"] and text["punctuation"]):
+    raise UserError(
+      f"{family.TOKENIZER_CLASS} lower-cases texts and keeps punctuation: set "
+      "data.text.lowercase and punctuation to True"
+    )

@@ -1,0 +1,172 @@
+"""Models with a tokenizer that mmjax trained, exported for transformers: AutoTokenizer,
+AutoProcessor and AutoModel give equal ids and equal outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from ml_collections import ConfigDict
+
+import mmjax
+from mmjax import config as configs
+from mmjax.data.text import TextTransform, Tokenizer, train_tokenizer
+from mmjax.interop.huggingface import export_hf, unigram
+from mmjax.parallel.mesh import single_device_mesh
+from mmjax.training import start
+from tests.inference import tiny
+
+TEXTS = (
+  "a red heart",
+  "A  black\tCat!  ",
+  "zwölf Ünsinn, naïve",
+  "心 红色の鳥 두 마리",
+  "“the ﬂag” of Ｃhad ½",
+  "👩‍🌾🎉",
+  "ΟΔΥΣΣΕΥΣ",
+  "",
+)
+BLOCKS = dict(width=16, depth=1, heads=2)
+
+
+def image_text(kind: str):
+  c = configs.base()
+  c.data.image.size, c.precision.compute = 16, "float32"
+  c.data.text.update(tokenizer="tiny", vocab_size=512, length=24, lowercase=True)
+  image = dict(kind="vit", patch=8, **BLOCKS)
+  if kind == "clip":
+    c.model = dict(
+      name="dual_encoder",
+      width=16,
+      encoders=dict(
+        image=dict(image, pooling="class", input_norm=True, patch_bias=False),
+        text=dict(kind="transformer", causal=True, pooling="eos", **BLOCKS),
+      ),
+    )
+  else:
+    c.data.text.update(mask_padding=False, punctuation=False)
+    c.model = dict(
+      name="dual_encoder",
+      width=16,
+      unprojected=("image",),
+      projection_bias=True,
+      bias=True,
+      encoders=dict(
+        image=dict(image, pooling="attention"),
+        text=dict(kind="transformer", pooling="final", **BLOCKS),
+      ),
+    )
+  return configs.resolve(c)
+
+
+def exported(config, folder):
+  """(model here, folder for transformers) with random parameters."""
+  (folder / "saved").mkdir()
+  saved = tiny.save(config, folder / "saved")
+  assert start.check_export(config, tiny.assets(folder / "saved")) is None
+  return mmjax.load(saved, mesh=single_device_mesh()), export_hf(saved, folder / "hf")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_pictures_and_texts_by_auto_processor_are_as_similar_there(kind, tmp_path):
+  ours, folder = exported(image_text(kind), tmp_path)
+  processor = transformers.AutoProcessor.from_pretrained(folder)
+  assert type(processor).__name__.lower() == f"{kind}processor"
+  inputs = processor(text=list(TEXTS), padding="max_length", truncation=True, return_tensors="pt")
+  tokens = ours.tokens(TEXTS)["tokens"]
+  if kind == "clip":  # whose end token must not have the id 2
+    assert processor.tokenizer.eos_token_id == 68
+    tokens = np.where(tokens == 2, 68, tokens)
+  assert inputs["input_ids"].tolist() == tokens.tolist()
+  model = transformers.AutoModel.from_pretrained(folder).eval()
+  pictures = torch.tensor(np.stack(tiny.pixels(3, size=16)).transpose(0, 3, 1, 2) / 127.5 - 1)
+  with torch.no_grad():
+    there = model(**inputs, pixel_values=pictures.float())
+  np.testing.assert_allclose(there.text_embeds, ours.encode_text(TEXTS), atol=2e-5)
+  here = ours.encode_image(tiny.pixels(3, size=16))
+  np.testing.assert_allclose(there.image_embeds, here, atol=2e-5)
+
+
+def test_a_classifier_of_texts_is_a_bert_with_its_labels_there(tmp_path):
+  c = configs.base()
+  c.data.text.update(tokenizer="tiny", vocab_size=512, length=24)
+  c.precision.compute, c.data.label, c.data.classes = "float32", "label", 3
+  text = dict(kind="bert", pooling="pooler", **BLOCKS)
+  c.model = dict(name="encoder", width=16, classes=3, encoders=dict(text=text))
+  ours, folder = exported(configs.resolve(c), tmp_path)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  inputs = tokenizer(list(TEXTS[:6]), padding=True, truncation=True, return_tensors="pt")
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+  with torch.no_grad():
+    there = torch.softmax(model(**inputs).logits, -1)
+  np.testing.assert_allclose(there, ours.classes(text=TEXTS[:6]), atol=1e-5)
+
+
+def test_transcripts_of_a_whisper_are_those_there(tmp_path):
+  c = configs.base()
+  c.data.modalities, c.precision.compute = ("audio", "text"), "float32"
+  c.data.audio.seconds, c.data.text.length = 1.0, 8
+  c.data.text.update(tokenizer="tiny", vocab_size=512)
+  blocks = dict(activation="gelu", eps=1e-5, **BLOCKS)
+  audio = dict(
+    kind="whisper", mels=16, normalisation="whisper", mask_padding=False, strides=(1, 2), **blocks
+  )
+  c.model = dict(
+    name="captioner",
+    width=16,
+    encoders=dict(audio=audio),
+    decoder=dict(project_memory=False, **blocks),
+  )
+  ours, folder = exported(configs.resolve(c), tmp_path)
+  processor = transformers.AutoProcessor.from_pretrained(folder)
+  model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+  sounds = [np.sin(np.arange(16_000) * f).astype(np.float32) for f in (0.1, 0.3)]
+  inputs = processor(sounds, sampling_rate=16_000, return_tensors="pt")
+  with torch.no_grad():
+    tokens = model.generate(inputs["input_features"], max_new_tokens=7, do_sample=False)
+  there = processor.batch_decode(tokens, skip_special_tokens=True)
+  assert [text.strip() for text in there] == [text.strip() for text in ours.write(audio=sounds)]
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+@pytest.mark.parametrize("punctuation", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+def test_ids_of_the_tokenizer_json_are_those_of_the_sentencepiece_model(
+  lowercase, punctuation, bos, tmp_path
+):
+  model = train_tokenizer([*TEXTS, *tiny.WORDS] * 8, tmp_path / "mine.model", 460).read_bytes()
+  settings = ConfigDict(
+    dict(
+      tokenizer="mine",
+      vocab_size=512,
+      length=256,
+      lowercase=lowercase,
+      punctuation=punctuation,
+      mask_padding=True,
+      pad_id=-1,
+      bos=bos,
+      eos=True,
+    )
+  )
+  transform = TextTransform(settings, Tokenizer.from_assets({"tokenizer.model": model}))
+  for name, content in unigram.files(model, settings).items():
+    (tmp_path / name).write_bytes(content)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  rng = np.random.default_rng(0)
+  letters = list("abcdefgé心红 .,-'ß")
+  texts = [*TEXTS, *("".join(rng.choice(letters, 12)) for _ in range(50))]
+  assert [theirs(text)["input_ids"] for text in texts] == [transform.encode(text) for text in texts]
+  decoded = [theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) for text in texts]
+  assert decoded == [transform.tokenizer.decode(transform.encode(text)) for text in texts]
+
+
+def test_a_model_that_transformers_cannot_express_is_told_or_refused(tmp_path, capsys):
+  c = image_text("clip").to_dict()
+  c["model"]["encoders"]["image"]["stem"] = "convolution"
+  config = configs.resolve(c)
+  start.check_export(config, tiny.assets(tmp_path))
+  assert "nearest is CLIPModel, but for model.encoders.image.stem" in capsys.readouterr().out
+  with pytest.raises(configs.ConfigError, match=r"export\.hf is True, but.*image\.stem"):
+    start.check_export(configs.resolve(c, ["export.hf=True"]), tiny.assets(tmp_path))
