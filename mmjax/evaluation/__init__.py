@@ -12,8 +12,7 @@ import contextlib
 import difflib
 import fnmatch
 import functools
-import hashlib
-import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ import numpy as np
 from mmjax import config as config_lib
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.data.examples import modalities_of
 from mmjax.data.pipeline import EvaluationData
 from mmjax.data.sources import open_source
 from mmjax.data.text import Tokenizer, load_tokenizer
@@ -71,9 +69,15 @@ class Context:
     """The `EvaluationData` of a split, in a fixed order and without augmentation; opened once a
     run.
 
-    text: what the text of a row is, "caption" or "question".
+    languages: of the captions; () = `languages`. text: what the text of a row is, "caption" or
+    "question".
     """
-    return self._evaluation.data(source, split, tuple(languages), text)
+    languages = tuple(languages) or self.languages(source)
+    return self._evaluation.data(source, split, languages, text)
+
+  def languages(self, source: str) -> tuple[str, ...]:
+    """Those that the run reads of a data set, as its entries of data.sources say; () = all."""
+    return languages_of(self.config, source)
 
   def embed(self, modality: str, batches: Iterable[dict]) -> Embedded:
     """Embeds every row of `batches` (padding included), on the mesh; each process gets all the
@@ -104,8 +108,7 @@ class Context:
     for batch in batches:
       placed = multihost.to_device(batch, self.mesh)
       kept = [placed.pop("valid"), *(placed.pop(name) for name in also)]
-      for name in ("label", "value"):
-        placed.pop(name, None)
+      placed.pop("label", None)
       waiting.append([self._evaluation.apply(self._params, method, args, placed), *kept])
       if len(waiting) > 2:
         take()
@@ -115,28 +118,6 @@ class Context:
     if not taken:
       return (np.zeros((0,), np.float32), np.zeros(0, bool), *(np.zeros(0) for _ in also))
     return tuple(np.concatenate(parts) for parts in zip(*taken, strict=True))
-
-  def losses(self, batches: Iterable[dict], names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """{objective: {metric: its mean}} over all rows of `batches` that count."""
-    if self._evaluation.losses is None:
-      raise UserError("the objectives are known only to a run and to `mmjax eval`")
-    sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
-    for batch in batches:
-      placed = multihost.to_device(batch, self.mesh)
-      found = jax.device_get(self._evaluation.losses(self._params, placed, names))
-      for name in names:
-        for key, pair in found[name].items():
-          sums[name][key] = sums[name].get(key, np.zeros(2)) + np.asarray(pair, np.float64)
-      self._evaluation.poll()
-    return {
-      name: {key: float(total / weight) if weight else 0.0 for key, (total, weight) in of.items()}
-      for name, of in sums.items()
-    }
-
-  @property
-  def modalities(self) -> list[str]:
-    """Those of the batches of training."""
-    return modalities_of(self.config)
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer of the checkpoint, or else of the config."""
@@ -172,8 +153,7 @@ class Evaluation:
 
   `apply(variables, method, args, batch)` gives rows [B, ...] of a batch on the devices. `assets`:
   of a checkpoint; its tokenizer is then used, and none needs to be under data.dir. `poll` is called
-  after every batch (to ask whether the machine is about to be taken away). `losses(variables,
-  batch, names)`: {objective: {metric: (sum, weight)}} of a batch, for the evaluator "loss".
+  after every batch (to ask whether the machine is about to be taken away).
   """
 
   def __init__(
@@ -184,9 +164,8 @@ class Evaluation:
     *,
     assets: Mapping[str, bytes] | None = None,
     poll: Callable[[], None] | None = None,
-    losses: Callable[[Any, dict, tuple], dict] | None = None,
   ):
-    self.config, self.apply, self.mesh, self.losses = config, apply, mesh, losses
+    self.config, self.apply, self.mesh = config, apply, mesh
     self.poll = poll or (lambda: None)
     self._data: dict = {}
     self._assets = dict(assets or {})
@@ -219,11 +198,10 @@ class Evaluation:
     for name in pick(self.config, names):
       entry = self.config.evaluation.evaluators[name]
       with _naming(name):
-        for key in ("split", "train_split", "threshold_split"):
+        for key in ("split", "train_split"):
           if entry.get("source") and entry.get(key):
-            source = dict(
-              name=entry.source, split=entry[key], languages=entry.get("languages", ()), path=""
-            )
+            languages = entry.get("languages", ()) or languages_of(self.config, entry.source)
+            source = dict(name=entry.source, split=entry[key], languages=languages, path="")
             found[f"{name} ({key})"] = open_source(source, self.config).fingerprint
     return found
 
@@ -252,6 +230,14 @@ class Evaluation:
   def _own_tokenizer(self) -> Tokenizer | None:
     """The tokenizer of the checkpoint, for every text; None where it brought none."""
     return Tokenizer.from_assets(self._assets) if Tokenizer.is_among(self._assets) else None
+
+
+def languages_of(config, source: str) -> tuple[str, ...]:
+  """The languages that entries of data.sources read of a data set; () where one reads all, or none
+  reads it.
+  """
+  chosen = [entry.languages for entry in config.data.sources.values() if entry.name == source]
+  return tuple(dict.fromkeys(itertools.chain(*chosen))) if chosen and all(chosen) else ()
 
 
 @contextlib.contextmanager
@@ -291,66 +277,21 @@ def flat_metrics(results: dict[str, Result]) -> dict[str, float]:
   }
 
 
-PROVENANCE = "provenance"  # the entry of eval.json that is no evaluator
-
-
-def provenance(
-  config, fingerprints: Mapping[str, str], checkpoint: str, step: int | None
-) -> dict[str, dict[str, Any]]:
-  """{evaluator: what its scores are of}: checkpoint, step, a digest of the config, the data set and
-  split with its content, versions. fingerprints: of `Evaluation.check_sources`.
-  """
-  digest = hashlib.blake2b(config_lib.to_json(config).encode(), digest_size=8).hexdigest()
-  versions = {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "numpy")}
-  found = {}
-  for name, entry in config.evaluation.evaluators.items():
-    data = [mark for key, mark in fingerprints.items() if key.startswith(f"{name} (")]
-    found[name] = dict(
-      checkpoint=checkpoint,
-      step=step,
-      config=digest,
-      source=entry.get("source", ""),
-      split=entry.get("split", ""),
-      data="; ".join(data),
-      versions=versions,
-    )
-  return found
-
-
-def write_eval_json(
-  workdir: str | Path,
-  results: dict[str, Result],
-  about: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Path:
+def write_eval_json(workdir: str | Path, results: dict[str, Result]) -> Path:
   """Writes {evaluator: {metric: value}} as eval.json of a run folder; evaluators that were not run
-  now keep their values. about: {evaluator: `provenance`}, which stands under "provenance".
+  now keep their values.
   """
   path = Path(workdir) / "eval.json"
-  table: dict[str, Any] = {
+  table = {
     **read_eval_json(workdir),
     **{name: {k: float(v) for k, v in r.metrics.items()} for name, r in results.items()},
   }
-  known = read_provenance(workdir) | {n: dict(about[n]) for n in results if about and n in about}
-  if known:
-    table[PROVENANCE] = known
   files.replace_file(path, json.dumps(table, indent=2) + "\n")
   return path
 
 
 def read_eval_json(workdir: str | Path) -> dict[str, dict[str, float]]:
-  """{evaluator: {metric: value}} of `write_eval_json`; {} without a file, or of one that is no such
-  table.
-  """
-  return {name: scores for name, scores in _eval_json(workdir).items() if name != PROVENANCE}
-
-
-def read_provenance(workdir: str | Path) -> dict[str, dict[str, Any]]:
-  """{evaluator: its `provenance`} of what `write_eval_json` wrote."""
-  found = _eval_json(workdir).get(PROVENANCE, {})
-  return {name: about for name, about in found.items() if isinstance(about, dict)}
-
-
-def _eval_json(workdir: str | Path) -> dict[str, dict[str, Any]]:
+  """What `write_eval_json` wrote; {} without a file or with one that is no such table."""
   try:
     table = json.loads((files.as_path(workdir) / "eval.json").read_text())
   except (OSError, ValueError):

@@ -28,14 +28,15 @@ def generated(
   source: str,
   split: str = "test",
   train_split: str = "train",
-  languages: tuple = ("en",),
+  languages: tuple = (),
   seed: Seed = 0,
   examples: Count = 60,
 ) -> Result:
   """Draws a picture for each example's caption in `split`, and a second one with other noise.
 
   source: a data set with labels. split: whose captions are drawn. train_split: real pictures that
-  the classifier is fitted to, and that drawn ones are compared with. languages: of the captions.
+  the classifier is fitted to, and that drawn ones are compared with.
+  languages: of the captions (() = those that data.sources reads of it, else all).
   seed: of the noise. examples: how many the report shows.
   Metrics: "accuracy" and "mean_class_accuracy": share of drawn pictures that the classifier gives
   the class of their caption's real picture; "real/accuracy", "real/mean_class_accuracy": the same

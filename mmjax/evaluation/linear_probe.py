@@ -30,7 +30,8 @@ def linear_probe(
 
   source: a data set with labels. split: tested on. train_split: fitted on; a fifth of it (by
   picture, so that identical ones stay together) chooses the regularisation from `grid`, then all of
-  it is fitted again. The tested split chooses nothing. Metrics: "accuracy", "mean_class_accuracy",
+  it is fitted again. grid: strengths of the regularisation that are tried; () = some powers of 10.
+  The tested split chooses nothing. Metrics: "accuracy", "mean_class_accuracy",
   "regularisation", "train_examples", "examples", "unreadable" (left out).
   """
   where = f"evaluation.evaluators.{context.name}"

@@ -18,14 +18,15 @@ def masked_words(
   *,
   source: str,
   split: str = "test",
-  languages: tuple = ("en",),
+  languages: tuple = (),
   context_modalities: tuple = (),
   skip: tuple = ("a", "an", "the", "of", "to", "and", "is", "on", "in", "at", "it"),
 ) -> Result:
   """Hides one word of each caption at a time (every one once) and counts how often all its tokens
   are guessed.
 
-  source: a data set. split: which of its splits. languages: of the captions (the first of each
+  source: a data set. split: which of its splits. languages: of the captions, () = those that
+  data.sources reads of it, else all (the first of each
   example). context_modalities: what the model sees beside the caption. skip: words that are never
   hidden, for they are guessed from grammar alone.
   Needs data.text.words. Metrics: "accuracy" (share of hidden words whose tokens are all right),

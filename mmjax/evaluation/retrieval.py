@@ -34,7 +34,7 @@ def retrieval(
   *,
   source: str,
   split: str = "test",
-  languages: tuple = ("en",),
+  languages: tuple = (),
   between: tuple = ("image", "text"),
   by: str = "",
   examples: Count = 8,
@@ -42,7 +42,8 @@ def retrieval(
   """R@1, R@5, R@10 and the median rank, from one modality to another and back, over a whole split
   as the gallery.
 
-  source: a data set. split: which of its splits. languages: captions of these count (() = all).
+  source: a data set. split: which of its splits. languages: captions of these count (() = those
+  that data.sources reads of it, else all).
   between: two modalities;
   equal pictures, sounds, clips and series are one item, texts are the captions. by: a name in the
   records' facts ("voice"): R@1 of queries of the first modality is also given for each of its

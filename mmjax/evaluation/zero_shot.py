@@ -22,19 +22,20 @@ def zero_shot(
   source: str,
   split: str = "test",
   modality: str = "image",
-  languages: tuple = ("en",),
+  languages: tuple = (),
   classes: tuple = (),
   templates: tuple = (),
 ) -> Result:
   """Accuracy of classification by prompts, without any training on the classes.
 
   source: a data set with labels. split: which of its splits. modality: what is classified, "image",
-  "audio", "video" or "series". languages: of the prompts; several are one ensemble, and each is
+  "audio", "video" or "series". languages: of the prompts, () = those that
+  data.sources reads of it, else English; several are one ensemble, and each is
   also reported alone. classes: ((label, (name, ...)), ...) instead of the names in
-  evaluation/prompts.py; labels it leaves out keep theirs. templates: prompts with {} for the name,
-  instead of those of the modality in evaluation/prompts.py.
-  Metrics: "accuracy", "accuracy@5" from 6 classes on, "mean_class_accuracy" (the mean over classes
-  of each one's accuracy), "examples", "unreadable" (left out). Ties are pessimistic.
+  mmjax; labels it leaves out keep theirs. templates: prompts with {} for the name, instead of
+  mmjax's own of the modality and language.
+  Metrics: "accuracy", "accuracy@5", "mean_class_accuracy" (the mean over classes of each one's
+  accuracy), "examples", "unreadable" (left out). Ties are pessimistic.
   """
   where = f"evaluation.evaluators.{context.name}"
   if modality == "text":
@@ -55,7 +56,7 @@ def zero_shot(
       "classes"
     )
   by_language = {}
-  for language in languages or ("en",):
+  for language in languages or context.languages(source) or ("en",):
     prompt_sets = [
       [
         t.format(name)
@@ -101,7 +102,7 @@ def classify(
   rank = ranks(media, classes, np.stack([np.arange(len(labels)), labels], axis=1), mesh)
   metrics = {
     "accuracy": float(np.mean(rank <= 1)),
-    **({"accuracy@5": float(np.mean(rank <= 5))} if len(classes) >= 6 else {}),
+    "accuracy@5": float(np.mean(rank <= 5)),
     "mean_class_accuracy": mean_class_accuracy(labels, rank <= 1),
   }
   predicted = np.concatenate(

@@ -24,6 +24,7 @@ from mmjax.data.image import Unreadable
 from mmjax.data.media import ENDINGS, WORDS, bytes_key, content_key
 from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
+from mmjax.evaluation import languages_of
 from mmjax.files import read_file
 from mmjax.inference.predictor import Predictor, in_threads
 
@@ -201,11 +202,13 @@ def embed_source(
   """One modality of a data set and, where the model reads texts, its captions: every array of the
   module's docstring.
 
-  A split may be several: "train+validation". modality: None = the first of the model's that one of
-  the first records has.
+  A split may be several: "train+validation". languages: of the captions; () = those that the model
+  was trained on, where it was on this data set. modality: None = the first of the model's that one
+  of the first records has.
   """
+  languages = tuple(languages) or languages_of(predictor.config, source)
   opened = open_source(
-    dict(name=source, split=split, languages=tuple(languages), path=""), predictor.config
+    dict(name=source, split=split, languages=languages, path=""), predictor.config
   )
   captions: dict[int, list[str]] = {}
   modality = modality or _modality_of(opened, list(predictor.media))

@@ -8,6 +8,7 @@ factor is float32. The warm-up is linear, `(step + 1) / warmup`, so that no upda
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import ConfigError, in_steps, kind_function, settings
-from mmjax.ranges import Duration, Share, Steps, StepsOrNever, is_duration
+from mmjax.ranges import Duration, Portion, Share, Steps, StepsOrNever, is_duration
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -25,6 +26,8 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 def cosine(steps: int, warmup: int, *, final: Share = 0.0) -> Schedule:
   """Half a cosine from 1 to `final` (Loshchilov and Hutter 2017, arXiv:1608.03983, without
   restarts).
+
+  final: share of the peak rate at the end.
   """
 
   def factor(step):
@@ -44,6 +47,7 @@ def rsqrt(
   """sqrt(timescale / (timescale + steps since the warm-up)) (Zhai et al. 2022, arXiv:2106.04560,
   appendix B).
 
+  timescale: steps after the warm-up until the rate has fallen to 0.71 of its peak.
   `cooldown`: linear to zero over the last steps; the part before it does not depend on the length
   of the run.
   """
@@ -85,6 +89,19 @@ def constant(steps: int, warmup: int) -> Schedule:
   """The peak rate all the time after the warm-up."""
   del steps
   return lambda step: _warm_up(step, warmup)
+
+
+def exponential(steps: int, warmup: int, *, first: Portion = 1e-3) -> Schedule:
+  """From `first` to 1 by a constant factor each step (Smith 2017, arXiv:1506.01186): a range test.
+
+  first: share of the peak rate at the first step.
+  """
+
+  def factor(step):
+    done = _progress(step, warmup, steps - 1)
+    return _warm_up(step, warmup) * jnp.exp(math.log(first) * (1 - done))
+
+  return factor
 
 
 def make_schedule(config: FrozenConfigDict, *, steps: int, examples: int | None = None) -> Schedule:
