@@ -124,10 +124,39 @@ def _use_huge_pages() -> None:
 # -- Commands --------------------------------------------------------------------------------------
 
 
+def _init(options) -> None:
+  from mmjax import starter
+
+  starter.init(
+    options.task,
+    options.source,
+    options.out,
+    split=options.split,
+    modalities=_words(options.modality),
+    languages=_words(options.languages),
+    start=options.start,
+    tokenizer=options.tokenizer,
+    hf=options.hf,
+    force=options.force,
+    data_dir=options.data_dir,
+  )
+
+
+def _words(text: str) -> tuple[str, ...]:
+  """The words of "a,b"."""
+  return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def _train(options) -> int:
   from mmjax import config
 
   resolved = config.load(options.config, options.overrides, options.allow_code)
+
+  if options.find_lr:
+    from mmjax.training import find_lr
+
+    find_lr.find_lr(resolved, options.workdir)
+    return 0
 
   from mmjax.training import loop
 
@@ -245,7 +274,7 @@ def _data_tokenizer(options) -> None:
   text.train_tokenizer_from_source(
     options.source,
     split=options.split,
-    languages=tuple(options.languages.split(",")) if options.languages else (),
+    languages=_words(options.languages),
     vocab_size=options.vocab_size,
     name=options.name,
     data_dir=options.data_dir,
@@ -311,7 +340,7 @@ def _embed(options) -> None:
     texts=options.texts,
     source=options.source,
     split=options.split,
-    languages=tuple(options.languages.split(",")),
+    languages=_words(options.languages),
     modality=options.modality,
     allow_code=options.allow_code,
   )
@@ -437,6 +466,61 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(
     commands,
+    "init",
+    _init,
+    "Write a config that fits a data set and this machine, ready to train.",
+    "mmjax init retrieval --source photos --out photos.py",
+  )
+  sub.add_argument(
+    "task",
+    metavar="TASK",
+    choices=(
+      "retrieval",
+      "classification",
+      "multi-label",
+      "regression",
+      "captioning",
+      "speech-recognition",
+      "question-answering",
+    ),
+    help="retrieval, classification, multi-label, regression, captioning, speech-recognition or "
+    "question-answering",
+  )
+  sub.add_argument("--source", required=True, metavar="NAME", help="data set to train on")
+  sub.add_argument("--out", required=True, metavar="FILE", help="the config, a Python file")
+  sub.add_argument(
+    "--from",
+    dest="start",
+    default="",
+    metavar="DIR",
+    help="start from this run, import or Hugging Face folder: its encoders, tokenizer and "
+    "preprocessing; default: from nothing",
+  )
+  sub.add_argument("--split", default="", help="to train on; default: train")
+  sub.add_argument(
+    "--modality",
+    default="",
+    metavar="NAME[,NAME]",
+    help="image, audio, video, series, text: what the model reads; default: the media that there "
+    "are, or else the text",
+  )
+  sub.add_argument("--languages", default="", help="comma-separated; default: all that there are")
+  sub.add_argument(
+    "--tokenizer",
+    default="",
+    metavar="NAME",
+    help="one that is there; default: one is trained on the texts, or taken from --from",
+  )
+  sub.add_argument(
+    "--hf",
+    action="store_true",
+    help="a model that `mmjax export --to hf` can write: CLIP, ViT, BERT or Whisper",
+  )
+  sub.add_argument("--force", action="store_true", help="replace FILE")
+  _data_dir(sub)
+
+  sub = command(
+    commands,
     "train",
     _train,
     "Start a run, or resume it: the same command does both.",
@@ -456,6 +540,12 @@ def _parser() -> argparse.ArgumentParser:
     "--allow-change",
     action="store_true",
     help="resume although settings or data that alter numbers have changed",
+  )
+  sub.add_argument(
+    "--find-lr",
+    action="store_true",
+    help="instead of training, try growing learning rates for some 100 steps: prints a table and a "
+    "suggestion, and draws DIR/find_lr.html",
   )
   sub.add_argument(
     "--profile",
@@ -739,7 +829,9 @@ def _parser() -> argparse.ArgumentParser:
     "--modality", choices=_MEDIA, help="of --source; default: the first that model and records have"
   )
   sub.add_argument("--split", default="train", help="split of --source")
-  sub.add_argument("--languages", default="en", help="languages of --source, comma-separated")
+  sub.add_argument(
+    "--languages", default="", help="of --source, comma-separated; default: as in training"
+  )
   sub.add_argument("--out", required=True, metavar="FILE")
 
   sub = command(

@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import re
+import sys
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -32,7 +33,6 @@ from mmjax.contradictions import check
 from mmjax.errors import ConfigError, UntrustedCode, UserError, nearest
 from mmjax.keys import (
   COLLECTIONS,
-  COLLECTIONS_OF_KINDS,
   ENTRIES,
   FREE_ON_RESUME,
   FUNCTIONS,
@@ -82,8 +82,9 @@ def load(
   module = types.ModuleType(loader.name)
   module.__file__ = path
   try:
-    loader.exec_module(module)
-    config = module.get_config(arg) if arg else module.get_config()
+    with _siblings(path):
+      loader.exec_module(module)
+      config = module.get_config(arg) if arg else module.get_config()
   except ConfigError:
     raise
   except AttributeError as error:
@@ -103,6 +104,24 @@ def load(
     return FrozenConfigDict(resolved)
   except ConfigError as error:
     raise type(error)(f"{path}: {error}") from error.__cause__
+
+
+@contextlib.contextmanager
+def _siblings(path: str) -> typing.Iterator[None]:
+  """Within, a config file may import the files beside it. They are forgotten afterwards, so that
+  the next config may have others of the same names beside it.
+  """
+  folder, before = os.path.dirname(os.path.abspath(path)), set(sys.modules)
+  sys.path.insert(0, folder)
+  try:
+    yield
+  finally:
+    if folder in sys.path:
+      sys.path.remove(folder)
+    for name in set(sys.modules) - before:
+      file = getattr(sys.modules[name], "__file__", None) or ""
+      if name.split(".")[0] not in before and file.startswith(folder + os.sep):
+        del sys.modules[name]
 
 
 def resolve(
@@ -290,9 +309,7 @@ def _no_token(where: str, role: str, tokenizer: str) -> ConfigError:
 
 
 def _reads_text(tree: dict) -> bool:
-  return bool(tree["data"]["sequence"]["length"]) or "text" in (
-    tree["data"]["modalities"] or tree["model"].get("encoders", {})
-  )
+  return "text" in (tree["data"]["modalities"] or tree["model"].get("encoders", {}))
 
 
 def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str, Special]]:
@@ -403,8 +420,7 @@ def _resolve_node(
 ) -> dict:
   """Resolves the dict at `path`; `pattern` is the path with entry names replaced by `*`."""
   prefix, pattern_prefix = (f"{path}.", f"{pattern}.") if path else ("", "")
-  collections = (*COLLECTIONS, *COLLECTIONS_OF_KINDS)
-  if path in collections or pattern in collections:
+  if path in COLLECTIONS or pattern in COLLECTIONS:
     for name, entry in node.items():
       if not isinstance(entry, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {entry!r}")
@@ -450,7 +466,7 @@ def _resolve_node(
     value = node.get(name, default)
     if f"{pattern_prefix}{name}" in ENTRIES and value is None:
       out[name] = None
-    elif kind is None or f"{pattern_prefix}{name}" in (*ENTRIES, *COLLECTIONS_OF_KINDS):
+    elif kind is None or f"{pattern_prefix}{name}" in ENTRIES:
       if not isinstance(value, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {value!r}")
       out[name] = _resolve_node(

@@ -72,16 +72,6 @@ def _check_run(c: dict) -> None:
       f"checkpoint.best {best!r} is no metric of evaluation.evaluators, which has "
       f"{', '.join(evaluators) or 'none'}. Write EVALUATOR/METRIC"
     )
-  if "provenance" in evaluators:
-    raise ConfigError(
-      "evaluation.evaluators.provenance: eval.json says under that name what its scores are of. "
-      "Choose another name"
-    )
-  if c["evaluation"]["patience"] and not best:
-    raise ConfigError(
-      "evaluation.patience waits for a better checkpoint.best, which is empty. Name a metric, such "
-      "as 'EVALUATOR/loss'"
-    )
   if "%" in str(c["train"]["steps"]):
     raise ConfigError(
       f"train.steps {c['train']['steps']!r} is a share of itself. Write steps, '2 epochs' or '1e6 "
@@ -144,11 +134,14 @@ def _check_objectives(c: dict) -> None:
   groups, data = c.get("optimizers", {}), c["data"]
   for name, entry in c["objectives"].items():
     if entry["kind"] in ("classification", "ordinal"):
-      _check_classes(f"objectives.{name}", entry, data)
+      _check_classes(f"objectives.{name}", entry, c)
     if entry["kind"] == "regression" and not data["values"]:
       raise ConfigError(
         f"objectives.{name} predicts values, but data.values is 0. Set it to how many a record has"
       )
+  for name, entry in c["evaluation"]["evaluators"].items():
+    if entry["kind"] == "classification":
+      _check_classes(f"evaluation.evaluators.{name}", entry, c)
   for name, entry in c["objectives"].items():
     if entry.get("group") and entry["group"] not in groups:
       raise ConfigError(
@@ -160,12 +153,18 @@ def _check_objectives(c: dict) -> None:
     _check_mixup(c["objectives"])
 
 
-def _check_classes(where: str, entry: dict, data: dict) -> None:
-  """Labels to classify by, and a weight for each class."""
-  weights = entry["class_weights"]
+def _check_classes(where: str, entry: dict, c: dict) -> None:
+  """Labels to classify by, a number of classes, and a weight for each class."""
+  weights, data, model = entry.get("class_weights", ()), c["data"], c["model"]
   if data["label"] == "none":
     raise ConfigError(
       f"{where} classifies, but data.label is 'none'. Set it to 'label', 'labels' or 'answer'"
+    )
+  if ":" not in model["name"] and not (model.get("classes") or data["classes"]):
+    key = "model.classes" if model["name"] == "encoder" else "data.classes"
+    raise ConfigError(
+      f"{where} classifies, but {key} is 0. Set it to the number of classes, which `mmjax init "
+      "classification` counts"
     )
   if entry["kind"] == "ordinal" and data["label"] != "label":
     raise ConfigError(

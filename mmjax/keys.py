@@ -134,7 +134,8 @@ KEYS = (
     "train.compiler",
     "auto",
     Literal["auto", "none", "data", "fsdp", "tiles"],
-    "Options of the TPU compiler (parallel/compiler.py); auto = by the sharding.",
+    "Options of the TPU compiler: auto = by the sharding, none, or those for data parallelism, for "
+    "FSDP or for products in tiles.",
   ),
   Key("train.on_restart", 10, Count, "Restarts after exit code 1 that a launcher may make."),
   Key(
@@ -209,7 +210,7 @@ KEYS = (
   ),
   Key(
     "data.sources.*.languages",
-    ("en",),
+    (),
     tuple,
     "Languages that captions are drawn from; () = all that there are.",
   ),
@@ -220,10 +221,7 @@ KEYS = (
     "Training draws from so many of the first captions of a language; 0 = from all.",
   ),
   Key(
-    "data.sources.*.text",
-    "caption",
-    Literal["caption", "question", "document"],
-    "What the text of a row is; a document, for language models, may be longer than a row.",
+    "data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."
   ),
   Key(
     "data.sources.*.modalities",
@@ -387,38 +385,6 @@ KEYS = (
     Dropout,
     "Training: probability that a word of a caption is left out (one always stays).",
   ),
-  Key(
-    "data.sequence.length",
-    0,
-    Count,
-    "Places of a row of a language model, for text and media; 0 = other models.",
-  ),
-  Key(
-    "data.sequence.pack",
-    True,
-    bool,
-    "Several examples share a row, and do not see each other; False: one a row.",
-  ),
-  Key(
-    "data.sequence.slots",
-    1,
-    Size,
-    "Media of a modality that a row has room for, over all examples in it.",
-  ),
-  *(
-    Key(
-      f"data.sequence.{name}",
-      0,
-      Count,
-      f"Places that {what} takes in a row: the tokens that model.connectors.{name} gives.",
-    )
-    for name, what in (
-      ("image", "a picture"),
-      ("audio", "a sound"),
-      ("video", "a clip"),
-      ("series", "a series"),
-    )
-  ),
   Key("data.audio.rate", 16_000, Hertz, "Samples a second; files of other rates are resampled."),
   Key(
     "data.audio.seconds",
@@ -469,6 +435,15 @@ KEYS = (
     "Time steps of a sensor series: longer ones are cut, shorter ones padded.",
   ),
   Key("data.series.channels", 3, Channels, "Values a time step."),
+  Key(
+    "data.series.mean",
+    (),
+    Means,
+    "Subtracted from a series, per channel; () = nothing. `mmjax init` measures it.",
+  ),
+  Key(
+    "data.series.std", (), Deviations, "Divides a series after the mean, per channel; () = nothing."
+  ),
   Key("model.name", "dual_encoder", str, "The whole model."),
   Key("model.encoders", {}, dict, "One encoder a modality."),
   Key("objectives.*.weight", 1.0, NonNegative, "Factor of this objective in the loss."),
@@ -544,7 +519,8 @@ KEYS = (
     "sharding",
     "replicated",
     Literal["replicated", "fsdp", "fsdp_tensor"],
-    "Where parameters live (parallel/rules.py).",
+    "Where parameters live: whole on every device (replicated), split over mesh.fsdp, or over "
+    "mesh.tensor as well.",
   ),
   Key("checkpoint.every", "10%", StepsOrNever, "Steps between checkpoints; 0 = one at the end."),
   Key(
@@ -564,28 +540,23 @@ KEYS = (
     "checkpoint.best",
     "",
     str,
-    "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'; every "
-    "command reads it as --checkpoint RUN/best.",
+    "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'.",
   ),
   Key(
     "checkpoint.best_mode",
-    "auto",
-    Literal["auto", "max", "min"],
-    "Whether the best is the largest or the smallest; auto: the smallest of what is named a loss, "
-    "an error (mae, rmse, ...) or a perplexity.",
+    "max",
+    Literal["max", "min"],
+    "Whether the best is the largest or the smallest.",
   ),
   Key("evaluation.every", "100%", StepsOrNever, "Steps between evaluations in the loop; 0 = none."),
-  Key(
-    "evaluation.patience",
-    0,
-    Count,
-    "Evaluations in a row without a better checkpoint.best after which the run ends; 0 = never.",
-  ),
   Key("evaluation.batch_size", 0, Count, "Examples an evaluation batch; 0 = train.batch_size."),
   Key("evaluation.evaluators", {}, dict, "Named evaluators."),
   Key("log.every", 10, Steps, "Steps between lines of metrics.jsonl."),
   Key("log.tensorboard", True, bool, "Also write TensorBoard events."),
   Key("log.wandb", "", str, "Also log to this Weights & Biases project; '' = do not."),
+  Key(
+    "export.hf", False, bool, "Refuse to train a model that `mmjax export --to hf` could not write."
+  ),
   Key(
     "init.from",
     "",
@@ -597,6 +568,13 @@ KEYS = (
     ((".*", r"\g<0>"),),
     tuple,
     "((regex of a parameter here, its name there or None for new), ...): the first match decides.",
+  ),
+  Key(
+    "init.tokenizer",
+    "same",
+    Literal["same", "new"],
+    "What data.text.tokenizer must be where init.from has embeddings of tokens: 'same' refuses "
+    "another one than the checkpoint's; 'new' leaves these embeddings new.",
   ),
 )
 
@@ -610,7 +588,6 @@ KINDS: dict[str, dict[str, str]] = {
     "multitask": "mmjax.models.multimodal:multitask",
     "encoder": "mmjax.models.single_encoder:encoder",
     "text_to_image_gan": "mmjax.models.gan:text_to_image_gan",
-    "language_model": "mmjax.models.language_model:language_model",
   },
   "fusion": {
     "concat": "mmjax.models.fusion:concat",
@@ -639,10 +616,6 @@ KINDS: dict[str, dict[str, str]] = {
     "series": "mmjax.models.encoders.series:series",
   },
   "decoder": {"decoder": "mmjax.models.decoder:decoder"},
-  "connector": {
-    "mlp": "mmjax.models.connectors:mlp",
-    "resampler": "mmjax.models.connectors:resampler",
-  },
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
     "matching": "mmjax.objectives.matching:matching",
@@ -653,7 +626,6 @@ KINDS: dict[str, dict[str, str]] = {
     "masked_patches": "mmjax.objectives.masked:masked_patches",
     "captioning": "mmjax.objectives.captioning:captioning",
     "autoregressive": "mmjax.objectives.captioning:autoregressive",
-    "language_modelling": "mmjax.objectives.language_modelling:language_modelling",
     "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
     "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
     "logit_distillation": "mmjax.objectives.distillation:logit_distillation",
@@ -671,20 +643,17 @@ KINDS: dict[str, dict[str, str]] = {
     "rsqrt": "mmjax.state.schedule:rsqrt",
     "cooldown": "mmjax.state.schedule:cooldown",
     "constant": "mmjax.state.schedule:constant",
+    "exponential": "mmjax.state.schedule:exponential",
   },
   "evaluator": {
     "retrieval": "mmjax.evaluation.retrieval:retrieval",
     "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
-    "loss": "mmjax.evaluation.loss:loss",
     "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
     "classification": "mmjax.evaluation.classification:classification",
-    "regression": "mmjax.evaluation.regression:regression",
     "captions": "mmjax.evaluation.captions:captions",
     "masked_words": "mmjax.evaluation.masked:masked_words",
     "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
     "generated": "mmjax.evaluation.generated:generated",
-    "likelihood": "mmjax.evaluation.likelihood:likelihood",
-    "answers": "mmjax.evaluation.answers:answers",
   },
 }
 
@@ -704,7 +673,6 @@ ENTRIES = {
   "model.fusion": ("fusion", "kind"),
   "model.encoders.*": ("encoder", "kind"),
   "model.decoder": ("decoder", "kind"),
-  "model.connectors.*": ("connector", "kind"),
   "objectives.*": ("objective", "kind"),
   "optimizer": ("optimizer", "name"),
   "optimizers.*": ("optimizer", "name"),
@@ -720,8 +688,6 @@ COLLECTIONS = (
   "model.encoders",
   "evaluation.evaluators",
 )
-# Such collections that are settings of a kind, which other kinds lack.
-COLLECTIONS_OF_KINDS = ("model.connectors",)
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
 FREE_ON_RESUME = (

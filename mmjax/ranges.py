@@ -8,6 +8,7 @@ of the pen from asking for all the memory.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import types
@@ -88,7 +89,18 @@ class Fields(NamedTuple):
   without: tuple[str, ...] = ()
 
   def __str__(self) -> str:
-    return f"settings of {self.of.__name__}"
+    """Its parameters with what they take."""
+    parameters = inspect.signature(self.of, eval_str=True).parameters.items()
+    taken = [
+      f"{name} ({in_words(p.annotation)}{_usual(p)})"
+      for name, p in parameters
+      if name not in self.without
+    ]
+    return f"of {', '.join(taken)}"
+
+
+def _usual(parameter: inspect.Parameter) -> str:
+  return "" if parameter.default is inspect.Parameter.empty else f"; default {parameter.default!r}"
 
 
 def is_duration(annotation: Any) -> bool:

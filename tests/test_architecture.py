@@ -29,7 +29,7 @@ FLOORS = [
   ("state",),
   ("evaluation",),
   ("training", "inference", "interop"),
-  ("plan",),
+  ("plan", "starter"),
   ("cli",),
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -2,6 +2,7 @@
 
 `SeriesTransform(config.data.series)` is what the pipeline calls. What is longer than `length` keeps
 its beginning; a step with a value that is no number (a sensor that was silent) is zeros and masked.
+Where data.series.mean and std are given, values are standardised by them, channel by channel.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.config import UserError
 from mmjax.data.image import Unreadable
 
 MAX_STEPS = 100_000_000
@@ -30,6 +32,8 @@ class SeriesTransform:
 
   def __init__(self, config):
     self.length, self.channels = int(config.length), int(config.channels)
+    self.mean = _of_channels(config, "mean", 0.0)
+    self.std = _of_channels(config, "std", 1.0)
 
   def __call__(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     values = as_series(values)
@@ -42,7 +46,8 @@ class SeriesTransform:
     if not real.any():
       raise Unreadable("a series without one step of numbers")
     out, mask = np.zeros((self.length, self.channels), np.float32), np.zeros(self.length, bool)
-    out[: len(values)], mask[: len(values)] = np.where(real[:, None], values, 0), real
+    scaled = (values - self.mean) / self.std
+    out[: len(values)], mask[: len(values)] = np.where(real[:, None], scaled, 0), real
     return out, mask
 
 
@@ -120,3 +125,15 @@ def _numbers(line: str) -> list[float] | None:
   except ValueError:
     return None
   return step if not all(map(math.isnan, step)) or "nan" in line.lower() else None
+
+
+def _of_channels(config, name: str, neutral: float) -> np.ndarray:
+  """float32 [C] of data.series.mean or std; `neutral` where it is (). Raises UserError: it has not
+  one number a channel."""
+  given = tuple(config.get(name) or ())
+  if given and len(given) != config.channels:
+    raise UserError(
+      f"data.series.{name} has {len(given)} numbers, but data.series.channels is "
+      f"{config.channels}. Give one for each, or () for none"
+    )
+  return np.array(given or (neutral,) * config.channels, np.float32)

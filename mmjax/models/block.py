@@ -156,7 +156,7 @@ def with_block(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
   make.__signature__ = signature.replace(parameters=[*signature.parameters.values(), setting])
   make.__doc__ = f"""{inspect.getdoc(kind)}
-block: other settings of the blocks, such as dict(key_value_heads=2): see BlockConfig in block.py.
+block: other settings of the blocks, such as dict(key_value_heads=2).
 """
   return make
 

@@ -55,7 +55,8 @@ def classification(
   of it is the row's own label and the rest that of the row mixed in, `mix_label`; an unlabelled one
   of the two does not count, the other with its share.
 
-  modalities: what is classified. label_smoothing: e. class_weights: factors of the classes, () = 1
+  modalities: what is classified. label_smoothing: the share e of a
+  target that is spread over the classes. class_weights: factors of the classes, () = 1
   each: the loss is then a weighted mean over the rows. Where a row may have several labels, factors
   of the positives of each. "balanced": by how often the training data has each class, so that all
   weigh the same.

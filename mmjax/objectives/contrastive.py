@@ -52,6 +52,7 @@ def contrastive(
   w P'_ij + (1 - w) P'_mj with P' as above; likewise for columns.
   Rows with `valid` or `<modality>.present` False count neither as rows nor as columns.
 
+  between: the two modalities. loss: softmax (as CLIP) or sigmoid (as SigLIP).
   chunk: neighbouring devices whose blocks are gathered before the ring moves on (cut to a divisor
   of the devices); more is fewer hops and more memory, and the same numbers up to rounding.
   Returns: sums over the examples, weight = how many count; "accuracy" = share of rows of the first

@@ -22,6 +22,7 @@ def embedding_distillation(
   distillation of CLIP-KD, Yang et al. 2024, arXiv:2307.12732, section 3.2, up to a factor:
   embeddings have length one).
 
+  teacher: a checkpoint. modalities: whose embeddings are learned.
   A row counts for each of the modalities that it has. Both models have the same width. Returns
   "cosine", the mean cosine.
   """
@@ -50,7 +51,8 @@ def similarity_distillation(
   The mean, over rows of the global batch and both directions, of KL(p || q): p and q are the
   softmax over the other modality's rows of scale * cosine, with the teacher's scale and one's own
   (contrastive relational distillation of CLIP-KD, section 3.1).
-  between: the two modalities. Rows that are not valid or lack one of the two do not count, and are
+  teacher: a checkpoint. between: the two modalities.
+  Rows that are not valid or lack one of the two do not count, and are
   nobody's neighbour.
   Returns "agreement": share of rows whose nearest neighbour is the teacher's.
   """
@@ -83,6 +85,8 @@ def logit_distillation(
   T^2 keeps the gradient's size whatever the temperature T, so that a `classification` objective
   beside it weighs the same. No labels are needed. Both models have the same classes. Rows with
   `valid` False, or without any of the modalities, do not count.
+  teacher: a checkpoint. modalities: what is classified. temperature: T, by which logits
+  are divided.
   Returns "agreement": share of rows whose likeliest class is the teacher's.
   """
   modalities = tuple(modalities)

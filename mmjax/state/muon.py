@@ -37,7 +37,8 @@ def muon(
   value each for itself.
   An update is multiplied by `rms` * sqrt(larger side), which gives it the RMS of an Adam update
   (Liu et al. 2025, arXiv:2502.16982, section 2.2), so that AdamW's rate and decay carry over.
-  `newton_schulz`: precision of the `iterations`.
+  rms: factor of an update of a matrix. adam_rate: factor of the rate of all that Adam updates.
+  iterations: of Newton-Schulz, which orthogonalise. newton_schulz: their precision.
   beta: decay of the momentum; nesterov: looked at one step ahead. b1, b2, eps: of Adam.
   """
   sides = {name: matrix_axes(name, leaf) for name, leaf in axes_by_name(axes).items()}

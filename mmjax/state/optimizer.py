@@ -148,10 +148,12 @@ def adafactor(
 
   The second moment decays by min(1 - t^-decay_rate, max_decay) and is factored over the two largest
   dimensions if both have
-  `min_factored` or more. `update_clip`: largest RMS of a leaf's update; 0 = off. `momentum`: on the
-  updates, in `state_dtype`;
-  0 = none. `parameter_scale`: multiplies an update by the RMS of its parameter. All of it for each
-  layer by itself.
+  `min_factored` or more. `decay_rate`: of the second moment: it decays by 1 - step^-decay_rate;
+  `max_decay`: at most by this. `min_factored`: size of the two largest dimensions of a parameter
+  from which on its second moment is factored.
+  `update_clip`: largest RMS of a leaf's update; 0 = off. `momentum`: on the updates, in
+  `state_dtype`; 0 = none. `parameter_scale`: multiplies an update by the RMS of its
+  parameter. All of it for each layer by itself.
   """
 
   def decay(step, rate):

@@ -117,6 +117,14 @@ def _taken(
   ] + left
 
 
+def is_loaded(name: str, rules: tuple, there: Mapping[str, Any]) -> bool:
+  """Whether the rules take this parameter from a checkpoint that has the names `there`."""
+  for pattern, target in rules:
+    if match := re.fullmatch(pattern, name):
+      return target is not None and match.expand(target) in there
+  return False
+
+
 def resize_grid(table: np.ndarray, length: int) -> np.ndarray | None:
   """Positions [L, D] of a square grid as [length, D] of another; None if either is no square (plus
   one class token).

@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,9 @@ from mmjax.ownership import Owner
 from mmjax.parallel import multihost, threads
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
+from mmjax.state.optimizer import axes_by_name
 from mmjax.state.train_state import TrainState
+from mmjax.state.transfer import is_loaded
 from mmjax.training.metrics import import_wandb, log
 from mmjax.training.program import Program
 from mmjax.training.statistics import with_statistics
@@ -97,6 +101,8 @@ def open_program(run: Run, allow_change: bool) -> Program:
   with configs.mistakes():
     program = Program(run.config, run.mesh, steps=run.steps, examples=run.pipeline.examples)
     program.optimizer  # noqa: B018  made now, for what it refuses
+  if multihost.is_main() or run.config.export.hf:
+    check_export(run.config, inference_assets(run.config, run.pipeline))
   return program
 
 
@@ -154,16 +160,27 @@ def first_state(
     check_position(config, data, run.pipeline, steps, start, allow_change)
     log(f"resume {workdir} at step {start} of {steps}")
     return state, data, start
+  return new_state(config, program), {}, 0
+
+
+def new_state(
+  config: FrozenConfigDict, program: Program, log: Callable[[str], None] = log
+) -> TrainState:
+  """The state before the first step: initialised, or of init.from. log: takes a line for each
+  parameter that is loaded, resized, new or left."""
+  origin, rules = config.init["from"], config.init.map
+  if origin:
+    with configs.mistakes():
+      rules = (*new_embeddings(config, program), *rules)
   state = program.init(config.seed)
-  if config.init["from"]:
+  if origin:
     params, model_state, lines = checkpoint.restore_into(
-      state.params, config.init["from"], config.init.map, state.model_state
+      state.params, origin, rules, state.model_state
     )
-    lines += other_tokenizer(config)
     state = program.with_params(state, params, model_state)
     for line in lines:
       log(line)
-  return state, {}, 0
+  return state
 
 
 def check_position(
@@ -193,20 +210,28 @@ def check_position(
     )
 
 
-def other_tokenizer(config) -> list[str]:
-  """A line that warns where init.from was trained with another tokenizer than this run's, [] where
-  not (or where one has none).
+def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
+  """Rules for init.map that leave new what belongs to single tokens, where init.from was trained
+  with another tokenizer and init.tokenizer is "new"; () where the tokenizer is the checkpoint's, or
+  nothing of that kind is loaded. Raises UserError: it is another one, and init.tokenizer is "same".
   """
-  theirs = checkpoint.load_assets(config.init["from"])
-  if not config.data.text.tokenizer or not any(name.startswith("tokenizer.") for name in theirs):
-    return []
-  if Tokenizer.from_assets(theirs).fingerprint == load_tokenizer(config.data).fingerprint:
-    return []
-  return [
-    f"warning: init.from {config.init['from']} was trained with another tokenizer than "
-    f"data.text.tokenizer {config.data.text.tokenizer!r}: its embeddings of tokens stand for "
-    "other pieces. Use its tokenizer, or leave them new by init.map"
-  ]
+  origin = config.init["from"]
+  assets = checkpoint.load_assets(origin)
+  if not config.data.text.tokenizer or not Tokenizer.is_among(assets):
+    return ()
+  if Tokenizer.from_assets(assets).fingerprint == load_tokenizer(config.data).fingerprint:
+    return ()
+  of_tokens = [name for name, axes in axes_by_name(program.axes).items() if "vocab" in axes]
+  there = checkpoint.names_and_shapes(origin)
+  loaded = [name for name in of_tokens if is_loaded(name, config.init.map, there)]
+  if not loaded or config.init.tokenizer == "new":
+    return tuple((re.escape(name), None) for name in loaded)
+  raise UserError(
+    f"data.text.tokenizer is {config.data.text.tokenizer!r}, but init.from {origin} was trained "
+    f"with another one: the embeddings that would be loaded ({', '.join(loaded)}) stand for other "
+    "pieces. Use its tokenizer (`mmjax init --from` does), or set init.tokenizer='new' to leave "
+    "them new"
+  )
 
 
 def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
@@ -218,6 +243,18 @@ def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
   if config.data.label != "none" and names:
     assets["classes.json"] = json.dumps(names).encode()
   return assets
+
+
+def check_export(config, assets: Mapping[str, bytes]) -> None:
+  """Says why transformers cannot express the model, if so. Raises ConfigError: with export.hf."""
+  from mmjax.interop import huggingface
+
+  try:
+    huggingface.check_export(config, assets)
+  except UserError as error:
+    if config.export.hf:
+      raise configs.ConfigError(f"export.hf is True, but {error}") from error
+    log(f"note: `mmjax export --to hf` will not do: {error}")
 
 
 def write_config(run: Run) -> None:

@@ -292,8 +292,9 @@ def whisper(
   time_warp, frequency_warp: in training the middle moves, the mel axis stretches, by up to this
   share.
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   """
   config = stack_config(
     precision,
@@ -374,8 +375,9 @@ def ast(
   time_warp, frequency_warp: in training the middle moves, the mel axis stretches, by up to this
   share.
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   """
   config = stack_config(
     precision,

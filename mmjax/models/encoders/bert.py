@@ -133,8 +133,9 @@ def bert(
   pooling: pooler (first token, dense layer, pooler_activation), class (first token) or mean.
   activation, eps, dropout: of the blocks.
   max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   pooler_activation: after the pooler's dense layer: tanh, or relu as DistilBERT's classifier has.
   position_offset: rows at the start of the table of positions that no token uses, as RoBERTa has.
   relative_buckets: learned biases of the attention by distance, as MPNet has (32); 0 = none.

@@ -333,8 +333,9 @@ def vit(
   input_norm: layer norm before the first block, as CLIP has.
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   pooler: a dense layer and a tanh after the pooling (class, mean or last), as some classifiers
   have.
   gated, layer_scale: the MLPs have a gate (SwiGLU with activation silu); start of a learned factor

@@ -109,8 +109,9 @@ def series(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   """
   if data["series"]["length"] % patch:
     raise UserError(

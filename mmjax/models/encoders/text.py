@@ -163,8 +163,9 @@ def transformer(
   norm, final_norm: layer norm before or after each part of a block; one at the end of the stack.
   activation, bias, eps, dropout: of the blocks.
   max_positions: rows of the table of positions; 0 = data.text.length, which may be less.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   """
   config = BlockConfig(
     width=width,

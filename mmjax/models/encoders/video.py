@@ -247,8 +247,9 @@ def frames(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: of the frames: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of all blocks.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   """
   video, size = data["video"], data["video"]["size"]
   config = stack_config(
@@ -329,8 +330,9 @@ def tubelets(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   """
   video = data["video"]
   if video["size"] % patch or video["frames"] % time:

@@ -249,8 +249,9 @@ def wav2vec2(
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
   activation, eps, dropout: of the blocks.
-  kernel: attention kernel. remat: what backward passes keep (stack.py REMAT). scan_unroll:
-  blocks a loop trip.
+  kernel: attention kernel. remat: what is kept for the backward
+  pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
+  scan_unroll: blocks a loop trip.
   """
   if not len(channels) == len(sizes) == len(strides) > 0:
     raise UserError(

@@ -1,0 +1,213 @@
+"""`mmjax init`: what it writes fits the data and the machine, is a model, and is laid out like the
+configs of the repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+
+import numpy as np
+import pytest
+
+from mmjax import cli, starter
+from mmjax import config as configs
+from mmjax.config import UserError
+from mmjax.data.builders import write_dataset
+from mmjax.data.text import Tokenizer
+from mmjax.inference.predictor import param_spec
+from mmjax.starter.machine import Machine
+from mmjax.starter.survey import fit
+from mmjax.starter.text import Draft
+from tests.data.conftest import picture
+from tests.data.test_audio import encode as sound
+from tests.data.test_audio import tone
+from tests.data.test_video import clip
+from tests.data.test_video import encode as film
+from tests.inference import tiny
+
+CPU = Machine("cpu", 1, 8 << 30, 2)
+TPU = Machine("tpu", 8, 128 << 30, 96)
+COLOURS = ("red", "green", "blue")
+
+
+def record(number: int) -> dict:
+  """A record with everything; sounds of 0.5 s but for one of 0.7 s, series of 40 steps."""
+  colour = COLOURS[number % 3]
+  rng = np.random.default_rng(number)
+  return dict(
+    id=str(number),
+    image=picture(number, 40),
+    image_key=number,
+    audio=sound(tone(0.7 if number == 3 else 0.5), kind="FLAC"),
+    video=film(clip(8, 32, 32)),
+    series=np.float32([1000, 0]) + np.float32([50, 0.1]) * rng.normal(size=(40, 2)),
+    captions={"de": [f"ein Ding in {colour}"], "fr": [f"une chose {colour}", "autre chose"]},
+    questions=[("what colour is it?", colour), ("is it a thing?", "yes")],
+    label=colour,
+    value=np.float32([number, number % 3]),
+  )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A folder with the data sets "all", "one_split" and "many" (several labels a record)."""
+  root = tmp_path_factory.mktemp("starter")
+  fields = ("image", "audio", "video", "series", "questions", "value")
+  splits = dict(train=[record(i) for i in range(30)], test=[record(i) for i in range(30, 36)])
+  splits["validation"] = [record(i) for i in range(36, 42)]
+  write_dataset("all", root, splits, fields=fields, metadata=dict(values=["price", "grade"]))
+  write_dataset("one_split", root, {"train": splits["train"]}, fields=("series",))
+  several = [dict(r, label="a|b" if i % 2 else "a") for i, r in enumerate(splits["train"])]
+  write_dataset("many", root, {"train": several, "test": several[:4]}, fields=("image",))
+  return root
+
+
+def init(data, tmp_path, task, *, source="all", machine=CPU, **options):
+  """(the text that was written, the resolved config)."""
+  out = tmp_path / "mine.py"
+  starter.init(task, source, out, data_dir=str(data), machine=machine, **options)
+  return out.read_text(), configs.load(str(out), [f"data.dir={str(data)!r}"])
+
+
+CASES = {
+  "retrieval": dict(task="retrieval", modalities=("image", "text")),
+  "retrieval of everything": dict(task="retrieval"),
+  "sounds": dict(task="classification", modalities=("audio",)),
+  "pictures and series": dict(task="classification", modalities=("image", "series")),
+  "clips": dict(task="classification", modalities=("video",)),
+  "texts": dict(task="classification", modalities=("text",)),
+  "values": dict(task="regression", modalities=("image", "series")),
+  "several labels": dict(task="multi-label", source="many"),
+  "captions of clips": dict(task="captioning", modalities=("video",)),
+  "speech": dict(task="speech-recognition"),
+  "questions": dict(task="question-answering", modalities=("image",)),
+  "on a slice": dict(task="retrieval", modalities=("image", "text"), machine=TPU),
+  "clip": dict(task="retrieval", modalities=("image", "text"), hf=True),
+  "vit": dict(task="classification", modalities=("image",), hf=True),
+  "bert": dict(task="classification", modalities=("text",), hf=True),
+  "whisper": dict(task="speech-recognition", hf=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_is_short_laid_out_as_usual_and_a_model(case, data, tmp_path):
+  text, config = init(data, tmp_path, **CASES[case])
+  (function,) = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+  assert function.end_lineno - function.lineno <= (60 if len(config.model.encoders) < 4 else 90)
+  ruff = ["ruff", "format", "--check", "--line-length=100", "--config=indent-width=2"]
+  assert subprocess.run([*ruff, tmp_path / "mine.py"], capture_output=True).returncode == 0
+  assert param_spec(config)
+  splits = {entry.split for entry in config.evaluation.evaluators.values()}
+  assert CASES[case]["task"] == "regression" or splits == (
+    {"validation", "test"} if config.data.sources.get("all") else {"test"}
+  )
+  if CASES[case].get("hf"):
+    from mmjax.training.start import check_export
+
+    check_export(config, tiny.assets(tmp_path))  # export.hf is set: it raises
+
+
+def test_lengths_languages_and_statistics_are_those_of_the_data(data, tmp_path):
+  text, config = init(data, tmp_path, "speech-recognition")
+  assert config.data.audio.seconds == 0.8 and "the longest of 30 sounds fits" in text
+  tokenizer = Tokenizer.from_assets(
+    {"tokenizer.model": (data / "tokenizers" / f"{config.data.text.tokenizer}.model").read_bytes()}
+  )
+  texts = [text for i in range(3) for several in record(i)["captions"].values() for text in several]
+  longest = max(len(tokenizer.encode(text)) for text in texts)
+  assert 0 <= config.data.text.length - (longest + 1) < 4
+  assert config.data.text.vocab_size == tokenizer.vocab_size
+  assert config.data.sources.all.languages == ()  # all: de and fr
+  _, config = init(data, tmp_path, "captioning", languages=("fr",), force=True)
+  assert config.data.sources.all.languages == ("fr",)
+  _, config = init(data, tmp_path, "classification", modalities=("series",), force=True)
+  np.testing.assert_allclose(config.data.series.mean, (1000, 0), atol=5)
+  np.testing.assert_allclose(config.data.series.std, (50, 0.1), rtol=0.1)
+  assert config.data.series.length == 40 and config.data.series.channels == 2
+  assert config.data.classes == 3
+  assert config.checkpoint.best == "classification/validation/accuracy"
+
+
+def test_a_length_that_a_hundredth_exceeds_by_far_cuts_and_says_so():
+  lengths = np.array([10.0] * 990 + [10.4] * 9 + [300.0])
+  found = fit(lengths, 0.5, 30)
+  assert (found.value, found.cut) == (10.5, 1)
+  assert found.says("sounds") == "1 of 1,000 sounds are longer and will be cut"
+
+
+def test_a_data_set_of_one_split_is_warned_of(data, tmp_path, capsys):
+  text, config = init(data, tmp_path, "classification", source="one_split")
+  assert "There is no other split" in text and config.checkpoint.best == ""
+  assert "--split train:80,validation:10,test:10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "task, options, message",
+  [
+    ("multi-label", dict(source="nowhere"), "no data set 'nowhere'"),
+    ("classification", dict(source="many"), "several labels each: `mmjax init multi-label`"),
+    ("captioning", dict(source="one_split", modalities=("image",)), "--modality image.*has series"),
+    ("speech-recognition", dict(source="many"), "no sounds to transcribe"),
+    ("question-answering", dict(source="many"), "no questions with answers"),
+    ("retrieval", dict(languages=("en",)), "--languages en.*has fr, de"),
+    ("classification", dict(hf=True, modalities=("image", "series")), "--hf.*pictures or of texts"),
+    ("retrieval", dict(tokenizer="nothing"), "no tokenizer 'nothing'"),
+  ],
+)
+def test_what_the_data_lacks_is_said(task, options, message, data, tmp_path):
+  with pytest.raises(UserError, match=message):
+    init(data, tmp_path, task, **options)
+  assert not (tmp_path / "mine.py").exists()
+
+
+def test_the_command_writes_a_file_once(data, tmp_path, capsys):
+  out = str(tmp_path / "photos.py")
+  words = f"init classification --source all --modality image --out {out} --data-dir {data}"
+  assert cli.main(words.split()) == 0
+  assert f"mmjax train --config {out} --workdir runs/photos" in capsys.readouterr().out
+  assert cli.main(words.split()) == 1 and "--force" in capsys.readouterr().err
+  assert cli.main([*words.split(), "--force"]) == 0
+
+
+def test_a_value_from_the_data_cannot_break_out_of_its_place():
+  draft = Draft()
+  draft.set("data.x", 'a"\n  import os', "a comment\n  import os")
+  draft.note("more\nimport os")
+  tree = ast.parse(draft.file("doc"))
+  assert not re.search(r"^\s*import os", draft.file("doc"), re.M)
+  assert len(tree.body) == 3
+
+
+# -- From a checkpoint -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """A dual encoder of pictures and texts with a tokenizer."""
+  folder = tmp_path_factory.mktemp("origin")
+  config = tiny.config(pooling="class")
+  return tiny.save(config, folder)
+
+
+def test_from_a_checkpoint_its_tokenizer_and_preprocessing_are_taken(data, tmp_path, checkpoint):
+  text, config = init(
+    data, tmp_path, "retrieval", start=str(checkpoint), modalities=("image", "text")
+  )
+  assert config.init["from"] == str(checkpoint) and config.data.image.size == 16
+  assert config.model.encoders.image.pooling == "class" and config.model.width == 16
+  assert config.model.bias and config.data.text.vocab_size == 512
+  folder = data / "tokenizers" / config.data.text.tokenizer
+  assert (folder / "tokenizer.model").read_bytes() == (
+    checkpoint.parent / "tiny.model"
+  ).read_bytes()
+  assert config.init.map == ((".*", r"\g<0>"),)  # everything is loaded
+
+
+def test_a_classifier_takes_the_encoder_and_learns_the_rest(data, tmp_path, checkpoint):
+  text, config = init(data, tmp_path, "classification", start=str(checkpoint))
+  assert list(config.model.encoders) == ["image"] and config.model.encoders.image.width == 16
+  assert config.init.map == ((r"image(/.*)?", r"\g<0>"), (".*", None))
+  assert "new: image_classifier" in text
+  assert config.optimizer.rates == ((r"image/.*", 0.1),)
