@@ -33,6 +33,7 @@ from mmjax.contradictions import check
 from mmjax.errors import ConfigError, UntrustedCode, UserError, nearest
 from mmjax.keys import (
   COLLECTIONS,
+  COLLECTIONS_OF_KINDS,
   ENTRIES,
   FREE_ON_RESUME,
   FUNCTIONS,
@@ -309,7 +310,9 @@ def _no_token(where: str, role: str, tokenizer: str) -> ConfigError:
 
 
 def _reads_text(tree: dict) -> bool:
-  return "text" in (tree["data"]["modalities"] or tree["model"].get("encoders", {}))
+  return bool(tree["data"]["sequence"]["length"]) or "text" in (
+    tree["data"]["modalities"] or tree["model"].get("encoders", {})
+  )
 
 
 def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str, Special]]:
@@ -420,7 +423,8 @@ def _resolve_node(
 ) -> dict:
   """Resolves the dict at `path`; `pattern` is the path with entry names replaced by `*`."""
   prefix, pattern_prefix = (f"{path}.", f"{pattern}.") if path else ("", "")
-  if path in COLLECTIONS or pattern in COLLECTIONS:
+  collections = (*COLLECTIONS, *COLLECTIONS_OF_KINDS)
+  if path in collections or pattern in collections:
     for name, entry in node.items():
       if not isinstance(entry, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {entry!r}")
@@ -466,7 +470,7 @@ def _resolve_node(
     value = node.get(name, default)
     if f"{pattern_prefix}{name}" in ENTRIES and value is None:
       out[name] = None
-    elif kind is None or f"{pattern_prefix}{name}" in ENTRIES:
+    elif kind is None or f"{pattern_prefix}{name}" in (*ENTRIES, *COLLECTIONS_OF_KINDS):
       if not isinstance(value, dict):
         raise ConfigError(f"{prefix}{name} must be a dict of settings, not {value!r}")
       out[name] = _resolve_node(

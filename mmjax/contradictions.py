@@ -72,6 +72,16 @@ def _check_run(c: dict) -> None:
       f"checkpoint.best {best!r} is no metric of evaluation.evaluators, which has "
       f"{', '.join(evaluators) or 'none'}. Write EVALUATOR/METRIC"
     )
+  if "provenance" in evaluators:
+    raise ConfigError(
+      "evaluation.evaluators.provenance: eval.json says under that name what its scores are of. "
+      "Choose another name"
+    )
+  if c["evaluation"]["patience"] and not best:
+    raise ConfigError(
+      "evaluation.patience waits for a better checkpoint.best, which is empty. Name a metric, such "
+      "as 'EVALUATOR/loss'"
+    )
   if "%" in str(c["train"]["steps"]):
     raise ConfigError(
       f"train.steps {c['train']['steps']!r} is a share of itself. Write steps, '2 epochs' or '1e6 "

@@ -221,7 +221,10 @@ KEYS = (
     "Training draws from so many of the first captions of a language; 0 = from all.",
   ),
   Key(
-    "data.sources.*.text", "caption", Literal["caption", "question"], "What the text of a row is."
+    "data.sources.*.text",
+    "caption",
+    Literal["caption", "question", "document"],
+    "What the text of a row is; a document, for language models, may be longer than a row.",
   ),
   Key(
     "data.sources.*.modalities",
@@ -385,6 +388,38 @@ KEYS = (
     Dropout,
     "Training: probability that a word of a caption is left out (one always stays).",
   ),
+  Key(
+    "data.sequence.length",
+    0,
+    Count,
+    "Places of a row of a language model, for text and media; 0 = other models.",
+  ),
+  Key(
+    "data.sequence.pack",
+    True,
+    bool,
+    "Several examples share a row, and do not see each other; False: one a row.",
+  ),
+  Key(
+    "data.sequence.slots",
+    1,
+    Size,
+    "Media of a modality that a row has room for, over all examples in it.",
+  ),
+  *(
+    Key(
+      f"data.sequence.{name}",
+      0,
+      Count,
+      f"Places that {what} takes in a row: the tokens that model.connectors.{name} gives.",
+    )
+    for name, what in (
+      ("image", "a picture"),
+      ("audio", "a sound"),
+      ("video", "a clip"),
+      ("series", "a series"),
+    )
+  ),
   Key("data.audio.rate", 16_000, Hertz, "Samples a second; files of other rates are resampled."),
   Key(
     "data.audio.seconds",
@@ -540,15 +575,23 @@ KEYS = (
     "checkpoint.best",
     "",
     str,
-    "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'.",
+    "Keep the best by this metric of an evaluation, e.g. 'retrieval/val/image_to_text/R@1'; every "
+    "command reads it as --checkpoint RUN/best.",
   ),
   Key(
     "checkpoint.best_mode",
-    "max",
-    Literal["max", "min"],
-    "Whether the best is the largest or the smallest.",
+    "auto",
+    Literal["auto", "max", "min"],
+    "Whether the best is the largest or the smallest; auto: the smallest of what is named a loss, "
+    "an error (mae, rmse, ...) or a perplexity.",
   ),
   Key("evaluation.every", "100%", StepsOrNever, "Steps between evaluations in the loop; 0 = none."),
+  Key(
+    "evaluation.patience",
+    0,
+    Count,
+    "Evaluations in a row without a better checkpoint.best after which the run ends; 0 = never.",
+  ),
   Key("evaluation.batch_size", 0, Count, "Examples an evaluation batch; 0 = train.batch_size."),
   Key("evaluation.evaluators", {}, dict, "Named evaluators."),
   Key("log.every", 10, Steps, "Steps between lines of metrics.jsonl."),
@@ -588,6 +631,7 @@ KINDS: dict[str, dict[str, str]] = {
     "multitask": "mmjax.models.multimodal:multitask",
     "encoder": "mmjax.models.single_encoder:encoder",
     "text_to_image_gan": "mmjax.models.gan:text_to_image_gan",
+    "language_model": "mmjax.models.language_model:language_model",
   },
   "fusion": {
     "concat": "mmjax.models.fusion:concat",
@@ -616,6 +660,10 @@ KINDS: dict[str, dict[str, str]] = {
     "series": "mmjax.models.encoders.series:series",
   },
   "decoder": {"decoder": "mmjax.models.decoder:decoder"},
+  "connector": {
+    "mlp": "mmjax.models.connectors:mlp",
+    "resampler": "mmjax.models.connectors:resampler",
+  },
   "objective": {
     "contrastive": "mmjax.objectives.contrastive:contrastive",
     "matching": "mmjax.objectives.matching:matching",
@@ -626,6 +674,7 @@ KINDS: dict[str, dict[str, str]] = {
     "masked_patches": "mmjax.objectives.masked:masked_patches",
     "captioning": "mmjax.objectives.captioning:captioning",
     "autoregressive": "mmjax.objectives.captioning:autoregressive",
+    "language_modelling": "mmjax.objectives.language_modelling:language_modelling",
     "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
     "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
     "logit_distillation": "mmjax.objectives.distillation:logit_distillation",
@@ -648,12 +697,16 @@ KINDS: dict[str, dict[str, str]] = {
   "evaluator": {
     "retrieval": "mmjax.evaluation.retrieval:retrieval",
     "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
+    "loss": "mmjax.evaluation.loss:loss",
     "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
     "classification": "mmjax.evaluation.classification:classification",
+    "regression": "mmjax.evaluation.regression:regression",
     "captions": "mmjax.evaluation.captions:captions",
     "masked_words": "mmjax.evaluation.masked:masked_words",
     "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
     "generated": "mmjax.evaluation.generated:generated",
+    "likelihood": "mmjax.evaluation.likelihood:likelihood",
+    "answers": "mmjax.evaluation.answers:answers",
   },
 }
 
@@ -673,6 +726,7 @@ ENTRIES = {
   "model.fusion": ("fusion", "kind"),
   "model.encoders.*": ("encoder", "kind"),
   "model.decoder": ("decoder", "kind"),
+  "model.connectors.*": ("connector", "kind"),
   "objectives.*": ("objective", "kind"),
   "optimizer": ("optimizer", "name"),
   "optimizers.*": ("optimizer", "name"),
@@ -688,6 +742,8 @@ COLLECTIONS = (
   "model.encoders",
   "evaluation.evaluators",
 )
+# Such collections that are settings of a kind, which other kinds lack.
+COLLECTIONS_OF_KINDS = ("model.connectors",)
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
 FREE_ON_RESUME = (

@@ -5,6 +5,7 @@ be used.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from mmjax.data.builders import Record
 from mmjax.data.image import ImageTransform, decode
 from mmjax.data.media import WORDS, content_key
 from mmjax.data.naflex import PatchSequence, SequenceTransform, picture_of
+from mmjax.data.sequences import Piece, Sequences, sequence_spec
 from mmjax.data.sources import Source
 from mmjax.data.text import (
   TextTransform,
@@ -219,6 +221,31 @@ class Examples:
         self.config.data.text, self._tokenizer or load_tokenizer(self.config.data)
       )
     return self._text
+
+  @functools.cached_property
+  def sequences(self) -> Sequences:
+    """Records as rows of a language model."""
+    tokenizer = self._tokenizer or load_tokenizer(self.config.data)
+    return Sequences(self.config, tokenizer, self.reader)
+
+  def rows_of_sequences(
+    self,
+    rows: Sequence[tuple[Source, Sequence[Piece]]],
+    rngs: Iterable[np.random.Generator | None],
+    prompts: bool = False,
+  ) -> Batch:
+    """A batch of a language model: the examples of each row. prompts: see `Sequences.fill`."""
+    arrays = self.sequences.blank(len(rows))
+    if prompts:
+      arrays["sequence"]["length"] = np.ones(len(rows), np.int32)
+    batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}
+    batch["unreadable"] = []
+    for number, ((source, pieces), rng) in enumerate(zip(rows, rngs, strict=True)):
+      batch["id"].append(stand_in_id(source, pieces[0].record))
+      failed = self.sequences.fill(arrays, number, pieces, source, rng, prompts)
+      batch["valid"][number] = len(failed) < len(pieces)
+      batch["unreadable"] += failed
+    return batch
 
   def reader(self, modality: str) -> Reader:
     if modality not in self._readers:
@@ -458,6 +485,8 @@ def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, An
   length: tokens; 0 = data.text.length.
   """
   data, length = config.data, length or config.data.text.length
+  if data.sequence.length:
+    return sequence_spec(config, lambda name: READERS[name](data, False))
   spec: dict[str, Any] = {}
   for name in modalities:
     if name == "text":

@@ -49,6 +49,7 @@ from mmjax.data.examples import (
 )
 from mmjax.data.media import content_key
 from mmjax.data.order import Order
+from mmjax.data.sequences import Piece
 from mmjax.data.sources import Source, open_source
 from mmjax.data.text import Tokenizer, text_key
 
@@ -89,7 +90,12 @@ class Pipeline:
   Raises UserError for what is missing (data set, split, language, tokenizer).
   """
 
-  def __init__(self, config, rows: Sequence[int] | np.ndarray | None = None):
+  def __init__(
+    self,
+    config,
+    rows: Sequence[int] | np.ndarray | None = None,
+    tables: list[list[list[Piece]]] | None = None,
+  ):
     self.config = config
     self.rows = None if rows is None else np.asarray(rows, np.int64)
     self._bad: dict[str, str] = {}
@@ -100,15 +106,22 @@ class Pipeline:
     check_classes(config, self.sources)
     check_values(config, self.sources)
     self._made_of = [_made_of(config, name) for name, _ in entries]
+    self._examples = Examples(config, train=True)
+    sequence = config.data.sequence
+    if sequence.length and tables is None:  # of a language model: the examples of each row
+      tables = [
+        self._examples.sequences.table(source, sequence.pack, config.seed)
+        for source in self.sources
+      ]
+    self.tables = tables
     self.order = Order(
-      [len(s) for s in self.sources],
+      [len(rows) for rows in tables or self.sources],
       [entry.weight for _, entry in entries],
       config.seed,
       config.train.batch_size,
       whole_steps=config.data.mix == "steps",
       groups=[entry.group for _, entry in entries],
     )
-    self._examples = Examples(config, train=True)
 
   @property
   def examples(self) -> int:
@@ -132,10 +145,13 @@ class Pipeline:
       "sources": [source.fingerprint for source in self.sources],
       "order": self.order.fingerprint(),
     }
-    if "text" in self._examples.modalities:
-      found["tokenizer"] = (
-        f"{self.config.data.text.tokenizer}: content {self._examples.text.tokenizer.fingerprint}"
-      )
+    tokenizer = None
+    if self.tables is not None:
+      tokenizer = self._examples.sequences.tokenizer
+    elif "text" in self._examples.modalities:
+      tokenizer = self._examples.text.tokenizer
+    if tokenizer is not None:
+      found["tokenizer"] = f"{self.config.data.text.tokenizer}: content {tokenizer.fingerprint}"
     return found
 
   def batch(self, step: int) -> Batch:
@@ -188,6 +204,8 @@ class Pipeline:
     return self._ids[step]
 
   def _id(self, source: int, index: int) -> str:
+    if self.tables is not None:
+      return stand_in_id(self.sources[source], self.tables[source][index][0].record)
     try:
       return self.sources[source][index]["id"]
     except UserError:
@@ -203,6 +221,9 @@ class Pipeline:
     `_report` takes out again. Runs in a worker or a thread."""
     source, index, _ = self.order.rows(step)
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
+    if self.tables is not None:
+      packs = [(self.sources[source[row]], self.tables[source[row]][index[row]]) for row in rows]
+      return self._examples.rows_of_sequences(packs, streams(self.config.seed, step, rows))
     items = [Row(self.sources[source[row]], int(index[row])) for row in rows]
     return self._examples(items, streams(self.config.seed, step, rows), *self._made_of[source[0]])
 
@@ -213,10 +234,10 @@ class Pipeline:
     return batch
 
   def __getstate__(self):
-    return {"config": self.config, "rows": self.rows}
+    return {"config": self.config, "rows": self.rows, "tables": self.tables}
 
   def __setstate__(self, state):
-    self.__init__(state["config"], state["rows"])
+    self.__init__(state["config"], state["rows"], state["tables"])
 
 
 class Caption(NamedTuple):
@@ -239,8 +260,8 @@ class EvaluationData:
   values float32 [N, K] of all records, NaN = none, K = 0 where the source has none;
   media_keys {modality: uint64 [N]}, equal = the same content; captions: every one in the entry's
   languages; facts: what each record says about itself ({} = nothing);
-  items [(example, part)]: the rows of `batches` (several an example where its questions do not fit
-  one row).
+  items [(example, part)], of a language model [Piece]: the rows of `batches` (several an example
+  where its questions do not fit one row).
   tokenizer: of a checkpoint; None = the one that the config names, where texts are asked for.
   Raises UserError: no such data set, split or language; while reading: too many unreadable records.
   """
@@ -260,7 +281,7 @@ class EvaluationData:
     self.class_names = class_names(self.source, config.data)
     self.captions: list[Caption] = []
     self.facts: list[dict] = []
-    self.items: list[tuple[int, int]] = []
+    self.items: list[Any] = []
     self._examples = Examples(config, train=False, tokenizer=tokenizer)
     self._bad: dict[str, str] = {}
     self._cut = CutMedia()
@@ -294,21 +315,31 @@ class EvaluationData:
     for batch, _ in self._batches(self.items, tuple(modalities)):
       yield batch
 
+  def sequences(self) -> Iterator[Batch]:
+    """For a language model: every row of `items` with its targets, one example a row; filled up at
+    the end. `batches` gives the prompts alone.
+    """
+    for batch, _ in self._batches(self.items, (), prompts=False):
+      yield batch
+
   def _batches(
-    self, items: list[tuple[int, int]], modalities: tuple[str, ...]
+    self, items: list, modalities: tuple[str, ...], prompts: bool = True
   ) -> Iterator[tuple[Batch, np.ndarray]]:
     """(batch, example of each row, -1 = none)."""
     for start in range(0, len(items), self.batch_size):
       row = start + self.rows
       real = row < len(items)
       chosen = [items[i] for i in row[real].tolist()]
-      batch = self._examples(
-        [Row(self.source, *place) for place in chosen], [None] * len(chosen), modalities
-      )
+      alone = [None] * len(chosen)
+      if self.config.data.sequence.length:
+        rows = [(self.source, [piece]) for piece in chosen]
+        batch = self._examples.rows_of_sequences(rows, alone, prompts)
+      else:
+        batch = self._examples([Row(self.source, *place) for place in chosen], alone, modalities)
       self._cut.add(batch.pop("cut"))
       report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
       index = np.full(len(row), -1)
-      index[real] = [example for example, _ in chosen]
+      index[real] = [item[0] for item in chosen]
       yield scatter_rows(batch, real), index
     self._cut.total()
 
@@ -319,6 +350,10 @@ class EvaluationData:
       real = index < len(texts)
       rows = self._examples.text([texts[i] for i in index[real].tolist()])
       yield scatter_rows({"text": rows, "valid": np.ones(int(real.sum()), bool)}, real)
+
+  def question(self, item: Any) -> tuple[str, str]:
+    """(question, answer) of one of `items`. Raises UserError: the record cannot be read."""
+    return self.source[item[0]]["questions"][max(item[1], 0)]
 
   def picture(self, index: int) -> np.ndarray:
     """One picture as the model sees it, uint8 [H, W, 3]; white if it cannot be read."""
@@ -335,6 +370,15 @@ class EvaluationData:
       return np.full((self.config.data.video.size,) * 2 + (3,), 255, np.uint8)
     chosen = np.linspace(0, max(0, int(mask.sum()) - 1), frames).round().astype(int)
     return np.concatenate(list(clip[chosen]), axis=1)
+
+  def media_of(self, record: Mapping[str, Any], modality: str) -> dict[str, np.ndarray]:
+    """The arrays of one modality of a record as the model gets them; {} if it cannot be read."""
+    reader = self._examples.reader(modality)
+    try:
+      arrays, _ = reader.read(dict(record), False, None)
+    except UserError:
+      return {}
+    return {name: np.asarray(x) for name, x in zip(reader.shapes, arrays, strict=True)}
 
   def _read_facts(self) -> None:
     """One pass over the records for captions, labels and the keys of media."""
@@ -366,6 +410,8 @@ class EvaluationData:
         for caption in captions:
           high, low = text_key(caption)
           self.captions.append(Caption(caption, language, high << 32 | low, i))
+    if self.config.data.sequence.length:
+      self.items = list(self._examples.sequences.in_order(self.source))
 
 
 class _Make:

@@ -12,6 +12,8 @@ import contextlib
 import difflib
 import fnmatch
 import functools
+import hashlib
+import importlib.metadata
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +26,7 @@ import numpy as np
 from mmjax import config as config_lib
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.data.examples import modalities_of
 from mmjax.data.pipeline import EvaluationData
 from mmjax.data.sources import open_source
 from mmjax.data.text import Tokenizer, load_tokenizer
@@ -108,7 +111,8 @@ class Context:
     for batch in batches:
       placed = multihost.to_device(batch, self.mesh)
       kept = [placed.pop("valid"), *(placed.pop(name) for name in also)]
-      placed.pop("label", None)
+      for name in ("label", "value"):
+        placed.pop(name, None)
       waiting.append([self._evaluation.apply(self._params, method, args, placed), *kept])
       if len(waiting) > 2:
         take()
@@ -118,6 +122,28 @@ class Context:
     if not taken:
       return (np.zeros((0,), np.float32), np.zeros(0, bool), *(np.zeros(0) for _ in also))
     return tuple(np.concatenate(parts) for parts in zip(*taken, strict=True))
+
+  def losses(self, batches: Iterable[dict], names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """{objective: {metric: its mean}} over all rows of `batches` that count."""
+    if self._evaluation.losses is None:
+      raise UserError("the objectives are known only to a run and to `mmjax eval`")
+    sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
+    for batch in batches:
+      placed = multihost.to_device(batch, self.mesh)
+      found = jax.device_get(self._evaluation.losses(self._params, placed, names))
+      for name in names:
+        for key, pair in found[name].items():
+          sums[name][key] = sums[name].get(key, np.zeros(2)) + np.asarray(pair, np.float64)
+      self._evaluation.poll()
+    return {
+      name: {key: float(total / weight) if weight else 0.0 for key, (total, weight) in of.items()}
+      for name, of in sums.items()
+    }
+
+  @property
+  def modalities(self) -> list[str]:
+    """Those of the batches of training."""
+    return modalities_of(self.config)
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer of the checkpoint, or else of the config."""
@@ -153,7 +179,8 @@ class Evaluation:
 
   `apply(variables, method, args, batch)` gives rows [B, ...] of a batch on the devices. `assets`:
   of a checkpoint; its tokenizer is then used, and none needs to be under data.dir. `poll` is called
-  after every batch (to ask whether the machine is about to be taken away).
+  after every batch (to ask whether the machine is about to be taken away). `losses(variables,
+  batch, names)`: {objective: {metric: (sum, weight)}} of a batch, for the evaluator "loss".
   """
 
   def __init__(
@@ -164,8 +191,9 @@ class Evaluation:
     *,
     assets: Mapping[str, bytes] | None = None,
     poll: Callable[[], None] | None = None,
+    losses: Callable[[Any, dict, tuple], dict] | None = None,
   ):
-    self.config, self.apply, self.mesh = config, apply, mesh
+    self.config, self.apply, self.mesh, self.losses = config, apply, mesh, losses
     self.poll = poll or (lambda: None)
     self._data: dict = {}
     self._assets = dict(assets or {})
@@ -198,7 +226,7 @@ class Evaluation:
     for name in pick(self.config, names):
       entry = self.config.evaluation.evaluators[name]
       with _naming(name):
-        for key in ("split", "train_split"):
+        for key in ("split", "train_split", "threshold_split"):
           if entry.get("source") and entry.get(key):
             languages = entry.get("languages", ()) or languages_of(self.config, entry.source)
             source = dict(name=entry.source, split=entry[key], languages=languages, path="")
@@ -277,21 +305,66 @@ def flat_metrics(results: dict[str, Result]) -> dict[str, float]:
   }
 
 
-def write_eval_json(workdir: str | Path, results: dict[str, Result]) -> Path:
+PROVENANCE = "provenance"  # the entry of eval.json that is no evaluator
+
+
+def provenance(
+  config, fingerprints: Mapping[str, str], checkpoint: str, step: int | None
+) -> dict[str, dict[str, Any]]:
+  """{evaluator: what its scores are of}: checkpoint, step, a digest of the config, the data set and
+  split with its content, versions. fingerprints: of `Evaluation.check_sources`.
+  """
+  digest = hashlib.blake2b(config_lib.to_json(config).encode(), digest_size=8).hexdigest()
+  versions = {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "numpy")}
+  found = {}
+  for name, entry in config.evaluation.evaluators.items():
+    data = [mark for key, mark in fingerprints.items() if key.startswith(f"{name} (")]
+    found[name] = dict(
+      checkpoint=checkpoint,
+      step=step,
+      config=digest,
+      source=entry.get("source", ""),
+      split=entry.get("split", ""),
+      data="; ".join(data),
+      versions=versions,
+    )
+  return found
+
+
+def write_eval_json(
+  workdir: str | Path,
+  results: dict[str, Result],
+  about: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
   """Writes {evaluator: {metric: value}} as eval.json of a run folder; evaluators that were not run
-  now keep their values.
+  now keep their values. about: {evaluator: `provenance`}, which stands under "provenance".
   """
   path = Path(workdir) / "eval.json"
-  table = {
+  table: dict[str, Any] = {
     **read_eval_json(workdir),
     **{name: {k: float(v) for k, v in r.metrics.items()} for name, r in results.items()},
   }
+  known = read_provenance(workdir) | {n: dict(about[n]) for n in results if about and n in about}
+  if known:
+    table[PROVENANCE] = known
   files.replace_file(path, json.dumps(table, indent=2) + "\n")
   return path
 
 
 def read_eval_json(workdir: str | Path) -> dict[str, dict[str, float]]:
-  """What `write_eval_json` wrote; {} without a file or with one that is no such table."""
+  """{evaluator: {metric: value}} of `write_eval_json`; {} without a file, or of one that is no such
+  table.
+  """
+  return {name: scores for name, scores in _eval_json(workdir).items() if name != PROVENANCE}
+
+
+def read_provenance(workdir: str | Path) -> dict[str, dict[str, Any]]:
+  """{evaluator: its `provenance`} of what `write_eval_json` wrote."""
+  found = _eval_json(workdir).get(PROVENANCE, {})
+  return {name: about for name, about in found.items() if isinstance(about, dict)}
+
+
+def _eval_json(workdir: str | Path) -> dict[str, dict[str, Any]]:
   try:
     table = json.loads((files.as_path(workdir) / "eval.json").read_text())
   except (OSError, ValueError):

@@ -44,8 +44,9 @@ def captions(
   for each of its values.
   examples: how many the report shows.
   Metrics: "bleu@4", "rouge_l", "cider_d" (each as in the COCO captions evaluation, on lower-case
-  words), "exact" (share that is one of the references), "word_error_rate" where each example has
-  one reference, "right" (and "right/NAME") with `check`, "examples", "unreadable".
+  words), "exact" (share that is one of the references), "word_error_rate" and
+  "character_error_rate" where each example has one reference, "right" (and "right/NAME") with
+  `check`, "examples", "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   data = context.data(source, split, languages)
@@ -93,24 +94,28 @@ def captions(
   for prefix, rows in groups.items():
     result[f"{prefix}exact"] = float(exact[rows].mean())
     if all(len(rs) == 1 for rs in expected):
-      result[f"{prefix}word_error_rate"] = metrics.word_error_rate(
-        [expected[i][0] for i in rows], [texts[i] for i in rows]
-      )
+      pairs = [expected[i][0] for i in rows], [texts[i] for i in rows]
+      result[f"{prefix}word_error_rate"] = metrics.word_error_rate(*pairs)
+      result[f"{prefix}character_error_rate"] = metrics.character_error_rate(*pairs)
     if verdicts:
       for name in verdicts[0]:
         result[f"{prefix}{name}"] = float(np.mean([verdicts[i][name] for i in rows]))
   result.update(examples=float(len(kept)), unreadable=float((~valid[: len(data)]).sum()))
   correct = np.array([v["right"] for v in verdicts]) if verdicts else exact
+  figures: dict = {}
+  if all(len(rs) == 1 for rs in expected) and any(metrics.words(rs[0]) for rs in expected):
+    confused = metrics.word_confusions([rs[0] for rs in expected], texts)
+    figures["words"] = dict(kind="word_confusions", rows=confused)
   shown = [
     dict(
       text=texts[i],
       expected=expected[i][:3],
       correct=bool(correct[i]),
-      **_inputs(data, kept[i], modalities),
+      **inputs_of(data, kept[i], modalities),
     )
     for i in sample_evenly(len(kept), examples)
   ]
-  return Result(result, {"texts": dict(kind="texts", rows=shown)})
+  return Result(result, {"texts": dict(kind="texts", rows=shown), **figures})
 
 
 def decode(tokenizer, tokens: Sequence[int], eos_id: int) -> str:
@@ -130,7 +135,7 @@ def _verdict(answer: bool | dict[str, bool]) -> dict[str, bool]:
   return {"right": bool(answer)}
 
 
-def _inputs(data, example: int, modalities: tuple) -> dict:
+def inputs_of(data, example: int, modalities: tuple) -> dict:
   """A picture of what the model saw, where it saw one."""
   if "image" in modalities:
     return dict(picture=data.picture(example))

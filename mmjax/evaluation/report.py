@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from mmjax import __version__, files
-from mmjax.evaluation import Result, read_eval_json
-from mmjax.evaluation.report_charts import evaluation_charts, training_charts
+from mmjax.evaluation import Result, read_eval_json, read_provenance
+from mmjax.evaluation.report_charts import dots, evaluation_charts, lines, training_charts
 from mmjax.evaluation.report_page import PAGE
 from mmjax.evaluation.report_time import time_spent
 from mmjax.printing import printable
@@ -35,8 +35,17 @@ HEADLINES = (
   "image_to_text/R@5",
   "text_to_image/R@5",
   "accuracy",
+  "majority",
+  "balanced_accuracy",
+  "auc",
+  "f1",
   "accuracy@5",
   "mean_class_accuracy",
+  "r2",
+  "mae",
+  "rmse",
+  "word_error_rate",
+  "character_error_rate",
 )
 COUNTS = ("images", "texts", "examples", "train_examples", "unreadable")
 PICTURE = 128  # pixels of the longest side of a picture in the page
@@ -74,6 +83,11 @@ def write_report(
       texts=_figures(results, "texts"),
       pictures=_figures(results, "pictures"),
       confusions=[(name, _heat_map(figure)) for name, figure in _figures(results, "confusion")],
+      classes=_figures(results, "classes"),
+      dots=[*_reliabilities(results), *_scatters(results)],
+      mistakes=[(name, _drawn(figure)) for name, figure in _figures(results, "mistakes")],
+      words=_figures(results, "word_confusions"),
+      provenance=[(name, about) for name, about in read_provenance(workdir).items()],
       config=config.to_dict() if hasattr(config, "to_dict") else dict(config),
       environment=environment(),
     )
@@ -226,6 +240,37 @@ def _figures(results: Mapping[str, Result], kind: str) -> list[tuple[str, dict]]
     for figure in result.figures.values()
     if isinstance(figure, dict) and figure.get("kind") == kind
   ]
+
+
+def _reliabilities(results: Mapping[str, Result]) -> list[dict[str, Any]]:
+  """How often the model is right where it is so and so sure; large dots are many examples."""
+  charts = []
+  for name, figure in _figures(results, "reliability"):
+    most = max(count for _, _, count in figure["points"])
+    points = [(x, y, 2 + 6 * (count / most) ** 0.5) for x, y, count in figure["points"]]
+    axes = ("how sure the model is", "how often it is right")
+    charts.append(dots(f"{name}: calibration", points, axes, span=(0.0, 1.0)))
+  return charts
+
+
+def _scatters(results: Mapping[str, Result]) -> list[dict[str, Any]]:
+  """Predicted values against true ones."""
+  return [
+    dots(
+      f"{name}: {figure['name']}" if figure["name"] != "0" else name,
+      [(x, y, 2.2) for x, y in figure["points"]],
+      ("true value", "what the model says"),
+    )
+    for name, figure in _figures(results, "scatter")
+  ]
+
+
+def _drawn(figure: dict) -> dict[str, Any]:
+  """The figure with the curves of its rows drawn."""
+  rows = [
+    {**row, "curve": lines(row["curve"])} if "curve" in row else row for row in figure["rows"]
+  ]
+  return {**figure, "rows": rows}
 
 
 def _heat_map(figure: dict) -> dict[str, Any]:

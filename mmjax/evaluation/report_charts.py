@@ -143,6 +143,72 @@ def chart(
   return dict(title=title, svg=markupsafe.Markup(svg), legend=legend)
 
 
+def dots(
+  title: str,
+  points: Sequence[tuple[float, float, float]],
+  axes: tuple[str, str],
+  span: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+  """Dots (x, y, radius) in a square, with the diagonal on which x = y; both axes have the same
+  range, `span` or that of the points. axes: what x and y are. Returns dict(title, svg, legend).
+  """
+  values = [value for x, y, _ in points for value in (x, y)]
+  low, high = span or _range(values, False)
+  side = HEIGHT - TOP - BOTTOM
+
+  def place(x, y):
+    share = high - low
+    return LEFT + (x - low) / share * side, HEIGHT - BOTTOM - (y - low) / share * side
+
+  parts = []
+  for tick in _ticks(low, high, 5):
+    (x, base), (_, y) = place(tick, low), place(low, tick)
+    parts.append(
+      f'<line class="grid" x1="{LEFT}" x2="{LEFT + side}" y1="{y:.1f}" y2="{y:.1f}"/>'
+      f'<text class="tick" x="{LEFT - 7}" y="{y:.1f}" dy="3.5" text-anchor="end">{_short(tick)}'
+      f'</text><text class="tick" x="{x:.1f}" y="{base + 18:.1f}" text-anchor="middle">'
+      f"{_short(tick)}</text>"
+    )
+  (x0, y0), (x1, y1) = place(low, low), place(high, high)
+  parts.append(f'<line class="grid" x1="{x0}" y1="{y0}" x2="{x1}" y2="{y1}"/>')
+  for x, y, radius in points:
+    (at, height) = place(x, y)
+    parts.append(
+      f'<circle class="dot s0" fill-opacity=".6" r="{radius:.1f}" cx="{at:.1f}" cy="{height:.1f}">'
+      f"<title>{_short(x)}, {_short(y)}</title></circle>"
+    )
+  words = [f"across: {axes[0]}", f"up: {axes[1]}"]
+  parts += [
+    f'<text class="tick" x="{LEFT + side + 18}" y="{TOP + 14 + 16 * i}">{markupsafe.escape(word)}'
+    "</text>"
+    for i, word in enumerate(words)
+  ]
+  svg = (
+    f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{markupsafe.escape(title)}">'
+    f"{''.join(parts)}</svg>"
+  )
+  return dict(title=title, svg=markupsafe.Markup(svg), legend=[])
+
+
+def lines(values: Any) -> markupsafe.Markup:
+  """A small drawing of a series [T, C], at most six channels of it."""
+  width, height = 180, 90
+  columns = [[float(v) for v in column] for column in list(zip(*values, strict=True))[:6]]
+  every = [v for column in columns for v in column] or [0.0]
+  low, high = min(every), max(every)
+  scale = (high - low) or 1.0
+  paths = []
+  for i, column in enumerate(columns):
+    points = " ".join(
+      f"{k / max(len(column) - 1, 1) * width:.1f},{height - (v - low) / scale * height:.1f}"
+      for k, v in enumerate(column)
+    )
+    paths.append(f'<polyline class="line s{i}" points="{points}"/>')
+  return markupsafe.Markup(
+    f'<svg class="curve" viewBox="0 0 {width} {height}">{"".join(paths)}</svg>'
+  )
+
+
 def _points(rows: Sequence[dict], name: str) -> list[tuple[float, float]]:
   return [
     (row["step"], float(row[name]))

@@ -60,12 +60,13 @@ table.heat td { width: 50px; min-width: 26px; height: 34px; text-align: center; 
 table.heat td.correct { box-shadow: inset 0 0 0 1.5px var(--correct); }
 table.heat th { font-weight: 500; color: var(--soft); text-align: right; padding: 0 8px 0 0; white-space: nowrap; }
 table.heat thead th { height: 96px; vertical-align: bottom; padding: 0; } table.heat thead div { width: 50px; } table.heat thead span { display: inline-block; transform: rotate(-38deg); transform-origin: 0 100%; white-space: nowrap; margin-left: 22px; }
+.example audio { width: 100%; height: 34px; margin: 4px 0; } svg.curve { width: 104px; cursor: default; overflow: hidden; } table.scores td { text-align: right; } table.scores td:first-child { text-align: left; } table.plain thead td { font-weight: 600; color: var(--soft); }
 .note { color: var(--soft); font-size: 13px; margin: 0 0 12px; }
 details > summary { cursor: pointer; color: var(--soft); } details > summary:hover { color: var(--ink); }
 details.block { margin-top: 14px; } details.block > .charts, details.block > .card { margin-top: 12px; }
 .tree { columns: 320px; column-gap: 30px; margin-top: 10px; font: 13px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; } .tree details { padding-left: 16px; } .tree > details { padding-left: 0; }
 .tree .leaf { break-inside: avoid; padding-left: 30px; text-indent: -14px; overflow-wrap: anywhere; } .tree .leaf b { font-weight: 500; color: var(--soft); } .tree summary { color: var(--ink); font-weight: 600; }
-table.plain { border-collapse: collapse; font-size: 13.5px; } table.plain td { padding: 3px 22px 3px 0; vertical-align: top; font-variant-numeric: tabular-nums; } table.plain td:first-child { color: var(--soft); white-space: nowrap; }
+table.plain { border-collapse: collapse; font-size: 13.5px; } table.plain td { padding: 3px 22px 3px 0; vertical-align: top; font-variant-numeric: tabular-nums; } table.plain td:first-child { color: var(--soft); white-space: nowrap; } td.whole { white-space: nowrap; }
 footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 @media (max-width: 560px) { main { padding: 22px 14px 50px; } .charts, .grid-cards, .examples { grid-template-columns: minmax(0, 1fr); } }
 </style></head><body><main>
@@ -94,7 +95,7 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 {% if charts[1] %}<details class="block"><summary>More curves ({{ charts[1] | length }})</summary>{{ draw(charts[1]) }}</details>{% endif %}{% endif %}
 {% if time %}<h2>Where the time went</h2>
 <p class="note">Goodput {{ "%.1f" | format(100 * time.goodput) }}%: the share of all wall time since the first start, {{ time.wall }}, that computed steps which count.</p>
-<div class="charts"><div class="card"><table class="plain">{% for row in time.rows %}<tr><td>{{ row.label }}</td><td>{{ row.text }}</td><td>{{ "%.1f" | format(row.share) }}%</td>
+<div class="charts"><div class="card"><table class="plain">{% for row in time.rows %}<tr><td>{{ row.label }}</td><td class="whole">{{ row.text }}</td><td class="whole">{{ "%.1f" | format(row.share) }}%</td>
 <td style="width: 40%"><div class="bar"><i style="width: {{ "%.1f" | format(row.share) }}%"></i></div></td></tr>{% endfor %}</table></div></div>
 {% if time.charts %}{{ draw(time.charts) }}{% endif %}{% endif %}
 {% if evaluation_charts %}<h2>Evaluation over the run</h2>{{ draw(evaluation_charts) }}{% endif %}
@@ -132,6 +133,26 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 {% for row in map.rows %}<tr><th>{{ row.name }} ({{ row.count }})</th>{% for cell in row.cells %}
 <td title="{{ cell.title }}"{% if not cell.count %} class="none{{ " correct" if cell.correct }}">0{% else %}{% if cell.correct %} class="correct"{% endif %} style="background: rgba(var(--heat), {{ "%.3f" | format(0.08 + 0.82 * cell.share) }}){{ "; color: var(--card)" if cell.share > 0.5 }}">{{ cell.count }}{% endif %}</td>{% endfor %}</tr>{% endfor %}
 </table></div>{% endfor %}
+
+{% for name, figure in classes %}
+<h2>{{ name }}: classes</h2><div class="card scroll"><table class="plain scores"><thead><tr><td>class</td><td>examples</td><td>precision</td><td>recall</td><td>F1</td><td>AUC</td><td>average precision</td>{% if "threshold" in figure.rows[0] %}<td>threshold</td>{% endif %}</tr></thead>
+{% for row in figure.rows %}<tr><td>{{ row.name }}</td><td>{{ row.examples | number }}</td>{% for key in ("precision", "recall", "f1", "auc", "average_precision", "threshold") if key in row or key != "threshold" %}<td>{{ "%.3f" | format(row[key]) if key in row else "" }}</td>{% endfor %}</tr>{% endfor %}
+</table></div>{% endfor %}
+
+{% if dots %}<h2>Calibration and values</h2><p class="note">On the diagonal the model is as often right as it is sure, or says the true value.</p>{{ draw(dots) }}{% endif %}
+
+{% for name, figure in mistakes if figure.rows %}
+<h2>{{ name }}: the worst mistakes</h2><p class="note">{% if figure.wrong is defined %}{{ figure.wrong | number }} of {{ figure.of | number }} are wrong; here are those that the model is surest of.{% else %}Where the model is farthest off.{% endif %}</p>
+<div class="examples">{% for row in figure.rows %}<div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="what the model saw">{% endif %}{% if row.curve is defined %}{{ row.curve }}{% endif %}</div>
+<div class="answers">{% if row.text is defined %}<div class="caption" dir="auto">{{ row.text }}</div>{% endif %}{% if row.sound is defined %}<audio controls preload="none" src="{{ row.sound }}"></audio>{% endif %}
+<div class="answer"><span dir="auto">{{ row.said }}</span><span>{{ row.note }}</span></div><div class="expected" dir="auto">Right: {{ row.true }}</div></div></div>{% endfor %}</div>{% endfor %}
+
+{% for name, figure in words if figure.rows %}
+<h2>{{ name }}: what is misheard most</h2><div class="card scroll"><table class="plain"><thead><tr><td>in the reference</td><td>said for it</td><td>times</td></tr></thead>
+{% for meant, said, count in figure.rows %}<tr><td dir="auto">{{ meant or "(nothing)" }}</td><td dir="auto">{{ said or "(nothing)" }}</td><td>{{ count | number }}</td></tr>{% endfor %}</table></div>{% endfor %}
+
+{% if provenance %}<h2>What the scores are of</h2><div class="card scroll"><table class="plain"><thead><tr><td>evaluator</td><td>checkpoint</td><td>step</td><td>data</td><td>config</td><td>versions</td></tr></thead>
+{% for name, about in provenance %}<tr><td>{{ name }}</td><td>{{ about.checkpoint }}</td><td>{{ about.step if about.step is not none else "" }}</td><td>{{ about.data or about.source ~ " " ~ about.split }}</td><td>{{ about.config }}</td><td>{% for package, version in about.versions.items() %}{{ package }} {{ version }}{{ ", " if not loop.last }}{% endfor %}</td></tr>{% endfor %}</table></div>{% endif %}
 
 <h2>Configuration</h2><details class="card"><summary>Every key of the resolved config</summary><div class="tree">{{ tree(config) }}</div></details>
 <h2>Environment</h2><div class="card"><table class="plain">{% for name, value in environment %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table></div>

@@ -34,8 +34,8 @@ def zero_shot(
   also reported alone. classes: ((label, (name, ...)), ...) instead of the names in
   mmjax; labels it leaves out keep theirs. templates: prompts with {} for the name, instead of
   mmjax's own of the modality and language.
-  Metrics: "accuracy", "accuracy@5", "mean_class_accuracy" (the mean over classes of each one's
-  accuracy), "examples", "unreadable" (left out). Ties are pessimistic.
+  Metrics: "accuracy", "accuracy@5" from 6 classes on, "mean_class_accuracy" (the mean over classes
+  of each one's accuracy), "examples", "unreadable" (left out). Ties are pessimistic.
   """
   where = f"evaluation.evaluators.{context.name}"
   if modality == "text":
@@ -102,7 +102,7 @@ def classify(
   rank = ranks(media, classes, np.stack([np.arange(len(labels)), labels], axis=1), mesh)
   metrics = {
     "accuracy": float(np.mean(rank <= 1)),
-    "accuracy@5": float(np.mean(rank <= 5)),
+    **({"accuracy@5": float(np.mean(rank <= 5))} if len(classes) >= 6 else {}),
     "mean_class_accuracy": mean_class_accuracy(labels, rank <= 1),
   }
   predicted = np.concatenate(

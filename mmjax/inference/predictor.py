@@ -24,10 +24,10 @@ from jax.sharding import Mesh
 from mmjax.config import UserError
 from mmjax.data.naflex import PatchSequence, picture_of
 from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
+from mmjax.inference.engine import can_generate, generate_text, generate_timed_text
 from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.inference.transcribe import Segment, Windows, detect_language, start_tokens
 from mmjax.models import make_model
-from mmjax.models.generation import can_generate, generate_text, generate_timed_text
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 

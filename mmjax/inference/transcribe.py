@@ -114,5 +114,5 @@ def start_tokens(prompt: Sequence[int], begin: int) -> tuple[int, ...]:
 
 def detect_language(model, variables, source: tuple[str, ...], batch: dict) -> jax.Array:
   """int32 [B]: the decoder's language of each row."""
-  cache, memory = model.apply(variables, source, batch, length=1, method="start_decoding")
-  return model.apply(variables, cache, memory, method="detect_language")
+  memory = model.apply(variables, source, batch, method="init_memory")
+  return model.apply(variables, memory, method="detect_language")

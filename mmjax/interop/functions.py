@@ -23,9 +23,9 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.examples import READERS
+from mmjax.inference.engine import can_generate, generate_text
 from mmjax.inference.predictor import probabilities
 from mmjax.models import make_model, with_plain_kernels
-from mmjax.models.generation import can_generate, generate_text
 
 Array = jax.Array
 Spec = dict[str, tuple[tuple[int, ...], Any]]

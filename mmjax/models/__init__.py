@@ -37,8 +37,8 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
 
   An encoder's or a decoder's kind function takes (data, precision, *, settings), a fusion's
   (modalities, data, precision, *, settings), a model's (encoders, data, precision, *, settings),
-  with modules in the place of the entries `fusion` and `decoder`. An encoder, fusion or decoder
-  whose `width` is 0 gets the model's.
+  with modules in the place of the entries `fusion` and `decoder`. An encoder, fusion, connector or
+  decoder whose `width` is 0 gets the model's.
   """
   model, data, precision = config["model"], config["data"], config["precision"]
 
@@ -55,7 +55,11 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     modality: make(entry, "encoder", f"encoders.{modality}")
     for modality, entry in model["encoders"].items()
   }
-  if not encoders:
+  connectors = {
+    modality: make(entry, "connector", f"connectors.{modality}")
+    for modality, entry in model.get("connectors", {}).items()
+  }
+  if not encoders and "connectors" not in model:
     raise UserError(
       "model.encoders is empty: name at least one encoder, such as image=dict(kind='vit')"
     )
@@ -64,5 +68,7 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     for name in NESTED
     if model.get(name)
   }
+  if "connectors" in model:
+    nested["connectors"] = connectors
   chosen = settings(model, "model", without=("encoders",))
   return kind_function(model, "model")(encoders, data, precision, **{**chosen, **nested})

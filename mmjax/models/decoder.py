@@ -1,5 +1,5 @@
-"""The text decoder: a causal transformer that may attend to a memory in every block; whole texts or
-one token at a time.
+"""The text decoder: a causal transformer that may attend to a memory in every block; whole texts,
+or a prompt and one token after the other.
 """
 
 from __future__ import annotations
@@ -129,61 +129,65 @@ class Decoder(nn.Module):
       preferred_element_type=jnp.float32,
     )
 
-  def init_cache(self, rows: int, length: int) -> KeyValue:
-    """An empty cache for `rows` texts of up to `length` tokens."""
+  def init_memory(self, memory: Array | None, memory_mask: Array | None = None) -> Memory | None:
+    """What `prefill` and `decode_step` need of memory [B, S, M], memory_mask bool [B, S]: once a
+    generation.
+    """
+    memory, memory_mask = self._memory(memory, memory_mask)
+    return None if memory is None else self.stack.init_memory(memory, memory_mask)
+
+  def prefill(
+    self, tokens: Array, memory: Memory | None = None, *, length: int, lengths: Array | None = None
+  ) -> tuple[Array, KeyValue]:
+    """Prompts int32 [B, P], read at once -> (logits float32 [B, V] of the first token after each,
+    a cache for `length` tokens).
+
+    lengths: int32 [B], the tokens of each that are real; None = P. Tokens of `suppress` and
+    `suppress_first` are at -1e30.
+    """
     if length > self.length:
       raise UserError(
         f"a text of {length} tokens is asked of a decoder of data.text.length {self.length}. Ask "
         "for fewer"
       )
-    return self.stack.init_cache(rows, length)
-
-  def init_memory(self, memory: Array | None, memory_mask: Array | None = None) -> Memory | None:
-    """What `decode_step` needs of memory [B, S, M], memory_mask bool [B, S]: once a generation."""
-    memory, memory_mask = self._memory(memory, memory_mask)
-    return None if memory is None else self.stack.init_memory(memory, memory_mask)
+    hidden, cache = self.read(tokens, memory, length=length, lengths=lengths)
+    return self._without((*self.suppress, *self.suppress_first), self.logits(hidden)), cache
 
   def decode_step(
-    self, token: Array, index: Array, cache: KeyValue, memory: Memory | None = None
+    self, token: Array, places: Array, cache: KeyValue, memory: Memory | None = None
   ) -> tuple[Array, KeyValue]:
-    """token int32 [B] at position `index` (int32 scalar) -> (hidden [B, D], which predicts the
-    token after it, cache).
+    """token int32 [B], each at its place of the cache, int32 [B] -> (logits float32 [B, V] of the
+    token after it, the cache with it). Tokens of `suppress` are at -1e30.
     """
-    x = jnp.take(self.embedding, token, axis=0) + jax.lax.dynamic_index_in_dim(
-      self.position, index, keepdims=False
-    )
-    x, cache = self.stack.extend(x[:, None], index, cache, memory)
-    return self.norm(x)[:, 0], cache
+    x = jnp.take(self.embedding, token, axis=0)
+    if self.positions != "none":
+      x = x + jnp.take(self.position, places, axis=0)
+    x, cache = self.stack.extend(x[:, None], places, cache, memory)
+    return self._without(self.suppress, self.logits(self.norm(x)[:, 0])), cache
 
-  def step_logits(
-    self, token: Array, index: Array, cache: KeyValue, memory: Memory | None = None
-  ) -> tuple[Array, KeyValue]:
-    """`decode_step` with logits float32 [B, V] in place of the hidden state: the step that
-    `generation.generate` takes.
-    Tokens of `suppress` are at -1e30, and those of `suppress_first` right after the prompt."""
-    hidden, cache = self.decode_step(token, index, cache, memory)
-    logits = self.logits(hidden)
-
-    def never(tokens):
-      return logits.at[:, np.asarray(tokens, np.int32)].set(-1e30)
-
-    if self.suppress:
-      logits = never(self.suppress)
-    if self.suppress_first:
-      logits = jnp.where(index == len(self.prompt) - 1, never(self.suppress_first), logits)
-    return logits, cache
-
-  def detect_language(self, cache: KeyValue, memory: Memory | None = None) -> Array:
+  def detect_language(self, memory: Memory | None = None) -> Array:
     """int32 [B]: the likeliest token of `languages` right after the prompt's first token (Radford
     et al. 2022, section 2.3).
     """
-    start = jnp.full(cache.key.shape[1], self.prompt[0], jnp.int32)
+    rows = memory.key.shape[1]
+    start = jnp.full((rows, 1), self.prompt[0], jnp.int32)
     choices = jnp.asarray(self.languages, jnp.int32)
-    return choices[
-      jnp.argmax(
-        self.logits(self.decode_step(start, jnp.int32(0), cache, memory)[0])[:, choices], axis=-1
-      )
-    ]
+    logits = self.logits(self.read(start, memory, length=1)[0])
+    return choices[jnp.argmax(logits[:, choices], axis=-1)]
+
+  def read(
+    self, tokens: Array, memory: Memory | None = None, *, length: int, lengths: Array | None = None
+  ) -> tuple[Array, KeyValue]:
+    """As `prefill`, with the hidden state [B, D] of each prompt's last token in place of logits."""
+    rows, width = tokens.shape
+    x = jnp.take(self.embedding, tokens, axis=0) + self.position[:width]
+    x, cache = self.stack.extend(x, 0, self.stack.init_cache(rows, length), memory)
+    last = jnp.full(rows, width - 1) if lengths is None else lengths - 1
+    return self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0], cache
+
+  @staticmethod
+  def _without(tokens: tuple[int, ...], logits: Array) -> Array:
+    return logits.at[:, np.asarray(tokens, np.int32)].set(-1e30) if tokens else logits
 
   def _memory(self, memory: Array | None, mask: Array | None) -> tuple[Array | None, Array | None]:
     if memory is None or not self.cross:

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.models.block import KeyValue
 from mmjax.models.decoder import shift_right
 from mmjax.models.dual_encoder import DualEncoder
 from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, with_axes
 from mmjax.models.ordinal import OrdinalHead
-from mmjax.models.stack import Stack
+from mmjax.models.stack import Memory, Stack
 from mmjax.ranges import Count, Finite, Positive, Width
 
 Array = jax.Array
@@ -263,25 +264,25 @@ class Multimodal(DualEncoder):
       jnp.concatenate([part.mask for part in encoded.values()], axis=1),
     )
 
-  def start_decoding(
-    self, source: tuple[str, ...], batch: Batch, *, length: int
-  ) -> tuple[Any, Any]:
-    """(an empty cache for the prompt and texts of `length` tokens, what the decoder attends to):
-    for `next_logits`.
-    """
-    memory, mask = self.memory(source, batch)
-    cache = self.decoder.init_cache(memory.shape[0], length + len(self.decoder.prompt) - 1)
-    return cache, self.decoder.init_memory(memory, mask)
+  def init_memory(self, source: tuple[str, ...], batch: Batch) -> Memory:
+    """What `prefill` and `decode_step` attend to, of the source modalities: once a generation."""
+    return self.decoder.init_memory(*self.memory(source, batch))
 
-  def next_logits(self, token: Array, index: Array, cache: Any, memory: Any) -> tuple[Array, Any]:
-    """(logits float32 [B, V] of the token after `token` int32 [B] at position `index`, the cache
+  def prefill(self, tokens: Array, memory: Memory, *, length: int) -> tuple[Array, KeyValue]:
+    """(logits float32 [B, V] of the token after the prompts int32 [B, P], a cache of `length`)."""
+    return self.decoder.prefill(tokens, memory, length=length)
+
+  def decode_step(
+    self, token: Array, places: Array, cache: KeyValue, memory: Memory
+  ) -> tuple[Array, KeyValue]:
+    """(logits float32 [B, V] of the token after `token` int32 [B] at `places` int32 [B], the cache
     with it).
     """
-    return self.decoder.step_logits(token, index, cache, memory)
+    return self.decoder.decode_step(token, places, cache, memory)
 
-  def detect_language(self, cache: Any, memory: Any) -> Array:
-    """int32 [B]: the decoder's language of each row, from what `start_decoding` gave."""
-    return self.decoder.detect_language(cache, memory)
+  def detect_language(self, memory: Memory) -> Array:
+    """int32 [B]: the decoder's language of each row, from what `init_memory` gave."""
+    return self.decoder.detect_language(memory)
 
   def predict_masked(
     self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False

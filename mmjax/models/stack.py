@@ -144,14 +144,15 @@ class Stack(nn.Module):
     *,
     keys: Array | None = None,
     positions: Array | None = None,
+    prefix: Array | None = None,
   ) -> tuple[Array, KeyValue]:
     """x [B, L, D], the tokens from place `start` (int32 scalar or [B]) of the cache on -> ([B, L,
     D], the cache with them): a whole prompt or one token.
 
-    A token sees the cache up to its own place; keys: bool [B, T], the places of it that are real.
-    positions: as in a call; None = the places.
+    A token sees the cache up to its own place, and the first `prefix` places, int32 [B]; keys: bool
+    [B, T], the places of it that are real. positions: as in a call; None = the places.
     """
-    mask = AttentionMask(causal=True, offset=start, keys=keys)
+    mask = AttentionMask(causal=True, offset=start, keys=keys, prefix=prefix)
     stored = None if memory is None else KeyValue(memory.key, memory.value)
     context_mask = None if memory is None else memory.mask[0]
 

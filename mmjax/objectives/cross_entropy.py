@@ -56,10 +56,11 @@ def row_cross_entropy(
   *,
   bias: Array | None = None,
   label_smoothing: float = 0.0,
+  cap: float = 0.0,
   chunk: int = 0,
 ) -> tuple[Array, Array]:
   """(sum of the loss, bool [N]: rows whose target alone has the highest logit, False where they do
-  not count). See `token_cross_entropy`.
+  not count). See `token_cross_entropy`. cap: logits become cap * tanh(logits / cap); 0 = none.
   """
   rows, vocabulary = targets.shape[0], table.shape[0]
   plan = _plan(rows, vocabulary, chunk)
@@ -70,7 +71,7 @@ def row_cross_entropy(
     jnp.pad(targets, (0, missing), constant_values=-1),
   )
   loss, correct = _chunked(
-    label_smoothing, _split(hidden, plan), table, bias, _split(targets, plan)
+    (label_smoothing, cap), _split(hidden, plan), table, bias, _split(targets, plan)
   )
   return loss, correct.swapaxes(0, 1).reshape(-1)[:rows]
 
@@ -127,20 +128,22 @@ def _over_devices(x: Array, axis: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
-  smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array
+  how: tuple[float, float], hidden: Array, table: Array, bias: Array | None, targets: Array
 ) -> tuple[Array, Array]:
-  """hidden [C, S, n, D], targets [C, S, n] -> (loss sum, right [C, S, n])."""
+  """how: (label smoothing, cap). hidden [C, S, n, D], targets [C, S, n] -> (loss sum, correct [C,
+  S, n]).
+  """
   cast = table.astype(hidden.dtype)
 
   def body(total: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
-    found = _losses(smoothing, part[0], cast, bias, part[1])
+    found = _losses(how, part[0], cast, bias, part[1])
     return total + found.loss.sum(), found.correct
 
   return jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets))
 
 
 def _forward(
-  smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array
+  how: tuple[float, float], hidden: Array, table: Array, bias: Array | None, targets: Array
 ) -> tuple[tuple, Any]:
   """The same, and d loss / d (hidden, table, bias). What a device adds to the table is summed over
   devices once, at the end.
@@ -156,8 +159,8 @@ def _forward(
   def body(carry: tuple, part: tuple[Array, Array]) -> tuple[tuple, tuple]:
     total, into_table, into_bias = carry
     rows, target = part
-    found = _losses(smoothing, rows, cast, bias, target)
-    dlogits = _dlogits(smoothing, found, target)
+    found = _losses(how, rows, cast, bias, target)
+    dlogits = _dlogits(how, found, target)
     into_bias = None if bias is None else into_bias + dlogits.sum(1)
     dlogits = dlogits.astype(rows.dtype)
     into_rows = _product("snv,vd->snd", dlogits, cast)
@@ -178,7 +181,7 @@ def _forward(
   return (total, correct), gradients
 
 
-def _backward(smoothing: float, gradients: tuple, cotangents: tuple) -> tuple:
+def _backward(how: tuple[float, float], gradients: tuple, cotangents: tuple) -> tuple:
   def scale(x):
     return (x * cotangents[0]).astype(x.dtype)
 
@@ -200,10 +203,12 @@ class _Found(NamedTuple):
 
 
 def _losses(
-  smoothing: float, hidden: Array, table: Array, bias: Array | None, targets: Array
+  how: tuple[float, float], hidden: Array, table: Array, bias: Array | None, targets: Array
 ) -> _Found:
+  smoothing, cap = how
   logits = _product("snd,vd->snv", hidden, table)
   logits = logits if bias is None else logits + bias.astype(jnp.float32)
+  logits = cap * jnp.tanh(logits / cap) if cap else logits
   norm = jax.nn.logsumexp(logits, axis=-1)
   is_target = _is_target(logits, targets)
   chosen = jnp.where(is_target, logits, 0).sum(-1)
@@ -213,15 +218,19 @@ def _losses(
   return _Found(logits, norm, jnp.where(counts, loss, 0), counts & correct)
 
 
-def _dlogits(smoothing: float, found: _Found, targets: Array) -> Array:
-  """d loss / d logits: the softmax less the target distribution; zero in rows that do not count."""
+def _dlogits(how: tuple[float, float], found: _Found, targets: Array) -> Array:
+  """d loss / d logits before the cap: the softmax less the target distribution, times the cap's
+  derivative; zero in rows that do not count.
+  """
+  smoothing, cap = how
   wanted = (
     jnp.where(_is_target(found.logits, targets), 1 - smoothing, 0)
     + smoothing / found.logits.shape[-1]
   )
-  return jnp.where(
-    (targets >= 0)[..., None], jnp.exp(found.logits - found.norm[..., None]) - wanted, 0
-  )
+  dlogits = jnp.exp(found.logits - found.norm[..., None]) - wanted
+  if cap:
+    dlogits = dlogits * (1 - jnp.square(found.logits / cap))
+  return jnp.where((targets >= 0)[..., None], dlogits, 0)
 
 
 def _is_target(logits: Array, targets: Array) -> Array:

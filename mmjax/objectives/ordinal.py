@@ -40,10 +40,11 @@ def ordinal(
   counts = rows_of(batch, modalities) & (batch["label"] >= 0)
   log_shares = jax.nn.log_softmax(logits, axis=-1)
   if loss == "coral":
-    up_to = jax.lax.cumlogsumexp(log_shares, axis=1)[:, :-1]
-    above = jax.lax.cumlogsumexp(log_shares, axis=1, reverse=True)[:, 1:]
-    is_above = label[:, None] > jnp.arange(logits.shape[1] - 1)
-    each = -jnp.where(is_above, above, up_to).sum(-1)
+    numbers = jnp.arange(logits.shape[1])
+    thresholds = numbers[:-1, None]
+    is_above = label[:, None, None] > thresholds  # [B, classes - 1, 1]
+    same_side = is_above == (numbers > thresholds)  # [B, classes - 1, classes]
+    each = -jax.nn.logsumexp(jnp.where(same_side, log_shares[:, None], -jnp.inf), axis=-1).sum(-1)
   else:
     each = -jnp.take_along_axis(log_shares, label[:, None], axis=1)[:, 0]
   weight = jnp.where(counts, weights_of(class_weights, logits.shape[1])[label], 0)

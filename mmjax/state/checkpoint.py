@@ -25,6 +25,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,9 @@ from mmjax.state.transfer import transfer, transfer_state
 
 log = logging.getLogger("mmjax")
 
+BEST = "best"  # RUN/best and RUN/checkpoints/best stand for the best step of a run
+# Metrics of which the smallest is the best.
+_SMALLER = r"(loss|error|error_rate|mae|rmse|mse|perplexity)(@[^/]*)?$"
 _CLOCK_STEPS = 10  # several processes agree on the clock (checkpoint.minutes) every so many steps
 
 
@@ -181,6 +185,11 @@ class Checkpointer:
     """The newest step that is completely saved (its files are not checked)."""
     return max(self._steps(), default=None)
 
+  def data_of(self, step: int) -> dict:
+    """The `data` of a step that is saved, {} of none; in every process."""
+    folder = self._root / str(step)
+    return storage.read_json(folder / "data") if step and (folder / "data").exists() else {}
+
   def finished_step(self) -> int:
     """The newest step, if its files are all there with the sizes that they had, else 0; in every
     process what 0 sees.
@@ -249,7 +258,7 @@ class Checkpointer:
     best = self._best_of(metrics)
     if force or (self._every and step % self._every == 0) or best is None:
       return "save"
-    sign = 1 if self._options.best_mode == "max" else -1
+    sign = 1 if best_mode(self._options) == "max" else -1
     known = [sign * value for value in self._known_metrics().values()]
     return "save" if not known or sign * best > max(known) else ""
 
@@ -310,7 +319,7 @@ class Checkpointer:
       self._known_metrics(),
       keep=self._options.keep,
       keep_every=self._keep_every,
-      mode=self._options.best_mode,
+      mode=best_mode(self._options),
     ) | {self.protected}
     for path in self._listing():
       if (
@@ -358,25 +367,63 @@ def kept(
   chosen = set(sorted(steps)[-max(1, keep) :]) | {
     step for step in steps if keep_every and step % keep_every == 0
   }
-  known = [step for step in steps if step in metrics]
+  known = sorted(step for step in steps if step in metrics)  # of equal ones the first is kept
   if known:
     chosen.add((max if mode == "max" else min)(known, key=lambda step: metrics[step]))
   return chosen
+
+
+def best_mode(options: Mapping) -> str:
+  """ "max" or "min": what `best_mode` of config.checkpoint means for its `best`."""
+  if options["best_mode"] != "auto":
+    return options["best_mode"]
+  return "min" if re.search(_SMALLER, options["best"]) else "max"
 
 
 # -- reading without a run -------------------------------------------------------------------------
 
 
 def find_checkpoint(path: str | os.PathLike) -> epath.Path:
-  """The checkpoint at `path`: a run folder (its newest usable step), a step folder, or an import
-  folder; files checked.
+  """The checkpoint at `path`: a run folder (its newest usable step), RUN/best (by its
+  checkpoint.best), a step folder, or an import folder; files checked.
 
   Raises UserError: there is none, or none that is intact. Corrupt ones that are passed over are
   named in a warning.
   """
   root = files.as_path(path)
   with files.store_errors(path, f"{path} cannot be read"):
+    if root.name == BEST and not root.exists():
+      return _find_best(path, root.parent)
     return _find_checkpoint(path, root)
+
+
+def _find_best(path: str | os.PathLike, run: epath.Path) -> epath.Path:
+  """The step with the best metric among those that a run kept. Raises UserError."""
+  newest = _find_checkpoint(run, run)
+  options = storage.read_json(newest / "config")["checkpoint"]
+  known = {
+    folder: _metrics_of(folder)[options["best"]]
+    for folder in sorted(newest.parent.iterdir(), key=lambda p: p.name.zfill(20))
+    if folder.name.isdigit() and options["best"] in _metrics_of(folder)
+  }
+  if not known:
+    what = (
+      f"no checkpoint has {options['best']!r}" if options["best"] else "checkpoint.best is empty"
+    )
+    raise UserError(
+      f"{path}: {what}, so that none is the best. Name a metric of an evaluator in "
+      f"checkpoint.best before training, or give {run} for the newest"
+    )
+  return _verified_or_error(
+    (max if best_mode(options) == "max" else min)(known, key=known.__getitem__)
+  )
+
+
+def _verified_or_error(folder: epath.Path) -> epath.Path:
+  try:
+    return _verified(folder)
+  except Corrupt as error:
+    raise UserError(f"checkpoint {folder} is corrupt: {error}. Restore it from a copy") from error
 
 
 def _find_checkpoint(path: str | os.PathLike, root: epath.Path) -> epath.Path:

@@ -69,14 +69,18 @@ def evaluate(
   step = Program(config, mesh)
   with jax.set_mesh(mesh):
     params = checkpoint.load_params(found, step.params_spec)
-    results = evaluation.Evaluation(config, step.apply, mesh, assets=assets).run(
-      {"params": params, **checkpoint.load_model_state(found)}, names=suite
-    )
+    evaluators = evaluation.Evaluation(config, step.apply, mesh, assets=assets, losses=step.losses)
+    results = evaluators.run({"params": params, **checkpoint.load_model_state(found)}, names=suite)
   if multihost.is_main():
-    with files.Mirror(out or run_folder(path)) as mirror:
+    home = run_folder(path)
+    with files.Mirror(out or home) as mirror:
       mirror.fetch("metrics.jsonl", "eval.json", "summary.json")
       mirror.folder.mkdir(parents=True, exist_ok=True)
-      written = evaluation.write_eval_json(mirror.folder, results)
+      place = found.name if found.name.isdigit() else ""
+      named = f"checkpoints/{place}" if place and not out else os.fspath(found)
+      marks = evaluators.check_sources(suite)
+      about = evaluation.provenance(config, marks, named, int(place) if place else None)
+      written = evaluation.write_eval_json(mirror.folder, results, about)
       page = report.write_report(mirror.folder, config, results, mirror.folder / "metrics.jsonl")
       for name, result in results.items():
         printing.log(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
@@ -85,6 +89,8 @@ def evaluate(
 
 
 def run_folder(path: str | os.PathLike) -> Path:
-  """The run folder of a step folder (RUN/checkpoints/STEP), else the path itself."""
+  """The run folder of a step folder (RUN/checkpoints/STEP) or of RUN/best, else the path itself."""
   folder = files.as_path(path)
-  return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+  if folder.parent.name == "checkpoints":
+    return folder.parent.parent
+  return folder.parent if folder.name == checkpoint.BEST and not folder.exists() else folder

@@ -33,7 +33,7 @@ class Forward:
   and without derivatives.
 
   groups: {group: tree of bool like the parameters}. teachers: {DIR: (model, variables)}. frozen:
-  paths of modules that run as in evaluation (`frozen_modules`).
+  paths of modules that run as in evaluation (`frozen_modules`). train: False = all of them do.
   """
 
   def __init__(
@@ -46,9 +46,10 @@ class Forward:
     groups: Mapping[str, Any] = {},
     teachers: Mapping[str, tuple] = {},
     frozen: frozenset[tuple[str, ...]] = frozenset(),
+    train: bool = True,
   ):
     self.model, self.params, self.model_state = model, params, model_state
-    self.batch, self.rng = batch, rng
+    self.batch, self.rng, self.train = batch, rng, train
     self.groups, self.teachers, self.frozen = groups, teachers, frozen
     self.views: list[dict] = []  # batches given by objectives, in the order of their first use
     # Outputs of encoders that are known already, of the batch and of its views.
@@ -122,7 +123,7 @@ class Forward:
         self.variables(kwargs.pop("fixed", "")),
         *args,
         batch,
-        train=True,
+        train=self.train,
         method=method,
         rngs=rngs,
         mutable=list(self.model_state),

@@ -21,6 +21,7 @@ from mmjax.state.train_state import TrainState
 from mmjax.training.goodput import Clock
 from mmjax.training.metrics import Progress, log, memory_in_use
 from mmjax.training.outputs import Outputs
+from mmjax.training.patience import Patience
 from mmjax.training.profile import Profile
 from mmjax.training.program import Program
 from mmjax.training.recovery import Faults
@@ -62,7 +63,7 @@ class Hooks:
       productive=data.get("productive", 0.0),
       notify=run.watchdog.at,
     )
-    self.faults = Faults.of(data)
+    self.faults, self.patience = Faults.of(data), Patience.of(data)
     self._pending: deque[tuple[int, dict]] = deque()  # steps whose metrics are not read yet
 
   def open(self, summary: Summary) -> None:
@@ -167,6 +168,7 @@ class Hooks:
     with self.clock.measure("evaluation", at):
       variables = self.program.evaluation_variables(state)
       results = self.evaluators.run(variables) if self.evaluators else {}
+    self.patience.see(at, evaluation.flat_metrics(results), self.config)
     if self.outputs and self.progress:
       self.outputs.evaluated(at, results)
       for name, result in results.items():
@@ -191,6 +193,7 @@ class Hooks:
       steps=self.steps,
       fingerprint=self.run.pipeline.fingerprint(),
       productive=self.clock.productive,
+      patience=dataclasses.asdict(self.patience),
       **dataclasses.asdict(self.faults),
     )
     with self.clock.measure("checkpoint", at):
@@ -215,6 +218,11 @@ class Hooks:
         return self.run.stop.received
       return at % self.log_every == 0 and multihost.any_process(self.run.stop.received)
 
+  def log_line(self, text: str) -> None:
+    """A line among those of the progress."""
+    if self.progress:
+      self.progress.log_line(text)
+
   def wait_for_checkpoint(self, at: int) -> None:
     with self.clock.measure("checkpoint", at):
       self.saver.wait()
@@ -227,5 +235,7 @@ class Hooks:
     seconds = self.clock.step_seconds or self.outputs.step_seconds(self.config.train.batch_size)
     log(self.summary.compare(seconds, self.run.mirror.folder))
     with self.clock.measure("report"):
-      self.outputs.finish(self.config, results)
+      marks = self.evaluators.check_sources() if self.evaluators and results else {}
+      about = evaluation.provenance(self.config, marks, f"checkpoints/{last}", last)
+      self.outputs.finish(self.config, results, about)
       self.summary.finished(self.run.mirror.folder, last)

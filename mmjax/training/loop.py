@@ -24,6 +24,7 @@ from mmjax.state import checkpoint
 from mmjax.training import agreement
 from mmjax.training.hooks import Hooks
 from mmjax.training.metrics import log
+from mmjax.training.patience import Patience
 from mmjax.training.profile import parse
 from mmjax.training.start import (
   Run,
@@ -94,7 +95,9 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
   program = multihost.together(functools.partial(open_program, run, allow_change))
   evaluators = None
   if config.evaluation.evaluators and run.in_steps(config.evaluation.every, steps):
-    evaluators = evaluation.Evaluation(config, program.apply, run.mesh, poll=run.watchdog.alive)
+    evaluators = evaluation.Evaluation(
+      config, program.apply, run.mesh, poll=run.watchdog.alive, losses=program.losses
+    )
   evaluated = multihost.together(evaluators.check_sources) if evaluators else {}
   if jax.process_count() > 1:
     agreement.check(agreement.facts(config, pipeline, evaluated))
@@ -109,7 +112,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     )
     ends.callback(saver.close)
     last = saver.finished_step()
-    if last >= steps and is_finished(workdir, last, config if evaluators else None):
+    ended = last >= steps or Patience.of(saver.data_of(last)).is_over(config)
+    if ended and is_finished(workdir, last, config if evaluators else None):
       log(
         f"{workdir} is complete: {last} of {steps} steps. Raise train.steps to go on, or choose "
         "another --workdir."
@@ -120,6 +124,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     # -- State: restored, or initialised on the mesh -----------------------------------------------
     state, data, start = first_state(run, program, saver, allow_change)
     hooks = Hooks(run, program, saver, evaluators, data, start, profile)
+    if hooks.patience.is_over(config):  # only what comes after the last step is left to do
+      steps = start
     clock = hooks.clock
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     log(
@@ -167,6 +173,9 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
           del state  # its memory is needed for the one that is read
           state = hooks.roll_back(at).replace(step=done)
         results = hooks.evaluate(at, state) if hooks.evaluation_due(at) else None
+        if at < steps and hooks.patience.is_over(config):
+          steps = at
+          hooks.log_line(f"stopped early at step {at}: {hooks.patience.reason(config)}")
         stopping = hooks.stopping(at)
         hooks.save(at, state, results, force=stopping or at == steps)
         if stopping and at < steps:
@@ -178,6 +187,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
             "command goes on from here."
           )
           return STOPPED
+        if at == steps:
+          break
       hooks.read_metrics()
       last = max(start, steps)
       if evaluators and results is None:  # the last checkpoint is there, but not what comes after

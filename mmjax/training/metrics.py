@@ -169,12 +169,13 @@ def import_wandb() -> Any:
 
 
 class Progress:
-  """A progress bar with ETA on a terminal; a plain line at every logged step elsewhere."""
+  """A progress bar with ETA on a terminal; a plain line at every logged step elsewhere, from the
+  second on with the time left."""
 
   def __init__(self, start: int, total: int, out=None):
     self._out = out or sys.stderr
     self.total, self._bar = total, None
-    self._first, self._begin = start, time.monotonic()
+    self._from: tuple[int, float] | None = None  # the first step that was logged, and when
     if self._out.isatty():
       from rich.progress import (
         BarColumn,
@@ -211,9 +212,17 @@ class Progress:
     if self._bar:
       self._bar.update(self._task, completed=step, text=text)
       return
-    elapsed = time.monotonic() - self._begin
-    left = elapsed / max(1, step - self._first) * (self.total - step)
-    self.log_line(f"step {step}/{self.total}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
+    self.log_line(f"step {step}/{self.total}  {text}{self._left(step)}")
+
+  def _left(self, step: int) -> str:
+    """The time left by the pace since the first logged step, whose own time warms up; "" before."""
+    now = time.monotonic()
+    if self._from is None:
+      self._from = (step, now)
+      return ""
+    first, begin = self._from
+    left = (now - begin) / max(1, step - first) * (self.total - step)
+    return f"  left {int(left) // 60}:{int(left) % 60:02d}"
 
   def log_line(self, text: str) -> None:
     if self._bar:

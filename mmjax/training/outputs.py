@@ -63,13 +63,14 @@ class Outputs:
       self._file.sync()
     self._mirror.upload()
 
-  def finish(self, config: FrozenConfigDict, results: dict | None) -> None:
+  def finish(self, config: FrozenConfigDict, results: dict | None, about: dict) -> None:
+    """The scores and the report of a run that is complete. about: `evaluation.provenance`."""
     if self._owner:
       self._owner.check()
     self.sync()
     if results:
       self._mirror.fetch("eval.json")
-      evaluation.write_eval_json(self._mirror.folder, results)
+      evaluation.write_eval_json(self._mirror.folder, results, about)
     report.write_report(self._mirror.folder, config, results or {}, self._file.path)
 
   def close(self) -> None:

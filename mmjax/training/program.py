@@ -16,14 +16,15 @@ from ml_collections import FrozenConfigDict
 
 from mmjax.config import in_steps
 from mmjax.data import pipeline
+from mmjax.inference.engine import generate_text
 from mmjax.models import make_model, with_plain_kernels
-from mmjax.models.generation import generate_text
+from mmjax.objectives import Losses
 from mmjax.parallel import compiler, rules
 from mmjax.parallel.rules import shardings_of, with_shardings
 from mmjax.state.optimizer import Optimizers, make_optimizers, state_axes
 from mmjax.state.train_state import TrainState, clamped
 from mmjax.training.flops import count_training_flops
-from mmjax.training.forward import stream
+from mmjax.training.forward import Forward, stream
 from mmjax.training.step import TrainStep, make_objectives
 from mmjax.training.teacher import Teacher
 
@@ -77,7 +78,7 @@ class Program:
       state_shapes, jax.tree.map(lambda _: whole, state_shapes)
     )
     self._executables: dict[Any, jax.stages.Compiled] = {}
-    self._appliers: dict[Any, Callable[[dict, dict], Array]] = {}
+    self._appliers: dict[Any, Callable[..., Any]] = {}
 
   def like(self, config: FrozenConfigDict) -> Program:
     """The program of another config on the same mesh, batches and length."""
@@ -338,7 +339,7 @@ class Program:
     like the batch.
 
     variables: of `evaluation_variables`, or {"params": ...}. args: hashable, before the batch. The
-    method "generate_text" is `models.generation.generate_text`: texts int32 [B, T].
+    method "generate_text" is `inference.engine.generate_text`: texts int32 [B, T].
     """
     if (method, args) not in self._appliers:
 
@@ -356,6 +357,29 @@ class Program:
         compiler_options=compiler.options(self.config, self.mesh) if self._runs_on("gpu") else None,
       )
     return self.in_mesh(self._appliers[method, args])(variables, batch)
+
+  def losses(
+    self, variables: dict[str, Any], batch: dict, names: tuple[str, ...]
+  ) -> dict[str, Losses]:
+    """What the objectives of these names find on a batch, as in evaluation: {name: its Losses}.
+    variables: as of `apply`.
+    """
+    if names not in self._appliers:
+      objectives = [objective for objective in self.objectives if objective.name in names]
+      teachers = {name: self.teachers[name] for name in self.teachers}
+
+      def run(variables: dict, batch: dict, taught: dict) -> dict[str, Losses]:
+        params = rules.gather_parameters(variables["params"], self.params_spec, self.axes)
+        state = {name: value for name, value in variables.items() if name != "params"}
+        models = {
+          path: (teachers[path].model, teachers[path].gathered(taught[path])) for path in taught
+        }
+        rng = jax.random.key(self.config.seed)
+        forward = Forward(self.model, params, state, batch, rng, teachers=models, train=False)
+        return {objective.name: objective(forward, batch, rng) for objective in objectives}
+
+      self._appliers[names] = jax.jit(run, out_shardings=rules.replicated(self.mesh))
+    return self.in_mesh(self._appliers[names])(variables, batch, self.teachers_variables)
 
 
 def _spec_of(x: Array) -> jax.ShapeDtypeStruct:

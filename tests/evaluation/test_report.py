@@ -11,7 +11,15 @@ import pytest
 
 from mmjax import config as configs
 from mmjax.config import UserError
-from mmjax.evaluation import Result, flat_metrics, read_eval_json, write_eval_json
+from mmjax.evaluation import (
+  Result,
+  flat_metrics,
+  provenance,
+  read_eval_json,
+  read_provenance,
+  write_eval_json,
+)
+from mmjax.evaluation.examples import sound_uri
 from mmjax.evaluation.report import picture_uri, read_metrics, write_report
 from mmjax.evaluation.report_charts import _ticks, chart, evaluation_charts, training_charts
 
@@ -49,6 +57,60 @@ def config():
     name="dual_encoder", encoders=dict(image=dict(kind="vit"), text=dict(kind="transformer"))
   )
   return configs.resolve(c)
+
+
+def heads():
+  """What the evaluators of labels, values and speech show."""
+  picture = np.zeros((8, 8, 3), np.uint8)
+  scores = dict(name="<i>ok", examples=3.0, precision=0.5, recall=1.0, f1=2 / 3, auc=0.75)
+  rows = [
+    dict(said="ok", true="bad", note="97% sure", picture=picture),
+    dict(said="ok", true="bad", note="9% sure", sound=sound_uri(np.zeros(800, np.int16), 8000)),
+    dict(said="ok", true="bad", note="8% sure", curve=np.zeros((5, 2)), text="what is it?"),
+  ]
+  return {
+    "labels": Result(
+      {"accuracy": 0.7, "majority": 0.6},
+      {
+        "classes": dict(kind="classes", rows=[scores]),
+        "reliability": dict(kind="reliability", points=[(0.6, 0.5, 4), (0.9, 0.95, 20)]),
+        "mistakes": dict(kind="mistakes", wrong=9, of=30, rows=rows),
+      },
+    ),
+    "values": Result(
+      {"mae": 2.0}, {"x": dict(kind="scatter", name="weight", points=[(1.0, 1.5), (3.0, 2.0)])}
+    ),
+    "speech": Result(
+      {"word_error_rate": 0.2}, {"x": dict(kind="word_confusions", rows=[("red", "", 3)])}
+    ),
+  }
+
+
+def test_mistakes_classes_values_and_provenance_are_shown(tmp_path, config):
+  c = config.to_dict()
+  c["evaluation"]["evaluators"] = dict(labels=dict(kind="classification", source="squares"))
+  marks = {"labels (split)": "squares/1.0.0/test: 30 examples, content 12ab"}
+  about = provenance(configs.resolve(c), marks, "checkpoints/24", 24)
+  write_eval_json(tmp_path, heads(), about)
+  text = write_report(tmp_path, config, heads()).read_text()
+  page = Page(text)
+  assert "<i>ok" not in text and "<i>ok" in page.text
+  assert text.count("<audio controls") == 1 and text.count('<svg class="curve"') == 1
+  for words in (
+    "9 of 30 are wrong",
+    "what is it?",
+    "labels: calibration",
+    "values: weight",
+    "checkpoints/24",
+    "content 12ab",
+    "(nothing)",
+  ):
+    assert words in page.text or words in text, words
+  stored = json.loads((tmp_path / "eval.json").read_text())
+  assert stored["provenance"]["labels"]["step"] == 24 and stored["values"] == {"mae": 2.0}
+  assert set(read_eval_json(tmp_path)) == {"labels", "values", "speech"}
+  write_eval_json(tmp_path, {"values": Result({"mae": 1.0}, {})})
+  assert set(read_provenance(tmp_path)) == {"labels"}, "what was not run now keeps its own"
 
 
 def figures():

@@ -14,7 +14,15 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from mmjax.config import UserError
 from mmjax.evaluation.metrics.english import normalise
-from mmjax.evaluation.metrics.text import bleu, cider_d, rouge_l, word_error_rate, words
+from mmjax.evaluation.metrics.text import (
+  bleu,
+  character_error_rate,
+  cider_d,
+  rouge_l,
+  word_confusions,
+  word_error_rate,
+  words,
+)
 
 VOCABULARY = "a the red blue heart star cat above below left of two".split()
 
@@ -127,3 +135,16 @@ def test_word_error_rate_is_jiwer_on_normalised_text():
   assert word_error_rate(references, texts) == pytest.approx(edits / count)
   assert word_error_rate(["A b"], ["a b"], english=False) == 0.5
   assert words("A cat's ear, 2 of them!") == ["a", "cat's", "ear", "2", "of", "them"]
+
+
+def test_character_errors_and_confusions_are_those_of_the_alignment():
+  references = ["the red house", "small cats", "a big dog", "the cat"]
+  texts = ["the bed house", "small hats", "a big", "the the cat"]
+  assert character_error_rate(references, texts) == pytest.approx(jiwer.cer(references, texts))
+  assert word_confusions([*references, "red"], [*texts, "bed"]) == [
+    ("red", "bed", 2),
+    ("", "the", 1),
+    ("cats", "hats", 1),
+    ("dog", "", 1),
+  ]
+  assert word_confusions(references, references) == []

@@ -49,7 +49,7 @@ def entry(**settings):
 def test_accuracy_confusion_and_left_out_records_by_hand():
   result = evaluation(entry(), data()).run(1.0)["z"]
   assert result.metrics["accuracy"] == 0.8  # the fourth is an animal that looks like a flag
-  assert result.metrics["accuracy@5"] == 1.0
+  assert "accuracy@5" not in result.metrics, "of so few classes it says nothing"
   assert result.metrics["mean_class_accuracy"] == pytest.approx((0.5 + 1 + 1) / 3)
   assert (result.metrics["examples"], result.metrics["unreadable"]) == (5, 1)
   assert result.figures["confusion"]["matrix"].tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 2]]

@@ -16,10 +16,10 @@ import transformers
 
 from mmjax import cli
 from mmjax.config import UserError
+from mmjax.inference.engine import generate_text
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import export_hf, import_hf, whisper_decoder
 from mmjax.models import make_model
-from mmjax.models.generation import generate_text
 from mmjax.state import checkpoint as checkpoints
 from tests.interop.test_audio_families import FLOATS, LENGTHS, RATE, WAVEFORM, randomised
 
@@ -312,11 +312,10 @@ def test_the_language_is_detected_in_each_sound(whisper_folder, tmp_path):
 
   @jax.jit
   def run(variables, batch):
-    return model.apply(
-      variables,
-      *model.apply(variables, ("audio",), batch, length=9, method="start_decoding"),
-      method="detect_language",
-    ), generate_text(model, variables, ("audio",), 9, 1, 1.0, batch)
+    memory = model.apply(variables, ("audio",), batch, method="init_memory")
+    return model.apply(variables, memory, method="detect_language"), generate_text(
+      model, variables, ("audio",), 9, 1, 1.0, batch
+    )
 
   scores = np.random.default_rng(0).normal(size=(2, *FLOATS.shape[1:])) * 0.3
   batch = dict(

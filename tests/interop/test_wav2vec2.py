@@ -15,11 +15,11 @@ import transformers
 
 from mmjax.config import UserError
 from mmjax.data.text import Tokenizer
+from mmjax.inference.engine import without_repeats
 from mmjax.inference.predictor import Predictor
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import export_hf, import_hf
 from mmjax.models import make_model
-from mmjax.models.generation import without_repeats
 from mmjax.state import checkpoint as checkpoints
 
 RATE, SAMPLES = 16_000, 4_000

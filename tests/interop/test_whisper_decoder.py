@@ -11,9 +11,9 @@ from transformers import GenerationMixin, WhisperConfig, WhisperForConditionalGe
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmjax.config import UserError
+from mmjax.inference.engine import Decoding, generate
 from mmjax.interop.huggingface import mapping, whisper_decoder
 from mmjax.models.decoder import decoder
-from mmjax.models.generation import generate
 from mmjax.objectives.cross_entropy import token_cross_entropy
 
 FACTS = dict(
@@ -116,23 +116,23 @@ def test_loss_and_gradients_are_equal(theirs, ours):
 def test_generation_is_equal(theirs, ours, beams, penalty):
   model, params = ours
 
-  def apply(method, *args):
-    return model.apply({"params": params}, *args, method=method)
+  def apply(method, *args, **settings):
+    return model.apply({"params": params}, *args, method=method, **settings)
 
   @jax.jit
   def run(memory):
+    memory = apply("init_memory", memory)
+    logits, cache = apply("prefill", jnp.ones((3, 1), jnp.int32), memory, length=12)
     return generate(
-      lambda *args: apply("step_logits", *args),
-      apply("init_cache", 3, 12),
-      apply("init_memory", memory),
-      rows=3,
+      lambda *args: apply("decode_step", *args),
+      logits,
+      cache,
+      memory,
+      places=jnp.ones(3, jnp.int32),
       max_length=12,
-      prompt=(1,),
       eos_id=4,
       pad_id=0,
-      method="beam" if beams > 1 else "greedy",
-      beams=beams,
-      length_penalty=penalty,
+      decoding=Decoding("beam" if beams > 1 else "greedy", beams, penalty),
     )
 
   tokens, scores = run(MEMORY)

@@ -16,9 +16,9 @@ from jax.sharding import AxisType, Mesh
 
 import mmjax.config
 from mmjax.config import ConfigError, UserError
+from mmjax.inference.engine import generate
 from mmjax.models.block import BlockConfig
 from mmjax.models.decoder import Decoder, decoder, shift_right
-from mmjax.models.generation import generate
 from mmjax.objectives.captioning import captioning
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import AXES
@@ -78,18 +78,25 @@ def test_looks_neither_ahead_nor_at_padding(run):
   )  # an empty memory is none
 
 
-def test_token_by_token_equals_all_at_once(run, params):
-  want = run(TOKENS, None, MEMORY, SEEN)
+def test_a_prompt_read_at_once_and_tokens_after_it_equal_the_whole_text(run, params):
+  """Also for prompts of unequal lengths, whose rest then stands at other places."""
+  hidden = run(TOKENS, None, MEMORY, SEEN)
 
-  def apply(method, *args):
-    return MODEL.apply({"params": params}, *args, method=method)
+  def apply(method, *args, **settings):
+    return MODEL.apply({"params": params}, *args, method=method, **settings)
 
-  memory, cache = apply("init_memory", MEMORY, SEEN), apply("init_cache", 3, 7)
+  want = np.asarray(apply("logits", hidden))
+  memory = apply("init_memory", MEMORY, SEEN)
   step = jax.jit(lambda *args: apply("decode_step", *args))
-  for i in range(6):
-    hidden, cache = step(TOKENS[:, i], i, cache, memory)
-    np.testing.assert_allclose(hidden, want[:, i], atol=1e-5)
-  np.testing.assert_allclose(apply("logits", hidden), hidden @ apply("table").T, atol=1e-5)
+  for lengths in (np.array([3, 3, 3]), np.array([1, 4, 2])):
+    prompts = np.where(np.arange(4) < lengths[:, None], TOKENS[:, :4], 9)
+    logits, cache = apply("prefill", prompts, memory, length=7, lengths=jnp.asarray(lengths))
+    rows = np.arange(3)
+    np.testing.assert_allclose(logits, want[rows, lengths - 1], atol=1e-5)
+    for i in range(2):
+      places = lengths + i
+      logits, cache = step(TOKENS[rows, places], places, cache, memory)
+      np.testing.assert_allclose(logits, want[rows, places], atol=1e-5)
 
 
 def test_remat_changes_no_gradient_and_dropout_needs_a_key(params):
@@ -192,13 +199,12 @@ class Copier(nn.Module):
       shift_right(text["tokens"], (1,)), text["mask"], self.encode(batch) if source else None
     ), self.decoder.table()
 
-  def start(self, batch, length):
-    return self.decoder.init_cache(
-      len(batch["digits"]["tokens"]), length
-    ), self.decoder.init_memory(self.encode(batch))
+  def start(self, batch, prompt, length):
+    memory = self.decoder.init_memory(self.encode(batch))
+    return *self.decoder.prefill(prompt, memory, length=length), memory
 
   def step(self, *args):
-    return self.decoder.step_logits(*args)
+    return self.decoder.decode_step(*args)
 
 
 def digits(rows, seed):
@@ -235,11 +241,14 @@ def test_a_decoder_learns_to_copy_and_generates_what_it_learnt():
   found = captioning(forward(params, test), test, None, source=("digits",))
   assert found["sequence_accuracy"][0] / found["sequence_accuracy"][1] > 0.95
 
-  def step(token, index, cache, memory):
-    return model.apply(params, token, index, cache, memory, method="step")
+  def step(token, places, cache, memory):
+    return model.apply(params, token, places, cache, memory, method="step")
 
-  cache, memory = model.apply(params, test, 5, method="start")
-  tokens, _ = jax.jit(
-    lambda c, m: generate(step, c, m, rows=100, max_length=5, prompt=(1,), eos_id=2, pad_id=0)
-  )(cache, memory)
+  def run(test):
+    prompt = jnp.ones((100, 1), jnp.int32)
+    logits, cache, memory = model.apply(params, test, prompt, 5, method="start")
+    places = jnp.ones(100, jnp.int32)
+    return generate(step, logits, cache, memory, places=places, max_length=5, eos_id=2, pad_id=0)
+
+  tokens, _ = jax.jit(run)(test)
   assert (np.asarray(tokens) == test["text"]["tokens"]).all(1).mean() > 0.95

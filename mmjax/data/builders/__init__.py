@@ -59,6 +59,7 @@ BUILDERS = {
   "emoji_scenes": "mmjax.data.builders.emoji_scenes:build",
   "moving_emoji": "mmjax.data.builders.moving_emoji:build",
   "openmoji": "mmjax.data.builders.openmoji:build",
+  "python_topics": "mmjax.data.builders.python_topics:build",
   "spoken_emoji": "mmjax.data.builders.spoken_emoji:build",
 }
 

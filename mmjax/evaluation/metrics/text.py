@@ -59,6 +59,49 @@ def word_error_rate(
   return edits / sum(len(reference.split()) for reference, _ in pairs)
 
 
+def character_error_rate(references: Sequence[str], texts: Sequence[str]) -> float:
+  """(substitutions + deletions + insertions) / characters of the references, over all texts
+  together (jiwer), both sides through `english.normalise`. Raises UserError as `word_error_rate`.
+  """
+  import jiwer
+
+  _check(references, texts)
+  references, texts = [normalise(t) for t in references], [normalise(t) for t in texts]
+  if not any(references):
+    raise UserError("character error rate: the references have no characters to compare with")
+  edits = sum(len(text) for reference, text in zip(references, texts, strict=True) if not reference)
+  pairs = [(r, t) for r, t in zip(references, texts, strict=True) if r]
+  found = jiwer.process_characters([r for r, _ in pairs], [t for _, t in pairs])
+  edits += found.substitutions + found.deletions + found.insertions
+  return edits / sum(len(reference) for reference, _ in pairs)
+
+
+def word_confusions(
+  references: Sequence[str], texts: Sequence[str], *, most: int = 20
+) -> list[tuple[str, str, int]]:
+  """The commonest (words of a reference, what is said for them, how often): "" for words that are
+  left out or put in. By the alignment of `word_error_rate` (jiwer).
+  """
+  import jiwer
+
+  references, texts = [normalise(t) for t in references], [normalise(t) for t in texts]
+  pairs = [(r, t) for r, t in zip(references, texts, strict=True) if r.split()]
+  if not pairs:
+    return []
+  found = jiwer.process_words([r for r, _ in pairs], [t for _, t in pairs])
+  counts: Counter = Counter()
+  for reference, text, chunks in zip(
+    found.references, found.hypotheses, found.alignments, strict=True
+  ):
+    for chunk in chunks:
+      if chunk.type != "equal":
+        meant = " ".join(reference[chunk.ref_start_idx : chunk.ref_end_idx])
+        said = " ".join(text[chunk.hyp_start_idx : chunk.hyp_end_idx])
+        counts[meant, said] += 1
+  ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+  return [(meant, said, count) for (meant, said), count in ranked[:most]]
+
+
 def bleu(
   references: Sequence[Sequence[Words]], texts: Sequence[Words], *, order: int = 4
 ) -> list[float]:

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from mmjax.config import UserError
-from mmjax.models.generation import generate, restrict
+from mmjax.inference.engine import Decoding, generate, penalise, restrict
+from mmjax.inference.engine import score as score_texts
 
 VOCABULARY, LENGTH, EOS = 4, 4, 2
 RULES = (
@@ -21,21 +23,38 @@ RULES = (
 )
 
 
-def step(token, index, state, constants):
-  """Row i's next token depends on the last two tokens and the position, by a table of its own."""
+def step(token, place, state, constants):
+  """Row i's next token depends on the last two tokens and the place, by a table of its own."""
   before, row = state["before"][0], constants["row"][0]
-  return jnp.asarray(RULES)[row, index, before, token], {"before": token[None]}
+  return jnp.asarray(RULES)[row, place, before, token], {"before": token[None]}
 
 
-def run(rows, length=LENGTH, **settings):
+def run(rows, length=LENGTH, prompt=(1,), rng=None, ids=None, rules=None, **settings):
   row = jnp.asarray(rows, jnp.int32)[None]
-  settings = dict(prompt=(1,), eos_id=EOS, pad_id=0) | settings
-  call = jax.jit(
-    lambda state, constants: generate(
-      step, state, constants, rows=len(rows), max_length=length, **settings
+  prompt = jnp.broadcast_to(jnp.asarray(prompt), (len(rows), np.shape(prompt)[-1]))
+
+  @jax.jit
+  def call(constants):
+    logits, state = None, {"before": jnp.zeros_like(row)}
+    for i, token in enumerate(prompt.T):
+      logits, state = step(token, i, state, constants)
+    return generate(
+      step,
+      logits,
+      state,
+      constants,
+      places=jnp.full(len(rows), prompt.shape[1]),
+      max_length=length,
+      eos_id=EOS,
+      pad_id=0,
+      decoding=Decoding(**settings),
+      rules=rules,
+      prompt=prompt,
+      rng=rng,
+      ids=ids,
     )
-  )
-  return map(np.asarray, call({"before": jnp.zeros_like(row)}, {"row": row}))
+
+  return map(np.asarray, call({"row": row}))
 
 
 def score(row, text, prompt=(1,)):
@@ -103,7 +122,7 @@ def test_one_beam_is_greedy_and_a_prompt_is_read_first():
   np.testing.assert_array_equal(
     next(run(range(5), method="beam", beams=1, length_penalty=0.0)), next(run(range(5)))
   )
-  prompt = np.array([[1, 3]] * 5)
+  prompt = (1, 3)
   tokens, scores = run(range(5), prompt=prompt, method="beam", beams=81)
   for row in range(5):
     best = max(texts(), key=lambda text: score(row, text, (1, 3)) / len(text))
@@ -124,6 +143,61 @@ def test_samples_follow_the_distribution():
   assert set(top[:, 0]) == {int(chances.argmax())}
 
 
+def test_a_repetition_penalty_is_that_of_transformers():
+  from transformers import RepetitionPenaltyLogitsProcessor
+
+  random = np.random.default_rng(0)
+  logits = random.normal(size=(3, 9)).astype(np.float32)
+  tokens = random.integers(0, 9, (3, 4))
+  theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(tokens), torch.tensor(logits))
+  np.testing.assert_allclose(penalise(logits, tokens, 1.7), theirs, rtol=1e-6)
+  more = np.concatenate([tokens, np.full((3, 2), -1)], 1)  # no tokens
+  np.testing.assert_array_equal(penalise(logits, more, 1.7), penalise(logits, tokens, 1.7))
+
+
+def test_a_penalty_counts_the_prompt_and_the_text_so_far():
+  plain, penalised = (next(run(range(5), repetition_penalty=p)) for p in (1.0, 3.0))
+  assert (plain != penalised).any()
+  for row in range(5):
+    read, text = [0, 1], []
+    while len(text) < LENGTH and EOS not in text:
+      logits = RULES[row, len(text), read[-2], read[-1]].copy()
+      for token in {1, *text}:
+        logits[token] *= 1 / 3 if logits[token] > 0 else 3
+      text.append(int(np.argmax(logits)))
+      read.append(text[-1])
+    assert penalised[row].tolist() == padded(text)
+
+
+def test_rules_see_what_was_generated():
+  def never_twice(logits, tokens, count):
+    last = jnp.where(count > 0, tokens[:, jnp.maximum(count - 1, 0)], -1)
+    return jnp.where(jnp.arange(VOCABULARY) == last[:, None], -1e30, logits)
+
+  for settings in (dict(), dict(method="beam", beams=3)):
+    for row in next(run(range(5), rules=never_twice, **settings)).tolist():
+      text = row[: row.index(EOS)] if EOS in row else row
+      assert all(a != b for a, b in itertools.pairwise(text))
+
+
+def test_min_p_keeps_what_is_likely_beside_the_likeliest():
+  from transformers import MinPLogitsWarper
+
+  logits = np.random.default_rng(0).normal(size=(4, 20)).astype(np.float32) * 2
+  theirs = MinPLogitsWarper(0.2)(None, torch.tensor(logits)).numpy()
+  np.testing.assert_array_equal(np.asarray(restrict(logits, 0, 1.0, 0.2)) > -1e20, theirs > -1e20)
+
+
+def test_the_score_of_a_continuation_is_its_log_likelihood():
+  random = np.random.default_rng(0)
+  hidden, table = random.normal(size=(2, 5, 8)), random.normal(size=(11, 8))
+  targets = np.array([[-1, -1, 3, 4, 10], [-1, 0, 7, -1, -1]])
+  gains = np.asarray(jax.nn.log_softmax(hidden @ table.T))
+  want = [gains[0, [2, 3, 4], [3, 4, 10]].sum(), gains[1, [1, 2], [0, 7]].sum()]
+  found = score_texts(jnp.float32(hidden), jnp.float32(table), jnp.asarray(targets))
+  np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
 def test_the_nucleus_is_the_smallest_set_of_enough_probability():
   logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]]))
 
@@ -142,7 +216,13 @@ def test_the_nucleus_is_the_smallest_set_of_enough_probability():
 
 @pytest.mark.parametrize(
   "settings",
-  [dict(method="best"), dict(method="sample"), dict(temperature=0.0), dict(beams=0)],
+  [
+    dict(method="best"),
+    dict(method="sample"),
+    dict(temperature=0.0),
+    dict(beams=0),
+    dict(min_p=1.0),
+  ],
   ids=str,
 )
 def test_wrong_settings_are_refused(settings):

@@ -1,0 +1,71 @@
+"""English that every Python has: the help topics of its reference (`pydoc_data.topics`, PSF
+licence), a document each.
+
+The text differs a little from one version of Python to the next; the data set's version names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+from mmjax import printing
+from mmjax.config import UserError
+from mmjax.data.builders import find_version, write_dataset
+
+LONGEST = 2000  # characters of a document, about: longer topics are cut between paragraphs
+
+
+def build(data_dir: str | os.PathLike, log: Callable[[str], None] = printing.log) -> Path:
+  """Splits train, validation and test by a hash of the text. Returns the folder. Raises
+  UserError: this Python lacks its help topics.
+  """
+  if built := find_version(Path(data_dir), "python_topics"):
+    return built
+  try:
+    from pydoc_data.topics import topics
+  except ImportError as error:
+    raise UserError(
+      "this Python has no pydoc_data.topics, as some distributions leave it out. Use another Python"
+    ) from error
+  splits: dict[str, list] = {"train": [], "validation": [], "test": []}
+  for name in sorted(topics):
+    for number, text in enumerate(documents(topics[name])):
+      digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+      share = int.from_bytes(digest, "big") % 20
+      split = "test" if share < 2 else "validation" if share < 4 else "train"
+      record = dict(id=f"{name}-{number}", captions={"en": [text]}, image_key=0)
+      splits[split].append(record)
+  version = "{}.{}.0".format(*sys.version_info[:2])
+  return write_dataset(
+    "python_topics",
+    data_dir,
+    splits,
+    fields=(),
+    version=version,
+    card="The help topics of the Python language reference, in documents of a few paragraphs.",
+    licence="PSF-2.0",
+    homepage="https://docs.python.org/3/reference/",
+  )
+
+
+def documents(topic: str) -> list[str]:
+  """A topic as texts of up to LONGEST characters, cut between paragraphs, in the form NFKC with
+  single spaces: what a tokenizer of this project gives back letter by letter.
+  """
+  found: list[list[str]] = [[]]
+  size = 0
+  for part in re.split(r"\n\s*\n", unicodedata.normalize("NFKC", topic)):
+    paragraph = " ".join(part.split())
+    if size and size + len(paragraph) > LONGEST:
+      found.append([])
+      size = 0
+    found[-1].append(paragraph)
+    size += len(paragraph) + 1
+  texts = (" ".join(filter(None, parts)) for parts in found)
+  return [text for text in texts if text]

@@ -1,0 +1,302 @@
+"""The multimodal language model: a decoder-only transformer over text in which pictures, sounds,
+clips and series stand as tokens of their own.
+
+A batch has batch["sequence"], arrays [B, L]: `tokens` int32; where there are media, `media_index`
+(which of the row's slots, -1 = text) and `media_offset` (which of the medium's tokens); optional
+`positions` ([B, L] or [B, L, axes]), `segment_ids` (examples that share a row; 0 = padding),
+`loss_mask` and `prefix` ([B], tokens that all see). batch["media"] has {modality: arrays [B, K,
+...] of K slots}; slots are counted through the modalities in the order of the model's encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.keys import Special
+from mmjax.models.attention import AttentionMask
+from mmjax.models.block import Activation, BlockConfig, Kernel, KeyValue, Remat, with_block
+from mmjax.models.layers import constrain, normal, with_axes
+from mmjax.models.positions import Rotary
+from mmjax.models.stack import Stack
+from mmjax.ranges import (
+  Count,
+  Depth,
+  Dropout,
+  Epsilon,
+  Heads,
+  NonNegative,
+  Positive,
+  TokenId,
+  Width,
+)
+
+Array = jax.Array
+Batch = Mapping[str, Any]
+
+
+class LanguageModel(nn.Module):
+  """Tokens to hidden states that predict the next ones with an output table.
+
+  Parameters: embedding [V, D], position [length, D] (learned ones), layers/..., norm, output [V, D]
+  unless `tied`, and each modality's encoder and MODALITY_connector.
+  embedding_factor: of the token embeddings (Gemma: sqrt(D)). logit_cap: logits become cap *
+  tanh(logits / cap); 0 = none. media_factor: of what connectors give.
+  """
+
+  encoders: Mapping[str, nn.Module]
+  connectors: Mapping[str, nn.Module]
+  config: BlockConfig
+  vocab_size: int
+  length: int
+  eos_id: int
+  pad_id: int
+  learned_positions: bool = False
+  tied: bool = True
+  embedding_factor: float = 1.0
+  logit_cap: float = 0.0
+
+  shared_methods = ("table",)  # methods whose result does not depend on examples
+
+  def setup(self) -> None:
+    for modality, encoder in self.encoders.items():
+      setattr(self, modality, encoder.clone(parent=None))
+    for modality, connector in self.connectors.items():
+      setattr(self, f"{modality}_connector", connector.clone(parent=None))
+    c = self.config
+
+    def table(name: str, rows: int, axis: str, scale: float) -> Array:
+      init = with_axes(normal(scale), (axis, "embed"))
+      return self.param(name, init, (rows, c.width), jnp.float32)
+
+    self.embedding = table("embedding", self.vocab_size, "vocab", 0.02)
+    if self.learned_positions:
+      self.position = table("position", self.length, "position", 0.01)
+    if not self.tied:
+      self.output = table("output", self.vocab_size, "vocab", 0.02)
+    self.stack = Stack(c, dropout="dropout")
+    nn.share_scope(self, self.stack)  # its parameters are ours: layers/...
+    self.norm = c.make_norm()
+    self.dropout = nn.Dropout(c.dropout)
+
+  def __call__(self, batch: Batch, *, train: bool = False) -> Array:
+    """hidden [B, L, D] of `next_tokens`; uses every part, so that `init` makes all parameters."""
+    return self.next_tokens(batch, train=train)[0]
+
+  # -- Training ------------------------------------------------------------------------------------
+
+  def next_tokens(self, batch: Batch, *, train: bool = False) -> tuple[Array, Array, float]:
+    """(hidden [B, L, D], table float32 [V, D], cap): hidden[:, l] predicts token l + 1 of
+    batch["sequence"] by logits hidden table^T, capped where `cap` is not 0.
+    """
+    s = batch["sequence"]
+    mask = AttentionMask(segments=s.get("segment_ids"), prefix=s.get("prefix"))
+    x = self.embed(batch, train=train)
+    x = self.stack(x, mask, positions=s.get("positions"), train=train)
+    return self.norm(x), self.table(), self.logit_cap
+
+  def embed(self, batch: Batch, *, train: bool = False) -> Array:
+    """[B, L, D]: embeddings of the tokens, and what the connectors make of the media in the places
+    that are theirs.
+    """
+    c, s = self.config, batch["sequence"]
+    x = jnp.take(self.embedding, s["tokens"], axis=0).astype(c.dtype)
+    if self.embedding_factor != 1:
+      x = x * jnp.asarray(self.embedding_factor, c.dtype)
+    if self.encoders and "media" in batch:
+      table, first, each = self.media(batch, train=train)
+      place = first[s["media_index"]] + jnp.minimum(s["media_offset"], each[s["media_index"]] - 1)
+      of_media = jnp.take_along_axis(table, jnp.maximum(place, 0)[..., None], axis=1)
+      x = jnp.where((s["media_index"] >= 0)[..., None], of_media, x)
+    if self.learned_positions:
+      places = s["positions"] if "positions" in s else jnp.arange(x.shape[1])
+      x = x + jnp.take(self.position, places, axis=0).astype(c.dtype)
+    return constrain(self.dropout(x, deterministic=not train))
+
+  def media(self, batch: Batch, *, train: bool = False) -> tuple[Array, Array, Array]:
+    """(tokens [B, S, D] of all slots of the media, the first of each slot among them, how many each
+    has), both int32 [slots].
+    """
+    parts, each = [], []
+    for modality in self.encoders:
+      if modality not in batch["media"]:
+        continue
+      arrays = dict(batch["media"][modality])
+      rows, slots = next(iter(arrays.values())).shape[:2]
+      flat = {name: x.reshape(rows * slots, *x.shape[2:]) for name, x in arrays.items()}
+      encoded = getattr(self, modality)(flat, train=train)
+      x = getattr(self, f"{modality}_connector")(encoded.tokens, encoded.mask)
+      each += [x.shape[1]] * slots
+      parts.append(x.reshape(rows, slots * x.shape[1], -1).astype(self.config.dtype))
+    first = np.concatenate([[0], np.cumsum(each)[:-1]])
+    return jnp.concatenate(parts, axis=1), jnp.asarray(first, jnp.int32), jnp.asarray(each)
+
+  def table(self) -> Array:
+    """float32 [V, D]: the output table."""
+    return self.embedding if self.tied else self.output
+
+  def logits(self, hidden: Array) -> Array:
+    """float32 [..., V] of a few hidden states [..., D]."""
+    logits = jnp.einsum(
+      "...d,vd->...v",
+      hidden,
+      self.table().astype(hidden.dtype),
+      precision="highest",
+      preferred_element_type=jnp.float32,
+    )
+    return self.logit_cap * jnp.tanh(logits / self.logit_cap) if self.logit_cap else logits
+
+  def target_scores(self, batch: Batch) -> Array:
+    """float32 [B, 3]: of each row the loss of its targets in nats, how many are the likeliest
+    token, and how many there are; one row's logits at a time.
+    """
+    hidden, _, _ = self.next_tokens(batch)
+    s = batch["sequence"]
+    counts = s["loss_mask"][:, 1:] & (s["segment_ids"][:, 1:] == s["segment_ids"][:, :-1])
+
+    def of_row(inputs: tuple[Array, Array, Array]) -> Array:
+      row, target, counts = inputs
+      logits = self.logits(row)
+      chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+      loss = jax.nn.logsumexp(logits, axis=-1) - chosen
+      correct = logits.argmax(-1) == target
+      return jnp.stack(
+        [jnp.where(counts, x, 0).sum() for x in (loss, correct, jnp.ones_like(loss))]
+      )
+
+    return jax.lax.map(of_row, (hidden[:, :-1], s["tokens"][:, 1:], counts))
+
+  # -- Generation ----------------------------------------------------------------------------------
+
+  def prefill(self, batch: Batch, *, length: int) -> tuple[Array, tuple[KeyValue, Array]]:
+    """The prompts of batch["sequence"], read at once: (logits float32 [B, V] of the token after
+    each, a cache for `length` tokens). `sequence.length` int32 [B]: the tokens of each.
+
+    The cache: keys and values, and how far positions are ahead of places, int32 [1, B].
+    """
+    s = batch["sequence"]
+    rows, width = s["tokens"].shape
+    if self.learned_positions and length > self.length:
+      raise UserError(
+        f"a text of {length} tokens is asked of a model of {self.length} positions. Ask for fewer"
+      )
+    positions = s.get("positions")
+    cache = self.stack.init_cache(rows, length)
+    x, cache = self.stack.extend(
+      self.embed(batch), 0, cache, positions=positions, prefix=s.get("prefix")
+    )
+    last = s["length"] - 1
+    hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
+    ahead = jnp.zeros(rows, jnp.int32)
+    if positions is not None:
+      flat = positions if positions.ndim == 2 else positions.max(-1)
+      ahead = jnp.take_along_axis(flat, last[:, None], axis=1)[:, 0] - last
+    return self.logits(hidden), (cache, ahead[None])
+
+  def decode_step(
+    self, token: Array, places: Array, state: tuple[KeyValue, Array], constants: None = None
+  ) -> tuple[Array, tuple[KeyValue, Array]]:
+    """token int32 [B], each at its place of the cache, int32 [B] -> (logits float32 [B, V] of the
+    token after it, the cache with it).
+    """
+    cache, ahead = state
+    positions = (places + ahead[0])[:, None]
+    x = self.embed({"sequence": {"tokens": token[:, None], "positions": positions}})
+    x, cache = self.stack.extend(x, places, cache, positions=positions)
+    return self.logits(self.norm(x)[:, 0]), (cache, ahead)
+
+
+@with_block
+def language_model(
+  encoders: Mapping[str, nn.Module],
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  width: Width = 512,
+  depth: Depth = 6,
+  heads: Heads = 0,
+  mlp: Width = 0,
+  connectors: dict = {},  # noqa: B006
+  positions: Literal["rotary", "learned", "none"] = "rotary",
+  theta: Positive = 10_000.0,
+  norm_kind: Literal["rms", "layer"] = "rms",
+  activation: Activation = "swiglu",
+  bias: bool = False,
+  tied: bool = True,
+  embedding_factor: NonNegative = 1.0,
+  logit_cap: NonNegative = 0.0,
+  max_positions: Count = 0,
+  eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",))] = -1,
+  pad_id: Annotated[TokenId, Special(("pad",), needed=("pad",), warns=False)] = -1,
+  eps: Epsilon = 1e-6,
+  dropout: Dropout = 0.0,
+  kernel: Kernel = "auto",
+  remat: Remat = "none",
+  scan_unroll: Count = 0,
+) -> LanguageModel:
+  """A decoder-only language model over text and the media of its encoders (LLaVA, Liu et al. 2023,
+  arXiv:2304.08485; Llama's block, Touvron et al. 2023, arXiv:2302.13971, unless told otherwise).
+
+  width, depth, heads (0 = width / 64), mlp (hidden units; 0 = 4 * width): of its blocks.
+  connectors: one for each encoder, such as image=dict(kind="mlp").
+  positions: rotary, learned (data.sequence.length of them, or max_positions), or none.
+  theta: of rotary positions. norm_kind: RMS or layer norm. activation, bias, eps, dropout: of the
+  blocks.
+  tied: one table of tokens for input and output. embedding_factor: of the token embeddings.
+  logit_cap: logits become cap * tanh(logits / cap); 0 = none.
+  eos_id, pad_id: what ends texts, and fills them up; -1 = the tokenizer's.
+  kernel: of attention. remat: what backward passes keep (stack.py REMAT). scan_unroll: blocks a
+  loop trip.
+  """
+  config = BlockConfig(
+    width=width,
+    depth=depth,
+    heads=heads or max(1, width // 64),
+    mlp=mlp or 4 * width,
+    activation=activation,
+    causal=True,
+    bias=bias,
+    eps=eps,
+    dropout=dropout,
+    dtype=jnp.dtype(precision["compute"]),
+    kernel=kernel,
+    remat=remat,
+    scan_unroll=scan_unroll,
+    norm_kind=norm_kind,
+    rotary=Rotary(theta) if positions == "rotary" else None,
+  )
+  if set(connectors) != set(encoders):
+    raise UserError(
+      f"model.connectors has {', '.join(connectors) or 'none'}, but model.encoders has "
+      f"{', '.join(encoders) or 'none'}: each encoder needs one, such as image=dict(kind='mlp')"
+    )
+  vocabulary, length = data["text"]["vocab_size"], data["sequence"]["length"]
+  for name, token in dict(eos_id=eos_id, pad_id=pad_id).items():
+    if not 0 <= token < vocabulary:
+      raise UserError(
+        f"model.{name} is {token}, but data.text.vocab_size is {vocabulary}: name a token below it"
+      )
+  if positions == "learned" and 0 < max_positions < length:
+    raise UserError(
+      f"model.max_positions is {max_positions}, but data.sequence.length is {length}. Make it at "
+      "least that, or 0"
+    )
+  return LanguageModel(
+    dict(encoders),
+    dict(connectors),
+    config,
+    vocab_size=vocabulary,
+    length=max_positions or length,
+    eos_id=eos_id,
+    pad_id=pad_id,
+    learned_positions=positions == "learned",
+    tied=tied,
+    embedding_factor=embedding_factor,
+    logit_cap=logit_cap,
+  )
