@@ -401,6 +401,67 @@ def _generate(options) -> None:
       print(f"{name}: {printable(row['text'])}")
 
 
+def _predict(options) -> None:
+  from mmjax.inference import predict
+  from mmjax.inference.predictor import Predictor
+  from mmjax.printing import log
+
+  rows = predict.command(
+    Predictor.load(options.checkpoint, allow_code=options.allow_code),
+    options.inputs,
+    columns=_pairs(options.columns),
+    root=options.root,
+    out=options.out,
+    timestamps=options.timestamps,
+    beams=options.beams,
+  )
+  _show_predictions(options, rows)
+  if options.out:
+    failed = sum("error" in row for row in rows)
+    what = f"{len(rows)} rows" + (f", {failed} of them unreadable" if failed else "")
+    log(f"wrote {options.out}: {what}", sys.stderr)
+
+
+def _classify(options) -> None:
+  from mmjax.inference import predict
+  from mmjax.inference.predictor import Predictor
+
+  rows = predict.zero_shot(
+    Predictor.load(options.checkpoint, allow_code=options.allow_code),
+    options.inputs,
+    [label.strip() for label in options.labels.split(",") if label.strip()],
+    templates=options.template or ("{}",),
+    out=options.out,
+  )
+  _show_predictions(options, rows)
+
+
+def _pairs(text: str) -> dict[str, str]:
+  """{"image": "file"} of "image=file". Raises ConfigError."""
+  from mmjax.config import ConfigError
+
+  pairs = {}
+  for pair in filter(None, text.split(",")):
+    name, equals, column = pair.partition("=")
+    if not (name and equals and column):
+      raise ConfigError(f"--columns: {pair!r:.80} is not MODALITY=COLUMN, such as image=file")
+    pairs[name.strip()] = column
+  return pairs
+
+
+def _show_predictions(options, rows: list[dict[str, Any]]) -> None:
+  """Prints rows as JSON, or as lines where no file is written."""
+  from mmjax.printing import log, printable
+
+  if options.json:
+    log(json.dumps(rows, indent=2, ensure_ascii=False))
+  elif not options.out:
+    for row in rows:
+      shown = {k: v for k, v in row.items() if k != "file" and not k.startswith("probability/")}
+      words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+      print(f"{printable(row['file'])}: {printable(', '.join(words))}")
+
+
 # -- Arguments -------------------------------------------------------------------------------------
 
 
@@ -851,6 +912,66 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--modality", choices=_MEDIA, help="of --index; default: the first that it has")
   sub.add_argument("-k", type=_number(Size), default=5, metavar="N", help="number of hits")
   sub.add_argument("--json", action="store_true")
+
+  sub = command(
+    commands,
+    "predict",
+    _predict,
+    "Say what a model was trained to say about files or the rows of a table: labels with "
+    "probabilities, values, captions, transcripts, answers.",
+    "mmjax predict --checkpoint runs/photos/best photos --out predictions.csv",
+  )
+  _allow_code(sub)
+  sub.add_argument(
+    "inputs",
+    nargs="+",
+    metavar="FILE",
+    help="files, folders of them, or tables (csv, tsv, jsonl, json, parquet) with a column a "
+    "modality",
+  )
+  sub.add_argument("--checkpoint", required=True, metavar="DIR")
+  sub.add_argument(
+    "--columns",
+    default="",
+    help="columns of a table, e.g. image=file,text=question,id=name; default: by their usual names",
+  )
+  sub.add_argument(
+    "--root", default="", metavar="DIR", help="where the files of a table lie; default: beside it"
+  )
+  sub.add_argument(
+    "--out", default="", metavar="FILE", help="a .csv, .json or .jsonl; default: print them"
+  )
+  sub.add_argument(
+    "--beams", type=_number(Few), default=1, metavar="N", help="width of a decoder's beam search"
+  )
+  sub.add_argument(
+    "--timestamps", action="store_true", help="of sounds, when each part of a transcript is said"
+  )
+  sub.add_argument("--json", action="store_true", help="print the predictions as JSON")
+
+  sub = command(
+    commands,
+    "classify",
+    _classify,
+    "Sort pictures, sounds or videos into labels of yours, without training on them, by a model of "
+    "media and texts.",
+    "mmjax classify --checkpoint runs/quickstart photos --labels 'cat,dog,house'",
+  )
+  _allow_code(sub)
+  sub.add_argument("inputs", nargs="+", metavar="FILE", help="files, or folders of them")
+  sub.add_argument("--checkpoint", required=True, metavar="DIR")
+  sub.add_argument("--labels", required=True, metavar="A,B,C")
+  sub.add_argument(
+    "--template",
+    action="append",
+    default=[],
+    metavar="TEXT",
+    help="a sentence with {} for the label, 'a photo of a {}'; repeatable; default: the label",
+  )
+  sub.add_argument(
+    "--out", default="", metavar="FILE", help="a .csv, .json or .jsonl; default: print them"
+  )
+  sub.add_argument("--json", action="store_true", help="print the predictions as JSON")
 
   sub = command(
     commands,

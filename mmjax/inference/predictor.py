@@ -50,7 +50,7 @@ class Predictor:
   `scale`, `bias`: floats of the trained temperature, logits = scale * cosine + bias; None for a
   model without a joint space.
   `width`: channels of an embedding. `joint`, `writes`: whether it has embeddings, and a decoder or
-  a CTC head. `class_names`: of the classifier's outputs, () where the checkpoint does not say.
+  a CTC head. `class_names`, `value_names`: of the outputs, () where the checkpoint does not say.
   `config`, `assets`, `params`, `mesh`: what it was made of.
   """
 
@@ -80,6 +80,10 @@ class Predictor:
     self.joint = bool(getattr(self._model, "joint", True))
     self._decoder = getattr(self._model, "decoder", None)
     self.writes = can_generate(self._model)
+    self.classes_count = int(getattr(self._model, "classes", 0))
+    self.values_count = int(getattr(self._model, "values", 0))
+    names = json.loads(self.assets.get("values.json", b"[]"))
+    self.value_names = tuple(names) or self._numbered_values()
     self.class_names = tuple(json.loads(self.assets.get("classes.json", b"[]")))
     self.text_transform = (
       TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
@@ -91,6 +95,7 @@ class Predictor:
         self.scale, self.bias = (float(x) for x in temperature)
       jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
       self._embed = jit(functools.partial(_embed, self._model), static_argnums=1)
+      self._regress = jit(functools.partial(_regress, self._model), static_argnums=1)
       self._classify = jit(functools.partial(_classify, self._model), static_argnums=1)
       self._generate = jit(
         functools.partial(generate_text, self._model), static_argnums=(1, 2, 3, 4)
@@ -212,7 +217,7 @@ class Predictor:
         "text is written about other media: give image=, audio=, video= or series=, not text="
       )
     rows = max(1, WRITING // beams)
-    if timestamps and not (self._knows_times and tuple(media) == ("audio",)):
+    if timestamps and not (self.knows_times and tuple(media) == ("audio",)):
       raise UserError(
         "timestamps need audio= alone, and a decoder with tokens for times "
         "(model.decoder.time_tokens), as Whisper has"
@@ -222,7 +227,7 @@ class Predictor:
         in_threads(self.media["audio"].sound, self.media["audio"].items(media["audio"]))
       )
       long = [i for i, sound in enumerate(sounds) if timestamps or self._is_long(sound)]
-      if long and self._knows_times:
+      if long and self.knows_times:
         written = self._transcribe([sounds[i] for i in long], max_length, beams, length_penalty)
         if timestamps:
           return written
@@ -264,7 +269,8 @@ class Predictor:
     ]
 
   @property
-  def _knows_times(self) -> bool:
+  def knows_times(self) -> bool:
+    """Whether it writes the times of what is said in sounds of any length (Whisper)."""
     encoder = self.config.model.encoders.get("audio", {})
     return (
       self.writes
@@ -360,17 +366,7 @@ class Predictor:
       raise UserError(
         "this checkpoint has no classifier (data.classes): use `classify` with labels of your own"
       )
-    order = next(
-      (
-        tuple(entry.modalities)
-        for entry in self.config.objectives.values()
-        if entry.get("kind") == "classification" and set(entry.modalities) == set(inputs)
-      ),
-      tuple(inputs),
-    )
-    logits = self._run(
-      self._classify, (order,), self._batches(inputs, self._buckets[-1]), self._buckets[-1]
-    )
+    logits = self._head(self._classify, inputs, "classification", "ordinal")
     kind = probabilities(self.config)
     if kind == "none":
       return logits
@@ -378,6 +374,91 @@ class Predictor:
       return np.asarray(1 / (1 + np.exp(-logits.astype(np.float64))), np.float32)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
+
+  def values(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
+    """Values float64 [N, K] that the model predicts, in the units of its training data; columns are
+    named by `value_names`. inputs: as of `classes`. Raises UserError as `classes`.
+    """
+    from mmjax.evaluation.regression import scale
+
+    if not self.values_count:
+      raise UserError("this checkpoint predicts no values (data.values)")
+    mean, std = scale(self.config)
+    return self._head(self._regress, inputs, "regression").astype(np.float64) * std + mean
+
+  def predict(
+    self, *, timestamps: bool = False, beams: int = 1, **inputs: Item | Iterable[Item]
+  ) -> list[dict[str, Any]]:
+    """Everything that the model says about each item, as dicts: "label", "probability", values by
+    name, "text", "segments"; see inference/predict.py. inputs: as of `classes`; paths, bytes and
+    arrays, of sounds any length. An item that cannot be read has "error" alone.
+    """
+    from mmjax.inference import predict
+
+    for modality in inputs:
+      self._needs(modality)
+    given = {
+      m: list(_texts(x) if m == "text" else self.media[m].items(x)) for m, x in inputs.items()
+    }
+    if len({len(items) for items in given.values()}) != 1:
+      raise UserError("give items of at least one modality, and equally many of each")
+    rows = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+    names = [
+      next((str(x) for x in row.values() if isinstance(x, os.PathLike)), str(number))
+      for number, row in enumerate(rows, 1)
+    ]
+    return predict.predict(self, rows, names, timestamps=timestamps, beams=beams)
+
+  def modalities_of(self, *kinds: str) -> tuple[str, ...]:
+    """Those that objectives of these kinds read, in their order; all where there is none."""
+    entries = self.config.objectives.values()
+    found = (tuple(entry.modalities) for entry in entries if entry.get("kind") in kinds)
+    return next(found, self.modalities)
+
+  def windows(self, sound: Item, *, quiet: bool = False) -> list[tuple[float, float, Any]]:
+    """(start, end in seconds, waveform float32 [n]) of a sound of any length, in windows of at most
+    data.audio.seconds. quiet: they end where the last fifth of a window is most quiet, so that few
+    words are cut; else the last window is a full one.
+    """
+    waveform = self.media["audio"].sound(sound)
+    audio = self.config.data.audio
+    most = round(audio.rate * audio.seconds)
+    if isinstance(waveform, dict) or len(waveform) <= most:
+      length = 0.0 if isinstance(waveform, dict) else len(waveform) / audio.rate
+      return [(0.0, length, waveform)]
+    edges = [0]
+    while len(waveform) - edges[-1] > most:
+      stop = edges[-1] + most
+      if quiet:
+        frame = max(1, audio.rate // 50)
+        tail = waveform[stop - most // 5 : stop]
+        energy = np.square(tail[: len(tail) // frame * frame]).reshape(-1, frame).sum(1)
+        if len(energy):
+          stop -= len(tail) - int(energy.argmin()) * frame - frame // 2
+      edges.append(stop)
+    bounds = list(zip(edges, [*edges[1:], len(waveform)], strict=True))
+    if not quiet:
+      bounds[-1] = (len(waveform) - most, len(waveform))
+    return [(a / audio.rate, b / audio.rate, waveform[a:b]) for a, b in bounds]
+
+  def _head(
+    self, program: Callable, inputs: Mapping[str, Item | Iterable[Item]], *kinds: str
+  ) -> np.ndarray:
+    """Rows of a head that objectives of these kinds train, on their modalities in their order."""
+    order = next(
+      (
+        tuple(entry.modalities)
+        for entry in self.config.objectives.values()
+        if entry.get("kind") in kinds and set(entry.modalities) == set(inputs)
+      ),
+      tuple(inputs),
+    )
+    most = self._buckets[-1]
+    return self._run(program, (order,), self._batches(inputs, most), most)
+
+  def _numbered_values(self) -> tuple[str, ...]:
+    count = self.values_count
+    return ("value",) if count == 1 else tuple(f"value/{k}" for k in range(count))
 
   def classify(
     self,
@@ -587,6 +668,10 @@ def _embed(model, variables: Any, modality: str, batch: dict) -> jax.Array:
 
 def _classify(model, variables: Any, modalities: tuple[str, ...], batch: dict) -> jax.Array:
   return model.apply(variables, modalities, batch, method="classify").astype(jnp.float32)
+
+
+def _regress(model, variables: Any, modalities: tuple[str, ...], batch: dict) -> jax.Array:
+  return model.apply(variables, modalities, batch, method="regress").astype(jnp.float32)
 
 
 def _local_mesh(config) -> Mesh:

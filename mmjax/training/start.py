@@ -236,12 +236,16 @@ def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
 
 def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
   """What inference needs besides parameters, {file name: content}: the tokenizer of a model that
-  reads or writes texts, and classes.json, the names of a classifier's outputs."""
+  reads or writes texts, classes.json, the names of a classifier's outputs, and values.json, those
+  of the values that it predicts."""
   texts = "text" in config.model.encoders or config.model.get("decoder")
   assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and texts else {}
   names = next(filter(None, (class_names(source, config.data) for source in pipeline.sources)), ())
   if config.data.label != "none" and names:
     assets["classes.json"] = json.dumps(names).encode()
+  values = next(filter(None, (source.values for source in pipeline.sources)), ())
+  if config.data["values"] and values:
+    assets["values.json"] = json.dumps(values).encode()
   return assets
 
 

@@ -1,0 +1,161 @@
+"""`mmjax predict` and `mmjax classify` on tiny random models: against the predictor's own methods,
+from files, folders and tables.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from mmjax import cli
+from mmjax.config import UserError
+from mmjax.data.text import Tokenizer
+from mmjax.inference import predict
+from mmjax.inference.predictor import Predictor
+from tests.inference import tiny
+
+MEAN, STD = (100.0, -5.0), (10.0, 2.0)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+  """(checkpoint, predictor) of a model that reads series: three classes and two values."""
+  folder = tmp_path_factory.mktemp("machine")
+  config = tiny.media_config(
+    "encoder",
+    ("series",),
+    **{
+      "data.label": "label",
+      "data.classes": 3,
+      "data.values": 2,
+      "model.classes": 3,
+      "objectives.state": dict(kind="classification", modalities=("series",)),
+      "objectives.wear": dict(kind="regression", modalities=("series",), mean=MEAN, std=STD),
+    },
+  )
+  named = {
+    "classes.json": json.dumps(["idle", "ok", "broken"]).encode(),
+    "values.json": json.dumps(["heat", "wear"]).encode(),
+  }
+  params = tiny.random_params(config)
+  path = folder / "checkpoint"
+  tiny.save_import(str(path), params, config, named)
+  return path, Predictor(config, params, named)
+
+
+def series(count):
+  rng = np.random.default_rng(0)
+  return [rng.normal(0, 2, (6, 2)).astype(np.float32) for _ in range(count)]
+
+
+def test_a_table_gives_labels_and_values_and_names_what_cannot_be_read(machine, tmp_path, capsys):
+  checkpoint, predictor = machine
+  values = series(5)
+  for number, x in enumerate(values):
+    np.save(tmp_path / f"{number}.npy", x)
+  (tmp_path / "2.npy").write_bytes(b"junk")
+  table = tmp_path / "machines.csv"
+  table.write_text("name,signal\n" + "".join(f"m{i},{i}.npy\n" for i in range(5)))
+  out = tmp_path / "deep" / "predictions.csv"
+  words = ["predict", "--checkpoint", checkpoint, table, "--columns", "id=name", "--out", out]
+  assert cli.main(list(map(str, words))) == 0
+  printed = capsys.readouterr().err
+  assert "skipped m2" in printed and "4 of 5 rows read, 1 skipped" in printed
+  with open(out, newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert [row["file"] for row in rows] == [f"m{i}" for i in range(5)]
+  assert "m2" in rows[2]["error"] and not rows[2]["label"]
+  kept = [0, 1, 3, 4]
+  shares = predictor.classes(series=[values[i] for i in kept])
+  scaled = predictor.values(series=[values[i] for i in kept])
+  assert scaled.std() > 0 and abs(scaled[:, 0].mean() - 100) < 50, "in the units of the data"
+  for i, share, value in zip(kept, shares, scaled, strict=True):
+    assert rows[i]["label"] == ("idle", "ok", "broken")[share.argmax()]
+    assert float(rows[i]["probability"]) == pytest.approx(share.max(), rel=1e-4)
+    assert float(rows[i]["probability/ok"]) == pytest.approx(share[1], rel=1e-4)
+    assert float(rows[i]["wear"]) == pytest.approx(value[1], rel=1e-4)
+  in_python = predictor.predict(series=values[:2])
+  assert [row["heat"] for row in in_python] == pytest.approx(scaled[:2, 0])
+  # The same from a folder, and from numbers that stand in a table.
+  files, names = predict.rows_of(predictor, [tmp_path], {})
+  assert len(files) == len(names) == 5, "files of numbers, and no tables of rows"
+  lines = [json.dumps(dict(id=i, series=x.tolist())) for i, x in enumerate(values)]
+  (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+  found = predict.command(predictor, [tmp_path / "rows.jsonl"], out=tmp_path / "found.json")
+  assert [row["label"] for row in found[:2]] == [row["label"] for row in in_python]
+  assert json.loads((tmp_path / "found.json").read_text()) == found
+
+
+def test_mistakes_are_one_line(machine, tmp_path):
+  _, predictor = machine
+  (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+  for inputs, columns, message in (
+    ([tmp_path / "t.csv"], dict(series="c"), "no column 'c'; it has: a, b"),
+    ([tmp_path / "t.csv"], dict(image="a"), "names 'image', but this checkpoint reads series"),
+    ([tmp_path / "x.png"], {}, "no file of series"),
+  ):
+    with pytest.raises(UserError, match=message):
+      predict.rows_of(predictor, inputs, columns)
+  with pytest.raises(UserError, match="none of the 1 rows could be read"):
+    predict.predict(predictor, [dict(series=tmp_path / "none.npy")], log=lambda line: None)
+  with pytest.raises(UserError, match="reads series, but a row has only"):
+    predict.predict(predictor, [{}])
+
+
+def test_long_sounds_go_through_the_model_in_windows(tmp_path):
+  """0.6 s by a model that reads 0.25 s: classes are the mean over windows, texts are joined."""
+  config = tiny.media_config(
+    "encoder",
+    ("audio",),
+    **{"data.label": "label", "data.classes": 3, "model.classes": 3, "model.spelling": 420},
+  )
+  predictor = Predictor(config, tiny.random_params(config), tiny.assets(tmp_path))
+  rng, rate = np.random.default_rng(1), 8000
+  sound = (0.3 * rng.normal(size=int(0.6 * rate))).astype(np.float32)
+  sound[1760:1920] = 0.0  # the quietest place of the first window's last fifth
+  soundfile.write(tmp_path / "long.wav", sound, rate, subtype="FLOAT")
+  (row,) = predictor.predict(audio=tmp_path / "long.wav", timestamps=True)
+  windows = [sound[:2000], sound[2000:4000], sound[-2000:]]
+  want = predictor.classes(audio=windows).mean(0)
+  assert [row[f"probability/{c}"] for c in range(3)] == pytest.approx(want.tolist(), rel=1e-4)
+  segments = row["segments"]
+  assert segments[0]["start"] == 0 and segments[-1]["end"] == 0.6
+  assert segments[0]["end"] == 0.23, "cut where it is quiet"
+  assert all(a["end"] == b["start"] for a, b in zip(segments, segments[1:], strict=False))
+  edges = [round(s["end"] * rate) for s in segments]
+  texts = predictor.generate(audio=np.split(sound, edges[:-1]))
+  assert [s["text"] for s in segments] == [text.strip() for text in texts]
+  assert row["text"] == " ".join(filter(None, (s["text"] for s in segments)))
+  assert Tokenizer.is_among(predictor.assets)
+
+
+def test_classify_sorts_pictures_into_labels_of_ones_own(tmp_path, capsys):
+  checkpoint, pictures = tiny.checkpoint(tmp_path), tmp_path / "pictures"
+  pictures.mkdir()
+  for number, pixels in enumerate(tiny.pixels(3)):
+    (pictures / f"{number}.png").write_bytes(tiny.png(pixels))
+  (pictures / "9.png").write_bytes(b"junk")
+  words = [
+    "classify",
+    "--checkpoint",
+    checkpoint,
+    pictures,
+    "--labels",
+    "a red heart,rain",
+    "--json",
+  ]
+  assert cli.main(list(map(str, words))) == 0
+  printed = capsys.readouterr()
+  rows = json.loads(printed.out)
+  predictor = Predictor.load(checkpoint)
+  want = predictor.classify([pictures / f"{i}.png" for i in range(3)], ["a red heart", "rain"])
+  for row, share in zip(rows, want, strict=False):
+    assert row["label"] == ("a red heart", "rain")[share.argmax()]
+    assert row["probability/rain"] == pytest.approx(float(share[1]), rel=1e-5)
+  assert "error" in rows[3] and "3 of 4 files read, 1 skipped" in printed.err
+  with pytest.raises(UserError, match="no classifier, no values and no decoder"):
+    predictor.predict(image=pictures / "0.png")
