@@ -15,7 +15,17 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmjax.ranges import Count, Examples, Exponent, Few, Seed, Size, Vocabulary
+from mmjax.ranges import (
+  Count,
+  Examples,
+  Exponent,
+  Few,
+  NonNegative,
+  Portion,
+  Seed,
+  Size,
+  Vocabulary,
+)
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _MEDIA = ("image", "audio", "video", "series")
@@ -381,6 +391,12 @@ def _generate(options) -> None:
     max_length=options.max_length,
     length_penalty=options.length_penalty,
     timestamps=options.timestamps,
+    prompt=options.prompt,
+    stop=options.stop,
+    seed=options.seed,
+    temperature=options.temperature,
+    top_k=options.top_k,
+    top_p=options.top_p,
     allow_code=options.allow_code,
   )
   rows: list[dict[str, Any]] = []
@@ -395,6 +411,9 @@ def _generate(options) -> None:
     return
   for row in rows:
     name = printable(row["file"])
+    if not name:  # a prompt alone
+      print(printable(row["text"]))
+      continue
     for s in row.get("segments", ()):
       print(f"{name}: [{s['start']:.2f} - {s['end']:.2f}] {printable(s['text'])}")
     if "text" in row:
@@ -978,14 +997,37 @@ def _parser() -> argparse.ArgumentParser:
     "generate",
     _generate,
     "Write captions of pictures and clips, or transcripts of speech, by a model with a decoder or "
-    "a CTC head.",
+    "a CTC head; or go on from a prompt by a language model.",
     "mmjax generate --checkpoint runs/scene_captions photos/a.png photos/b.png --beams 4",
   )
   _allow_code(sub)
   sub.add_argument(
-    "files", nargs="+", metavar="FILE", help="pictures, sounds or videos, or folders of them"
+    "files", nargs="*", metavar="FILE", help="pictures, sounds or videos, or folders of them"
   )
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
+  sub.add_argument(
+    "--prompt",
+    metavar="TEXT",
+    help="what a language model goes on from, about each file or alone; <image>, <audio>, <video> "
+    "or <series> in it says where the file stands, else it comes first",
+  )
+  sub.add_argument(
+    "--temperature",
+    type=_number(NonNegative),
+    default=0.0,
+    metavar="X",
+    help="draw texts (language models); default: 0, the likeliest token each time",
+  )
+  sub.add_argument(
+    "--top-k", type=_number(Count), default=0, metavar="N", help="draw among so many; 0 = all"
+  )
+  sub.add_argument(
+    "--top-p", type=_number(Portion), default=1.0, metavar="X", help="draw among this probability"
+  )
+  sub.add_argument("--seed", type=_number(Seed), default=0, metavar="N", help="of the draws")
+  sub.add_argument(
+    "--stop", action="append", default=[], metavar="TEXT", help="end texts before it; repeatable"
+  )
   sub.add_argument(
     "--beams",
     type=_number(Few),

@@ -98,21 +98,9 @@ def generate(
   The score of a text is the sum of its log softmax(logits), which beams divide by a power of its
   length. May run inside jax.jit. Raises UserError: sampling without `rng`, or no room for a token.
   """
-  if max_length < 1:
-    raise UserError(f"generation needs max_length of at least 1, not {max_length}")
-  if decoding.method == "sample" and rng is None:
-    raise UserError("sampling needs a key: pass `rng`")
   ends = eos_id if isinstance(eos_id, tuple) else (eos_id,)
-  run = _Run(step, constants, max_length, ends, pad_id, decoding, rules, places, prompt)
-  if decoding.method == "beam":
-    return run.beams(logits, state)
-  keys = None
-  if decoding.method == "sample" and rng is not None:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-      rng, jnp.arange(logits.shape[0]) if ids is None else jnp.asarray(ids)
-    )
-  end = run.go_on(run.start(logits, state, keys), max_length)
-  return end.tokens, end.scores
+  run = Run(step, constants, max_length, ends, pad_id, decoding, rules, places, prompt)
+  return run.whole(logits, state, rng, ids)
 
 
 class Open(NamedTuple):
@@ -141,7 +129,7 @@ class _Beams(NamedTuple):
   state: Any
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
   """What stays the same while texts are generated."""
 
   step: DecodeStep
@@ -154,9 +142,25 @@ class _Run(NamedTuple):
   places: Array
   prompt: Array | None
 
-  def start(self, logits: Array, state: Any, keys: Array | None) -> Open:
+  def whole(
+    self, logits: Array, state: Any, rng: Array | None, ids: Array | None
+  ) -> tuple[Array, Array]:
+    """(tokens, scores) of whole texts, as `generate` gives them."""
+    if self.decoding.method == "beam":
+      return self.beams(logits, state)
+    end = self.go_on(self.start(logits, state, rng, ids), self.length)
+    return end.tokens, end.scores
+
+  def start(self, logits: Array, state: Any, rng: Array | None, ids: Array | None) -> Open:
     """The first token of each row."""
-    rows = logits.shape[0]
+    if self.length < 1:
+      raise UserError(f"generation needs max_length of at least 1, not {self.length}")
+    rows, keys = logits.shape[0], None
+    if self.decoding.method == "sample":
+      if rng is None:
+        raise UserError("sampling needs a key: pass `rng`")
+      ids = jnp.arange(rows) if ids is None else jnp.asarray(ids)
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, ids)
     empty = jnp.full((rows, self.length), self.pad, jnp.int32)
     at = Open(jnp.int32(0), empty, jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool), state, keys)
     return self._add(at, logits)
@@ -300,8 +304,10 @@ def penalise(logits: Array, tokens: Array, penalty: float) -> Array:
   return jnp.where(known[:, :size], lowered, logits)
 
 
-def score(hidden: Array, table: Array, targets: Array) -> Array:
-  """float32 [N]: the sum of log softmax(hidden table^T) of the targets int32 [N, L], -1 = none.
+def score(hidden: Array, table: Array, targets: Array, cap: float = 0.0) -> Array:
+  """float32 [N]: the sum of log softmax(hidden table^T) of the targets int32 [N, L], -1 =
+  none. cap:
+  logits become cap * tanh(logits / cap); 0 = none.
 
   hidden [N, L, D]: what a model makes of the tokens before each target. The log-likelihood of a
   continuation has its tokens as targets, and -1 under the prompt.
@@ -310,7 +316,8 @@ def score(hidden: Array, table: Array, targets: Array) -> Array:
   def of_row(inputs: tuple[Array, Array]) -> Array:
     row, target = inputs
     logits = jnp.einsum("ld,vd->lv", row, table.astype(row.dtype), precision="highest")
-    gains = jax.nn.log_softmax(logits.astype(jnp.float32))
+    logits = logits.astype(jnp.float32)
+    gains = jax.nn.log_softmax(cap * jnp.tanh(logits / cap) if cap else logits)
     chosen = jnp.take_along_axis(gains, jnp.maximum(target, 0)[:, None], axis=1)[:, 0]
     return jnp.where(target >= 0, chosen, 0).sum()
 
@@ -334,6 +341,32 @@ def is_language_model(model: nn.Module) -> bool:
   return hasattr(model, "next_tokens")
 
 
+def run_of_prompts(
+  model: nn.Module, variables: Any, sequence: dict, max_length: int, decoding: Decoding
+) -> Run:
+  """How a language model goes on from the prompts of batch["sequence"], of `sequence.length` tokens
+  each.
+  """
+  tokens, lengths = sequence["tokens"], sequence["length"]
+
+  def step(token: Array, places: Array, state: Any, _: None) -> tuple[Array, Any]:
+    out: Any = model.apply(variables, token, places, state, method="decode_step")
+    return out
+
+  known = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
+  ends = model.eos_id if isinstance(model.eos_id, tuple) else (model.eos_id,)
+  return Run(step, None, max_length, ends, model.pad_id, decoding, None, lengths, known)
+
+
+def read_prompts(
+  model: nn.Module, variables: Any, batch: dict, max_length: int
+) -> tuple[Array, Any]:
+  """(logits of the first tokens after the prompts, a cache with room for `max_length` of them)."""
+  length = batch["sequence"]["tokens"].shape[1] + max_length - 1
+  out: Any = model.apply(variables, batch, length=length, method="prefill")
+  return out
+
+
 def go_on_from_prompts(
   model: nn.Module,
   variables: Any,
@@ -342,32 +375,10 @@ def go_on_from_prompts(
   decoding: Decoding = Decoding(),
   rng: Array | None = None,
   ids: Array | None = None,
-  ends: tuple[int, ...] = (),
 ) -> tuple[Array, Array]:
-  """(tokens int32 [B, max_length], scores float32 [B]) that a language model adds to the prompts of
-  batch["sequence"], of `sequence.length` tokens each. ends: what ends a text; () = the model's.
-  """
-  s = batch["sequence"]
-  width = s["tokens"].shape[1]
-  logits, state = model.apply(variables, batch, length=width + max_length - 1, method="prefill")
-  known = jnp.where(jnp.arange(width) < s["length"][:, None], s["tokens"], -1)
-
-  def step(token: Array, places: Array, state: Any, _: None) -> tuple[Array, Any]:
-    return model.apply(variables, token, places, state, method="decode_step")
-
-  return generate(
-    step,
-    logits,
-    state,
-    places=s["length"],
-    max_length=max_length,
-    eos_id=ends or model.eos_id,
-    pad_id=model.pad_id,
-    decoding=decoding,
-    prompt=known,
-    rng=rng,
-    ids=ids,
-  )
+  """(tokens int32 [B, max_length], scores float32 [B]) that a language model adds to prompts."""
+  run = run_of_prompts(model, variables, batch["sequence"], max_length, decoding)
+  return run.whole(*read_prompts(model, variables, batch, max_length), rng, ids)
 
 
 def generate_text(

@@ -26,12 +26,22 @@ def generate(
   max_length: int = 0,
   length_penalty: float = 1.0,
   timestamps: bool = False,
+  prompt: str | None = None,
+  stop: Sequence[str] = (),
+  seed: int = 0,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   allow_code: Sequence[str] = (),
   log: Callable[[str], None] = lambda line: printing.log(line, sys.stderr),
 ) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:
   """[(file, text)] in the order of `files`; a folder stands for the media files in it, sorted.
   timestamps: [(file, segments)] of sounds, by a model that knows times; see `Predictor.generate`,
   also for sounds longer than the model reads.
+
+  Of a language model: what it goes on with after `prompt` about each file, or after the prompt
+  alone where `files` is empty ([("", text)]); stop, seed, temperature, top_k, top_p: see
+  `Predictor.generate`.
 
   Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model
   writes no text or does not take such files, a file that is none of picture, sound and video, or
@@ -44,6 +54,21 @@ def generate(
   )
   if not predictor.writes:
     predictor.generate()  # says why not
+  how: dict[str, Any] = dict(beams=beams, max_length=max_length, length_penalty=length_penalty)
+  if predictor.language is not None:
+    how |= dict(stop=stop, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    if not files:
+      if prompt is None:
+        raise UserError("give a language model files, or a prompt with --prompt")
+      texts_alone: Any = predictor.generate([prompt], **how)
+      return [("", text) for text in texts_alone]
+  elif prompt is not None or temperature or stop:
+    raise UserError(
+      "--prompt, --stop and --temperature are for language models; this checkpoint writes the "
+      "likeliest text about files"
+    )
+  elif not files:
+    raise UserError("give files, or folders of them")
   names = [name for file in files for name in _expand(file, predictor)]
   modalities: list[str] = []
   for name in names:
@@ -74,13 +99,9 @@ def generate(
   for modality in sorted(set(modalities)):
     indices = [index for index in items if modalities[index] == modality]
     if indices:
-      written = predictor.generate(
-        beams=beams,
-        max_length=max_length,
-        length_penalty=length_penalty,
-        timestamps=timestamps,
-        **{modality: [items[index] for index in indices]},
-      )
+      media: dict[str, Any] = {modality: [items[index] for index in indices]}
+      prompts = None if prompt is None else [prompt] * len(indices)
+      written = predictor.generate(prompts, timestamps=timestamps, **how, **media)
       texts.update(zip(indices, written, strict=True))
   if not texts:
     raise UserError(f"none of the {len(names)} files could be read; the first: {errors[0]}")

@@ -24,8 +24,15 @@ from jax.sharding import Mesh
 from mmjax.config import UserError
 from mmjax.data.naflex import PatchSequence, picture_of
 from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
-from mmjax.inference.engine import can_generate, generate_text, generate_timed_text
+from mmjax.inference.engine import (
+  Decoding,
+  can_generate,
+  generate_text,
+  generate_timed_text,
+  is_language_model,
+)
 from mmjax.inference.inputs import Item, MediaInputs
+from mmjax.inference.language import LanguageGenerator
 from mmjax.inference.transcribe import Segment, Windows, detect_language, start_tokens
 from mmjax.models import make_model
 from mmjax.parallel import rules
@@ -101,6 +108,13 @@ class Predictor:
         functools.partial(generate_text, self._model), static_argnums=(1, 2, 3, 4)
       )
     self.width = int(config.model.width)
+    self.language = None
+    if is_language_model(self._model):
+      variables = {"params": self.params, **self.model_state}
+      rows = [size for size in self._buckets if size <= WRITING] or self._buckets[:1]
+      self.language = LanguageGenerator(
+        config, self._model, variables, self.tokenizer, self.media, rows
+      )
 
   @classmethod
   def load(
@@ -173,11 +187,19 @@ class Predictor:
 
   def generate(
     self,
+    prompts: str | Sequence[str] | None = None,
     *,
     max_length: int = 0,
     beams: int = 1,
     length_penalty: float = 1.0,
     timestamps: bool = False,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     **media: Item | Iterable[Item],
   ) -> list[str] | list[list[Segment]]:
     """The texts that a model with a decoder or a CTC head writes: captions of pictures and clips,
@@ -188,6 +210,10 @@ class Predictor:
     max_length: tokens at most, 0 = those that the model was trained with. beams: 1 = the likeliest
     token each time, else the width of the beam search; length_penalty: of it. A row's text depends
     on that row alone.
+    Of a language model: prompts, a text or several, which it goes on from; a medium stands where a
+    prompt has <image>, <audio>, <video> or <series>, or before it. max_length 0 = 64. stop: texts
+    end before the first of these. temperature: 0 = the likeliest token, else texts are drawn (see
+    engine.py Decoding for top_k, top_p, min_p and repetition_penalty); row i draws by (seed, i).
     timestamps: of a sound the list of its `Segment`s (start, end, text, tokens) in place of one
     text, by a model whose decoder knows times (Whisper). Such a model reads a sound longer than
     data.audio.seconds in windows (transcribe.py; max_length is of each); any other reads that much
@@ -197,6 +223,31 @@ class Predictor:
     """
     from mmjax.evaluation.captions import decode
 
+    if self.language is not None:
+      decoding = Decoding(
+        "beam" if beams > 1 else "sample" if temperature else "greedy",
+        beams,
+        length_penalty,
+        temperature or 1.0,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+      )
+      with self._rules():
+        return self.language.generate(
+          [""] * _count(media) if prompts is None else prompts,
+          media,
+          max_length=max_length or 64,
+          decoding=decoding,
+          stop=stop,
+          seed=seed,
+        )
+    if prompts is not None or stop or temperature or repetition_penalty != 1:
+      raise UserError(
+        "prompts, stop and sampling are for language models; this checkpoint writes the likeliest "
+        "text about other media"
+      )
     if not self.writes:
       raise UserError(
         "this checkpoint has neither a decoder nor a CTC head and writes no text: generate with a "
@@ -267,6 +318,33 @@ class Predictor:
     return [
       decode(self.tokenizer, row, self._decoder.eos_id if self._decoder else -1) for row in tokens
     ]
+
+  def stream(
+    self, prompt: str, *, max_length: int = 64, temperature: float = 0.0, **settings: Any
+  ) -> Iterator[str]:
+    """The text that a language model writes after a prompt, piece by piece. settings: as of
+    `generate`, `image=` and other media among them.
+    """
+    if self.language is None:
+      raise UserError("only a language model goes on from a prompt")
+    media = {name: settings.pop(name) for name in list(settings) if name in self.media}
+    how = {name: settings.pop(name) for name in ("stop", "seed") if name in settings}
+    decoding = Decoding(
+      "sample" if temperature else "greedy", temperature=temperature or 1.0, **settings
+    )
+    with self._rules():
+      yield from self.language.stream(
+        prompt, media, max_length=max_length, decoding=decoding, **how
+      )
+
+  def score(self, prompts: str | Sequence[str], options: Sequence[str], **media: Any) -> np.ndarray:
+    """float32 [prompts, options]: the log-likelihood in nats of each option, its end included,
+    after each prompt, by a language model. media: as of `generate`.
+    """
+    if self.language is None:
+      raise UserError("only a language model scores texts")
+    with self._rules():
+      return self.language.score(prompts, options, media)
 
   @property
   def knows_times(self) -> bool:
@@ -621,6 +699,11 @@ class Predictor:
       raise UserError(
         "this checkpoint has no shared space (model.joint is False), so that it gives no embeddings"
       )
+
+
+def _count(media: Mapping[str, Any]) -> int:
+  """How many prompts media alone stand for."""
+  return max((len(x) if isinstance(x, (list, tuple)) else 1 for x in media.values()), default=0)
 
 
 def probabilities(config) -> str:

@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
   Parameters: embedding [V, D], position [length, D] (learned ones), layers/..., norm, output [V, D]
   unless `tied`, and each modality's encoder and MODALITY_connector.
   embedding_factor: of the token embeddings (Gemma: sqrt(D)). logit_cap: logits become cap *
-  tanh(logits / cap); 0 = none. media_factor: of what connectors give.
+  tanh(logits / cap); 0 = none. places: tokens that a medium of each modality takes in a row.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -57,12 +57,14 @@ class LanguageModel(nn.Module):
   length: int
   eos_id: int
   pad_id: int
+  places: Mapping[str, int]
   learned_positions: bool = False
   tied: bool = True
   embedding_factor: float = 1.0
   logit_cap: float = 0.0
 
   shared_methods = ("table",)  # methods whose result does not depend on examples
+  joint = False  # there is no shared space
 
   def setup(self) -> None:
     for modality, encoder in self.encoders.items():
@@ -132,10 +134,19 @@ class LanguageModel(nn.Module):
       flat = {name: x.reshape(rows * slots, *x.shape[2:]) for name, x in arrays.items()}
       encoded = getattr(self, modality)(flat, train=train)
       x = getattr(self, f"{modality}_connector")(encoded.tokens, encoded.mask)
+      self._check_places(modality, x.shape[1])
       each += [x.shape[1]] * slots
       parts.append(x.reshape(rows, slots * x.shape[1], -1).astype(self.config.dtype))
     first = np.concatenate([[0], np.cumsum(each)[:-1]])
     return jnp.concatenate(parts, axis=1), jnp.asarray(first, jnp.int32), jnp.asarray(each)
+
+  def _check_places(self, modality: str, tokens: int) -> None:
+    wanted = self.places.get(modality, tokens)
+    if wanted != tokens:
+      raise UserError(
+        f"data.sequence.{modality} is {wanted}, but model.connectors.{modality} gives {tokens} "
+        f"tokens. Set data.sequence.{modality}={tokens}, or change the connector"
+      )
 
   def table(self) -> Array:
     """float32 [V, D]: the output table."""
@@ -295,6 +306,7 @@ def language_model(
     length=max_positions or length,
     eos_id=eos_id,
     pad_id=pad_id,
+    places={modality: data["sequence"][modality] for modality in encoders},
     learned_positions=positions == "learned",
     tied=tied,
     embedding_factor=embedding_factor,

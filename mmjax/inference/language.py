@@ -1,0 +1,302 @@
+"""What a language model writes after prompts of text and media: in batches, or piece by piece; and
+the likelihood of given answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.data.media import WORDS
+from mmjax.data.text import Tokenizer, check_texts
+from mmjax.evaluation.captions import decode
+from mmjax.inference.engine import (
+  Decoding,
+  Open,
+  go_on_from_prompts,
+  read_prompts,
+  run_of_prompts,
+  score,
+)
+from mmjax.inference.inputs import Item, MediaInputs
+
+LENGTHS = tuple(2**n for n in range(3, 21))  # of prompts: they are filled up to one of these
+AT_ONCE = 8  # tokens that are decoded before a stream is looked at
+
+
+class _Read(NamedTuple):
+  """A prompt as parts, with its media: [(modality, arrays of one example)]."""
+
+  parts: list[list[int] | str]
+  media: list[tuple[str, dict[str, np.ndarray]]]
+
+
+class LanguageGenerator:
+  """Goes on from prompts with a language model; its mesh and rules are in use by the caller."""
+
+  def __init__(
+    self,
+    config,
+    model: nn.Module,
+    variables: Any,
+    tokenizer: Tokenizer,
+    media: Mapping[str, MediaInputs],
+    rows: Sequence[int],
+  ):
+    """rows: sizes that batches are filled up to, ascending. media: readers of the model's
+    modalities.
+    """
+    self.config, self.model, self.variables = config, model, variables
+    self.tokenizer, self.media, self.rows = tokenizer, media, rows
+    self.places = {name: config.data.sequence[name] for name in media}
+    self._programs: dict[Any, Callable] = {}
+
+  def generate(
+    self,
+    prompts: str | Sequence[str],
+    media: Mapping[str, Any],
+    *,
+    max_length: int,
+    decoding: Decoding,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+  ) -> list[str]:
+    """The text after each prompt, up to its end or the first of the `stop` strings, which is left
+    out. media: {modality: an item, or for each prompt an item or a list of them}.
+
+    A medium stands where the prompt has <image>, <audio>, <video> or <series>; media come first in
+    a prompt without these. Row i draws by (seed, i), whatever batch it is in.
+    Raises UserError: other numbers of media than of places for them, one that cannot be read, or a
+    prompt longer than the model's positions.
+    """
+    read = self._read(prompts, media)
+    if not read:
+      return []
+    most = self.rows[-1]
+    order = sorted(range(len(read)), key=lambda i: self._size(read[i]))  # few shapes
+    found: dict[int, str] = {}
+    for start in range(0, len(order), most):
+      chosen = order[start : start + most]
+      batch, ids = self._batch([read[i] for i in chosen], chosen)
+      run = self._program(("generate", max_length, decoding), self._generate)
+      tokens = np.asarray(run(self.variables, batch, jax.random.key(seed), ids))
+      for i, row in zip(chosen, tokens, strict=False):
+        found[i] = cut_at(self._text(row), stop)
+    return [found[i] for i in range(len(read))]
+
+  def stream(
+    self,
+    prompt: str,
+    media: Mapping[str, Any],
+    *,
+    max_length: int,
+    decoding: Decoding,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+  ) -> Iterator[str]:
+    """The same text piece by piece. What might be the beginning of a `stop` string, or of a
+    character of several tokens, waits for the tokens after it. Raises UserError: also beams.
+    """
+    if decoding.method == "beam":
+      raise UserError("a beam search knows its text at the end only: stream without beams")
+    batch, ids = self._batch(self._read([prompt], {k: [v] for k, v in media.items()}), [0])
+    begin = self._program(("begin", max_length, decoding), self._begin)
+    go_on = self._program(("go_on", max_length, decoding), self._go_on)
+    at = begin(self.variables, batch, jax.random.key(seed), ids)
+    given, made = "", 1
+    while True:
+      tokens = np.asarray(at.tokens[0])[:made]
+      ended = bool(at.done[0]) or made >= max_length
+      text = self._text(tokens)
+      whole = cut_at(text, stop)
+      safe = whole if ended or whole != text else whole[: len(whole) - _undecided(whole, stop)]
+      if len(safe) > len(given):
+        yield safe[len(given) :]
+        given = safe
+      if ended or whole != text:
+        return
+      made = min(made + AT_ONCE, max_length)
+      at = go_on(self.variables, at, batch["sequence"], made)
+
+  def score(
+    self, prompts: str | Sequence[str], options: Sequence[str], media: Mapping[str, Any]
+  ) -> np.ndarray:
+    """float32 [prompts, options]: the log-likelihood in nats of each option after each prompt, its
+    end included.
+    """
+    read = self._read(prompts, media)
+    endings = [[*self._encode(option), self.model.eos_id] for option in options]
+    rows = [
+      (_Read([*one.parts, ending], one.media), len(ending)) for one in read for ending in endings
+    ]
+    found = np.zeros(len(rows), np.float32)
+    order = sorted(range(len(rows)), key=lambda i: self._size(rows[i][0]))
+    for start in range(0, len(order), self.rows[-1]):
+      chosen = order[start : start + self.rows[-1]]
+      batch, _ = self._batch([rows[i][0] for i in chosen], chosen)
+      length = batch["sequence"]["length"]
+      ends = np.ones(len(length), np.int32)
+      ends[: len(chosen)] = [rows[i][1] for i in chosen]
+      run = self._program(("score",), self._score)
+      found[chosen] = np.asarray(run(self.variables, batch, length - ends))[: len(chosen)]
+    return found.reshape(len(read), len(options))
+
+  # -- Programs, compiled once for each shape and way of decoding ----------------------------------
+
+  def _program(self, key: tuple, make: Callable) -> Callable:
+    if key not in self._programs:
+      self._programs[key] = jax.jit(functools.partial(make, *key[1:]))
+    return self._programs[key]
+
+  def _generate(self, max_length, decoding, variables, batch, rng, ids):
+    return go_on_from_prompts(self.model, variables, batch, max_length, decoding, rng=rng, ids=ids)[
+      0
+    ]
+
+  def _begin(self, max_length, decoding, variables, batch, rng, ids) -> Open:
+    run = run_of_prompts(self.model, variables, batch["sequence"], max_length, decoding)
+    return run.start(*read_prompts(self.model, variables, batch, max_length), rng, ids)
+
+  def _go_on(self, max_length, decoding, variables, at: Open, sequence, until) -> Open:
+    run = run_of_prompts(self.model, variables, sequence, max_length, decoding)
+    return run.go_on(at, until)
+
+  def _score(self, variables, batch, first):
+    hidden, table, cap = self.model.apply(variables, batch, method="next_tokens")
+    s = batch["sequence"]
+    places = jnp.arange(1, s["tokens"].shape[1])
+    wanted = (places >= first[:, None]) & (places < s["length"][:, None])
+    return score(hidden[:, :-1], table, jnp.where(wanted, s["tokens"][:, 1:], -1), cap)
+
+  # -- Prompts as arrays ---------------------------------------------------------------------------
+
+  def _encode(self, text: str) -> list[int]:
+    check_texts([text])
+    return self.tokenizer.encode(text.lower() if self.config.data.text.lowercase else text)
+
+  def _text(self, tokens: np.ndarray) -> str:
+    return decode(self.tokenizer, tokens.tolist(), self.model.eos_id)
+
+  def _read(self, prompts: str | Sequence[str], media: Mapping[str, Any]) -> list[_Read]:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    given: list[dict[str, list[Item]]] = [{} for _ in prompts]
+    for modality, items in media.items():
+      if modality not in self.media:
+        raise UserError(
+          f"this model has no encoder for {modality}; it has {', '.join(self.media) or 'none'}"
+        )
+      rows = list(items) if isinstance(items, (list, tuple)) else [items]
+      if len(rows) != len(prompts):
+        raise UserError(
+          f"{len(prompts)} prompts, but {len(rows)} items of {modality}=: give one (or a list of "
+          "several) for each prompt"
+        )
+      for row, item in zip(given, rows, strict=True):
+        several = item if isinstance(item, (list, tuple)) else [] if item is None else [item]
+        row[modality] = list(several)
+    return [
+      self._one(number, *pair) for number, pair in enumerate(zip(prompts, given, strict=True))
+    ]
+
+  def _one(self, number: int, prompt: str, given: dict[str, list[Item]]) -> _Read:
+    marks = "|".join(f"<{modality}>" for modality in self.media)
+    pieces = re.split(f"({marks})", prompt) if marks else [prompt]
+    if len(pieces) == 1:
+      pieces = [*(f"<{m}>" for m, items in given.items() for _ in items), prompt]
+    bos = self.tokenizer.bos_id
+    parts: list[list[int] | str] = [[bos]] if self.config.data.text.bos and bos >= 0 else []
+    used, media = dict.fromkeys(self.media, 0), []
+    for piece in filter(None, pieces):
+      modality = piece[1:-1]
+      if piece[0] != "<" or modality not in self.media:
+        parts.append(self._encode(piece))
+        continue
+      items = given.get(modality, [])
+      if used[modality] < len(items):
+        media.append((modality, self.media[modality](items[used[modality]])))
+      used[modality] += 1
+      parts.append(modality)
+    for modality, count in used.items():
+      have = len(given.get(modality, []))
+      if count != have:
+        raise UserError(
+          f"prompt {number + 1} has {count} places <{modality}>, but {have} of {modality}= are "
+          f"given for it. Give as many {WORDS[modality]}s as places"
+        )
+    if not parts:
+      raise UserError(f"prompt {number + 1} is empty: give it a text, or a medium")
+    return _Read(parts, media)
+
+  def _size(self, read: _Read) -> int:
+    return sum(self.places[p] if isinstance(p, str) else len(p) for p in read.parts)
+
+  def _batch(self, rows: list[_Read], ids: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
+    """(rows as arrays, filled up to a size of `self.rows` and of LENGTHS; ids of their draws)."""
+    count = next((size for size in self.rows if size >= len(rows)), len(rows))
+    lengths = [self._size(row) for row in rows]
+    width = next(length for length in LENGTHS if length >= max(lengths))
+    most = self.model.length if self.model.learned_positions else LENGTHS[-1]
+    if max(lengths) > most:
+      raise UserError(
+        f"a prompt has {max(lengths)} tokens, but the model has {most} positions. Shorten it"
+      )
+    width = min(width, most)
+    s = {name: np.zeros((count, width), np.int32) for name in ("tokens", "media_offset")}
+    s["media_index"] = np.full((count, width), -1, np.int32)
+    s["length"] = np.ones(count, np.int32)
+    s["length"][: len(rows)] = lengths
+    slots = max((len(row.media) for row in rows), default=0)
+    arrays: dict[str, Any] = {}
+    present = [m for m in self.media if any(name == m for row in rows for name, _ in row.media)]
+    for modality in present:
+      example = next(x for row in rows for name, x in row.media if name == modality)
+      arrays[modality] = {
+        name: np.zeros((count, slots, *x.shape), x.dtype) for name, x in example.items()
+      }
+    for number, row in enumerate(rows):
+      at, used, order = 0, dict.fromkeys(present, 0), iter(row.media)
+      for part in row.parts:
+        if isinstance(part, str):
+          _, example = next(order)
+          for name, x in example.items():
+            arrays[part][name][number, used[part]] = x
+          places = slice(at, at + self.places[part])
+          s["media_index"][number, places] = present.index(part) * slots + used[part]
+          s["media_offset"][number, places] = np.arange(self.places[part])
+          used[part] += 1
+          at = places.stop
+        else:
+          s["tokens"][number, at : at + len(part)] = part
+          at += len(part)
+    batch: dict[str, Any] = {"sequence": s}
+    if arrays:
+      batch["media"] = arrays
+    fresh = itertools.count(max(ids, default=0) + 1)
+    return batch, np.array([*ids, *(next(fresh) for _ in range(count - len(rows)))])
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+  """The text before the first of these strings in it."""
+  places = [text.find(string) for string in stop if string and string in text]
+  return text[: min(places)] if places else text
+
+
+def _undecided(text: str, stop: Sequence[str]) -> int:
+  """Characters at the end of a text that may change with what follows: the beginning of a `stop`
+  string, or of a character that is not whole yet.
+  """
+  count = 0
+  for string in filter(None, stop):
+    for size in range(1, len(string)):
+      if text.endswith(string[:size]):
+        count = max(count, size)
+  return max(count, len(text) - len(text.rstrip("\ufffd")))

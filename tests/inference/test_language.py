@@ -1,0 +1,116 @@
+"""Prompts with media, in batches, piece by piece, and scored; by a tiny random language model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax import config as configs
+from mmjax.config import UserError
+from mmjax.inference.generate import generate
+from mmjax.parallel.mesh import single_device_mesh
+from tests.inference import tiny
+
+
+def config():
+  c = configs.base()
+  c.data.image.size = 16
+  c.data.text = dict(tokenizer="tiny", vocab_size=512)
+  c.data.sequence.length, c.data.sequence.image = 32, 4
+  c.model = dict(
+    name="language_model",
+    width=16,
+    depth=2,
+    heads=2,
+    encoders=dict(image=dict(kind="vit", patch=8, width=16, depth=1, heads=2)),
+    connectors=dict(image=dict(kind="mlp")),
+  )
+  c.precision.compute = "float32"
+  c.train.batch_size = 8
+  c.objectives.words = dict(kind="language_modelling")
+  return configs.resolve(c)
+
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tiny.save(config(), tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return mmjax.load(folder, mesh=single_device_mesh())
+
+
+PROMPTS = ["a red", "<image> two blue birds on", "rain <image> on <image> the sea"]
+IMAGES = [None, PICTURES[0], [PICTURES[1], PICTURES[2]]]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(temperature=1.5, top_k=40, seed=3)], ids=str)
+def test_texts_do_not_depend_on_the_prompts_beside_them(model, settings):
+  together = model.generate(PROMPTS, image=IMAGES, max_length=6, **settings)
+  assert len(set(together)) == 3
+  for i in (0, 2) if not settings else (0,):  # row i draws by its number
+    alone = model.generate(PROMPTS[i : i + 1], image=IMAGES[i : i + 1], max_length=6, **settings)
+    assert alone == together[i : i + 1]
+
+
+def test_a_stream_gives_the_same_text_in_pieces(model):
+  (whole,) = model.generate(["a red"], max_length=20)
+  pieces = list(model.stream("a red", max_length=20))
+  assert "".join(pieces) == whole and len(pieces) > 1
+  stop = whole[len(whole) // 2 :][:3]
+  (cut,) = model.generate(["a red"], max_length=20, stop=[stop])
+  assert cut == whole[: whole.index(stop)]
+  assert "".join(model.stream("a red", max_length=20, stop=[stop])) == cut
+
+
+def test_scores_are_sums_of_log_probabilities(model):
+  """The likelihood of an option is a product over its tokens, whatever stands beside it."""
+  scores = model.score(["a red", "rain on"], ["heart", "the sea"])
+  assert scores.shape == (2, 2) and (scores < 0).all()
+  for i, prompt in enumerate(["a red", "rain on"]):
+    for j, option in enumerate(["heart", "the sea"]):
+      tokens = [*model.tokenizer.encode(prompt), *model.tokenizer.encode(option)]
+      tokens.append(model.tokenizer.eos_id)
+      start = len(model.tokenizer.encode(prompt))
+      row = dict(sequence=dict(tokens=np.array([tokens], np.int32)))
+      variables = {"params": model.params}
+      hidden, table, _ = model._model.apply(variables, row, method="next_tokens")
+      logits = np.asarray(hidden @ table.T, np.float64)[0]
+      norm = np.log(np.exp(logits).sum(-1))
+      want = sum(logits[k - 1, tokens[k]] - norm[k - 1] for k in range(start, len(tokens)))
+      assert scores[i, j] == pytest.approx(want, abs=1e-3)
+
+
+def test_files_and_prompts_by_the_command(folder, model, tmp_path):
+  names = []
+  for i in range(2):
+    names.append(str(tmp_path / f"{i}.png"))
+    tiny.Image.fromarray(PICTURES[i]).save(names[-1])
+  got = generate(model, names, prompt="what is it", max_length=4)
+  want = model.generate(["what is it"] * 2, image=[PICTURES[0], PICTURES[1]], max_length=4)
+  assert got == list(zip(names, want, strict=True))
+  assert generate(model, [], prompt="a red", max_length=4) == [
+    ("", model.generate(["a red"], max_length=4)[0])
+  ]
+
+
+@pytest.mark.parametrize(
+  "prompts, media, said",
+  [
+    (["<image> a"], {}, "1 places <image>, but 0"),
+    (["a <image>"], dict(image=[[PICTURES[0], PICTURES[1]]]), "1 places <image>, but 2"),
+    (["a", "b"], dict(image=[PICTURES[0]]), "2 prompts, but 1 items of image="),
+    (["a"], dict(audio=["x.wav"]), "no encoder for audio"),
+    ([""], {}, "prompt 1 is empty"),
+    (["a"], dict(image=["missing.png"]), "missing.png"),
+  ],
+  ids=["too few", "too many", "other numbers", "no encoder", "empty", "missing"],
+)
+def test_wrong_prompts_are_refused_by_name(model, prompts, media, said):
+  with pytest.raises(UserError, match=said):
+    model.generate(prompts, **media)
