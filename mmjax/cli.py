@@ -275,7 +275,20 @@ def _data_show(options) -> None:
     count=options.count,
     seed=options.seed,
     data_dir=options.data_dir,
+    config=_shown_config(options),
   )
+
+
+def _shown_config(options):
+  """The resolved config of `data show`, None without --config."""
+  from mmjax import config
+
+  if not options.config:
+    if options.overrides:
+      raise config.ConfigError(f"{options.overrides[0]} changes a config: name it with --config")
+    return None
+  place = [f"--config.data.dir={options.data_dir}"] if options.data_dir else []
+  return config.load(options.config, [*options.overrides, *place])
 
 
 def _data_tokenizer(options) -> None:
@@ -788,7 +801,8 @@ def _parser() -> argparse.ArgumentParser:
     "show",
     _data_show,
     "Draw a sample sheet of a data set (HTML).",
-    "mmjax data show openmoji --out sample.html",
+    "mmjax data show openmoji --out sample.html --config configs/quickstart.py",
+    overrides=True,
   )
   sub.add_argument("name", metavar="NAME")
   sub.add_argument("--split", default="train")
@@ -799,6 +813,9 @@ def _parser() -> argparse.ArgumentParser:
     "--seed", type=_number(Seed), default=0, metavar="N", help="of their random choice"
   )
   sub.add_argument("--out", default="sample.html", metavar="FILE")
+  sub.add_argument(
+    "--config", metavar="FILE", help="say what this config would cut of its texts, sounds, series"
+  )
   _data_dir(sub)
   sub = command(
     data,

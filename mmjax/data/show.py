@@ -16,13 +16,17 @@ from PIL import Image
 from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data import image, show_media
+from mmjax.data.cuts import fits, measure_for
 from mmjax.data.folders import data_dir as default_data_dir
+from mmjax.data.histograms import as_html, histograms, in_text
+from mmjax.data.measure import measure
 from mmjax.data.resample import resize_exact
 from mmjax.data.sources import Source, list_datasets, open_source
 from mmjax.files import write_whole
 
 # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
 THUMBNAIL = 320
+MOST_MEASURED = 200_000  # rows of a split; of a larger one so many, evenly spaced
 _RIGHT_TO_LEFT = {"ar", "fa", "he", "ur"}
 
 
@@ -34,15 +38,42 @@ def show_data_set(
   count: int = 48,
   seed: int = 0,
   data_dir: str | os.PathLike | None = None,
+  config=None,
   log: Callable[[str], None] = printing.log,
 ) -> Path:
-  """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some. Returns the file.
-  Raises UserError.
+  """Draws a sample sheet of data set NAME, or of tars if NAME is a path to some, with histograms of
+  labels and lengths over the whole split, which are printed too. Returns the file.
+
+  config: then also what it would cut. Raises UserError.
   """
   tars = name.endswith(".tar") and name not in list_datasets(default_data_dir(data_dir or None))
-  entry = dict(name="tars", path=name) if tars else dict(name=name, split=split)
-  source = open_source(entry | dict(languages=()), os.fspath(data_dir) if data_dir else None)
-  path = show(source, out, count=count, seed=seed, title=name if tars else f"{name} / {split}")
+  entry: dict[str, Any] = dict(name="tars", path=name) if tars else dict(name=name, split=split)
+  root = os.fspath(data_dir) if data_dir else None
+  source = open_source(entry | dict(languages=()), root if config is None else config)
+  if config is None:
+    measured, cut = measure(source, split, data_dir=root, most=MOST_MEASURED), []
+  else:
+    entries = [one for one in config.data.sources.values() if one["name"] == entry["name"]]
+    entry = {**(entries[0] if entries else {"languages": source.languages}), **entry}
+    measured = measure_for(config, entry, MOST_MEASURED)
+    cut = [str(fit) for fit in fits(config, entry, measured) if fit.cut]
+  found = histograms(measured)
+  if not measured.whole:
+    cut.insert(0, f"measured: {len(measured.row):,} of {measured.rows:,} rows, evenly spaced")
+  for line in (line for histogram in found for line in in_text(histogram)):
+    log(line)
+  for line in cut:
+    log(line)
+  if config is not None and not any("exceed" in line for line in cut):
+    log("the config cuts nothing")
+  path = show(
+    source,
+    out,
+    count=count,
+    seed=seed,
+    title=name if tars else f"{name} / {split}",
+    charts="".join(f"<p>{printing.in_html(line)}</p>" for line in cut) + as_html(found),
+  )
   log(f"wrote {path}: {min(count, len(source))} of {len(source):,} examples")
   return path
 
@@ -53,11 +84,12 @@ def show(
   count: int = 48,
   seed: int = 0,
   title: str = "",
+  charts: str = "",
 ) -> Path:
   """Draws `count` random examples (all in order, if there are no more) of a source or a list of
   records.
 
-  The same seed draws the same ones. A record that cannot be read gets a tile that says why.
+  charts: HTML above them. The same seed draws the same ones. A record that cannot be read gets a tile that says why.
   Raises UserError: nothing to show, or `out_html` cannot be written.
   """
   total = len(source)
@@ -132,6 +164,7 @@ def show(
     facts="".join(f"<li>{fact}</li>" for fact in facts),
     languages=_chips("Languages", languages),
     labels=_chips("Labels", labels),
+    charts=charts,
     tiles="\n".join(tiles),
   )
   try:
@@ -221,7 +254,7 @@ def _chips(title: str, counts: Counter[str]) -> str:
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} · mmjax</title><style>{style}</style></head>
-<body><header><h1>{title}</h1><ul>{facts}</ul>{languages}{labels}</header>
+<body><header><h1>{title}</h1><ul>{facts}</ul>{languages}{labels}{charts}</header>
 <main>
 {tiles}
 </main></body></html>
@@ -238,6 +271,8 @@ ul { list-style: none; margin: 0 0 12px; padding: 0; display: flex; flex-wrap: w
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; padding: 12px 32px 40px; max-width: 1600px; margin: auto }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; break-inside: avoid; display: flex; flex-direction: column }
 .frame { height: 200px; display: flex; align-items: center; justify-content: center; background: var(--frame); border-bottom: 1px solid var(--line) }
+.bars { display: flex; flex-wrap: wrap; gap: 12px 32px } figure { margin: 0; min-width: 260px; flex: 1 } figure em { font-style: normal; color: var(--soft) } figure dl { max-height: 240px; padding: 0 }
+figure dd i { display: inline-block; height: 10px; background: var(--accent); border-radius: 2px; min-width: 1px } header p { margin: 4px 0; color: #c60 }
 img { max-width: 100%; max-height: 100%; display: block } img.small { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; background: #fff; border-radius: 6px }
 .wide { grid-column: 1 / -1 } @media (min-width: 580px) { .wide { grid-column: span 2 } }
 .strip, .series, .sound { padding: 10px 12px; background: var(--frame); border-bottom: 1px solid var(--line) } .strip .size, .series .size, .sound .size { display: block; margin: 4px 0 0; white-space: normal }

@@ -71,7 +71,7 @@ def write_report(
     .from_string(PAGE)
     .render(
       title=workdir.resolve().name or "run",
-      facts=[*_facts(config, rows), *_measured(workdir)],
+      facts=[*_facts(config, rows), *_measured(workdir), *_cut(workdir)],
       tiles=[_tile(name, metrics) for name, metrics in scores.items()],
       tables=[
         (name, [(k, number(v)) for k, v in metrics.items()]) for name, metrics in scores.items()
@@ -183,6 +183,15 @@ def _measured(workdir: Path) -> list[tuple[str, str]]:
         str(json.loads((workdir / "summary.json").read_text())["text"]).removeprefix("measured: "),
       )
     ]
+  except (OSError, ValueError, KeyError, TypeError):
+    return []
+
+
+def _cut(workdir: Path) -> list[tuple[str, str]]:
+  """What the config cuts of the training data, as the run said at its start."""
+  try:
+    lines = json.loads((workdir / "cut.json").read_text())["cut"]
+    return [("Cut", str(line)) for line in lines]
   except (OSError, ValueError, KeyError, TypeError):
     return []
 

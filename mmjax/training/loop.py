@@ -38,6 +38,7 @@ from mmjax.training.start import (
 from mmjax.training.stop import StopSignal
 from mmjax.training.summary import Estimate, Summary
 from mmjax.training.watchdog import Watchdog
+from mmjax.training.what_is_cut import WhatIsCut
 
 DONE, STOPPED = 0, 75
 
@@ -135,6 +136,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     )
     write_config(run)
 
+    cut = ends.enter_context(WhatIsCut(config, mirror.folder)) if multihost.is_main() else None
+
     # -- Compile ahead, so that a mistake shows before the first batch and the wait has a name -----
     moment = time.monotonic()
     with configs.mistakes(), clock.measure("compilation"):
@@ -144,6 +147,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     now = time.monotonic()
     log(f"compiled in {now - moment:.1f} s; first step {now - run.begin:.1f} s after the start")
     log(summary.memory())
+    if cut:
+      cut.report()
     if stopping:
       log(
         f"stopped by {run.stop.name} before step {start + 1} of {steps}. The same command goes on "

@@ -180,7 +180,7 @@ def test_a_data_set_and_tars_by_name(tmp_path, monkeypatch):
   convert("folder", folder_of(tmp_path / "in", 3), "mine", log=lambda line: None)
   lines = []
   path = show_data_set("mine", tmp_path / "a" / "x.html", log=lines.append)
-  assert "p002.png" in path.read_text() and "3 of 3" in lines[0]
+  assert "p002.png" in path.read_text() and "3 of 3" in lines[-1]
   tar = write_tar(tmp_path / "t.tar", pairs(0, 4))
   assert (
     show_data_set(tar, tmp_path / "t.html", count=2, log=lines.append)
