@@ -260,6 +260,8 @@ def _columns(options) -> dict[str, str] | None:
     columns[role.strip()] = column
   if options.labels:
     columns["labels"] = options.labels
+  if options.group:
+    columns["group"] = options.group
   if options.value:
     columns["value"] = "+".join(name.strip() for name in options.value.split(","))
   return columns or None
@@ -749,7 +751,19 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument("source", metavar="SRC", help="folder, file, or a pattern of files")
   sub.add_argument("--name", required=True, metavar="NAME", help="name of the new data set")
-  sub.add_argument("--split", default="train", metavar="NAME")
+  sub.add_argument(
+    "--split",
+    default="",
+    metavar="NAME",
+    help="its split, or shares of several: train:80,validation:10,test:10; default: train, or what "
+    "the folders train, val, test of a folder say",
+  )
+  sub.add_argument(
+    "--group",
+    default="",
+    metavar="COLUMN",
+    help="column whose equal rows stay in one split of several, such as a speaker",
+  )
   sub.add_argument("--language", default="en", help="language of the captions")
   sub.add_argument(
     "--columns",

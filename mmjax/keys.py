@@ -201,7 +201,13 @@ KEYS = (
     str,
     "A data set under data.dir, or 'tars' (WebDataset files read where they are).",
   ),
-  Key("data.sources.*.split", "train", str, "Split, or several: 'train+validation'."),
+  Key(
+    "data.sources.*.split",
+    "train",
+    str,
+    "Split, or several: 'train+validation'; or a fixed random part of one: 'train[:10%]', "
+    "'train[10%:20%]', 'train[:500]'.",
+  ),
   Key(
     "data.sources.*.path",
     "",

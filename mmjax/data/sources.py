@@ -18,11 +18,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.builders import BUILDERS
 from mmjax.data.builders.schema import Record, example_class, parse_record
 from mmjax.data.folders import data_dir, find_version, finished_versions, split_sizes
+from mmjax.data.order import permute
 from mmjax.data.tars import TarSource
 
 
@@ -60,6 +63,8 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
   name, languages = entry["name"], tuple(entry.get("languages") or ())
   if not re.fullmatch(r"\w[\w.-]*", name):
     raise UserError(f"{name!r:.200} is no name of a data set: it is a word, not a path")
+  split = entry.get("split") or "train"
+  plain = "+".join(_slice_of(part)[0] for part in split.split("+"))
   if name == "tars":
     if not entry.get("path"):
       raise UserError(
@@ -68,7 +73,9 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
       )
     source: Source = TarSource(entry["path"], languages, data_dir(config))
   else:
-    source = ArrayRecordSource(data_dir(config), name, entry.get("split") or "train", languages)
+    source = ArrayRecordSource(data_dir(config), name, plain, languages)
+  if "[" in split:
+    source = PartSource(source, split)
   if entry.get("cache"):
     source = CachedSource(source)
   source.text, source.first_captions = entry.get("text", "caption"), entry.get("captions", 0)
@@ -138,8 +145,10 @@ class ArrayRecordSource:
         )
     self.languages = self._languages or tuple(available)
     shards = []
+    self.sizes = []
     for part in split.split("+"):
       shards += _shards(folder, info, part.strip())
+      self.sizes.append(split_sizes(folder)[part.strip()])
     self._records = ArrayRecordDataSource(shards)
     mark = hashlib.blake2b(
       json.dumps([content, [os.path.basename(f) for f in shards]]).encode(), digest_size=6
@@ -157,6 +166,41 @@ class ArrayRecordSource:
         f"record {index} of {self.name} cannot be read ({str(error).splitlines()[0]})"
       ) from error
     return parse_record(data, self._languages)
+
+
+class PartSource:
+  """The rows of a source that the slices of its split name, "train[:10%]": a part drawn at random,
+  the same ones each time, in their order. Slices that do not overlap share no row.
+
+  Raises UserError: a slice is not within the split, or empty.
+  """
+
+  text = "caption"
+  first_captions = 0
+
+  def __init__(self, source: Source, split: str):
+    self._source = source
+    rows, start = [], 0
+    sizes = getattr(source, "sizes", None) or [len(source)]
+    for part, size in zip(split.split("+"), sizes, strict=True):
+      name, begin, end = _slice_of(part)
+      first, last = _bound(begin, 0, size, part), _bound(end, size, size, part)
+      if first >= last:
+        raise UserError(f"split {part!r} of {source.name!r} is empty: {name} has {size:,} rows")
+      sizes_of_rows, key = np.full(size, size, np.uint64), np.ones(size, np.uint64)
+      order = permute(np.arange(size, dtype=np.uint64), sizes_of_rows, key)
+      rows.append(start + np.sort(order[first:last].astype(np.int64)))
+      start += size
+    self._rows = np.concatenate(rows)
+    self.name, self.labels, self.answers = source.name, source.labels, source.answers
+    self.values, self.languages = source.values, source.languages
+    self.fingerprint = f"{source.fingerprint}, {split}"
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> Record:
+    return self._source[int(self._rows[index])]
 
 
 class CachedSource:
@@ -181,6 +225,29 @@ class CachedSource:
     if record is None:
       record = self._kept[index] = self._source[index]
     return record
+
+
+def _slice_of(part: str) -> tuple[str, str, str]:
+  """(split, begin, end) of "train[10%:20%]"; ("train", "", "") of "train". Raises UserError."""
+  found = re.fullmatch(r"([^\[\]]*)(?:\[(\d*\.?\d*%?):(\d*\.?\d*%?)\])?", part.strip())
+  if not found or (found[2] is not None and {found[2], found[3]} & {"%", ".", ".%"}):
+    raise UserError(
+      f"{part!r:.80} is no split: write its name, or a part of it, such as train[:10%], "
+      "train[10%:20%] or train[:500]"
+    )
+  return found[1].strip(), found[2] or "", found[3] or ""
+
+
+def _bound(text: str, otherwise: int, size: int, part: str) -> int:
+  """The row that a bound of a slice names. Raises UserError: it is no row."""
+  if not text:
+    return otherwise
+  percent = text.endswith("%")
+  value = float(text.rstrip("%"))
+  row = round(value * size / 100) if percent else value
+  if row != int(row) or row > size or (percent and value > 100):
+    raise UserError(f"split {part!r}: {text} is not within it, which has {size:,} rows")
+  return int(row)
 
 
 def _shards(folder: Path, info: Mapping[str, Any], split: str) -> list[str]:

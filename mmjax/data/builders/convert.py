@@ -32,7 +32,15 @@ from typing import Any
 from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data import media
-from mmjax.data.builders import Record, _quiet_tfds, canonical, features, find_version, to_example
+from mmjax.data.builders import (
+  Record,
+  _quiet_tfds,
+  canonical,
+  features,
+  find_version,
+  splits,
+  to_example,
+)
 from mmjax.data.builders.schema import check_fields
 from mmjax.data.folders import local_data_dir
 from mmjax.data.image import Unreadable
@@ -69,6 +77,7 @@ class Summary:
   seconds: float
   rows: int = 0
   notes: tuple[str, ...] = ()
+  others: tuple[Summary, ...] = ()
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -85,7 +94,7 @@ class Summary:
       names = ", ".join(map(printing.printable, first))
       more = ", ..." if count > len(first) and reason != _ENDING or len(first) == 5 else ""
       lines.append(f"  left out {count:,}: {reason} ({names}{more})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(str, self.others)])
 
 
 def convert(
@@ -95,7 +104,7 @@ def convert(
   data_dir: str | os.PathLike | None = None,
   *,
   workers: int = 1,
-  split: str = "train",
+  split: str = "",
   language: str = "en",
   columns: Mapping[str, str] | None = None,
   media: str | os.PathLike = "",
@@ -105,8 +114,11 @@ def convert(
   shard_rows: int = SHARD_ROWS,
   log: Callable[[str], None] = printing.log,
 ) -> Summary:
-  """Converts `source` into split SPLIT of data set NAME under `data_dir` ('' or None: the default
-  folder).
+  """Converts `source` into data set NAME under `data_dir` ('' or None: the default folder).
+
+  `split`: a name, "" = "train", or where the folders of a folder are called as splits are (train,
+  val, test), these; or shares, "train:80,test:20" (splits.py). Of several splits the Summary is of
+  the first, with the others in `others`.
 
   `language`: of captions that do not say. `columns`: {role: column}, the roles being those of
   readers.columns.COLUMNS.
@@ -120,7 +132,11 @@ def convert(
   """
   start = time.perf_counter()
   check_name("a data set", name)
-  check_name("a split", split)
+  shares = splits.shares_of(split)
+  if not shares and split:
+    check_name("a split", split)
+  if (columns or {}).get("group") and not shares:
+    raise UserError("--group keeps rows together in splits by shares: --split train:80,test:20")
   if workers < 0 or shard_rows < 1:
     raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
   root = local_data_dir(data_dir or None) / name
@@ -144,9 +160,84 @@ def convert(
   skipped = [_entry(name, skip) for name, skip in left] + duplicates
   if not rows:
     raise UserError(f"{source}: nothing to convert{_reasons(skipped)}")
-  settings = [_FORM, format, split, language, columns, os.fspath(media), encoding, shard_rows]
+  parts = _parts(reader, rows, skipped, split, shares)
+  settings = [_FORM, format, shares, language, columns, os.fspath(media), encoding, shard_rows]
   settings += [separator, reader.options.classes]
-  plan = _plan_hash(settings, reader, rows)
+  summaries = []
+  for part, (rows_of, skipped_of) in parts.items():
+    plan = _plan_hash([*settings, part], reader, rows_of)
+    summaries.append(
+      _convert_split(
+        reader,
+        rows_of,
+        skipped_of,
+        root,
+        name,
+        part,
+        plan,
+        format,
+        source,
+        shard_rows,
+        workers,
+        log,
+      )
+    )
+  first = dataclasses.replace(summaries[0], others=tuple(summaries[1:]))
+  return dataclasses.replace(first, seconds=time.perf_counter() - start)
+
+
+def _parts(
+  reader, rows: list[Row], skipped: list[Entry], split: str, shares: Mapping[str, float]
+) -> dict[str, tuple[list[Row], list[Entry]]]:
+  """{split: (its rows, what is left out of it already)}; that belongs to the first split where
+  nothing tells.
+  """
+  folders = getattr(reader, "splits", {})
+  if shares:
+    divided = splits.divide(reader, rows, shares)
+    first = next(iter(divided))
+    return {name: (part, skipped if name == first else []) for name, part in divided.items()}
+  if not folders:
+    return {split or "train": (rows, skipped)}
+  there = ", ".join(folders)
+  if split:
+    reader.notes.append(
+      f"the folders {there} are put into one split, {split!r}; without --split each is one"
+    )
+    return {split: (rows, skipped)}
+  reader.notes.append(
+    f"the folders {there} become the splits {', '.join(folders.values())}; --split NAME puts all "
+    "into one"
+  )
+  parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in folders.values()}
+  first = next(iter(parts))
+  for row in rows:
+    parts[folders.get(_first_folder(row.name), first)][0].append(row)
+  for entry in skipped:
+    parts[folders.get(_first_folder(entry[0]), first)][1].append(entry)
+  return {name: part for name, part in parts.items() if part[0]}
+
+
+def _first_folder(path: str) -> str:
+  return os.path.normpath(path).split(os.sep)[0]
+
+
+def _convert_split(
+  reader,
+  rows: list[Row],
+  skipped: list[Entry],
+  root: Path,
+  name: str,
+  split: str,
+  plan: str,
+  format: str,
+  source: str | os.PathLike,
+  shard_rows: int,
+  workers: int,
+  log: Callable[[str], None],
+) -> Summary:
+  """Converts the rows of one split, into the next version of the data set in `root`."""
+  start = time.perf_counter()
   done = _already(root.parent, name, split, plan, source)
   if done:
     log(f"{done.folder} holds split {split!r} of this source already")
@@ -168,10 +259,11 @@ def convert(
         shutil.rmtree(staging)
         count = sum(row.count for row in rows)
         raise UserError(f"{source}: all {count:,} rows were left out{_reasons(skipped)}")
-      for role in {"labels", "value"} & set(columns or ()):
+      columns = reader.options.columns
+      for role in {"labels", "value"} & set(columns):
         if not any(fact["labels" if role == "labels" else "widths"] for fact in facts):
           shutil.rmtree(staging)
-          raise UserError(f"{source}: no row has anything in {(columns or {})[role]!r}, its {role}")
+          raise UserError(f"{source}: no row has anything in {columns[role]!r}, its {role}")
       origin = dict(
         plan=plan,
         format=format,

@@ -54,6 +54,7 @@ class Annotation(NamedTuple):
   questions: tuple[Question, ...] = ()
   conversations: tuple[list[dict[str, Any]], ...] = ()
   values: tuple[float, ...] = ()
+  groups: tuple[str, ...] = ()  # that must not be divided among splits
 
   def joined(self, other: Annotation) -> Annotation:
     """Both, about one medium, which must not differ in their values (`other_values`)."""
@@ -66,6 +67,7 @@ class Annotation(NamedTuple):
       self.questions + other.questions,
       self.conversations + other.conversations,
       self.values or other.values,
+      tuple(dict.fromkeys(self.groups + other.groups)),
     )
 
   def other_values(self, other: Annotation) -> Skip | None:
@@ -88,6 +90,8 @@ class Annotation(NamedTuple):
       record["questions"] = [(one.question, one.answer) for one in self.questions]
     if self.values:
       record["value"] = np.array(self.values, np.float32)
+    if self.groups:
+      record["groups"] = self.groups
     facts: dict[str, list] = {}
     if any(one.answers for one in self.questions):
       facts["answers"] = [list(one.answers or (one.answer,)) for one in self.questions]
@@ -103,7 +107,7 @@ def annotate(
   separator: str = ",",
 ) -> Annotation | Skip:
   """The annotation in `cells`: caption, question, answer, chosen_answer, label, labels, value,
-  language, conversation.
+  group, language, conversation.
 
   `language`: of captions that do not say. `label_names`: of labels that are numbers. `separator`:
   of a text of several `labels`, of which there may be none. A row that has captions by its form (a
@@ -126,7 +130,9 @@ def annotate(
       questions += [Question(*pair) for pair in questions_in(turns)]
   except ValueError as error:
     return Skip("broken row", str(error))
-  annotation = Annotation(captions, labels, tuple(questions), conversations, values)
+  group = text_of(cells.get("group"))
+  groups = (group,) if group else ()
+  annotation = Annotation(captions, labels, tuple(questions), conversations, values, groups)
   if bad := broken_text(annotation):
     return Skip("broken text", bad)
   if captions or questions or (labels and "caption" not in cells) or "labels" in cells or values:

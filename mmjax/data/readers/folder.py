@@ -42,6 +42,16 @@ TABLES = tuple(
 )
 
 
+SPLITS = {  # what a folder of a split may be called
+  "train": "train",
+  "training": "train",
+  "val": "validation",
+  "valid": "validation",
+  "validation": "validation",
+  "dev": "validation",
+  "test": "test",
+  "testing": "test",
+}
 _PEEK = 4096  # characters of a table that tell whether it holds a series
 
 
@@ -81,6 +91,7 @@ class FolderReader(ListedReader):
         f"{self.root}: columns are named, but no table ({', '.join(TABLES[:2])}, ...) is in it. "
         "Add one, or convert your table itself: `mmjax data convert csv TABLE`"
       )
+    self._find_splits()
     rows, skipped = join(parts)
     named = {os.path.normpath(path) for row in rows for path in row.where.media.values()}
     left += [
@@ -104,6 +115,14 @@ class FolderReader(ListedReader):
     yield from super().files(rows)
     for row in rows:
       yield from (os.path.join(self.root, text) for text, _ in row.where.texts)
+
+  def _find_splits(self) -> None:
+    """`splits` {folder: split}, where all folders of the root are called as splits are."""
+    folders = [entry.name for entry in os.scandir(self.root) if entry.is_dir()]
+    folders = sorted(name for name in folders if not name.startswith("."))
+    splits = [SPLITS.get(name.lower(), "") for name in folders]
+    several = len(folders) > 1 and all(splits) and len(set(splits)) == len(splits)
+    self.splits = dict(zip(folders, splits, strict=True)) if several else {}
 
   def _kind(self, folder: str, name: str) -> str | None:
     """The modality of a file; a table that holds nothing but numbers is a series."""
@@ -177,9 +196,8 @@ class FolderReader(ListedReader):
     """The rows, with their folders as labels where no file of any has a text or a table."""
     if self.paths or any(row.where.texts for row in rows):
       return rows
-    labels = [
-      os.path.basename(os.path.dirname(next(iter(row.where.media.values())))) for row in rows
-    ]
+    folders = [os.path.dirname(next(iter(row.where.media.values()))) for row in rows]
+    labels = ["" if folder in self.splits else os.path.basename(folder) for folder in folders]
     names = sorted(set(labels) - {""})
     if names:
       shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

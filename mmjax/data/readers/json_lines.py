@@ -93,7 +93,9 @@ def object_parts(
   no medium what it shows.
   """
   chosen: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
-  targets = [options.columns[role] for role in ("value", "labels") if role in options.columns]
+  targets = [
+    options.columns[role] for role in ("value", "labels", "group") if role in options.columns
+  ]
   may_lack = dict.fromkeys(name for names in targets for name in names.split("+"))
   for at, row in objects:
     if isinstance(row, Skip):

@@ -1,0 +1,160 @@
+"""Which split a row of a source goes into, when one conversion makes several: by shares of the
+content, "train:80,validation:10,test:10".
+
+The split of a record is a function of its content alone (a hash of its media), so that the same
+files fall the same way again. Records that share a medium or a group, and pictures that are nearly
+equal (scaled, compressed again), are kept together: they follow the smallest hash among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.data import image
+from mmjax.data.image import Unreadable
+from mmjax.data.media import content_key
+from mmjax.data.readers.cells import Skip
+from mmjax.data.readers.columns import MEDIA
+from mmjax.data.readers.rows import Row
+from mmjax.files import check_name
+
+_CHUNK = 64  # rows that a thread reads at once
+_SIDE = 16  # pixels of the grey thumbnail that near-duplicates are told by
+_NEAR = 3.0  # grey levels of 255 that two thumbnails may differ by, on average
+_BANDS = 16  # of a thumbnail's bits; pictures that share one are compared
+
+
+def shares_of(split: str) -> dict[str, float]:
+  """{split: share, of a sum of 1} of "train:80,test:20"; {} of a plain name. Raises UserError."""
+  if ":" not in split:
+    return {}
+  shares: dict[str, float] = {}
+  for part in split.split(","):
+    name, _, text = part.strip().partition(":")
+    check_name("a split", name)
+    try:
+      share = float(text)
+    except ValueError:
+      share = 0.0
+    if not 0 < share < float("inf") or name in shares:
+      raise UserError(
+        f"--split {split}: {part!r} is no share. Write each split once, with a positive number, as "
+        "in train:80,validation:10,test:10"
+      )
+    shares[name] = share
+  return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def divide(reader, rows: Sequence[Row], shares: Mapping[str, float]) -> dict[str, list[Row]]:
+  """The rows of each split, in their order. Raises UserError: a split would have none."""
+  keys, thumbnails = _content(reader, rows)
+  owner = list(range(len(rows)))  # of each row, a row of its group; union-find
+
+  def find(row: int) -> int:
+    while owner[row] != row:
+      owner[row] = row = owner[owner[row]]
+    return row
+
+  first: dict[Any, int] = {}
+  for row, some in enumerate(keys):
+    for key in some:
+      owner[find(row)] = find(first.setdefault(key, row))
+  for one, other in _near_duplicates(thumbnails):
+    owner[find(one)] = find(other)
+  smallest: dict[int, int] = {}
+  for row, some in enumerate(keys):
+    place = min(_hash(key) for key in some)
+    smallest[find(row)] = min(place, smallest.get(find(row), place))
+  ends = np.cumsum(list(shares.values()))
+  names = list(shares)
+  parts: dict[str, list[Row]] = {name: [] for name in names}
+  for number, record in enumerate(rows):
+    # hashed again: the smallest of several is not uniform
+    uniform = _hash(smallest[find(number)]) / 2**64
+    at = int(np.searchsorted(ends, uniform, side="right"))
+    parts[names[min(at, len(names) - 1)]].append(record)
+  if empty := [name for name in names if not parts[name]]:
+    raise UserError(
+      f"none of the {len(rows):,} records falls into split {empty[0]!r}, in {len(smallest):,} "
+      "groups that stay together: give it a larger share, or make it of files that you choose"
+    )
+  return parts
+
+
+def _content(reader, rows: Sequence[Row]) -> tuple[list[set], dict[int, np.ndarray]]:
+  """(the keys of each row: of its media and groups, {row: thumbnail of its picture})."""
+
+  def some(start: int) -> list[tuple[str, set, np.ndarray | None]]:
+    out = []
+    for name, record, _ in reader.read(rows[start : start + _CHUNK]):
+      if isinstance(record, Skip):
+        continue
+      found: set[Any] = {
+        (kind, content_key(record, kind)) for kind in MEDIA if record.get(kind) is not None
+      }
+      found |= {("group", group) for group in record.get("groups", ())}
+      out.append((name, found, _thumbnail(record.get("image"))))
+    return out
+
+  number = {row.name: at for at, row in enumerate(rows)}
+  keys: list[set] = [set() for _ in rows]
+  thumbnails: dict[int, np.ndarray] = {}
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    for chunk in threads.map(some, range(0, len(rows), _CHUNK)):
+      for name, found, thumbnail in chunk:
+        keys[number[name]] |= found
+        if thumbnail is not None:
+          thumbnails[number[name]] = thumbnail
+  for row, some_keys in zip(rows, keys, strict=True):
+    if not some_keys:  # it cannot be read, and will be left out of the split that it falls into
+      some_keys.add(("name", row.name))
+  return keys, thumbnails
+
+
+def _thumbnail(data: bytes | None) -> np.ndarray | None:
+  """A picture as grey levels uint8 [_SIDE, _SIDE]; None of none, and of one that cannot be read."""
+  if not data:
+    return None
+  try:
+    grey = cv2.cvtColor(image.decode(data, 2), cv2.COLOR_RGB2GRAY)
+  except Unreadable:
+    return None
+  return cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
+
+
+def _near_duplicates(thumbnails: Mapping[int, np.ndarray]) -> Iterable[tuple[int, int]]:
+  """Pairs of rows whose thumbnails are nearly equal.
+
+  Candidates share one of _BANDS bands of the bits "brighter than the median", so that the pairs to
+  compare stay few among many pictures.
+  """
+  rows = np.array(list(thumbnails), np.int64)
+  if not len(rows):
+    return
+  pixels = np.stack(list(thumbnails.values())).reshape(len(rows), -1).astype(np.float32)
+  bits = pixels > np.median(pixels, axis=1, keepdims=True)
+  packed = np.packbits(bits, axis=1).reshape(len(rows), _BANDS, -1)
+  for band in range(_BANDS):
+    buckets: dict[bytes, list[int]] = defaultdict(list)
+    for at, key in enumerate(packed[:, band]):
+      buckets[key.tobytes()].append(at)
+    for bucket in buckets.values():
+      for place, at in enumerate(bucket[1:], start=1):
+        # a bucket of many pictures alike, such as those on white ground, is not compared whole
+        others = np.array(bucket[max(0, place - 1000) : place])
+        near = np.abs(pixels[others] - pixels[at]).mean(1) <= _NEAR
+        for other in others[near].tolist():
+          yield int(rows[at]), int(rows[other])
+
+
+def _hash(key: Any) -> int:
+  return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
