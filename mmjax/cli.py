@@ -239,6 +239,7 @@ def _data_convert(options) -> None:
     language=options.language,
     columns=columns,
     media=options.media,
+    root=options.root,
     encoding=options.encoding,
     separator=options.separator,
     classes=[name.strip() for name in options.classes.split(",")] if options.classes else (),
@@ -799,6 +800,12 @@ def _parser() -> argparse.ArgumentParser:
     default="",
     metavar="FOLDER",
     help="where the files lie that annotations name; default: beside them",
+  )
+  sub.add_argument(
+    "--root",
+    default="",
+    metavar="FOLDER",
+    help="tables and JSON may name files anywhere below it; default: --media",
   )
   sub.add_argument(
     "--encoding",

@@ -197,3 +197,47 @@ def test_the_command_takes_labels_values_and_classes(tmp_path, capsys):
   command[2:4] = ["folder", str(path.parent)]
   assert cli.main([*command, "--value", "y"]) == 1
   assert "columns are named, but no table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ("csv", "jsonl", "parquet"))
+def test_a_root_lets_annotations_name_files_beside_their_folder(tmp_path, form):
+  folder_of(tmp_path / "in" / "images", 3)
+  (tmp_path / "in" / "lists").mkdir()
+  folder_of(tmp_path / "elsewhere", 1)
+  named = ["../images/p000.png", str(tmp_path / "in" / "images" / "p001.png")]
+  named += [str(tmp_path / "elsewhere" / "p000.png")]
+  path = tmp_path / "in" / "lists" / f"t.{form}"
+  if form == "csv":
+    path.write_text("image,label\n" + "".join(f"{name},x\n" for name in named))
+  elif form == "jsonl":
+    path.write_text("\n".join(json.dumps(dict(image=name, label="x")) for name in named))
+  else:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(dict(image=named, label=["x"] * 3)), path)
+  with pytest.raises(UserError, match="3 outside the source folder, such as .*--root names"):
+    run(tmp_path, path, form)
+  summary = run(tmp_path, path, form, root=tmp_path / "in")
+  assert summary.examples == 2 and summary.skipped == {"outside the source folder": 1}
+  assert "--root names a folder that holds them all" in str(summary)
+  if form != "parquet":
+    assert [r["id"] for r in read(tmp_path / "data")[1]] == ["images/p000.png", "images/p001.png"]
+
+
+def test_what_is_left_out_is_counted_by_ending_too(tmp_path):
+  root = folder_of(tmp_path / "in", 2)
+  for name in ("a.docx", "b.docx", "c.xyz", "README", "d.tar.gz", "e.svg", "f.txt"):
+    (root / name).write_text("x")
+  (root / "bad.jpg").write_text("no picture")
+  (root / "bad.txt").write_text("words")
+  summary = run(tmp_path, root, "folder")
+  assert summary.endings == {
+    "ending not read": {".docx": 2, "none": 1, ".xyz": 1, ".gz": 1, ".svg": 1},
+    "text without a file": {".txt": 1},
+    "unreadable": {".jpg": 1},
+  }
+  for reason, counts in summary.endings.items():
+    assert sum(counts.values()) == summary.skipped[reason]
+  files = [path for path in root.iterdir() if path.suffix != ".txt"]
+  assert summary.rows + sum(summary.skipped.values()) == len(files) + 1  # the stray text

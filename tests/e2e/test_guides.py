@@ -23,6 +23,8 @@ from PIL import Image
 from mmjax import cli
 from tests.data.test_audio import encode as sound
 from tests.data.test_audio import tone
+from tests.data.test_video import clip
+from tests.data.test_video import encode as encode_video
 from tests.e2e.commands import ROOT, SMALL, environment
 from tests.guides import blocks, commands, read
 from tests.inference import tiny
@@ -75,8 +77,9 @@ def make_inputs(folder: pathlib.Path) -> None:
   (folder / "latin.csv").write_bytes((folder / "odd.csv").read_text().encode("cp1252"))
   for folder_name in ("val", "talk"):
     (folder / folder_name).mkdir()
-  for number in (42, 43):
+  for number in range(42, 48):
     (folder / "val" / f"{number:012d}.jpg").write_bytes(picture(number))
+  make_folders(folder)
   (folder / "talk" / "one.wav").write_bytes(sound(tone(0.3, 16_000), 16_000, kind="WAV"))
   for i in range(10):
     with tarfile.open(folder / "shards" / f"{i:05d}.tar", "w") as tar:
@@ -144,6 +147,29 @@ def make_inputs(folder: pathlib.Path) -> None:
       )
     )
   )
+
+
+def make_folders(folder: pathlib.Path) -> None:
+  """Own files without a table: of classes, of splits, of sensors, of clips, of several media."""
+  series = "\n".join(["x,y", "0.1,9.8", "0.2,9.7"])
+  film = encode_video(clip(6))
+  for name, data in {
+    "animals/cat/a.png": picture(1),
+    "animals/dog/b.png": picture(2),
+    "divided/train/cat/a.png": picture(1),
+    "divided/val/dog/b.png": picture(2),
+    "divided/test/cat/c.png": picture(3),
+    "walks/run/a.csv": series.encode(),
+    "walks/sit/b.csv": series.encode(),
+    "clips/a.mkv": film,
+    "clips/a.txt": b"it moves",
+    "scenes/a.png": picture(4),
+    "scenes/a.wav": sound(tone(0.3, 16_000), 16_000, kind="WAV"),
+    "scenes/a.csv": series.encode(),
+    "scenes/a.txt": b"a green thing",
+  }.items():
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
 
 
 def make_models(folder: pathlib.Path) -> None:
@@ -274,7 +300,18 @@ def test_converters_read_all_of_the_examples_shown(place):
     return split_sizes(find_version(folder / "data", name))
 
   assert sizes("table") == sizes("coco") == sizes("questions") == sizes("chat") == {"train": 2}
-  assert sizes("mine") == sizes("mine_too") == {"train": 3}
+  assert sizes("mine") == sizes("mine_too") == {"train": 4}
+  assert sizes("animals") == {"train": 2} and metadata("animals")["labels"] == ["cat", "dog"]
+  assert sizes("divided") == {"test": 1, "train": 1, "validation": 1}
+  assert sizes("whole") == {"all": 3} and metadata("divided")["labels"] == ["cat", "dog"]
+  assert metadata("walks")["fields"] == ["series"] and metadata("walks")["labels"] == ["run", "sit"]
+  assert metadata("clips")["fields"] == ["video"]
+  assert (
+    metadata("scenes")["fields"] == ["image", "audio", "series"] and sizes("scenes")["train"] == 1
+  )
+  assert sizes("tags") == {"train": 6} and metadata("price")["values"] == ["price", "area"]
+  assert metadata("state")["labels"] == ["poor", "fair", "good"] and sizes("near") == {"train": 1}
+  assert sum(sizes("halves").values()) == 5 and len(sizes("halves")) == 2
   assert sizes("odd") == {"train": 2, "test": 2} and metadata("odd")["languages"] == ["de", "en"]
   assert sizes("latin") == {"train": 2} and sizes("web") == {"train": 10}
   assert metadata("questions")["answers"] == ["a farmer", "yes"]

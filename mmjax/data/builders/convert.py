@@ -19,6 +19,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -46,7 +47,7 @@ from mmjax.data.folders import local_data_dir
 from mmjax.data.image import Unreadable
 from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text, printable
-from mmjax.data.readers.rows import Options, Row
+from mmjax.data.readers.rows import OUTSIDE, Options, Row
 from mmjax.files import check_name, write_whole
 from mmjax.ownership import Owner
 
@@ -65,7 +66,8 @@ class Summary:
   read: the endings), and how the source was understood.
 
   Rows about one medium are one example: `rows` and the counts in `skipped` add up to all rows and
-  files of the source.
+  files of the source; `endings` has the same counts by {reason: {file ending: count}}, "none" of
+  what is no file.
   """
 
   name: str
@@ -77,6 +79,7 @@ class Summary:
   seconds: float
   rows: int = 0
   notes: tuple[str, ...] = ()
+  endings: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
   others: tuple[Summary, ...] = ()
 
   def to_dict(self) -> dict[str, Any]:
@@ -92,7 +95,8 @@ class Summary:
     for reason, count in self.skipped.items():
       first = self.first_skipped[reason]
       names = ", ".join(map(printing.printable, first))
-      more = ", ..." if count > len(first) and reason != _ENDING or len(first) == 5 else ""
+      more = ", ..." if count > len(first) and reason != _ENDING else ""
+      more += "; --root names a folder that holds them all" if reason == OUTSIDE else ""
       lines.append(f"  left out {count:,}: {reason} ({names}{more})")
     return "\n".join([*lines, *map(str, self.others)])
 
@@ -111,6 +115,7 @@ def convert(
   encoding: str = "",
   separator: str = ",",
   classes: Sequence[str] = (),
+  root: str | os.PathLike = "",
   shard_rows: int = SHARD_ROWS,
   log: Callable[[str], None] = printing.log,
 ) -> Summary:
@@ -124,8 +129,8 @@ def convert(
   readers.columns.COLUMNS.
   `separator`: of several labels in a text. `classes`: what labels may be, in their order; () = any,
   sorted.
-  `media`: the folder of the files that annotations name ("" = that of the annotations). `encoding`:
-  of texts that are not UTF-8.
+  `media`: the folder of the files that annotations name ("" = that of the annotations). `root`: a
+  folder below which these may lie anywhere ("" = `media`). `encoding`: of texts that are not UTF-8.
   `workers`: processes; 0 or 1 = this one. A further split of a data set makes its next version,
   which holds all.
   Raises UserError: bad arguments, nothing to convert, or everything was left out.
@@ -139,7 +144,7 @@ def convert(
     raise UserError("--group keeps rows together in splits by shares: --split train:80,test:20")
   if workers < 0 or shard_rows < 1:
     raise UserError(f"workers is {workers} and shard_rows {shard_rows}: give at least 0 and 1")
-  root = local_data_dir(data_dir or None) / name
+  place = local_data_dir(data_dir or None) / name
   if bad := [one for one in classes if not one.strip() or "|" in one]:
     raise UserError(f"classes names {bad[0]!r}: give names without '|'")
   if len(set(classes)) < len(classes):
@@ -151,9 +156,10 @@ def convert(
     language,
     media=media,
     encoding=encoding,
-    cache=root.parent,
+    cache=place.parent,
     separator=separator,
-    classes=classes or _ordered_classes(root),
+    classes=classes or _ordered_classes(place),
+    root=root,
   )
   rows, left = reader.rows()
   rows, duplicates = _unique(rows)
@@ -162,7 +168,7 @@ def convert(
     raise UserError(f"{source}: nothing to convert{_reasons(skipped)}")
   parts = _parts(reader, rows, skipped, split, shares)
   settings = [_FORM, format, shares, language, columns, os.fspath(media), encoding, shard_rows]
-  settings += [separator, reader.options.classes]
+  settings += [separator, reader.options.classes, os.fspath(root)]
   summaries = []
   for part, (rows_of, skipped_of) in parts.items():
     plan = _plan_hash([*settings, part], reader, rows_of)
@@ -171,7 +177,7 @@ def convert(
         reader,
         rows_of,
         skipped_of,
-        root,
+        place,
         name,
         part,
         plan,
@@ -676,13 +682,12 @@ def _summary(
   skipped: list[Entry],
   seconds: float,
 ) -> Summary:
-  counts, first = _counts(skipped), {}
+  counts, first, endings = _counts(skipped), {}, _endings(skipped)
   for reason in counts:
     names = [row for row, why, *_ in skipped if why == reason]
     if reason == _ENDING:
-      endings = Counter(os.path.splitext(name)[1].lower() or "none" for name in names)
-      names = [f"{ending} {count:,}" for ending, count in endings.most_common()]
-    first[reason] = names[: 5 if reason == _ENDING else 3]
+      names = [f"{ending} {count:,}" for ending, count in endings[reason].items()]
+    first[reason] = names if reason == _ENDING else names[:3]
   return Summary(
     name,
     split,
@@ -693,6 +698,7 @@ def _summary(
     seconds,
     origin.get("rows", origin["examples"]),
     tuple(origin.get("notes", ())),
+    endings,
   )
 
 
@@ -709,6 +715,16 @@ def _counts(skipped: list[Entry]) -> dict[str, int]:
   for _, reason, _, count in skipped:
     counts[reason] += count
   return dict(counts.most_common())
+
+
+def _endings(skipped: list[Entry]) -> dict[str, dict[str, int]]:
+  """{reason: {file ending: rows}}, the most first."""
+  found: dict[str, Counter[str]] = {}
+  for row, reason, _, count in skipped:
+    ending = os.path.splitext(row)[1].lower()
+    ending = ending if re.fullmatch(r"\.\w{1,16}", ending) else "none"
+    found.setdefault(reason, Counter())[ending] += count
+  return {reason: dict(counts.most_common()) for reason, counts in found.items()}
 
 
 def _unique(rows: list[Row]) -> tuple[list[Row], list[Entry]]:

@@ -53,6 +53,7 @@ def open_reader(
   cache: str | os.PathLike | None = None,
   separator: str = ",",
   classes: Sequence[str] = (),
+  root: str | os.PathLike = "",
 ):
   """The reader of a format; see rows.Options. Raises UserError."""
   if format not in FORMATS:
@@ -73,7 +74,18 @@ def open_reader(
       f"no encoding {encoding!r}: write one that Python knows, such as utf-8, utf-16, cp1252, "
       "shift_jis"
     ) from error
+  if root and not os.path.isdir(root):
+    raise UserError(f"{os.fspath(root)}: no such folder; --root holds all files that are named")
+  if root and format in ("folder", "webdataset"):
+    raise UserError(f"--root is of tables and JSON: a {format} names no files elsewhere")
   options = Options(
-    dict(columns or {}), language, os.fspath(media), encoding, cache, separator, tuple(classes)
+    dict(columns or {}),
+    language,
+    os.fspath(media),
+    encoding,
+    cache,
+    separator,
+    tuple(classes),
+    os.path.abspath(root) if root else "",
   )
   return getattr(importlib.import_module(f"{__name__}.{module}"), name)(os.fspath(source), options)

@@ -142,10 +142,7 @@ def part_of(cells: Mapping[str, Any], at: str, folder: str, options) -> Part | S
   if isinstance(media, Skip):
     return media
   inline = any(file.startswith("data:") for file in media.values())
-  media = {
-    modality: file if file.startswith("data:") else os.path.join(folder, file)
-    for modality, file in media.items()
-  }
+  media = {modality: _below(options.root, folder, file) for modality, file in media.items()}
   about_medium = text_of(cells.get("image_id")) or cells.get(
     "conversation"
   )  # then the id is that of the caption, question or talk
@@ -158,6 +155,15 @@ def part_of(cells: Mapping[str, Any], at: str, folder: str, options) -> Part | S
     return said
   key = (name, *sorted((modality, os.path.normpath(file)) for modality, file in media.items()))
   return Part(at, name or next(iter(media.values())), key, media, said)
+
+
+def _below(root: str, folder: str, file: str) -> str:
+  """A file of `folder` by its path below the root, in its shortest form where a root is named."""
+  if file.startswith("data:"):
+    return file
+  if root and os.path.isabs(file):
+    return os.path.relpath(file, root)
+  return os.path.normpath(os.path.join(folder, file)) if root else os.path.join(folder, file)
 
 
 def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:

@@ -40,7 +40,9 @@ class ParquetReader:
     self.paths = [os.path.abspath(path) for path in find_files(source, (".parquet",))]
     self.options = options
     self.notes: list[str] = []
-    self.root = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
+    beside = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
+    self.root = os.path.abspath(options.root) if options.root else beside
+    self.folder = os.path.relpath(beside, self.root)
     schema = self._open(0).schema_arrow
     self.chosen = choose_columns(schema.names, options.columns, self.paths[0])
     self.columns = sorted(
@@ -163,7 +165,7 @@ class ParquetReader:
         content = (
           Skip("broken text", bad)
           if (bad := broken_text(content))
-          else read_inside(self.root, content)
+          else read_inside(self.root, os.path.join(self.folder, content))
         )
       elif role == "series" and isinstance(content, (list, np.ndarray)):
         content = series_of(content)

@@ -52,7 +52,8 @@ class Options:
   """`columns`: {role: column}. `language`: of captions that do not say. `media`: the folder of the
   media ("" = where the annotations lie). `encoding`: of texts without a byte order mark ("" =
   UTF-8). `cache`: the folder for indices of tars. `separator`: between several labels in a cell.
-  `classes`: that labels may be, in their order; () = any."""
+  `classes`: that labels may be, in their order; () = any. `root`: the folder below which all files
+  lie that annotations name ("" = `media`, or where the annotations lie)."""
 
   columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
   language: str = "en"
@@ -61,8 +62,10 @@ class Options:
   cache: str | os.PathLike | None = None
   separator: str = ","
   classes: tuple[str, ...] = ()
+  root: str = ""
 
 
+OUTSIDE = "outside the source folder"
 Left = tuple[str, Skip]  # the name of what is left out, and why
 
 
@@ -97,7 +100,7 @@ class ListedReader:
   def __init__(self, source: str, options: Options):
     self.paths, self.options = self.find(source), options
     self.notes: list[str] = []
-    self.root = os.path.abspath(options.media or os.path.dirname(self.paths[0]))
+    self.root = os.path.abspath(options.root or options.media or os.path.dirname(self.paths[0]))
 
   def find(self, source: str) -> list[str]:
     return [os.path.abspath(path) for path in find_files(source, self.endings)]
@@ -108,8 +111,8 @@ class ListedReader:
 
   def folder_of(self, path: str) -> str:
     """Where the media that a file of annotations names lie, below the root."""
-    folder = os.path.relpath(os.path.dirname(path), self.root)
-    return "" if self.options.media or folder == "." else folder
+    folder = os.path.relpath(self.options.media or os.path.dirname(path), self.root)
+    return "" if folder == "." else folder
 
   def rows(self) -> tuple[list[Row], list[Left]]:
     return join(self.parts())
@@ -170,7 +173,7 @@ def read_inside(root: str, path: str) -> bytes | Skip:
   try:
     base, full = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([base, full]) != base:
-      return Skip("outside the source folder", path)
+      return Skip(OUTSIDE, f"{path} is not below {root}; --root names a folder that holds it")
     return read_file(full)
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
     return Skip("missing file", path)
