@@ -67,20 +67,22 @@ def kinds(name: str = "") -> list[Row]:
 
 
 def methods() -> list[Row]:
-  """Rows of method, gives, models: the public methods of the shipped models, which objectives call
-  by name through `forward`. The batch and `train` are left out: `forward` gives them.
+  """Rows of method, gives, needs, models: those of METHODS (models/methods.py), which objectives
+  call by name through `forward`. The batch and `train` are left out: `forward` gives them.
   """
   found: dict[str, Row] = {}
+  needed = load_function("mmjax.models.methods:needed")
   for kind, target in KINDS["model"].items():
     model = typing.get_type_hints(load_function(target))["return"]
     for name, function in inspect.getmembers(model, inspect.isfunction):
-      text = _first_paragraph(getattr(model, name))
-      ours = function.__module__.startswith("mmjax.") and not name.startswith("_")
-      if not ours or name in ("setup", "adopt") or not text:
+      text, needs = _first_paragraph(function), needed(name)
+      if not needs:
         continue
       given = inspect.signature(function).parameters
       call = ", ".join(word for word in given if word not in ("self", "batch", "train"))
-      row = found.setdefault(name, dict(method=f"{name}({call})", gives=text, models=[]))
+      row = found.setdefault(
+        name, dict(method=f"{name}({call})", gives=text, needs=needs, models=[])
+      )
       row["models"].append(kind)
   return list(found.values())
 

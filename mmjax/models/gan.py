@@ -37,6 +37,7 @@ class TextToImageGan(nn.Module):
   dtype: jnp.dtype
 
   shared_methods = ("draw", "score")  # methods that take arrays, not the batch
+  methods = ("condition", "draw", "score", "generate")  # the names of METHODS that it answers
   joint = False  # it gives no embeddings
 
   def setup(self) -> None:

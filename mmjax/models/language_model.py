@@ -65,6 +65,8 @@ class LanguageModel(nn.Module):
 
   shared_methods = ("table",)  # methods whose result does not depend on examples
   joint = False  # there is no shared space
+  # The names of METHODS that it answers.
+  methods = ("table", "next_tokens", "target_scores", "prefill", "decode_step")
 
   def setup(self) -> None:
     for modality, encoder in self.encoders.items():

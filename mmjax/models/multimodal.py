@@ -1,12 +1,13 @@
-"""One model for every objective: encoders, a fusion, a decoder, and the heads that objectives read.
+"""One model for every objective, composed of parts: encoders, a shared space, a fusion, heads and a
+decoder.
 
-It is the dual encoder with more parts, so that `embedding` and `temperature` are the same. Kinds:
-`fusion_encoder` (FLAVA, ALBEF), `captioner` (CoCa) and `multitask`, which has them all.
+Kinds: `fusion_encoder` (FLAVA, ALBEF), `captioner` (CoCa) and `multitask`, which has them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,27 +15,42 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.models import heads, parts
 from mmjax.models.block import KeyValue
 from mmjax.models.decoder import shift_right
-from mmjax.models.dual_encoder import DualEncoder
-from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, with_axes
+from mmjax.models.layers import Encoded
+from mmjax.models.memory import MemoryTokens
+from mmjax.models.methods import lacking
 from mmjax.models.ordinal import OrdinalHead
+from mmjax.models.shared_space import SharedSpace
 from mmjax.models.stack import Memory, Stack
 from mmjax.ranges import Count, Finite, Positive, Width
 
 Array = jax.Array
 Batch = Mapping[str, Any]
+DECODING = (
+  "decode",
+  "decode_with_memory",
+  "memory",
+  "init_memory",
+  "prefill",
+  "decode_step",
+  "detect_language",
+)
 
 
-class Multimodal(DualEncoder):
-  """Encoders, and what a config adds to them; each method reads the parts that it needs.
+class Multimodal(nn.Module):
+  """Encoders, and the parts that a config adds to them; each method reads those that it needs.
 
   Several texts an example (text.tokens [B, K, L]) are B * K rows to every method; the other
-  modalities' rows are repeated K times beside them. `masked_patches`: modalities whose hidden
-  patches are predicted. `shared`:
-  encoders share one transformer (`trunk`) and own only their inputs, norms and poolings.
+  modalities' rows are repeated K times beside them.
+  `space`: its parameters are the model's. `masked_patches`: modalities whose hidden patches are
+  predicted. `shared`: encoders share one transformer (`trunk`) and own only their inputs, norms
+  and poolings.
   """
 
+  encoders: Mapping[str, nn.Module]
+  space: SharedSpace | None = None
   fusion: nn.Module | None = None
   decoder: nn.Module | None = None
   classes: int = 0
@@ -47,74 +63,84 @@ class Multimodal(DualEncoder):
   dtype: jnp.dtype = jnp.float32
 
   @property
+  def joint(self) -> bool:
+    """Whether it has a shared space."""
+    return self.space is not None
+
+  @property
   def shared_methods(self) -> tuple[str, ...]:
     """Methods whose result does not depend on examples."""
-    return ("table", "temperature", "discriminate") if self.joint else ("table",)
+    return ("table", "temperature", "discriminate") if self.space is not None else ("table",)
+
+  @property
+  def methods(self) -> tuple[str, ...]:
+    """The names of METHODS that this model answers."""
+    answers = {
+      ("encode",): True,
+      ("table",): hasattr(self.encoders.get("text"), "table"),
+      self.space.methods if self.space is not None else (): True,
+      ("fuse",): self.fusion is not None,
+      ("classify",): self.classes,
+      ("regress",): self.values,
+      ("match",): self.matches,
+      ("masked_token_head", "predict_masked"): self.masked_text,
+      ("patches", "reconstruct"): self.masked_patches,
+      DECODING: self.decoder is not None,
+    }
+    return tuple(name for names, has in answers.items() if has for name in names)
 
   def setup(self) -> None:
     if self.shared:
       self.trunk = Stack(next(iter(self.encoders.values())).config)
-    super().setup()
-
-    def head(count, name):
-      return Dense(
-        (count,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name=name
-      )
-
+    parts.adopt(self, self.encoders, **({"trunk": self.trunk} if self.shared else {}))
+    if self.space is not None:
+      nn.share_scope(self, self.space)
     owners = [""] if self.fusion is not None else [f"{modality}_" for modality in self.encoders]
-    if self.classes:
+    if self.classes and not getattr(self.fusion, "decides", False):
+      classifier = OrdinalHead if self.ordinal else heads.linear
       names = [f"{owner}classifier" for owner in owners]
-      self.classifiers = {
-        name: OrdinalHead(self.classes, name=name) if self.ordinal else head(self.classes, name)
-        for name in names
-        if not getattr(self.fusion, "decides", False)
-      }
+      self.classifiers = {name: classifier(self.classes, name=name) for name in names}
     if self.values:
       names = [f"{owner}regressor" for owner in owners]
-      self.regressors = {name: head(self.values, name) for name in names}
+      self.regressors = {name: heads.linear(self.values, name) for name in names}
     if self.matches:
-      self.match_head = head(1, "matcher")
+      self.match_head = heads.linear(1, "matcher")
     if self.masked_text:
-      self.token_head = TokenHead(self.dtype, name="masked_text_head")
+      self.token_head = heads.MaskedTokenHead(self.dtype, name="masked_text_head")
     self.patch_heads = {
-      modality: PatchHead(name=f"{modality}_patches") for modality in self.masked_patches
+      modality: heads.PatchHead(name=f"{modality}_patches") for modality in self.masked_patches
     }
     if self.decoder is not None:
-      how = (
-        self.decoder.config.width,
-        self.decoder.project_memory,
-        self.decoder.memory_positions,
-        self.dtype,
-      )
+      d = self.decoder
+      how = d.config.width, d.project_memory, d.memory_positions, self.dtype
       self.memories = {
         modality: MemoryTokens(*how, name=f"{modality}_memory")
         for modality in self.encoders
         if modality != "text"
       }
 
-  def adopt(self, encoder: nn.Module) -> nn.Module:
-    return encoder.clone(parent=None, trunk=self.trunk) if self.shared else super().adopt(encoder)
-
   def __call__(self, batch: Batch, *, train: bool = False) -> dict[str, Array]:
     """{modality: embedding} (nothing without a shared space); uses every part once, so that `init`
     makes all parameters.
     """
     have = tuple(modality for modality in self.encoders if modality in batch)
-    out = (
-      super().__call__(batch, train=train)
-      if self.joint
-      else {m: self.encode(m, batch, train=train).pooled for m in have}
-    )
+    together = [have] if self.fusion is not None else [(modality,) for modality in have]
+    out = {}
+    if self.space is not None:
+      self.space.make()
+      out = {modality: self.embedding(modality, batch, train=train) for modality in have}
+    else:
+      for modality in have:
+        self.encode(modality, batch, train=train)
     if self.masked_text:
       self.masked_token_head("text", batch, train=train)
     for modality in self.masked_patches:
       hidden = jnp.zeros(self.patches(modality, batch)[1].shape, bool)
-      self.reconstruct(
-        modality, {**batch, modality: {**batch[modality], "patch_mask": hidden}}, train=train
-      )
+      view = {**batch, modality: {**batch[modality], "patch_mask": hidden}}
+      self.reconstruct(modality, view, train=train)
     if self.fusion is not None:
       self.fuse(have, batch, train=train)
-    for modalities in [have] if self.fusion is not None else [(modality,) for modality in have]:
+    for modalities in together:
       if self.classes:
         self.classify(modalities, batch, train=train)
       if self.values:
@@ -122,22 +148,43 @@ class Multimodal(DualEncoder):
     if self.matches:
       self.match(have, batch, train=train)
     if self.decoder is not None and "text" in batch:
-      self.decode(tuple(modality for modality in have if modality != "text"), batch, train=train)
-    return out if self.joint else {}
+      self.decode(tuple(m for m in have if m != "text"), batch, train=train)
+    return out
 
   def encode(self, modality: str, batch: Batch, *, train: bool = False) -> Encoded:
+    """tokens [B, L, D], mask [B, L], pooled [B, D] of one modality, in its encoder's width."""
     if modality == "text" and batch["text"]["tokens"].ndim == 3:
       batch = {**batch, "text": one_text_a_row(batch["text"])}
-    return super().encode(modality, batch, train=train)
+    return parts.encode(self, modality, batch, train)
+
+  def embedding(self, modality: str, batch: Batch, *, train: bool = False) -> Array:
+    """float32 [B, width] of length 1; zeros for a row where the modality is missing."""
+    if self.space is None:
+      raise lacking("embedding")
+    return self.space.embed(modality, self.encode(modality, batch, train=train))
+
+  def temperature(self) -> tuple[Array, Array]:
+    """(scale, bias), float32 scalars: logits = scale * cosine + bias. scale = exp(log_scale), at
+    most `scale_max`.
+    """
+    if self.space is None:
+      raise lacking("temperature")
+    return self.space.temperature()
+
+  def discriminate(self, x: Array, modalities: tuple[str, ...]) -> Array:
+    """float32 logits [N, modalities] that an embedding of x [N, width] is of each of these
+    modalities.
+    """
+    if self.space is None:
+      raise lacking("discriminate")
+    return self.space.discriminate(x, modalities)
 
   def fuse(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Encoded:
     """What the fusion makes of these modalities: tokens [B, L, D] of all that it keeps, mask [B,
     L], pooled [B, D].
     """
     if self.fusion is None:
-      raise UserError(
-        "the model has no fusion: give config.model.fusion, such as dict(kind='merged_attention')"
-      )
+      raise lacking("fuse")
     return self.fusion(self._encoded(modalities, batch, train), train=train)
 
   def classify(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
@@ -148,7 +195,7 @@ class Multimodal(DualEncoder):
     log-probabilities.
     """
     if not self.classes:
-      raise UserError("the model has no classifier: set data.classes to the number of classes")
+      raise lacking("classify")
     owner, pooled = self._pooled(modalities, batch, train)
     if getattr(self.fusion, "decides", False):
       return pooled.astype(jnp.float32)
@@ -159,7 +206,7 @@ class Multimodal(DualEncoder):
     the fused modalities, or from one alone in a model without a fusion.
     """
     if not self.values:
-      raise UserError("the model predicts no values: set data.values to how many a record has")
+      raise lacking("regress")
     owner, pooled = self._pooled(modalities, batch, train)
     return self.regressors[f"{owner}regressor"](pooled)
 
@@ -177,7 +224,7 @@ class Multimodal(DualEncoder):
   def match(self, modalities: tuple[str, ...], batch: Batch, *, train: bool = False) -> Array:
     """float32 logits [B] that the modalities of a row belong together."""
     if not self.matches:
-      raise UserError("the model has no matching head: set model.match to True")
+      raise lacking("match")
     return self.match_head(self.fuse(modalities, batch, train=train).pooled)[:, 0]
 
   def masked_token_head(
@@ -186,10 +233,7 @@ class Multimodal(DualEncoder):
     """(hidden [B, L, D], table [V, D], bias [V]): logits of a text's tokens are hidden table^T +
     bias. `context`: modalities that its tokens see through the fusion."""
     if not self.masked_text or modality != "text":
-      raise UserError(
-        f"the model has no output table for masked {modality}: set model.masked_text to True and "
-        "mask the text"
-      )
+      raise lacking("masked_token_head")
     return self.token_head(self._in_context(modality, batch, context, train).tokens, self.table())
 
   def reconstruct(
@@ -199,13 +243,10 @@ class Multimodal(DualEncoder):
     hides some.
     """
     if modality not in self.masked_patches:
-      raise UserError(
-        f"the model has no head for masked patches of {modality}: name it in model.masked_patches"
-      )
+      raise lacking("reconstruct")
     values, _ = self.patches(modality, batch)
-    tokens = self._in_context(modality, batch, context, train).tokens[
-      :, -values.shape[1] :
-    ]  # without a class token before them
+    tokens = self._in_context(modality, batch, context, train).tokens
+    tokens = tokens[:, -values.shape[1] :]  # without a class token before them
     return self.patch_heads[modality](tokens, values.shape[-1])
 
   def patches(self, modality: str, batch: Batch, *, train: bool = False) -> tuple[Array, Array]:
@@ -234,7 +275,7 @@ class Multimodal(DualEncoder):
     [B, S].
     """
     if self.decoder is None:
-      raise UserError("the model has no decoder: give config.model.decoder, such as dict(depth=4)")
+      raise lacking("decode")
     text = one_text_a_row(batch["text"])
     memory, memory_mask = self.memory(source, batch, train=train) if source else (None, None)
     if memory is not None:
@@ -290,12 +331,8 @@ class Multimodal(DualEncoder):
     """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be
     guessed.
     """
-    hidden, table, bias = self.masked_token_head(modality, batch, context=context, train=train)
-
-    def guess(row):
-      return jnp.argmax(row.astype(jnp.float32) @ table.T + bias, axis=-1).astype(jnp.int32)
-
-    return jax.lax.map(guess, hidden)
+    head = self.masked_token_head(modality, batch, context=context, train=train)
+    return heads.likeliest_tokens(*head)
 
   def table(self) -> Array:
     """float32 [V, D]: the text encoder's token embeddings."""
@@ -331,68 +368,6 @@ class Multimodal(DualEncoder):
     return Encoded(fused.tokens[:, cut], fused.mask[:, cut], fused.pooled)
 
 
-class MemoryTokens(nn.Module):
-  """Tokens of a source as the decoder sees them: a linear layer unless not `project`, and learned
-  positions where `positions`: places are easily lost in an encoder that was trained to tell what is
-  there. Call: x [B, S, *] -> [B, S, D]."""
-
-  width: int
-  project: bool
-  positions: bool
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    y = x
-    if self.project:
-      # The kernel stands beside the positions: its name is image_memory/kernel with them or
-      # without.
-      dense = Dense((self.width,), ("joint", "embed"), self.dtype)
-      nn.share_scope(self, dense)
-      y = dense(x)
-    elif x.shape[-1] != self.width:
-      raise UserError(
-        f"model.decoder.project_memory is False, but {self.name} gets {x.shape[-1]} channels and "
-        f"the decoder has {self.width}"
-      )
-    if self.positions:
-      y = y + self.param(
-        "position",
-        with_axes(nn.initializers.normal(0.02), ("position", "embed")),
-        (x.shape[1], self.width),
-        jnp.float32,
-      ).astype(self.dtype)
-    return y
-
-
-class TokenHead(nn.Module):
-  """The transform of BERT before its tied output table (Devlin et al. 2019, arXiv:1810.04805):
-  dense, gelu, layer norm, bias.
-
-  Call: x [B, L, *], table [V, D] -> (hidden [B, L, D], table, bias [V]).
-  """
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: Array, table: Array) -> tuple[Array, Array, Array]:
-    x = activate("gelu", Dense((table.shape[1],), ("joint", "embed"), self.dtype, name="dense")(x))
-    bias = self.param(
-      "bias", with_axes(nn.initializers.zeros, ("vocab",)), (table.shape[0],), jnp.float32
-    )
-    return LayerNorm(1e-12, self.dtype, name="norm")(x), table, bias
-
-
-class PatchHead(nn.Module):
-  """A linear layer to the values of a patch (SimMIM, Xie et al. 2022, arXiv:2111.09886). Call: x
-  [B, L, D], values -> [B, L, values].
-  """
-
-  @nn.compact
-  def __call__(self, x: Array, values: int) -> Array:
-    return Dense((values,), ("embed", "patch"), jnp.float32, name="out")(x)
-
-
 def one_text_a_row(text: Mapping[str, Array]) -> dict[str, Array]:
   """tokens, mask, words [B, K, L] (and present [B] or [B, K]) as B * K rows; a batch of one text a
   row stays as it is.
@@ -414,100 +389,6 @@ def repeat_rows(x: Array, times: int) -> Array:
 
 
 # -- Kinds: (encoders, data, precision, *, settings) -> module -------------------------------------
-
-
-def fusion_encoder(
-  encoders: Mapping[str, nn.Module],
-  data: Mapping[str, Any],
-  precision: Mapping[str, Any],
-  *,
-  width: Width = 512,
-  fusion: nn.Module | None = None,
-  match: bool = False,
-  masked_text: bool = False,
-  masked_patches: tuple = (),
-  shared: bool = False,
-  joint: bool = True,
-  ordinal: bool = False,
-  unprojected: tuple = (),
-  projection_bias: bool = False,
-  scale_init: Positive = 1 / 0.07,
-  scale_max: Positive = 100.0,
-  bias: bool = False,
-  bias_init: Finite = -10.0,
-  discriminator: Count = 0,
-) -> Multimodal:
-  """Encoders and a fusion of their outputs (FLAVA, Singh et al. 2022, arXiv:2112.04482; ALBEF).
-  Settings: see `multitask`.
-  """
-  if fusion is None:
-    raise UserError(
-      "model.fusion is missing: name one, such as dict(kind='merged_attention'), or use another "
-      "model"
-    )
-  return multitask(
-    encoders,
-    data,
-    precision,
-    width=width,
-    fusion=fusion,
-    match=match,
-    masked_text=masked_text,
-    masked_patches=masked_patches,
-    shared=shared,
-    joint=joint,
-    ordinal=ordinal,
-    unprojected=unprojected,
-    projection_bias=projection_bias,
-    scale_init=scale_init,
-    scale_max=scale_max,
-    bias=bias,
-    bias_init=bias_init,
-    discriminator=discriminator,
-  )
-
-
-def captioner(
-  encoders: Mapping[str, nn.Module],
-  data: Mapping[str, Any],
-  precision: Mapping[str, Any],
-  *,
-  width: Width = 512,
-  decoder: nn.Module | None = None,
-  shared: bool = False,
-  joint: bool = False,
-  ordinal: bool = False,
-  unprojected: tuple = (),
-  projection_bias: bool = False,
-  scale_init: Positive = 1 / 0.07,
-  scale_max: Positive = 100.0,
-  bias: bool = False,
-  bias_init: Finite = -10.0,
-  discriminator: Count = 0,
-) -> Multimodal:
-  """Encoders and a text decoder that attends to them; with `joint` and a text encoder also
-  embeddings (CoCa, Yu et al. 2022, arXiv:2205.01917). Settings: see `multitask`."""
-  if decoder is None:
-    raise UserError(
-      "model.decoder is missing: give its settings, such as dict(depth=4), or use another model"
-    )
-  return multitask(
-    encoders,
-    data,
-    precision,
-    width=width,
-    decoder=decoder,
-    shared=shared,
-    joint=joint,
-    ordinal=ordinal,
-    unprojected=unprojected,
-    projection_bias=projection_bias,
-    scale_init=scale_init,
-    scale_max=scale_max,
-    bias=bias,
-    bias_init=bias_init,
-    discriminator=discriminator,
-  )
 
 
 def multitask(
@@ -550,10 +431,8 @@ def multitask(
   space; see `dual_encoder`.
   """
   have = ", ".join(sorted(encoders))
-  for key, modalities in dict(unprojected=unprojected, masked_patches=masked_patches).items():
-    for modality in modalities:
-      if modality not in encoders:
-        raise UserError(f"model.{key} names {modality!r}, but model.encoders has {have}")
+  parts.check_encoders("unprojected", unprojected, encoders)
+  parts.check_encoders("masked_patches", masked_patches, encoders)
   if masked_text and not hasattr(encoders.get("text"), "table"):
     raise UserError(
       "model.masked_text needs a text encoder with a table of tokens, but model.encoders has "
@@ -571,16 +450,20 @@ def multitask(
     raise UserError("model.match needs a fusion of features, not 'decision'")
   if shared:
     _check_shared(encoders)
-  return Multimodal(
-    dict(encoders),
-    width=width,
-    unprojected=tuple(unprojected),
-    projection_bias=projection_bias,
+  space = SharedSpace(
+    tuple(encoders),
+    width,
+    tuple(unprojected),
+    projection_bias,
     scale_init=scale_init,
     scale_max=scale_max,
     use_bias=bias,
     bias_init=bias_init,
-    joint=joint,
+    discriminator_hidden=discriminator,
+  )
+  return Multimodal(
+    dict(encoders),
+    space=space if joint else None,
     fusion=fusion,
     decoder=decoder,
     classes=data.get("classes", 0),
@@ -590,9 +473,69 @@ def multitask(
     masked_text=masked_text,
     masked_patches=tuple(masked_patches),
     shared=shared,
-    discriminator_hidden=discriminator,
     dtype=jnp.dtype(precision["compute"]),
   )
+
+
+def narrows(
+  kind: Callable[..., nn.Module], without: tuple[str, ...]
+) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+  """Gives a function (..., **settings) the settings of a kind, but for those of `without`;
+  those that it names itself have its own defaults.
+  """
+  signature = inspect.signature(kind, eval_str=True)
+
+  def mark(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    own = inspect.signature(function, eval_str=True).parameters
+    parameters = [
+      own.get(name, parameter)
+      for name, parameter in signature.parameters.items()
+      if name not in without
+    ]
+    marked: Any = function
+    marked.__signature__ = signature.replace(parameters=parameters)
+    return function
+
+  return mark
+
+
+@narrows(multitask, without=("decoder",))
+def fusion_encoder(
+  encoders: Mapping[str, nn.Module],
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  fusion: nn.Module | None = None,
+  **settings: Any,
+) -> Multimodal:
+  """Encoders and a fusion of their outputs (FLAVA, Singh et al. 2022, arXiv:2112.04482; ALBEF).
+  Settings: see `multitask`.
+  """
+  if fusion is None:
+    raise UserError(
+      "model.fusion is missing: name one, such as dict(kind='merged_attention'), or use another "
+      "model"
+    )
+  return multitask(encoders, data, precision, fusion=fusion, **settings)
+
+
+@narrows(multitask, without=("fusion", "match", "masked_text", "masked_patches"))
+def captioner(
+  encoders: Mapping[str, nn.Module],
+  data: Mapping[str, Any],
+  precision: Mapping[str, Any],
+  *,
+  decoder: nn.Module | None = None,
+  joint: bool = False,
+  **settings: Any,
+) -> Multimodal:
+  """Encoders and a text decoder that attends to them; with `joint` and a text encoder also
+  embeddings (CoCa, Yu et al. 2022, arXiv:2205.01917). Settings: see `multitask`."""
+  if decoder is None:
+    raise UserError(
+      "model.decoder is missing: give its settings, such as dict(depth=4), or use another model"
+    )
+  return multitask(encoders, data, precision, decoder=decoder, joint=joint, **settings)
 
 
 def _check_shared(encoders: Mapping[str, nn.Module]) -> None:

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.models.layers import Dense, Encoded, LayerNorm, activate, normal, with_axes
+from mmjax.models import heads, parts
+from mmjax.models.layers import Dense, Encoded, normal
+from mmjax.models.methods import lacking
 from mmjax.models.ordinal import OrdinalHead
 from mmjax.models.pooling import SentencePooling, keep_rows, sentence
 from mmjax.models.projection import Between, projection
+from mmjax.models.shared_space import unit_length
 from mmjax.ranges import Count, Sizes, Width
 
 Array = jax.Array
@@ -71,19 +74,31 @@ class SingleEncoder(nn.Module):
   blank: int = 0
   ordinal: bool = False
   values: int = 0
+  dtype: jnp.dtype = jnp.float32
 
-  shared_methods = ("temperature",)  # methods whose result does not depend on examples
+  shared_methods = ("table", "temperature")  # methods whose result does not depend on examples
+
+  @property
+  def methods(self) -> tuple[str, ...]:
+    """The names of METHODS that this model answers."""
+    (encoder,) = self.encoders.values()
+    answers = {
+      ("encode", "embedding", "temperature"): True,
+      ("table",): hasattr(encoder, "table"),
+      ("classify",): self.classes,
+      ("regress",): self.values,
+      ("spell",): self.spelling,
+      ("masked_token_head", "predict_masked"): self.masked_tokens,
+    }
+    return tuple(name for names, has in answers.items() if has for name in names)
 
   def setup(self) -> None:
-    for modality, encoder in self.encoders.items():
-      setattr(
-        self, modality, encoder.clone(parent=None)
-      )  # the parameters of "image" are image/..., not encoders_image/...
+    parts.adopt(self, self.encoders)
     if self.classes and self.ordinal:
       self.classifier = OrdinalHead(self.classes)
     elif self.classes:
       self.classifier = (
-        NormedClassifier(self.classes, self.eps)
+        heads.NormedClassifier(self.classes, self.eps)
         if self.classifier_norm
         else Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02))
       )
@@ -98,7 +113,7 @@ class SingleEncoder(nn.Module):
     if self.spelling:
       self.speller = Dense((self.spelling,), ("embed", "vocab"), jnp.float32, normal(0.02))
     if self.masked_tokens:
-      self.masked_head = MaskedTokenHead(self.activation, self.eps)
+      self.masked_head = heads.MaskedTokenHead(self.dtype, self.activation, self.eps)
 
   def __call__(self, batch: Mapping[str, Any], *, train: bool = False) -> dict[str, Array]:
     """{modality: embedding}; reads every parameter, so that `init` makes them all."""
@@ -117,11 +132,7 @@ class SingleEncoder(nn.Module):
 
   def encode(self, modality: str, batch: Mapping[str, Any], *, train: bool = False) -> Encoded:
     """tokens [B, L, D], mask [B, L], pooled [B, D]."""
-    if modality not in self.encoders:
-      raise UserError(
-        f"the model has no encoder for {modality!r}; it has {', '.join(self.encoders)}"
-      )
-    encoded = getattr(self, modality)(batch[modality], train=train)
+    encoded = parts.encode(self, modality, batch, train)
     if not self.sentence_pooling:
       return encoded
     pooled = sentence(encoded.tokens, encoded.mask, self.sentence_pooling)
@@ -137,7 +148,7 @@ class SingleEncoder(nn.Module):
         f"model.width is {self.width}, but the encoder of {modality} gives {x.shape[-1]} "
         "channels. Set it to that"
       )
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+    return unit_length(x)
 
   def _pooled(self, modality: str, batch: Mapping[str, Any], train: bool) -> Array:
     """[B, width]: the pooled output, projected if the model does so."""
@@ -155,7 +166,7 @@ class SingleEncoder(nn.Module):
   ) -> Array:
     """float32 logits [B, classes] from the pooled output."""
     if not self.classes:
-      raise UserError("this model has no classifier: set model.classes")
+      raise lacking("classify")
     (modality,) = modalities
     return self.classifier(self._pooled(modality, batch, train))
 
@@ -164,7 +175,7 @@ class SingleEncoder(nn.Module):
   ) -> Array:
     """float32 [B, K]: the values of a row, standardised as the objective "regression" says."""
     if not self.values:
-      raise UserError("this model predicts no values: set data.values to how many a record has")
+      raise lacking("regress")
     (modality,) = modalities
     return self.regressor(self._pooled(modality, batch, train))
 
@@ -189,47 +200,25 @@ class SingleEncoder(nn.Module):
     """(hidden [B, L, D], table float32 [V, D], bias float32 [V]): logits over the vocabulary =
     hidden table^T + bias.
     """
-    if not self.masked_tokens or context:
-      raise UserError(
-        "this model predicts no masked tokens"
-        + (f" from {', '.join(context)}" if context else ": set model.masked_tokens")
-      )
-    table = getattr(self, modality).table()
-    hidden, bias = self.masked_head(
-      self.encode(modality, batch, train=train).tokens, table.shape[0]
-    )
-    return hidden, table, bias
+    if not self.masked_tokens:
+      raise lacking("masked_token_head")
+    if context:
+      raise UserError(f"a model of one encoder predicts no masked tokens from {', '.join(context)}")
+    return self.masked_head(self.encode(modality, batch, train=train).tokens, self.table())
 
+  def predict_masked(
+    self, modality: str, context: tuple[str, ...], batch: Mapping[str, Any], *, train: bool = False
+  ) -> Array:
+    """int32 [B, L]: the likeliest token at each position of a text whose masked tokens are to be
+    guessed.
+    """
+    head = self.masked_token_head(modality, batch, context=context, train=train)
+    return heads.likeliest_tokens(*head)
 
-class NormedClassifier(nn.Module):
-  """A layer norm and a linear layer, as AST has. Call: pooled [B, D] -> float32 [B, classes]."""
-
-  classes: int
-  eps: float
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    x = LayerNorm(self.eps, jnp.float32, name="norm")(x)
-    return Dense((self.classes,), ("embed", "classes"), jnp.float32, normal(0.02), name="out")(x)
-
-
-class MaskedTokenHead(nn.Module):
-  """Dense layer, activation, norm, and a bias for each token (Devlin et al. 2019,
-  arXiv:1810.04805).
-
-  Call: tokens [B, L, D], vocabulary size V -> (hidden [B, L, D], bias float32 [V]).
-  """
-
-  activation: str
-  eps: float
-
-  @nn.compact
-  def __call__(self, tokens: Array, vocab_size: int) -> tuple[Array, Array]:
-    x = Dense((tokens.shape[-1],), ("embed", "mlp"), tokens.dtype, name="dense")(tokens)
-    x = LayerNorm(self.eps, tokens.dtype, name="norm")(activate(self.activation, x))
-    return x, self.param(
-      "bias", with_axes(nn.initializers.zeros, ("vocab",)), (vocab_size,), jnp.float32
-    )
+  def table(self) -> Array:
+    """float32 [V, D]: the text encoder's token embeddings."""
+    (modality,) = self.encoders
+    return getattr(self, modality).table()
 
 
 def encoder(
@@ -316,6 +305,7 @@ def encoder(
     blank=blank,
     ordinal=ordinal,
     values=data.get("values", 0),
+    dtype=jnp.dtype(precision["compute"]),
     **settings,
   )
 

@@ -47,15 +47,22 @@ Fit = Callable[[Mapping[str, Any], Any, Mapping[str, Any]], dict[str, Any]]
 
 
 def objective(
-  *, couples_examples: bool, mixup: Mixup = "never", fit: Fit | None = None
+  *,
+  couples_examples: bool,
+  mixup: Mixup = "never",
+  fit: Fit | None = None,
+  methods: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Losses]], Callable[..., Losses]]:
   """Marks a function as an objective. mixup: it is sound on blended pictures always, where it reads
-  nothing beside them, or never. fit: gives settings that the start of a run fills in.
+  nothing beside them, or never. fit: gives settings that the start of a run fills in. methods: what
+  it asks of every model (models/methods.py); a config whose model lacks one is refused before
+  anything runs.
   """
 
   def mark(function: Callable[..., Losses]) -> Callable[..., Losses]:
     marked: Any = function
-    marked.couples_examples, marked.mixup, marked.fit = couples_examples, mixup, fit
+    marked.couples_examples, marked.mixup = couples_examples, mixup
+    marked.fit, marked.methods = fit, methods
     return function
 
   return mark

@@ -10,7 +10,7 @@ from mmjax.objectives import Forward, Losses, example_mask, is_highest, objectiv
 Array = jax.Array
 
 
-@objective(couples_examples=False, mixup="always")
+@objective(couples_examples=False, mixup="always", methods=("embedding", "discriminate"))
 def modality_adversary(
   forward: Forward,
   batch: dict,

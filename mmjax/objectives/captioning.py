@@ -19,7 +19,7 @@ from mmjax.ranges import Dropout, NonNegative, TokenId
 Array = jax.Array
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, methods=("decode",))
 def captioning(
   forward: Forward,
   batch: dict,
@@ -93,7 +93,7 @@ def captioning(
   }
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, methods=("decode",))
 def autoregressive(
   forward: Forward, batch: dict, rng: Array, *, source: tuple = (), label_smoothing: Dropout = 0.0
 ) -> Losses:

@@ -28,13 +28,13 @@ def balance(settings: Mapping[str, Any], statistics: Any, data: Mapping[str, Any
   if statistics is None:
     return dict(class_weights=(1.0,) * data["classes"])
   rows, counts = statistics.class_counts()
-  several, there = data["label"] == "labels", sum(count > 0 for count in counts)
-  weights = [(rows - n) / n if several else rows / (there * n) for n in counts if n] or [1.0]
+  several, present = data["label"] == "labels", sum(count > 0 for count in counts)
+  weights = [(rows - n) / n if several else rows / (present * n) for n in counts if n] or [1.0]
   weights_of_all = iter(weights)
   return dict(class_weights=tuple(next(weights_of_all) if n else 1.0 for n in counts))
 
 
-@objective(couples_examples=False, mixup="alone", fit=balance)
+@objective(couples_examples=False, mixup="alone", fit=balance, methods=("classify",))
 def classification(
   forward: Forward,
   batch: dict,

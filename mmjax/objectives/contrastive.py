@@ -22,7 +22,7 @@ from mmjax.ranges import Size
 _LOW = -1e30  # logit of a pair that does not count; finite, so that differences of two stay finite
 
 
-@objective(couples_examples=True, mixup="always")
+@objective(couples_examples=True, mixup="always", methods=("embedding", "temperature"))
 def contrastive(
   forward: Forward,
   batch: dict,

@@ -14,7 +14,7 @@ from mmjax.ranges import Positive
 Array = jax.Array
 
 
-@objective(couples_examples=False, mixup="always")
+@objective(couples_examples=False, mixup="always", methods=("embedding",))
 def embedding_distillation(
   forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",)
 ) -> Losses:
@@ -41,7 +41,7 @@ def embedding_distillation(
   return {"loss": (weight - total, weight), "cosine": (total, weight)}
 
 
-@objective(couples_examples=True, mixup="always")
+@objective(couples_examples=True, mixup="always", methods=("embedding",))
 def similarity_distillation(
   forward: Forward, batch: dict, rng: Array, *, teacher: str, between: tuple = ("image", "text")
 ) -> Losses:
@@ -69,7 +69,7 @@ def similarity_distillation(
   return {"loss": (total, weight), "agreement": (correct, weight)}
 
 
-@objective(couples_examples=False, mixup="always")
+@objective(couples_examples=False, mixup="always", methods=("classify",))
 def logit_distillation(
   forward: Forward,
   batch: dict,

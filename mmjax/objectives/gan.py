@@ -11,7 +11,7 @@ from mmjax.ranges import NonNegative, Share, Size
 Array = jax.Array
 
 
-@objective(couples_examples=True)
+@objective(couples_examples=True, methods=("condition", "draw", "score"))
 def gan(
   forward: Forward,
   batch: dict,

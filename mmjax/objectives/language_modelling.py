@@ -12,7 +12,7 @@ from mmjax.ranges import Dropout
 Array = jax.Array
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, methods=("next_tokens",))
 def language_modelling(
   forward: Forward, batch: dict, rng: Array, *, label_smoothing: Dropout = 0.0
 ) -> Losses:

@@ -18,7 +18,7 @@ from mmjax.ranges import INT32, Dropout, Part, Portion, Range
 Array = jax.Array
 
 
-@objective(couples_examples=False)
+@objective(couples_examples=False, methods=("table", "masked_token_head"))
 def masked_tokens(
   forward: Forward,
   batch: dict,
@@ -105,7 +105,7 @@ def hide_tokens(
   return jnp.where(chosen, hidden, tokens), jnp.where(chosen, tokens, -1)
 
 
-@objective(couples_examples=False, mixup="alone")
+@objective(couples_examples=False, mixup="alone", methods=("patches", "reconstruct"))
 def masked_patches(
   forward: Forward,
   batch: dict,

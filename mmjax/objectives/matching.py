@@ -18,7 +18,7 @@ from mmjax.parallel.rules import constrain_batch
 Array = jax.Array
 
 
-@objective(couples_examples=True)
+@objective(couples_examples=True, methods=("embedding", "temperature", "match"))
 def matching(
   forward: Forward,
   batch: dict,

@@ -13,7 +13,7 @@ from mmjax.objectives.classification import ClassWeights, balance, rows_of, weig
 Array = jax.Array
 
 
-@objective(couples_examples=False, fit=balance)
+@objective(couples_examples=False, fit=balance, methods=("classify",))
 def ordinal(
   forward: Forward,
   batch: dict,

@@ -29,7 +29,7 @@ def standardise(settings: Mapping[str, Any], statistics: Any, data: Mapping[str,
   return dict(mean=settings["mean"] or mean, std=settings["std"] or std)
 
 
-@objective(couples_examples=False, fit=standardise)
+@objective(couples_examples=False, fit=standardise, methods=("regress",))
 def regression(
   forward: Forward,
   batch: dict,

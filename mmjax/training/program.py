@@ -52,7 +52,7 @@ class Program:
   ):
     self.config, self.mesh, self.rules = config, mesh, rules.logical_rules(config)
     self.model = make_model(config)
-    self.objectives = make_objectives(config)
+    self.objectives = make_objectives(config, self.model)
     self._steps, self._examples = steps, examples
 
     # Shapes first, then logical axes, then shardings.

@@ -20,6 +20,7 @@ import optax
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import kind_function, settings
+from mmjax.models import methods
 from mmjax.objectives import MINIMISED, Losses
 from mmjax.parallel import rules
 from mmjax.state.optimizer import Optimizers, keep_unused
@@ -234,8 +235,11 @@ class TrainStep:
     return encoders_with_batch_statistics(self.config, self.model_state_spec, self.frozen)
 
 
-def make_objectives(config: FrozenConfigDict) -> tuple[Objective, ...]:
-  """The entries of config.objectives."""
+def make_objectives(config: FrozenConfigDict, model: nn.Module) -> tuple[Objective, ...]:
+  """The entries of config.objectives. Raises UserError: `model` lacks a method of one."""
+  for name, entry in config.objectives.items():
+    asked = getattr(kind_function(entry, "objective"), "methods", ())
+    methods.check(model, config.model.name, asked, f"objectives.{name} ({entry.kind})")
   return tuple(make_objective(name, entry) for name, entry in config.objectives.items())
 
 

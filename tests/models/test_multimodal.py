@@ -290,12 +290,13 @@ def test_methods_that_a_model_lacks_say_what_to_set():
   for method, args, message in (
     ("classify", (("image",),), "set data.classes"),
     ("match", (("image", "text"),), "model.match"),
-    ("fuse", (("image",),), "config.model.fusion"),
+    ("fuse", (("image",),), "give model.fusion"),
     ("masked_token_head", ("text",), "model.masked_text"),
     ("reconstruct", ("image",), "model.masked_patches"),
-    ("decode", (("image",),), "config.model.decoder"),
+    ("decode", (("image",),), "give model.decoder"),
     ("embedding", ("image",), "model.joint"),
   ):
+    assert method not in built[0].methods
     with pytest.raises(UserError, match=message):
       jax.eval_shape(lambda p, m=method, a=args: built[0].apply(p, *a, BATCH, method=m), built[1])
   crossing = build(

@@ -1,8 +1,9 @@
-"""CTC against PyTorch's, value and gradients; and what it may not depend on."""
+"""CTC against PyTorch's and optax's, value and gradients; and what it may not depend on."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +70,26 @@ def test_value_and_gradients_equal_pytorch(seed):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, wanted
   )
+
+
+@pytest.mark.parametrize("blank", (0, 8))
+def test_value_and_gradients_equal_optax(blank):
+  frames, real, table, labels, spoken = arguments(16, 12, 5, 3)
+  labels = labels if blank == 0 else labels - 1  # the labels are all but the blank
+
+  def ours(frames, table):
+    return ctc(frames, real, table, labels, spoken, blank=blank)
+
+  counts = ours(frames, table)[1]
+  assert 4 < counts.sum() < 16
+
+  def theirs(frames, table):
+    losses = optax.ctc_loss(frames @ table.T, 1.0 - real, labels, 1.0 - spoken, blank_id=blank)
+    return jnp.where(counts, losses, 0).sum()
+
+  got = jax.value_and_grad(lambda *a: ours(*a)[0], (0, 1))(frames, table)
+  want = jax.value_and_grad(theirs, (0, 1))(frames, table)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
 
 
 def test_what_is_padding_changes_nothing():
