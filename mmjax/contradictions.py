@@ -180,6 +180,11 @@ def _check_classes(where: str, entry: dict, c: dict) -> None:
     raise ConfigError(
       f"{where} needs one label a record, but data.label is {data['label']!r}. Set it to 'label'"
     )
+  if weights == "balanced" and any(source["balance"] for source in data["sources"].values()):
+    raise ConfigError(
+      f"{where}.class_weights 'balanced' and data.sources.*.balance both even out the classes: "
+      "leave one of them out"
+    )
   if weights != "balanced" and weights and len(weights) != data["classes"]:
     raise ConfigError(
       f"{where}.class_weights has {len(weights)} numbers, but data.classes is {data['classes']}. "
@@ -282,6 +287,7 @@ def _check_sources(data: dict) -> None:
       "read"
     )
   for name, entry in sources.items():
+    _check_balance(name, entry, data)
     if not entry["name"]:
       raise ConfigError(
         f"data.sources.{name}.name is empty: name a data set, or 'tars' with a path"
@@ -297,6 +303,21 @@ def _check_sources(data: dict) -> None:
         f"data.sources.{name}.length is {length}, but must be from 2 to data.text.length {most}, "
         "or 0"
       )
+
+
+def _check_balance(name: str, entry: dict, data: dict) -> None:
+  """Records are drawn by one label each, one by one."""
+  if not entry["balance"]:
+    return
+  if data["label"] not in ("none", "label"):
+    raise ConfigError(
+      f"data.sources.{name}.balance needs one label a record, but data.label is {data['label']!r}. "
+      "Use class_weights of the objective instead"
+    )
+  if entry["group"] > 1 or data["sequence"]["length"]:
+    raise ConfigError(
+      f"data.sources.{name}.balance draws records one by one: set group to 1, and no data.sequence"
+    )
 
 
 def mesh_shape(mesh: Mapping, device_count: int | None = None) -> dict[str, int]:

@@ -256,6 +256,12 @@ KEYS = (
     NonNegative,
     "Share of the rows of a batch, relative to the other sources.",
   ),
+  Key(
+    "data.sources.*.balance",
+    False,
+    bool,
+    "Draw the records of every label equally often; those without a label are not drawn.",
+  ),
   Key("data.sources.*.cache", False, bool, "Keep decoded examples in memory (small data sets)."),
   Key("data.image.size", 224, Side, "Height and width in pixels that the model sees."),
   Key(

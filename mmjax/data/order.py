@@ -22,6 +22,39 @@ _PERIOD = 4096  # weights that are no small fractions are rounded to multiples o
 _ROUNDS = 8
 
 
+class Balance:
+  """A source of which every class is drawn equally often, without replacement within a class: a
+  rare class starts anew, in another order, while a common one is still gone through.
+
+  classes: int [N], the class of each record, -1 = none: it is not drawn. `length`: rows of an
+  epoch, as many as records have a class (less a remainder). Raises UserError: no record has one.
+  """
+
+  def __init__(self, classes: np.ndarray):
+    present = np.unique(classes[classes >= 0])
+    if not len(present):
+      raise UserError("data.sources.*.balance: no record of the source has a label")
+    members = [np.flatnonzero(classes == c) for c in present]
+    self._members = np.concatenate(members)
+    self._size = np.array([len(of) for of in members], np.uint64)
+    self._start = np.cumsum(self._size) - self._size
+    self._classes = np.uint64(len(present))
+    self._each = np.uint64(max(1, len(self._members) // len(present)))
+    self.length = int(self._classes * self._each)
+
+  def records(self, place: np.ndarray, epoch: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """uint64 [n] records of the places [n] of shuffled epochs [n]; key: chooses the orders."""
+    nth, number = np.divmod(place, self._classes)
+    cycle, offset = np.divmod(epoch * self._each + nth, self._size[number])
+    order = permute(offset, self._size[number], _mix(cycle ^ _mix(number ^ _mix(key))))
+    return self._members[(self._start[number] + order).astype(np.int64)].astype(np.uint64)
+
+  def fingerprint(self) -> str:
+    digest = hashlib.blake2b(self._members.astype("<i8").tobytes(), digest_size=6)
+    digest.update(self._size.astype("<u8").tobytes())
+    return digest.hexdigest()
+
+
 class Order:
   """Order(lengths, weights, seed, batch_size): `rows(step)`, a shuffle per epoch of every source,
   mixed by weight.
@@ -31,6 +64,7 @@ class Order:
   whole_steps: all rows of a step are of one source, and the weights are shares of the steps.
   groups: of each source, how many neighbouring records stay together, in their order (a remainder
   at the end is left out).
+  balances: of each source a `Balance`, or None; () = none.
   """
 
   def __init__(
@@ -42,7 +76,13 @@ class Order:
     *,
     whole_steps: bool = False,
     groups: Sequence[int] = (),
+    balances: Sequence[Balance | None] = (),
   ):
+    self.balances = tuple(balances) or (None,) * len(lengths)
+    lengths = [
+      balance.length if balance else length
+      for balance, length in zip(self.balances, lengths, strict=True)
+    ]
     if len(lengths) != len(weights) or not lengths:
       raise UserError("data.sources is empty: name at least one data set")
     if min(weights) < 0 or sum(weights) <= 0:
@@ -91,6 +131,10 @@ class Order:
     seed = _mix(np.full((), self.seed % 2**64, np.uint64))
     key = _mix(epoch ^ _mix(source.astype(np.uint64) ^ seed))
     index = group * permute(offset // group, groups, key) + offset % group
+    for number, balance in enumerate(self.balances):
+      if balance and len(own := np.flatnonzero(source == number)):
+        fixed = np.full(len(own), number, np.uint64) ^ seed
+        index[own] = balance.records(index[own], epoch[own], fixed)
     return source, index.astype(np.int64), epoch.astype(np.int64)
 
   def source(self, step: int) -> int:
@@ -100,6 +144,7 @@ class Order:
   def fingerprint(self) -> dict[str, Any]:
     """What decides the order, JSON-able: a resumed run must find the same."""
     table = hashlib.blake2b(self._table.astype("<i8").tobytes(), digest_size=6).hexdigest()
+    marks = [balance.fingerprint() if balance else "" for balance in self.balances]
     return {
       "seed": self.seed,
       "batch_size": self.batch_size,
@@ -107,6 +152,7 @@ class Order:
       "mixture": list(self.counts),
       "table": table,
       **({"whole_steps": True} if self.whole_steps else {}),
+      **({"balances": marks} if any(marks) else {}),
       **({"groups": list(self.groups)} if max(self.groups) > 1 else {}),
     }
 

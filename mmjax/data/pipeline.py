@@ -48,9 +48,9 @@ from mmjax.data.examples import (
   streams,
 )
 from mmjax.data.media import content_key
-from mmjax.data.order import Order
+from mmjax.data.order import Balance, Order
 from mmjax.data.sequences import Piece
-from mmjax.data.sources import Source, open_source
+from mmjax.data.sources import Source, label_numbers, open_source
 from mmjax.data.text import Tokenizer, text_key
 
 
@@ -95,6 +95,7 @@ class Pipeline:
     config,
     rows: Sequence[int] | np.ndarray | None = None,
     tables: list[list[list[Piece]]] | None = None,
+    balances: list[Balance | None] | None = None,
   ):
     self.config = config
     self.rows = None if rows is None else np.asarray(rows, np.int64)
@@ -114,6 +115,11 @@ class Pipeline:
         for source in self.sources
       ]
     self.tables = tables
+    if balances is None:
+      balances = [
+        Balance(label_numbers(source)) if entry.balance else None
+        for source, (_, entry) in zip(self.sources, entries, strict=True)
+      ]
     self.order = Order(
       [len(rows) for rows in tables or self.sources],
       [entry.weight for _, entry in entries],
@@ -121,6 +127,7 @@ class Pipeline:
       config.train.batch_size,
       whole_steps=config.data.mix == "steps",
       groups=[entry.group for _, entry in entries],
+      balances=balances,
     )
 
   @property
@@ -234,10 +241,15 @@ class Pipeline:
     return batch
 
   def __getstate__(self):
-    return {"config": self.config, "rows": self.rows, "tables": self.tables}
+    return {
+      "config": self.config,
+      "rows": self.rows,
+      "tables": self.tables,
+      "balances": self.order.balances,
+    }
 
   def __setstate__(self, state):
-    self.__init__(state["config"], state["rows"], state["tables"])
+    self.__init__(**state)
 
 
 class Caption(NamedTuple):

@@ -82,6 +82,20 @@ def open_source(entry: Mapping[str, Any], config=None) -> Source:
   return source
 
 
+def label_numbers(source: Source) -> np.ndarray:
+  """int32 [N]: of each record the number of its label in order of `source.labels`, -1 = none, or it
+  cannot be read.
+  """
+  numbers = {name: number for number, name in enumerate(source.labels)}
+  out = np.full(len(source), -1, np.int32)
+  for index in range(len(source)):
+    try:
+      out[index] = numbers.get(source[index]["label"], -1)
+    except UserError:
+      continue
+  return out
+
+
 def list_datasets(root: str | os.PathLike) -> list[str]:
   """Names of the finished data sets under `root`, sorted."""
   root = Path(root)

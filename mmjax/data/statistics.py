@@ -81,20 +81,6 @@ class Statistics:
         yield source, rows * weight / sum(weights) / length
 
 
-def label_numbers(source: Source) -> np.ndarray:
-  """int32 [N]: of each record the number of its label in order of `source.labels`, -1 = none, or it
-  cannot be read.
-  """
-  numbers = {name: number for number, name in enumerate(source.labels)}
-  out = np.full(len(source), -1, np.int32)
-  for index in range(len(source)):
-    try:
-      out[index] = numbers.get(source[index]["label"], -1)
-    except UserError:
-      continue
-  return out
-
-
 def _records(source: Source) -> Iterator[dict[str, Any]]:
   for index in range(len(source)):
     try:

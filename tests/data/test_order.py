@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.config import UserError
-from mmjax.data.order import Order, permute, whole_shares
+from mmjax.data.order import Balance, Order, permute, whole_shares
 
 lengths = st.integers(1, 300)
 seeds = st.integers(0, 2**63)
@@ -120,3 +120,28 @@ GOLDEN = {
   "index": [32, 16, 0, 46, 40, 27, 6, 23, 8, 97, 6, 30],
   "epoch": [0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 2, 0],
 }
+
+
+def test_every_class_is_drawn_equally_often():
+  """30 of one class, 8 of another, 3 of a third, 4 of none: in each epoch equally many rows of
+  each, within a class no record again before all were there, and any step by itself.
+  """
+  classes = np.random.default_rng(0).permutation([0] * 30 + [2] * 8 + [5] * 3 + [-1] * 4)
+  order = Order([45], [1], 3, 13, balances=[Balance(classes)])
+  assert order.examples == 39, "41 records with a class, less what three do not divide"
+  steps = list(range(12))
+  batches = {step: order.rows(step) for step in reversed(steps)}
+  index = np.concatenate([batches[step][1] for step in steps])
+  epoch = np.concatenate([batches[step][2] for step in steps])
+  for e in range(4):
+    drawn = classes[index[epoch == e]]
+    assert (np.unique(drawn, return_counts=True)[1] == 13).all() and len(np.unique(drawn)) == 3
+  for c, size in ((0, 30), (2, 8), (5, 3)):
+    own = index[(classes[index] == c) & (epoch < 4)]
+    assert len(own) == 52 and np.bincount(own, minlength=45)[classes == c].min() >= 52 // size
+  runs = [index[epoch == e][classes[index[epoch == e]] == 5] for e in (0, 1)]
+  assert runs[0].tolist() != runs[1].tolist(), "each epoch has an order of its own"
+  plain = Order([45], [1], 3, 13)
+  assert plain.fingerprint() != order.fingerprint()
+  with pytest.raises(UserError, match="no record of the source has a label"):
+    Balance(np.full(4, -1))
