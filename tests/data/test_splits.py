@@ -138,6 +138,26 @@ def test_a_named_split_takes_all_folders_and_says_so(tmp_path):
   assert "put into one split, 'all'; without --split each is one" in " ".join(summary.notes)
 
 
+def test_tables_in_folders_of_splits(tmp_path):
+  root = roots(tmp_path, "train", "test")
+  for split in ("train", "test"):
+    (root / split / "metadata.csv").write_text(f"file_name,label,id\na.png,x,of {split}\n")
+  run(tmp_path, root)
+  assert ids(tmp_path) == ["of train"] and ids(tmp_path, "test") == ["of test"]
+
+
+def test_a_file_beside_the_folders_of_splits_makes_one_split(tmp_path):
+  root = roots(tmp_path, "train", "test", ".")
+  (root / "metadata.csv").write_text("file_name,label\na.png,x\ntrain/a.png,y\ntest/a.png,z\n")
+  summary = run(tmp_path, root)
+  assert summary.examples == 3 and "since a.png lies beside them" in " ".join(summary.notes)
+  (root / "metadata.csv").write_text("file_name,label\ntrain/a.png,y\ntest/a.png,z\n")
+  summary = run(tmp_path, root, name="other")
+  every = (summary, *summary.others)
+  assert [one.examples for one in every] == [1, 1]
+  assert [one.skipped for one in every if one.skipped] == [{"no caption": 1}]
+
+
 @pytest.mark.parametrize("folders", (("train", "plane"), ("cat", "dog"), ("train",)))
 def test_other_folders_are_classes(tmp_path, folders):
   summary = run(tmp_path, roots(tmp_path, *folders))

@@ -206,6 +206,13 @@ def _parts(
   if not folders:
     return {split or "train": (rows, skipped)}
   there = ", ".join(folders)
+  beside = [path for row in rows if _first_folder(path := _path(row)) not in folders]
+  if beside:
+    reader.notes.append(
+      f"the folders {there} are put into one split, {split or 'train'!r}, since {beside[0]} lies "
+      "beside them; move it into one of them to make each a split"
+    )
+    return {split or "train": (rows, skipped)}
   if split:
     reader.notes.append(
       f"the folders {there} are put into one split, {split!r}; without --split each is one"
@@ -218,10 +225,15 @@ def _parts(
   parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in folders.values()}
   first = next(iter(parts))
   for row in rows:
-    parts[folders.get(_first_folder(row.name), first)][0].append(row)
+    parts[folders[_first_folder(_path(row))]][0].append(row)
   for entry in skipped:
     parts[folders.get(_first_folder(entry[0]), first)][1].append(entry)
   return {name: part for name, part in parts.items() if part[0]}
+
+
+def _path(row: Row) -> str:
+  """Of the first file of a row of a folder."""
+  return next(iter(row.where.media.values()))
 
 
 def _first_folder(path: str) -> str:
