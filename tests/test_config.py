@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 from hypothesis import given
@@ -227,3 +228,36 @@ def test_every_argument_of_a_shipped_config_names_a_model(name, arg):
   assert make_model(
     configs.load(str(pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py:{arg}"))
   )
+
+
+def test_a_config_may_import_the_files_beside_it_and_each_folder_has_its_own(tmp_path):
+  for name, steps in (("one", 11), ("two", 22)):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "beside.py").write_text(f"STEPS = {steps}")
+    (folder / "mine.py").write_text(
+      "import mmjax\nimport beside\n\ndef get_config(arg=''):\n"
+      "  c = mmjax.config.base()\n  c.train.steps = beside.STEPS\n"
+      "  c.model.encoders = dict(image=dict(kind='vit'))\n  return c\n"
+    )
+    path, modules = list(sys.path), set(sys.modules)
+    assert configs.load(str(folder / "mine.py")).train.steps == steps
+    assert sys.path == path and "beside" not in set(sys.modules) - modules
+
+
+def test_classes_that_are_missing_are_said_before_any_work():
+  c = configs.base()
+  c.model = dict(name="multitask", encoders=dict(image=dict(kind="vit")))
+  c.objectives.classify = dict(kind="classification")
+  with pytest.raises(
+    configs.ConfigError, match=r"objectives\.classify classifies, but data\.label is 'none'"
+  ):
+    configs.resolve(c)
+  c.data.label = "label"
+  with pytest.raises(configs.ConfigError, match=r"data\.classes is 0.*mmjax init classification"):
+    configs.resolve(c)
+  del c.objectives.classify
+  c.data.label = "none"
+  c.evaluation.evaluators["classes/test"] = dict(kind="classification", source="mine")
+  with pytest.raises(configs.ConfigError, match=r"classes/test classifies, but data\.label"):
+    configs.resolve(c)

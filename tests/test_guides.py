@@ -221,3 +221,16 @@ def test_no_guide_has_places_left_to_fill():
 def test_every_guide_is_in_the_sentence_of_guides():
   shown = {link.partition("#")[0] for link in guides.links(read("README.md", "## Guides"))}
   assert shown == set(GUIDES) - {"README.md"}
+
+
+def test_meanings_say_all_themselves():
+  """No pointer into the source, and every setting is named where its kind explains it."""
+  rows = [
+    (f"{kind['group']} {kind['kind']}.{row['setting']}", row["meaning"])
+    for kind in reference.kinds()
+    for row in kind["settings"]
+  ]
+  rows += [(row["key"], row["meaning"]) for row in reference.keys()]
+  assert [
+    where for where, meaning in rows if re.search(r"\w\.py\b|\bsee `|[A-Z]{4,} in", meaning)
+  ] == []

@@ -47,14 +47,16 @@ class Found(NamedTuple):
   best: float
 
 
-def find_lr(config: FrozenConfigDict, workdir: str | os.PathLike, *, steps: int = STEPS) -> Found:
+def find_lr(config: FrozenConfigDict, workdir: str | os.PathLike, *, steps: int = 0) -> Found:
   """Runs the test, prints its table and a suggestion for optimizer.lr, writes NAMES into `workdir`.
 
-  The first state is that of the run: new, or of init.from. Rates of other optimizers keep their
-  ratio to it. Raises UserError: as `train`, or the loss is never finite.
+  steps: at most; 0 = STEPS. The first state is that of the run: new, or of init.from. Rates of
+  other optimizers keep their ratio to it. Raises UserError: as `train`, or the loss is never
+  finite.
   """
   if not os.fspath(workdir):
     raise UserError("--workdir is empty: name the run folder")
+  steps = steps or STEPS
   multihost.initialize(config, shared=str(workdir))
   with StopSignal() as stop:
     config, mesh, pipeline = multihost.together(functools.partial(open_data, config))

@@ -12,7 +12,9 @@ import pytest
 
 import mmjax
 from mmjax import config as configs
+from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
+from mmjax.data.text import train_tokenizer
 from mmjax.interop.huggingface import import_hf
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.state import checkpoint
@@ -90,3 +92,40 @@ def test_a_fine_tuned_resnet_evaluates_like_its_checkpoint_before_the_first_step
   assert "loaded batch_stats/image/stem_norm/mean" in lines and not any(
     line.startswith("new batch_stats") for line in lines
   )
+
+
+# -- Tokenizers ------------------------------------------------------------------------------------
+
+
+def fine_tuned(checkpoint_folder, tokenizer, **changes):
+  """(config, program) of a run from a checkpoint of tiny.config, with a tokenizer of this path."""
+  c = tiny.config().to_dict()
+  c["init"]["from"] = str(checkpoint_folder)
+  c["data"]["text"]["tokenizer"] = str(tokenizer)
+  config = configs.resolve(c, [f"{key}={value!r}" for key, value in changes.items()])
+  return config, Program(config, single_device_mesh(), steps=1, examples=8)
+
+
+def test_another_tokenizer_under_loaded_embeddings_is_refused_unless_asked_for(tmp_path):
+  saved = tiny.save(tiny.config(), tmp_path)
+  same = fine_tuned(saved, tmp_path / "tiny.model")
+  assert start.new_embeddings(*same) == ()
+  other = train_tokenizer(
+    ["entirely other words", "of another text"] * 30, tmp_path / "b.model", 400
+  )
+  with pytest.raises(UserError, match=r"trained with another one: .*text/embedding.*'new'"):
+    start.new_embeddings(*fine_tuned(saved, other))
+  new = fine_tuned(saved, other, **{"init.tokenizer": "new"})
+  assert start.new_embeddings(*new) == (("text/embedding", None),)
+  lines: list[str] = []
+  state = start.new_state(*new, log=lines.append)
+  assert any(line.startswith("new text/embedding") for line in lines)
+  there = checkpoint.load_params(saved)
+  kernel = ("text", "layers", "mlp", "up", "kernel")
+  here = state.params
+  for key in kernel:
+    here, there = here[key], there[key]
+  np.testing.assert_array_equal(here, there)
+  # a text tower that starts anew may have any tokenizer
+  anew = {"init.map": (("text.*", None), (".*", r"\g<0>"))}
+  assert start.new_embeddings(*fine_tuned(saved, other, **anew)) == ()
