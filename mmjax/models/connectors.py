@@ -115,7 +115,8 @@ def mlp(
 ) -> Projector:
   """Dense layers with an activation between.
 
-  width: channels of the language model; 0 = the model's. layers: how many; 1 = linear. norm: of the
+  width: channels of the language model; 0 = the model's. layers: how many; 1 = linear.
+  activation: between them. bias: they have one. norm: of the
   tokens before them: none, layer or rms. eps: of the norm. fold: side of the squares of tokens that
   become one with all their channels (pixel shuffle). pool: side of the squares whose mean one token
   is. skip: tokens at the start that are left out, such as a class token.
@@ -142,7 +143,8 @@ def resampler(
   """Learned queries that attend to the tokens of a medium.
 
   width: channels of the language model; 0 = the model's. tokens: queries, and so tokens a medium.
-  depth: blocks. heads: 0 = width / 64. mlp: hidden units; 0 = 4 * width.
+  depth: blocks. heads: 0 = width / 64. mlp: hidden units; 0 = 4 * width. activation, eps: of the
+  blocks.
   """
   config = BlockConfig(
     width=width,

@@ -256,16 +256,18 @@ def language_model(
   """A decoder-only language model over text and the media of its encoders (LLaVA, Liu et al. 2023,
   arXiv:2304.08485; Llama's block, Touvron et al. 2023, arXiv:2302.13971, unless told otherwise).
 
-  width, depth, heads (0 = width / 64), mlp (hidden units; 0 = 4 * width): of its blocks.
+  width: channels. depth: blocks. heads: attention heads; 0 = width / 64. mlp: hidden units of a
+  block; 0 = 4 * width.
   connectors: one for each encoder, such as image=dict(kind="mlp").
   positions: rotary, learned (data.sequence.length of them, or max_positions), or none.
+  max_positions: rows of the table of learned positions; 0 = data.sequence.length.
   theta: of rotary positions. norm_kind: RMS or layer norm. activation, bias, eps, dropout: of the
   blocks.
   tied: one table of tokens for input and output. embedding_factor: of the token embeddings.
   logit_cap: logits become cap * tanh(logits / cap); 0 = none.
   eos_id, pad_id: what ends texts, and fills them up; -1 = the tokenizer's.
-  kernel: of attention. remat: what backward passes keep (stack.py REMAT). scan_unroll: blocks a
-  loop trip.
+  kernel: of attention. remat: what is kept for the backward pass, from everything (none) to
+  the inputs of blocks (full); the rest is computed again. scan_unroll: blocks a loop trip.
   """
   config = BlockConfig(
     width=width,
