@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from mmjax.data.image import Unreadable
 
 MAX_STEPS = 100_000_000
 _NPY = b"\x93NUMPY"
-_DELIMITERS = r"[,;\t]| +"
 
 
 class SeriesTransform:
@@ -77,7 +75,7 @@ def read_series(data: bytes) -> np.ndarray:
   """
   if data.startswith(_NPY):
     try:
-      return as_series(np.load(io.BytesIO(data), allow_pickle=False))
+      return as_series(_read_npy(data))
     except (ValueError, EOFError, OSError) as error:
       raise Unreadable(f"not a readable .npy file ({error!s:.100})") from error
   try:
@@ -101,6 +99,19 @@ def read_series(data: bytes) -> np.ndarray:
   return as_series(steps)
 
 
+def _read_npy(data: bytes) -> np.ndarray:
+  """The array of a .npy file that holds as much as its header says. Raises ValueError."""
+  file = io.BytesIO(data)
+  version = np.lib.format.read_magic(file)
+  header = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
+  shape, _, dtype = getattr(np.lib.format, header)(file)
+  if math.prod(shape) * dtype.itemsize > len(data):
+    raise ValueError(f"its header says {shape} of {dtype}, which it is too short for")
+  if dtype.kind not in "biuf":
+    raise ValueError(f"it holds {dtype}, not numbers")
+  return np.load(io.BytesIO(data), allow_pickle=False)
+
+
 def looks_like_series(start: str) -> bool:
   """Whether a text that begins so holds numbers, at most below a line of names."""
   lines = [line for line in start.splitlines() if line.strip()][:3]
@@ -119,7 +130,8 @@ def inline_series(values: Any) -> str:
 
 def _numbers(line: str) -> list[float] | None:
   """The numbers of a line, NaN of a blank cell; None: a cell is no number, or all are blank."""
-  cells = re.split(_DELIMITERS, line.strip(" \r\n"))
+  delimiter = next((one for one in "\t;," if one in line), None)
+  cells = line.strip(" \r\n").split(delimiter)
   try:
     step = [float(cell) if cell.strip() else math.nan for cell in cells]
   except ValueError:

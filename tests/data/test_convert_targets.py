@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from mmjax import cli
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders.convert import convert
+from mmjax.data.image import Unreadable
 from mmjax.data.measure import measure
 from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
 from mmjax.data.series import read_series
@@ -145,10 +147,36 @@ def test_classes_keep_their_order_in_every_split(tmp_path):
     ("1\t2\r\n3\t4", [[1, 2], [3, 4]]),
     ("0.5\n-1e3\n", [[0.5], [-1000]]),
     ("1 2\n3  4\n", [[1, 2], [3, 4]]),
+    ("1, 2\n3, 4\n", [[1, 2], [3, 4]]),
   ),
 )
 def test_a_text_of_numbers_is_a_series(text, expected):
   np.testing.assert_array_equal(read_series(text.encode()), np.array(expected, np.float32))
+
+
+def npy(shape, dtype="<f4"):
+  out = io.BytesIO()
+  header = dict(descr=dtype, fortran_order=False, shape=shape)
+  np.lib.format.write_array_header_1_0(out, header)
+  return out.getvalue() + bytes(64)
+
+
+@pytest.mark.parametrize(
+  "data, what",
+  (
+    (b"1,5;2,5\n1,6;2,6\n", "line 2 holds what is no number"),
+    (b"x,y\n", "zero length"),
+    (b"1,2\n3\n", "line 2 has 1 numbers, but the first 2"),
+    (b"\xff\xfe\x00", "neither a .npy file nor a text"),
+    (npy((1 << 40, 4)), "too short for"),
+    (npy((2, 2), "|O"), "not numbers"),
+    (npy((2, 2))[:30], "not a readable .npy file"),
+    (npy((2, 2, 2)), "not \\[steps, channels\\]"),
+  ),
+)
+def test_what_is_no_series_is_one_clear_line(data, what):
+  with pytest.raises(Unreadable, match=what):
+    read_series(data)
 
 
 def test_series_by_folders_of_classes_beside_other_media_and_in_tables(tmp_path):
