@@ -76,7 +76,10 @@ def init(
     made = begin.adopt(made)
   spoken = _languages(found, made, languages)
   name = tokens.find(found, made, spoken, tokenizer, begin, log) if made.text else None
-  draft = _draft(found, made, parts, machine, begin, name, spoken, hf)
+  draft = Draft()
+  if data_dir:
+    draft.set("data.dir", data_dir)
+  _fill(draft, found, made, parts, machine, begin, name, spoken, hf)
   text = draft.file(_docstring(task, source, out, start, machine))
   with files.disk_errors(out.parent, f"{out} cannot be written"):
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +155,8 @@ def _languages(found: Survey, made: Task, wanted: Sequence[str]) -> tuple[str, .
   return tuple(wanted) or found.languages
 
 
-def _draft(
+def _fill(
+  draft: Draft,
   found: Survey,
   made: Task,
   parts: Mapping[str, Part],
@@ -161,8 +165,8 @@ def _draft(
   tokenizer: tuple[str, Tokenizer] | None,
   languages: tuple[str, ...],
   hf: bool,
-) -> Draft:
-  draft = Draft()
+) -> None:
+  """Writes the settings of the config, in the order in which those of configs/ stand."""
   counted = (
     found.with_tokenizer(tokenizer[1], tokens.lowercase(made, begin)) if tokenizer else found
   )
@@ -194,7 +198,6 @@ def _draft(
     begin.start(draft)
   draft.gap()
   _evaluators(draft, found, made, languages)
-  return draft
 
 
 def _length_of_run(

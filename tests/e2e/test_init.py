@@ -27,15 +27,17 @@ QUICK = [
     "train.steps=50",
     "train.batch_size=32",
     "log.tensorboard=False",
+    "evaluation.every='100%'",
     "model.width=64",
   )
 ]
 
 
 def shape(kind: str, rng: np.random.Generator) -> Image.Image:
-  """A dark shape of any place and size on a light ground."""
+  """A dark shape of any place and size on a light ground, of a hue of its own."""
   image = Image.new("RGB", (40, 32), tuple(rng.integers(190, 256, 3).tolist()))
-  draw, colour = ImageDraw.Draw(image), tuple(rng.integers(0, 120, 3).tolist())
+  shade = rng.integers(0, 90, 3) + 80 * (np.arange(3) == SHAPES.index(kind))
+  draw, colour = ImageDraw.Draw(image), tuple(shade.tolist())
   r = int(rng.integers(7, 12))
   x, y = int(rng.integers(r, 40 - r)), int(rng.integers(r, 32 - r))
   if kind == "circle":

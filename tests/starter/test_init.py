@@ -68,7 +68,7 @@ def init(data, tmp_path, task, *, source="all", machine=CPU, **options):
   """(the text that was written, the resolved config)."""
   out = tmp_path / "mine.py"
   starter.init(task, source, out, data_dir=str(data), machine=machine, **options)
-  return out.read_text(), configs.load(str(out), [f"data.dir={str(data)!r}"])
+  return out.read_text(), configs.load(str(out))
 
 
 CASES = {
@@ -98,7 +98,7 @@ def test_what_is_written_is_short_laid_out_as_usual_and_a_model(case, data, tmp_
   assert function.end_lineno - function.lineno <= (60 if len(config.model.encoders) < 4 else 90)
   ruff = ["ruff", "format", "--check", "--line-length=100", "--config=indent-width=2"]
   assert subprocess.run([*ruff, tmp_path / "mine.py"], capture_output=True).returncode == 0
-  assert param_spec(config)
+  assert param_spec(config) and config.data.dir == str(data)
   splits = {entry.split for entry in config.evaluation.evaluators.values()}
   assert CASES[case]["task"] == "regression" or splits == (
     {"validation", "test"} if config.data.sources.get("all") else {"test"}
