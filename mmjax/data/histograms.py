@@ -90,8 +90,8 @@ def _of_numbers(title: str, numbers: np.ndarray) -> list[Histogram]:
   else:
     step = np.ceil((high - low + 1) / BINS) if whole else (high - low) / BINS
     edges = low + step * np.arange(BINS + 1)
-    places = np.minimum(((real - low) / step).astype(int), BINS - 1)
-    counts = np.bincount(places, minlength=BINS)
+    bins = np.minimum(((real - low) / step).astype(int), BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
     ends = edges[1:] - 1 if whole else edges[1:]
     bars = [
       (f"{_number(a)} to {_number(b)}", int(n))

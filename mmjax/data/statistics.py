@@ -56,10 +56,10 @@ class Statistics:
         if value is None or len(value) != count:
           continue
         value = np.asarray(value, np.float64)
-        there = np.isfinite(value)
-        first = np.where(there, value, 0.0) if first is None else first
-        off = np.where(there, value - first, 0.0)
-        sums += share * np.stack([there, off, off * off])
+        known = np.isfinite(value)
+        first = np.where(known, value, 0.0) if first is None else first
+        off = np.where(known, value - first, 0.0)
+        sums += share * np.stack([known, off, off * off])
     weight = sums[0]
     if first is None or not weight.all():
       raise UserError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -215,6 +216,13 @@ def prepared(caption: str, lowercase: bool, punctuation: bool) -> str:
   if lowercase:
     caption = caption.lower()
   return caption if punctuation else " ".join(caption.translate(_NO_PUNCTUATION).split())
+
+
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], eos_id: int) -> str:
+  """The text of generated ids, up to the decoder's end token, which padding may follow. Ids that no
+  piece has (a model's table may be longer) are left out."""
+  ids = list(itertools.takewhile(lambda token: token != eos_id, np.asarray(tokens).tolist()))
+  return tokenizer.decode([i for i in ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
 
 
 def normalise_caption(caption: str) -> str:

@@ -7,9 +7,9 @@ import collections
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.text import normalise_caption
+from mmjax.data.text import decode, normalise_caption
 from mmjax.evaluation import Context, Result, sample_evenly
-from mmjax.evaluation.captions import decode, inputs_of
+from mmjax.evaluation.captions import inputs_of
 from mmjax.ranges import Count, Few, Finite
 
 

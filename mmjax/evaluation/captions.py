@@ -5,13 +5,11 @@ references.
 from __future__ import annotations
 
 import collections
-import itertools
-from collections.abc import Sequence
 
 import numpy as np
 
 from mmjax.config import UserError, load_function
-from mmjax.data.text import normalise_caption
+from mmjax.data.text import decode, normalise_caption
 from mmjax.evaluation import Context, Result, sample_evenly
 from mmjax.evaluation.metrics import text as metrics
 from mmjax.ranges import Count, Few, Finite, FunctionName
@@ -116,13 +114,6 @@ def captions(
     for i in sample_evenly(len(kept), examples)
   ]
   return Result(result, {"texts": dict(kind="texts", rows=shown), **figures})
-
-
-def decode(tokenizer, tokens: Sequence[int], eos_id: int) -> str:
-  """The text of generated ids, up to the decoder's end token, which padding may follow. Ids that no
-  piece has (a model's table may be longer) are left out."""
-  ids = list(itertools.takewhile(lambda token: token != eos_id, np.asarray(tokens).tolist()))
-  return tokenizer.decode([i for i in ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
 
 
 def _verdict(answer: bool | dict[str, bool]) -> dict[str, bool]:

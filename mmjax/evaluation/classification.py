@@ -133,14 +133,14 @@ def _one(logits: Array, labels: Array, names: list[str]) -> tuple[dict[str, floa
   correct = predicted == labels
   true = np.eye(len(names), dtype=bool)[labels]
   scores = metrics.per_class(np.eye(len(names), dtype=bool)[predicted], true)
-  there = np.flatnonzero(scores.examples)
+  present = np.flatnonzero(scores.examples)
   result = {
     "accuracy": metrics.accuracy(logits, labels),
     "majority": float(scores.examples.max() / len(labels)),
   }
   if len(names) >= 6:
     result["accuracy@5"] = metrics.accuracy(logits, labels, top=5)
-  result["balanced_accuracy"] = float(scores.recall[there].mean())
+  result["balanced_accuracy"] = float(scores.recall[present].mean())
   table = _table(scores, shares, true, names)
   result.update(_means(table))
   result["calibration_error"] = metrics.expected_calibration_error(logits, labels)
@@ -198,13 +198,13 @@ def _several(
     for c in known:
       limits[c] = metrics.best_threshold(held[0][:, c], held[1][:, c])
     at = metrics.per_class(logits >= limits, labels)
-    there = np.flatnonzero(at.examples)
-    result["f1@threshold"] = float(at.f1[there].mean())
+    present = np.flatnonzero(at.examples)
+    result["f1@threshold"] = float(at.f1[present].mean())
     for row, limit in zip(table, limits, strict=True):
       row["threshold"] = float(1 / (1 + np.exp(-limit)))
   result.update(_named(table))
-  right = np.where(shares > 0.5, labels, ~labels)
-  points = metrics.reliability(np.maximum(shares, 1 - shares).reshape(-1), right.reshape(-1))
+  correct = np.where(shares > 0.5, labels, ~labels)
+  points = metrics.reliability(np.maximum(shares, 1 - shares).reshape(-1), correct.reshape(-1))
   return result, {
     "classes": dict(kind="classes", rows=table),
     "reliability": dict(kind="reliability", points=points),
@@ -232,10 +232,10 @@ def _table(scores: metrics.PerClass, shares: Array, true: Array, names: list[str
 
 def _means(table: list[dict]) -> dict[str, float]:
   """Means over the classes that occur, each as much as another."""
-  there = [row for row in table if row["examples"]]
+  present = [row for row in table if row["examples"]]
   means = {}
   for key in ("precision", "recall", "f1", "auc", "average_precision"):
-    if values := [row[key] for row in there if key in row]:
+    if values := [row[key] for row in present if key in row]:
       means[key] = float(np.mean(values))
   return means
 

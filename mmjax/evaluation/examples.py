@@ -32,8 +32,8 @@ def shown(data: Any, item: tuple[int, int], modalities: Sequence[str]) -> dict[s
     return found
   if "audio" in modalities and (heard := data.media_of(record, "audio")):
     found["sound"] = sound_uri(heard["waveform"][: heard["length"]], data.config.data.audio.rate)
-  if "series" in modalities and (seen := data.media_of(record, "series")):
-    found["curve"] = seen["values"][seen["mask"]]
+  if "series" in modalities and (series := data.media_of(record, "series")):
+    found["curve"] = series["values"][series["mask"]]
   if "text" in modalities:
     each = data.config.data.text.per_example
     pairs = (record.get("questions") or ())[max(part, 0) * each :][:each]

@@ -80,9 +80,9 @@ def regression(
       for i in worst.tolist()
     ],
   )
-  counted = int(np.isfinite(true).any(1).sum())
+  measured = int(np.isfinite(true).any(1).sum())
   unreadable = float((~valid[: len(data.items)]).sum())
-  return Result({**result, "examples": float(counted), "unreadable": unreadable}, figures)
+  return Result({**result, "examples": float(measured), "unreadable": unreadable}, figures)
 
 
 def scale(config, objective: str = "", where: str = "") -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.media import WORDS
-from mmjax.data.text import Tokenizer, check_texts
-from mmjax.evaluation.captions import decode
+from mmjax.data.text import Tokenizer, check_texts, decode
 from mmjax.inference.engine import (
   Decoding,
   Open,

@@ -221,7 +221,7 @@ class Predictor:
     Raises UserError: the model writes no text or has no such encoder, an item that cannot be read,
     or timestamps of what has none.
     """
-    from mmjax.evaluation.captions import decode
+    from mmjax.data.text import decode
 
     if self.language is not None:
       decoding = Decoding(
@@ -368,7 +368,7 @@ class Predictor:
     length_penalty: float,
   ) -> list[list[Segment]]:
     """The segments of sounds of any length, window by window, those of several sounds at once."""
-    from mmjax.evaluation.captions import decode
+    from mmjax.data.text import decode
 
     waveforms = [sound for sound in sounds if isinstance(sound, np.ndarray)]
     if len(waveforms) < len(sounds):

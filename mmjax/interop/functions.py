@@ -3,7 +3,7 @@ compiles, one file each.
 
   encode_MODALITY   embeddings in the shared space                        Predictor.encode
   classes           probabilities of the model's own classifier           Predictor.classes
-  write             the likeliest text about other media, token by token  Predictor.write
+  generate          the likeliest text about other media, token by token  Predictor.generate
   draw              pictures from texts and noise                         (text_to_image_gan)
 
 Where a model classifies or writes from several sets of modalities, the names say which:

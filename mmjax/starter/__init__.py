@@ -103,11 +103,11 @@ def _modalities(
 ) -> tuple[str, ...]:
   """The modalities that a model of this task reads."""
   media, texts = list(found.media), bool(found.languages)
-  there = [*media, *(["text"] if texts or found.questions else [])]
+  given = [*media, *(["text"] if texts or found.questions else [])]
   for name in wanted:
-    if name not in there:
+    if name not in given:
       raise UserError(
-        f"--modality {name}: data set {found.name!r} has {', '.join(there) or 'nothing'}"
+        f"--modality {name}: data set {found.name!r} has {', '.join(given) or 'nothing'}"
       )
   if wanted:
     chosen = list(wanted)

@@ -143,11 +143,11 @@ class Origin:
     fits: dict[str, bool] = {}
     for name, leaf in by_name(param_spec(config)).items():
       part = name.partition("/")[0]
-      there = self.shapes.get(name)
-      same = there is not None and (
-        there.shape == leaf.shape
+      given = self.shapes.get(name)
+      same = given is not None and (
+        given.shape == leaf.shape
         or name.endswith("/position")
-        and there.shape[1:] == leaf.shape[1:]
+        and given.shape[1:] == leaf.shape[1:]
       )
       fits[part] = fits.get(part, True) and same
     loaded = [part for part, same in fits.items() if same]

@@ -368,11 +368,11 @@ class Program:
       objectives = [objective for objective in self.objectives if objective.name in names]
       teachers = {name: self.teachers[name] for name in self.teachers}
 
-      def run(variables: dict, batch: dict, taught: dict) -> dict[str, Losses]:
+      def run(variables: dict, batch: dict, given: dict) -> dict[str, Losses]:
         params = rules.gather_parameters(variables["params"], self.params_spec, self.axes)
         state = {name: value for name, value in variables.items() if name != "params"}
         models = {
-          path: (teachers[path].model, teachers[path].gathered(taught[path])) for path in taught
+          path: (teachers[path].model, teachers[path].gathered(given[path])) for path in given
         }
         rng = jax.random.key(self.config.seed)
         forward = Forward(self.model, params, state, batch, rng, teachers=models, train=False)

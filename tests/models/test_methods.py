@@ -33,8 +33,9 @@ def config(objective=None, encoders=None, **model):
     64,
     "none",
   )
-  whole = model["name"] == "multitask"
-  c.data.label, c.data.classes, c.data.values = "label", 3 * whole, 2 * whole
+  classifies = model["name"] == "multitask" or objective is not None
+  c.data.label, c.data.classes = "label", 3 if classifies else 0
+  c.data.values = 2 if model["name"] == "multitask" else 0
   if objective:
     c.objectives.one = objective
   return mmjax.config.resolve(c)

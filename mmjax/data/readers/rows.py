@@ -139,7 +139,7 @@ def fields_of(said: Annotation) -> set[str]:
   """The optional fields (schema.FIELDS) that an annotation fills."""
   facts = said.conversations or any(one.answers for one in said.questions)
   found = {"questions": said.questions, "facts": facts, "value": said.values}
-  return {name for name, there in found.items() if there}
+  return {name for name, found_any in found.items() if found_any}
 
 
 def file_record(root: str, name: str, paths: Mapping[str, str], said: Annotation) -> Record | Skip:

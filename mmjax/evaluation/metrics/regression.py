@@ -25,10 +25,10 @@ class Errors(NamedTuple):
 def errors(predicted: Array, true: Array) -> Errors:
   """Of float [N] each. Raises UserError: no value is there."""
   predicted, true = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
-  there = np.isfinite(true)
-  if not there.any():
+  known = np.isfinite(true)
+  if not known.any():
     raise UserError("no row has a value, so that there is nothing to measure")
-  off, true = (predicted - true)[there], true[there]
+  off, true = (predicted - true)[known], true[known]
   squares, spread = np.square(off).sum(), np.square(true - true.mean()).sum()
   r2 = float(1 - squares / spread) if spread else float("nan")
   return Errors(float(np.abs(off).mean()), float(np.sqrt(squares / len(off))), r2, len(off))
