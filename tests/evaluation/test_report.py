@@ -88,6 +88,7 @@ def heads():
 
 def test_mistakes_classes_values_and_provenance_are_shown(tmp_path, config):
   c = config.to_dict()
+  c["data"]["label"], c["data"]["classes"] = "label", 2
   c["evaluation"]["evaluators"] = dict(labels=dict(kind="classification", source="squares"))
   marks = {"labels (split)": "squares/1.0.0/test: 30 examples, content 12ab"}
   about = provenance(configs.resolve(c), marks, "checkpoints/24", 24)
