@@ -24,14 +24,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config):
-  """Without the slow tests most of the time is compiling, so programs of the test processes
-  themselves are hardly optimised.
+  """Without the slow tests most of the time is compiling, so programs are hardly optimised.
 
-  Commands, which run in processes of their own, are, and so is everything with `launch/test.sh
-  --all`.
+  Those of recipes are, whose time is the steps, and so is everything with `launch/test.sh --all`.
   """
   if "not slow" in config.option.markexpr:
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for commands in processes of their own
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,14 @@ class Killed(BaseException):
   """Stands for the end of a process."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+  """Runs of one config share a program: it is traced and compiled once."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(start, "Program", functools.cache(Program))
+    yield
+
+
 @pytest.fixture(scope="module")
 def config(embedded_data):
   return configs.load(QUICKSTART, OVERRIDES)
@@ -115,7 +123,7 @@ def test_a_rollback_takes_the_parameters_of_the_last_good_checkpoint_and_goes_on
   # By hand: batches 1 to 4, then 10 to 12, each at its own step.
   mesh = make_mesh(config)
   pipeline = Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
-  step = Program(config, mesh, steps=12, examples=pipeline.examples)
+  step = start.Program(config, mesh, steps=12, examples=pipeline.examples)
   state = step.init(config.seed)
   with jax.set_mesh(mesh):
     for at in (1, 2, 3, 4, 10, 11, 12):
@@ -161,14 +169,17 @@ def same(a, b):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def test_a_data_source_that_hangs_ends_the_run(embedded_data, tmp_path, monkeypatch, capfd):
-  config = configs.load(QUICKSTART, [*OVERRIDES, "config.train.hang_seconds=2.0"])
+def test_a_data_source_that_hangs_ends_the_run(config, tmp_path, monkeypatch, capfd):
   codes, released = [], threading.Event()
-  monkeypatch.setattr(
-    loop,
-    "Watchdog",
-    functools.partial(Watchdog, end=lambda code: (codes.append(code), released.set())),
-  )
+
+  def end(code):
+    codes.append(code)
+    released.set()
+
+  def watchdog(_, **settings):  # a short limit in the place of train.hang_seconds
+    return Watchdog(4.0, end=end, **settings)
+
+  monkeypatch.setattr(loop, "Watchdog", watchdog)
   real = Pipeline.iterate
 
   def iterate(self, start, stop):
