@@ -6,6 +6,7 @@ time of a step that a run on real chips has compiled anyway.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -74,7 +75,8 @@ def plan(
   if not result["fits"] and remedies:
     result["tried"] = _remedies(config, target, cache, log)
   if path:
-    files.write_whole(path, json.dumps(result))
+    with contextlib.suppress(OSError):  # a folder that cannot be written: planned again next time
+      files.write_whole(path, json.dumps(result))
   return {**result, "cached": False}
 
 

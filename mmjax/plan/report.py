@@ -47,7 +47,8 @@ def command(
   if sweep_all:
     result["sweep"] = sweep(config, target.name, cache=cache, log=log)
   if out:
-    files.write_whole(Path(out), json.dumps(result, indent=2) + "\n")
+    with files.disk_errors(out, f"--out {out} cannot be written"):
+      files.write_whole(Path(out), json.dumps(result, indent=2) + "\n")
   printing.log(json.dumps(result, indent=2) if as_json else describe(result))
   return 0
 

@@ -52,7 +52,9 @@ def without_libtpu(monkeypatch):
   monkeypatch.setattr(topology, "has_libtpu", lambda: False)
 
 
-def test_without_libtpu_memory_is_planned_on_simulated_devices(tiny, without_libtpu, tmp_path):
+def test_without_libtpu_memory_is_planned_on_simulated_devices(
+  tiny, without_libtpu, tmp_path, monkeypatch
+):
   config = configs.load(tiny, ["mesh.data=1", "mesh.fsdp=-1", "sharding=fsdp"])
   result = planning.plan(config, "v5e-4", cache=str(tmp_path))
   step = Program(config, make_mesh(config, jax.devices()[:4]), steps=1)
@@ -83,6 +85,17 @@ def test_without_libtpu_memory_is_planned_on_simulated_devices(tiny, without_lib
     again.pop("cached") and not result.pop("cached") and again == json.loads(json.dumps(result))
   )
   assert "fits" in report.describe({**again, "changes": []})
+  (tmp_path / "file").write_text("")  # a cache that cannot be written costs the next time alone
+  monkeypatch.setattr(planning, "_compile", lambda *_: dict(again))
+  closed = str(tmp_path / "file" / "cache")
+  assert not planning.plan(config, "v5e-4", cache=closed)["cached"]
+
+
+def test_a_place_where_figures_cannot_go_is_named(tiny, without_libtpu, tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setattr(report, "plan", lambda *_, **__: {})
+  with pytest.raises(UserError, match="--out .*file/plan.json cannot be written: .*another folder"):
+    report.command(str(tiny), [], "v5e-4", out=str(tmp_path / "file" / "plan.json"))
 
 
 def test_the_cache_knows_configs_and_slices_apart(tiny):
