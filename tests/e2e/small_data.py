@@ -12,13 +12,14 @@ import shlex
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
-from mmjax.data.builders import emoji_scenes, find_version, moving_emoji, spoken_emoji
+from mmjax.data.builders import easy_vqa, emoji_scenes, find_version, moving_emoji, spoken_emoji
 from mmjax.data.builders.spoken_emoji import HEARD, plan
 from tests.e2e.commands import ROOT
 
 SCENES = {"train": 3000, "validation": 60, "test": 120, "test_many": 10}
 COUNTS = {1: 1.0}  # objects of a scene
 CLIPS = {"train": (30, 4), "validation": (10, 1), "test": (20, 1), "test_objects": (5, 1)}
+QUESTIONS = {"train": 1200, "validation": 20, "test": 80}  # pictures, with some ten questions each
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
 
 
@@ -48,7 +49,10 @@ def few_utterances(emoji) -> dict[str, list]:
 
 @contextlib.contextmanager
 def smaller() -> Iterator[None]:
+  pictures = easy_vqa.find_splits()
+  fewer = {split: pictures[split][:count] for split, count in QUESTIONS.items()}
   with (
+    mock.patch.multiple(easy_vqa, SIZES=QUESTIONS, find_splits=lambda: fewer),
     mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS),
     mock.patch.object(moving_emoji, "GROUPS", CLIPS),
     mock.patch.object(spoken_emoji, "plan", few_utterances),

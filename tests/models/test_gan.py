@@ -206,6 +206,27 @@ def test_two_players_take_a_step_each(trained):
   )
 
 
+def test_it_learns_to_draw_what_the_text_says():
+  """Two texts, dark above and dark below: no picture is near both, so that neither a white one nor
+  any other that leaves the text out passes."""
+  batch = make_batch()
+  below = np.arange(BATCH) % 2
+  pictures = np.full((2, SIZE, SIZE, 3), 255, np.uint8)
+  pictures[0, : SIZE // 2], pictures[1, SIZE // 2 :] = 0, 0
+  batch["image"]["pixels"] = pictures[below]
+  batch["text"]["tokens"] = np.stack([np.full(5, 7), np.full(5, 23)])[below].astype(np.int32)
+  batch["text"]["key"] = np.stack([below, below], axis=1).astype(np.uint32)
+  step = make_step("optimizer.lr=0.01", r1_rows=1, shift=0.0, reconstruction=10.0)
+  state, rows = step.init(0), multihost.to_device(batch, step.mesh)
+  for _ in range(60):
+    state, _ = step.train(state, rows)
+  drawn = step.apply(step.evaluation_variables(state), "generate", (0,), {"text": rows["text"]})
+  difference = np.asarray(drawn)[:, None].astype(np.float32) - pictures  # [B, 2, H, W, 3]
+  far = np.sqrt(np.square(difference / 255).mean((2, 3, 4)))
+  own, other = far[np.arange(BATCH), below], far[np.arange(BATCH), 1 - below]
+  assert own.max() < 0.3 and other.min() > 0.8, (own, other)  # white: 0.71 from both, grey 0.5
+
+
 def test_a_drawing_depends_on_text_and_seed_alone(trained):
   step, params, _ = trained
   batch = {"text": make_batch()["text"]}
