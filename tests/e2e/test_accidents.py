@@ -14,7 +14,16 @@ import subprocess
 import pytest
 
 from tests.e2e import squares
-from tests.e2e.commands import command, environment, metrics, parameters, read_until, run, start
+from tests.e2e.commands import (
+  ROOT,
+  command,
+  environment,
+  metrics,
+  parameters,
+  read_until,
+  run,
+  start,
+)
 
 pytestmark = pytest.mark.slow  # a dozen real processes
 
@@ -172,3 +181,54 @@ def used(pid: int) -> dict[str, int]:
     files=len(os.listdir(f"/proc/{pid}/fd")),
     threads=int(fields["Threads"]),
   )
+
+
+# Root may write everywhere, but for a process without these capabilities.
+LIMITS = ("--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override")
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv (util-linux)")
+def test_a_folder_that_cannot_be_written_is_named_and_stays_as_it_was(world, whole, tmp_path):
+  closed, photos = tmp_path / "closed", tmp_path / "photos"
+  photos.mkdir()
+  (photos / "a.png").write_bytes(squares.picture("red"))
+  (photos / "a.txt").write_text("a red square")
+  (closed / "run").mkdir(parents=True)
+  for folder in (closed / "run", closed):
+    folder.chmod(0o555)
+  into = ("--name", "mine", "--data-dir", closed)
+  for words in (
+    train(world, closed / "run"),
+    train(world, closed / "new"),
+    ("data", "convert", "folder", photos, *into, "--workers", "1"),
+    ("data", "build", "easy_vqa", "--data-dir", closed),
+    ("export", "--checkpoint", whole, "--to", "safetensors", "--out", closed / "model"),
+    ("embed", "--checkpoint", whole, "--images", photos, "--out", closed / "e.npz"),
+  ):
+    limited = [*(["setpriv", *LIMITS] if os.geteuid() == 0 else []), *command(*words)]
+    done = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=300)
+    line = one_line(done.stderr)
+    assert done.returncode == 1 and str(closed) in line, line
+    assert "cannot be written" in line or "cannot write" in line, line
+  assert [path.name for path in closed.rglob("*")] == ["run"]
+
+
+def test_a_clock_that_runs_backwards_changes_nothing(world, whole, tmp_path):
+  (tmp_path / "sitecustomize.py").write_text(
+    "import time\n"
+    "real, began = time.time, time.time()\n"
+    "time.time = lambda: began - 100 * (real() - began)\n"
+  )
+  backwards = {**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+  for words in (
+    train(world, tmp_path / "run"),
+    train(world, tmp_path / "run"),  # it is complete
+    ("eval", "--checkpoint", tmp_path / "run"),
+    ("export", "--checkpoint", tmp_path / "run", "--to", "safetensors", "--out", tmp_path / "out"),
+  ):
+    done = subprocess.run(
+      command(*words), env=backwards, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+  same(tmp_path / "run", whole)
+  assert (tmp_path / "out" / "model.safetensors").exists()
