@@ -754,7 +754,6 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--name", required=True, metavar="NAME", help="name of the new data set")
   sub.add_argument(
     "--split",
-    default="",
     metavar="NAME",
     help="its split, or shares of several: train:80,validation:10,test:10; default: train, or what "
     "the folders train, val, test of a folder say",

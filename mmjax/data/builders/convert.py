@@ -108,7 +108,7 @@ def convert(
   data_dir: str | os.PathLike | None = None,
   *,
   workers: int = 1,
-  split: str = "",
+  split: str | None = None,
   language: str = "en",
   columns: Mapping[str, str] | None = None,
   media: str | os.PathLike = "",
@@ -121,7 +121,7 @@ def convert(
 ) -> Summary:
   """Converts `source` into data set NAME under `data_dir` ('' or None: the default folder).
 
-  `split`: a name, "" = "train", or where the folders of a folder are called as splits are (train,
+  `split`: a name, None = "train", or where the folders of a folder are called as splits are (train,
   val, test), these; or shares, "train:80,test:20" (splits.py). Of several splits the Summary is of
   the first, with the others in `others`.
 
@@ -137,8 +137,8 @@ def convert(
   """
   start = time.perf_counter()
   check_name("a data set", name)
-  shares = splits.shares_of(split)
-  if not shares and split:
+  shares = splits.shares_of(split or "")
+  if not shares and split is not None:
     check_name("a split", split)
   if (columns or {}).get("group") and not shares:
     raise UserError("--group keeps rows together in splits by shares: --split train:80,test:20")
@@ -193,7 +193,7 @@ def convert(
 
 
 def _parts(
-  reader, rows: list[Row], skipped: list[Entry], split: str, shares: Mapping[str, float]
+  reader, rows: list[Row], skipped: list[Entry], split: str | None, shares: Mapping[str, float]
 ) -> dict[str, tuple[list[Row], list[Entry]]]:
   """{split: (its rows, what is left out of it already)}; that belongs to the first split where
   nothing tells.

@@ -118,7 +118,7 @@ class FolderReader(ListedReader):
 
   def _find_splits(self) -> None:
     """`splits` {folder: split}, where all folders of the root are called as splits are."""
-    folders = [entry.name for entry in os.scandir(self.root) if entry.is_dir()]
+    folders = next(os.walk(self.root), ("", [], []))[1]
     folders = sorted(name for name in folders if not name.startswith("."))
     splits = [SPLITS.get(name.lower(), "") for name in folders]
     several = len(folders) > 1 and all(splits) and len(set(splits)) == len(splits)
