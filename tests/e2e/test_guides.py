@@ -173,6 +173,8 @@ def make_folders(folder: pathlib.Path) -> None:
     "scenes/a.wav": sound(tone(0.3, 16_000), 16_000, kind="WAV"),
     "scenes/a.csv": series.encode(),
     "scenes/a.txt": b"a green thing",
+    "books/one.txt": b"A cat sat.\n\nIt slept.",
+    "books/more/two.md": b"A dog ran.",
   }.items():
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(data)
@@ -318,6 +320,7 @@ def test_converters_read_all_of_the_examples_shown(place):
   assert sizes("tags") == {"train": 6} and metadata("price")["values"] == ["price", "area"]
   assert metadata("state")["labels"] == ["poor", "fair", "good"] and sizes("near") == {"train": 1}
   assert sum(sizes("halves").values()) == 5 and len(sizes("halves")) == 2
+  assert sizes("books") == sizes("notes") == {"train": 2} and metadata("books")["fields"] == []
   assert sizes("odd") == {"train": 2, "test": 2} and metadata("odd")["languages"] == ["de", "en"]
   assert sizes("latin") == {"train": 2} and sizes("web") == {"train": 10}
   assert metadata("questions")["answers"] == ["a farmer", "yes"]

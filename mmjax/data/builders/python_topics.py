@@ -17,6 +17,7 @@ from pathlib import Path
 from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.builders import find_version, write_dataset
+from mmjax.data.media import bytes_key
 
 LONGEST = 2000  # characters of a document, about: longer topics are cut between paragraphs
 
@@ -34,12 +35,15 @@ def build(data_dir: str | os.PathLike, log: Callable[[str], None] = printing.log
       "this Python has no pydoc_data.topics, as some distributions leave it out. Use another Python"
     ) from error
   splits: dict[str, list] = {"train": [], "validation": [], "test": []}
+  known: set[str] = set()
   for name in sorted(topics):
-    for number, text in enumerate(documents(topics[name])):
+    for number, text in enumerate(documents(topics[name], known)):
       digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
       share = int.from_bytes(digest, "big") % 20
       split = "test" if share < 2 else "validation" if share < 4 else "train"
-      record = dict(id=f"{name}-{number}", captions={"en": [text]}, image_key=0)
+      record = dict(
+        id=f"{name}-{number}", captions={"en": [text]}, image_key=bytes_key(text.encode())
+      )
       splits[split].append(record)
   version = "{}.{}.0".format(*sys.version_info[:2])
   return write_dataset(
@@ -54,18 +58,22 @@ def build(data_dir: str | os.PathLike, log: Callable[[str], None] = printing.log
   )
 
 
-def documents(topic: str) -> list[str]:
+def documents(topic: str, known: set[str]) -> list[str]:
   """A topic as texts of up to LONGEST characters, cut between paragraphs, in the form NFKC with
-  single spaces: what a tokenizer of this project gives back letter by letter.
+  single spaces: what a tokenizer of this project gives back letter by letter. Paragraphs that are
+  `known` are left out, and its own become so: topics repeat each other, and a split must not hold
+  what another has.
   """
   found: list[list[str]] = [[]]
   size = 0
   for part in re.split(r"\n\s*\n", unicodedata.normalize("NFKC", topic)):
     paragraph = " ".join(part.split())
+    if not paragraph or paragraph in known:
+      continue
+    known.add(paragraph)
     if size and size + len(paragraph) > LONGEST:
       found.append([])
       size = 0
     found[-1].append(paragraph)
     size += len(paragraph) + 1
-  texts = (" ".join(filter(None, parts)) for parts in found)
-  return [text for text in texts if text]
+  return [" ".join(parts) for parts in found if parts]

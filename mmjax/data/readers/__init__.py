@@ -37,6 +37,7 @@ FORMATS = {
   "coco": "json_lines:JsonReader",
   "vqa": "json_lines:JsonReader",
   "conversations": "json_lines:JsonReader",
+  "documents": "documents:DocumentReader",
   "webdataset": "webdataset:TarReader",
   "parquet": "parquet:ParquetReader",
 }
@@ -76,7 +77,7 @@ def open_reader(
     ) from error
   if root and not os.path.isdir(root):
     raise UserError(f"{os.fspath(root)}: no such folder; --root holds all files that are named")
-  if root and format in ("folder", "webdataset"):
+  if root and format in ("folder", "webdataset", "documents"):
     raise UserError(f"--root is of tables and JSON: a {format} names no files elsewhere")
   options = Options(
     dict(columns or {}),
