@@ -16,7 +16,7 @@ import mmjax
 
 def get_config(arg=""):
   c = mmjax.config.base()
-  c.train.steps, c.train.batch_size = 60, 8
+  c.train.steps, c.train.batch_size = 200, 8
   c.data.sources.books = dict(name="books", text="document", cache=True)
   c.data.text.tokenizer, c.data.text.vocab_size = "books", 400
   c.data.sequence.length = 48
