@@ -110,7 +110,7 @@ CONFIG = """
 import mmjax
 def get_config(arg=""):
   c = mmjax.config.base()
-  c.data.sources.tiny = dict(name="tiny")
+  c.data.sources.tiny = dict(name="tiny", languages=("en",))
   c.data.text.tokenizer, c.data.text.vocab_size, c.data.text.length = "tiny", 512, 4
   c.model = dict(name="dual_encoder", encoders=dict(text=dict(kind="transformer")))
   return c
