@@ -218,10 +218,11 @@ def prepared(caption: str, lowercase: bool, punctuation: bool) -> str:
   return caption if punctuation else " ".join(caption.translate(_NO_PUNCTUATION).split())
 
 
-def decode(tokenizer: Tokenizer, tokens: Sequence[int], eos_id: int) -> str:
-  """The text of generated ids, up to the decoder's end token, which padding may follow. Ids that no
-  piece has (a model's table may be longer) are left out."""
-  ids = list(itertools.takewhile(lambda token: token != eos_id, np.asarray(tokens).tolist()))
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], eos_id: int | Sequence[int]) -> str:
+  """The text of generated ids, up to the end token (or the first of several), which padding may
+  follow. Ids that no piece has (a model's table may be longer) are left out."""
+  ends = np.atleast_1d(eos_id)
+  ids = list(itertools.takewhile(lambda token: token not in ends, np.asarray(tokens).tolist()))
   return tokenizer.decode([i for i in ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
 
 

@@ -42,7 +42,7 @@ def answers(
   if not kept:
     raise UserError(f"{where}: {source} split {split} has no readable example with a question")
   tokenizer = context.tokenizer()
-  end = context.config.model.eos_id
+  end = (context.config.model.eos_id, *context.config.model.end_ids)
   pairs = [data.question(data.items[i]) for i in kept]
   texts = [decode(tokenizer, tokens[i], end) for i in kept]
   correct = np.array(

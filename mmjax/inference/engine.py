@@ -354,7 +354,7 @@ def run_of_prompts(
     return out
 
   known = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
-  ends = model.eos_id if isinstance(model.eos_id, tuple) else (model.eos_id,)
+  ends = (model.eos_id, *model.end_ids)
   return Run(step, None, max_length, ends, model.pad_id, decoding, None, lengths, known)
 
 

@@ -183,7 +183,7 @@ class LanguageGenerator:
     return self.tokenizer.encode(text.lower() if self.config.data.text.lowercase else text)
 
   def _text(self, tokens: np.ndarray) -> str:
-    return decode(self.tokenizer, tokens.tolist(), self.model.eos_id)
+    return decode(self.tokenizer, tokens.tolist(), (self.model.eos_id, *self.model.end_ids))
 
   def _read(self, prompts: str | Sequence[str], media: Mapping[str, Any]) -> list[_Read]:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

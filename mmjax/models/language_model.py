@@ -10,6 +10,7 @@ A batch has batch["sequence"], arrays [B, L]: `tokens` int32; where there are me
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ from mmjax.ranges import (
   NonNegative,
   Positive,
   TokenId,
+  TokenIds,
   Width,
 )
 
@@ -48,6 +50,8 @@ class LanguageModel(nn.Module):
   unless `tied`, and each modality's encoder and MODALITY_connector.
   embedding_factor: of the token embeddings (Gemma: sqrt(D)). logit_cap: logits become cap *
   tanh(logits / cap); 0 = none. places: tokens that a medium of each modality takes in a row.
+  end_ids: tokens besides eos_id that end generated texts. media_ids: the token that stands for a
+  medium of each modality in prompts of other programs.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -62,6 +66,8 @@ class LanguageModel(nn.Module):
   tied: bool = True
   embedding_factor: float = 1.0
   logit_cap: float = 0.0
+  end_ids: tuple[int, ...] = ()
+  media_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   shared_methods = ("table",)  # methods whose result does not depend on examples
   joint = False  # there is no shared space
@@ -247,6 +253,8 @@ def language_model(
   max_positions: Count = 0,
   eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",))] = -1,
   pad_id: Annotated[TokenId, Special(("pad",), needed=("pad",), warns=False)] = -1,
+  end_ids: TokenIds = (),
+  media_ids: dict = {},  # noqa: B006
   eps: Epsilon = 1e-6,
   dropout: Dropout = 0.0,
   kernel: Kernel = "auto",
@@ -265,7 +273,9 @@ def language_model(
   blocks.
   tied: one table of tokens for input and output. embedding_factor: of the token embeddings.
   logit_cap: logits become cap * tanh(logits / cap); 0 = none.
-  eos_id, pad_id: what ends texts, and fills them up; -1 = the tokenizer's.
+  eos_id, pad_id: what ends texts, and fills them up; -1 = the tokenizer's. end_ids: other tokens
+  that end generated texts, such as the end of a turn. media_ids: the token that stands for a medium
+  in prompts of other programs, such as dict(image=32000).
   kernel: of attention. remat: what is kept for the backward pass, from everything (none) to
   the inputs of blocks (full); the rest is computed again. scan_unroll: blocks a loop trip.
   """
@@ -292,11 +302,14 @@ def language_model(
       f"{', '.join(encoders) or 'none'}: each encoder needs one, such as image=dict(kind='mlp')"
     )
   vocabulary, length = data["text"]["vocab_size"], data["sequence"]["length"]
-  for name, token in dict(eos_id=eos_id, pad_id=pad_id).items():
-    if not 0 <= token < vocabulary:
-      raise UserError(
-        f"model.{name} is {token}, but data.text.vocab_size is {vocabulary}: name a token below it"
-      )
+  special = dict(eos_id=(eos_id,), pad_id=(pad_id,), end_ids=end_ids)
+  for name, tokens in dict(special, media_ids=tuple(media_ids.values())).items():
+    for token in tokens:
+      if not 0 <= token < vocabulary:
+        raise UserError(
+          f"model.{name} has {token}, but data.text.vocab_size is {vocabulary}: name a token below "
+          "it"
+        )
   if positions == "learned" and 0 < max_positions < length:
     raise UserError(
       f"model.max_positions is {max_positions}, but data.sequence.length is {length}. Make it at "
@@ -315,4 +328,6 @@ def language_model(
     tied=tied,
     embedding_factor=embedding_factor,
     logit_cap=logit_cap,
+    end_ids=tuple(end_ids),
+    media_ids=dict(media_ids),
   )

@@ -25,12 +25,23 @@ from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.pipeline import batch_spec
 from mmjax.interop import safetensors
-from mmjax.interop.huggingface import mapping, open_clip, preprocessing, sentences, single, unigram
+from mmjax.interop.huggingface import (
+  decoders,
+  mapping,
+  open_clip,
+  preprocessing,
+  sentences,
+  single,
+  unigram,
+)
 from mmjax.models import make_model
 from mmjax.ownership import new_folder
 from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
+# the nearest first: what several can express is exported as the first of them
+WITH_PICTURES = ("llava",)
+LANGUAGE_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
   **{
     name: name
@@ -59,7 +70,7 @@ FAMILIES = {  # model_type -> the module of this package that reads and writes i
   "clap": "clap",
   "clap_text_model": "clap_text",
   "clap_audio_model": "clap_audio",
-  **{name: name for name in ("dinov2", "dinov2_with_registers")},
+  **{name: name for name in ("dinov2", "dinov2_with_registers", *LANGUAGE_MODELS, *WITH_PICTURES)},
 }
 DUAL = ("clip", "siglip")  # those that hold two encoders
 ALONE = {  # an encoder's kind -> the families that it alone may be
@@ -109,6 +120,8 @@ def import_hf(
   tensors = single.without_prefix(
     safetensors.read_folder(folder) if tensors is None else tensors, family.PREFIX
   )
+  if hasattr(family, "rename"):
+    tensors = family.rename(tensors)
   if around:
     tensors = sentences.text_tensors(tensors)
   try:
@@ -118,7 +131,7 @@ def import_hf(
         "float16 or bfloat16"
       )
     if not around:
-      single.check_architecture(facts, tensors)
+      single.check_architecture(facts, tensors, *getattr(family, "ARCHITECTURES", ()))
     found = family.settings(facts, tensors)
     for name in found.get("left_out", ()):
       del tensors[name]
@@ -153,6 +166,8 @@ def import_hf(
     c.data.text.update(
       {**text, **found["text"]} if "decoder" in c.model else {**found["text"], **text}
     )
+  elif c.model.name == "language_model":
+    assets = decoders.prepare(c, folder, family, found)
   elif found.get("text"):  # of a CTC head
     c.data.text.update(found["text"])
   if "text" in c.model.encoders:
@@ -257,7 +272,8 @@ def export_hf(
         weights[name] = content
       else:
         facts[name] = json.dumps(content, indent=2).encode()
-  weights["model.safetensors"] = single.with_prefix(tensors, family.PREFIX)
+  headed = config["model"]["name"] == "language_model"
+  weights["model.safetensors"] = single.with_prefix(tensors, family.PREFIX, headed)
   with new_folder(out) as partial:
     for name in (*facts, *weights):
       (partial / name).parent.mkdir(exist_ok=True)
@@ -315,12 +331,14 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
     candidates = ("clap",)
   if name == "captioner" and kinds == {"audio": "whisper"}:
     candidates = ("whisper",)
+  if name == "language_model":
+    candidates = WITH_PICTURES if kinds else LANGUAGE_MODELS
   if not candidates:
     raise UserError(
       "transformers has no model for this one: it exports dual encoders with a vit or naflex for "
       "image and a transformer for text, or htsat for audio and bert for text, single encoders of "
-      f"the kinds {', '.join(ALONE)}, and captioners with whisper for audio alone. Export to "
-      "safetensors or stablehlo"
+      f"the kinds {', '.join(ALONE)}, captioners with whisper for audio alone, and language "
+      "models. Export to safetensors or stablehlo"
     )
   nearest: tuple[str, list[str]] = "", []
   for name in candidates:

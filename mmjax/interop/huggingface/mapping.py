@@ -28,6 +28,9 @@ IGNORED = (  # constants and copies that files carry beside the weights
   "vocab_projector.weight",
   "embeddings.mask_token",
   "masked_spec_embed",
+  ".attn.bias",
+  ".attn.masked_bias",
+  "rotary_emb.inv_freq",
 )
 
 

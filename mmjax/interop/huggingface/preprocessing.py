@@ -355,7 +355,7 @@ def tokenizer_files(
     "tokenizer_class": family.TOKENIZER_CLASS,
     **json.loads(files.get("tokenizer_config.json", b"{}")),
     **facts,
-    "model_max_length": text["length"],
+    "model_max_length": config["data"]["sequence"]["length"] or text["length"],
     "model_input_names": inputs,
   }
   return {**files, "tokenizer_config.json": json.dumps(facts, indent=2).encode()}

@@ -115,7 +115,11 @@ def headless(
   ]
 
 
-def check_architecture(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def check_architecture(
+  facts: Mapping[str, Any],
+  tensors: Mapping[str, np.ndarray],
+  endings: tuple[str, ...] = ARCHITECTURES,
+) -> None:
   """Raises UserError: the model has a head of another kind, which the names of its weights need not
   show.
 
@@ -124,10 +128,9 @@ def check_architecture(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarra
   """
   names = facts.get("architectures") or []
   for name in names:
-    if not name.endswith(ARCHITECTURES):
+    if not name.endswith(endings):
       raise UserError(
-        f"architectures is {name!r}, but only those are supported that end in "
-        f"{', '.join(ARCHITECTURES)}"
+        f"architectures is {name!r}, but only those are supported that end in {', '.join(endings)}"
       )
   if not names and any(re.match(r"classifier\.", name) for name in tensors):
     raise UserError(
@@ -213,9 +216,11 @@ def without_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, 
   return {rename(name.removeprefix(prefix)): x for name, x in tensors.items()}
 
 
-def with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def with_prefix(
+  tensors: Mapping[str, np.ndarray], prefix: str, headed: bool = False
+) -> dict[str, np.ndarray]:
   """Tensors as a transformers model saves them: an encoder beside a head has a prefix; batch norms
-  count their batches.
+  count their batches. headed: there is a head, even if none of the tensors is its own.
   """
   mean = "running_mean"
   counts = {
@@ -224,17 +229,18 @@ def with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.
     if name.endswith(mean)
   }
   tensors = {**tensors, **counts}
-  if not any(name.startswith(HEADS) for name in tensors):
+  if not headed and not any(name.startswith(HEADS) for name in tensors):
     return tensors
   return {name if name.startswith(HEADS) else prefix + name: x for name, x in tensors.items()}
 
 
-def activation(facts: Mapping[str, Any]) -> str:
-  if facts["hidden_act"] not in ACTIVATIONS:
-    raise UserError(
-      f"hidden_act {facts['hidden_act']!r} is not supported; there are: {', '.join(ACTIVATIONS)}"
-    )
-  return ACTIVATIONS[facts["hidden_act"]]
+def activation(
+  facts: Mapping[str, Any], known: Mapping[str, str] = ACTIVATIONS, key: str = "hidden_act"
+) -> str:
+  """Our name of facts[key]. Raises UserError: it is not among those that are `known`."""
+  if facts[key] not in known:
+    raise UserError(f"{key} {facts[key]!r} is not supported; there are: {', '.join(known)}")
+  return known[facts[key]]
 
 
 def activation_name(ours: str) -> str:
