@@ -214,16 +214,13 @@ class LanguageGenerator:
     bos = self.tokenizer.bos_id
     parts: list[list[int] | str] = [[bos]] if self.config.data.text.bos and bos >= 0 else []
     used, media = dict.fromkeys(self.media, 0), []
-    for piece in filter(None, pieces):
-      modality = piece[1:-1]
-      if piece[0] != "<" or modality not in self.media:
-        parts.append(self._encode(piece))
-        continue
-      items = given.get(modality, [])
-      if used[modality] < len(items):
-        media.append((modality, self.media[modality](items[used[modality]])))
-      used[modality] += 1
-      parts.append(modality)
+    for part in self._parts(list(filter(None, pieces))):
+      parts.append(part)
+      if isinstance(part, str):
+        items = given.get(part, [])
+        if used[part] < len(items):
+          media.append((part, self.media[part](items[used[part]])))
+        used[part] += 1
     for modality, count in used.items():
       have = len(given.get(modality, []))
       if count != have:
@@ -234,6 +231,27 @@ class LanguageGenerator:
     if not parts:
       raise UserError(f"prompt {number + 1} is empty: give it a text, or a medium")
     return _Read(parts, media)
+
+  def _parts(self, pieces: list[str]) -> list[list[int] | str]:
+    """Pieces of text as tokens, <image> and the like as their modality. Where these are tokens of
+    the tokenizer's own, it cuts the whole prompt, as in other programs: how a text is cut may
+    depend on whether something stands before it.
+    """
+    known = {f"<{modality}>": modality for modality in self.media}
+    own = self.model.media_ids
+    marks = {piece for piece in pieces if piece in known}
+    if not all(self._encode(mark) == [own.get(known[mark], -1)] for mark in marks):
+      return [known[piece] if piece in known else self._encode(piece) for piece in pieces]
+    modality_of = {own[known[mark]]: known[mark] for mark in marks}
+    parts: list[list[int] | str] = []
+    for token in self._encode("".join(pieces)):
+      if token in modality_of:
+        parts.append(modality_of[token])
+      elif parts and isinstance(parts[-1], list):
+        parts[-1].append(token)
+      else:
+        parts.append([token])
+    return parts
 
   def _size(self, read: _Read) -> int:
     return sum(self.places[p] if isinstance(p, str) else len(p) for p in read.parts)

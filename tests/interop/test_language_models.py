@@ -113,16 +113,20 @@ def save(folder, family, seed=0, **settings):
   words(folder)
 
 
-def words(folder, eos="</s>", more=()):
-  """A tokenizer.json of words that puts <s> before a text; `more` pieces are special."""
+def words(folder, eos="</s>", more=(), spaces=()):
+  """A tokenizer.json of words that puts <s> before a text. `more` pieces are special; `spaces`:
+  pieces that begin with a space, as the first word of a text alone does without having one.
+  """
   import tokenizers
 
-  pieces = ["<pad>", "<s>", "</s>", "<unk>", "<turn>", "<end>", *"abcdefgh", *more]
+  pieces = ["<pad>", "<s>", "</s>", "<unk>", "<turn>", "<end>", *"abcdefgh", *more, *spaces]
   model = tokenizers.Tokenizer(
     tokenizers.models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>")
   )
   model.add_special_tokens(list(more))
   model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  if spaces:
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
   model.post_processor = tokenizers.processors.TemplateProcessing(
     single="<s> $A", special_tokens=[("<s>", 1)]
   )

@@ -125,6 +125,11 @@ def import_hf(
   if around:
     tensors = sentences.text_tensors(tensors)
   try:
+    if around and facts.get("model_type") in (*LANGUAGE_MODELS, *WITH_PICTURES):
+      raise UserError(
+        f"model_type is {facts['model_type']!r}: a language model that embeds sentences is not "
+        "supported, only encoders such as bert"
+      )
     if facts.get("quantization_config"):
       raise UserError(
         "quantization_config: quantised weights are not supported. Save the model in float32, "

@@ -242,21 +242,32 @@ def to_params(tensors: Mapping[str, Array], rules: Sequence[Rule], where: str) -
         f"{where}: {copy} differs from {original}, so that transformers does not tie them, but "
         "tokens are predicted through the embeddings here. Such a model is not supported"
       )
-  flat = {}
-  for rule in rules:
-    groups = [
-      [_finite(tensors[t.format(i=i)], t.format(i=i), where) for t in rule.theirs]
-      for i in range(rule.layers or 1)
-    ]
+  flat = {rule.ours: _parameter(tensors, rule, where) for rule in rules}
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _parameter(tensors: Mapping[str, Array], rule: Rule, where: str) -> Array:
+  """float32: the parameter of a rule. One layer at a time: beside the parameters themselves, memory
+  holds the tensors of one layer.
+  """
+  stack = np.empty(0, np.float32)
+  for i in range(rule.layers or 1):
+    names = [t.format(i=i) for t in rule.theirs]
+    group = [_finite(tensors[name], name, where) for name in names]
     try:
-      values = [rule.into(group) for group in groups]
-      flat[rule.ours] = np.array(np.stack(values) if rule.layers else values[0], order="C")
+      value = rule.into(group)
+      if not rule.layers:
+        return np.array(value, order="C")
+      if not i:
+        stack = np.empty((rule.layers, *value.shape), np.float32)
+      if value.shape != stack.shape[1:]:
+        raise ValueError("layers of unequal shapes")
+      stack[i] = value
     except (ValueError, IndexError) as error:
       raise UserError(
-        f"{where}: {rule.theirs[0]} has shape {groups[0][0].shape}, which its config.json does "
-        "not allow"
+        f"{where}: {names[0]} has shape {group[0].shape}, which its config.json does not allow"
       ) from error
-  return flax.traverse_util.unflatten_dict(flat, sep="/")
+  return stack
 
 
 def _finite(tensor: Array, name: str, where: str) -> Array:
