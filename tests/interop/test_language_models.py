@@ -222,6 +222,7 @@ def test_older_files_state_positions_and_windows_their_own_way():
 REFUSED = {
   "longrope": (llama, dict(rope_scaling=dict(type="longrope")), "rope_type 'longrope'"),
   "no factor": (llama, dict(rope_scaling=dict(type="linear")), "'linear' needs factor"),
+  "nested": (qwen3, dict(rope_parameters={FULL: dict(rope_theta=5.0)}), "its own for full_att"),
   "part": (llama, dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
   "act": (llama, dict(hidden_act="relu2"), "hidden_act 'relu2' is not supported"),
   "types": (mistral, dict(layer_types=[SLIDING, FULL] * 16), "layer_types has layers of several"),

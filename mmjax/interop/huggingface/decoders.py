@@ -49,7 +49,7 @@ FACTS = dict(
   eos_token_id=None,
   pad_token_id=None,
 )
-SCALINGS = {  # rope_type -> {field of Rotary: key, of which the last ones may be missing}
+SCALINGS = {  # rope_type -> {field of Rotary: key}; of yarn all but factor may be missing
   "default": {},
   "linear": dict(factor="factor"),
   "dynamic": dict(factor="factor"),
@@ -208,6 +208,8 @@ def rotary(f: Mapping[str, Any], kind: str = "", theta: float = 0.0) -> dict[str
   """
   stated = dict(f.get("rope_parameters") or {})
   stated = dict(stated.get(kind) or {}) if kind else stated
+  if nested := [key for key, value in stated.items() if isinstance(value, Mapping)]:
+    raise UserError(f"rope_parameters has its own for {', '.join(nested)}, which is not supported")
   stated.update(f.get("rope_scaling") or {})
   name = stated.get("rope_type") or stated.get("type") or "default"
   known = SCALINGS.get(name)

@@ -63,7 +63,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   image.update(pooling="class", input_norm=True, patch_bias=False, final_norm=False)
   whole = f["vision_feature_select_strategy"] == "full"  # with the class token
   connector = dict(
-    kind="mlp", layers=2, skip=0 if whole else 1, bias=f["multimodal_projector_bias"]
+    kind="mlp", width=0, layers=2, skip=0 if whole else 1, bias=f["multimodal_projector_bias"]
   )
   connector["activation"] = single.activation(f, clip.ACTIVATIONS, "projector_hidden_act")
   found["model"].update(
