@@ -59,7 +59,16 @@ SCALINGS = {  # rope_type -> {field of Rotary: key}; of yarn all but factor may 
   ),
 }
 # Fields of modules that change how they are trained and run, or that a file states otherwise.
-FREE = ("parent", "name", "dropout", "patch_dropout", "dtype", "kernel", "remat", "scan_unroll")
+FREE: tuple[str, ...] = (
+  "parent",
+  "name",
+  "dropout",
+  "patch_dropout",
+  "dtype",
+  "kernel",
+  "remat",
+  "scan_unroll",
+)
 FREE += ("length", "eos_id", "pad_id", "end_ids", "media_ids", "places")
 KEYS = dict(config="block")  # field -> the key of its settings
 ORIGINAL = "original_max_position_embeddings"
@@ -169,7 +178,8 @@ def prepare(c: Any, folder: Path, family: ModuleType, found: Mapping[str, Any]) 
   """Puts what `settings` found of a folder into the config `c`, and returns the tokenizer's files.
   Raises UserError: nothing says how texts end.
   """
-  text, assets, tokenizer = dict(found["text"]), {}, None
+  text, tokenizer = dict(found["text"]), None
+  assets: dict[str, bytes] = {}
   if preprocessing.has_tokenizer(folder):
     stated, assets = preprocessing.text_settings(folder, family)
     tokenizer = Tokenizer.from_assets(assets)
@@ -362,8 +372,8 @@ def refusals(
   `settings` makes of them.
   """
   found = settings(facts(config, {}), {})
-  models = (make_model(c) for c in (config, {**config, "model": found["model"]}))
-  return list(_compared(*models, "model"))
+  theirs = make_model({**config, "model": found["model"]})
+  return list(_compared(make_model(config), theirs, "model"))
 
 
 def without_encoders(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -408,18 +418,20 @@ def _compared(ours: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, tuple
 def _usual(b: BlockConfig) -> BlockConfig:
   """The same block, told in one way."""
   every = b.windows or (0,)
-  return dataclasses.replace(
-    b,
+  fields: dict[str, Any] = dict(
     head_size=b.channels,
     key_value_heads=b.groups,
     bias=False,
-    **{f"{part}_bias": b.has_bias(part) for part in ("qkv", "out", "mlp")},
+    qkv_bias=b.has_bias("qkv"),
+    out_bias=b.has_bias("out"),
+    mlp_bias=b.has_bias("mlp"),
     activation=activation(b),
     gated=False,
     scale=round(b.scale or b.channels**-0.5, 6),
     windows=pattern([every[i % len(every)] for i in range(b.depth)]),
     local_rotary=(b.local_rotary or b.rotary) if any(every) else None,
   )
+  return dataclasses.replace(b, **fields)
 
 
 # -- Weights ---------------------------------------------------------------------------------------
