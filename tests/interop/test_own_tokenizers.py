@@ -127,7 +127,7 @@ def test_transcripts_of_a_whisper_are_those_there(tmp_path):
   with torch.no_grad():
     tokens = model.generate(inputs["input_features"], max_new_tokens=7, do_sample=False)
   there = processor.batch_decode(tokens, skip_special_tokens=True)
-  assert [text.strip() for text in there] == [text.strip() for text in ours.write(audio=sounds)]
+  assert [text.strip() for text in there] == [text.strip() for text in ours.generate(audio=sounds)]
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
