@@ -26,11 +26,46 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   _check_run(c)
   _check_modalities(c, c["model"].get("encoders", {}))
   _check_model(c["model"], c["model"].get("encoders", {}))
+  _check_sequences(c)
   _check_objectives(c)
   _check_pictures(c, c["model"].get("encoders", {}).get("image", {}))
   _check_text(c)
   _check_optimizers(c, c.get("optimizers", {}))
   _check_sources(c["data"])
+
+
+def _check_sequences(c: dict) -> None:
+  """A language model has rows of tokens, in which each medium has places; no other model has."""
+  sequence, model = c["data"]["sequence"], c["model"]
+  if "connectors" not in model:
+    if sequence["length"]:
+      raise ConfigError(
+        f"data.sequence.length is {sequence['length']}, but model.name is {model.get('name')!r}, "
+        "which reads no sequences. Set model.name='language_model', or the length to 0"
+      )
+    return
+  if not sequence["length"]:
+    raise ConfigError(
+      "data.sequence.length is 0, but a language model needs rows of tokens: set it, such as 256"
+    )
+  for modality in model["encoders"]:
+    if modality == "text":
+      raise ConfigError(
+        "model.encoders has text, but a language model reads its text itself. Leave it out"
+      )
+    if modality not in model["connectors"]:
+      raise ConfigError(
+        f"model.encoders.{modality} has no connector: give one, such as "
+        f"model.connectors.{modality}=dict(kind='mlp')"
+      )
+    if modality in sequence and not sequence[modality]:
+      raise ConfigError(
+        f"data.sequence.{modality} is 0: say how many tokens a medium takes, which is what "
+        f"model.connectors.{modality} gives"
+      )
+  for modality in model["connectors"]:
+    if modality not in model["encoders"]:
+      raise ConfigError(f"model.connectors.{modality} has no encoder in model.encoders")
 
 
 def _check_batch(c: dict, mesh: dict[str, int]) -> None:

@@ -72,17 +72,24 @@ def test_a_kind_resolves_with_its_defaults(group, name):
     p.default: dict(params=f"{p.default}/.*") for p in settings if p.name == "group"
   }
   config["data"]["classes"], config["data"]["label"] = 3, "label"
-  config["data"]["text"]["tokenizer"] = "any"
+  config["data"]["text"]["tokenizer"], config["data"]["values"] = "any", 2
   config["model"]["encoders"] = {
     m: dict(kind=k)
     for m, k in dict(
       image="vit", text="transformer", audio="whisper", video="frames", series="series"
     ).items()
   }
-  if pattern.startswith("model."):
+  if pattern.startswith("model.connectors") or name == "language_model":
+    config["model"] = dict(
+      name="language_model",
+      encoders=dict(image=dict(kind="vit")),
+      connectors=dict(image=dict(kind="mlp")),
+    )
+    config["data"]["sequence"] |= dict(length=16, image=4)
+  elif pattern.startswith("model."):
     config["model"]["name"] = "multitask"
   node = config
-  *above, last = pattern.replace("*", "text").split(".")
+  *above, last = pattern.replace("*", "image" if "connectors" in pattern else "text").split(".")
   for key in above:
     node = node[key]
   before = (

@@ -121,7 +121,8 @@ def test_a_setting_of_a_kind_outside_its_range_is_refused_by_name():
         for value in outside(parameter.annotation, parameter.default):
           tree = configs.base().to_dict()
           if pattern.startswith("model."):
-            tree["model"]["name"] = "multitask"
+            of_language = pattern.startswith("model.connectors")
+            tree["model"]["name"] = "language_model" if of_language else "multitask"
           node, (*above, last) = tree, pattern.replace("*", "it").split(".")
           for part in above:
             node = node.setdefault(part, {})

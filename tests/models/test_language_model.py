@@ -222,3 +222,18 @@ def test_targets_are_the_next_tokens_of_the_same_example():
   assert np.asarray(next_targets(batch)).tolist() == [[8, -1, 10, -1, -1, -1]]
   batch["valid"] = np.array([False])
   assert (np.asarray(next_targets(batch)) == -1).all()
+
+
+@pytest.mark.parametrize(
+  "settings, said",
+  [
+    (dict(connectors={}), "model.encoders.image has no connector"),
+    (dict(places=0), "data.sequence.image is 0"),
+    (dict(encoders={}), "model.connectors.image has no encoder"),
+    (dict(encoders=dict(text=dict(kind="transformer")), connectors={}), "leave it out"),
+  ],
+  ids=["no connector", "no places", "no encoder", "text"],
+)
+def test_contradictions_are_said_before_any_device_is_used(settings, said):
+  with pytest.raises(configs.ConfigError, match=f"(?i){said}"):
+    resolved(**settings)
