@@ -272,13 +272,10 @@ def _check_pictures(c: dict, encoder: dict) -> None:
 
 
 def _check_text(c: dict) -> None:
-  if (
-    "text" in c["model"].get("encoders", {})
-    and c["data"]["sources"]
-    and not c["data"]["text"]["tokenizer"]
-  ):
+  reads = "text" in c["model"].get("encoders", {}) or c["data"]["sequence"]["length"]
+  if reads and c["data"]["sources"] and not c["data"]["text"]["tokenizer"]:
     raise ConfigError(
-      "model.encoders has text, but data.text.tokenizer is empty. Make one with `mmjax data "
+      "the model reads text, but data.text.tokenizer is empty. Make one with `mmjax data "
       "tokenizer` and name it"
     )
   if c["data"]["text"]["bos"] and c["model"].get("decoder"):

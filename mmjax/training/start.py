@@ -170,8 +170,7 @@ def new_state(
   parameter that is loaded, resized, new or left."""
   origin, rules = config.init["from"], config.init.map
   if origin:
-    with configs.mistakes():
-      rules = (*new_embeddings(config, program), *rules)
+    rules = (*new_embeddings(config, program), *rules)
   state = program.init(config.seed)
   if origin:
     params, model_state, lines = checkpoint.restore_into(
@@ -213,7 +212,8 @@ def check_position(
 def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
   """Rules for init.map that leave new what belongs to single tokens, where init.from was trained
   with another tokenizer and init.tokenizer is "new"; () where the tokenizer is the checkpoint's, or
-  nothing of that kind is loaded. Raises UserError: it is another one, and init.tokenizer is "same".
+  nothing of that kind is loaded. Raises ConfigError: it is another one, and init.tokenizer is
+  "same".
   """
   origin = config.init["from"]
   assets = checkpoint.load_assets(origin)
@@ -226,7 +226,7 @@ def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
   loaded = [name for name in of_tokens if is_loaded(name, config.init.map, there)]
   if not loaded or config.init.tokenizer == "new":
     return tuple((re.escape(name), None) for name in loaded)
-  raise UserError(
+  raise configs.ConfigError(
     f"data.text.tokenizer is {config.data.text.tokenizer!r}, but init.from {origin} was trained "
     f"with another one: the embeddings that would be loaded ({', '.join(loaded)}) stand for other "
     "pieces. Use its tokenizer (`mmjax init --from` does), or set init.tokenizer='new' to leave "
@@ -238,7 +238,9 @@ def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
   """What inference needs besides parameters, {file name: content}: the tokenizer of a model that
   reads or writes texts, classes.json, the names of a classifier's outputs, and values.json, those
   of the values that it predicts."""
-  texts = "text" in config.model.encoders or config.model.get("decoder")
+  texts = (
+    "text" in config.model.encoders or config.model.get("decoder") or config.data.sequence.length
+  )
   assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and texts else {}
   names = next(filter(None, (class_names(source, config.data) for source in pipeline.sources)), ())
   if config.data.label != "none" and names:

@@ -64,6 +64,7 @@ def test_documents_are_converted_learned_and_written_on(place, monkeypatch):
   assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
   scores = json.loads((place / "run" / "eval.json").read_text())["test"]
   assert scores["examples"] == 30 and scores["bits_per_byte"] < 1.2  # the grammar: about 0.3
+  monkeypatch.setenv("MMJAX_DATA", str(place / "nothing"))  # the run has its tokenizer
   out = run(
     *("generate", "--checkpoint", str(place / "run"), "--prompt", "the old man"),
     *("--max-length", "8", "--stop", "."),
