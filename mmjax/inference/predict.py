@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from mmjax import files
+from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.data.media import SERIES, modality_of
 from mmjax.data.readers.columns import COLUMNS
 from mmjax.inference.inputs import Item
-from mmjax.printing import log as say
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 MEDIA = ("image", "audio", "video", "series")
@@ -37,7 +36,7 @@ def predict(
   *,
   timestamps: bool = False,
   beams: int = 1,
-  log: Callable[[str], None] = lambda line: say(line, sys.stderr),
+  log: Callable[[str], None] = lambda line: printing.log(line, sys.stderr),
 ) -> list[Row]:
   """A dict for each row {modality: item}, in order: what the model's heads and decoder say.
 
@@ -107,7 +106,7 @@ def zero_shot(
   *,
   templates: Sequence[str] = ("{}",),
   out: str | os.PathLike = "",
-  log: Callable[[str], None] = lambda line: say(line, sys.stderr),
+  log: Callable[[str], None] = lambda line: printing.log(line, sys.stderr),
 ) -> list[Row]:
   """`mmjax classify`: "label", "probability" and "probability/LABEL" of files, by labels that the
   model was not trained on (`Predictor.classify`). Rows and errors as of `predict`.

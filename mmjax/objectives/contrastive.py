@@ -141,7 +141,7 @@ def _forward(
 
 
 def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
-  cotangent = cotangents[0]  # of the loss; the hits of the accuracy have no derivative
+  cotangent = cotangents[0]  # of the loss; the accuracy has no derivative
   if loss == "softmax":
     x, y, scale, bias, rows, columns, row_norms, column_norms = saved
     function = per_device(

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -260,7 +261,8 @@ def check_export(config, assets: Mapping[str, bytes]) -> None:
   except UserError as error:
     if config.export.hf:
       raise configs.ConfigError(f"export.hf is True, but {error}") from error
-    log(f"note: `mmjax export --to hf` will not do: {error}")
+    why = textwrap.shorten(str(error), 120, placeholder=" ... (export.hf=True says it whole)")
+    log(f"note: no export to transformers: {why}")
 
 
 def write_config(run: Run) -> None:
