@@ -1,0 +1,148 @@
+"""Rows of a language model: their targets are the texts, media stand in their places, one bad
+medium costs its own example, and order, workers and rows change nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mmjax import config as configs
+from mmjax.config import UserError
+from mmjax.data.builders import write_dataset
+from mmjax.data.image import ImageTransform
+from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+from mmjax.data.text import load_tokenizer
+from tests.data.conftest import picture, record
+from tests.data.test_pipeline import assert_equal
+
+LENGTH, PLACES = 40, 4
+
+
+@pytest.fixture(scope="module")
+def asked(tiny):
+  """Records with questions, and one of them without its picture's end."""
+  records = []
+  for i in range(12):
+    pairs = [("what is it?", f"thing {i}"), ("is it red?", "yes" if i % 2 else "no")]
+    records.append(record(i, questions=pairs))
+  records[3]["image"] = records[3]["image"][:40]
+  write_dataset("asked", tiny, {"train": records}, fields=("image", "questions"))
+  long = " ".join(f"word {i} of a long text" for i in range(60))
+  texts = [long, "a red thing", long[:200]]
+  documents = [
+    dict(id=str(i), captions={"en": [text]}, image_key=i) for i, text in enumerate(texts)
+  ]
+  write_dataset("texts", tiny, {"train": documents}, fields=())
+  return tiny
+
+
+def resolved(folder, source, kind, image=True, **changes):
+  c = configs.base()
+  c.data.dir, c.data.text.tokenizer, c.data.text.vocab_size = str(folder), "tiny", 512
+  c.data.sources.it = dict(name=source, languages=("en",), text=kind)
+  c.data.image.size, c.train.batch_size = 16, 4
+  c.data.sequence.length, c.data.sequence.slots = LENGTH, 2
+  vit = dict(kind="vit", patch=4, width=16, depth=1, heads=2)
+  c.model = dict(name="language_model", width=16, encoders={}, connectors={})
+  if image:
+    c.data.sequence.image = PLACES
+    c.model.encoders, c.model.connectors = dict(image=vit), dict(image=dict(kind="mlp", fold=2))
+  c.objectives.words = dict(kind="language_modelling")
+  return configs.resolve(c, [f"{path}={value!r}" for path, value in changes.items()])
+
+
+def examples_of(batch, row):
+  """(tokens of the targets, of the rest, places of media) of each example of a row."""
+  s = {name: array[row] for name, array in batch["sequence"].items()}
+  for number in range(1, s["segment_ids"].max() + 1):
+    here = s["segment_ids"] == number
+    text = here & (s["media_index"] < 0) if "media_index" in s else here
+    media = s["media_index"][here & ~text] if "media_index" in s else np.zeros(0)
+    yield s["tokens"][text & s["loss_mask"]], s["tokens"][text & ~s["loss_mask"]], media
+    np.testing.assert_array_equal(s["positions"][here], np.arange(here.sum()))
+
+
+def test_targets_are_the_answers_and_media_stand_before_the_question(asked):
+  c = resolved(asked, "asked", "question")
+  tokenizer, seen = load_tokenizer(c.data), 0
+  transform = ImageTransform(c.data.image, train=False)
+  pictures = {i: transform(picture(i)) for i in range(12)}
+  pipeline = Pipeline(c)
+  spec = batch_spec(c)
+  for step in range(3):
+    batch = pipeline.batch(step)
+    assert {k: v.shape for k, v in batch["sequence"].items()} == {
+      k: v.shape for k, v in spec["sequence"].items()
+    }
+    for row in range(4):
+      used = []
+      for targets, rest, media in examples_of(batch, row):
+        if not len(targets):
+          continue  # the example whose picture cannot be read
+        answer = tokenizer.decode(targets.tolist()[:-1])
+        assert targets[-1] == tokenizer.eos_id
+        assert tokenizer.decode(rest.tolist()) in ("what is it?", "is it red?")
+        (slot,) = set(media.tolist())
+        assert len(media) == PLACES and slot not in used
+        used.append(slot)
+        if answer.startswith("thing"):
+          shown = batch["media"]["image"]["pixels"][row, slot].astype(int)
+          nearest = min(pictures, key=lambda i, shown=shown: np.abs(shown - pictures[i]).mean())
+          assert nearest == int(answer.split()[1])  # training resizes by another filter
+        seen += 1
+  assert seen == 11 and pipeline.unreadable == 1  # each once in an epoch of 12 rows
+
+
+def test_long_documents_are_cut_into_pieces_and_nothing_is_lost(asked, capsys):
+  c = resolved(asked, "texts", "document", image=False)
+  tokenizer, pipeline = load_tokenizer(c.data), Pipeline(c)
+  assert "of them padding" in capsys.readouterr().err
+  found = {}
+  for row in pipeline.tables[0]:
+    for piece in row:
+      found.setdefault(piece.record, []).append((piece.start, piece.stop))
+  for number in range(3):
+    text = pipeline.sources[0][number]["captions"]["en"][0]
+    count = len(tokenizer.encode(text)) + 1
+    places = sorted(found[number])
+    assert places[0][0] == 0 and places[-1][1] == count
+    assert all(a[1] == b[0] for a, b in zip(places, places[1:], strict=False))
+  data = EvaluationData(c, dict(name="texts", split="train", languages=(), text="document"), 4)
+  tokens = sum(int(batch["sequence"]["loss_mask"].sum()) for batch in data.sequences())
+  assert tokens == sum(stop - start for places in found.values() for start, stop in places)
+
+
+def test_examples_that_fit_no_row_are_left_out_and_counted(asked, capsys):
+  pipeline = Pipeline(resolved(asked, "asked", "question", **{"data.sequence.length": 23}))
+  said = capsys.readouterr().err
+  kept = sum(map(len, pipeline.tables[0]))
+  assert f"{12 - kept} of 12 examples are longer" in said and 0 < kept < 12
+  with pytest.raises(UserError, match="no example fits data.sequence.length 6"):
+    Pipeline(resolved(asked, "asked", "question", **{"data.sequence.length": 6}))
+
+
+def test_batches_are_the_same_whatever_the_rows_and_workers(asked):
+  c = resolved(asked, "asked", "question")
+  whole = [Pipeline(c).batch(step) for step in range(3)]
+  for step, batch in enumerate(Pipeline(c).iterate(1, 3), 1):
+    assert_equal(batch, whole[step])
+  part = Pipeline(c, rows=[2, 0]).batch(2)
+  for name, array in part["sequence"].items():
+    np.testing.assert_array_equal(array, whole[2]["sequence"][name][[2, 0]])
+
+
+def test_a_prompt_is_what_comes_before_the_answer(asked):
+  c = resolved(asked, "asked", "question")
+  data = EvaluationData(c, dict(name="asked", split="train", languages=(), text="question"), 8)
+  tokenizer, number = load_tokenizer(c.data), 0
+  for batch in data.batches(()):
+    for row in np.flatnonzero(batch["valid"]):
+      s = {name: array[row] for name, array in batch["sequence"].items()}
+      assert not s["loss_mask"].any()
+      text = s["tokens"][PLACES : s["length"]]
+      while data.items[number].record == 3:  # whose picture cannot be read
+        number += 1
+      assert tokenizer.decode(text.tolist()) == data.question(data.items[number])[0]
+      number += 1
+  assert number == len(data.items) == 24
