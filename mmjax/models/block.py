@@ -242,7 +242,7 @@ class Attention(nn.Module):
     cache: KeyValue | None = None,
     bias: Array | None = None,
     length: int = 0,
-  ) -> Array | tuple[Array, KeyValue]:
+  ) -> Any:
     """x [B, L, D] -> [B, L, D], or (that, the cache with x's keys and values) where there is one.
 
     context: other tokens [B, S, D] to attend to, or what `keys_and_values` made of them; None = x
@@ -338,7 +338,7 @@ class Block(nn.Module):
     bias: Array | None = None,
     length: int = 0,
     train: bool = False,
-  ) -> Array | tuple[Array, KeyValue]:
+  ) -> Any:
     c = self.config
     drop = nn.Dropout(c.dropout, deterministic=not train, name=self.dropout)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -80,9 +80,7 @@ class Dense(nn.Module):
   use_bias: bool = True
 
   @nn.compact
-  def __call__(
-    self, x: Array, part: slice = slice(None), *, apart: bool = False
-  ) -> Array | tuple[Array, Array | None]:
+  def __call__(self, x: Array, part: slice = slice(None), *, apart: bool = False) -> Any:
     n = len(self.axes) - len(self.features)
     inputs, axes = x.shape[x.ndim - n :], self.axes[n:]
     init = self.kernel_init or xavier(math.prod(inputs), math.prod(self.features))

@@ -138,7 +138,7 @@ class Stack(nn.Module):
   def extend(
     self,
     x: Array,
-    start: Array,
+    start: Array | int,
     cache: KeyValue,
     memory: Memory | None = None,
     *,
