@@ -40,7 +40,7 @@ def build(folder: Path) -> Path:
   tree = tiny.config().to_dict()
   tree["data"]["dir"] = str(folder / "data")
   tree["evaluation"]["evaluators"] = {
-    "retrieval/en": dict(kind="retrieval", source="small", split="test"),
+    "retrieval/en": dict(kind="retrieval", source="small", split="test", languages=("en",)),
     "retrieval/both": dict(
       kind="retrieval", source="small", split="test", languages=("en", "de"), examples=2
     ),
