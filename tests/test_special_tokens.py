@@ -17,9 +17,8 @@ from mmjax.describe import describe
 from mmjax.evaluation import Evaluation
 from mmjax.models import make_model
 from mmjax.parallel.mesh import single_device_mesh
-from mmjax.training.start import check_position, other_tokenizer
+from mmjax.training.start import check_position
 from tests.data.conftest import config, record, tiny  # noqa: F401  fixtures
-from tests.inference import tiny as small
 
 # ruff: noqa: F811
 
@@ -210,19 +209,6 @@ def test_a_tokenizer_retrained_under_its_name_is_noticed_on_resume(tiny, tmp_pat
   check_position(c, position, after, 10, 1, True)
   del position["fingerprint"]["tokenizer"]  # a run of an older version
   check_position(c, position, after, 10, 1, False)
-
-
-def test_parameters_that_knew_another_tokenizer_are_named(config, tiny, tmp_path):
-  c = small.config()
-  path = small.save(c, tmp_path)
-  ours = dict(config().to_dict(), init={"from": str(path), "map": ()})
-  (line,) = other_tokenizer(configs.FrozenConfigDict(ours))
-  assert (
-    "was trained with another tokenizer than data.text.tokenizer 'tiny'" in line
-    and "init.map" in line
-  )
-  ours["data"]["text"]["tokenizer"] = str(tmp_path / "tiny.model")
-  assert other_tokenizer(configs.FrozenConfigDict(ours)) == []
 
 
 def test_evaluation_reads_texts_with_the_tokenizer_of_the_checkpoint(config, tmp_path):
