@@ -322,20 +322,20 @@ class EvaluationData:
 
   def batches(self, modalities: Sequence[str]) -> Iterator[Batch]:
     """Every row of `items` with several modalities, and `label` where data.label has one; filled
-    up at the end.
+    up at the end. Of a language model the sequences, one example a row.
     """
     for batch, _ in self._batches(self.items, tuple(modalities)):
       yield batch
 
-  def sequences(self) -> Iterator[Batch]:
-    """For a language model: every row of `items` with its targets, one example a row; filled up at
-    the end. `batches` gives the prompts alone.
+  def prompts(self, modalities: Sequence[str]) -> Iterator[Batch]:
+    """What texts are generated from: `batches`, and of a language model the sequences up to their
+    first target.
     """
-    for batch, _ in self._batches(self.items, (), prompts=False):
+    for batch, _ in self._batches(self.items, tuple(modalities), prompts=True):
       yield batch
 
   def _batches(
-    self, items: list, modalities: tuple[str, ...], prompts: bool = True
+    self, items: list, modalities: tuple[str, ...], prompts: bool = False
   ) -> Iterator[tuple[Batch, np.ndarray]]:
     """(batch, example of each row, -1 = none)."""
     for start in range(0, len(items), self.batch_size):

@@ -147,7 +147,8 @@ class Sequences:
         counts = [int(record.get(name) is not None) for name in self.modalities]
         if source.text == "document":
           total = len(self._document(record, source))
-          starts = range(0, total, self.length)
+          # The last token of a piece is the first of the next, where it is context and no target.
+          starts = range(0, max(1, total - 1), max(1, self.length - 1))
           pieces += [Piece(index, -1, at, min(at + self.length, total)) for at in starts]
           lengths += [min(self.length, total - at) for at in starts]
           media += [[0] * len(counts)] * len(starts)

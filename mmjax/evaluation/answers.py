@@ -37,7 +37,7 @@ def answers(
     raise UserError(f"{where}: only a language model (data.sequence.length) answers freely")
   data = context.data(source, split, (), "question")
   settings = (tuple(modalities), max_length, beams, length_penalty)
-  tokens, valid = context.apply("generate_text", settings, data.batches(modalities))
+  tokens, valid = context.apply("generate_text", settings, data.prompts(modalities))
   kept = [i for i in range(len(data.items)) if valid[i]]
   if not kept:
     raise UserError(f"{where}: {source} split {split} has no readable example with a question")

@@ -33,9 +33,8 @@ def captions(
 
   source: a data set. split: which of its splits. languages: captions of these are the references
   (() = those that data.sources reads of it, else all).
-  modalities: what the decoder
-  reads. max_length: tokens at most; 0 = data.text.length. beams, length_penalty: of beam search; 1
-  = greedy. check:
+  modalities: what the decoder reads. max_length: tokens at most; 0 = data.text.length, of a
+  language model data.sequence.length. beams, length_penalty: of beam search; 1 = greedy. check:
   "module:function(facts, text) -> bool, or {name: bool}" that says whether a text is right about
   what the record knows of itself.
   by: a name in the records' facts ("voice"): word error rate, exactness and checks are also given
@@ -51,11 +50,11 @@ def captions(
   judge = load_function(check, f"{where}.check") if check else None
   settings = (
     tuple(modalities),
-    max_length or context.config.data.text.length,
+    max_length or context.config.data.sequence.length or context.config.data.text.length,
     beams,
     length_penalty,
   )
-  tokens, valid = context.apply("generate_text", settings, data.batches(modalities))
+  tokens, valid = context.apply("generate_text", settings, data.prompts(modalities))
   references: dict[int, list[str]] = collections.defaultdict(list)
   for caption in data.captions:
     references[caption.example].append(caption.text)

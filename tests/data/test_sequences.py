@@ -107,10 +107,14 @@ def test_long_documents_are_cut_into_pieces_and_nothing_is_lost(asked, capsys):
     count = len(tokenizer.encode(text)) + 1
     places = sorted(found[number])
     assert places[0][0] == 0 and places[-1][1] == count
-    assert all(a[1] == b[0] for a, b in zip(places, places[1:], strict=False))
+    assert all(a[1] == b[0] + 1 for a, b in zip(places, places[1:], strict=False))
   data = EvaluationData(c, dict(name="texts", split="train", languages=(), text="document"), 4)
-  tokens = sum(int(batch["sequence"]["loss_mask"].sum()) for batch in data.sequences())
-  assert tokens == sum(stop - start for places in found.values() for start, stop in places)
+  targets = 0
+  for batch in data.batches(()):
+    s = batch["sequence"]
+    targets += int((s["loss_mask"][:, 1:] & (s["segment_ids"][:, 1:] > 0)).sum())
+  texts = [pipeline.sources[0][number]["captions"]["en"][0] for number in range(3)]
+  assert targets == sum(len(tokenizer.encode(text)) for text in texts)  # all but the first, <eos>
 
 
 def test_examples_that_fit_no_row_are_left_out_and_counted(asked, capsys):
@@ -136,7 +140,7 @@ def test_a_prompt_is_what_comes_before_the_answer(asked):
   c = resolved(asked, "asked", "question")
   data = EvaluationData(c, dict(name="asked", split="train", languages=(), text="question"), 8)
   tokenizer, number = load_tokenizer(c.data), 0
-  for batch in data.batches(()):
+  for batch in data.prompts(()):
     for row in np.flatnonzero(batch["valid"]):
       s = {name: array[row] for name, array in batch["sequence"].items()}
       assert not s["loss_mask"].any()

@@ -25,7 +25,9 @@ def get_config(arg=""):
   c.objectives.words = dict(kind="language_modelling")
   c.optimizer = dict(name="adamw", lr=1e-2)
   c.log.tensorboard, c.log.every = False, 10
-  c.evaluation.evaluators.test = dict(kind="likelihood", source="books", split="test")
+  books = dict(source="books", split="test", text="document")
+  c.evaluation.evaluators.test = dict(kind="likelihood", **books)
+  c.evaluation.evaluators.loss = dict(kind="loss", **books)
   return c
 """
 WHO = ("the cat", "a bird", "my dog", "the old man", "her sister")
@@ -62,7 +64,9 @@ def test_documents_are_converted_learned_and_written_on(place, monkeypatch):
   rows = [json.loads(x) for x in (place / "run" / "metrics.jsonl").read_text().splitlines()]
   rows = [row for row in rows if "loss" in row]
   assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
-  scores = json.loads((place / "run" / "eval.json").read_text())["test"]
+  table = json.loads((place / "run" / "eval.json").read_text())
+  scores = table["test"]
+  assert table["loss"]["loss"] == pytest.approx(scores["loss"], rel=1e-4)
   assert scores["examples"] == 30 and scores["bits_per_byte"] < 1.2  # the grammar: about 0.3
   monkeypatch.setenv("MMJAX_DATA", str(place / "nothing"))  # the run has its tokenizer
   out = run(
