@@ -18,6 +18,8 @@ import numpy as np
 from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.data.media import SERIES, modality_of
+from mmjax.data.readers import json_lines, table
+from mmjax.data.readers.cells import Skip
 from mmjax.data.readers.columns import COLUMNS
 from mmjax.inference.inputs import Item
 
@@ -31,7 +33,7 @@ Predictor = Any  # that of predictor.py, which calls this module
 
 def predict(
   predictor: Predictor,
-  rows: Sequence[Mapping[str, Item]],
+  rows: Sequence[Mapping[str, Item] | UserError],
   names: Sequence[str] = (),
   *,
   timestamps: bool = False,
@@ -56,29 +58,20 @@ def predict(
       "labels of yours, `mmjax search` or `mmjax embed`"
     )
   found: list[Row] = []
-  unreadable = 0
   for start in range(0, len(rows), CHUNK):
-    part = range(start, min(start + CHUNK, len(rows)))
-    items: list[Any] = [_read(predictor, rows[i], names[i]) for i in part]
-    said = [dict(file=names[i]) for i in part]
-    readable = [k for k, item in enumerate(items) if not isinstance(item, UserError)]
-    for k, item in enumerate(items):
-      if isinstance(item, UserError):
-        log(f"skipped {item}")
-        said[k]["error"] = str(item)
-        unreadable += 1
+    part = slice(start, start + CHUNK)
+    said, items = _read(predictor, rows[part], names[part], log)
+    numbers = list(items)
     for task, modalities in tasks:
-      for given, group in _groups(predictor, [items[k] for k in readable], modalities):
-        more = task(predictor, given, [items[readable[k]] for k in group], timestamps, beams)
-        for k, answer in zip(group, more, strict=True):
-          said[readable[k]].update(answer)
+      for given, group in _groups(predictor, list(items.values()), modalities):
+        chosen = [numbers[k] for k in group]
+        more = task(predictor, given, [items[k] for k in chosen], timestamps, beams)
+        for k, answer in zip(chosen, more, strict=True):
+          said[k].update(answer)
     found += said
     if len(rows) > CHUNK:
       log(f"{len(found)} of {len(rows)} done")
-  if unreadable:
-    log(f"{len(rows) - unreadable} of {len(rows)} rows read, {unreadable} skipped")
-  if unreadable == len(rows):
-    raise UserError(f"none of the {len(rows)} rows could be read; the first: {found[0]['error']}")
+  _count(found, log)
   return found
 
 
@@ -116,29 +109,18 @@ def zero_shot(
       "this checkpoint has no shared space of media and texts to compare labels in: use `mmjax "
       "predict`, for what it was trained to say"
     )
-  rows, names = rows_of(predictor, inputs, {})
-  found: list[Row] = [dict(file=name) for name in names]
+  found, items = _read(predictor, *rows_of(predictor, inputs, {}), log)
+  _count(found, log)
   groups: dict[str, list[int]] = {}
-  items: dict[int, Any] = {}
-  for i, row in enumerate(rows):
-    read = _read(predictor, row, names[i])
-    if isinstance(read, UserError):
-      log(f"skipped {read}")
-      found[i]["error"] = str(read)
-    else:
-      ((modality, items[i]),) = read.items()
-      groups.setdefault(modality, []).append(i)
-  if not items:
-    raise UserError(f"none of the {len(rows)} files could be read; the first: {found[0]['error']}")
+  for i, read in items.items():
+    groups.setdefault(next(iter(read)), []).append(i)
   for modality, indices in groups.items():
-    given = [items[i] for i in indices]
+    given = [items[i][modality] for i in indices]
     shares = predictor.classify(given, labels, templates, modality)
     for i, share in zip(indices, shares, strict=True):
       best = int(share.argmax())
       found[i].update(label=labels[best], probability=float(share[best]))
       found[i].update((f"probability/{n}", float(p)) for n, p in zip(labels, share, strict=True))
-  if len(items) < len(rows):
-    log(f"{len(items)} of {len(rows)} files read, {len(rows) - len(items)} skipped")
   if out:
     write(found, out)
   return found
@@ -149,12 +131,13 @@ def rows_of(
   inputs: Sequence[str | os.PathLike],
   columns: Mapping[str, str],
   root: str | os.PathLike = "",
-) -> tuple[list[dict[str, Item]], list[str]]:
-  """({modality: item} of each row, names). An input is a file, a folder of files, or a table, a row
-  of which has its modalities in columns; paths in it are relative to `root`, "" = its own folder.
-  columns: {modality, or "id": column}; others are found by their names. Raises UserError.
+) -> tuple[list[dict[str, Item] | UserError], list[str]]:
+  """({modality: item} of each row or why there is none, names). An input is a file, a folder of
+  files, or a table, a row of which has its modalities in columns; paths in it are relative to
+  `root`, "" = its own folder. columns: {modality, or "id": column}; others are found by their
+  names. Raises UserError.
   """
-  rows: list[dict[str, Item]] = []
+  rows: list[dict[str, Item] | UserError] = []
   names: list[str] = []
   for given in inputs:
     path = Path(given)
@@ -167,9 +150,14 @@ def rows_of(
       rows += [{str(_modality(predictor, p)): p} for p in inside]
       names += map(str, inside)
     elif path.suffix.lower() in TABLES and not _is_series(predictor, path, columns):
-      table = _table(path)
-      chosen = _columns(predictor, table, columns, path)
-      for number, line in enumerate(table, 1):
+      lines = _table(path)
+      whole = [line for _, line in lines if not isinstance(line, Skip)]
+      chosen = _columns(predictor, whole, columns, path)
+      for number, (at, line) in enumerate(lines, 1):
+        if isinstance(line, Skip):
+          rows.append(UserError(f"{at}: {line.detail or line.reason}"))
+          names.append(at)
+          continue
         rows.append(_cells(line, chosen, Path(root) if root else path.parent))
         media = (str(line[column]) for name, column in chosen.items() if name in MEDIA)
         usual = next(filter(None, media), f"{path.name}:{number}")
@@ -334,19 +322,47 @@ def _means(
 # -- What users give -------------------------------------------------------------------------------
 
 
-def _read(predictor: Predictor, row: Mapping[str, Item], name: str) -> dict[str, Any] | UserError:
-  """The items of a row, read; the error of one that cannot be."""
+def _read(
+  predictor: Predictor,
+  rows: Sequence[Mapping[str, Item] | UserError],
+  names: Sequence[str],
+  log: Callable[[str], None],
+) -> tuple[list[Row], dict[int, dict[str, Any]]]:
+  """({"file"} of each row, and "error" of one that cannot be read, which `log` names; {number: its
+  items} of the others).
+  """
+  found: list[Row] = [dict(file=name) for name in names]
+  items: dict[int, dict[str, Any]] = {}
+  for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+    try:
+      if isinstance(row, UserError):
+        raise row
+      items[number] = _items(predictor, row, name)
+    except UserError as error:
+      log(f"skipped {error}")
+      found[number]["error"] = str(error)
+  return found, items
+
+
+def _items(predictor: Predictor, row: Mapping[str, Item], name: str) -> dict[str, Any]:
+  """{modality: what was read of it} of a row. Raises UserError."""
   read: dict[str, Any] = {}
-  try:
-    for modality, item in row.items():
-      if modality == "text":
-        read[modality] = item
-      elif modality in predictor.media:
-        media = predictor.media[modality]
-        read[modality] = (media.sound if modality == "audio" else media)(item, name)
-  except UserError as error:
-    return error
+  for modality, item in row.items():
+    if modality == "text":
+      read[modality] = item
+    elif modality in predictor.media:
+      media = predictor.media[modality]
+      read[modality] = (media.sound if modality == "audio" else media)(item, name)
   return read
+
+
+def _count(found: Sequence[Row], log: Callable[[str], None]) -> None:
+  """Counts the rows that could not be read. Raises UserError: none could."""
+  failed = [row["error"] for row in found if "error" in row]
+  if failed and len(failed) == len(found):
+    raise UserError(f"none of the {len(found)} rows could be read; the first: {failed[0]}")
+  if failed:
+    log(f"{len(found) - len(failed)} of {len(found)} rows read, {len(failed)} skipped")
 
 
 def _modality(predictor: Predictor, path: Path) -> str | None:
@@ -373,39 +389,40 @@ def _is_series(predictor: Predictor, path: Path, columns: Mapping[str, str]) -> 
   return True
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-  """The rows of a table. Raises UserError: it cannot be read, or is empty."""
-  ending = path.suffix.lower()
-  try:
-    if ending == ".parquet":
-      import pyarrow.parquet
-
-      rows = pyarrow.parquet.read_table(path).to_pylist()
-    else:
-      text = files.read_file(path).decode("utf-8-sig")
-      if ending == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-      elif ending == ".json":
-        rows = json.loads(text)
-      else:
-        comma = "\t" if ending == ".tsv" else ","
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma))
-  except ImportError as error:
-    raise UserError(f"{path}: Parquet needs pyarrow: pip install 'mmjax[parquet]'") from error
-  except OSError as error:
-    raise UserError(f"{path} cannot be opened ({error.strerror or error})") from error
-  except (ValueError, csv.Error) as error:
-    raise UserError(f"{path} is no table that can be read ({error!s:.200})") from error
-  if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+def _table(path: Path) -> list[tuple[str, dict[str, Any] | Skip]]:
+  """(where it stands, the row or why it cannot be read) of each row of a table. Raises UserError:
+  it cannot be opened, or is empty.
+  """
+  ending, name = path.suffix.lower(), os.fspath(path)
+  rows: list[tuple[str, Any]]
+  if ending == ".parquet":
+    rows = [(f"{path.name}:{n}", row) for n, row in enumerate(_parquet(path), 1)]
+  elif ending in table.ENDINGS:
+    rows = list(table.table_rows(name))
+  else:
+    objects = json_lines.read_json(name)
+    rows = [] if isinstance(objects, dict) else list(objects)
+  if not any(isinstance(row, dict) for _, row in rows):
     raise UserError(f"{path} has no rows, each with named columns")
   return rows
 
 
+def _parquet(path: Path) -> list[dict[str, Any]]:
+  try:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+  except ImportError as error:
+    raise UserError(f"{path}: Parquet needs pyarrow: pip install 'mmjax[parquet]'") from error
+  except (ValueError, OSError) as error:
+    raise UserError(f"{path} is no table that can be read ({error!s:.200})") from error
+
+
 def _columns(
-  predictor: Predictor, table: Sequence[Mapping], named: Mapping[str, str], path: Path
+  predictor: Predictor, rows: Sequence[Mapping], named: Mapping[str, str], path: Path
 ) -> dict[str, str]:
   """{modality: column} of a table. Raises UserError: no such column, or none that is read."""
-  present = list(dict.fromkeys(name for row in table for name in row))
+  present = list(dict.fromkeys(name for row in rows for name in row))
   lower = {str(name).strip().lower(): name for name in reversed(present)}
   usual = {m: COLUMNS[m] for m in MEDIA}
   usual["text"] = (*COLUMNS["question"], *COLUMNS["caption"])

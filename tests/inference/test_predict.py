@@ -88,6 +88,13 @@ def test_a_table_gives_labels_and_values_and_names_what_cannot_be_read(machine, 
   found = predict.command(predictor, [tmp_path / "rows.jsonl"], out=tmp_path / "found.json")
   assert [row["label"] for row in found[:2]] == [row["label"] for row in in_python]
   assert json.loads((tmp_path / "found.json").read_text()) == found
+  # A table as the converters read it; a row that does not fit the header costs itself.
+  (tmp_path / "odd.csv").write_text("name;signal\nm0;0.npy\nm1;1.npy;more\nm3;3.npy\n")
+  columns = dict(id="name", series="signal")
+  odd = predict.command(predictor, [tmp_path / "odd.csv"], columns=columns)
+  assert [row["file"] for row in odd] == ["m0", "odd.csv:3", "m3"]
+  assert "3 cells, but the header 2" in odd[1]["error"]
+  assert [odd[0]["label"], odd[2]["label"]] == [rows[0]["label"], rows[3]["label"]]
 
 
 def test_mistakes_are_one_line(machine, tmp_path):

@@ -40,18 +40,28 @@ class TableReader(ListedReader):
 
 def table_parts(path: str, folder: str, options) -> Iterator[Part | Left]:
   """The rows of a table, whose media lie in `folder` below the root. Raises UserError."""
-  base, header, chosen = os.path.basename(path), None, {}
-  for number, cells in _lines_of_cells(path, options.encoding):
+  chosen: dict[str, tuple[str, ...]] | None = None
+  for at, row in table_rows(path, options.encoding):
+    if isinstance(row, Skip):
+      yield at, row
+      continue
+    if chosen is None:
+      chosen = choose_columns(list(row), options.columns, path)
+    part = part_of(cells_of(row, chosen), at, folder, options)
+    yield part if isinstance(part, Part) else (row.get(chosen.get("id", ("",))[0]) or at, part)
+
+
+def table_rows(path: str, encoding: str = "") -> Iterator[tuple[str, dict[str, str] | Skip]]:
+  """(where it stands, {column: cell} or why there is none) of each row. Raises UserError."""
+  base, header = os.path.basename(path), None
+  for number, cells in _lines_of_cells(path, encoding):
     at = f"{base}:{number}"
     if isinstance(cells, Skip):
       yield at, cells
     elif header is None:
       header = [name.strip() for name in cells]
-      chosen = choose_columns(header, options.columns, path)
     else:
-      row = dict(zip(header, cells, strict=False))
-      part = part_of(cells_of(row, chosen), at, folder, options)
-      yield part if isinstance(part, Part) else (row.get(chosen.get("id", ("",))[0]) or at, part)
+      yield at, dict(zip(header, cells, strict=False))
 
 
 def open_text(path: str, encoding: str = "") -> io.TextIOWrapper:
