@@ -116,20 +116,27 @@ def load_tokenizer(data) -> Tokenizer:
   Raises UserError: there is none (naming the nearest and the command that makes one), it cannot be
   read, or its vocabulary is larger than data.text.vocab_size.
   """
-  name, root = data.text.tokenizer, data_dir(data)
+  name = data.text.tokenizer
+  tokenizer = open_tokenizer(name, data_dir(data))
+  if tokenizer.vocab_size > data.text.vocab_size:
+    raise UserError(
+      f"data.text.vocab_size is {data.text.vocab_size}, but tokenizer {name} has "
+      f"{tokenizer.vocab_size} pieces. Set data.text.vocab_size to {tokenizer.vocab_size} or more"
+    )
+  return tokenizer
+
+
+def open_tokenizer(name: str, root: Path) -> Tokenizer:
+  """The tokenizer of this name under root/tokenizers, or at this path. Raises UserError: as
+  `load_tokenizer`, whatever its size.
+  """
   path = _find_tokenizer(name, root)
   try:
-    tokenizer = Tokenizer.from_assets(_read_assets(path))
+    return Tokenizer.from_assets(_read_assets(path))
   except (UserError, OSError) as error:
     raise UserError(
       f"data.text.tokenizer {path}: {error}. Make it again with `mmjax data tokenizer`"
     ) from error
-  if tokenizer.vocab_size > data.text.vocab_size:
-    raise UserError(
-      f"data.text.vocab_size is {data.text.vocab_size}, but tokenizer {path} has "
-      f"{tokenizer.vocab_size} pieces. Set data.text.vocab_size to {tokenizer.vocab_size} or more"
-    )
-  return tokenizer
 
 
 def special_tokens(data) -> dict[str, int]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.sources import open_source
-from mmjax.data.text import RESERVED, SPARE, Tokenizer, load_tokenizer, train_tokenizer
+from mmjax.data.text import RESERVED, SPARE, Tokenizer, open_tokenizer, train_tokenizer
 from mmjax.starter.origin import Origin
 from mmjax.starter.survey import Survey, fit
 from mmjax.starter.tasks import Task
@@ -38,9 +37,7 @@ def find(
 ) -> tuple[str, Tokenizer]:
   """(what data.text.tokenizer names, the tokenizer)."""
   if name:
-    data = SimpleNamespace(get=dict(dir=str(found.folder)).get)
-    data.text = SimpleNamespace(tokenizer=name, vocab_size=1 << 24)
-    return name, load_tokenizer(data)
+    return name, open_tokenizer(name, found.folder)
   if begin and begin.has_tokenizer and begin.reads_text(made):
     return begin.tokenizer(found.folder)
   texts = list(itertools.islice(_texts(found, made, languages, begin), MOST_TEXTS))
@@ -109,10 +106,10 @@ def _trained(texts: list[str], folder: Path, stem: str, size: int) -> tuple[Path
   train_tokenizer(texts, temporary, size)
   content = temporary.read_bytes()
   temporary.unlink()
-  for number in itertools.count(1):
-    path = folder / f"{stem}.model" if number == 1 else folder / f"{stem}_{number}.model"
-    if not path.exists():
-      files.write_whole(path, content)
-    if path.read_bytes() == content:
-      return path, Tokenizer.from_assets({"tokenizer.model": content})
-  raise AssertionError
+  path, number = folder / f"{stem}.model", 1
+  while path.exists() and path.read_bytes() != content:
+    number += 1
+    path = folder / f"{stem}_{number}.model"
+  if not path.exists():
+    files.write_whole(path, content)
+  return path, Tokenizer.from_assets({"tokenizer.model": content})
