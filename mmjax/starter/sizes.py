@@ -11,8 +11,8 @@ from typing import NamedTuple
 from mmjax.starter.machine import Machine, free_memory
 from mmjax.starter.survey import Survey
 
-# Examples a second and core of a training step, measured with the recipes of configs/README.md on
-# an AMD EPYC: what a run on CPUs may take is computed with it.
+# Examples a second and core of a training step, about as the times of the recipes in
+# configs/README.md give them: what a run on CPUs may take is estimated by it.
 RATES = {"image": 200, "audio": 120, "video": 100, "series": 900, "text": 600}
 MINUTES = 4  # of training on CPUs
 

@@ -28,6 +28,7 @@ from tests.data.test_video import encode as encode_video
 from tests.e2e.commands import ROOT, SMALL, environment
 from tests.guides import blocks, commands, read
 from tests.inference import tiny
+from tests.inference.test_language import config as language_config
 
 TEXTS = {  # in the order in which they are run
   # without "A config that fits", which test_init.py runs
@@ -190,6 +191,8 @@ def make_models(folder: pathlib.Path) -> None:
     tiny.save(tiny.media_config(kind, encoders, **more), folder / name).rename(
       folder / "runs" / name
     )
+  (folder / "answers").mkdir()
+  tiny.save(language_config(), folder / "answers").rename(folder / "runs" / "answers")
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +274,12 @@ def test_six_lines_of_the_readme_and_those_of_the_guide_run(place):
   guide = program(read("mmjax/README.md"), 'mmjax.load("runs/quickstart")')
   done = python(place[0], f"{first}{shapes}\n{guide}print(images.shape, texts.shape)")
   assert done.splitlines() == ["(2, 16) (2, 16) (2,) (1, 2)", "(2, 16) (2, 16)"]
+
+
+def test_the_example_of_language_models_runs(place):
+  code = program(read("mmjax/README.md"), 'mmjax.load("runs/answers")')
+  shown = "print()\nprint(len(answers), len(drawn), odds.shape)"
+  assert python(place[0], f"{code}{shown}").splitlines()[-1] == "1 1 (1, 2)"
 
 
 def test_the_example_of_sound_runs(place):
