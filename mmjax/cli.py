@@ -251,14 +251,7 @@ def _data_convert(options) -> None:
 
 def _columns(options) -> dict[str, str] | None:
   """{role: column} that the options of `data convert` name."""
-  from mmjax.config import ConfigError
-
-  columns = {}
-  for pair in filter(None, options.columns.split(",")):
-    role, equals, column = pair.partition("=")
-    if not (role and equals and column):
-      raise ConfigError(f"--columns: {pair!r:.80} is not ROLE=COLUMN, such as caption=title")
-    columns[role.strip()] = column
+  columns = _pairs(options.columns, "ROLE=COLUMN, such as caption=title")
   if options.labels:
     columns["labels"] = options.labels
   if options.group:
@@ -444,7 +437,7 @@ def _predict(options) -> None:
   rows = predict.command(
     Predictor.load(options.checkpoint, allow_code=options.allow_code),
     options.inputs,
-    columns=_pairs(options.columns),
+    columns=_pairs(options.columns, "MODALITY=COLUMN, such as image=file"),
     root=options.root,
     out=options.out,
     timestamps=options.timestamps,
@@ -471,15 +464,15 @@ def _classify(options) -> None:
   _show_predictions(options, rows)
 
 
-def _pairs(text: str) -> dict[str, str]:
-  """{"image": "file"} of "image=file". Raises ConfigError."""
+def _pairs(text: str, form: str) -> dict[str, str]:
+  """{"image": "file"} of "image=file". form: how it is written. Raises ConfigError."""
   from mmjax.config import ConfigError
 
   pairs = {}
   for pair in filter(None, text.split(",")):
     name, equals, column = pair.partition("=")
     if not (name and equals and column):
-      raise ConfigError(f"--columns: {pair!r:.80} is not MODALITY=COLUMN, such as image=file")
+      raise ConfigError(f"--columns: {pair!r:.80} is not {form}")
     pairs[name.strip()] = column
   return pairs
 
