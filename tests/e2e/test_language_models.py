@@ -9,6 +9,8 @@ import random
 
 import pytest
 
+from mmjax.data.builders.convert import convert
+from mmjax.data.sources import open_source
 from tests.e2e.commands import run
 
 CONFIG = """
@@ -90,3 +92,17 @@ def test_documents_that_cannot_be_used_are_counted(tmp_path, monkeypatch):
   )
   assert summary["examples"] == 3
   assert summary["skipped"] == {"no text": 3, "broken text": 1, "broken row": 1}
+
+
+def test_equal_documents_fall_into_one_split(tmp_path):
+  for i in range(40):  # each text in two files, whose names tell nothing
+    for copy in ("a", "b"):
+      file = tmp_path / "books" / f"{copy}{i}.txt"
+      file.parent.mkdir(exist_ok=True)
+      file.write_text(document(i + 9 * i))
+  convert("documents", tmp_path / "books", "b", tmp_path / "data", split="train:1,test:1")
+  texts = []
+  for split in ("train", "test"):
+    source = open_source(dict(name="b", split=split), str(tmp_path / "data"))
+    texts.append({source[i]["captions"]["en"][0] for i in range(len(source))})
+  assert all(texts) and not texts[0] & texts[1]

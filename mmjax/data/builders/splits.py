@@ -1,9 +1,10 @@
 """Which split a row of a source goes into, when one conversion makes several: by shares of the
 content, "train:80,validation:10,test:10".
 
-The split of a record is a function of its content alone (a hash of its media), so that the same
-files fall the same way again. Records that share a medium or a group, and pictures that are nearly
-equal (scaled, compressed again), are kept together: they follow the smallest hash among them.
+The split of a record is a function of its content alone (a hash of its media, or of the text of a
+document), so that the same files fall the same way again. Records that share a medium or a group,
+and pictures that are nearly equal (scaled, compressed again), are kept together: they follow the
+smallest hash among them.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def _content(reader, rows: Sequence[Row]) -> tuple[list[set], dict[int, np.ndarr
       found: set[Any] = {
         (kind, content_key(record, kind)) for kind in MEDIA if record.get(kind) is not None
       }
+      if not found and record["captions"]:
+        found.add(("text", record["image_key"]))  # of a document, which has no medium
       found |= {("group", group) for group in record.get("groups", ())}
       out.append((name, found, _thumbnail(record.get("image"))))
     return out
