@@ -61,6 +61,22 @@ def test_value_and_gradients_equal_the_dense_formula(rows, chunk, smoothing, wit
   )
 
 
+def test_capped_logits_equal_the_dense_formula_and_its_gradients():
+  (hidden, table, _), targets = arguments()
+
+  def chunked(hidden, table):
+    return row_cross_entropy(hidden, table, targets, cap=3.0, chunk=10)[0]
+
+  def plain(hidden, table):
+    logits = 3.0 * jnp.tanh(jnp.matmul(hidden, table.T, precision="highest") / 3.0)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+    return -(chosen * (targets >= 0)).sum()
+
+  got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, table) for f in (chunked, plain))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+  assert abs(got[0] - row_cross_entropy(hidden, table, targets)[0]) > 1
+
+
 def test_rows_that_do_not_count_may_hold_anything():
   (hidden, table, _), targets = arguments()
   spoilt = np.where((targets >= 0)[:, None], hidden, np.nan)
