@@ -85,7 +85,7 @@ class LanguageGenerator:
     found: dict[int, str] = {}
     for start in range(0, len(order), most):
       chosen = order[start : start + most]
-      batch, ids = self._batch([read[i] for i in chosen], chosen)
+      batch, ids = self._batch([read[i] for i in chosen], chosen, max_length)
       run = self._program(("generate", max_length, decoding), self._generate)
       tokens = np.asarray(run(self.variables, batch, jax.random.key(seed), ids))
       for i, row in zip(chosen, tokens, strict=False):
@@ -107,7 +107,9 @@ class LanguageGenerator:
     """
     if decoding.method == "beam":
       raise UserError("a beam search knows its text at the end only: stream without beams")
-    batch, ids = self._batch(self._read([prompt], {k: [v] for k, v in media.items()}), [0])
+    batch, ids = self._batch(
+      self._read([prompt], {k: [v] for k, v in media.items()}), [0], max_length
+    )
     begin = self._program(("begin", max_length, decoding), self._begin)
     go_on = self._program(("go_on", max_length, decoding), self._go_on)
     at = begin(self.variables, batch, jax.random.key(seed), ids)
@@ -141,7 +143,7 @@ class LanguageGenerator:
     order = sorted(range(len(rows)), key=lambda i: self._size(rows[i][0]))
     for start in range(0, len(order), self.rows[-1]):
       chosen = order[start : start + self.rows[-1]]
-      batch, _ = self._batch([rows[i][0] for i in chosen], chosen)
+      batch, _ = self._batch([rows[i][0] for i in chosen], chosen, 1)
       length = batch["sequence"]["length"]
       ends = np.ones(len(length), np.int32)
       ends[: len(chosen)] = [rows[i][1] for i in chosen]
@@ -256,15 +258,22 @@ class LanguageGenerator:
   def _size(self, read: _Read) -> int:
     return sum(self.places[p] if isinstance(p, str) else len(p) for p in read.parts)
 
-  def _batch(self, rows: list[_Read], ids: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
-    """(rows as arrays, filled up to a size of `self.rows` and of LENGTHS; ids of their draws)."""
+  def _batch(
+    self, rows: list[_Read], ids: Sequence[int], max_length: int
+  ) -> tuple[dict[str, Any], np.ndarray]:
+    """(rows as arrays, filled up to a size of `self.rows` and of LENGTHS; ids of their draws).
+    max_length: tokens that will follow, which need positions too.
+    """
     count = next((size for size in self.rows if size >= len(rows)), len(rows))
     lengths = [self._size(row) for row in rows]
     width = next(length for length in LENGTHS if length >= max(lengths))
-    most = self.model.length if self.model.learned_positions else LENGTHS[-1]
+    most = LENGTHS[-1]
+    if self.model.learned_positions:
+      most = self.model.length - max_length + 1
     if max(lengths) > most:
       raise UserError(
-        f"a prompt has {max(lengths)} tokens, but the model has {most} positions. Shorten it"
+        f"a prompt of {max(lengths)} tokens and {max_length} after it are asked of a model of "
+        f"{self.model.length} positions. Shorten it, or ask for fewer"
       )
     width = min(width, most)
     s = {name: np.zeros((count, width), np.int32) for name in ("tokens", "media_offset")}

@@ -13,7 +13,7 @@ from mmjax.parallel.mesh import single_device_mesh
 from tests.inference import tiny
 
 
-def config():
+def config(**model):
   c = configs.base()
   c.data.image.size = 16
   c.data.text = dict(tokenizer="tiny", vocab_size=512)
@@ -25,6 +25,7 @@ def config():
     heads=2,
     encoders=dict(image=dict(kind="vit", patch=8, width=16, depth=1, heads=2)),
     connectors=dict(image=dict(kind="mlp")),
+    **model,
   )
   c.precision.compute = "float32"
   c.train.batch_size = 8
@@ -97,6 +98,19 @@ def test_files_and_prompts_by_the_command(folder, model, tmp_path):
   assert generate(model, [], prompt="a red", max_length=4) == [
     ("", model.generate(["a red"], max_length=4)[0])
   ]
+
+
+def test_learned_positions_hold_as_many_tokens_as_there_are(tmp_path):
+  """Prompts are filled up to few lengths, which must cost no positions."""
+  c = config(positions="learned", max_positions=40)
+  model = mmjax.load(tiny.save(c, tmp_path), mesh=single_device_mesh())
+  prompt = "a cat" * 4
+  tokens = len(model.tokenizer.encode(prompt))
+  assert 17 <= tokens <= 32
+  (text,) = model.generate([prompt], max_length=41 - tokens)
+  assert text.startswith(model.generate([prompt], max_length=2)[0])
+  with pytest.raises(UserError, match="of a model of 40 positions"):
+    model.generate([prompt], max_length=42 - tokens)
 
 
 @pytest.mark.parametrize(
