@@ -20,21 +20,23 @@ LENGTH, PLACES = 40, 4
 
 
 @pytest.fixture(scope="module")
-def asked(tiny):
-  """Records with questions, and one of them without its picture's end."""
+def asked(tiny, tmp_path_factory):
+  """A folder of records with questions, one of them without its picture's end, and of documents."""
+  folder = tmp_path_factory.mktemp("asked")
+  (folder / "tokenizers").symlink_to(tiny / "tokenizers")
   records = []
   for i in range(12):
     pairs = [("what is it?", f"thing {i}"), ("is it red?", "yes" if i % 2 else "no")]
     records.append(record(i, questions=pairs))
   records[3]["image"] = records[3]["image"][:40]
-  write_dataset("asked", tiny, {"train": records}, fields=("image", "questions"))
+  write_dataset("asked", folder, {"train": records}, fields=("image", "questions"))
   long = " ".join(f"word {i} of a long text" for i in range(60))
   texts = [long, "a red thing", long[:200]]
   documents = [
     dict(id=str(i), captions={"en": [text]}, image_key=i) for i, text in enumerate(texts)
   ]
-  write_dataset("texts", tiny, {"train": documents}, fields=())
-  return tiny
+  write_dataset("texts", folder, {"train": documents}, fields=())
+  return folder
 
 
 def resolved(folder, source, kind, image=True, **changes):
