@@ -261,7 +261,7 @@ def check_export(config, assets: Mapping[str, bytes]) -> None:
   except UserError as error:
     if config.export.hf:
       raise configs.ConfigError(f"export.hf is True, but {error}") from error
-    why = textwrap.shorten(str(error), 120, placeholder=" ... (export.hf=True says it whole)")
+    why = textwrap.shorten(str(error), 200, placeholder=" ... (export.hf=True says it whole)")
     log(f"note: no export to transformers: {why}")
 
 

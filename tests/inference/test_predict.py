@@ -163,6 +163,6 @@ def test_classify_sorts_pictures_into_labels_of_ones_own(tmp_path, capsys):
   for row, share in zip(rows, want, strict=False):
     assert row["label"] == ("a red heart", "rain")[share.argmax()]
     assert row["probability/rain"] == pytest.approx(float(share[1]), rel=1e-5)
-  assert "error" in rows[3] and "3 of 4 files read, 1 skipped" in printed.err
+  assert "error" in rows[3] and "3 of 4 rows read, 1 skipped" in printed.err
   with pytest.raises(UserError, match="no classifier, no values and no decoder"):
     predictor.predict(image=pictures / "0.png")
