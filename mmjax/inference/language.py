@@ -32,7 +32,7 @@ LENGTHS = tuple(2**n for n in range(3, 21))  # of prompts: they are filled up to
 AT_ONCE = 8  # tokens that are decoded before a stream is looked at
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
   """A prompt as parts, with its media: [(modality, arrays of one example)]."""
 
   parts: list[list[int] | str]
@@ -77,11 +77,11 @@ class LanguageGenerator:
     Raises UserError: other numbers of media than of places for them, one that cannot be read, or a
     prompt longer than the model's positions.
     """
-    read = self._read(prompts, media)
+    read = self.read(prompts, media)
     if not read:
       return []
     most = self.rows[-1]
-    order = sorted(range(len(read)), key=lambda i: self._size(read[i]))  # few shapes
+    order = sorted(range(len(read)), key=lambda i: self.size(read[i]))  # few shapes
     found: dict[int, str] = {}
     for start in range(0, len(order), most):
       chosen = order[start : start + most]
@@ -89,7 +89,7 @@ class LanguageGenerator:
       run = self._program(("generate", max_length, decoding), self._generate)
       tokens = np.asarray(run(self.variables, batch, jax.random.key(seed), ids))
       for i, row in zip(chosen, tokens, strict=False):
-        found[i] = cut_at(self._text(row), stop)
+        found[i] = cut_at(self.text(row), stop)
     return [found[i] for i in range(len(read))]
 
   def stream(
@@ -108,7 +108,7 @@ class LanguageGenerator:
     if decoding.method == "beam":
       raise UserError("a beam search knows its text at the end only: stream without beams")
     batch, ids = self._batch(
-      self._read([prompt], {k: [v] for k, v in media.items()}), [0], max_length
+      self.read([prompt], {k: [v] for k, v in media.items()}), [0], max_length
     )
     begin = self._program(("begin", max_length, decoding), self._begin)
     go_on = self._program(("go_on", max_length, decoding), self._go_on)
@@ -117,9 +117,9 @@ class LanguageGenerator:
     while True:
       tokens = np.asarray(at.tokens[0])[:made]
       ended = bool(at.done[0]) or made >= max_length
-      text = self._text(tokens)
+      text = self.text(tokens)
       whole = cut_at(text, stop)
-      safe = whole if ended or whole != text else whole[: len(whole) - _undecided(whole, stop)]
+      safe = whole if ended or whole != text else whole[: len(whole) - undecided(whole, stop)]
       if len(safe) > len(given):
         yield safe[len(given) :]
         given = safe
@@ -134,13 +134,13 @@ class LanguageGenerator:
     """float32 [prompts, options]: the log-likelihood in nats of each option after each prompt, its
     end included.
     """
-    read = self._read(prompts, media)
+    read = self.read(prompts, media)
     endings = [[*self._encode(option), self.model.eos_id] for option in options]
     rows = [
-      (_Read([*one.parts, ending], one.media), len(ending)) for one in read for ending in endings
+      (Read([*one.parts, ending], one.media), len(ending)) for one in read for ending in endings
     ]
     found = np.zeros(len(rows), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: self._size(rows[i][0]))
+    order = sorted(range(len(rows)), key=lambda i: self.size(rows[i][0]))
     for start in range(0, len(order), self.rows[-1]):
       chosen = order[start : start + self.rows[-1]]
       batch, _ = self._batch([rows[i][0] for i in chosen], chosen, 1)
@@ -184,10 +184,13 @@ class LanguageGenerator:
     check_texts([text])
     return self.tokenizer.encode(text.lower() if self.config.data.text.lowercase else text)
 
-  def _text(self, tokens: np.ndarray) -> str:
-    return decode(self.tokenizer, tokens.tolist(), (self.model.eos_id, *self.model.end_ids))
+  def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of generated tokens, up to what ends it."""
+    return decode(
+      self.tokenizer, [int(token) for token in tokens], (self.model.eos_id, *self.model.end_ids)
+    )
 
-  def _read(self, prompts: str | Sequence[str], media: Mapping[str, Any]) -> list[_Read]:
+  def read(self, prompts: str | Sequence[str], media: Mapping[str, Any]) -> list[Read]:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     given: list[dict[str, list[Item]]] = [{} for _ in prompts]
     for modality, items in media.items():
@@ -208,7 +211,7 @@ class LanguageGenerator:
       self._one(number, *pair) for number, pair in enumerate(zip(prompts, given, strict=True))
     ]
 
-  def _one(self, number: int, prompt: str, given: dict[str, list[Item]]) -> _Read:
+  def _one(self, number: int, prompt: str, given: dict[str, list[Item]]) -> Read:
     marks = "|".join(f"<{modality}>" for modality in self.media)
     pieces = re.split(f"({marks})", prompt) if marks else [prompt]
     if len(pieces) == 1:
@@ -232,7 +235,7 @@ class LanguageGenerator:
         )
     if not parts:
       raise UserError(f"prompt {number + 1} is empty: give it a text, or a medium")
-    return _Read(parts, media)
+    return Read(parts, media)
 
   def _parts(self, pieces: list[str]) -> list[list[int] | str]:
     """Pieces of text as tokens, <image> and the like as their modality. Where these are tokens of
@@ -255,19 +258,18 @@ class LanguageGenerator:
         parts.append([token])
     return parts
 
-  def _size(self, read: _Read) -> int:
+  def size(self, read: Read) -> int:
+    """Tokens of a prompt, its media among them."""
     return sum(self.places[p] if isinstance(p, str) else len(p) for p in read.parts)
 
   def _batch(
-    self, rows: list[_Read], ids: Sequence[int], max_length: int
+    self, rows: list[Read], ids: Sequence[int], max_length: int
   ) -> tuple[dict[str, Any], np.ndarray]:
     """(rows as arrays, filled up to a size of `self.rows` and of LENGTHS; ids of their draws).
     max_length: tokens that will follow, which need positions too.
     """
-    count = next((size for size in self.rows if size >= len(rows)), len(rows))
-    lengths = [self._size(row) for row in rows]
-    width = next(length for length in LENGTHS if length >= max(lengths))
-    most = LENGTHS[-1]
+    lengths = [self.size(row) for row in rows]
+    width, most = self.width(max(lengths)), LENGTHS[-1]
     if self.model.learned_positions:
       most = self.model.length - max_length + 1
     if max(lengths) > most:
@@ -275,12 +277,26 @@ class LanguageGenerator:
         f"a prompt of {max(lengths)} tokens and {max_length} after it are asked of a model of "
         f"{self.model.length} positions. Shorten it, or ask for fewer"
       )
-    width = min(width, most)
+    count = next((size for size in self.rows if size >= len(rows)), len(rows))
+    fresh = itertools.count(max(ids, default=0) + 1)
+    return (
+      self.arrays(rows, min(width, most), count),
+      np.array([*ids, *(next(fresh) for _ in range(count - len(rows)))]),
+    )
+
+  def width(self, length: int) -> int:
+    """The size that prompts of this length are filled up to."""
+    return next(size for size in LENGTHS if size >= length)
+
+  def arrays(self, rows: Sequence[Read], width: int, count: int) -> dict[str, Any]:
+    """A batch of `count` rows of `width` tokens, the given prompts first."""
+    lengths = [self.size(row) for row in rows]
     s = {name: np.zeros((count, width), np.int32) for name in ("tokens", "media_offset")}
     s["media_index"] = np.full((count, width), -1, np.int32)
     s["length"] = np.ones(count, np.int32)
     s["length"][: len(rows)] = lengths
     slots = max((len(row.media) for row in rows), default=0)
+    slots = 1 << (slots - 1).bit_length() if slots else 0  # few shapes
     arrays: dict[str, Any] = {}
     present = [m for m in self.media if any(name == m for row in rows for name, _ in row.media)]
     for modality in present:
@@ -306,8 +322,7 @@ class LanguageGenerator:
     batch: dict[str, Any] = {"sequence": s}
     if arrays:
       batch["media"] = arrays
-    fresh = itertools.count(max(ids, default=0) + 1)
-    return batch, np.array([*ids, *(next(fresh) for _ in range(count - len(rows)))])
+    return batch
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
@@ -316,7 +331,7 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
   return text[: min(places)] if places else text
 
 
-def _undecided(text: str, stop: Sequence[str]) -> int:
+def undecided(text: str, stop: Sequence[str]) -> int:
   """Characters at the end of a text that may change with what follows: the beginning of a `stop`
   string, or of a character that is not whole yet.
   """

@@ -72,7 +72,15 @@ class LanguageModel(nn.Module):
   shared_methods = ("table",)  # methods whose result does not depend on examples
   joint = False  # there is no shared space
   # The names of METHODS that it answers.
-  methods = ("table", "next_tokens", "target_scores", "prefill", "decode_step")
+  methods = (
+    "table",
+    "next_tokens",
+    "target_scores",
+    "prefill",
+    "init_cache",
+    "extend",
+    "decode_step",
+  )
 
   def setup(self) -> None:
     for modality, encoder in self.encoders.items():
@@ -199,24 +207,39 @@ class LanguageModel(nn.Module):
 
     The cache: keys and values, and how far positions are ahead of places, int32 [1, B].
     """
-    s = batch["sequence"]
-    rows, width = s["tokens"].shape
+    rows = batch["sequence"]["tokens"].shape[0]
     if self.learned_positions and length > self.length:
       raise UserError(
         f"a text of {length} tokens is asked of a model of {self.length} positions. Ask for fewer"
       )
+    return self.extend(batch, 0, self.init_cache(rows, length))
+
+  def init_cache(self, rows: int, length: int) -> tuple[KeyValue, Array]:
+    """What `extend` begins with: nothing, and room for `length` tokens of each row."""
+    return self.stack.init_cache(rows, length), jnp.zeros((1, rows), jnp.int32)
+
+  def extend(
+    self, batch: Batch, places: Array | int, state: tuple[KeyValue, Array]
+  ) -> tuple[Array, tuple[KeyValue, Array]]:
+    """As `prefill`, of prompts that go on from the first `places` tokens, int32 [B], of what
+    `state` holds; what it held after these is forgotten. `sequence.length`: of the tokens given.
+    """
+    s, (cache, ahead) = batch["sequence"], state
     positions = s.get("positions")
-    cache = self.stack.init_cache(rows, length)
+    if positions is None and not isinstance(places, int):
+      positions = (places + ahead[0])[:, None] + jnp.arange(s["tokens"].shape[1])
+      if self.learned_positions:  # of the padding
+        positions = jnp.minimum(positions, self.length - 1)
+      batch = {**batch, "sequence": {**s, "positions": positions}}
     x, cache = self.stack.extend(
-      self.embed(batch), 0, cache, positions=positions, prefix=s.get("prefix")
+      self.embed(batch), places, cache, positions=positions, prefix=s.get("prefix")
     )
     last = s["length"] - 1
     hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
-    ahead = jnp.zeros(rows, jnp.int32)
     if positions is not None:
       flat = positions if positions.ndim == 2 else positions.max(-1)
-      ahead = jnp.take_along_axis(flat, last[:, None], axis=1)[:, 0] - last
-    return self.logits(hidden), (cache, ahead[None])
+      ahead = (jnp.take_along_axis(flat, last[:, None], axis=1)[:, 0] - places - last)[None]
+    return self.logits(hidden), (cache, ahead)
 
   def decode_step(
     self, token: Array, places: Array, state: tuple[KeyValue, Array], constants: None = None

@@ -47,6 +47,8 @@ METHODS: dict[str, str] = {
   "memory": _DECODER,
   "init_memory": _DECODER,
   "prefill": _GENERATES,
+  "init_cache": _LANGUAGE_MODEL,
+  "extend": _LANGUAGE_MODEL,
   "decode_step": _GENERATES,
   "detect_language": _DECODER,
   "next_tokens": _LANGUAGE_MODEL,

@@ -1,0 +1,366 @@
+"""Texts under way side by side in one cache: each begins when a row is free and ends when it ends,
+whatever the others do. A chat uses one row, a server several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.config import UserError
+from mmjax.inference.engine import LOW, Decoding
+from mmjax.inference.language import AT_ONCE, LanguageGenerator, Read, cut_at, undecided
+
+Array = jax.Array
+TOP = 5  # alternatives that are kept of each token
+
+
+class Rows(NamedTuple):
+  """The texts of N rows: arrays [N], `known` [N, V]."""
+
+  token: Array  # int32, the last one
+  place: Array  # int32, where it will stand in the cache
+  made: Array  # int32, tokens so far
+  most: Array  # int32, tokens at most
+  done: Array  # bool
+  key: Array  # of the draws
+  temperature: Array  # float32, 0 = the likeliest token
+  top_k: Array  # int32
+  top_p: Array  # float32
+  min_p: Array  # float32
+  penalty: Array  # float32
+  known: Array  # bool, tokens that the prompt or the text has
+
+
+class Made(NamedTuple):
+  """A token of each row: its log-probability, the likeliest ones and theirs, and whether the row
+  was under way.
+  """
+
+  token: Array  # int32 [N]
+  score: Array  # float32 [N]
+  best: Array  # int32 [N, TOP]
+  scores: Array  # float32 [N, TOP]
+  live: Array  # bool [N]
+
+
+class Text:
+  """What one row writes. tokens: so far, without what ends it; scores: the log-probability of
+  each; best: the likeliest tokens in the place of each, [(token, log-probability)]. ended: "" while
+  under way, then "stop", "length" or "cancelled". read, reused: tokens of its prompt, and those of
+  them that the cache held already.
+  """
+
+  def __init__(
+    self, row: int, most: int, stop: Sequence[str], decode: Callable, read: int, reused: int
+  ):
+    self.row, self.most, self.stop, self.read, self.reused = row, most, tuple(stop), read, reused
+    self.tokens: list[int] = []
+    self.scores: list[float] = []
+    self.best: list[list[tuple[int, float]]] = []
+    self.ended, self._decode, self._given = "", decode, ""
+
+  @property
+  def text(self) -> str:
+    """The text so far, before the first of the `stop` strings."""
+    return cut_at(self._decode(self.tokens), self.stop)
+
+  @property
+  def stopped(self) -> bool:
+    """Whether one of the `stop` strings is in it."""
+    whole = self._decode(self.tokens)
+    return cut_at(whole, self.stop) != whole
+
+  def piece(self) -> str:
+    """What has come since the last call and will not change."""
+    text = self.text
+    safe = text if self.ended else text[: len(text) - undecided(text, self.stop)]
+    piece = safe[len(self._given) :]
+    self._given = safe if len(safe) > len(self._given) else self._given
+    return piece
+
+
+class Slots:
+  """`rows` texts at most at the same time, prompt and answer of each within `window` tokens."""
+
+  def __init__(
+    self,
+    language: LanguageGenerator,
+    rows: int,
+    window: int,
+    ends: Iterable[int] = (),
+    reuse: bool = False,
+  ):
+    """ends: tokens that end texts besides the model's. reuse: a prompt that begins as an earlier
+    one with its answer goes on from the cache of that. The caller has the mesh and rules in use.
+    """
+    model = language.model
+    self.language, self.window, self.reuse = language, window, reuse
+    if model.learned_positions and window > model.length:
+      raise UserError(f"a window of {window} tokens, but the model has {model.length} positions")
+    self._ends = {model.eos_id, *model.end_ids, *ends}
+    self._batch = language.rows[0]  # rows of a prefill: one, and copies for every other device
+    self.count = -(-rows // self._batch) * self._batch
+    self._state = jax.jit(self._empty)()
+    n = self.count
+    self._rows = Rows(
+      *(jnp.zeros(n, jnp.int32) for _ in range(4)),
+      jnp.ones(n, bool),
+      jax.random.split(jax.random.key(0), n),
+      *(jnp.zeros(n, kind) for kind in (jnp.float32, jnp.int32)),
+      *(jnp.ones(n, jnp.float32) for _ in range(3)),
+      jnp.zeros((n, model.vocab_size), bool),
+    )
+    self.texts: list[Text | None] = [None] * n  # under way
+    self._held: list[list[Hashable]] = [[] for _ in range(n)]  # what the cache has in each place
+    self._start = jax.jit(self._begin, donate_argnums=(1, 2))
+    self._go_on = jax.jit(self._steps, donate_argnums=(1, 2))
+
+  @property
+  def free(self) -> int:
+    """Rows without a text."""
+    return sum(text is None for text in self.texts)
+
+  def begin(
+    self,
+    read: Read,
+    max_length: int,
+    decoding: Decoding = Decoding(),
+    seed: int = 0,
+    stop: Sequence[str] = (),
+  ) -> Text:
+    """Starts a text after a prompt, in a free row, with its first token. Raises UserError: the
+    prompt and the answer are longer than the window, or decoding by beams.
+    """
+    if decoding.method == "beam":
+      raise UserError("texts side by side are greedy or drawn, not of a beam search")
+    size = self.language.size(read)
+    if size + max_length > self.window:
+      raise UserError(
+        f"a prompt of {size} tokens and {max_length} after it are more than the window of "
+        f"{self.window}. Shorten it, or ask for fewer"
+      )
+    held = _places(read, self.language.places)
+    row, start = self._row(held)
+    rest, width = _after(read, start, self.language.places), size - start
+    width = min(self.language.width(width), self.window - start)
+    batch = self.language.arrays([rest], width, self._batch)
+    known = np.zeros(self.language.model.vocab_size, bool)
+    known[[token for token in held if isinstance(token, int)]] = True
+    d, drawn = decoding, decoding.method == "sample"
+    settings = (max_length, d.temperature if drawn else 0.0, d.top_k, d.top_p, d.min_p)
+    key = jax.random.fold_in(jax.random.key(seed), 0)  # as the first row of `generate`
+    self._state, self._rows, made = self._start(
+      self.language.variables,
+      self._state,
+      self._rows,
+      row,
+      start,
+      batch,
+      key,
+      known,
+      (*settings, d.repetition_penalty),
+    )
+    text = Text(row, max_length, stop, self.language.text, size, start)
+    self.texts[row], self._held[row] = text, held
+    self._take(jax.tree.map(lambda x: np.asarray(x)[None], made))
+    return text
+
+  def step(self) -> list[Text]:
+    """Some more tokens of every text under way; the texts that have got any."""
+    under_way = [text for text in self.texts if text is not None]
+    if under_way:
+      self._state, self._rows, made = self._go_on(self.language.variables, self._state, self._rows)
+      self._take(jax.tree.map(np.asarray, made))
+    return under_way
+
+  def end(self, text: Text, why: str = "cancelled") -> None:
+    """Ends a text that is under way."""
+    if not text.ended:
+      text.ended, self.texts[text.row] = why, None
+      self._rows = self._rows._replace(done=self._rows.done.at[text.row].set(True))
+
+  def _take(self, made: Made) -> None:
+    """Hands tokens [K, N] to the texts of the rows."""
+    for number, text in enumerate(self.texts):
+      if text is None:
+        continue
+      for k in np.flatnonzero(made.live[:, number]).tolist():
+        token = int(made.token[k, number])
+        if len(text.tokens):  # the one before it now stands in the cache
+          self._held[number].append(text.tokens[-1])
+        if token in self._ends:
+          self.end(text, "stop")
+          break
+        text.tokens.append(token)
+        text.scores.append(float(made.score[k, number]))
+        best = zip(made.best[k, number].tolist(), made.scores[k, number].tolist(), strict=True)
+        text.best.append(list(best))
+      if not text.ended and text.stop and text.stopped:
+        self.end(text, "stop")
+      if not text.ended and len(text.tokens) >= text.most:
+        self.end(text, "length")
+
+  def _row(self, held: list[Hashable]) -> tuple[int, int]:
+    """(a free row, how many places of a prompt its cache holds)."""
+    free = [row for row, text in enumerate(self.texts) if text is None]
+    if not free:
+      raise UserError(f"all {self.count} rows are in use")
+    if not self.reuse:
+      return free[0], 0
+    shared = {row: _shared(self._held[row], held) for row in free}
+    row = max(free, key=lambda row: (shared[row], -len(self._held[row])))
+    return row, shared[row]
+
+  # -- Programs ------------------------------------------------------------------------------------
+
+  def _empty(self) -> Any:
+    model, variables = self.language.model, self.language.variables
+    return model.apply(variables, self.count, self.window, method="init_cache")
+
+  def _begin(self, variables, state, rows, row, start, batch, key, known, settings):
+    model = self.language.model
+
+    def take(x: Array) -> Array:
+      return jnp.repeat(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), self._batch, axis=1)
+
+    def put(x: Array, y: Array) -> Array:
+      return jax.lax.dynamic_update_slice_in_dim(x, y[:, :1], row, axis=1)
+
+    places = jnp.full(self._batch, start)
+    logits, own = model.apply(variables, batch, places, jax.tree.map(take, state), method="extend")
+    state = jax.tree.map(put, state, own)
+    most, *how = settings
+    length = start + batch["sequence"]["length"][0]
+    fresh = Rows(*(jnp.asarray(x) for x in (0, length - 1, 0, most, False, key, *how, known)))
+    one = jax.tree.map(lambda x, like: x.astype(like.dtype)[None], fresh, rows)
+    one, made = _choose(one, logits[:1], self._ends)
+    rows = jax.tree.map(lambda x, y: x.at[row].set(y[0]), rows, one)
+    blank = jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape[1:]), x.dtype), made)
+    return state, rows, jax.tree.map(lambda x, y: x.at[row].set(y[0]), blank, made)
+
+  def _steps(self, variables, state, rows):
+    model = self.language.model
+
+    def body(carry):
+      i, state, rows, out = carry
+      logits, state = model.apply(variables, rows.token, rows.place, state, method="decode_step")
+      rows, made = _choose(rows, logits, self._ends)
+      return i + 1, state, rows, jax.tree.map(lambda x, y: x.at[i].set(y), out, made)
+
+    def going(carry):
+      return (carry[0] < AT_ONCE) & ~carry[2].done.all()
+
+    n, k = self.count, AT_ONCE
+    out = Made(
+      jnp.zeros((k, n), jnp.int32),
+      jnp.zeros((k, n)),
+      jnp.zeros((k, n, TOP), jnp.int32),
+      jnp.zeros((k, n, TOP)),
+      jnp.zeros((k, n), bool),
+    )
+    _, state, rows, out = jax.lax.while_loop(going, body, (0, state, rows, out))
+    return state, rows, out
+
+
+def _choose(rows: Rows, logits: Array, ends: Iterable[int]) -> tuple[Rows, Made]:
+  """The next token of each row, by its own settings."""
+  logits = logits.astype(jnp.float32)
+  penalty = rows.penalty[:, None]
+  lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
+  logits = jnp.where(rows.known & (penalty != 1), lowered, logits)
+  drawn = rows.temperature > 0
+
+  def draw(logits: Array) -> Array:
+    kept = restrict_rows(
+      logits / jnp.where(drawn, rows.temperature, 1)[:, None], rows.top_k, rows.top_p, rows.min_p
+    )
+    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.made)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+  likeliest = logits.argmax(-1).astype(jnp.int32)
+  sampled = jax.lax.cond((drawn & ~rows.done).any(), draw, lambda _: likeliest, logits)
+  token = jnp.where(drawn, sampled, likeliest)
+  gains = jax.nn.log_softmax(logits)
+  scores, best = jax.lax.top_k(gains, TOP)
+  score = jnp.take_along_axis(gains, token[:, None], axis=-1)[:, 0]
+  made = Made(token, score, best.astype(jnp.int32), scores, ~rows.done)
+  live = ~rows.done
+  count = rows.made + live
+  ended = jnp.isin(token, jnp.asarray(sorted(ends), jnp.int32)) | (count >= rows.most)
+  return rows._replace(
+    token=jnp.where(live, token, rows.token),
+    place=rows.place + live,
+    made=count,
+    done=rows.done | ended,
+    known=rows.known.at[jnp.arange(len(token)), token].max(live),
+  ), made
+
+
+def restrict_rows(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+  """`engine.restrict` of logits float32 [N, V] with settings [N] of each row."""
+  least = logits.max(-1, keepdims=True) + jnp.log(min_p)[:, None]
+  logits = jnp.where(logits < least, LOW, logits)
+  order = jnp.argsort(-logits, axis=-1)
+  ranked = jnp.take_along_axis(logits, order, axis=-1)
+  size = logits.shape[-1]
+  keep = jnp.arange(size) < jnp.where(top_k > 0, top_k, size)[:, None]
+  chances = jax.nn.softmax(jnp.where(keep, ranked, LOW), axis=-1)
+  p = top_p[:, None]
+  keep &= (jnp.cumsum(chances, axis=-1) - chances < p) | (p >= 1)
+  keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
+  return jnp.where(keep, logits, LOW)
+
+
+def _places(read: Read, sizes: Mapping[str, int]) -> list[Hashable]:
+  """What stands in each place of a prompt: a token, or (modality, digest, which of its tokens)."""
+  media, places = iter(read.media), []
+  for part in read.parts:
+    if isinstance(part, str):
+      digest = _digest(next(media)[1])
+      places += [(part, digest, offset) for offset in range(sizes[part])]
+    else:
+      places += part
+  return places
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
+  digest = hashlib.sha256()
+  for name in sorted(arrays):
+    x = np.ascontiguousarray(arrays[name])
+    digest.update(f"{name} {x.dtype} {x.shape} ".encode())
+    digest.update(x.tobytes())
+  return digest.digest()
+
+
+def _shared(held: list[Hashable], wanted: list[Hashable]) -> int:
+  """How many places a prompt begins with that the cache holds: fewer than all, whole media only."""
+  count = 0
+  for have, want in zip(held, wanted[:-1], strict=False):
+    if have != want:
+      break
+    count += 1
+  while count and isinstance(wanted[count], tuple) and wanted[count][2] > 0:
+    count -= 1
+  return count
+
+
+def _after(read: Read, start: int, sizes: Mapping[str, int]) -> Read:
+  """The parts of a prompt from place `start` on, which is no place within a medium."""
+  parts, media, at, number = [], [], 0, 0
+  for part in read.parts:
+    size = sizes[part] if isinstance(part, str) else len(part)
+    if isinstance(part, str):
+      if at >= start:
+        parts.append(part)
+        media.append(read.media[number])
+      number += 1
+    elif at + size > start:
+      parts.append(part[max(0, start - at) :])
+    at += size
+  return Read(parts, media)
