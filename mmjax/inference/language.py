@@ -291,7 +291,9 @@ class LanguageGenerator:
   def arrays(self, rows: Sequence[Read], width: int, count: int) -> dict[str, Any]:
     """A batch of `count` rows of `width` tokens, the given prompts first."""
     lengths = [self.size(row) for row in rows]
-    s = {name: np.zeros((count, width), np.int32) for name in ("tokens", "media_offset")}
+    s: dict[str, np.ndarray] = {
+      name: np.zeros((count, width), np.int32) for name in ("tokens", "media_offset")
+    }
     s["media_index"] = np.full((count, width), -1, np.int32)
     s["length"] = np.ones(count, np.int32)
     s["length"][: len(rows)] = lengths

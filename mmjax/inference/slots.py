@@ -5,7 +5,7 @@ whatever the others do. A chat uses one row, a server several.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from mmjax.inference.language import AT_ONCE, LanguageGenerator, Read, cut_at, u
 
 Array = jax.Array
 TOP = 5  # alternatives that are kept of each token
+# What stands in a place of a prompt: a token, or (modality, digest of the medium, which of its tokens).
+Place = int | tuple[str, bytes, int]
 
 
 class Rows(NamedTuple):
@@ -108,16 +110,23 @@ class Slots:
     self.count = -(-rows // self._batch) * self._batch
     self._state = jax.jit(self._empty)()
     n = self.count
+    blank = jnp.zeros(n, jnp.int32)
     self._rows = Rows(
-      *(jnp.zeros(n, jnp.int32) for _ in range(4)),
-      jnp.ones(n, bool),
-      jax.random.split(jax.random.key(0), n),
-      *(jnp.zeros(n, kind) for kind in (jnp.float32, jnp.int32)),
-      *(jnp.ones(n, jnp.float32) for _ in range(3)),
-      jnp.zeros((n, model.vocab_size), bool),
+      token=blank,
+      place=blank + 0,  # buffers of their own, which a program may take over
+      made=blank + 0,
+      most=blank + 0,
+      done=jnp.ones(n, bool),
+      key=jax.random.split(jax.random.key(0), n),
+      temperature=jnp.zeros(n),
+      top_k=blank + 0,
+      top_p=jnp.ones(n),
+      min_p=jnp.zeros(n),
+      penalty=jnp.ones(n),
+      known=jnp.zeros((n, model.vocab_size), bool),
     )
     self.texts: list[Text | None] = [None] * n  # under way
-    self._held: list[list[Hashable]] = [[] for _ in range(n)]  # what the cache has in each place
+    self._held: list[list[Place]] = [[] for _ in range(n)]  # what the cache has in each place
     self._start = jax.jit(self._begin, donate_argnums=(1, 2))
     self._go_on = jax.jit(self._steps, donate_argnums=(1, 2))
 
@@ -206,7 +215,7 @@ class Slots:
       if not text.ended and len(text.tokens) >= text.most:
         self.end(text, "length")
 
-  def _row(self, held: list[Hashable]) -> tuple[int, int]:
+  def _row(self, held: list[Place]) -> tuple[int, int]:
     """(a free row, how many places of a prompt its cache holds)."""
     free = [row for row, text in enumerate(self.texts) if text is None]
     if not free:
@@ -317,9 +326,9 @@ def restrict_rows(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Ar
   return jnp.where(keep, logits, LOW)
 
 
-def _places(read: Read, sizes: Mapping[str, int]) -> list[Hashable]:
-  """What stands in each place of a prompt: a token, or (modality, digest, which of its tokens)."""
-  media, places = iter(read.media), []
+def _places(read: Read, sizes: Mapping[str, int]) -> list[Place]:
+  media = iter(read.media)
+  places: list[Place] = []
   for part in read.parts:
     if isinstance(part, str):
       digest = _digest(next(media)[1])
@@ -338,21 +347,21 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
   return digest.digest()
 
 
-def _shared(held: list[Hashable], wanted: list[Hashable]) -> int:
+def _shared(held: list[Place], wanted: list[Place]) -> int:
   """How many places a prompt begins with that the cache holds: fewer than all, whole media only."""
   count = 0
   for have, want in zip(held, wanted[:-1], strict=False):
     if have != want:
       break
     count += 1
-  while count and isinstance(wanted[count], tuple) and wanted[count][2] > 0:
-    count -= 1
-  return count
+  next_one = wanted[count]
+  return count if isinstance(next_one, int) else count - min(count, next_one[2])
 
 
 def _after(read: Read, start: int, sizes: Mapping[str, int]) -> Read:
   """The parts of a prompt from place `start` on, which is no place within a medium."""
-  parts, media, at, number = [], [], 0, 0
+  parts: list[list[int] | str] = []
+  media, at, number = [], 0, 0
   for part in read.parts:
     size = sizes[part] if isinstance(part, str) else len(part)
     if isinstance(part, str):
