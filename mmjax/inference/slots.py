@@ -18,7 +18,7 @@ from mmjax.inference.language import AT_ONCE, LanguageGenerator, Read, cut_at, u
 
 Array = jax.Array
 TOP = 5  # alternatives that are kept of each token
-# What stands in a place of a prompt: a token, or (modality, digest of the medium, which of its tokens).
+# What stands in a place of a prompt: a token, or (modality, digest, which of the medium's tokens).
 Place = int | tuple[str, bytes, int]
 
 
