@@ -52,7 +52,7 @@ setup(
     "av>=14,<19",
     "rich>=13",
     "tensorboardX>=2.6",
-    "jinja2>=3.1",
+    "jinja2>=3.1.6,<4",
     "jiwer>=4,<5",
     *HF,
   ],

@@ -22,24 +22,10 @@ from mmjax.config import UserError
 from mmjax.data.builders import Record
 from mmjax.data.media import WORDS
 from mmjax.data.packing import filling, pack
+from mmjax.data.parts import MEDIA, Medium, Span
 from mmjax.data.sources import Source
 from mmjax.data.text import Tokenizer, check_texts
 from mmjax.printing import printable
-
-MEDIA = ("image", "audio", "video", "series")
-
-
-class Span(NamedTuple):
-  """Tokens of text; target: the loss is of them."""
-
-  tokens: list[int]
-  target: bool
-
-
-class Medium(NamedTuple):
-  """A medium of the record."""
-
-  modality: str
 
 
 class Piece(NamedTuple):

@@ -32,6 +32,8 @@ from mmjax.keys import SPECIAL_TOKENS
 
 RESERVED = tuple(f"<{role}>" for role in SPECIAL_TOKENS)
 SPARE = tuple(f"<spare_{number}>" for number in range(64))
+# Looks like a marker of a chat: "<|im_end|>", "<end_of_turn>", "[INST]".
+_MARKER = re.compile(r"<[|\uff5c][^<>]+[|\uff5c]>|</?[a-z]+(?:_[a-z]+)*>|\[/?[A-Z_]+\]")
 LARGEST = 2**26  # bytes of a file of a tokenizer; the largest that are published have half of that
 
 
@@ -58,6 +60,31 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     raise NotImplementedError
+
+  @property
+  def special_pieces(self) -> dict[str, int]:
+    """{piece: id} of the tokens that stand for themselves and are part of no text."""
+    return {}
+
+  @property
+  def chat_template(self) -> str:
+    """The chat template that came with the tokenizer, "" = none."""
+    return ""
+
+  def encode_plain(self, text: str) -> list[int]:
+    """Ids of a text in which nothing is a special token, whatever it looks like."""
+    ids = self._encode_plain(text)
+    special = self.special_pieces
+    if special and not set(special.values()).isdisjoint(ids):
+      pieces = re.split(
+        "|".join(f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in special if len(p) > 1),
+        text,
+      )
+      ids = [i for piece in pieces for i in self._encode_plain(piece)]
+    return ids
+
+  def _encode_plain(self, text: str) -> list[int]:
+    return self.encode(text)
 
   def word_starts(self, text: str) -> list[bool]:
     """For each id of `encode(text)`: whether it begins a word (after white space; in WordPiece: is
@@ -420,6 +447,16 @@ class _SentencePiece(Tokenizer):
     )
     mask = self._model.piece_to_id("<mask>")
     self.mask_id = mask if mask != self.unk_id else -1
+    pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+    self._special_pieces = {
+      piece: i
+      for i, piece in enumerate(pieces)
+      if self._model.is_control(i) or _MARKER.fullmatch(piece)
+    }
+
+  @property
+  def special_pieces(self) -> dict[str, int]:
+    return self._special_pieces
 
   def encode(self, text: str) -> list[int]:
     check_texts([text])
@@ -437,7 +474,12 @@ class _HuggingFace(Tokenizer):
   without it, usual names decide.
   """
 
-  FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+  FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+  )
   USUAL = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>"),
     "bos": ("<bos>", "<s>", "[CLS]", "<|startoftext|>", "<|begin_of_text|>"),
@@ -460,11 +502,44 @@ class _HuggingFace(Tokenizer):
       kind.get("continuing_subword_prefix") or "" if kind.get("type") == "WordPiece" else ""
     )
     facts: dict = {}
-    for name in reversed(self.FILES[1:]):
+    for name in reversed(self.FILES[1:3]):
       facts.update({k: v for k, v in json.loads(assets.get(name, b"{}")).items() if v is not None})
+    self._template = facts.get("chat_template") or ""
+    if "chat_template.jinja" in assets:
+      self._template = assets["chat_template.jinja"].decode()
+    self._make_plain(json.loads(assets["tokenizer.json"]))
     self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id = (
       self._special(role, facts) for role in self.USUAL
     )
+
+  def _make_plain(self, model: dict) -> None:
+    """The tokenizer that knows no special token, for `encode_plain`."""
+    import tokenizers
+
+    added = model.get("added_tokens") or []
+    special = [t for t in added if t.get("special") or _MARKER.fullmatch(t["content"])]
+    self._special_pieces = {token["content"]: token["id"] for token in special}
+    self._plain = self._model
+    if special:
+      model["added_tokens"] = [token for token in added if token not in special]
+      self._plain = tokenizers.Tokenizer.from_str(json.dumps(model))
+      self._plain.no_truncation()
+      self._plain.no_padding()
+
+  @property
+  def special_pieces(self) -> dict[str, int]:
+    return self._special_pieces
+
+  @property
+  def chat_template(self) -> str:
+    if isinstance(self._template, str):
+      return self._template
+    named = {t["name"]: t["template"] for t in self._template}  # several, by their use
+    return named.get("default", "")
+
+  def _encode_plain(self, text: str) -> list[int]:
+    check_texts([text])
+    return self._plain.encode(text, add_special_tokens=False).ids
 
   def _special(self, role: str, facts: Mapping) -> int:
     stated = facts.get(f"{role}_token") or facts.get(self.ALSO.get(role, ""))

@@ -18,7 +18,12 @@ from mmjax.interop.huggingface import unigram
 from mmjax.interop.huggingface.clip import square
 from mmjax.interop.safetensors import read_bytes, read_json
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "chat_template.jinja",
+)
 SENTENCEPIECE = "spiece.model"
 _HALF = dict(
   do_resize=True,
