@@ -462,9 +462,8 @@ def _resolve_node(
   for name in node:
     if name not in known:
       elsewhere = [key.path for key in KEYS if key.path.split(".")[-1] == name]
-      hint = nearest(name, known) or (
-        f". Did you mean {elsewhere[0]!r}?" if elsewhere else f"; there are: {', '.join(known)}"
-      )
+      hint = f". Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, known)
+      hint = hint or f"; there are: {', '.join(known)}"
       raise ConfigError(f"unknown key {prefix}{name}{hint}")
   for name, (kind, default) in known.items():
     value = node.get(name, default)

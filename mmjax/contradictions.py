@@ -302,6 +302,9 @@ def _check_optimizers(c: dict, groups: dict) -> None:
       )
   for name, entry in groups.items():
     _check_regex(f"optimizers.{name}.params", entry["params"])
+  _check_regex("lora.params", c["lora"]["params"])
+  for pattern in c["lora"]["full"]:
+    _check_regex("lora.full", pattern)
   pairs = {f"{owner}.rates": entry["rates"] for owner, entry in owners.items()}
   for path, rules in (pairs | {"init.map": c["init"]["map"]}).items():
     for pair in rules:

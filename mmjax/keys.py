@@ -30,6 +30,7 @@ from mmjax.ranges import (
   Means,
   NonNegative,
   Portion,
+  Positive,
   Processes,
   Seconds,
   Seed,
@@ -548,6 +549,23 @@ KEYS = (
       ("state_dtype", "float32", Literal["float32", "bfloat16"]),
       ("moments", "shared", Literal["shared", "source"]),
     )
+  ),
+  Key(
+    "lora.params",
+    "",
+    str,
+    "Regex of the kernels of dense layers that learn by low-rank factors beside them (LoRA), while "
+    "everything else is frozen; '' = all is trained.",
+  ),
+  Key("lora.rank", 16, Size, "Rank of the factors."),
+  Key("lora.alpha", 16.0, Positive, "The factors' product is multiplied by alpha / rank."),
+  Key("lora.rslora", False, bool, "By alpha / sqrt(rank) instead (arXiv:2312.03732)."),
+  Key("lora.dropout", 0.0, Dropout, "Training: share of the factors' input that is dropped."),
+  Key(
+    "lora.full",
+    (),
+    tuple,
+    "Regexes of parameters that are trained in full beside the factors, such as a new connector.",
   ),
   Key("schedule.name", "cosine", str, "Learning rate over time."),
   Key("schedule.warmup", "5%", StepsOrNever, "Linear warm-up from zero."),

@@ -82,6 +82,8 @@ def test_a_resolved_config_survives_json():
     ("data.text.tokenizer=''", ["tokenizer", "mmjax data tokenizer"]),
     ("optimizer.decay='('", ["optimizer.decay", "regular expression"]),
     ("optimizer.rates=(1,)", ["optimizer.rates"]),
+    ("lora.params='('", ["lora.params", "regular expression"]),
+    ("lora.full=('(',)", ["lora.full", "regular expression"]),
     ("optimizer.moments=source", ["optimizer.moments", "data.mix", "'steps'"]),
     ("sharding=fsdpp", ["'fsdpp'", "'fsdp'"]),
   ],

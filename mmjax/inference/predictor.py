@@ -37,6 +37,7 @@ from mmjax.inference.transcribe import Segment, Windows, detect_language, start_
 from mmjax.models import make_model
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
+from mmjax.state import adapters
 
 log = logging.getLogger("mmjax")
 
@@ -739,10 +740,10 @@ def param_shardings(config, mesh: Mesh) -> Any:
 def _abstract(config) -> Any:
   from mmjax.data.pipeline import batch_spec
 
-  model = make_model(config)
-  return jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch_spec(config, 1))[
-    "params"
-  ]
+  def init(batch: dict) -> Any:
+    return adapters.init_variables(make_model(config), config, jax.random.key(0), batch)["params"]
+
+  return jax.eval_shape(init, batch_spec(config, 1))
 
 
 def _embed(model, variables: Any, modality: str, batch: dict) -> jax.Array:

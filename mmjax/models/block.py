@@ -194,7 +194,7 @@ class Mlp(nn.Module):
     c = self.config
     gated = c.gated or c.activation in GATED
     dense = functools.partial(Dense, dtype=c.dtype, use_bias=c.has_bias("mlp"))
-    h = dense((c.mlp * (1 + gated),), ("embed", "mlp"), name="up")(x)
+    h = dense((c.mlp * (1 + gated),), ("embed", "mlp"), parts=1 + gated, name="up")(x)
     if gated:
       h = activate(c.activation, h[..., : c.mlp]) * h[..., c.mlp :]
     else:
@@ -217,10 +217,10 @@ class Attention(nn.Module):
     dense = functools.partial(Dense, dtype=c.dtype, kernel_init=init, use_bias=c.has_bias("qkv"))
     axes = ("embed", "qkv", "heads", "kv")
     if c.shares_qkv:
-      self.qkv = dense((3, c.heads, c.channels), axes)
+      self.qkv = dense((3, c.heads, c.channels), axes, parts=3)
     else:
       self.query = dense((c.heads, c.channels), ("embed", "heads", "kv"))
-      self.key_value = dense((2, c.groups, c.channels), axes)
+      self.key_value = dense((2, c.groups, c.channels), axes, parts=2)
     if c.qk_norm:
       self.query_norm = RMSNorm(c.eps, c.dtype, "kv")
       self.key_norm = RMSNorm(c.eps, c.dtype, "kv")

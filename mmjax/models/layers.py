@@ -71,6 +71,8 @@ class Dense(nn.Module):
   dimensions; the bias takes the last ones. For rematerialisation, results of `affine` are named
   "dense". part: a slice of the first of the features, for some of several projections in one.
   apart: returns (x @ kernel, bias or None) for a caller that adds the bias itself.
+  parts: projections that the kernel holds, side by side in the first of its features; each has
+  low-rank factors of its own, where there are any beside the kernel (lora.py).
   """
 
   features: tuple[int, ...]
@@ -78,6 +80,7 @@ class Dense(nn.Module):
   dtype: jnp.dtype
   kernel_init: Init | None = None
   use_bias: bool = True
+  parts: int = 1
 
   @nn.compact
   def __call__(self, x: Array, part: slice = slice(None), *, apart: bool = False) -> Any:
@@ -92,7 +95,24 @@ class Dense(nn.Module):
       bias = self.param("bias", with_axes(nn.initializers.zeros, axes), self.features, jnp.float32)
       bias = bias[part].astype(self.dtype)
     x, kernel = x.astype(self.dtype), kernel[(slice(None),) * n + (part,)].astype(self.dtype)
-    return (affine(x, kernel, None, n, axes), bias) if apart else affine(x, kernel, bias, n, axes)
+    y = affine(x, kernel, None if apart else bias, n, axes)
+    if self.has_variable("params", "lora_a"):
+      y = y + self._low_rank(x, n, part)
+    return (y, bias) if apart else y
+
+  def _low_rank(self, x: Array, n: int, part: slice) -> Array:
+    """x [..., *inputs] through the low-rank factors: [..., *features] of `part`."""
+    a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+    if self.has_variable("params", "lora_dropout") and self.has_rng("dropout"):
+      kept = 1 - self.get_variable("params", "lora_dropout")
+      mask = jax.random.bernoulli(self.make_rng("dropout"), kept, x.shape)
+      x = jnp.where(mask, x / kept, 0).astype(self.dtype)
+    if self.parts > 1:
+      a, b = a[(slice(None),) * n + (part,)], b[part]
+    h = affine(x, a.astype(self.dtype), None, n, (None, None)) * scale.astype(self.dtype)
+    ys = [jnp.tensordot(h[..., i, :], b[i].astype(self.dtype), 1) for i in range(len(b))]
+    join = jnp.concatenate if b.ndim - 2 == len(self.features) else jnp.stack
+    return join(ys, axis=-len(self.features))
 
 
 def affine(

@@ -80,7 +80,11 @@ class Stack(nn.Module):
   dropout: str = "Dropout_0"
 
   def setup(self) -> None:
-    self.layers = self.param("layers", self._init_layers)
+    if self.has_variable("params", "layers") and not self.is_initializing():
+      # as they are: an adapter's leaves stand beside those that `init` makes (lora.py)
+      self.layers = self.get_variable("params", "layers")
+    else:
+      self.layers = self.param("layers", self._init_layers)
 
   def __call__(
     self,
@@ -105,7 +109,8 @@ class Stack(nn.Module):
     length = 0
     if c.packs and context is None and bias is None:
       x, mask, length = self._rows(x, mask)
-    keys = jax.random.split(self.make_rng("dropout"), c.depth) if train and c.dropout else None
+    drops = c.dropout or _drops_factors(self.layers)
+    keys = jax.random.split(self.make_rng("dropout"), c.depth) if train and drops else None
     settings = dict(
       context=context, context_mask=context_mask, bias=bias, length=length, train=train
     )
@@ -255,6 +260,12 @@ class Stack(nn.Module):
       jax.random.split(key, self.config.depth)
     )
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+
+
+def _drops_factors(layers: Any) -> bool:
+  """Whether the input of low-rank factors in the layers is dropped in training."""
+  paths = jax.tree_util.tree_leaves_with_path(layers)
+  return any(path[-1] == jax.tree_util.DictKey("lora_dropout") for path, _ in paths)
 
 
 def run_stack(

@@ -40,7 +40,7 @@ from mmjax import files
 from mmjax.config import UntrustedCode, UserError, from_json, in_steps
 from mmjax.files import disk_errors
 from mmjax.ownership import new_folder
-from mmjax.state import manifest, storage
+from mmjax.state import adapters, manifest, storage
 from mmjax.state.manifest import Corrupt
 from mmjax.state.storage import DELETED, TEMPORARY, from_main
 from mmjax.state.train_state import TrainState, clamped
@@ -565,7 +565,7 @@ def restore_into(
   not there.
   """
   folder = find_checkpoint(path)  # once: a run that goes on may save a newer one meanwhile
-  source = load_params(folder)
+  source, rules = adapters.fitted(load_params(folder), params, rules)
   loaded, lines = transfer(params, source, rules, path)
   if model_state:
     model_state, more = transfer_state(

@@ -36,6 +36,7 @@ from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError, flatten, kind_function, settings
 from mmjax.ranges import Decay, Epsilon, NonNegative, Share, Size
+from mmjax.state import adapters
 from mmjax.state.paths import by_name, map_named, matches, nearest
 from mmjax.state.schedule import Schedule, make_schedule
 
@@ -53,11 +54,13 @@ class Optimizer(NamedTuple):
   updates made. source: whose moments are used.
   schedule: step -> the learning rate (peak times factor) that `update` applies where no rule
   changes it.
-  trained: tree of bool like the parameters; False where no slice of the leaf is ever changed."""
+  trained: tree of bool like the parameters; False where no slice of the leaf is ever changed.
+  shares: {name of a parameter: the share of its slices that are trained}."""
 
   tx: optax.GradientTransformationExtraArgs
   schedule: Schedule
   trained: Any
+  shares: dict[str, float]
 
 
 class Optimizers(NamedTuple):
@@ -65,10 +68,11 @@ class Optimizers(NamedTuple):
 
   init(params) -> {group: state}; update(gradients, states, params, *, step, source) -> (updates,
   states).
-  trained: as of an Optimizer, of all groups together."""
+  trained, shares: as of an Optimizer, of all groups together."""
 
   groups: dict[str, Optimizer]
   trained: Any
+  shares: dict[str, float]
 
   def init(self, params: Any) -> dict[str, OptimizerState]:
     return {name: optimizer.tx.init(params) for name, optimizer in self.groups.items()}
@@ -296,6 +300,7 @@ def make_optimizers(
     jax.tree.map(
       lambda *trained: any(trained), *(optimizer.trained for optimizer in groups.values())
     ),
+    {name: sum(optimizer.shares[name] for optimizer in groups.values()) for name in names},
   )
 
 
@@ -316,9 +321,10 @@ def make_optimizer(
   axes: logical axes of each parameter. params_spec: tree of ShapeDtypeStruct (or arrays), unboxed.
   `examples`: of an epoch.
   owned: names of the parameters it trains (None = all); the others are frozen to it. A rate of 0
-  (optimizer.rates) freezes: such leaves, or slices of a stack, have no optimizer state, are not
-  decayed, get an update of exactly zero, and do not count in the clipped norm. sources: those that
-  take turns, a step each; with `moments` "source" each has a state of its own.
+  (optimizer.rates) freezes, and so does config.lora: such leaves, or slices of a stack, have no
+  optimizer state, are not decayed, get an update of exactly zero, and do not count in the clipped
+  norm. sources: those that take turns, a step each; with `moments` "source" each has a state of its
+  own.
 
   Raises UserError: a regex matches no parameter (the nearest is named), or everything is frozen.
   """
@@ -333,6 +339,9 @@ def make_optimizer(
     for name, leaf in spec.items()
   }
   multipliers = _learning_rate_multipliers(f"{where}.rates", entry.rates, layers)
+  if config.lora.params:
+    adapted = adapters.trained_slices(config, layers)
+    multipliers = {name: multiplier * adapted[name] for name, multiplier in multipliers.items()}
   decays = {name: np.zeros(count or (), bool) for name, count in layers.items()}
   if entry.weight_decay:
     decays = {name: matches(entry.decay, name, count) for name, count in layers.items()}
@@ -415,6 +424,7 @@ def make_optimizer(
     optax.GradientTransformationExtraArgs(init, update),
     schedule,
     map_named(lambda name, _: bool(len(trained[name])), params_spec),
+    {name: len(trained[name]) / multipliers[name].size for name in trained},
   )
 
 

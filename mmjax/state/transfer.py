@@ -117,12 +117,15 @@ def _taken(
   ] + left
 
 
-def is_loaded(name: str, rules: tuple, there: Mapping[str, Any]) -> bool:
-  """Whether the rules take this parameter from a checkpoint that has the names `there`."""
+def origin(name: str, rules: tuple, there: Mapping[str, Any]) -> str | None:
+  """The name from which the rules take this parameter of a checkpoint that has the names `there`;
+  None = they do not.
+  """
   for pattern, target in rules:
     if match := re.fullmatch(pattern, name):
-      return target is not None and match.expand(target) in there
-  return False
+      found = None if target is None else match.expand(target)
+      return found if found in there else None
+  return None
 
 
 def resize_grid(table: np.ndarray, length: int) -> np.ndarray | None:

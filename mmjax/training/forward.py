@@ -116,7 +116,7 @@ class Forward:
     batch = self.views[view - 1] if view else self.batch
     batch = only_valid(batch) if self.model_state else batch
     rng = stream(self.rng, "dropout")
-    rngs = {"dropout": jax.random.fold_in(rng, view) if view else rng}
+    rngs = {"dropout": jax.random.fold_in(rng, view) if view else rng} if self.train else {}
     kwargs = dict(kwargs)
     with nn.intercept_methods(self._interceptor(view)):
       output, changed = self.model.apply(

@@ -20,7 +20,7 @@ from mmjax import config as configs
 from mmjax import evaluation, files
 from mmjax.config import UserError
 from mmjax.parallel import multihost, threads
-from mmjax.state import checkpoint
+from mmjax.state import adapters, checkpoint
 from mmjax.training import agreement
 from mmjax.training.hooks import Hooks
 from mmjax.training.metrics import log
@@ -134,6 +134,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
       f"{jax.devices()[0].platform} device(s), {pipeline.examples} examples an epoch, {steps} "
       f"steps of {config.train.batch_size}"
     )
+    if min(program.optimizer.shares.values()) < 1:
+      log(adapters.table(program.optimizer.shares, program.params_spec))
     write_config(run)
 
     cut = ends.enter_context(WhatIsCut(config, mirror.folder)) if multihost.is_main() else None

@@ -21,6 +21,7 @@ from mmjax.models import make_model, with_plain_kernels
 from mmjax.objectives import Losses
 from mmjax.parallel import compiler, rules
 from mmjax.parallel.rules import shardings_of, with_shardings
+from mmjax.state import adapters
 from mmjax.state.optimizer import Optimizers, make_optimizers, state_axes
 from mmjax.state.train_state import TrainState, clamped
 from mmjax.training.flops import count_training_flops
@@ -196,7 +197,7 @@ class Program:
     """
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.batch_spec)
     rngs = {"params": stream(rng, "params"), "dropout": stream(rng, "dropout")}
-    return self.model.init(rngs, batch)
+    return adapters.init_variables(self.model, self.config, rngs, batch)
 
   def _init_state(self, rng: Array) -> TrainState:
     variables = dict(nn.unbox(self._variables(rng)))

@@ -32,7 +32,7 @@ from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint, schedule
 from mmjax.state.optimizer import axes_by_name
 from mmjax.state.train_state import TrainState
-from mmjax.state.transfer import is_loaded
+from mmjax.state.transfer import origin
 from mmjax.training.metrics import import_wandb, log
 from mmjax.training.program import Program
 from mmjax.training.statistics import with_statistics
@@ -169,13 +169,18 @@ def new_state(
 ) -> TrainState:
   """The state before the first step: initialised, or of init.from. log: takes a line for each
   parameter that is loaded, resized, new or left."""
-  origin, rules = config.init["from"], config.init.map
-  if origin:
+  folder, rules = config.init["from"], config.init.map
+  if config.lora.params and not folder:
+    raise configs.ConfigError(
+      f"lora.params is {config.lora.params!r}, but there is no model to adapt: name its checkpoint "
+      "in init.from"
+    )
+  if folder:
     rules = (*new_embeddings(config, program), *rules)
   state = program.init(config.seed)
-  if origin:
+  if folder:
     params, model_state, lines = checkpoint.restore_into(
-      state.params, origin, rules, state.model_state
+      state.params, folder, rules, state.model_state
     )
     state = program.with_params(state, params, model_state)
     for line in lines:
@@ -216,19 +221,19 @@ def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
   nothing of that kind is loaded. Raises ConfigError: it is another one, and init.tokenizer is
   "same".
   """
-  origin = config.init["from"]
-  assets = checkpoint.load_assets(origin)
+  folder = config.init["from"]
+  assets = checkpoint.load_assets(folder)
   if not config.data.text.tokenizer or not Tokenizer.is_among(assets):
     return ()
   if Tokenizer.from_assets(assets).fingerprint == load_tokenizer(config.data).fingerprint:
     return ()
   of_tokens = [name for name, axes in axes_by_name(program.axes).items() if "vocab" in axes]
-  there = checkpoint.names_and_shapes(origin)
-  loaded = [name for name in of_tokens if is_loaded(name, config.init.map, there)]
+  there = checkpoint.names_and_shapes(folder)
+  loaded = [name for name in of_tokens if origin(name, config.init.map, there)]
   if not loaded or config.init.tokenizer == "new":
     return tuple((re.escape(name), None) for name in loaded)
   raise configs.ConfigError(
-    f"data.text.tokenizer is {config.data.text.tokenizer!r}, but init.from {origin} was trained "
+    f"data.text.tokenizer is {config.data.text.tokenizer!r}, but init.from {folder} was trained "
     f"with another one: the embeddings that would be loaded ({', '.join(loaded)}) stand for other "
     "pieces. Use its tokenizer (`mmjax init --from` does), or set init.tokenizer='new' to leave "
     "them new"

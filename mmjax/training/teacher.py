@@ -18,7 +18,7 @@ from mmjax.data.pipeline import batch_spec
 from mmjax.data.text import load_tokenizer
 from mmjax.models import make_model
 from mmjax.parallel import rules
-from mmjax.state import checkpoint
+from mmjax.state import adapters, checkpoint
 
 # Keys of config.data that a teacher must share with its pupil, for each modality that both know.
 SAME = {
@@ -93,7 +93,8 @@ class Teacher:
 
   def _variables(self, rng: jax.Array) -> Any:
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch_spec(self.config, 1))
-    return self.model.init({"params": rng, "dropout": rng}, batch)
+    rngs = {"params": rng, "dropout": rng}
+    return adapters.init_variables(self.model, self.config, rngs, batch)
 
   def _check(self, config: FrozenConfigDict, modalities: list[str]) -> None:
     def value(c: FrozenConfigDict, key: str) -> Any:

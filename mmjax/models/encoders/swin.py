@@ -171,9 +171,8 @@ class WindowAttention(nn.Module):
       .reshape(b, rows * columns, n * n, width)
     )
     shape = (3, self.heads, width // self.heads)
-    qkv = Dense(
-      shape, ("embed", "qkv", "heads", "kv"), self.dtype, xavier(width, width), name="qkv"
-    )(x)
+    axes = ("embed", "qkv", "heads", "kv")
+    qkv = Dense(shape, axes, self.dtype, xavier(width, width), parts=3, name="qkv")(x)
     query, key, value = (qkv[..., i, :, :] for i in range(3))
     relative = self.param(
       "relative",

@@ -1,0 +1,88 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv:2106.09685): y = x @ kernel + scale * x @ A @ B,
+of which A and B are learned.
+
+The factors are leaves beside the kernel of a dense layer, which uses them where they are there
+(layers.py):
+  lora_a [*inputs, P, r], lora_b [P, r, *features of a part], lora_scale [] and, where the factors'
+  input is dropped in training, lora_dropout [], its share.
+Of P projections that share one kernel (query, key and value; the two halves of a gated MLP) each
+has factors of its own, as each has where they are layers of their own. In a stack every leaf has
+the leading axis of layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax.numpy as jnp
+
+from mmjax.models.layers import Array, Dense, with_axes, xavier
+
+LEAVES = ("lora_a", "lora_b", "lora_scale", "lora_dropout")
+LEARNED = ("lora_a", "lora_b")
+
+
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+  """What the product of the factors is multiplied by: alpha / rank, or alpha / sqrt(rank) (rsLoRA,
+  Kalajdzievski 2023, arXiv:2312.03732), with which a higher rank does not learn more slowly.
+  """
+  return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def with_factors(rank: int, scale: float, dropout: float) -> contextlib.AbstractContextManager:
+  """Within it, `init` of a model makes factors beside every kernel of a dense layer, after all
+  other parameters of the layer, which so stay what they are without: A by Kaiming's uniform rule, B
+  zero, so that they change nothing yet.
+  """
+
+  def make(function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    out, layer = function(*args, **kwargs), context.module
+    if isinstance(layer, Dense) and context.method_name == "__call__" and layer.is_initializing():
+      _make_factors(layer, args[0].shape, rank, scale, dropout)
+    return out
+
+  return nn.intercept_methods(make)
+
+
+def _make_factors(
+  layer: Dense, shape: tuple[int, ...], rank: int, scale: float, dropout: float
+) -> None:
+  features, parts = layer.features, layer.parts
+  n = len(layer.axes) - len(features)
+  inputs, axes = shape[len(shape) - n :], layer.axes[n + 1 :]
+  if features[0] != parts:  # side by side in one axis of features
+    features, axes = (parts, features[0] // parts, *features[1:]), layer.axes[n:]
+  uniform = xavier(3 * math.prod(inputs), 3 * math.prod(inputs))  # +- 1 / sqrt(inputs)
+  a, b = (*layer.axes[:n], None, None), (None, None, *axes)
+  layer.param("lora_a", with_axes(uniform, a), (*inputs, parts, rank), jnp.float32)
+  zeros = with_axes(nn.initializers.zeros, b)
+  layer.param("lora_b", zeros, (parts, rank, *features[1:]), jnp.float32)
+  for name, value in dict(lora_scale=scale, lora_dropout=dropout).items():
+    if value or name == "lora_scale":
+      layer.param(name, with_axes(nn.initializers.constant(value), ()), (), jnp.float32)
+
+
+def merge(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Parameters (nested dict of arrays) whose factors are added into their kernels."""
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  merged = {name: x for name, x in flat.items() if name.rpartition("/")[2] not in LEAVES}
+  for name in flat:
+    layer, _, leaf = name.rpartition("/")
+    if leaf == "lora_a":
+      kernel, a, b, scale = (flat[f"{layer}/{x}"] for x in ("kernel", *LEAVES[:3]))
+      merged[f"{layer}/kernel"] = kernel + product(a, b, scale).reshape(kernel.shape)
+  return flax.traverse_util.unflatten_dict(merged, sep="/")
+
+
+def product(a: Array, b: Array, scale: Array) -> Array:
+  """scale * A @ B, [*layers, inputs, P, features of a part], of one layer or of a stack."""
+  layers = scale.shape
+  parts, rank = a.shape[-2:]
+  a = a.reshape(*layers, -1, parts, rank).swapaxes(-2, -3)
+  y = scale[..., None, None, None] * (a @ b.reshape(*layers, parts, rank, -1))
+  return y.swapaxes(-2, -3)
