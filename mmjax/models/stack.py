@@ -150,14 +150,28 @@ class Stack(nn.Module):
     keys: Array | None = None,
     positions: Array | None = None,
     prefix: Array | None = None,
+    blocks: Array | None = None,
+    wide_blocks: bool = False,
   ) -> tuple[Array, KeyValue]:
     """x [B, L, D], the tokens from place `start` (int32 scalar or [B]) of the cache on -> ([B, L,
     D], the cache with them): a whole prompt or one token.
 
     A token sees the cache up to its own place, and the first `prefix` places, int32 [B]; keys: bool
-    [B, T], the places of it that are real. positions: as in a call; None = the places.
+    [B, T], the places of it that are real. positions: as in a call; None = the places. blocks int32
+    [B, L], of tokens from place 0 on, and wide_blocks: see `AttentionMask`.
     """
-    mask = AttentionMask(causal=True, offset=start, keys=keys, prefix=prefix)
+    key_blocks = None
+    if blocks is not None:
+      key_blocks = jnp.pad(blocks, ((0, 0), (0, cache.key.shape[2] - blocks.shape[1])))
+    mask = AttentionMask(
+      causal=True,
+      wide_blocks=wide_blocks,
+      prefix=prefix,
+      blocks=blocks,
+      key_blocks=key_blocks,
+      keys=keys,
+      offset=start,
+    )
     stored = None if memory is None else KeyValue(memory.key, memory.value)
     context_mask = None if memory is None else memory.mask[0]
 

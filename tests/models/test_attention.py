@@ -49,8 +49,15 @@ KEYS = RNG.random((B, L)) < 0.6
 KEYS[1] = False  # an example that sees nothing
 SEGMENTS = np.sort(RNG.integers(0, 3, (B, L))).astype(np.int32)
 PREFIX = np.array([0, 3, 5], np.int32)
+BLOCKS = np.array([[0, 1, 1, 1, 0, 2, 2, 2], [3, 3, 3, 0, 0, 0, 4, 4], [0] * 8], np.int32)
 PAIRS = RNG.random((B, L, L)) < 0.6
 PAIRS[0, 2] = False  # a query that sees nothing
+
+
+def one(b, i, j):
+  return BLOCKS[b, i] == BLOCKS[b, j] > 0
+
+
 Q, KEY, VALUE, TARGET = (
   RNG.standard_normal((B, L, heads, K)).astype(np.float32) for heads in (H, G, G, H)
 )
@@ -71,6 +78,18 @@ MASKS = {
   "packed": (
     dict(causal=True, window=4, segments=SEGMENTS),
     lambda b, i, j: i - 4 < j <= i and SEGMENTS[b, i] == SEGMENTS[b, j],
+  ),
+  "blocks": (
+    dict(causal=True, blocks=BLOCKS, segments=SEGMENTS),
+    lambda b, i, j: (j <= i or one(b, i, j)) and SEGMENTS[b, i] == SEGMENTS[b, j],
+  ),
+  "blocks in a window": (
+    dict(causal=True, window=2, blocks=BLOCKS, keys=KEYS),
+    lambda b, i, j: (j <= i or one(b, i, j)) and j > i - 2 and KEYS[b, j],
+  ),
+  "wide blocks": (
+    dict(causal=True, window=2, blocks=BLOCKS, wide_blocks=True),
+    lambda b, i, j: i - 2 < j <= i or one(b, i, j),
   ),
   "offset": (dict(causal=True, offset=-PREFIX), lambda b, i, j: j <= i - PREFIX[b]),
   "pairs": (dict(pairs=PAIRS), lambda b, i, j: PAIRS[b, i, j]),

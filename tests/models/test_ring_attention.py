@@ -64,7 +64,7 @@ def cases(draw):
     sizes,
     draw(length),
     draw(length),
-    draw(st.sampled_from(["none", "keys", "pairs", "packed"])),
+    draw(st.sampled_from(["none", "keys", "pairs", "packed", "blocks"])),
     draw(st.booleans()),
     draw(st.sampled_from([1, 2, 1024])),
     draw(st.integers(0, 2**16)),
@@ -93,6 +93,11 @@ def test_any_shape_and_mask_equals_the_dense_formula(devices, case):
     parts["key_segments"] = np.sort(rng.integers(0, 2, (2, keys))).astype(np.int32)
     reach = reach & (abs(rows - columns) < 3) | (columns < parts["prefix"][:, None, None])
     seen = parts["segments"][:, :, None] == parts["key_segments"][:, None]
+  elif kind == "blocks":
+    blocks, of_keys = (rng.integers(0, 3, (2, n)).astype(np.int32) for n in (length, keys))
+    parts = dict(blocks=blocks, key_blocks=of_keys)
+    same = (blocks[:, :, None] == of_keys[:, None]) & (blocks[:, :, None] > 0)
+    reach = reach | same
   mask, seen = AttentionMask(causal=causal, **parts), seen & reach
 
   def both(q, k, v, mask):

@@ -42,13 +42,14 @@ LACKS = {
   "sdpa": ("bias", "soft_cap"),
   "fused": ("bias", "offset", "pairs"),
   "flash": ("bias", "soft_cap"),
-  "splash": ("bias", "prefix", "offset", "pairs"),
+  "splash": ("bias", "prefix", "blocks", "offset", "pairs"),
   "cudnn": ("bias", "soft_cap"),
 }
 IN_WORDS = dict(
   bias="bias of relative positions",
   soft_cap="soft cap",
   prefix="prefix",
+  blocks="blocks that see each other both ways",
   offset="offset of the queries",
   pairs="mask of pairs [B, L, S]",
 )
@@ -155,7 +156,7 @@ def choose(
   if key.shape[1] < LONG and query.shape[1] * key.shape[1] < MANY:
     return "xla"
   can = functools.partial(_lacking, mask=mask, soft_cap=soft_cap, bias=bias)
-  if where == "tpu" and mask.pairs is None and mask.prefix is None and not can("splash"):
+  if where == "tpu" and not can("splash"):
     plain_heads = query.shape[2] == key.shape[2]
     return "flash" if plain_heads and not mask.window and not soft_cap else "splash"
   if where == "gpu" and _fits_cudnn(query, key) and not can("cudnn"):
@@ -169,6 +170,7 @@ def _lacking(kernel: str, mask: AttentionMask, soft_cap: float, bias: Array | No
     bias=bias is not None,
     soft_cap=bool(soft_cap),
     prefix=mask.prefix is not None,
+    blocks=mask.blocks is not None,
     offset=mask.offset is not None,
     pairs=mask.pairs is not None,
   )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mmjax.models.attention.mask import AttentionMask
+from mmjax.models.attention.mask import AttentionMask, one_block
 from mmjax.models.platform import vector_memory
 
 Array = jax.Array
@@ -58,7 +58,7 @@ def fused_attention(
   """
   bias = jnp.zeros((1, qkv.shape[1]), qkv.dtype) if bias is None else bias[None]
   heads = qkv.shape[1] // 3 // channels
-  position = AttentionMask(causal=mask.causal, window=mask.window)
+  position = AttentionMask(causal=mask.causal, window=mask.window, wide_blocks=mask.wide_blocks)
   settings = _Settings(length, heads, channels, position, scale, soft_cap, interpret)
   return _fused(settings, qkv, bias, _parts_of(mask, qkv.shape[0] // length, length))
 
@@ -77,15 +77,23 @@ def _parts_of(mask: AttentionMask, batch: int, length: int) -> _Parts:
     rows = None if mask.segments is None else numbers[:, :, None]
   if mask.prefix is not None and mask.by_position:
     prefix = mask.prefix.astype(jnp.int32)[:, None, None]
-  return _Parts(columns, rows, prefix)
+  blocks = key_blocks = None
+  if mask.blocks is not None and mask.by_position:
+    blocks = mask.blocks.astype(jnp.float32)[:, :, None]
+    key_blocks = mask.blocks_of_keys.astype(jnp.float32)[:, None, :]
+  return _Parts(columns, rows, prefix, key_blocks, blocks)
 
 
 class _Parts(NamedTuple):
-  """Arrays of a mask: float32 [B, 1, L] of keys, [B, L, 1] of queries, int32 [B, 1, 1]."""
+  """Arrays of a mask: float32 [B, 1, L] of keys, [B, L, 1] of queries, int32 [B, 1, 1]; blocks of
+  keys and of queries likewise.
+  """
 
   columns: Array | None
   rows: Array | None
   prefix: Array | None
+  key_blocks: Array | None
+  blocks: Array | None
 
 
 class _Settings(NamedTuple):
@@ -243,7 +251,8 @@ def _open(settings: _Settings, parts: _Parts, i: Array) -> Array | None:
     shape = (settings.length, settings.length)
     row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     prefix = None if parts.prefix is None else parts.prefix[i]
-    reach = settings.position.in_reach(row, column, prefix)
+    same = None if parts.blocks is None else one_block(parts.blocks[i], parts.key_blocks[i])
+    reach = settings.position.in_reach(row, column, prefix, same)
     opened = reach if opened is None else reach & opened
   return opened
 

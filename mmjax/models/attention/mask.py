@@ -19,6 +19,9 @@ class AttentionMask:
   causal: keys up to the query's own position. window: the last so many of these, itself among them
   (or, where not causal, keys less than so many positions away on either side); 0 = all.
   prefix: int32 [B], so many first keys are open to all queries, whatever causal and window say.
+  blocks: int32 [B, L] (and key_blocks [B, S], where keys are not the queries' own tokens): tokens of
+  one block, such as a picture, see each other both ways; 0 = in none. The window holds in a block
+  too, unless wide_blocks.
   keys: bool [B, S], the keys that are real.
   segments: int32 [B, L] (and key_segments [B, S], where keys are not the queries' own tokens):
   examples that share a row; only equal numbers meet.
@@ -28,7 +31,10 @@ class AttentionMask:
 
   causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
   window: int = dataclasses.field(default=0, metadata=dict(static=True))
+  wide_blocks: bool = dataclasses.field(default=False, metadata=dict(static=True))
   prefix: Array | None = None
+  blocks: Array | None = None
+  key_blocks: Array | None = None
   keys: Array | None = None
   segments: Array | None = None
   key_segments: Array | None = None
@@ -41,6 +47,11 @@ class AttentionMask:
     return self.segments if self.key_segments is None else self.key_segments
 
   @property
+  def blocks_of_keys(self) -> Array | None:
+    """The blocks of the keys, int32 [B, S]."""
+    return self.blocks if self.key_blocks is None else self.key_blocks
+
+  @property
   def by_position(self) -> bool:
     """Whether positions alone say something, for all examples alike (causal, window)."""
     return self.causal or self.window > 0
@@ -48,18 +59,25 @@ class AttentionMask:
   @property
   def arrays(self) -> bool:
     """Whether some part is an array: the mask may then differ between examples."""
-    parts = (self.prefix, self.keys, self.segments, self.offset, self.pairs)
+    parts = (self.prefix, self.blocks, self.keys, self.segments, self.offset, self.pairs)
     return any(part is not None for part in parts)
 
-  def in_reach(self, rows: Array, columns: Array, prefix: Array | None = None) -> Array | None:
+  def in_reach(
+    self, rows: Array, columns: Array, prefix: Array | None = None, same: Array | None = None
+  ) -> Array | None:
     """What positions say: bool of the broadcast shape of the positions of queries and keys (and of
-    `prefix`, by default none); None = all. In kernels too.
+    `prefix`, and of `same`, whether the two are of one block; by default none); None = all. In
+    kernels too.
     """
     reach = columns <= rows if self.causal else None
+    if reach is not None and same is not None:
+      reach = reach | same
     if self.window:
       near = columns > rows - self.window
       if not self.causal:
         near &= columns < rows + self.window
+      if self.wide_blocks and same is not None:
+        near = near | same
       reach = near if reach is None else reach & near
     return reach if reach is None or prefix is None else reach | (columns < prefix)
 
@@ -71,7 +89,10 @@ class AttentionMask:
     if self.offset is not None:
       rows = rows + jnp.asarray(self.offset).reshape(-1, 1, 1)
     prefix = None if self.prefix is None else self.prefix[:, None, None]
-    parts = [self.in_reach(rows, jnp.arange(keys)[None, None], prefix)]
+    same = None
+    if self.blocks is not None:
+      same = one_block(self.blocks[:, :, None], self.blocks_of_keys[:, None, :])
+    parts = [self.in_reach(rows, jnp.arange(keys)[None, None], prefix, same)]
     if self.keys is not None:
       parts.append(self.keys[:, None, :])
     if self.segments is not None:
@@ -85,5 +106,12 @@ class AttentionMask:
     """
     keys = jnp.ones((batch, length), bool) if self.keys is None else self.keys
     more = ((0, 0), (0, wanted - length))
-    segments = None if self.segments is None else jnp.pad(self.segments, more)
-    return dataclasses.replace(self, keys=jnp.pad(keys, more), segments=segments)
+    segments, blocks = (
+      None if part is None else jnp.pad(part, more) for part in (self.segments, self.blocks)
+    )
+    return dataclasses.replace(self, keys=jnp.pad(keys, more), segments=segments, blocks=blocks)
+
+
+def one_block(rows: Array, columns: Array) -> Array:
+  """bool: which queries and keys, by the numbers of their blocks, are of the same one."""
+  return (rows == columns) & (rows > 0)

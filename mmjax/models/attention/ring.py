@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mmjax.models.attention.mask import AttentionMask
+from mmjax.models.attention.mask import AttentionMask, one_block
 
 Array = jax.Array
 
@@ -46,6 +46,8 @@ class Ring(NamedTuple):
     batch, axis = self.spec[0], self.axis
     layouts = dict(
       prefix=P(batch),
+      blocks=P(batch, axis),
+      key_blocks=P(batch, axis),
       keys=P(batch, axis),
       segments=P(batch, axis),
       key_segments=P(batch, axis),
@@ -69,8 +71,8 @@ class Ring(NamedTuple):
     """(float32 [B, H, L, T] of a tile of keys, the first of which is number `start` of the
     sequence, -inf where it may not be seen; slope of the soft cap or None).
 
-    query [B, H, L, K], scaled; key [B, H, T, K]; mask: its keys and key_segments of the tile, its
-    pairs of all keys.
+    query [B, H, L, K], scaled; key [B, H, T, K]; mask: its keys, key_segments and key_blocks of the
+    tile, its pairs of all keys.
     """
     logits, slope = _product("bhld,bhtd->bhlt", query, key), None
     if self.soft_cap:
@@ -79,7 +81,10 @@ class Ring(NamedTuple):
     length, keys = logits.shape[2:]
     row = (lax.axis_index(self.axis) * length + jnp.arange(length))[:, None]
     prefix = None if mask.prefix is None else mask.prefix[:, None, None]
-    allowed = [mask.in_reach(row, start + jnp.arange(keys), prefix)]
+    same = None
+    if mask.blocks is not None:
+      same = one_block(mask.blocks[:, :, None], mask.key_blocks[:, None])
+    allowed = [mask.in_reach(row, start + jnp.arange(keys), prefix, same)]
     if mask.keys is not None:
       allowed.append(mask.keys[:, None])
     if mask.segments is not None:
@@ -101,6 +106,8 @@ def ring_attention(
   Arrays are global: call it outside of shard_map."""
   if mask.segments is not None:  # those of the keys travel
     mask = dataclasses.replace(mask, key_segments=mask.key_numbers)
+  if mask.blocks is not None:
+    mask = dataclasses.replace(mask, key_blocks=mask.blocks_of_keys)
   return _attend(ring, query, key, value, mask)
 
 
@@ -234,8 +241,9 @@ def _round(
 
   def hop(block: tuple) -> tuple:
     key, value, mask = block
-    key, value, keys, segments = ring.hop((key, value, mask.keys, mask.key_segments))
-    return key, value, dataclasses.replace(mask, keys=keys, key_segments=segments)
+    of_keys = dict(keys=mask.keys, key_segments=mask.key_segments, key_blocks=mask.key_blocks)
+    key, value, of_keys = ring.hop((key, value, of_keys))
+    return key, value, dataclasses.replace(mask, **of_keys)
 
   def send(state: tuple) -> tuple:
     cut = len(state) - travel
@@ -266,7 +274,8 @@ def _over_tiles(meet: Callable, state: tuple, block: tuple) -> tuple:
     def cut(x: Array | None, axis: int) -> Array | None:
       return None if x is None else lax.dynamic_slice_in_dim(x, at, tile, axis)
 
-    own = dict(keys=cut(mask.keys, 1), key_segments=cut(mask.key_segments, 1))
+    parts = dict(keys=mask.keys, key_segments=mask.key_segments, key_blocks=mask.key_blocks)
+    own = {name: cut(part, 1) for name, part in parts.items()}
     return meet(state, at, (cut(key, 2), cut(value, 2), dataclasses.replace(mask, **own)))
 
   return lax.fori_loop(0, keys // tile, one, state)
