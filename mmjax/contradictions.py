@@ -63,6 +63,15 @@ def _check_sequences(c: dict) -> None:
         f"data.sequence.{modality} is 0: say how many tokens a medium takes, which is what "
         f"model.connectors.{modality} gives"
       )
+  for key, text in (
+    ("prompt", sequence["prompt"]),
+    *((f"written.{name}", text) for name, text in sequence["written"].items()),
+  ):
+    if text.count("{}") != 1:
+      raise ConfigError(
+        f"data.sequence.{key} is {text!r}, but has to have {{}} once, where the medium or the text "
+        "stands"
+      )
   for modality in model["connectors"]:
     if modality not in model["encoders"]:
       raise ConfigError(f"model.connectors.{modality} has no encoder in model.encoders")

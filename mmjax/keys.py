@@ -433,6 +433,33 @@ KEYS = (
       ("series", "a series"),
     )
   ),
+  Key(
+    "data.sequence.audio_step",
+    0,
+    Count,
+    "Samples that a place of a sound stands for: short sounds then take fewer than "
+    "data.sequence.audio; 0 = all take as many.",
+  ),
+  *(
+    Key(
+      f"data.sequence.written.{name}",
+      "{}",
+      str,
+      f"Text around the places of {what}, which stand where {{}} is.",
+    )
+    for name, what in (
+      ("image", "a picture"),
+      ("audio", "a sound"),
+      ("video", "a clip"),
+      ("series", "a series"),
+    )
+  ),
+  Key(
+    "data.sequence.prompt",
+    "{}",
+    str,
+    "How the text of a prompt after its media is written, {} being the text itself.",
+  ),
   Key("data.audio.rate", 16_000, Hertz, "Samples a second; files of other rates are resampled."),
   Key(
     "data.audio.seconds",

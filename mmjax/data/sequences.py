@@ -7,7 +7,8 @@ as many places as the config gives them. What a source's texts are says how:
   caption   the media, then a caption, which is the target
   question  the media and a question, then its answer, which is the target
 
-Each target ends with <eos>; <bos> comes first where data.text.bos asks for it.
+Each target ends with <eos>; <bos> comes first where data.text.bos asks for it. What stands around
+media and after them is written as data.sequence.written and data.sequence.prompt say.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mmjax.data.builders import Record
 from mmjax.data.media import WORDS
 from mmjax.data.packing import filling, pack
 from mmjax.data.parts import MEDIA, Medium, Span
+from mmjax.data.placeholders import Places, around, placeholders, prompted
 from mmjax.data.sources import Source
 from mmjax.data.text import Tokenizer, check_texts
 from mmjax.printing import printable
@@ -62,20 +64,20 @@ class Sequences:
     self, record: Record, source: Source, piece: Piece, rng: np.random.Generator | None
   ) -> list[Span | Medium]:
     """The parts of an example. Raises UserError: the record lacks what its source should have."""
-    media = [Medium(name) for name in self.modalities if record.get(name) is not None]
     if source.text == "document":
       tokens = self._document(record, source)
       return [Span(tokens[piece.start : piece.stop or None], True)]
     if source.text == "question":
       question, answer = self._question(record, piece, rng)
-      return [
-        *self._start(),
-        *media,
-        Span(self._encode(question), False),
-        Span([*self._encode(answer), self.tokenizer.eos_id], True),
-      ]
-    caption = self._caption(record, source, rng)
-    return [*self._start(), *media, Span([*self._encode(caption), self.tokenizer.eos_id], True)]
+      target = answer
+    else:
+      question, target = "", self._caption(record, source, rng)
+    return [
+      *self._start(),
+      *self._media(record),
+      *self._text(prompted(self.config.data.sequence, question)),
+      Span([*self._encode(target), self.tokenizer.eos_id], True),
+    ]
 
   def size(self, parts: Iterable[Span | Medium]) -> int:
     """Places that parts take."""
@@ -85,6 +87,19 @@ class Sequences:
 
   def _start(self) -> list[Span]:
     return [Span(list(self.first), False)] if self.first else []
+
+  def _text(self, text: str) -> list[Span]:
+    """A text that is no target; nothing of none."""
+    return [Span(self._encode(text), False)] if text else []
+
+  def _media(self, record: Record) -> list[Span | Medium]:
+    """The media of a record, with the texts around them."""
+    parts: list[Span | Medium] = []
+    for name in self.modalities:
+      if record.get(name) is not None:
+        before, after = around(self.config.data.sequence, name)
+        parts += [*self._text(before), Medium(name), *self._text(after)]
+    return parts
 
   def _encode(self, text: str) -> list[int]:
     check_texts([text])
@@ -162,13 +177,14 @@ class Sequences:
 
   def _most(self, record: Record, source: Source) -> int:
     """The most places that an example of a record can take, whatever is drawn."""
-    fixed = len(self.first) + 1
-    fixed += sum(self.places[m] for m in self.modalities if record.get(m) is not None)
+    fixed = len(self.first) + 1 + self.size(self._media(record))
+    s = self.config.data.sequence
     if source.text == "question":
       pairs = record.get("questions") or []
       if not pairs:
         raise UserError("it has no questions")
-      return fixed + max(len(self._encode(q)) + len(self._encode(a)) for q, a in pairs)
+      return fixed + max(len(self._encode(prompted(s, q))) + len(self._encode(a)) for q, a in pairs)
+    fixed += self.size(self._text(prompted(s, "")))
     return fixed + max(len(self._encode(text)) for text in self._captions(record, source))
 
   def table(self, source: Source, packed: bool, seed: int) -> list[list[Piece]]:
@@ -282,21 +298,24 @@ class Sequences:
     ]
     sequence, start = batch["sequence"], at
     for part, arrays in zip(parts, read, strict=True):
-      size = self.size([part])
-      places = slice(at, at + size)
       if isinstance(part, Medium):
         modality, slot = part.modality, used[part.modality]
         slots = batch["media"][modality]
-        for key, value in zip([k for k in slots if k != "present"], arrays, strict=True):
+        named = dict(zip([k for k in slots if k != "present"], arrays, strict=True))
+        for key, value in named.items():
           slots[key][row, slot] = value
         slots["present"][row, slot] = True
+        written = placeholders(self.config.data.sequence, modality, named)
+        (of_slot,) = (part for part in written if isinstance(part, Places))
+        places = slice(at, at + len(of_slot.offsets))
         sequence["media_index"][row, places] = self.modalities.index(modality) * self.slots + slot
-        sequence["media_offset"][row, places] = np.arange(size)
+        sequence["media_offset"][row, places] = of_slot.offsets
         used[modality] += 1
       else:
+        places = slice(at, at + len(part.tokens))
         sequence["tokens"][row, places] = part.tokens
         sequence["loss_mask"][row, places] = part.target
-      at += size
+      at = places.stop
     sequence["segment_ids"][row, start:at] = number
     sequence["positions"][row, start:at] = np.arange(at - start)
     return at

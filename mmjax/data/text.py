@@ -61,6 +61,10 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     raise NotImplementedError
 
+  def piece(self, number: int) -> str:
+    """The piece of an id; "" = there is none."""
+    raise NotImplementedError
+
   @property
   def special_pieces(self) -> dict[str, int]:
     """{piece: id} of the tokens that stand for themselves and are part of no text."""
@@ -465,6 +469,9 @@ class _SentencePiece(Tokenizer):
   def decode(self, ids: Sequence[int]) -> str:
     return self._model.decode([int(i) for i in ids])
 
+  def piece(self, number: int) -> str:
+    return self._model.id_to_piece(number) if number < self.vocab_size else ""
+
   def word_starts(self, text: str) -> list[bool]:
     return [piece.startswith("\u2581") for piece in self._model.encode(text, out_type=str)]
 
@@ -555,6 +562,9 @@ class _HuggingFace(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._model.decode([int(i) for i in ids])
+
+  def piece(self, number: int) -> str:
+    return self._model.id_to_token(number) or ""
 
   def word_starts(self, text: str) -> list[bool]:
     encoding = self._model.encode(text, add_special_tokens=False)
@@ -670,6 +680,9 @@ class _Characters(Tokenizer):
     pieces = [self._pieces.get(int(i), "") for i in ids if i != self.pad_id]
     text = "".join(self._space if piece == self._delimiter else piece for piece in pieces).strip()
     return text.lower() if self._lowercase else text
+
+  def piece(self, number: int) -> str:
+    return self._pieces.get(number, "")
 
   def word_starts(self, text: str) -> list[bool]:
     return [not before or before.isspace() for before in ("", *text[:-1])][: len(text)]

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.media import WORDS
+from mmjax.data.placeholders import Places, placeholders, prompted
 from mmjax.data.text import Tokenizer, check_texts, decode
 from mmjax.inference.engine import (
   Decoding,
@@ -33,9 +34,9 @@ AT_ONCE = 8  # tokens that are decoded before a stream is looked at
 
 
 class Read(NamedTuple):
-  """A prompt as parts, with its media: [(modality, arrays of one example)]."""
+  """A prompt as parts, with the slots of its media: [(modality, arrays of one slot)]."""
 
-  parts: list[list[int] | str]
+  parts: list[list[int] | Places]
   media: list[tuple[str, dict[str, np.ndarray]]]
 
 
@@ -56,7 +57,6 @@ class LanguageGenerator:
     """
     self.config, self.model, self.variables = config, model, variables
     self.tokenizer, self.media, self.rows = tokenizer, media, rows
-    self.places = {name: config.data.sequence[name] for name in media}
     self._programs: dict[Any, Callable] = {}
 
   def generate(
@@ -172,11 +172,13 @@ class LanguageGenerator:
     return run.go_on(at, until)
 
   def _score(self, variables, batch, first):
-    hidden, table, cap = self.model.apply(variables, batch, method="next_tokens")
     s = batch["sequence"]
-    places = jnp.arange(1, s["tokens"].shape[1])
+    places = jnp.arange(s["tokens"].shape[1])
     wanted = (places >= first[:, None]) & (places < s["length"][:, None])
-    return score(hidden[:, :-1], table, jnp.where(wanted, s["tokens"][:, 1:], -1), cap)
+    batch = {**batch, "sequence": {**s, "loss_mask": wanted}}
+    hidden, table, cap = self.model.apply(variables, batch, method="next_tokens")
+    targets = jnp.where(wanted, s["tokens"], -1)[:, 1:]
+    return score(hidden[:, :-1], table, targets, cap)
 
   # -- Prompts as arrays ---------------------------------------------------------------------------
 
@@ -216,42 +218,58 @@ class LanguageGenerator:
     pieces = re.split(f"({marks})", prompt) if marks else [prompt]
     if len(pieces) == 1:
       pieces = [*(f"<{m}>" for m, items in given.items() for _ in items), prompt]
-    bos = self.tokenizer.bos_id
-    parts: list[list[int] | str] = [[bos]] if self.config.data.text.bos and bos >= 0 else []
-    used, media = dict.fromkeys(self.media, 0), []
-    for part in self._parts(list(filter(None, pieces))):
-      parts.append(part)
-      if isinstance(part, str):
-        items = given.get(part, [])
-        if used[part] < len(items):
-          media.append((part, self.media[part](items[used[part]])))
-        used[part] += 1
-    for modality, count in used.items():
+    known = {f"<{modality}>": modality for modality in self.media}
+    for mark, modality in known.items():
       have = len(given.get(modality, []))
-      if count != have:
+      if (count := pieces.count(mark)) != have:
         raise UserError(
           f"prompt {number + 1} has {count} places <{modality}>, but {have} of {modality}= are "
           f"given for it. Give as many {WORDS[modality]}s as places"
         )
+    sequence = self.config.data.sequence
+    last = max((i for i, piece in enumerate(pieces) if piece in known), default=-1)
+    pieces = [*pieces[: last + 1], prompted(sequence, "".join(pieces[last + 1 :]))]
+    items = {modality: iter(several) for modality, several in given.items()}
+    whole: list[str | Places] = []
+    media: list[tuple[str, dict[str, np.ndarray]]] = []
+    for piece in pieces:
+      if piece not in known:
+        whole.append(piece)
+        continue
+      modality = known[piece]
+      arrays = self.media[modality](next(items[modality]))
+      before = sum(name == modality for name, _ in media)
+      for part in placeholders(sequence, modality, arrays):
+        whole.append(part._replace(slot=before + part.slot) if isinstance(part, Places) else part)
+      media.append((modality, arrays))
+    bos = self.tokenizer.bos_id
+    first: list[list[int]] = [[bos]] if self.config.data.text.bos and bos >= 0 else []
+    parts = [*first, *self._parts(number, [part for part in whole if part != ""])]
     if not parts:
       raise UserError(f"prompt {number + 1} is empty: give it a text, or a medium")
     return Read(parts, media)
 
-  def _parts(self, pieces: list[str]) -> list[list[int] | str]:
-    """Pieces of text as tokens, <image> and the like as their modality. Where these are tokens of
-    the tokenizer's own, it cuts the whole prompt, as in other programs: how a text is cut may
-    depend on whether something stands before it.
+  def _parts(self, number: int, whole: list[str | Places]) -> list[list[int] | Places]:
+    """Pieces of text as tokens. Where media have tokens of the tokenizer's own, it cuts the whole
+    prompt, as in other programs: how a text is cut may depend on whether something stands before
+    it.
     """
-    known = {f"<{modality}>": modality for modality in self.media}
-    own = self.model.media_ids
-    marks = {piece for piece in pieces if piece in known}
-    if not all(self._encode(mark) == [own.get(known[mark], -1)] for mark in marks):
-      return [known[piece] if piece in known else self._encode(piece) for piece in pieces]
-    modality_of = {own[known[mark]]: known[mark] for mark in marks}
-    parts: list[list[int] | str] = []
-    for token in self._encode("".join(pieces)):
-      if token in modality_of:
-        parts.append(modality_of[token])
+    places = [part for part in whole if isinstance(part, Places)]
+    own = {m: self.model.media_ids.get(m, -1) for m in dict.fromkeys(p.modality for p in places)}
+    marks = {m: self.tokenizer.piece(i) if i >= 0 else "" for m, i in own.items()}
+    if not all(mark and self._encode(mark) == [own[m]] for m, mark in marks.items()):
+      return [part if isinstance(part, Places) else self._encode(part) for part in whole]
+    text = "".join(marks[part.modality] if isinstance(part, Places) else part for part in whole)
+    tokens, media = self._encode(text), iter(places)
+    if sum(token in own.values() for token in tokens) != len(places):
+      raise UserError(
+        f"prompt {number + 1} has {' or '.join(marks.values())} in its text, which stands for a "
+        f"medium: write {' or '.join(f'<{m}>' for m in own)} where media are"
+      )
+    parts: list[list[int] | Places] = []
+    for token in tokens:
+      if token in own.values():
+        parts.append(next(media))
       elif parts and isinstance(parts[-1], list):
         parts[-1].append(token)
       else:
@@ -260,7 +278,7 @@ class LanguageGenerator:
 
   def size(self, read: Read) -> int:
     """Tokens of a prompt, its media among them."""
-    return sum(self.places[p] if isinstance(p, str) else len(p) for p in read.parts)
+    return sum(len(part.offsets if isinstance(part, Places) else part) for part in read.parts)
 
   def _batch(
     self, rows: list[Read], ids: Sequence[int], max_length: int
@@ -299,6 +317,7 @@ class LanguageGenerator:
     s["length"][: len(rows)] = lengths
     slots = max((len(row.media) for row in rows), default=0)
     slots = 1 << (slots - 1).bit_length() if slots else 0  # few shapes
+    own = self.model.media_ids
     arrays: dict[str, Any] = {}
     present = [m for m in self.media if any(name == m for row in rows for name, _ in row.media)]
     for modality in present:
@@ -307,20 +326,21 @@ class LanguageGenerator:
         name: np.zeros((count, slots, *x.shape), x.dtype) for name, x in example.items()
       }
     for number, row in enumerate(rows):
-      at, used, order = 0, dict.fromkeys(present, 0), iter(row.media)
+      at, used = 0, dict.fromkeys(present, 0)
+      for modality, example in row.media:
+        for name, x in example.items():
+          arrays[modality][name][number, used[modality]] = x
+        used[modality] += 1
       for part in row.parts:
-        if isinstance(part, str):
-          _, example = next(order)
-          for name, x in example.items():
-            arrays[part][name][number, used[part]] = x
-          places = slice(at, at + self.places[part])
-          s["media_index"][number, places] = present.index(part) * slots + used[part]
-          s["media_offset"][number, places] = np.arange(self.places[part])
-          used[part] += 1
-          at = places.stop
+        if isinstance(part, Places):
+          places = slice(at, at + len(part.offsets))
+          s["tokens"][number, places] = own.get(part.modality, 0)
+          s["media_index"][number, places] = present.index(part.modality) * slots + part.slot
+          s["media_offset"][number, places] = part.offsets
         else:
-          s["tokens"][number, at : at + len(part)] = part
-          at += len(part)
+          places = slice(at, at + len(part))
+          s["tokens"][number, places] = part
+        at = places.stop
     batch: dict[str, Any] = {"sequence": s}
     if arrays:
       batch["media"] = arrays

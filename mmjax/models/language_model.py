@@ -50,6 +50,8 @@ class LanguageModel(nn.Module):
   unless `tied`, and each modality's encoder and MODALITY_connector.
   embedding_factor: of the token embeddings (Gemma: sqrt(D)). logit_cap: logits become cap *
   tanh(logits / cap); 0 = none. places: tokens that a medium of each modality takes in a row.
+  both_ways: tokens that see each other both ways: "none"; those of a "media" slot; those of the
+  "prompt", which are all before the first target of an example, whatever the blocks' windows say.
   end_ids: tokens besides eos_id that end generated texts. media_ids: the token that stands for a
   medium of each modality in prompts of other programs.
   """
@@ -66,6 +68,7 @@ class LanguageModel(nn.Module):
   tied: bool = True
   embedding_factor: float = 1.0
   logit_cap: float = 0.0
+  both_ways: str = "none"
   end_ids: tuple[int, ...] = ()
   media_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -114,10 +117,21 @@ class LanguageModel(nn.Module):
     batch["sequence"] by logits hidden table^T, capped where `cap` is not 0.
     """
     s = batch["sequence"]
-    mask = AttentionMask(segments=s.get("segment_ids"), prefix=s.get("prefix"))
+    blocks = self._blocks(s, prompts_of(s) if self.both_ways == "prompt" else None)
+    mask = AttentionMask(segments=s.get("segment_ids"), prefix=s.get("prefix"), **blocks)
     x = self.embed(batch, train=train)
     x = self.stack(x, mask, positions=s.get("positions"), train=train)
     return self.norm(x), self.table(), self.logit_cap
+
+  def _blocks(self, s: Batch, prompts: Array | None) -> dict[str, Any]:
+    """The parts of a mask that open blocks of tokens; prompts: int32 [B, L], the numbers of those
+    that are prompts.
+    """
+    if self.both_ways == "prompt":
+      return dict(blocks=prompts, wide_blocks=True)
+    if self.both_ways == "media" and "media_index" in s:
+      return dict(blocks=s["media_index"] + 1)
+    return {}
 
   def embed(self, batch: Batch, *, train: bool = False) -> Array:
     """[B, L, D]: embeddings of the tokens, and what the connectors make of the media in the places
@@ -231,8 +245,14 @@ class LanguageModel(nn.Module):
       if self.learned_positions:  # of the padding
         positions = jnp.minimum(positions, self.length - 1)
       batch = {**batch, "sequence": {**s, "positions": positions}}
+    prompts = (jnp.arange(s["tokens"].shape[1]) < s["length"][:, None]).astype(jnp.int32)
     x, cache = self.stack.extend(
-      self.embed(batch), places, cache, positions=positions, prefix=s.get("prefix")
+      self.embed(batch),
+      places,
+      cache,
+      positions=positions,
+      prefix=s.get("prefix"),
+      **self._blocks(s, prompts),
     )
     last = s["length"] - 1
     hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
@@ -254,6 +274,20 @@ class LanguageModel(nn.Module):
     return self.logits(self.norm(x)[:, 0]), (cache, ahead)
 
 
+def prompts_of(s: Batch) -> Array:
+  """int32 [B, L]: the number of the example (1 in a row without segments) at its tokens before the
+  first target, 0 elsewhere. Without a `loss_mask` all are.
+  """
+  segments = s.get("segment_ids", jnp.ones_like(s["tokens"]))
+  if "loss_mask" not in s:
+    return segments
+  targets = s["loss_mask"].astype(jnp.int32)
+  begins = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+  so_far = jnp.cumsum(targets, axis=1)
+  before = jax.lax.cummax(jnp.where(begins, so_far - targets, 0), axis=1)
+  return jnp.where(so_far == before, segments, 0)
+
+
 @with_block
 def language_model(
   encoders: Mapping[str, nn.Module],
@@ -273,6 +307,7 @@ def language_model(
   tied: bool = True,
   embedding_factor: NonNegative = 1.0,
   logit_cap: NonNegative = 0.0,
+  both_ways: Literal["none", "media", "prompt"] = "none",
   max_positions: Count = 0,
   eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",))] = -1,
   pad_id: Annotated[TokenId, Special(("pad",), needed=("pad",), warns=False)] = -1,
@@ -296,6 +331,8 @@ def language_model(
   blocks.
   tied: one table of tokens for input and output. embedding_factor: of the token embeddings.
   logit_cap: logits become cap * tanh(logits / cap); 0 = none.
+  both_ways: tokens that see each other both ways: none, those of a medium (media; Gemma 3), or
+  those of a prompt, which are all before the first target (prompt; PaliGemma).
   eos_id, pad_id: what ends texts, and fills them up; -1 = the tokenizer's. end_ids: other tokens
   that end generated texts, such as the end of a turn. media_ids: the token that stands for a medium
   in prompts of other programs, such as dict(image=32000).
@@ -351,6 +388,7 @@ def language_model(
     tied=tied,
     embedding_factor=embedding_factor,
     logit_cap=logit_cap,
+    both_ways=both_ways,
     end_ids=tuple(end_ids),
     media_ids=dict(media_ids),
   )

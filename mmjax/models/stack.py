@@ -158,11 +158,13 @@ class Stack(nn.Module):
 
     A token sees the cache up to its own place, and the first `prefix` places, int32 [B]; keys: bool
     [B, T], the places of it that are real. positions: as in a call; None = the places. blocks int32
-    [B, L], of tokens from place 0 on, and wide_blocks: see `AttentionMask`.
+    [B, L], of the tokens of x, and wide_blocks: see `AttentionMask`.
     """
     key_blocks = None
     if blocks is not None:
-      key_blocks = jnp.pad(blocks, ((0, 0), (0, cache.key.shape[2] - blocks.shape[1])))
+      places = jnp.asarray(start).reshape(-1, 1) + jnp.arange(blocks.shape[1])
+      key_blocks = jnp.zeros(cache.key.shape[1:3], jnp.int32)
+      key_blocks = key_blocks.at[jnp.arange(len(blocks))[:, None], places].set(blocks)
     mask = AttentionMask(
       causal=True,
       wide_blocks=wide_blocks,

@@ -96,6 +96,27 @@ def test_targets_are_the_answers_and_media_stand_before_the_question(asked):
   assert seen == 11 and pipeline.unreadable == 1  # each once in an epoch of 12 rows
 
 
+def test_media_and_prompts_are_written_as_the_config_says(asked):
+  settings = {
+    "data.sequence.written.image": "a red {} word 1 ",
+    "data.sequence.prompt": "is it {}!",
+  }
+  c = resolved(asked, "asked", "question", **settings)
+  tokenizer, batch = load_tokenizer(c.data), Pipeline(c).batch(0)
+  for row in range(4):
+    s = {name: array[row] for name, array in batch["sequence"].items()}
+    for targets, rest, media in examples_of(batch, row):
+      if not len(targets):
+        continue
+      asked_for = ("is it what is it?!", "is it is it red?!")
+      assert tokenizer.decode(rest.tolist()) in [f"a red word 1 {text}" for text in asked_for]
+      at = np.flatnonzero(s["media_index"] == media[0])
+      start = np.flatnonzero(s["segment_ids"] == s["segment_ids"][at[0]])[0]
+      assert tokenizer.decode(s["tokens"][start : at[0]].tolist()) == "a red"
+  with pytest.raises(UserError, match="data.sequence.prompt is 'is it', but has to have {} once"):
+    resolved(asked, "asked", "question", **{"data.sequence.prompt": "is it"})
+
+
 def test_long_documents_are_cut_into_pieces_and_nothing_is_lost(asked, capsys):
   c = resolved(asked, "texts", "document", image=False)
   tokenizer, pipeline = load_tokenizer(c.data), Pipeline(c)

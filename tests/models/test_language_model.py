@@ -145,6 +145,47 @@ def test_packed_examples_are_as_if_alone_and_see_nothing_of_each_other(params, m
   assert not np.allclose(before[~first][:8], after[~first][:8])
 
 
+@pytest.mark.parametrize("both_ways", ["media", "prompt"])
+def test_tokens_that_see_each_other_both_ways(both_ways, params):
+  """In a packed row as alone, read at once as in training; a later token reaches an earlier one of
+  its picture or prompt, and no other.
+  """
+  model = make_model(resolved(both_ways=both_ways, block=dict(key_value_heads=2, windows=(3, 0))))
+  hidden = jax.jit(lambda batch: model.apply(params, batch, method="next_tokens")[0])
+  parts = examples()
+
+  def asked(parts, pictures):
+    batch, end = row(parts, pictures)
+    targets, segments = batch["sequence"]["loss_mask"], batch["sequence"]["segment_ids"][0]
+    for number in range(1, segments.max() + 1):
+      targets[0, np.flatnonzero((segments == number) & targets[0])[:2]] = False
+    return batch, end
+
+  packed, _ = asked(parts, PICTURES)
+  together, at = np.asarray(hidden(packed))[0], 0
+  for i, part in enumerate(parts):
+    alone, end = asked([part], PICTURES[i : i + 1])
+    np.testing.assert_allclose(hidden(alone)[0, :end], together[at : at + end], atol=1e-5)
+    at += end
+  alone, end = asked(parts[:1], PICTURES)
+  prompt = {**alone, "sequence": {**alone["sequence"], "length": np.array([PLACES + 2])}}
+  logits, _ = model.apply(params, prompt, length=LENGTH, method="prefill")
+  last = model.apply(params, hidden(alone)[:, PLACES + 1], method="logits")
+  np.testing.assert_allclose(logits, last, atol=1e-5)
+  before = np.asarray(hidden(alone))[0]
+  changed = jax.tree.map(np.copy, alone)
+  if both_ways == "media":  # the last token of the picture is another of its tokens
+    changed["sequence"]["media_offset"][0, PLACES - 1] = 0
+  else:  # the last token of the prompt
+    changed["sequence"]["tokens"][0, PLACES + 1] += 1
+  first = np.abs(np.asarray(hidden(changed))[0] - before).max(-1) > 1e-6
+  assert first[:end].all()
+  changed["sequence"]["tokens"][0, end - 1] += 1  # a target reaches nothing before it
+  again = np.asarray(hidden(changed))[0]
+  changed["sequence"]["tokens"][0, end - 1] += 1
+  np.testing.assert_array_equal(np.asarray(hidden(changed))[0, : end - 1], again[: end - 1])
+
+
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_prompts_of_unequal_length_go_on_as_the_whole_row_says(positions, params, model):
   if positions == "learned":

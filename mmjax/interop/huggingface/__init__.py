@@ -40,7 +40,7 @@ from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
 # the nearest first: what several can express is exported as the first of them
-WITH_PICTURES = ("llava",)
+WITH_MEDIA = ("llava", "paligemma", "gemma3")
 LANGUAGE_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
   **{
@@ -70,7 +70,7 @@ FAMILIES = {  # model_type -> the module of this package that reads and writes i
   "clap": "clap",
   "clap_text_model": "clap_text",
   "clap_audio_model": "clap_audio",
-  **{name: name for name in ("dinov2", "dinov2_with_registers", *LANGUAGE_MODELS, *WITH_PICTURES)},
+  **{name: name for name in ("dinov2", "dinov2_with_registers", *LANGUAGE_MODELS, *WITH_MEDIA)},
 }
 DUAL = ("clip", "siglip")  # those that hold two encoders
 ALONE = {  # an encoder's kind -> the families that it alone may be
@@ -125,7 +125,7 @@ def import_hf(
   if around:
     tensors = sentences.text_tensors(tensors)
   try:
-    if around and facts.get("model_type") in (*LANGUAGE_MODELS, *WITH_PICTURES):
+    if around and facts.get("model_type") in (*LANGUAGE_MODELS, *WITH_MEDIA):
       raise UserError(
         f"model_type is {facts['model_type']!r}: a language model that embeds sentences is not "
         "supported, only encoders such as bert"
@@ -337,7 +337,7 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   if name == "captioner" and kinds == {"audio": "whisper"}:
     candidates = ("whisper",)
   if name == "language_model":
-    candidates = WITH_PICTURES if kinds else LANGUAGE_MODELS
+    candidates = WITH_MEDIA if kinds else LANGUAGE_MODELS
   if not candidates:
     raise UserError(
       "transformers has no model for this one: it exports dual encoders with a vit or naflex for "

@@ -183,10 +183,13 @@ def prepare(c: Any, folder: Path, family: ModuleType, found: Mapping[str, Any]) 
   if preprocessing.has_tokenizer(folder):
     stated, assets = preprocessing.text_settings(folder, family)
     tokenizer = Tokenizer.from_assets(assets)
-    text = {**stated, **text, "tokenizer": str(folder.resolve())}
-    for key, value in json.loads(assets.get("tokenizer_config.json", b"{}")).items():
+    of_tokenizer = json.loads(assets.get("tokenizer_config.json", b"{}"))
+    for key, value in of_tokenizer.items():
       if key in ("add_bos_token", "add_eos_token") and isinstance(value, bool):
-        text[key.split("_")[1]] = value  # it overrides what tokenizer.json says
+        stated[key.split("_")[1]] = value  # it overrides what tokenizer.json says
+    text = {**stated, **text, "tokenizer": str(folder.resolve())}
+    if hasattr(family, "written"):
+      c.data.sequence.update(family.written(tokenizer, of_tokenizer))
   choose_special_tokens(c.model, tokenizer)
   c.data.text.update(text, pad_id=c.model.pad_id, length=found["length"])
   c.data.sequence.update(length=found["length"], **found.get("places", {}))
@@ -378,7 +381,8 @@ def refusals(
 
 def without_encoders(config: Mapping[str, Any]) -> dict[str, Any]:
   """The config of the language model without its media."""
-  return {**config, "model": {**config["model"], "encoders": {}, "connectors": {}}}
+  alone = dict(encoders={}, connectors={}, both_ways="none")
+  return {**config, "model": {**config["model"], **alone}}
 
 
 def family(model_type: str, names: Sequence[str]) -> ModuleType:

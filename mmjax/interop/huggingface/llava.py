@@ -7,7 +7,6 @@ import leaves them out, an export writes a tower that ends where the model reads
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.interop.huggingface import clip, decoders, mapping, single
+from mmjax.interop.huggingface import clip, decoders, mapping, single, with_media
 from mmjax.interop.huggingface.mapping import Rule
+from mmjax.interop.huggingface.with_media import BESIDE as BESIDE
+from mmjax.interop.huggingface.with_media import rename as rename
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "PreTrainedTokenizerFast", "LlavaProcessor", "model."
 IMAGE_PROCESSOR_CLASS, PREPROCESSOR = "CLIPImageProcessor", clip.PREPROCESSOR
 ARCHITECTURE, PAD, MASK_PADDING = "LlavaForConditionalGeneration", "<pad>", True
 ARCHITECTURES = ((ARCHITECTURE, "LlavaModel"),)
-PROCESSOR = "processor_config.json"
-BESIDE = ("config.json", decoders.GENERATION, PROCESSOR)
 TEXT = ("llama", "mistral", "qwen2", "qwen3")  # families that may write
 
 # What transformers assumes where config.json is silent.
@@ -33,31 +32,16 @@ FACTS |= dict(tie_word_embeddings=False, image_token_index=32_000)
 # Where it has no vision_config.
 LARGE = dict(intermediate_size=4096, hidden_size=1024, patch_size=14, image_size=336)
 LARGE |= dict(num_hidden_layers=24, num_attention_heads=16)
-OLDER = re.compile(  # parts of names
-  r"^language_model\.(?=lm_head\.)|(?<=^language_model\.)model\.|(?<=^vision_tower\.)vision_model\."
-)
 UNUSED = re.compile(r"vision_tower\.(post_layernorm\.|encoder\.layers\.(\d+)\.)")
-
-
-def rename(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The tensors under the names that transformers has since version 4.52, less their "model."."""
-  return {OLDER.sub("", name): x for name, x in tensors.items()}
 
 
 def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """The settings of a config.json; see decoders.py."""
   f = {**FACTS, **facts}
   vision = {**clip.VISION, **(f.get("vision_config") or LARGE)}
-  if (kind := vision.get("model_type", "clip_vision_model")) != "clip_vision_model":
-    raise UserError(
-      f"vision_config.model_type is {kind!r}, but only clip_vision_model is supported"
-    )
-  stated = dict(f.get("text_config") or {})
-  stated["tie_word_embeddings"] = f["tie_word_embeddings"] or stated.get("tie_word_embeddings")
-  own = {name.removeprefix("language_model."): x for name, x in tensors.items()}
-  text = decoders.family(stated.get("model_type", "llama"), TEXT)
-  ids = {key: f[key] for key in (decoders.GENERATION, "pad_token_id") if key in f}
-  found = text.settings({**stated, **ids}, own)
+  with_media.only_tower(vision, "clip_vision_model")
+  tied = f["tie_word_embeddings"] or (f.get("text_config") or {}).get("tie_word_embeddings")
+  found = with_media.text_settings(f, tensors, TEXT, "llama", tie_word_embeddings=tied)
   depth = _depth(f["vision_feature_layer"], vision["num_hidden_layers"])
   image = clip.vision_settings(dict(vision, num_hidden_layers=depth))
   image.update(pooling="class", input_norm=True, patch_bias=False, final_norm=False)
@@ -82,15 +66,14 @@ def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, d
   """{name: content} of the files beside config.json: how texts are generated, and how many tokens
   stand for a picture.
   """
-  known = json.loads(assets.get(PROCESSOR, b"{}"))
-  known.pop("image_processor", None)  # preprocessor_config.json has it
-  stated = dict(
+  return with_media.files(
+    config,
+    assets,
     processor_class=PROCESSOR_CLASS,
     patch_size=config["model"]["encoders"]["image"]["patch"],
     vision_feature_select_strategy=_strategy(config),
     num_additional_image_tokens=1,
   )
-  return {**decoders.files(config, assets), PROCESSOR: {**known, **stated}}
 
 
 def _strategy(config: Mapping[str, Any]) -> str:
@@ -109,7 +92,6 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
   """The weights of a LlavaForConditionalGeneration that it reads."""
   image, connector = config["model"]["encoders"]["image"], config["model"]["connectors"]["image"]
   at = "multi_modal_projector.linear_"
-  of_text = decoders.nearest(config, TEXT).rules(decoders.without_encoders(config))
   return [
     *(r for r in clip.image_rules(image, "vision_tower.") if not r.ours.startswith("image/norm/")),
     *(
@@ -117,8 +99,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
       for i in (1, 2)
       for rule in mapping.linear(f"image_connector/layer{i}", f"{at}{i}", bias=connector["bias"])
     ),
-    *(r for r in of_text if decoders.HEAD in r.theirs),
-    *mapping.under("language_model.", [r for r in of_text if decoders.HEAD not in r.theirs]),
+    *with_media.text_rules(config, TEXT),
   ]
 
 
@@ -131,10 +112,8 @@ def constants(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
   """(key, value, values that would do) of what a LlavaForConditionalGeneration must have."""
-  encoders, connectors = config["model"]["encoders"], config["model"]["connectors"]
-  kinds = {name: (encoders[name]["kind"], connectors[name]["kind"]) for name in encoders}
-  if kinds != (wanted := dict(image=("vit", "mlp"))):
-    return [("model.encoders", kinds, (wanted,))]
+  if other := with_media.parts_refusals(config, image=("vit", "mlp")):
+    return other
   return decoders.refusals(config, settings, facts)
 
 
@@ -142,7 +121,7 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
   """The config.json of a LlavaForConditionalGeneration."""
   connector = config["model"]["connectors"]["image"]
   names = {ours: theirs for theirs, ours in reversed(clip.ACTIVATIONS.items())}
-  text = decoders.nearest(config, TEXT).facts(decoders.without_encoders(config), special)
+  text = with_media.text_facts(config, special, TEXT)
   return dict(
     model_type="llava",
     architectures=[ARCHITECTURE],

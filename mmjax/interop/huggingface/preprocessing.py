@@ -51,6 +51,7 @@ PROCESSORS = {  # name of an image processor -> what it does where its file is s
   "DeiT": dict(
     _HALF, size={"height": 256, "width": 256}, resample=3, do_center_crop=True, crop_size=224
   ),
+  "Gemma3": dict(_HALF, size={"height": 224, "width": 224}, resample=2, do_center_crop=False),
   "ConvNext": dict(_HALF, size={"shortest_edge": 384}, resample=3, do_center_crop=False),
 }
 SHORTEST = ("CLIP", "Bit", "ConvNext")  # those for which a size of one number is the shortest side
@@ -75,7 +76,7 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
     **(PROCESSORS[name] if name else family.PREPROCESSOR),
     **{key: value for key, value in stated.items() if value is not None},
   }
-  for key in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
+  for key in ("do_pad", "do_flip_channel_order", "do_reduce_labels", "do_pan_and_scan"):
     if facts.get(key):
       raise UserError(f"{path}: {key} is {facts[key]!r}, which is not supported")
   if facts.get("do_center_crop") and facts.get("crop_size") is None:
@@ -195,6 +196,8 @@ def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]
   )
   resample = {name: number for number, name in FILTERS.items()}[image["interpolation"]]
   whole = dict(processor_class=family.PROCESSOR_CLASS) if family.PROCESSOR_CLASS else {}
+  if hasattr(family, "image_processor"):
+    whole |= family.image_processor(config)
   return dict(
     image_processor_type=family.IMAGE_PROCESSOR_CLASS,
     **whole,

@@ -19,9 +19,9 @@ class AttentionMask:
   causal: keys up to the query's own position. window: the last so many of these, itself among them
   (or, where not causal, keys less than so many positions away on either side); 0 = all.
   prefix: int32 [B], so many first keys are open to all queries, whatever causal and window say.
-  blocks: int32 [B, L] (and key_blocks [B, S], where keys are not the queries' own tokens): tokens of
-  one block, such as a picture, see each other both ways; 0 = in none. The window holds in a block
-  too, unless wide_blocks.
+  blocks: int32 [B, L] (and key_blocks [B, S], where keys are not the queries' own tokens): tokens
+  of one block, such as a picture, see each other both ways; 0 = in none. The window holds in a
+  block too, unless wide_blocks.
   keys: bool [B, S], the keys that are real.
   segments: int32 [B, L] (and key_segments [B, S], where keys are not the queries' own tokens):
   examples that share a row; only equal numbers meet.
