@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.data.placeholders import Places
 from mmjax.inference.engine import LOW, Decoding
 from mmjax.inference.language import AT_ONCE, LanguageGenerator, Read, cut_at, undecided
 
 Array = jax.Array
 TOP = 5  # alternatives that are kept of each token
-# What stands in a place of a prompt: a token, or (modality, digest, which of the medium's tokens).
-Place = int | tuple[str, bytes, int]
+# What stands in a place of a prompt: a token, or (modality, digest of a slot of media, which of its
+# tokens, how many places after the first of its run).
+Place = int | tuple[str, bytes, int, int]
 
 
 class Rows(NamedTuple):
@@ -102,7 +104,8 @@ class Slots:
     one with its answer goes on from the cache of that. The caller has the mesh and rules in use.
     """
     model = language.model
-    self.language, self.window, self.reuse = language, window, reuse
+    self.language, self.window = language, window
+    self.reuse = reuse and model.both_ways != "prompt"  # there a later token changes earlier ones
     if model.learned_positions and window > model.length:
       raise UserError(f"a window of {window} tokens, but the model has {model.length} positions")
     self._ends = {model.eos_id, *model.end_ids, *ends}
@@ -154,9 +157,9 @@ class Slots:
         f"a prompt of {size} tokens and {max_length} after it are more than the window of "
         f"{self.window}. Shorten it, or ask for fewer"
       )
-    held = _places(read, self.language.places)
+    held = _places(read)
     row, start = self._row(held)
-    rest, width = _after(read, start, self.language.places), size - start
+    rest, width = _after(read, start), size - start
     width = min(self.language.width(width), self.window - start)
     batch = self.language.arrays([rest], width, self._batch)
     known = np.zeros(self.language.model.vocab_size, bool)
@@ -326,13 +329,14 @@ def restrict_rows(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Ar
   return jnp.where(keep, logits, LOW)
 
 
-def _places(read: Read, sizes: Mapping[str, int]) -> list[Place]:
-  media = iter(read.media)
+def _places(read: Read) -> list[Place]:
+  digests = [(modality, _digest(arrays)) for modality, arrays in read.media]
   places: list[Place] = []
   for part in read.parts:
-    if isinstance(part, str):
-      digest = _digest(next(media)[1])
-      places += [(part, digest, offset) for offset in range(sizes[part])]
+    if isinstance(part, Places):
+      of_modality = [digest for modality, digest in digests if modality == part.modality]
+      where = (part.modality, of_modality[part.slot])
+      places += [(*where, int(offset), i) for i, offset in enumerate(part.offsets)]
     else:
       places += part
   return places
@@ -348,28 +352,42 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _shared(held: list[Place], wanted: list[Place]) -> int:
-  """How many places a prompt begins with that the cache holds: fewer than all, whole media only."""
+  """How many places a prompt begins with that the cache holds: fewer than all, whole runs of media
+  only.
+  """
   count = 0
   for have, want in zip(held, wanted[:-1], strict=False):
     if have != want:
       break
     count += 1
   next_one = wanted[count]
-  return count if isinstance(next_one, int) else count - min(count, next_one[2])
+  return count if isinstance(next_one, int) else count - min(count, next_one[3])
 
 
-def _after(read: Read, start: int, sizes: Mapping[str, int]) -> Read:
-  """The parts of a prompt from place `start` on, which is no place within a medium."""
-  parts: list[list[int] | str] = []
-  media, at, number = [], 0, 0
+def _after(read: Read, start: int) -> Read:
+  """The parts of a prompt from place `start` on, which is no place within a run of media."""
+  parts: list[list[int] | Places] = []
+  at = 0
   for part in read.parts:
-    size = sizes[part] if isinstance(part, str) else len(part)
-    if isinstance(part, str):
-      if at >= start:
-        parts.append(part)
-        media.append(read.media[number])
-      number += 1
-    elif at + size > start:
+    size = len(part.offsets) if isinstance(part, Places) else len(part)
+    if isinstance(part, Places) and at >= start:
+      parts.append(part)
+    elif not isinstance(part, Places) and at + size > start:
       parts.append(part[max(0, start - at) :])
     at += size
-  return Read(parts, media)
+  used = {(part.modality, part.slot) for part in parts if isinstance(part, Places)}
+  media: list[tuple[str, dict[str, np.ndarray]]] = []
+  numbers: dict[tuple[str, int], int] = {}
+  seen = dict.fromkeys((modality for modality, _ in read.media), 0)
+  for modality, arrays in read.media:
+    if (slot := (modality, seen[modality])) in used:
+      numbers[slot] = sum(name == modality for name, _ in media)
+      media.append((modality, arrays))
+    seen[modality] += 1
+  return Read(
+    [
+      part._replace(slot=numbers[part.modality, part.slot]) if isinstance(part, Places) else part
+      for part in parts
+    ],
+    media,
+  )
