@@ -44,10 +44,10 @@ PICTURES = [
 ]
 
 
-def save(folder, model, **how):
-  """The folder of a random model, whose biases and scales matter."""
+def save(folder, model, keep=None, **how):
+  """The folder of a random model, whose biases and scales matter. keep: a parameter that stays."""
   with torch.no_grad():
-    for parameter in model.parameters():
+    for parameter in (x for x in model.parameters() if x is not keep):
       parameter.add_(0.2 * torch.randn_like(parameter))
   model.save_pretrained(folder, **how)
 

@@ -22,6 +22,7 @@ IGNORED = (  # constants and copies that files carry beside the weights
   "cls.predictions.decoder.weight",
   "cls.predictions.decoder.bias",
   "model.encoder.embed_positions.weight",
+  "audio_tower.embed_positions.weight",
   "proj_out.weight",
   "lm_head.decoder.weight",
   "lm_head.decoder.bias",

@@ -71,7 +71,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
 
 def constants(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The tensors of a file that are no parameters here."""
-  return put_positions(config["model"]["encoders"]["audio"]["width"], _positions(config))
+  return put_positions(config["model"]["encoders"]["audio"]["width"], positions_of(config))
 
 
 def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
@@ -82,6 +82,7 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
     strides=(1, 2),
     normalisation="whisper",
     mask_padding=False,
+    pool=1,
     pooling="mean",
     activation="gelu",
     eps=1e-5,
@@ -109,7 +110,7 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
     encoder_layers=audio["depth"],
     encoder_attention_heads=audio["heads"],
     encoder_ffn_dim=audio["mlp"],
-    max_source_positions=_positions(config),
+    max_source_positions=positions_of(config),
     dropout=audio["dropout"],
     **whisper_decoder.facts(decoder, config["data"]["text"]),
     **whisper_decoder.token_facts(decoder),
@@ -120,11 +121,24 @@ def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, d
   """{name: content} of the files beside config.json: how sound is prepared, and how texts start and
   end.
   """
+  generation = json.loads(assets.get("generation_config.json", b"{}"))
+  return {
+    "preprocessor_config.json": extractor_facts(config, PROCESSOR_CLASS),
+    "generation_config.json": whisper_decoder.generation_facts(
+      config["model"]["decoder"], config["data"]["text"], generation
+    ),
+  }
+
+
+def extractor_facts(
+  config: Mapping[str, Any], processor: str, return_attention_mask: bool = False
+) -> dict[str, Any]:
+  """The preparation of sounds as transformers states it."""
   audio, data = config["model"]["encoders"]["audio"], config["data"]["audio"]
   seconds = round(data["seconds"])
-  extractor = dict(
+  return dict(
     feature_extractor_type="WhisperFeatureExtractor",
-    processor_class=PROCESSOR_CLASS,
+    processor_class=processor,
     feature_size=audio["mels"],
     sampling_rate=data["rate"],
     hop_length=audio["hop"],
@@ -134,18 +148,12 @@ def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, d
     nb_max_frames=seconds * data["rate"] // audio["hop"],
     padding_side="right",
     padding_value=0.0,
-    return_attention_mask=False,
+    return_attention_mask=return_attention_mask,
   )
-  generation = json.loads(assets.get("generation_config.json", b"{}"))
-  return {
-    "preprocessor_config.json": extractor,
-    "generation_config.json": whisper_decoder.generation_facts(
-      config["model"]["decoder"], config["data"]["text"], generation
-    ),
-  }
 
 
-def _positions(config: Mapping[str, Any]) -> int:
+def positions_of(config: Mapping[str, Any]) -> int:
+  """Positions of the encoder, two frames each."""
   data = config["data"]["audio"]
   return round(data["seconds"] * data["rate"]) // config["model"]["encoders"]["audio"]["hop"] // 2
 

@@ -42,6 +42,7 @@ from mmjax.ranges import (
   Positive,
   Share,
   Side,
+  Size,
   Sizes,
   Width,
 )
@@ -56,11 +57,12 @@ class WhisperEncoder(nn.Module):
   Call: {"waveform" int16 [B, S], "length" int32 [B], "present" bool [B]?, "patch_mask" bool [B,
   L]?} -> Encoded of width D;
   L = S / hop / strides, rounded up. Two convolutions over 3 frames, positions of sines, the stack.
-  With mask_padding=False the model sees the silence after the sound, as Whisper was trained. Where
-  patch_mask is True the frames themselves are hidden, by a learned one, before the convolutions. In
-  the place of the waveform may stand its "features" float32 [B, F, mels], as `log_mel` makes
-  them, all real. trunk: a transformer shared with other encoders. Randomness: stream "dropout",
-  only when `train`.
+  With mask_padding=False the model sees the silence after the sound, as Whisper was trained; with
+  mask_frames=False its convolutions alone do. pool: tokens whose mean one is, before the last norm,
+  real where they all are. Where patch_mask is True the frames themselves are hidden, by a learned
+  one, before the convolutions. In the place of the waveform may stand its "features" float32 [B, F,
+  mels], as `log_mel` makes them, all real. trunk: a transformer shared with other encoders.
+  Randomness: stream "dropout", only when `train`.
   """
 
   config: BlockConfig
@@ -71,6 +73,8 @@ class WhisperEncoder(nn.Module):
   strides: tuple[int, int]
   normalisation: Normalisation = "whisper"
   mask_padding: bool = True
+  mask_frames: bool = True
+  pool: int = 1
   pooling: SequencePooling = "mean"
   augment: SpecAugment = SpecAugment()
   trunk: nn.Module | None = None
@@ -94,7 +98,7 @@ class WhisperEncoder(nn.Module):
     mask = real(mask if self.mask_padding else jnp.ones_like(mask), batch)
     x = x.astype(c.dtype)
     for i, stride in enumerate(self.strides):
-      x = around(jnp.where(mask[:, :, None], x, 0), stride)
+      x = around(jnp.where(mask[:, :, None], x, 0) if self.mask_frames else x, stride)
       x = Dense(
         (c.width,),
         ("patch", "embed"),
@@ -104,7 +108,7 @@ class WhisperEncoder(nn.Module):
       )(x)
       x, mask = activate(c.activation, x), mask[:, ::stride]
     x = x + jnp.asarray(sinusoids(x.shape[1], c.width), c.dtype)
-    return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
+    return encode_sequence(self, x, mask, pooling=self.pooling, train=train, join=self.pool)
 
   def patches(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """What the tokens stand for: frames float32 [B, L, stride * mels], and which are real, bool [B,
@@ -257,6 +261,8 @@ def whisper(
   strides: Sizes = (1, 2),
   normalisation: Normalisation = "whisper",
   mask_padding: bool = True,
+  mask_frames: bool = True,
+  pool: Size = 1,
   width: Width = 0,
   depth: Depth = 4,
   heads: Heads = 0,
@@ -282,6 +288,8 @@ def whisper(
   normalisation: whisper (relative to the loudest) or utterance (mean 0 and variance 1 of each
   channel).
   mask_padding: false: the silence after the sound is seen, as Whisper was trained.
+  mask_frames: false: the convolutions see it even where the blocks do not (Qwen2-Audio).
+  pool: tokens whose mean one is, before the last norm.
   width: channels; 0 = the model's width.
   depth: blocks.
   heads: attention heads; 0 = width / 64.
@@ -321,6 +329,8 @@ def whisper(
     strides=tuple(strides),
     normalisation=normalisation,
     mask_padding=mask_padding,
+    mask_frames=mask_frames,
+    pool=pool,
     pooling=pooling,
     augment=augment,
   )

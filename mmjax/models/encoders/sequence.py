@@ -62,12 +62,16 @@ def drop_and_run(module: nn.Module, x: Array, mask: Array, *, train: bool) -> Ar
 
 
 def encode_sequence(
-  module: nn.Module, x: Array, mask: Array, *, pooling: SequencePooling, train: bool
+  module: nn.Module, x: Array, mask: Array, *, pooling: SequencePooling, train: bool, join: int = 1
 ) -> Encoded:
   """`drop_and_run`, a final norm ("norm") and the pooling ("pool"): x [B, L, D], mask bool [B, L]
-  -> Encoded.
+  -> Encoded. join: neighbours whose mean one token is, before the norm; a rest is left out.
   """
   x = drop_and_run(module, x, mask, train=train)
+  if join > 1:
+    whole = x.shape[1] // join * join
+    x = x[:, :whole].reshape(x.shape[0], -1, join, x.shape[-1]).mean(2)
+    mask = mask[:, :whole].reshape(mask.shape[0], -1, join).all(-1)
   return pooled(module, module.config.make_norm("norm")(x), mask, pooling)
 
 
