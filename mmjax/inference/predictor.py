@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ from mmjax.models import make_model
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from mmjax.state import adapters
+
+if TYPE_CHECKING:
+  from mmjax.inference.chat import Chat
 
 log = logging.getLogger("mmjax")
 
@@ -97,7 +100,7 @@ class Predictor:
       TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
     )
     self.scale = self.bias = None
-    with self._rules():
+    with self.in_use():
       if self.joint:
         temperature: Any = self._model.apply({"params": self.params}, method="temperature")
         self.scale, self.bias = (float(x) for x in temperature)
@@ -235,7 +238,7 @@ class Predictor:
         min_p,
         repetition_penalty,
       )
-      with self._rules():
+      with self.in_use():
         return self.language.generate(
           [""] * _count(media) if prompts is None else prompts,
           media,
@@ -333,7 +336,7 @@ class Predictor:
     decoding = Decoding(
       "sample" if temperature else "greedy", temperature=temperature or 1.0, **settings
     )
-    with self._rules():
+    with self.in_use():
       yield from self.language.stream(
         prompt, media, max_length=max_length, decoding=decoding, **how
       )
@@ -344,8 +347,16 @@ class Predictor:
     """
     if self.language is None:
       raise UserError("only a language model scores texts")
-    with self._rules():
+    with self.in_use():
       return self.language.score(prompts, options, media)
+
+  def chat(self, **settings: Any) -> Chat:
+    """A conversation with a language model; settings: see `Chat`. Raises UserError: it is none, or
+    has no chat template.
+    """
+    from mmjax.inference.chat import Chat
+
+    return Chat(self, **settings)
 
   @property
   def knows_times(self) -> bool:
@@ -665,7 +676,7 @@ class Predictor:
     variables = {"params": self.params, **self.model_state}
     shards = batch_shards(self.mesh)
     buckets = sorted({*(b for b in self._buckets if b < limit), -(-limit // shards) * shards})
-    with self._rules():
+    with self.in_use():
       for batch in batches:
         for part in batch.values():
           part.pop("key", None)
@@ -685,7 +696,8 @@ class Predictor:
         rows.append(np.asarray(waiting[0])[: waiting[1]])
     return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
-  def _rules(self):
+  def in_use(self):
+    """A context in which programs of the model run on its mesh."""
     return rules.use(self.mesh, rules.logical_rules(self.config))
 
   def _no_encoder(self, modality: str) -> UserError:
