@@ -1088,15 +1088,16 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument(
     "--temperature",
     type=_number(NonNegative),
-    default=0.0,
+    default=None,
     metavar="X",
-    help="draw texts (language models); default: 0, the likeliest token each time",
+    help="draw texts (language models); 0 = the likeliest token each time; default: as the "
+    "generation_config.json of an imported model says, else 0",
   )
   sub.add_argument(
-    "--top-k", type=_number(Count), default=0, metavar="N", help="draw among so many; 0 = all"
+    "--top-k", type=_number(Count), default=None, metavar="N", help="draw among so many; 0 = all"
   )
   sub.add_argument(
-    "--top-p", type=_number(Portion), default=1.0, metavar="X", help="draw among this probability"
+    "--top-p", type=_number(Portion), default=None, metavar="X", help="draw among this probability"
   )
   sub.add_argument("--seed", type=_number(Seed), default=0, metavar="N", help="of the draws")
   sub.add_argument(
