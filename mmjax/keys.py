@@ -230,8 +230,8 @@ KEYS = (
   Key(
     "data.sources.*.text",
     "caption",
-    Literal["caption", "question", "document"],
-    "What the text of a row is; a document, for language models, may be longer than a row.",
+    Literal["caption", "question", "document", "conversation"],
+    "What the text of a row is; documents and conversations are for language models.",
   ),
   Key(
     "data.sources.*.modalities",
@@ -393,14 +393,25 @@ KEYS = (
     "data.text.per_example",
     1,
     Size,
-    "Texts a row: several questions about one picture, which is then encoded once. Of a language "
-    "model: questions an example in training, each given the ones before it.",
+    "Texts a row: several questions about one picture, which is then encoded once.",
   ),
   Key(
     "data.text.drop_words",
     0.0,
     Dropout,
     "Training: probability that a word of a caption is left out (one always stays).",
+  ),
+  Key(
+    "data.text.template",
+    "",
+    str,
+    "Of conversations: a chat template's name (plain, chatml, ...), 'tokenizer' (its own), a file.",
+  ),
+  Key(
+    "data.text.loss",
+    "every",
+    Literal["every", "last"],
+    "Of conversations: the assistant's turns that are learned.",
   ),
   Key(
     "data.sequence.length",
@@ -765,6 +776,7 @@ KINDS: dict[str, dict[str, str]] = {
     "generated": "mmjax.evaluation.generated:generated",
     "likelihood": "mmjax.evaluation.likelihood:likelihood",
     "answers": "mmjax.evaluation.answers:answers",
+    "dialogue": "mmjax.evaluation.dialogue:dialogue",
   },
 }
 

@@ -17,6 +17,7 @@ from mmjax.data.builders import Record
 from mmjax.data.image import ImageTransform, decode
 from mmjax.data.media import WORDS, content_key
 from mmjax.data.naflex import PatchSequence, SequenceTransform, picture_of
+from mmjax.data.parts import Medium, Span
 from mmjax.data.sequences import Piece, Sequences, sequence_spec
 from mmjax.data.sources import Source
 from mmjax.data.text import (
@@ -244,6 +245,21 @@ class Examples:
       batch["id"].append(stand_in_id(source, pieces[0].record))
       failed = self.sequences.fill(arrays, number, pieces, source, rng, prompts)
       batch["valid"][number] = len(failed) < len(pieces)
+      batch["unreadable"] += failed
+    return batch
+
+  def rows_of_parts(
+    self, source: Source, rows: Sequence[tuple[int, list[Span | Medium]]], sequences: Sequences
+  ) -> Batch:
+    """A batch of prompts: (record, the parts of one about it), one a row."""
+    arrays = sequences.blank(len(rows))
+    arrays["sequence"]["length"] = np.ones(len(rows), np.int32)
+    batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}
+    batch["unreadable"] = []
+    for number, (index, parts) in enumerate(rows):
+      batch["id"].append(stand_in_id(source, index))
+      failed = sequences.fill_prompt(arrays, number, parts, source, index)
+      batch["valid"][number] = not failed
       batch["unreadable"] += failed
     return batch
 

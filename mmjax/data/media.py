@@ -183,6 +183,8 @@ def check(record: Mapping[str, Any]) -> None:
     decode_video(record["video"], lambda count: np.unique([0, count - 1]))
   if record.get("series") is not None and not np.isfinite(record["series"]).all(1).any():
     raise Unreadable("a series without one step of numbers")
+  for modality, content in record.get("media") or ():
+    check({modality: content})
 
 
 def too_large(error: Unreadable) -> bool:

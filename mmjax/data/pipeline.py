@@ -49,6 +49,7 @@ from mmjax.data.examples import (
 )
 from mmjax.data.media import content_key
 from mmjax.data.order import Balance, Order
+from mmjax.data.parts import Span
 from mmjax.data.sequences import Piece
 from mmjax.data.sources import Source, label_numbers, open_source
 from mmjax.data.text import Tokenizer, text_key
@@ -333,6 +334,28 @@ class EvaluationData:
     """
     for batch, _ in self._batches(self.items, tuple(modalities), prompts=True):
       yield batch
+
+  def check_talk(self, record: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError: the turns are no conversation about the record, or none is answered."""
+    parts = self._examples.sequences.turns(record, turns)
+    if not any(isinstance(part, Span) and part.target for part in parts):
+      raise UserError("no turn is the assistant's")
+
+  def replies(self, asked: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> Iterator[Batch]:
+    """What a language model's next turns are generated from: (example, the turns so far), one a
+    row, as long as the longest; filled up at the end.
+    """
+    sequences = self._examples.sequences
+    parts = [sequences.turns(self.source[example], turns, prompt=True) for example, turns in asked]
+    narrow = sequences.narrowed(parts)
+    for start in range(0, len(asked), self.batch_size):
+      row = start + self.rows
+      real = row < len(asked)
+      chosen = [(asked[i][0], parts[i]) for i in row[real].tolist()]
+      batch = self._examples.rows_of_parts(self.source, chosen, narrow)
+      self._cut.add(batch.pop("cut"))
+      report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
+      yield scatter_rows(batch, real)
 
   def _batches(
     self, items: list, modalities: tuple[str, ...], prompts: bool = False

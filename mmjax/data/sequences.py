@@ -5,8 +5,9 @@ as many places as the config gives them. What a source's texts are says how:
 
   document  the text, all of it a target; longer ones are cut into pieces that fill a row
   caption   the media, then a caption, which is the target
-  question  the media and a question, then its answer, which is the target; in training
-            data.text.per_example of them one after another, each given those before it
+  question  the media and a question, then its answer, which is the target
+  conversation  turns by data.text.template, with the media where they stand in them; targets are
+            the assistant's turns. One that is longer than a row loses whole exchanges at its end
 
 Each target ends with <eos>; <bos> comes first where data.text.bos asks for it. What stands around
 media and after them is written as data.sequence.written and data.sequence.prompt say.
@@ -14,26 +15,29 @@ media and after them is written as data.sequence.written and data.sequence.promp
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.builders import Record
-from mmjax.data.media import WORDS
+from mmjax.data.media import WORDS, bytes_key
 from mmjax.data.packing import filling, pack
 from mmjax.data.parts import MEDIA, Medium, Span
 from mmjax.data.placeholders import Places, around, placeholders, prompted
 from mmjax.data.sources import Source
+from mmjax.data.templates import ChatTemplate
 from mmjax.data.text import Tokenizer, check_texts
 from mmjax.printing import printable
 
 
 class Piece(NamedTuple):
   """An example of a row: record number `record`, of a question the `part`-th (-1 = drawn), of a
-  document the tokens from `start` to `stop` (0 = all).
+  document the tokens from `start` to `stop` (0 = all), of the `part`-th conversation the turns up
+  to `stop`.
   """
 
   record: int
@@ -58,6 +62,24 @@ class Sequences:
         f"tokenizer {self.text.tokenizer!r} has no <eos>, with which every text of a sequence ends"
       )
     self.first = [tokenizer.bos_id] if self.text.bos else []
+    self._template: ChatTemplate | None = None
+
+  @property
+  def template(self) -> ChatTemplate:
+    """The chat template. Raises UserError: none is named, it cannot be read, or the model would not
+    stop where it ends turns.
+    """
+    if self._template is None:
+      template = ChatTemplate.read(self.text.template, self.tokenizer)
+      model = self.config.model
+      for end in template.end_ids(self.tokenizer):
+        if end not in (model.eos_id, *model.end_ids):
+          raise UserError(
+            f"{template.name} ends turns with token {end}, which the model does not stop at. Set "
+            f"model.end_ids=({end},)"
+          )
+      self._template = template
+    return self._template
 
   # -- A record as parts ---------------------------------------------------------------------------
 
@@ -68,15 +90,19 @@ class Sequences:
     if source.text == "document":
       tokens = self._document(record, source)
       return [Span(tokens[piece.start : piece.stop or None], True)]
+    if source.text == "conversation":
+      return self._conversation(record, max(piece.part, 0), piece.stop)
     if source.text == "question":
-      pairs = self._questions(record, piece, rng)
+      question, answer = self._question(record, piece, rng)
+      target = answer
     else:
-      pairs = [("", self._caption(record, source, rng))]
-    parts: list[Span | Medium] = [*self._start(), *self._media(record)]
-    for question, target in pairs:
-      parts += self._text(prompted(self.config.data.sequence, question))
-      parts.append(Span([*self._encode(target), self.tokenizer.eos_id], True))
-    return parts
+      question, target = "", self._caption(record, source, rng)
+    return [
+      *self._start(),
+      *self._media(record),
+      *self._text(prompted(self.config.data.sequence, question)),
+      Span([*self._encode(target), self.tokenizer.eos_id], True),
+    ]
 
   def size(self, parts: Iterable[Span | Medium]) -> int:
     """Places that parts take."""
@@ -124,15 +150,42 @@ class Sequences:
     captions = self._captions(record, source)
     return captions[0 if rng is None else rng.integers(len(captions))]
 
-  def _questions(
+  def _question(
     self, record: Record, piece: Piece, rng: np.random.Generator | None
-  ) -> list[tuple[str, str]]:
-    """The piece's question with its answer; in training `per_example` different ones, drawn."""
-    pairs = _pairs(record)
-    if piece.part >= 0 or rng is None:
-      return [pairs[max(piece.part, 0)]]
-    each = min(self.text.per_example, len(pairs))
-    return [pairs[i] for i in rng.choice(len(pairs), each, replace=False)]
+  ) -> tuple[str, str]:
+    pairs = record.get("questions") or []
+    if not pairs:
+      raise UserError("it has no questions")
+    return pairs[rng.integers(len(pairs)) if piece.part < 0 and rng else max(piece.part, 0)]
+
+  def _conversation(self, record: Record, part: int, stop: int = 0) -> list[Span | Medium]:
+    talks = record.get("conversations") or []
+    if part >= len(talks):
+      raise UserError("it has no conversation")
+    return self.turns(record, talks[part][: stop or None])
+
+  def turns(
+    self, record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], prompt: bool = False
+  ) -> list[Span | Medium]:
+    """The parts of a conversation about a record's media; prompt: up to where the assistant
+    answers. Raises UserError: it is none, or the record lacks a medium of it.
+    """
+    parts = self.template.render(
+      messages, self.tokenizer, prompt, loss=self.text.loss, lowercase=self.text.lowercase
+    )
+    found: list[Span | Medium] = []
+    for part in parts:
+      if isinstance(part, Span):
+        found.append(part)
+        continue
+      if part.modality not in self.modalities:
+        raise UserError(
+          f"its conversation has {WORDS[part.modality]}s, of which the model has no encoder"
+        )
+      medium_of(record, part)
+      before, after = around(self.config.data.sequence, part.modality)
+      found += [*self._text(before), part, *self._text(after)]
+    return found
 
   # -- Which examples make a row -------------------------------------------------------------------
 
@@ -143,10 +196,23 @@ class Sequences:
     cannot be read is an example of no place, which costs its row nothing.
     """
     pieces, lengths, media, long = [], [], [], []
+    targets: list[int] = []
+    broken: list[str] = []
     for index in range(len(source)):
+      record: Record = {}
       try:
         record = source[index]
         counts = [int(record.get(name) is not None) for name in self.modalities]
+        if source.text == "conversation":
+          for part in range(len(record.get("conversations") or [None])):
+            piece, size, counts = self._fitting(record, index, part, targets)
+            if not piece:
+              long.append(size)
+              continue
+            pieces.append(piece)
+            lengths.append(size)
+            media.append(counts)
+          continue
         if source.text == "document":
           total = len(self._document(record, source))
           # The last token of a piece is the first of the next, where it is context and no target.
@@ -156,7 +222,9 @@ class Sequences:
           media += [[0] * len(counts)] * len(starts)
           continue
         size = self._most(record, source)
-      except UserError:
+      except UserError as error:
+        if source.text == "conversation":
+          broken.append(f"{record.get('id', index)}: {error}")
         counts, size = [0] * len(self.modalities), 0
       if size > self.length:
         long.append(size)
@@ -164,6 +232,8 @@ class Sequences:
       pieces.append(Piece(index))
       lengths.append(size)
       media.append(counts)
+    if source.text == "conversation":
+      self._say_of_conversations(source, pieces, targets, broken)
     if long:
       print(
         printable(
@@ -176,16 +246,65 @@ class Sequences:
     shape = (len(pieces), len(self.modalities))
     return pieces, np.array(lengths, np.int64), np.array(media, np.int64).reshape(shape)
 
+  def _fitting(
+    self, record: Record, index: int, part: int, targets: list[int]
+  ) -> tuple[Piece | None, int, list[int]]:
+    """(a conversation as an example, its places, its media), cut after the last answer that fits a
+    row; None and its places where not even the first does. Its target tokens go into `targets`.
+    """
+    parts = self._conversation(record, part)
+    talk = record["conversations"][part]
+    stop, whole = 0, self.size(parts)
+    while True:
+      counts = [
+        sum(isinstance(p, Medium) and p.modality == name for p in parts) for name in self.modalities
+      ]
+      size = self.size(parts)
+      if size <= self.length and max(counts, default=0) <= self.slots:
+        targets.append(sum(len(p.tokens) for p in parts if isinstance(p, Span) and p.target))
+        return Piece(index, part, 0, stop), size, counts
+      answers = [n for n, turn in enumerate(talk[: stop or None], 1) if turn["role"] == "assistant"]
+      ends = [n for n in answers if n < (stop or len(talk))]
+      if not ends:
+        return None, whole, counts
+      stop = ends[-1]
+      parts = self._conversation(record, part, stop)
+
+  def _say_of_conversations(
+    self, source: Source, pieces: Sequence[Piece], targets: Sequence[int], broken: Sequence[str]
+  ) -> None:
+    """Prints what is learned of a source. Raises UserError: nothing is."""
+    if not sum(targets):
+      why = f" ({broken[0]})" if broken else ""
+      raise UserError(
+        f"{source.name}: no conversation has a target: no turn of an assistant that fits "
+        f"data.sequence.length {self.length}{why}"
+      )
+    cut = sum(piece.stop > 0 for piece in pieces)
+    lines = [
+      f"{source.name}: {len(targets):,} conversations, {np.mean(targets):.1f} target tokens each "
+      f"(from {min(targets):,} to {max(targets):,})"
+    ]
+    if cut:
+      lines.append(
+        f"{source.name}: {cut:,} conversations are longer than a row (data.sequence.length "
+        f"{self.length}, slots {self.slots}) and end after the last answer that fits"
+      )
+    if broken:
+      lines.append(f"{source.name}: {len(broken):,} records cannot be used, such as {broken[0]}")
+    print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+
   def _most(self, record: Record, source: Source) -> int:
     """The most places that an example of a record can take, whatever is drawn."""
-    fixed = len(self.first) + self.size(self._media(record))
+    fixed = len(self.first) + 1 + self.size(self._media(record))
     s = self.config.data.sequence
     if source.text == "question":
-      pairs, each = _pairs(record), self.text.per_example
-    else:
-      pairs, each = [("", text) for text in self._captions(record, source)], 1
-    sizes = [len(self._encode(prompted(s, q))) + len(self._encode(a)) + 1 for q, a in pairs]
-    return fixed + sum(sorted(sizes)[-each:])
+      pairs = record.get("questions") or []
+      if not pairs:
+        raise UserError("it has no questions")
+      return fixed + max(len(self._encode(prompted(s, q))) + len(self._encode(a)) for q, a in pairs)
+    fixed += self.size(self._text(prompted(s, "")))
+    return fixed + max(len(self._encode(text)) for text in self._captions(record, source))
 
   def table(self, source: Source, packed: bool, seed: int) -> list[list[Piece]]:
     """The rows of an epoch: the examples of each."""
@@ -209,7 +328,7 @@ class Sequences:
 
   def in_order(self, source: Source) -> list[Piece]:
     """The examples of an evaluation, in the order of the records; every question of each."""
-    if source.text == "document":
+    if source.text in ("document", "conversation"):
       return self.examples(source)[0]
     pieces = []
     for index in range(len(source)):
@@ -236,7 +355,43 @@ class Sequences:
         for name, value in spec.items()
       }
 
-    return make(sequence_spec(self.config, self.reader))
+    return make(sequence_spec(self.config, self.reader, self.length, self.slots))
+
+  def narrowed(self, prompts: Sequence[Sequence[Span | Medium]]) -> Sequences:
+    """The same with rows that are as long, and have as many slots, as these prompts need. Raises
+    UserError: one is longer than data.sequence.length.
+    """
+    found = copy.copy(self)
+    longest = max(map(self.size, prompts), default=1)
+    if longest > self.length:
+      raise UserError(f"a prompt has {longest} tokens; data.sequence.length is {self.length}")
+    found.length = min(self.length, -(-longest // 32) * 32)
+    counts = [
+      sum(isinstance(part, Medium) and part.modality == name for part in parts)
+      for parts in prompts
+      for name in self.modalities
+    ]
+    found.slots = max(1, *counts) if counts else 1
+    return found
+
+  def fill_prompt(
+    self,
+    batch: dict[str, Any],
+    row: int,
+    parts: Sequence[Span | Medium],
+    source: Source,
+    index: int,
+  ) -> list[tuple[str, str]]:
+    """Writes a prompt about a record and its `length`; returns (id, reason) if it cannot be."""
+    name, used = f"{source.name}[{index}]", dict.fromkeys(self.modalities, 0)
+    try:
+      record = source[index]
+      name = f"{source.name} {record['id']}"
+      size = self._write(batch, row, 0, 1, parts, record, source, used, None)
+    except UserError as error:
+      return [(name, str(error))]
+    batch["sequence"]["length"][row] = size
+    return []
 
   def fill(
     self,
@@ -290,18 +445,18 @@ class Sequences:
     kept = getattr(source, "cached", False)
     read = [
       (
-        self.reader(part.modality).read(record, kept, rng)[0][:-1]
+        self.reader(part.modality).read(medium_of(record, part), kept and not part.number, rng)
         if isinstance(part, Medium)
-        else ()
+        else ((), "")
       )
       for part in parts
     ]
     sequence, start = batch["sequence"], at
-    for part, arrays in zip(parts, read, strict=True):
+    for part, (arrays, _) in zip(parts, read, strict=True):
       if isinstance(part, Medium):
         modality, slot = part.modality, used[part.modality]
         slots = batch["media"][modality]
-        named = dict(zip([k for k in slots if k != "present"], arrays, strict=True))
+        named = dict(zip([k for k in slots if k != "present"], arrays[:-1], strict=True))
         for key, value in named.items():
           slots[key][row, slot] = value
         slots["present"][row, slot] = True
@@ -321,17 +476,30 @@ class Sequences:
     return at
 
 
-def _pairs(record: Record) -> list[tuple[str, str]]:
-  """The questions of a record with their answers. Raises UserError: it has none."""
-  pairs = record.get("questions") or []
-  if not pairs:
-    raise UserError("it has no questions")
-  return pairs
+def medium_of(record: Mapping[str, Any], medium: Medium) -> Mapping[str, Any]:
+  """The record with this medium as that of its modality. Raises UserError: it lacks it."""
+  if not medium.number:
+    if record.get(medium.modality) is None:
+      raise UserError(f"it has no {WORDS[medium.modality]} for its <{medium.modality}>")
+    return record
+  more = [data for modality, data in record.get("media") or () if modality == medium.modality]
+  if len(more) < medium.number:
+    raise UserError(
+      f"it has {len(more) + 1} {WORDS[medium.modality]}s, but <{medium.modality}> stands "
+      f"{medium.number + 1} times in its conversation"
+    )
+  data = more[medium.number - 1]
+  return {**record, medium.modality: data, "image_key": bytes_key(data)}
 
 
-def sequence_spec(config, reader: Callable[[str], Any]) -> dict[str, Any]:
-  """{"sequence": {array: (shape of a row, dtype)}, "media": {modality: {...}}} of a batch."""
-  length, slots = config.data.sequence.length, config.data.sequence.slots
+def sequence_spec(
+  config, reader: Callable[[str], Any], length: int = 0, slots: int = 0
+) -> dict[str, Any]:
+  """{"sequence": {array: (shape of a row, dtype)}, "media": {modality: {...}}} of a batch.
+
+  length, slots: of a row; 0 = those of data.sequence.
+  """
+  length, slots = length or config.data.sequence.length, slots or config.data.sequence.slots
   modalities = media_of(config)
   names = dict(tokens=np.int32, positions=np.int32, segment_ids=np.int32, loss_mask=np.bool_)
   if modalities:

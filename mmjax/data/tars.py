@@ -35,7 +35,7 @@ from mmjax import files
 from mmjax.config import UserError
 from mmjax.data import folders
 from mmjax.data.media import ENDINGS
-from mmjax.data.readers.cells import Skip, annotate, broken_text
+from mmjax.data.readers.cells import Skip, about_media, annotate, broken_text
 from mmjax.printing import printable
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
@@ -119,10 +119,12 @@ class TarIndex:
       several = [facts.get(key) for key in name.split("+")]
       cells[role] = facts.get(name) if name in facts or len(several) == 1 else several
     said = annotate(cells, language, separator=separator)
+    kinds = ("image", "audio", "video")
+    media = {kind: parts[kind] for kind in kinds if parts[kind] is not None}
+    said = said if isinstance(said, Skip) else about_media(said, media)
     if isinstance(said, Skip):
       raise self._bad(row, said)
-    media = {kind: parts[kind] for kind in ("image", "audio", "video")}
-    return said.record(name, {kind: data for kind, data in media.items() if data is not None})
+    return said.record(name, media)
 
   def _bad(self, row: int, skip: Skip) -> BadSample:
     return BadSample(

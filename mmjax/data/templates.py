@@ -48,6 +48,18 @@ class _Bit(NamedTuple):
   medium: Medium | None = None
 
 
+class _Known(NamedTuple):
+  """What a template knows of a tokenizer: ids of special tokens, what matches them, the pieces that
+  templates ask for, and the one that ends an assistant's turn.
+  """
+
+  tokenizer: Tokenizer
+  markers: dict[str, int]
+  pattern: re.Pattern | None
+  pieces: dict[str, str]
+  end: tuple[str, int] | None = None
+
+
 class ChatTemplate:
   """A chat template. `name` is said in errors."""
 
@@ -61,7 +73,8 @@ class ChatTemplate:
     except UserError as error:
       raise UserError(f"{name}: {error}") from error
     self._forms: dict[type, bool] = {}
-    self._ends: dict[str, tuple[str, int]] = {}
+    self._tails: dict[tuple[str, bool], str] = {}
+    self._known: _Known | None = None
 
   @classmethod
   def read(cls, given: str, tokenizer: Tokenizer | None = None) -> ChatTemplate:
@@ -126,7 +139,8 @@ class ChatTemplate:
       while last and targets[last - 1]:
         last -= 1
       targets[:last] = [False] * last
-    return _parts(bits, targets, self.markers(tokenizer), tokenizer, lowercase)
+    known = self._of(tokenizer)
+    return _parts(bits, targets, known, tokenizer, lowercase)
 
   def text(
     self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool = False
@@ -145,6 +159,22 @@ class ChatTemplate:
     """{piece: id} of the special tokens that the template may write. Those that a tokenizer of this
     project lacks are its spare pieces, in the order in which the template names them.
     """
+    return self._of(tokenizer).markers
+
+  def _of(self, tokenizer: Tokenizer) -> _Known:
+    """What is known of a tokenizer."""
+    if self._known is None or self._known.tokenizer is not tokenizer:
+      markers = self._markers(tokenizer)
+      names = {number: piece for piece, number in tokenizer.special_pieces.items()}
+      special = tokenizer.special_tokens
+      pieces = {
+        f"{role}_token": names.get(special[role], "") for role in ("bos", "eos", "pad", "unk")
+      }
+      self._tails = {}
+      self._known = _Known(tokenizer, markers, _pattern(markers), pieces)
+    return self._known
+
+  def _markers(self, tokenizer: Tokenizer) -> dict[str, int]:
     special = dict(tokenizer.special_pieces)
     spare = [number for piece, number in special.items() if re.fullmatch(r"<spare_\d+>", piece)]
     absent = [m for m in dict.fromkeys(_MARKER.findall(self.source)) if m not in special]
@@ -169,11 +199,7 @@ class ChatTemplate:
     return bits
 
   def _run(self, given: list[dict[str, Any]], tokenizer: Tokenizer | None, prompt: bool) -> str:
-    pieces = {f"{role}_token": "" for role in ("bos", "eos", "pad", "unk")}
-    if tokenizer is not None:
-      names = {number: piece for piece, number in tokenizer.special_pieces.items()}
-      special = tokenizer.special_tokens
-      pieces = {name: names.get(special[name[:3]], "") for name in pieces}
+    pieces = self._of(tokenizer).pieces if tokenizer else {"bos_token": "", "eos_token": ""}
     values = dict(pieces, messages=given, add_generation_prompt=prompt, tools=None, documents=None)
     try:
       return self._sandbox.render(self._program, self.source, values)
@@ -264,21 +290,22 @@ class ChatTemplate:
     """How much of the text before an answer is prompt: what the template writes itself when it asks
     for the answer.
     """
-    prompt = self._bits(messages, tokenizer, True)[-1]
-    if prompt.turn < 0 and prompt.medium is None and before.startswith(prompt.text):
-      return len(prompt.text)
-    return len(before)
+    key = messages[-1]["role"], len(messages) == 1
+    if key not in self._tails:
+      last = self._bits(messages, tokenizer, True)[-1]
+      self._tails[key] = "" if last.turn >= 0 or last.medium else last.text
+    tail = self._tails[key]
+    return len(tail) if tail and before.startswith(tail) else len(before)
 
   def _end(self, tokenizer: Tokenizer) -> tuple[str, int]:
     """(piece, id) of the special token that ends an assistant's turn."""
-    key = tokenizer.fingerprint
-    if key not in self._ends:
+    known = self._of(tokenizer)
+    if known.end is None:
       turns = [
         {"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate("abcd")
       ]
       bits = self._bits(turns, tokenizer, False)
-      markers = self.markers(tokenizer)
-      pattern = _pattern(markers)
+      pattern = known.pattern
       found = []
       for turn in (1, 3):
         last = _of_turn(bits, turn)[1]
@@ -293,8 +320,9 @@ class ChatTemplate:
           if written
           else f"{self.name} does not end the assistant's turns with a special token"
         )
-      self._ends[key] = found[0], markers[found[0]]
-    return self._ends[key]
+      self._known = known = known._replace(end=(found[0], known.markers[found[0]]))
+    assert known.end is not None
+    return known.end
 
 
 def check_turns(messages: Sequence[Message]) -> None:
@@ -434,7 +462,7 @@ def _pattern(markers: Mapping[str, int]) -> re.Pattern | None:
 def _parts(
   bits: Sequence[_Bit],
   targets: Sequence[bool],
-  markers: Mapping[str, int],
+  known: _Known,
   tokenizer: Tokenizer,
   lowercase: bool,
 ) -> list[Span | Medium]:
@@ -442,7 +470,7 @@ def _parts(
   cuts a word depends on what stands beside it; never across the border of a target.
   """
   parts: list[Span | Medium] = []
-  pattern = _pattern(markers)
+  pattern = known.pattern
   text, text_target = "", False
 
   def add(tokens: list[int], target: bool) -> None:
@@ -473,7 +501,7 @@ def _parts(
       for found in pattern.finditer(bit.text):
         text += bit.text[at : found.start()]
         flush()
-        add([markers[found[0]]], target)
+        add([known.markers[found[0]]], target)
         at = found.end()
       text += bit.text[at:]
   flush()

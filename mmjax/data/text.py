@@ -414,15 +414,21 @@ def train_tokenizer_from_source(
 
 
 def _readable_texts(source, unreadable: dict[str, str]) -> Iterator[str]:
-  """The texts of the records of a source; {name: why} of the others goes into `unreadable`."""
+  """The texts of the records of a source, those of conversations once each, for their questions
+  repeat; {name: why} of the others goes into `unreadable`.
+  """
+  said: set[str] = set()
   for index in range(len(source)):
     try:
-      texts = _texts(source[index])
-      check_texts(texts)
+      record = source[index]
+      texts, turns = _texts(record), list(_turns(record))
+      check_texts(texts + turns)
     except UserError as error:
       unreadable[f"{source.name}[{index}]"] = str(error)
       continue
     yield from texts
+    yield from (text for text in turns if text not in said)
+    said.update(turns)
 
 
 def _texts(record) -> list[str]:
@@ -430,6 +436,19 @@ def _texts(record) -> list[str]:
     *(caption for texts in record["captions"].values() for caption in texts),
     *(q for q, _ in record.get("questions") or ()),
   ]
+
+
+def _turns(record) -> Iterator[str]:
+  """The turns of a record's conversations, each after its role, as templates write them, and once
+  more with commas: sentencepiece looks for pieces in what several different words share.
+  """
+  for talk in record.get("conversations") or ():
+    for turn in talk:
+      content = turn["content"]
+      parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+      text = f"{turn['role']}: {' '.join(parts)}"
+      yield text
+      yield re.sub(r"(?<=\w)\b", ",", text)
 
 
 # -- The three kinds -------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def write_report(
       evaluation_charts=evaluation_charts(rows, list(scores)),
       retrievals=[(name, figure) for name, figure in _figures(results, "retrieval")],
       texts=_figures(results, "texts"),
+      dialogues=_figures(results, "dialogues"),
       pictures=_figures(results, "pictures"),
       confusions=[(name, _heat_map(figure)) for name, figure in _figures(results, "confusion")],
       classes=_figures(results, "classes"),

@@ -121,6 +121,16 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 <div class="answers"><div class="answer{{ " correct" if row.correct }}"><span dir="auto">{{ row.text or "(nothing)" }}</span></div>
 {% if not row.correct %}<div class="expected" dir="auto">Correct: {{ row.expected | join(" · ") }}</div>{% endif %}</div></div>{% endfor %}</div>{% endfor %}
 
+{% for name, figure in dialogues %}
+<h2>{{ name }}: by turn</h2><p class="note">Share of exact answers with 95% intervals (dialogues drawn again), and of the same questions without their history.</p>
+<div class="card scroll"><table class="plain scores"><thead><tr><td>turn</td><td>exact</td><td>from</td><td>to</td><td>history hidden</td></tr></thead>
+{% for turn in figure.turns %}<tr><td>{{ turn.turn }}</td>{% for key in ("share", "low", "high", "hidden") %}<td>{{ "%.3f" | format(turn[key]) if turn[key] is not none else "" }}</td>{% endfor %}</tr>{% endfor %}
+</table></div>
+<h2>{{ name }}: dialogues</h2><p class="note">Spread over the split, none chosen by hand. The model's own answers are its history; right ones are marked.</p>
+<div class="examples">{% for row in figure.rows %}<div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="what the model saw">{% endif %}</div>
+<div class="answers">{% for turn in row.turns %}<div class="note" dir="auto">{{ turn.question }}</div><div class="answer{{ " correct" if turn.correct }}"><span dir="auto">{{ turn.answer or "(nothing)" }}</span></div>
+{% if not turn.correct %}<div class="expected" dir="auto">Correct: {{ turn.expected }}</div>{% endif %}{% endfor %}</div></div>{% endfor %}</div>{% endfor %}
+
 {% for name, figure in pictures if figure.rows %}
 <h2>{{ name }}: what the model draws</h2><p class="note">Captions spread over the split, none chosen by hand: the drawn picture, and the real one beside it. A green frame: the classifier gives it the caption's class.</p>
 <div class="drawn">{% for row in figure.rows %}<div class="card"><div class="pictures"><div class="shot{{ " correct" if row.correct }}"><img src="{{ row.picture | picture }}" alt="drawn">drawn</div>

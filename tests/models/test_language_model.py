@@ -145,6 +145,20 @@ def test_packed_examples_are_as_if_alone_and_see_nothing_of_each_other(params, m
   assert not np.allclose(before[~first][:8], after[~first][:8])
 
 
+def test_a_conversation_changes_no_bit_of_the_gradient_of_another(params, gradient):
+  """Of turns of which some are no targets, with another conversation beside them."""
+  parts, others = examples(), examples(seed=7)
+  found = []
+  for beside, picture in ((parts[2], PICTURES[2]), (others[2], PICTURES[1])):
+    batch, _ = row([parts[0], parts[1], beside], [PICTURES[0], None, picture])
+    s = batch["sequence"]
+    batch["sequence"] = dict(s, loss_mask=s["loss_mask"] & (s["segment_ids"] < 3))
+    batch["sequence"]["loss_mask"][:, PLACES : PLACES + 2] = False
+    found.append(gradient(params, batch))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+  assert found[0][1] == 4 + 4
+
+
 @pytest.mark.parametrize("both_ways", ["media", "prompt"])
 def test_tokens_that_see_each_other_both_ways(both_ways, params):
   """In a packed row as alone, read at once as in training; a later token reaches an earlier one of

@@ -417,7 +417,7 @@ def _write_shard(
       languages.update(record["captions"])
       if record.get("value") is not None:
         widths.add(len(record["value"]))
-      if "conversations" not in record.get("facts", ()):  # whose answers are no classes
+      if not record.get("conversations"):  # whose answers are no classes
         answers.update(answer for _, answer in record.get("questions", ()))
       count, size, read = count + 1, size + len(data), read + joined
   with open(temporary, "rb") as file:
@@ -480,6 +480,7 @@ def _fault(record: Record, classes: Sequence[str] = ()) -> Skip | None:
       record["label"],
       record.get("questions"),
       record.get("facts"),
+      record.get("conversations"),
     ]
   ):
     return Skip("broken text", bad)

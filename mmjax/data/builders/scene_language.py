@@ -136,8 +136,8 @@ def questions(
   present = [o["category"] for o in objects if o["category"] in PLURALS]
   category = _pick(present, rng) if present and rng.random() < 0.7 else _pick(sorted(PLURALS), rng)
   asked = [
-    ("existence", f"is there {_article(one['name'])}?", "yes"),
-    ("existence", f"is there {_article(absent)}?", "no"),
+    ("existence", f"is there {with_article(one['name'])}?", "yes"),
+    ("existence", f"is there {with_article(absent)}?", "no"),
     ("count", "how many objects are there?", str(len(objects))),
     ("count", f"how many {PLURALS[category]} are there?", str(present.count(category))),
     ("position", f"where is the {one['name']}?", place(one)),
@@ -187,7 +187,7 @@ def dialogue(facts: Facts, rng: np.random.Generator) -> list[list[str]]:
   objects = facts["objects"]
   index = int(rng.integers(len(objects)))
   one = objects[index]
-  turns = [[f"what is in the {place(one)}?", _article(one["name"])]]
+  turns = [[f"what is in the {place(one)}?", with_article(one["name"])]]
   turns.append(
     ["what does it say?", one["text"]] if one["text"] else ["is it big or small?", one["size"]]
   )
@@ -196,7 +196,7 @@ def dialogue(facts: Facts, rng: np.random.Generator) -> list[list[str]]:
     relation, found = sure[rng.integers(len(sure))]
     phrase = RELATIONS[relation]
     where = phrase.replace(" of", " of it") if " of" in phrase else f"{relation} it"
-    turns.append([f"and {where}?", _article(objects[found[0]]["name"]) if found else "nothing"])
+    turns.append([f"and {where}?", with_article(objects[found[0]]["name"]) if found else "nothing"])
   return turns
 
 
@@ -225,10 +225,10 @@ def _refer(one: Facts, mentioned: set[str], sized: bool = False) -> str:
   mentioned.add(one["name"])
   if one["text"]:
     return f"a sign that says {one['text']}"
-  return _article(f"{one['size']} {one['name']}" if sized else one["name"])
+  return with_article(f"{one['size']} {one['name']}" if sized else one["name"])
 
 
-def _article(name: str) -> str:
+def with_article(name: str) -> str:
   return ("an " if name[0] in "aeiou" else "a ") + name
 
 

@@ -11,6 +11,8 @@ records have besides, `None` or empty in a record that lacks it:
   series     float32 [T, C], sensor values over time
   questions  [(question, answer), ...]
   facts      a dict of JSON values: what is true of the example (a scene graph, a motion, a voice)
+  conversations  [[{"role", "content": text or parts}, ...], ...] about its media (templates.py)
+  media      [(modality, encoded bytes), ...]: a conversation's media after the first of a modality
   value      float32 [K], numbers to predict, NaN = none; `values` of metadata.json names the K
 """
 
@@ -30,7 +32,17 @@ from mmjax.config import UserError
 
 Record = dict[str, Any]
 
-FIELDS = ("image", "audio", "video", "series", "questions", "facts", "value")
+FIELDS = (
+  "image",
+  "audio",
+  "video",
+  "series",
+  "questions",
+  "facts",
+  "value",
+  "conversations",
+  "media",
+)
 
 
 def features(fields: Sequence[str] = ("image",)):
@@ -50,6 +62,8 @@ def features(fields: Sequence[str] = ("image",)):
     "series": lambda: tfds.features.Tensor(shape=(None, None), dtype=np.float32, encoding="bytes"),
     "questions": lambda: tfds.features.Sequence({"question": text(), "answer": text()}),
     "facts": text,
+    "conversations": text,
+    "media": lambda: tfds.features.Sequence({"modality": text(), "content": text()}),
     "value": lambda: tfds.features.Tensor(shape=(None,), dtype=np.float32),
   }
   return tfds.features.FeaturesDict(
@@ -98,6 +112,12 @@ def to_example(record: Record, fields: Sequence[str] = ("image",)) -> dict[str, 
       )
     elif name == "value":
       example[name] = np.zeros(0, np.float32) if value is None else np.asarray(value, np.float32)
+    elif name == "media":
+      pairs = value or []
+      example[name] = {
+        "modality": [modality for modality, _ in pairs],
+        "content": [content for _, content in pairs],
+      }
     elif name == "questions":
       value = value or []
       example[name] = {
@@ -162,6 +182,13 @@ def _optional(feature) -> Record:
     record["value"] = np.array(feature["value"].float_list.value, np.float32)
     if not record["value"].size:
       record["value"] = None
+  if "media/content" in feature:
+    both = (feature[f"media/{name}"].bytes_list.value for name in ("modality", "content"))
+    record["media"] = [
+      (modality.decode(), content) for modality, content in zip(*both, strict=True)
+    ]
+  if "conversations" in feature:
+    record["conversations"] = json.loads(feature["conversations"].bytes_list.value[0] or b"[]")
   if "facts" in feature:
     record["facts"] = json.loads(feature["facts"].bytes_list.value[0] or b"{}")
   return record
@@ -191,8 +218,14 @@ def canonical(split: str, record: Record, fields: Sequence[str] = ("image",)) ->
   if "value" in fields and record.get("value") is not None:
     more["value"] = np.asarray(record["value"], np.float32).tolist()
   more.update(
-    {name: record[name] for name in ("questions", "facts") if name in fields and record.get(name)}
+    {
+      name: record[name]
+      for name in ("questions", "facts", "conversations")
+      if name in fields and record.get(name)
+    }
   )
+  if "media" in fields and record.get("media"):
+    more["media"] = [[modality, _digest(content)] for modality, content in record["media"]]
   return json.dumps([*rows, more] if more else rows, sort_keys=True).encode()
 
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmjax.data.media import media_key
-from mmjax.data.readers.conversations import conversation_of, questions_in
+from mmjax.data.media import bytes_key, media_key
+from mmjax.data.readers.conversations import conversation_of, questions_in, with_media
 
 _BOMS = (
   (codecs.BOM_UTF8, "utf-8-sig"),
@@ -77,7 +78,9 @@ class Annotation(NamedTuple):
     return Skip("another value", f"{other.values} after {self.values} of the same medium")
 
   def record(self, name: str, media: Mapping[str, Any]) -> dict[str, Any]:
-    """The record (see builders/schema.py) of media; several labels become "one|other"."""
+    """The record (see builders/schema.py) of media; several labels become "one|other".
+    media: {modality: content}; further ones of a modality are "image:1", "image:2".
+    """
     record: dict[str, Any] = dict(
       id=name,
       image=media.get("image"),
@@ -85,19 +88,39 @@ class Annotation(NamedTuple):
       label="|".join(self.labels),
       image_key=media_key(media),
     )
-    record |= {modality: data for modality, data in media.items() if modality != "image"}
+    record |= {
+      modality: data
+      for modality, data in media.items()
+      if modality != "image" and ":" not in modality
+    }
     if self.questions:
       record["questions"] = [(one.question, one.answer) for one in self.questions]
     if self.values:
       record["value"] = np.array(self.values, np.float32)
     if self.groups:
       record["groups"] = self.groups
+    if more := [(key.partition(":")[0], data) for key, data in media.items() if ":" in key]:
+      record["media"] = more
+    if self.conversations:
+      record["conversations"] = list(self.conversations)
+    if self.conversations and not media:
+      record["image_key"] = bytes_key(json.dumps(self.conversations).encode())
     facts: dict[str, list] = {}
     if any(one.answers for one in self.questions):
       facts["answers"] = [list(one.answers or (one.answer,)) for one in self.questions]
-    if self.conversations:
-      facts["conversations"] = list(self.conversations)
     return record | {"facts": facts} if facts else record
+
+
+def about_media(said: Annotation, names: Iterable[str]) -> Annotation | Skip:
+  """What is said of these media ("image", "image:1", ...), with each of them where conversations
+  mean it.
+  """
+  counts = Counter(name.partition(":")[0] for name in names)
+  try:
+    talks = tuple(with_media(turns, counts) for turns in said.conversations)
+  except ValueError as error:
+    return Skip("placeholders", str(error))
+  return said._replace(conversations=talks)
 
 
 def annotate(
@@ -123,7 +146,7 @@ def annotate(
     if "labels" in cells:
       labels = several_labels(cells["labels"], separator, label_names)
     values = values_of(cells["value"]) if "value" in cells else ()
-    conversations: tuple[list[dict[str, str]], ...] = ()
+    conversations: tuple[list[dict[str, Any]], ...] = ()
     if cells.get("conversation"):
       turns = conversation_of(cells["conversation"])
       conversations = (turns,)
@@ -135,7 +158,14 @@ def annotate(
   annotation = Annotation(captions, labels, tuple(questions), conversations, values, groups)
   if bad := broken_text(annotation):
     return Skip("broken text", bad)
-  if captions or questions or (labels and "caption" not in cells) or "labels" in cells or values:
+  if (
+    captions
+    or questions
+    or conversations
+    or (labels and "caption" not in cells)
+    or "labels" in cells
+    or values
+  ):
     return annotation
   return Skip("no value") if "value" in cells else Skip("no caption")
 

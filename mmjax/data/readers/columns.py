@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mmjax.config import UserError
 from mmjax.data.image import Unreadable
 from mmjax.data.media import modality_in_column
-from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, text_of
+from mmjax.data.readers.cells import Annotation, Skip, about_media, annotate, broken_text, text_of
 from mmjax.data.readers.conversations import media_in
 from mmjax.data.series import inline_series
 
@@ -146,13 +146,18 @@ def part_of(cells: Mapping[str, Any], at: str, folder: str, options) -> Part | S
   about_medium = text_of(cells.get("image_id")) or cells.get(
     "conversation"
   )  # then the id is that of the caption, question or talk
-  name = text_of(cells.get("id")) if not about_medium else ""
+  name = text_of(cells.get("id")) if not about_medium or not media else ""
   name = name or (at if inline else "")
   if bad := broken_text([name, *media.values()]):
     return Skip("broken text", bad)
   said = annotate(cells, options.language, separator=options.separator)
   if isinstance(said, Skip):
     return said
+  said = about_media(said, media)
+  if isinstance(said, Skip):
+    return said
+  if not media:
+    name = name or at
   key = (name, *sorted((modality, os.path.normpath(file)) for modality, file in media.items()))
   return Part(at, name or next(iter(media.values())), key, media, said)
 
@@ -168,7 +173,7 @@ def _below(root: str, folder: str, file: str) -> str:
 
 def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
   """{modality: file} that a row names, one of a kind: a record holds one picture, one sound and one
-  video.
+  video; a conversation's further ones are "image:1", "image:2". It may have none.
   """
   named = {
     **media_in(cells.get("conversation")),
@@ -186,12 +191,17 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
     files = [file for file in named_files if isinstance(file, str) and file]
     if len(files) < len(named_files):
       return Skip("missing file", f"its {role} is no file name")
-    if len(files) > 1:
+    if len(files) > 1 and not cells.get("conversation"):
       return Skip(
         "several pictures" if role == "image" else "several media",
         f"{len(files)} in one row, of which a record holds one",
       )
-    media[modality_in_column(files[0], role)] = files[0]
+    for file in files:
+      modality = modality_in_column(file, role)
+      number = sum(name.partition(":")[0] == modality for name in media)
+      media[f"{modality}:{number}" if number else modality] = file
+  if not media and cells.get("conversation"):
+    return media
   return media or Skip("missing file", "names no picture, sound, video or series")
 
 

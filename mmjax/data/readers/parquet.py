@@ -18,8 +18,9 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.media import media_key, modality_in_column
-from mmjax.data.readers.cells import Annotation, Skip, annotate, broken_text, text_of
+from mmjax.data.readers.cells import Annotation, Skip, about_media, annotate, broken_text, text_of
 from mmjax.data.readers.columns import MEDIA, cells_of, choose_columns
+from mmjax.data.readers.conversations import media_in
 from mmjax.data.readers.rows import (
   Left,
   Options,
@@ -132,6 +133,8 @@ class ParquetReader:
   def fields(self, rows: Iterable[Row]) -> set[str]:
     found = {"questions", "facts"} if {"question", "conversation"} & set(self.chosen) else set()
     found |= {"value"} & set(self.chosen)
+    if "conversation" in self.chosen:
+      found |= {"conversations", "media", *_media_of_parts(self._all_cells("conversation"))}
     for role in MEDIA:
       if role in self.path_columns:
         cells = (
@@ -148,39 +151,55 @@ class ParquetReader:
       return Skip("broken text", "its text is not UTF-8")
     cells = cells_of(row, self.chosen)
     media: dict[str, Any] = {}
+    named = media_in(cells.get("conversation"))
     for role in MEDIA:
       content = cells.get(role)
-      if role != "series" and isinstance(content, list) and len(content) > 1:
+      if content is None and role in named:
+        content = named[role]
+      several = content if role != "series" and isinstance(content, list) else [content]
+      if len(several) > 1 and not cells.get("conversation"):
         return Skip(
           "several pictures" if role == "image" else "several media",
-          f"{len(content)} in one row, of which a record holds one",
+          f"{len(several)} in one row, of which a record holds one",
         )
-      if role != "series" and isinstance(content, list) and content:
-        content = content[0]
-      if isinstance(content, dict):
-        content = content.get("bytes") or content.get("path")
-      modality = role
-      if isinstance(content, str) and content:
-        modality = modality_in_column(content, role) if role in self.path_columns else role
-        content = (
-          Skip("broken text", bad)
-          if (bad := broken_text(content))
-          else read_inside(self.root, os.path.join(self.folder, content))
-        )
-      elif role == "series" and isinstance(content, (list, np.ndarray)):
-        content = series_of(content)
-      if isinstance(content, bytes) and modality == "series":
-        content = series_of(content)
-      if isinstance(content, Skip):
-        return content
-      if isinstance(content, np.ndarray) or (isinstance(content, bytes) and content):
-        media[modality] = content
-    if not media:
+      for one in several:
+        modality, data = self._medium(role, one)
+        if isinstance(data, Skip):
+          return data
+        if isinstance(data, np.ndarray) or (isinstance(data, bytes) and data):
+          number = sum(name.partition(":")[0] == modality for name in media)
+          media[f"{modality}:{number}" if number else modality] = data
+    if not media and not cells.get("conversation"):
       return Skip("missing file", "no picture, sound, video or series in this row")
     said = annotate(
       cells, self.options.language, self.label_names, separator=self.options.separator
     )
+    said = said if isinstance(said, Skip) else about_media(said, media)
     return said if isinstance(said, Skip) else (said, media)
+
+  def _medium(self, role: str, content: Any) -> tuple[str, Any]:
+    """(modality, content) of what a cell has in the place of a medium; or why it cannot be read."""
+    if isinstance(content, dict):
+      content = content.get("bytes") or content.get("path")
+    modality = role
+    if isinstance(content, str) and content:
+      modality = modality_in_column(content, role) if role in self.path_columns else role
+      content = (
+        Skip("broken text", bad)
+        if (bad := broken_text(content))
+        else read_inside(self.root, _beside(self.folder, content))
+      )
+    elif role == "series" and isinstance(content, (list, np.ndarray)):
+      content = series_of(content)
+    if isinstance(content, bytes) and modality == "series":
+      content = series_of(content)
+    return modality, content
+
+  def _all_cells(self, role: str) -> Iterator[Any]:
+    for number in range(len(self.paths)):
+      for _, cells in self._cells(number, [role]):
+        if cells and cells[role]:
+          yield cells[role]
 
   def _cells(
     self, number: int, roles: list[str]
@@ -253,6 +272,15 @@ class ParquetReader:
       raise UserError(
         f"{self.paths[number]}: not a readable parquet file ({' '.join(str(error).split())[:120]})"
       ) from error
+
+
+def _beside(folder: str, file: str) -> str:
+  return file if file.startswith("data:") else os.path.join(folder, file)
+
+
+def _media_of_parts(talks: Iterable[Any]) -> set[str]:
+  """The modalities of the files that the parts of conversations name."""
+  return {modality for talk in talks for modality in media_in(talk)}
 
 
 def _rows(table) -> list[dict[str, Any] | None]:

@@ -129,7 +129,7 @@ class ListedReader:
   def fields(self, rows: Iterable[Row]) -> set[str]:
     found: set[str] = set()
     for row in rows:
-      found.update(row.where.media)
+      found.update("media" if ":" in name else name for name in row.where.media)
       if row.where.said is not None:
         found |= fields_of(row.where.said)
     return found
@@ -137,8 +137,13 @@ class ListedReader:
 
 def fields_of(said: Annotation) -> set[str]:
   """The optional fields (schema.FIELDS) that an annotation fills."""
-  facts = said.conversations or any(one.answers for one in said.questions)
-  found = {"questions": said.questions, "facts": facts, "value": said.values}
+  facts = any(one.answers for one in said.questions)
+  found = {
+    "questions": said.questions,
+    "facts": facts,
+    "value": said.values,
+    "conversations": said.conversations,
+  }
   return {name for name, found_any in found.items() if found_any}
 
 

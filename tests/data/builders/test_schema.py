@@ -87,6 +87,8 @@ def test_a_data_set_says_its_fields_and_answers(tmp_path):
     series=np.eye(3, 2, dtype=np.float32),
     questions=[("how many?", "2"), ("red?", "yes")],
     facts={"objects": [{"name": "cat"}]},
+    conversations=[[{"role": "user", "content": [{"type": "image"}]}]],
+    media=[("image", b"second"), ("audio", b"\0")],
     value=np.array([1.5, np.nan], np.float32),
   )
   bare = plain(id="b", image=None)
@@ -105,6 +107,8 @@ def test_a_data_set_says_its_fields_and_answers(tmp_path):
     "series": None,
     "questions": [],
     "facts": {},
+    "conversations": [],
+    "media": [],
     "value": None,
   }
   assert source.values == ("value[0]", "value[1]")

@@ -78,7 +78,8 @@ def account(format, path, **options):
       assert not broken_text(
         [outcome["id"], outcome["captions"], outcome["label"], outcome.get("questions")]
       )
-      assert outcome["captions"] or outcome["label"] or outcome.get("questions")
+      said = outcome.get("questions") or outcome.get("conversations")
+      assert outcome["captions"] or outcome["label"] or said
   assert told == Counter({row.name: row.count for row in rows}), (
     "read gives every row that rows listed"
   )
@@ -88,6 +89,8 @@ def account(format, path, **options):
     "video",
     "questions",
     "facts",
+    "conversations",
+    "media",
   }
   return read, gone, count
 

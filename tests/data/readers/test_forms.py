@@ -435,17 +435,20 @@ def test_conversations(tmp_path, photos):
   ]
   (photos / "llava.json").write_text(json.dumps(llava))
   summary = run(tmp_path, "conversations", photos / "llava.json")
-  assert summary.rows == 2 and summary.skipped == {"broken row": 2, "missing file": 1}
+  assert summary.rows == 3 and summary.skipped == {"broken row": 2}
+  assert records(tmp_path)["text only"]["conversations"] == [
+    [dict(role="user", content="Hi"), dict(role="assistant", content="Hello")]
+  ]
   record = records(tmp_path)["0.png"]
   assert record["questions"] == [
     ("What is it?", "A cat."),
     ("Sure?", "Yes."),
     ("Describe it.", "Grey."),
   ]
-  first, second = record["facts"]["conversations"]
+  first, second = record["conversations"]
   assert [turn["role"] for turn in first] == ["user", "assistant"] * 2 and second[0] == {
     "role": "user",
-    "content": "Describe it.\n<image>",
+    "content": [{"type": "text", "text": "Describe it.\n"}, {"type": "image"}],
   }
   assert open_source(dict(name="mine"), str(tmp_path / "data")).answers == (), (
     "what is said in a conversation is no class"
@@ -466,10 +469,94 @@ def test_conversations(tmp_path, photos):
   (photos / "openai.jsonl").write_text(json.dumps(openai) + "\n")
   run(tmp_path, "conversations", photos / "openai.jsonl", "openai")
   record = records(tmp_path, "openai")["3.png"]
-  assert (
-    record["questions"] == [("What?", "A dog.")]
-    and record["facts"]["conversations"][0][1]["content"] == "<image>\nWhat?"
-  )
+  assert record["questions"] == [("What?", "A dog.")] and record["conversations"][0][1][
+    "content"
+  ] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+
+
+def test_conversations_of_several_media(tmp_path, photos):
+  inline = base64.b64encode((photos / "2.png").read_bytes()).decode()
+  picture_part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{inline}"}}
+  call = {"function": {"name": "look", "arguments": {"where": "left"}}}
+  several = [
+    dict(
+      images=["0.png", "1.png"],
+      conversations=[
+        {"from": "human", "value": "<image> and <image>?"},
+        {"from": "gpt", "value": "An <image>."},
+      ],
+    ),
+    dict(
+      messages=[
+        {"role": "user", "content": [picture_part, {"type": "text", "text": "<image>?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "a dog"},
+        {"role": "assistant", "content": "A dog.", "reasoning_content": "It said so."},
+      ]
+    ),
+    dict(
+      image="3.png",
+      messages=[dict(role="user", content="What?"), dict(role="assistant", content="A")],
+    ),
+    dict(
+      image="4.png",
+      conversations=[{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "x"}],
+    ),
+    dict(
+      images=["4.png", "5.png"],
+      conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}],
+    ),
+    dict(conversations=[{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]),
+  ]
+  (photos / "chat.jsonl").write_text("\n".join(map(json.dumps, several)))
+  summary = run(tmp_path, "conversations", photos / "chat.jsonl")
+  assert summary.rows == 3 and summary.skipped == {"placeholders": 3}
+  found = records(tmp_path)
+  two = found["0.png"]
+  assert two["image"] == picture(0) and two["media"] == [("image", picture(1))]
+  image = {"type": "image"}
+  assert two["conversations"][0] == [
+    turn("user", [image, part(" and "), image, part("?")]),
+    turn("assistant", "An <image>."),
+  ]
+  called = found["chat.jsonl:2"]
+  assert called["image"] == picture(2)
+  assert called["conversations"][0] == [
+    turn("user", [image, part("<image>?")]),
+    turn(
+      "assistant", '<tool_call>\n{"name": "look", "arguments": {"where": "left"}}\n</tool_call>'
+    ),
+    turn("tool", "a dog"),
+    turn("assistant", "<think>\nIt said so.\n</think>\n\nA dog."),
+  ]
+  assert found["3.png"]["conversations"][0][0] == turn("user", [image, part("What?")])
+
+
+def test_conversations_in_parquet(tmp_path, photos):
+  arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  rows = [
+    dict(
+      images=[{"bytes": picture(n), "path": None} for n in range(count)],
+      messages=[turn("user", "<image>" * count + "What?"), turn("assistant", f"{count} of them")],
+    )
+    for count in (0, 1, 2)
+  ]
+  rows.append(dict(rows[1], messages=[turn("user", "<image><image>"), turn("assistant", "x")]))
+  parquet.write_table(arrow.Table.from_pylist(rows), photos / "chat.parquet")
+  summary = run(tmp_path, "parquet", photos / "chat.parquet")
+  assert summary.rows == 3 and summary.skipped == {"placeholders": 1}
+  found = [records(tmp_path)[f"chat/{n:06d}"] for n in range(3)]
+  assert [one["image"] for one in found] == [None, picture(0), picture(0)]
+  assert [one["media"] for one in found] == [[], [], [("image", picture(1))]]
+  assert found[2]["conversations"][0][1]["content"] == "2 of them"
+
+
+def turn(role, content):
+  return {"role": role, "content": content}
+
+
+def part(text):
+  return {"type": "text", "text": text}
 
 
 # -- folders and tars ------------------------------------------------------------------------------
