@@ -19,6 +19,7 @@ DEMO = [
   "espeakng-loader==0.2.4",
   "easy-vqa==1.0",
 ]
+SERVE = ["starlette>=0.40,<2", "uvicorn>=0.30,<1"]
 HF = ["safetensors>=0.4,<1", "tokenizers>=0.20,<1"]
 
 setup(
@@ -30,6 +31,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
   packages=find_packages(include=["mmjax", "mmjax.*"]),
+  package_data={"mmjax.inference": ["page.html"]},
   install_requires=[
     "jax>=0.10.1,<0.12",
     "flax>=0.12.5,<0.13",
@@ -69,9 +71,12 @@ setup(
     ],  # photos of phones; BSD, with the LGPL libheif and the GPL x265 inside
     "s3": ["s3fs>=2025.2"],  # runs and data on s3://, gs://
     "gcs": ["gcsfs>=2025.2"],
+    "serve": SERVE,
     "wandb": ["wandb>=0.17"],
     "dev": [
       *DEMO,
+      *SERVE,
+      "openai>=2,<4",
       "scikit-image>=0.24,<1",
       "scikit-learn>=1.4,<2",
       "pytest>=8",

@@ -429,6 +429,48 @@ def _generate(options) -> None:
       print(f"{name}: {printable(row['text'])}")
 
 
+def _chat(options) -> None:
+  from mmjax.inference import terminal
+  from mmjax.inference.predictor import Predictor
+
+  predictor = Predictor.load(options.checkpoint, allow_code=options.allow_code)
+  terminal.on_terminal(
+    predictor.chat(
+      template=options.template,
+      system=options.system,
+      window=options.window,
+      max_length=options.max_length,
+      keep_media=options.keep_media,
+      temperature=options.temperature,
+      top_k=options.top_k,
+      top_p=options.top_p,
+    )
+  )
+
+
+def _serve(options) -> None:
+  from mmjax.inference import server
+  from mmjax.inference.predictor import Predictor
+  from mmjax.printing import log
+
+  server.serve(
+    Predictor.load(options.checkpoint, allow_code=options.allow_code),
+    options.host,
+    options.port,
+    lambda address: log(f"serving {options.checkpoint} at {address} (Ctrl-C ends)", sys.stderr),
+    name=options.name or os.path.basename(os.path.abspath(options.checkpoint)),
+    template=options.template,
+    window=options.window,
+    max_length=options.max_length,
+    rows=options.rows,
+    waiting=options.waiting,
+    largest=options.largest << 20,
+    seconds=options.seconds,
+    key=options.key or os.environ.get("MMJAX_KEY", ""),
+    media_root=options.media_root,
+  )
+
+
 def _predict(options) -> None:
   from mmjax.inference import predict
   from mmjax.inference.predictor import Predictor
@@ -1046,15 +1088,16 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument(
     "--temperature",
     type=_number(NonNegative),
-    default=0.0,
+    default=None,
     metavar="X",
-    help="draw texts (language models); default: 0, the likeliest token each time",
+    help="draw texts (language models); 0 = the likeliest token each time; default: as the "
+    "generation_config.json of an imported model says, else 0",
   )
   sub.add_argument(
-    "--top-k", type=_number(Count), default=0, metavar="N", help="draw among so many; 0 = all"
+    "--top-k", type=_number(Count), default=None, metavar="N", help="draw among so many; 0 = all"
   )
   sub.add_argument(
-    "--top-p", type=_number(Portion), default=1.0, metavar="X", help="draw among this probability"
+    "--top-p", type=_number(Portion), default=None, metavar="X", help="draw among this probability"
   )
   sub.add_argument("--seed", type=_number(Seed), default=0, metavar="N", help="of the draws")
   sub.add_argument(
@@ -1089,7 +1132,96 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="print [{file, text}] as JSON; with --timestamps [{file, segments: [{start, end, text}]}]",
   )
+  sub = command(
+    commands,
+    "chat",
+    _chat,
+    "Converse with a language model on the terminal; /help there lists the commands.",
+    "mmjax chat --checkpoint runs/chat_scenes",
+  )
+  _allow_code(sub)
+  _conversing(sub)
+  sub.add_argument("--system", default="", metavar="TEXT", help="the system's turn, which stays")
+  sub.add_argument(
+    "--keep-media",
+    action="store_true",
+    help="when the history outgrows the window, drop turns with media last",
+  )
+  sub.add_argument(
+    "--temperature",
+    type=_number(NonNegative),
+    default=0.0,
+    metavar="X",
+    help="draw answers; default: 0, the likeliest token each time",
+  )
+  sub.add_argument(
+    "--top-k", type=_number(Count), default=0, metavar="N", help="draw among so many; 0 = all"
+  )
+  sub.add_argument(
+    "--top-p", type=_number(Portion), default=1.0, metavar="X", help="draw among this probability"
+  )
+
+  sub = command(
+    commands,
+    "serve",
+    _serve,
+    "Serve a checkpoint over HTTP in the form of OpenAI's API (chat, embeddings), with a page to "
+    "try it. Needs: pip install 'mmjax[serve]'",
+    "mmjax serve --checkpoint runs/chat_scenes --port 8000",
+  )
+  _allow_code(sub)
+  _conversing(sub)
+  sub.add_argument(
+    "--host", default="127.0.0.1", metavar="ADDRESS", help="default: this machine alone"
+  )
+  sub.add_argument("--port", type=_number(Count), default=8000, metavar="N", help="0 = a free one")
+  sub.add_argument("--name", default="", metavar="TEXT", help="of the model; default: its folder's")
+  sub.add_argument(
+    "--key", default="", metavar="TEXT", help="what clients must present; default: $MMJAX_KEY"
+  )
+  sub.add_argument(
+    "--rows", type=_number(Few), default=8, metavar="N", help="texts written at the same time"
+  )
+  sub.add_argument(
+    "--waiting", type=_number(Examples), default=256, metavar="N", help="requests that may wait"
+  )
+  sub.add_argument(
+    "--largest", type=_number(Few), default=20, metavar="MIB", help="of a request, in MiB"
+  )
+  sub.add_argument(
+    "--seconds", type=_number(NonNegative), default=120.0, metavar="X", help="of a request at most"
+  )
+  sub.add_argument(
+    "--media-root",
+    default="",
+    metavar="DIR",
+    help="a folder whose files messages may name; default: none, media come within messages",
+  )
   return parser
+
+
+def _conversing(sub: argparse.ArgumentParser) -> None:
+  sub.add_argument("--checkpoint", required=True, metavar="DIR")
+  sub.add_argument(
+    "--template",
+    default="",
+    metavar="NAME",
+    help="chat template: a name, or a .jinja file; default: the checkpoint's",
+  )
+  sub.add_argument(
+    "--window",
+    type=_number(Count),
+    default=0,
+    metavar="N",
+    help="tokens of history and answer; default: data.sequence.length, 4,096 at most",
+  )
+  sub.add_argument(
+    "--max-length",
+    type=_number(Examples),
+    default=256,
+    metavar="N",
+    help="tokens of an answer at most; default: 256",
+  )
 
 
 def _allow_code(sub: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -27,9 +28,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
+import numpy as np
 from etils import epath
 
 from mmjax.config import UserError
@@ -39,6 +41,7 @@ log = logging.getLogger("mmjax")
 LARGEST = (
   2**31 - 2**20
 )  # bytes of a file that is read whole: a record of a data set cannot hold more
+SMALL = 2**20  # bytes of an array that is worth no file
 _STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
 _BUGS = (
@@ -348,6 +351,22 @@ def _ls(fs, folder: str) -> list[str]:
     return [path.rstrip("/") for path in fs.ls(folder, detail=False)]
   except FileNotFoundError:
     return []
+
+
+def array_on_disk(beside: str | os.PathLike, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """An array of zeros whose memory the system may write to the disk of `beside` and take back, for
+  what is larger than memory. Its file has no name and vanishes with it. Small arrays are plain.
+  """
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  if size < SMALL:
+    return np.zeros(shape, dtype)
+  folder: Path | None = None
+  if not is_url(beside):
+    path = Path(beside).absolute()
+    folder = next(p for p in (path, *path.parents) if p.is_dir())
+  with tempfile.TemporaryFile(dir=folder) as file:
+    os.posix_fallocate(file.fileno(), 0, size)  # a full disk would end the process later
+    return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
 
 
 def cache_dir() -> Path:

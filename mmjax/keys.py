@@ -393,7 +393,8 @@ KEYS = (
     "data.text.per_example",
     1,
     Size,
-    "Texts a row: several questions about one picture, which is then encoded once.",
+    "Texts a row: several questions about one picture, which is then encoded once. Of a language "
+    "model: questions an example in training, each given the ones before it.",
   ),
   Key(
     "data.text.drop_words",

@@ -5,7 +5,8 @@ as many places as the config gives them. What a source's texts are says how:
 
   document  the text, all of it a target; longer ones are cut into pieces that fill a row
   caption   the media, then a caption, which is the target
-  question  the media and a question, then its answer, which is the target
+  question  the media and a question, then its answer, which is the target; in training
+            data.text.per_example of them one after another, each given those before it
   conversation  turns by data.text.template, with the media where they stand in them; targets are
             the assistant's turns. One that is longer than a row loses whole exchanges at its end
 
@@ -93,16 +94,14 @@ class Sequences:
     if source.text == "conversation":
       return self._conversation(record, max(piece.part, 0), piece.stop)
     if source.text == "question":
-      question, answer = self._question(record, piece, rng)
-      target = answer
+      pairs = self._questions(record, piece, rng)
     else:
-      question, target = "", self._caption(record, source, rng)
-    return [
-      *self._start(),
-      *self._media(record),
-      *self._text(prompted(self.config.data.sequence, question)),
-      Span([*self._encode(target), self.tokenizer.eos_id], True),
-    ]
+      pairs = [("", self._caption(record, source, rng))]
+    parts: list[Span | Medium] = [*self._start(), *self._media(record)]
+    for question, target in pairs:
+      parts += self._text(prompted(self.config.data.sequence, question))
+      parts.append(Span([*self._encode(target), self.tokenizer.eos_id], True))
+    return parts
 
   def size(self, parts: Iterable[Span | Medium]) -> int:
     """Places that parts take."""
@@ -150,13 +149,15 @@ class Sequences:
     captions = self._captions(record, source)
     return captions[0 if rng is None else rng.integers(len(captions))]
 
-  def _question(
+  def _questions(
     self, record: Record, piece: Piece, rng: np.random.Generator | None
-  ) -> tuple[str, str]:
-    pairs = record.get("questions") or []
-    if not pairs:
-      raise UserError("it has no questions")
-    return pairs[rng.integers(len(pairs)) if piece.part < 0 and rng else max(piece.part, 0)]
+  ) -> list[tuple[str, str]]:
+    """The piece's question with its answer; in training `per_example` different ones, drawn."""
+    pairs = _pairs(record)
+    if piece.part >= 0 or rng is None:
+      return [pairs[max(piece.part, 0)]]
+    each = min(self.text.per_example, len(pairs))
+    return [pairs[i] for i in rng.choice(len(pairs), each, replace=False)]
 
   def _conversation(self, record: Record, part: int, stop: int = 0) -> list[Span | Medium]:
     talks = record.get("conversations") or []
@@ -296,15 +297,14 @@ class Sequences:
 
   def _most(self, record: Record, source: Source) -> int:
     """The most places that an example of a record can take, whatever is drawn."""
-    fixed = len(self.first) + 1 + self.size(self._media(record))
+    fixed = len(self.first) + self.size(self._media(record))
     s = self.config.data.sequence
     if source.text == "question":
-      pairs = record.get("questions") or []
-      if not pairs:
-        raise UserError("it has no questions")
-      return fixed + max(len(self._encode(prompted(s, q))) + len(self._encode(a)) for q, a in pairs)
-    fixed += self.size(self._text(prompted(s, "")))
-    return fixed + max(len(self._encode(text)) for text in self._captions(record, source))
+      pairs, each = _pairs(record), self.text.per_example
+    else:
+      pairs, each = [("", text) for text in self._captions(record, source)], 1
+    sizes = [len(self._encode(prompted(s, q))) + len(self._encode(a)) + 1 for q, a in pairs]
+    return fixed + sum(sorted(sizes)[-each:])
 
   def table(self, source: Source, packed: bool, seed: int) -> list[list[Piece]]:
     """The rows of an epoch: the examples of each."""
@@ -474,6 +474,14 @@ class Sequences:
     sequence["segment_ids"][row, start:at] = number
     sequence["positions"][row, start:at] = np.arange(at - start)
     return at
+
+
+def _pairs(record: Record) -> list[tuple[str, str]]:
+  """The questions of a record with their answers. Raises UserError: it has none."""
+  pairs = record.get("questions") or []
+  if not pairs:
+    raise UserError("it has no questions")
+  return pairs
 
 
 def medium_of(record: Mapping[str, Any], medium: Medium) -> Mapping[str, Any]:

@@ -6,11 +6,11 @@ import collections
 
 import numpy as np
 
-from mmjax.config import UserError
+from mmjax.config import UserError, load_function
 from mmjax.data.text import decode, normalise_caption
 from mmjax.evaluation import Context, Result, sample_evenly
 from mmjax.evaluation.captions import inputs_of
-from mmjax.ranges import Count, Few, Finite
+from mmjax.ranges import Count, Few, Finite, FunctionName
 
 
 def answers(
@@ -22,19 +22,24 @@ def answers(
   max_length: Count = 8,
   beams: Few = 1,
   length_penalty: Finite = 1.0,
+  check: FunctionName = "",
   examples: Count = 12,
 ) -> Result:
   """What a language model answers to each question of each example, against the record's answer.
 
   source: a data set whose records have questions. split: which of its splits. modalities: what the
   report shows beside the questions. max_length: tokens of an answer at most. beams, length_penalty:
-  of beam search; 1 = greedy. examples: how many the report shows.
+  of beam search; 1 = greedy. check: "module:function(facts, question, answer, text) -> {name:
+  bool}" that says whether a text is right, by the kind of the question, say.
+  examples: how many the report shows.
   Metrics: "exact" (share of answers that are the record's, case and spaces aside), "majority" (what
-  the commonest answer alone would get), "questions", "unreadable".
+  the commonest answer alone would get), with `check` "right" (share where all that it says is true)
+  and "right/NAME" (of the questions where it says NAME), "questions", "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   if not context.config.data.sequence.length:
     raise UserError(f"{where}: only a language model (data.sequence.length) answers freely")
+  judge = load_function(check, f"{where}.check") if check else None
   data = context.data(source, split, (), "question")
   settings = (tuple(modalities), max_length, beams, length_penalty)
   tokens, valid = context.apply("generate_text", settings, data.prompts(modalities))
@@ -58,6 +63,14 @@ def answers(
     questions=float(len(pairs)),
     unreadable=float((~valid[: len(data.items)]).sum()),
   )
+  if judge:
+    verdicts: dict[str, list[bool]] = collections.defaultdict(list)
+    for i, text, (question, answer) in zip(kept, texts, pairs, strict=True):
+      verdict = judge(data.facts[data.items[i].record], question, answer, text)
+      verdicts["right"].append(all(verdict.values()))
+      for name, value in verdict.items():
+        verdicts[f"right/{name}"].append(value)
+    result.update({name: float(np.mean(values)) for name, values in sorted(verdicts.items())})
   shown = [
     dict(
       text=f"{pairs[i][0]} {texts[i]}",

@@ -8,7 +8,8 @@ token and a cache. `generate` goes on from there: each row has a place of its ow
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -67,6 +68,35 @@ class Decoding:
     for name, (fine, wanted) in ranges.items():
       if not fine:
         raise UserError(f"generation: {name} is {getattr(self, name)}, but must be {wanted}")
+
+
+def settings_of_file(content: bytes) -> dict[str, float]:
+  """How a generation_config.json wants texts decoded: settings of `Decoding`, temperature 0 where
+  they are not drawn. Raises UserError: a setting that is no number.
+  """
+  stated = json.loads(content)
+  usual = dict(repetition_penalty=1.0)
+  if stated.get("do_sample"):
+    usual |= dict(temperature=1.0, top_k=50, top_p=1.0, min_p=0.0)
+  found: dict[str, float] = dict(temperature=0.0)
+  for name, default in usual.items():
+    value = stated.get(name)
+    found[name] = default if value is None else value
+    if isinstance(value, bool) or not isinstance(found[name], (int, float)):
+      raise UserError(f"generation_config.json: {name} is {value!r}, but must be a number")
+  return found
+
+
+def decoding_of(
+  usual: Mapping[str, float], beams: int = 1, length_penalty: float = 1.0, **given: Any
+) -> Decoding:
+  """Decoding by `beams`, or with temperature 0 greedy, else drawn; settings that are None in
+  `given` are as in `usual`.
+  """
+  settings = {**usual, **{name: value for name, value in given.items() if value is not None}}
+  temperature = settings.pop("temperature", 0.0)
+  method: Method = "beam" if beams > 1 else "sample" if temperature else "greedy"
+  return Decoding(method, beams, length_penalty, temperature or 1.0, **settings)
 
 
 def generate(

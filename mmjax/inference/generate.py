@@ -29,9 +29,9 @@ def generate(
   prompt: str | None = None,
   stop: Sequence[str] = (),
   seed: int = 0,
-  temperature: float = 0.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
+  temperature: float | None = None,
+  top_k: int | None = None,
+  top_p: float | None = None,
   allow_code: Sequence[str] = (),
   log: Callable[[str], None] = lambda line: printing.log(line, sys.stderr),
 ) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:

@@ -135,7 +135,7 @@ class LanguageGenerator:
     end included.
     """
     read = self.read(prompts, media)
-    endings = [[*self._encode(option), self.model.eos_id] for option in options]
+    endings = [[*self.encode(option), self.model.eos_id] for option in options]
     rows = [
       (Read([*one.parts, ending], one.media), len(ending)) for one in read for ending in endings
     ]
@@ -182,7 +182,8 @@ class LanguageGenerator:
 
   # -- Prompts as arrays ---------------------------------------------------------------------------
 
-  def _encode(self, text: str) -> list[int]:
+  def encode(self, text: str) -> list[int]:
+    """The tokens of a piece of a prompt."""
     check_texts([text])
     return self.tokenizer.encode(text.lower() if self.config.data.text.lowercase else text)
 
@@ -233,21 +234,28 @@ class LanguageGenerator:
     whole: list[str | Places] = []
     media: list[tuple[str, dict[str, np.ndarray]]] = []
     for piece in pieces:
-      if piece not in known:
+      if piece in known:
+        whole += self.place(known[piece], next(items[known[piece]]), media)
+      else:
         whole.append(piece)
-        continue
-      modality = known[piece]
-      arrays = self.media[modality](next(items[modality]))
-      before = sum(name == modality for name, _ in media)
-      for part in placeholders(sequence, modality, arrays):
-        whole.append(part._replace(slot=before + part.slot) if isinstance(part, Places) else part)
-      media.append((modality, arrays))
     bos = self.tokenizer.bos_id
     first: list[list[int]] = [[bos]] if self.config.data.text.bos and bos >= 0 else []
     parts = [*first, *self._parts(number, [part for part in whole if part != ""])]
     if not parts:
       raise UserError(f"prompt {number + 1} is empty: give it a text, or a medium")
     return Read(parts, media)
+
+  def place(
+    self, modality: str, item: Item, media: list[tuple[str, dict[str, np.ndarray]]]
+  ) -> list[str | Places]:
+    """What stands in a prompt for a medium, whose slots are added to those of `media`."""
+    arrays = self.media[modality](item)
+    before = sum(name == modality for name, _ in media)
+    media.append((modality, arrays))
+    return [
+      part._replace(slot=before + part.slot) if isinstance(part, Places) else part
+      for part in placeholders(self.config.data.sequence, modality, arrays)
+    ]
 
   def _parts(self, number: int, whole: list[str | Places]) -> list[list[int] | Places]:
     """Pieces of text as tokens. Where media have tokens of the tokenizer's own, it cuts the whole
@@ -257,10 +265,10 @@ class LanguageGenerator:
     places = [part for part in whole if isinstance(part, Places)]
     own = {m: self.model.media_ids.get(m, -1) for m in dict.fromkeys(p.modality for p in places)}
     marks = {m: self.tokenizer.piece(i) if i >= 0 else "" for m, i in own.items()}
-    if not all(mark and self._encode(mark) == [own[m]] for m, mark in marks.items()):
-      return [part if isinstance(part, Places) else self._encode(part) for part in whole]
+    if not all(mark and self.encode(mark) == [own[m]] for m, mark in marks.items()):
+      return [part if isinstance(part, Places) else self.encode(part) for part in whole]
     text = "".join(marks[part.modality] if isinstance(part, Places) else part for part in whole)
-    tokens, media = self._encode(text), iter(places)
+    tokens, media = self.encode(text), iter(places)
     if sum(token in own.values() for token in tokens) != len(places):
       raise UserError(
         f"prompt {number + 1} has {' or '.join(marks.values())} in its text, which stands for a "

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,12 @@ from mmjax.config import UserError
 from mmjax.data.naflex import PatchSequence, picture_of
 from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
 from mmjax.inference.engine import (
-  Decoding,
   can_generate,
+  decoding_of,
   generate_text,
   generate_timed_text,
   is_language_model,
+  settings_of_file,
 )
 from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.inference.language import LanguageGenerator
@@ -38,6 +39,9 @@ from mmjax.models import make_model
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from mmjax.state import adapters
+
+if TYPE_CHECKING:
+  from mmjax.inference.chat import Chat
 
 log = logging.getLogger("mmjax")
 
@@ -59,7 +63,8 @@ class Predictor:
   model without a joint space.
   `width`: channels of an embedding. `joint`, `writes`: whether it has embeddings, and a decoder or
   a CTC head. `class_names`, `value_names`: of the outputs, () where the checkpoint does not say.
-  `config`, `assets`, `params`, `mesh`: what it was made of.
+  `usual_decoding`: settings of a language model's generation_config.json, with which it writes
+  unless told otherwise. `config`, `assets`, `params`, `mesh`: what it was made of.
   """
 
   def __init__(
@@ -97,7 +102,7 @@ class Predictor:
       TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
     )
     self.scale = self.bias = None
-    with self._rules():
+    with self.in_use():
       if self.joint:
         temperature: Any = self._model.apply({"params": self.params}, method="temperature")
         self.scale, self.bias = (float(x) for x in temperature)
@@ -110,12 +115,14 @@ class Predictor:
       )
     self.width = int(config.model.width)
     self.language = None
+    self.usual_decoding: dict[str, float] = {}
     if is_language_model(self._model):
       variables = {"params": self.params, **self.model_state}
       rows = [size for size in self._buckets if size <= WRITING] or self._buckets[:1]
       self.language = LanguageGenerator(
         config, self._model, variables, self.tokenizer, self.media, rows
       )
+      self.usual_decoding = settings_of_file(self.assets.get("generation_config.json", b"{}"))
 
   @classmethod
   def load(
@@ -196,11 +203,11 @@ class Predictor:
     timestamps: bool = False,
     stop: Sequence[str] = (),
     seed: int = 0,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     **media: Item | Iterable[Item],
   ) -> list[str] | list[list[Segment]]:
     """The texts that a model with a decoder or a CTC head writes: captions of pictures and clips,
@@ -215,6 +222,7 @@ class Predictor:
     prompt has <image>, <audio>, <video> or <series>, or before it. max_length 0 = 64. stop: texts
     end before the first of these. temperature: 0 = the likeliest token, else texts are drawn (see
     engine.py Decoding for top_k, top_p, min_p and repetition_penalty); row i draws by (seed, i).
+    None = as the generation_config.json of an imported model says, else the likeliest token.
     timestamps: of a sound the list of its `Segment`s (start, end, text, tokens) in place of one
     text, by a model whose decoder knows times (Whisper). Such a model reads a sound longer than
     data.audio.seconds in windows (transcribe.py; max_length is of each); any other reads that much
@@ -225,17 +233,17 @@ class Predictor:
     from mmjax.data.text import decode
 
     if self.language is not None:
-      decoding = Decoding(
-        "beam" if beams > 1 else "sample" if temperature else "greedy",
+      decoding = decoding_of(
+        self.usual_decoding,
         beams,
         length_penalty,
-        temperature or 1.0,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
       )
-      with self._rules():
+      with self.in_use():
         return self.language.generate(
           [""] * _count(media) if prompts is None else prompts,
           media,
@@ -244,7 +252,7 @@ class Predictor:
           stop=stop,
           seed=seed,
         )
-    if prompts is not None or stop or temperature or repetition_penalty != 1:
+    if prompts is not None or stop or temperature or repetition_penalty not in (None, 1):
       raise UserError(
         "prompts, stop and sampling are for language models; this checkpoint writes the likeliest "
         "text about other media"
@@ -320,9 +328,7 @@ class Predictor:
       decode(self.tokenizer, row, self._decoder.eos_id if self._decoder else -1) for row in tokens
     ]
 
-  def stream(
-    self, prompt: str, *, max_length: int = 64, temperature: float = 0.0, **settings: Any
-  ) -> Iterator[str]:
+  def stream(self, prompt: str, *, max_length: int = 64, **settings: Any) -> Iterator[str]:
     """The text that a language model writes after a prompt, piece by piece. settings: as of
     `generate`, `image=` and other media among them.
     """
@@ -330,10 +336,8 @@ class Predictor:
       raise UserError("only a language model goes on from a prompt")
     media = {name: settings.pop(name) for name in list(settings) if name in self.media}
     how = {name: settings.pop(name) for name in ("stop", "seed") if name in settings}
-    decoding = Decoding(
-      "sample" if temperature else "greedy", temperature=temperature or 1.0, **settings
-    )
-    with self._rules():
+    decoding = decoding_of(self.usual_decoding, **settings)
+    with self.in_use():
       yield from self.language.stream(
         prompt, media, max_length=max_length, decoding=decoding, **how
       )
@@ -344,8 +348,16 @@ class Predictor:
     """
     if self.language is None:
       raise UserError("only a language model scores texts")
-    with self._rules():
+    with self.in_use():
       return self.language.score(prompts, options, media)
+
+  def chat(self, **settings: Any) -> Chat:
+    """A conversation with a language model; settings: see `Chat`. Raises UserError: it is none, or
+    has no chat template.
+    """
+    from mmjax.inference.chat import Chat
+
+    return Chat(self, **settings)
 
   @property
   def knows_times(self) -> bool:
@@ -665,7 +677,7 @@ class Predictor:
     variables = {"params": self.params, **self.model_state}
     shards = batch_shards(self.mesh)
     buckets = sorted({*(b for b in self._buckets if b < limit), -(-limit // shards) * shards})
-    with self._rules():
+    with self.in_use():
       for batch in batches:
         for part in batch.values():
           part.pop("key", None)
@@ -685,7 +697,8 @@ class Predictor:
         rows.append(np.asarray(waiting[0])[: waiting[1]])
     return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
-  def _rules(self):
+  def in_use(self):
+    """A context in which programs of the model run on its mesh."""
     return rules.use(self.mesh, rules.logical_rules(self.config))
 
   def _no_encoder(self, modality: str) -> UserError:

@@ -542,7 +542,7 @@ def save_import(
     else:  # so that no two imports write the same files
       path = epath.Path(ends.enter_context(new_folder(path)))
       path.rmdir()  # Orbax makes it, of one that it writes beside it
-    writer = storage.Writer(path)
+    writer = storage.Writer(path, copies=False)
     items = dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets))
     if model_state:
       items["model_state"] = model_state

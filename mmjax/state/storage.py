@@ -42,10 +42,13 @@ class Writer(ocp.AsyncCheckpointer):
 
   At a URL there is no rename: the folder is written in its place, and counts from when it has its
   manifest.
-  check: called before a folder is sealed; what it raises, the save raises.
+  check: called before a folder is sealed; what it raises, the save raises. copies: host arrays are
+  copied first, for they may change while they are written.
   """
 
-  def __init__(self, place: epath.Path, check: Callable[[], None] | None = None):
+  def __init__(
+    self, place: epath.Path, check: Callable[[], None] | None = None, copies: bool = True
+  ):
     _prepare(place)
     self._check = check
     mode = (
@@ -55,8 +58,12 @@ class Writer(ocp.AsyncCheckpointer):
     )
     atomicity = ocp.options.AtomicityOptions(mode=mode)
 
+    handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    uncopied = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
+    kinds = {} if copies else dict(type_handler_registry=uncopied)
+
     def arrays():
-      return ocp.PyTreeCheckpointHandler(use_compression=False)
+      return ocp.PyTreeCheckpointHandler(use_compression=False, **kinds)
 
     handlers = dict(
       params=arrays(),

@@ -117,6 +117,27 @@ def test_media_and_prompts_are_written_as_the_config_says(asked):
     resolved(asked, "asked", "question", **{"data.sequence.prompt": "is it"})
 
 
+def test_several_questions_share_a_picture_in_training_and_none_in_evaluation(asked):
+  c = resolved(asked, "asked", "question", **{"data.text.per_example": 2})
+  tokenizer, orders = load_tokenizer(c.data), set()
+  for step in range(3):
+    batch = Pipeline(c).batch(step)
+    for row in range(4):
+      for targets, rest, media in examples_of(batch, row):
+        if not len(targets):
+          continue  # the example whose picture cannot be read
+        answers = tokenizer.decode(targets[targets != tokenizer.eos_id].tolist())
+        asks = tokenizer.decode(rest.tolist())
+        assert (targets == tokenizer.eos_id).sum() == 2 and len(media) == PLACES
+        first = asks.startswith("what is it?")
+        assert sorted(asks.replace(" ", "").split("?")) == ["", "isitred", "whatisit"]
+        assert answers.startswith("thing") == first
+        orders.add(first)
+  assert orders == {True, False}
+  entry = dict(name="asked", split="train", languages=(), text="question")
+  assert len(EvaluationData(c, entry, 8).items) == 24  # one question each
+
+
 def test_long_documents_are_cut_into_pieces_and_nothing_is_lost(asked, capsys):
   c = resolved(asked, "texts", "document", image=False)
   tokenizer, pipeline = load_tokenizer(c.data), Pipeline(c)

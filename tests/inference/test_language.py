@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 import mmjax
 from mmjax import config as configs
 from mmjax.config import UserError
+from mmjax.inference.engine import settings_of_file
 from mmjax.inference.generate import generate
 from mmjax.parallel.mesh import single_device_mesh
 from tests.inference import tiny
@@ -57,6 +60,24 @@ def test_texts_do_not_depend_on_the_prompts_beside_them(model, settings):
   for i in (0, 2) if not settings else (0,):  # row i draws by its number
     alone = model.generate(PROMPTS[i : i + 1], image=IMAGES[i : i + 1], max_length=6, **settings)
     assert alone == together[i : i + 1]
+
+
+def test_texts_are_decoded_as_generation_config_says_unless_told_otherwise(model, monkeypatch):
+  stated = dict(temperature=1.5, top_k=40)
+  file = json.dumps(dict(stated, do_sample=True, top_p=None, eos_token_id=[1, 2])).encode()
+  usual = settings_of_file(file)
+  assert usual == dict(stated, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+  drawn = model.generate(PROMPTS, image=IMAGES, max_length=6, seed=3, **stated)
+  greedy = model.generate(PROMPTS, image=IMAGES, max_length=6)
+  monkeypatch.setattr(model, "usual_decoding", usual)
+  assert model.generate(PROMPTS, image=IMAGES, max_length=6, seed=3) == drawn != greedy
+  assert model.generate(PROMPTS, image=IMAGES, max_length=6, temperature=0) == greedy
+  # what is not drawn has no temperature, but a penalty
+  assert settings_of_file(b'{"temperature": 0.5, "repetition_penalty": 1.2}') == dict(
+    temperature=0.0, repetition_penalty=1.2
+  )
+  with pytest.raises(UserError, match="generation_config.json: top_p is 'all'"):
+    settings_of_file(b'{"do_sample": true, "top_p": "all"}')
 
 
 def test_a_stream_gives_the_same_text_in_pieces(model):

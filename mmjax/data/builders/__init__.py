@@ -55,12 +55,14 @@ _PATIENCE = 3600.0  # seconds that a build waits for another one of the same dat
 # Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the
 # version that it built.
 BUILDERS = {
+  "clip_questions": "mmjax.data.builders.clip_questions:build",
   "easy_vqa": "mmjax.data.builders.easy_vqa:build",
   "emoji_scenes": "mmjax.data.builders.emoji_scenes:build",
   "moving_emoji": "mmjax.data.builders.moving_emoji:build",
   "openmoji": "mmjax.data.builders.openmoji:build",
   "python_topics": "mmjax.data.builders.python_topics:build",
   "scene_dialogues": "mmjax.data.builders.scene_dialogues:build",
+  "spoken_questions": "mmjax.data.builders.spoken_questions:build",
   "spoken_emoji": "mmjax.data.builders.spoken_emoji:build",
 }
 

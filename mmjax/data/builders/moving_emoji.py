@@ -171,7 +171,7 @@ def make_group(
   the distractor is one of them.
   """
   rng = np.random.default_rng(key_of(f"moving_emoji/{split}/{stem(one)}/{number}".encode()))
-  picture, name = _picture(emoji.pictures[one]), caption(emoji.names[one]["en"])
+  picture, name = find_picture(emoji.pictures[one]), caption(emoji.names[one]["en"])
   red, green, blue = rng.integers(170, 256, 3).tolist()
   distractor = others[rng.integers(len(others))] if rng.random() < 0.5 else ""
   distractor = "" if distractor == one else distractor
@@ -180,7 +180,10 @@ def make_group(
     track = _track(motion, rng)
     place = _free_place(track, rng) if distractor else None
     frames[motion] = draw(
-      track, picture, (red, green, blue), place and (_picture(emoji.pictures[distractor]), *place)
+      track,
+      picture,
+      (red, green, blue),
+      place and (find_picture(emoji.pictures[distractor]), *place),
     )
     series[motion] = _sense(track, rng)
     frames[REVERSED[motion]], series[REVERSED[motion]] = frames[motion][::-1], series[motion][::-1]
@@ -255,14 +258,14 @@ def draw(
   return np.stack(frames)
 
 
-def to_video(frames: np.ndarray) -> bytes:
-  """uint8 [T, H, W, 3] as H.264 in Matroska, without loss."""
+def to_video(frames: np.ndarray, rate: int = FRAMES_A_SECOND) -> bytes:
+  """uint8 [T, H, W, 3], `rate` a second, as H.264 in Matroska, without loss."""
   import av
 
   out = io.BytesIO()
   with av.open(out, "w", format="matroska", container_options={"fflags": "+bitexact"}) as container:
     stream = container.add_stream(
-      "libx264rgb", rate=FRAMES_A_SECOND, options={"qp": "0", "preset": "veryfast"}
+      "libx264rgb", rate=rate, options={"qp": "0", "preset": "veryfast"}
     )
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "rgb24"
     stream.codec_context.thread_count = 1
@@ -322,5 +325,5 @@ def _sense(track: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 @functools.cache
-def _picture(path: str):
+def find_picture(path: str):
   return sprite(path, DRAWN)

@@ -7,6 +7,7 @@ from the folder's files, never guessed from a name.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import flax.traverse_util
 import jax
 
 import mmjax.config
+from mmjax import files as files_of
 from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.pipeline import batch_spec
@@ -189,7 +191,9 @@ def import_hf(
   c.precision.compute = "float32"
   config = mmjax.config.resolve(c)
   rules = [*family.rules(config), *sentences.rules(config)]
-  params = mapping.to_params(tensors, rules, str(folder))
+  on_disk = functools.partial(files_of.array_on_disk, out)
+  with files_of.disk_errors(out, f"cannot write beside {out}"):
+    params = mapping.to_params(tensors, rules, str(folder), on_disk)
   _check_shapes(config, params, rules, folder)
   state = {name: params.pop(name) for name in (mapping.STATISTICS,) if name in params}
   checkpoints.save_import(str(out), params, config, assets, state)

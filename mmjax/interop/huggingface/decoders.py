@@ -107,22 +107,6 @@ def settings(
     text=dict(vocab_size=f["vocab_size"]),
     length=f["max_position_embeddings"],
     left_out=[HEAD] if tied and HEAD in tensors else [],
-    notes=_notes(f.get(GENERATION, {})),
-  )
-
-
-def _notes(generation: Mapping[str, Any]) -> list[str]:
-  """What a generation_config.json asks for, and has to be asked for here."""
-  names = dict(temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0)
-  drawn = dict(names) if generation.get("do_sample") else {}
-  if generation.get("repetition_penalty", 1.0) != 1.0:
-    drawn["repetition_penalty"] = 1.0
-  asked = {name: generation.get(name, usual) for name, usual in drawn.items()}
-  stated = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
-  return (
-    [f"{GENERATION} asks for {stated}; `Predictor.generate` takes the likeliest token unless asked"]
-    if stated
-    else []
   )
 
 

