@@ -17,6 +17,7 @@ media and after them is written as data.sequence.written and data.sequence.promp
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -356,6 +357,22 @@ class Sequences:
       }
 
     return make(sequence_spec(self.config, self.reader, self.length, self.slots))
+
+  def readable(self, parts: Iterable[Span | Medium]) -> list[tuple[str, bool]]:
+    """[(text, whether it is a target)] of the parts, special tokens and media by their names."""
+    names = {number: piece for piece, number in self.template.markers(self.tokenizer).items()}
+    found: list[tuple[str, bool]] = []
+    for part in parts:
+      if isinstance(part, Medium):
+        found.append((f"<{part.modality}>", False))
+        continue
+      for special, run in itertools.groupby(part.tokens, names.__contains__):
+        tokens = list(run)
+        text = (
+          "".join(names[token] for token in tokens) if special else self.tokenizer.decode(tokens)
+        )
+        found.append((text, part.target))
+    return found
 
   def narrowed(self, prompts: Sequence[Sequence[Span | Medium]]) -> Sequences:
     """The same with rows that are as long, and have as many slots, as these prompts need. Raises

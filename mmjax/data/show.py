@@ -21,6 +21,7 @@ from mmjax.data.folders import data_dir as default_data_dir
 from mmjax.data.histograms import as_html, histograms, in_text
 from mmjax.data.measure import measure
 from mmjax.data.resample import resize_exact
+from mmjax.data.sequences import Sequences
 from mmjax.data.sources import Source, list_datasets, open_source
 from mmjax.files import write_whole
 
@@ -66,12 +67,20 @@ def show_data_set(
     log(line)
   if config is not None and not any("exceed" in line for line in cut):
     log("the config cuts nothing")
+  sequences = None
+  if config is not None and entry.get("text") == "conversation":
+    from mmjax.data.examples import Examples
+
+    sequences = Examples(config, train=False).sequences
+    source.text = "conversation"
+    sequences.examples(source)  # which says what is learned of it, and what cannot be
   path = show(
     source,
     out,
     count=count,
     seed=seed,
     title=name if tars else f"{name} / {split}",
+    sequences=sequences,
     charts="".join(f"<p>{printing.in_html(line)}</p>" for line in cut) + as_html(found),
   )
   log(f"wrote {path}: {min(count, len(source))} of {len(source):,} examples")
@@ -85,11 +94,13 @@ def show(
   seed: int = 0,
   title: str = "",
   charts: str = "",
+  sequences: Sequences | None = None,
 ) -> Path:
   """Draws `count` random examples (all in order, if there are no more) of a source or a list of
   records.
 
-  charts: HTML above them. The same seed draws the same ones. A record that cannot be read gets a tile that says why.
+  charts: HTML above them. sequences: then conversations are shown as a language model gets them,
+  with what it learns coloured; else by their turns. The same seed draws the same ones. A record that cannot be read gets a tile that says why.
   Raises UserError: nothing to show, or `out_html` cannot be written.
   """
   total = len(source)
@@ -133,6 +144,7 @@ def show(
     languages.update(list(record["captions"]))
     labels.update([record["label"]] if record.get("label") else [])
     captions += [text for texts in record["captions"].values() for text in texts]
+    parts += [_talk(record, part, sequences) for part in range(len(_talks(record)))]
     tiles.append(_tile(record, parts, size))
   drawn = f", seed {seed}" if len(tiles) < total else ""
   facts = [f"<b>{total:,}</b> examples", f"<b>{len(tiles)}</b> shown{drawn}"]
@@ -174,10 +186,41 @@ def show(
   return Path(out_html)
 
 
+def _talks(record: Mapping[str, Any]) -> Sequence[Any]:
+  return record.get("conversations") or ()
+
+
+def _talk(record: Mapping[str, Any], part: int, sequences: Sequences | None) -> str:
+  """The HTML of a conversation, with what is learned of it coloured."""
+  try:
+    if sequences is None:
+      pieces = [
+        (f"{turn['role']}: {_said(turn['content'])}\n", turn["role"] == "assistant")
+        for turn in _talks(record)[part]
+      ]
+    else:
+      pieces = sequences.readable(sequences.turns(record, _talks(record)[part]))
+  except UserError as error:
+    return _framed(_fault(error))
+  shown = "".join(
+    f"<b>{printing.in_html(text)}</b>" if learned else printing.in_html(text)
+    for text, learned in pieces
+  )
+  return f'<pre class="talk">{shown}</pre>'
+
+
+def _said(content: str | Sequence[Mapping[str, str]]) -> str:
+  if isinstance(content, str):
+    return content
+  return "".join(part.get("text") or f"<{part['type']}>" for part in content)
+
+
 def _shown(record: Mapping[str, Any]) -> list[str]:
-  """The media of a record; a picture, which is said to be missing, if it has none."""
+  """The media of a record; a picture, which is said to be missing, if it has none and no texts."""
   available = [name for name in ("image", "video", "audio") if record.get(name)]
-  return available + (["series"] if record.get("series") is not None else []) or ["image"]
+  return available + (["series"] if record.get("series") is not None else []) or (
+    [] if record.get("conversations") else ["image"]
+  )
 
 
 def _picture(record: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
@@ -279,6 +322,7 @@ img { max-width: 100%; max-height: 100%; display: block } img.small { width: 128
 img.film { width: 100%; max-height: 160px; object-fit: contain; image-rendering: pixelated; border-radius: 4px } svg { width: 100%; height: 110px; display: block } path { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke }
 .sound path { stroke: var(--accent) } .sound svg { height: 44px; margin-bottom: 6px } audio { width: 100%; height: 36px; display: block }
 dl.questions { grid-template-columns: 1fr auto; border-top: 1px dashed var(--line); padding-top: 6px } .questions dt { font-size: 13px; color: var(--ink); line-height: inherit } .questions dd { color: var(--accent); font-weight: 600 }
+.talk { margin: 0; padding: 8px 12px; max-height: 240px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font: 12.5px/1.5 inherit; color: var(--soft) } .talk b { color: var(--accent); font-weight: 600 }
 .fault { color: #d33; padding: 16px; text-align: center; font-size: 13px; overflow-wrap: anywhere }
 .head { display: flex; gap: 8px; align-items: baseline; padding: 10px 12px 0 } .label { color: var(--accent); font-weight: 600; font-size: 12.5px } .size { color: var(--soft); font-size: 12px; margin-left: auto; white-space: nowrap }
 dl { margin: 6px 0 8px; padding: 0 12px; display: grid; grid-template-columns: auto 1fr; gap: 2px 8px; max-height: 190px; overflow: auto; scrollbar-width: thin; scrollbar-color: var(--line) transparent } dt { color: var(--soft); font-size: 11px; line-height: 20px }

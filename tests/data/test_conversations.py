@@ -4,6 +4,8 @@ what is said before the first step.
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
 from mmjax.data.image import ImageTransform
 from mmjax.data.pipeline import EvaluationData, Pipeline
+from mmjax.data.show import show_data_set
 from mmjax.data.text import load_tokenizer
 from mmjax.models import make_model
 from mmjax.objectives.language_modelling import language_modelling
@@ -205,3 +208,15 @@ def test_packed_conversations_train_as_alone(chat):
     gradients,
     alone_gradients,
   )
+
+
+def test_the_sample_sheet_colours_what_is_learned(chat, tmp_path, capfd):
+  config = resolved(chat, **{"data.text.template": "chatml", "model.end_ids": (6,)})
+  page = show_data_set("chat", tmp_path / "s.html", config=config, data_dir=str(chat)).read_text()
+  assert "5 conversations, " in capfd.readouterr().err
+  talks = re.findall(r'<pre class="talk">(.*?)</pre>', page, re.S)
+  learned = [re.findall(r"<b>(.*?)</b>", talk) for talk in talks]
+  assert ["thing 1 in blue", "&lt;|im_end|&gt;", "number 1", "&lt;|im_end|&gt;"] in learned
+  assert any("&lt;image&gt;a thing?" in talk and "<b>&lt;image" not in talk for talk in talks)
+  plain = show_data_set("chat", tmp_path / "p.html", data_dir=str(chat)).read_text()
+  assert "<b>assistant: thing 1 in blue\n</b>" in plain and "no picture" not in plain
