@@ -63,6 +63,11 @@ def _check_sequences(c: dict) -> None:
         f"data.sequence.{modality} is 0: say how many tokens a medium takes, which is what "
         f"model.connectors.{modality} gives"
       )
+  tiles = c["data"]["image"]["tiles"]
+  if tiles["least"] > tiles["most"]:
+    raise ConfigError(
+      f"data.image.tiles.least is {tiles['least']}, but data.image.tiles.most is {tiles['most']}"
+    )
   for key, text in (
     ("prompt", sequence["prompt"]),
     *((f"written.{name}", text) for name, text in sequence["written"].items()),

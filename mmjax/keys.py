@@ -286,6 +286,21 @@ KEYS = (
     "With 'naflex': patches of a picture at most; shorter ones are padded.",
   ),
   Key(
+    "data.image.tiles.most",
+    1,
+    Size,
+    "Language models: tiles of `size` that a picture is cut into at most, as its aspect ratio is; "
+    "one of several has another of the whole picture. 1 = one picture, one square.",
+  ),
+  Key("data.image.tiles.least", 1, Size, "Tiles of a picture at least."),
+  Key(
+    "data.image.tiles.longest",
+    0,
+    Count,
+    "Pixels that a picture's longest side gets before it is cut (Idefics 3); 0 = the tiles whose "
+    "aspect ratio is nearest to the picture's (InternVL).",
+  ),
+  Key(
     "data.image.crop",
     1.0,
     Portion,
@@ -294,7 +309,7 @@ KEYS = (
   Key(
     "data.image.interpolation",
     "bicubic",
-    Literal["bicubic", "bilinear"],
+    Literal["bicubic", "bilinear", "lanczos"],
     "Resize filter, always antialiased.",
   ),
   Key(
@@ -460,12 +475,14 @@ KEYS = (
       str,
       f"Text around the places of {what}, which stand where {{}} is.",
     )
-    for name, what in (
-      ("image", "a picture"),
-      ("audio", "a sound"),
-      ("video", "a clip"),
-      ("series", "a series"),
-    )
+    for name, what in (("image", "a picture"), ("audio", "a sound"))
+  ),
+  Key(
+    "data.sequence.tiles",
+    ("",) * 4,
+    tuple[str, str, str, str],
+    "Texts of a picture in tiles: before each ({row} and {column} count from 1), after those of a "
+    "row, before the whole picture that follows; the last: before a picture in no tiles.",
   ),
   Key(
     "data.sequence.prompt",

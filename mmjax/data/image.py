@@ -108,7 +108,7 @@ def decode_and_transform(
   size: int,
   resize: Literal["shortest", "squash", "longest"] = "shortest",
   crop: float = 1.0,
-  interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+  interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic",
   augment: Augment | None = None,
   rng: np.random.Generator | None = None,
 ) -> np.ndarray:

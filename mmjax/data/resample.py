@@ -20,7 +20,11 @@ from PIL import Image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the source
 
-_PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_PILLOW = {
+  "bicubic": Image.Resampling.BICUBIC,
+  "bilinear": Image.Resampling.BILINEAR,
+  "lanczos": Image.Resampling.LANCZOS,
+}
 _REDUCE_TO = (
   3  # from twice this scale on, whole pixels are averaged first, down to at least this scale
 )
@@ -73,7 +77,7 @@ def _taps(scale_64: int, interpolation: str) -> np.ndarray:
   """
   s = max(1.0, scale_64 / 64)
   radius = round(1.5 * s) if s < 3 else int(np.ceil(1.75 * s))  # as short as the accuracy allows
-  kernel = _cubic(-0.5) if interpolation == "bicubic" else _triangle
+  kernel = _triangle if interpolation == "bilinear" else _cubic(-0.5)
   sampler = _cubic(-0.75)  # what cv2.INTER_CUBIC uses
   x = np.linspace(-2 * s - 2, 2 * s + 2, 801)
   basis = np.stack(

@@ -33,6 +33,7 @@ from mmjax.data.placeholders import Places, around, placeholders, prompted
 from mmjax.data.sources import Source
 from mmjax.data.templates import ChatTemplate
 from mmjax.data.text import Tokenizer, check_texts
+from mmjax.data.tiles import cut_into_tiles
 from mmjax.printing import printable
 
 
@@ -55,8 +56,21 @@ class Sequences:
     s, self.config = config.data.sequence, config
     self.length, self.slots = s.length, s.slots
     self.modalities = media_of(config)
-    self.places = {name: s[name] for name in self.modalities}
+    tiles = config.data.image.tiles.most
+    # slots that a medium fills at most: a picture's tiles, and one of the whole picture
+    self.most = {name: 1 for name in self.modalities}
+    if "image" in self.most and tiles > 1:
+      self.most["image"] = tiles + 1
+      if self.slots <= tiles:
+        raise UserError(
+          f"data.sequence.slots is {self.slots}, but data.image.tiles.most is {tiles}, so that a "
+          f"picture may fill {tiles + 1}: raise the slots, or cut pictures into fewer tiles"
+        )
     self.tokenizer, self.reader, self.text = tokenizer, reader, config.data.text
+    self.places = {name: s[name] * self.most[name] for name in self.modalities}
+    if self.most.get("image", 1) > 1:
+      tile, row, *first = (len(self._encode(text)) if text else 0 for text in s.tiles)
+      self.places["image"] += tiles * (tile + row) + max(first)
     pad = self.text.pad_id if self.text.pad_id >= 0 else tokenizer.pad_id
     self.pad_id = max(pad, 0)
     if tokenizer.eos_id < 0:
@@ -105,7 +119,7 @@ class Sequences:
     return parts
 
   def size(self, parts: Iterable[Span | Medium]) -> int:
-    """Places that parts take."""
+    """Places that parts take at most."""
     return sum(
       self.places[part.modality] if isinstance(part, Medium) else len(part.tokens) for part in parts
     )
@@ -204,7 +218,7 @@ class Sequences:
       record: Record = {}
       try:
         record = source[index]
-        counts = [int(record.get(name) is not None) for name in self.modalities]
+        counts = [self.most[m] * (record.get(m) is not None) for m in self.modalities]
         if source.text == "conversation":
           for part in range(len(record.get("conversations") or [None])):
             piece, size, counts = self._fitting(record, index, part, targets)
@@ -259,7 +273,8 @@ class Sequences:
     stop, whole = 0, self.size(parts)
     while True:
       counts = [
-        sum(isinstance(p, Medium) and p.modality == name for p in parts) for name in self.modalities
+        self.most[name] * sum(isinstance(p, Medium) and p.modality == name for p in parts)
+        for name in self.modalities
       ]
       size = self.size(parts)
       if size <= self.length and max(counts, default=0) <= self.slots:
@@ -461,36 +476,52 @@ class Sequences:
     """
     kept = getattr(source, "cached", False)
     read = [
-      (
-        self.reader(part.modality).read(medium_of(record, part), kept and not part.number, rng)
-        if isinstance(part, Medium)
-        else ((), "")
-      )
+      self._slots_of(record, part, kept, rng) if isinstance(part, Medium) else ([], 0)
       for part in parts
     ]
     sequence, start = batch["sequence"], at
-    for part, (arrays, _) in zip(parts, read, strict=True):
-      if isinstance(part, Medium):
-        modality, slot = part.modality, used[part.modality]
-        slots = batch["media"][modality]
-        named = dict(zip([k for k in slots if k != "present"], arrays[:-1], strict=True))
-        for key, value in named.items():
-          slots[key][row, slot] = value
-        slots["present"][row, slot] = True
-        written = placeholders(self.config.data.sequence, modality, named)
-        (of_slot,) = (part for part in written if isinstance(part, Places))
-        places = slice(at, at + len(of_slot.offsets))
-        sequence["media_index"][row, places] = self.modalities.index(modality) * self.slots + slot
-        sequence["media_offset"][row, places] = of_slot.offsets
-        used[modality] += 1
-      else:
+    for part, (slots, columns) in zip(parts, read, strict=True):
+      if not isinstance(part, Medium):
         places = slice(at, at + len(part.tokens))
         sequence["tokens"][row, places] = part.tokens
         sequence["loss_mask"][row, places] = part.target
-      at = places.stop
+        at = places.stop
+        continue
+      modality, first = part.modality, used[part.modality]
+      arrays = batch["media"][modality]
+      for slot, named in enumerate(slots, first):
+        for key, value in named.items():
+          arrays[key][row, slot] = value
+        arrays["present"][row, slot] = True
+      of_modality = self.modalities.index(modality) * self.slots + first
+      inner = placeholders(self.config.data.sequence, modality, slots, columns)[1:-1]
+      for run in inner:
+        if isinstance(run, Places):
+          places = slice(at, at + len(run.offsets))
+          sequence["media_index"][row, places] = of_modality + run.slot
+          sequence["media_offset"][row, places] = run.offsets
+        else:
+          tokens = self._encode(run) if run else []
+          places = slice(at, at + len(tokens))
+          sequence["tokens"][row, places] = tokens
+        at = places.stop
+      used[modality] += len(slots)
     sequence["segment_ids"][row, start:at] = number
     sequence["positions"][row, start:at] = np.arange(at - start)
     return at
+
+  def _slots_of(
+    self, record: Record, part: Medium, kept: bool, rng: np.random.Generator | None
+  ) -> tuple[list[dict[str, Any]], int]:
+    """(the arrays of each slot that a medium of a record fills, the columns of its tiles). Raises
+    UserError: unreadable.
+    """
+    reader, own = self.reader(part.modality), medium_of(record, part)
+    if self.most[part.modality] == 1:
+      arrays, _ = reader.read(own, kept and not part.number, rng)
+      return [dict(zip(reader.shapes, arrays[:-1], strict=False))], 0
+    tiles, columns = cut_into_tiles(reader.decode(own[part.modality]), self.config.data.image)
+    return [{"pixels": tile} for tile in tiles], columns
 
 
 def _pairs(record: Record) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from mmjax.data.examples import READERS, CutMedia
 from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
+from mmjax.data.tiles import cut_into_tiles
 from mmjax.files import read_file
 
 Item = str | os.PathLike | bytes | np.ndarray | Image.Image | dict[str, np.ndarray]
@@ -29,18 +30,25 @@ class MediaInputs:
   float [n] or [n, channels] of a sound at the config's rate (-1 to 1, or int16), uint8 [T, H, W, 3]
   of a video, numbers [T, C] of a series (or a path of .npy), or what this returned for one. Raises
   Unreadable, which names the item.
+  Where data.image.tiles cuts pictures, the arrays of one have an axis of tiles first; `slots` takes
+  them apart.
   """
 
   def __init__(self, config, modality: str):
     reader = READERS[modality](config.data, False)
     self.modality, self.reader, self.cut = modality, reader, CutMedia()
     self.rate = config.data.audio.rate
+    self.image = config.data.image
+    self.tiled = modality == "image" and self.image.tiles.most > 1
     self.arrays = {name: dtype for name, (_, dtype) in reader.shapes.items() if name != "key"}
 
   def __call__(self, item: Item, name: str = "") -> dict[str, np.ndarray]:
     if isinstance(item, dict):
       return item
     try:
+      if self.tiled:
+        tiles, columns = cut_into_tiles(self.reader.decode(self._content(item)), self.image)
+        return {"pixels": tiles, "columns": np.array(columns)}
       arrays, surplus = self.reader.example(self._content(item), None)
     except Unreadable as error:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
@@ -50,6 +58,12 @@ class MediaInputs:
       name: np.asarray(x, dtype)
       for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)
     }
+
+  def slots(self, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """What a call returned for one item, as the arrays of each slot that it fills."""
+    if not self.tiled:
+      return [arrays]
+    return [{"pixels": tile} for tile in arrays["pixels"]]
 
   def sound(self, item: Item, name: str = "") -> np.ndarray | dict[str, np.ndarray]:
     """The whole of a sound, float32 [n] at the config's rate, however long; what is already arrays

@@ -249,12 +249,13 @@ class LanguageGenerator:
     self, modality: str, item: Item, media: list[tuple[str, dict[str, np.ndarray]]]
   ) -> list[str | Places]:
     """What stands in a prompt for a medium, whose slots are added to those of `media`."""
-    arrays = self.media[modality](item)
+    found = self.media[modality](item)
+    slots, columns = self.media[modality].slots(found), int(found.get("columns", 0))
     before = sum(name == modality for name, _ in media)
-    media.append((modality, arrays))
+    media += [(modality, arrays) for arrays in slots]
     return [
       part._replace(slot=before + part.slot) if isinstance(part, Places) else part
-      for part in placeholders(self.config.data.sequence, modality, arrays)
+      for part in placeholders(self.config.data.sequence, modality, slots, columns)
     ]
 
   def _parts(self, number: int, whole: list[str | Places]) -> list[list[int] | Places]:

@@ -10,9 +10,10 @@ import pytest
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
-from mmjax.data.image import ImageTransform
+from mmjax.data.image import ImageTransform, decode
 from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
 from mmjax.data.text import load_tokenizer
+from mmjax.data.tiles import cut_into_tiles
 from tests.data.conftest import picture, record
 from tests.data.test_pipeline import assert_equal
 
@@ -136,6 +137,27 @@ def test_several_questions_share_a_picture_in_training_and_none_in_evaluation(as
   assert orders == {True, False}
   entry = dict(name="asked", split="train", languages=(), text="question")
   assert len(EvaluationData(c, entry, 8).items) == 24  # one question each
+
+
+def test_pictures_in_tiles_fill_a_slot_each(asked):
+  settings = {"data.image.tiles.most": 2, "data.image.tiles.least": 2}
+  with pytest.raises(UserError, match="slots is 2, but data.image.tiles.most is 2.*fill 3"):
+    Pipeline(resolved(asked, "asked", "question", **settings))
+  c = resolved(asked, "asked", "question", **settings, **{"data.sequence.slots": 3})
+  tiles = [cut_into_tiles(decode(picture(i)), c.data.image)[0] for i in range(12)]
+  batch, found = Pipeline(c).batch(0), []
+  for row in range(4):
+    (example,) = examples_of(batch, row)
+    if not len(example[0]):
+      continue  # the example whose picture cannot be read
+    np.testing.assert_array_equal(example[2], np.repeat(np.arange(3), PLACES))
+    there = batch["sequence"]["media_index"][row] >= 0
+    offsets = batch["sequence"]["media_offset"][row][there]
+    np.testing.assert_array_equal(offsets, np.tile(np.arange(PLACES), 3))
+    shown = batch["media"]["image"]["pixels"][row]
+    found += [i for i in range(12) if (shown == tiles[i]).all()]
+    assert batch["media"]["image"]["present"][row].all()
+  assert len(set(found)) >= 3
 
 
 def test_long_documents_are_cut_into_pieces_and_nothing_is_lost(asked, capsys):

@@ -52,12 +52,12 @@ def save(folder, model, keep=None, **how):
   model.save_pretrained(folder, **how)
 
 
-def opened(folder, kind):
+def opened(folder, kind, processor=transformers.AutoProcessor):
   model, info = kind.from_pretrained(
     folder, attn_implementation="eager", output_loading_info=True, dtype=torch.float32
   )
   assert not info["missing_keys"] and not info["unexpected_keys"], info
-  return model.eval(), transformers.AutoProcessor.from_pretrained(folder)
+  return model.eval(), processor.from_pretrained(folder)
 
 
 def batch_of(predictor, prompt, **media):
@@ -68,14 +68,23 @@ def batch_of(predictor, prompt, **media):
   return batch
 
 
-def assert_equal_both_ways(tmp_path, kind, call, prompt, media, gradient, theirs_prompt=None):
+def assert_equal_both_ways(
+  tmp_path,
+  kind,
+  call,
+  prompt,
+  media,
+  gradient,
+  theirs_prompt=None,
+  processor_class=transformers.AutoProcessor,
+):
   """The folder tmp_path / "theirs" gives an import of equal tokens, logits, loss, gradient and 32
   greedy tokens, and an export that transformers opens with equal logits; its import has equal bits.
 
   call(processor, text): transformers' inputs. gradient: (name of a parameter there, path here,
   function of the one to the other). Returns (the predictor, its batch, transformers' inputs).
   """
-  theirs, processor = opened(tmp_path / "theirs", kind)
+  theirs, processor = opened(tmp_path / "theirs", kind, processor_class)
   theirs_prompt = prompt if theirs_prompt is None else theirs_prompt
   inputs = call(processor, theirs_prompt)
   inputs.pop("labels", None)
@@ -116,7 +125,7 @@ def assert_equal_both_ways(tmp_path, kind, call, prompt, media, gradient, theirs
   assert written == processor.decode(greedy, skip_special_tokens=True) != ""
 
   export_hf(tmp_path / "in", tmp_path / "out")
-  exported, again = opened(tmp_path / "out", kind)
+  exported, again = opened(tmp_path / "out", kind, processor_class)
   assert type(again) is type(processor)
   exported_inputs = call(again, theirs_prompt)
   exported_inputs.pop("labels", None)
@@ -135,7 +144,8 @@ def assert_equal_both_ways(tmp_path, kind, call, prompt, media, gradient, theirs
 def assert_equal_pixels(predictor, batch, inputs, key="pixel_values"):
   """Every pixel of the slots of pictures equals the processor's."""
   image = predictor.config.data.image
-  pixels = batch["media"]["image"]["pixels"][0]
-  ours = (pixels / 255 - np.array(image.mean)) / np.array(image.std)
   theirs = inputs[key].numpy().reshape(-1, *inputs[key].shape[-3:])
+  pixels = batch["media"]["image"]["pixels"][0]
+  assert not pixels[len(theirs) :].any()  # slots that no picture fills
+  ours = (pixels[: len(theirs)] / 255 - np.array(image.mean)) / np.array(image.std)
   np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), theirs, atol=1e-5)

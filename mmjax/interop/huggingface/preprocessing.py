@@ -52,6 +52,9 @@ PROCESSORS = {  # name of an image processor -> what it does where its file is s
     _HALF, size={"height": 256, "width": 256}, resample=3, do_center_crop=True, crop_size=224
   ),
   "Gemma3": dict(_HALF, size={"height": 224, "width": 224}, resample=2, do_center_crop=False),
+  "GotOcr2": dict(
+    _CROPS, size={"height": 384, "width": 384}, do_center_crop=False, min_patches=1, max_patches=12
+  ),
   "ConvNext": dict(_HALF, size={"shortest_edge": 384}, resample=3, do_center_crop=False),
 }
 SHORTEST = ("CLIP", "Bit", "ConvNext")  # those for which a size of one number is the shortest side
@@ -97,9 +100,11 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
   mean, std = (
     (facts["image_mean"], facts["image_std"]) if facts["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
   )
-  common = dict(
+  common: dict[str, Any] = dict(
     interpolation=FILTERS[resample], mean=tuple(map(float, mean)), std=tuple(map(float, std))
   )
+  if hasattr(family, "tiles"):
+    common["tiles"] = family.tiles(facts)
   if "max_num_patches" in family.PREPROCESSOR:
     return dict(
       resize="naflex",
