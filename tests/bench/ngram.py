@@ -1,7 +1,7 @@
 """What a language model of documents has to beat: `gzip -9`, and byte n-grams with Kneser-Ney
 smoothing, in bits a byte of a split.
 
-  python -m tests.bench.ngram --source python_topics --train train+docstrings --split validation
+  python tests/bench/ngram.py --source python_topics --train train+docstrings --split validation
 
 The n-grams are interpolated, with modified discounts (Chen and Goodman 1999, section 3): three an
 order, from counts of counts; orders below the highest count in how many contexts a byte was seen.

@@ -6,13 +6,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import pathlib
 import shlex
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
-from mmjax.data.builders import easy_vqa, emoji_scenes, find_version, moving_emoji, spoken_emoji
+from mmjax.data.builders import (
+  clip_questions,
+  easy_vqa,
+  emoji_scenes,
+  find_version,
+  moving_emoji,
+  python_topics,
+  spoken_emoji,
+  spoken_questions,
+)
 from mmjax.data.builders.spoken_emoji import HEARD, plan
 from tests.e2e.commands import ROOT
 
@@ -20,6 +30,9 @@ SCENES = {"train": 3000, "validation": 60, "test": 120, "test_many": 10}
 COUNTS = {1: 1.0}  # objects of a scene
 CLIPS = {"train": (30, 4), "validation": (10, 1), "test": (20, 1), "test_objects": (5, 1)}
 QUESTIONS = {"train": 1200, "validation": 20, "test": 80}  # pictures, with some ten questions each
+TWO_MOVES = {"train": 120, "validation": 10, "test": 20}  # clips of clip_questions
+SPOKEN = {"train": 120, "validation": 12, "test": 12}  # of spoken_questions
+MODULES = 30  # of the standard library, whose docstrings python_topics has
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
 
 
@@ -51,11 +64,17 @@ def few_utterances(emoji) -> dict[str, list]:
 def smaller() -> Iterator[None]:
   pictures = easy_vqa.find_splits()
   fewer = {split: pictures[split][:count] for split, count in QUESTIONS.items()}
+  docstrings = python_topics.docstrings
   with (
     mock.patch.multiple(easy_vqa, SIZES=QUESTIONS, find_splits=lambda: fewer),
     mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS),
     mock.patch.object(moving_emoji, "GROUPS", CLIPS),
     mock.patch.object(spoken_emoji, "plan", few_utterances),
+    mock.patch.object(spoken_questions, "SPLITS", SPOKEN),
+    mock.patch.object(clip_questions, "SPLITS", TWO_MOVES),
+    mock.patch.object(
+      python_topics, "docstrings", lambda library: itertools.islice(docstrings(library), MODULES)
+    ),
   ):
     yield
 

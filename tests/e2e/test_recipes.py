@@ -22,6 +22,7 @@ from mmjax.evaluation import Evaluation
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training.program import Program
+from tests.bench import ngram
 from tests.e2e import small_data
 from tests.e2e.commands import ROOT, metrics, parameters, read_until, run, start
 
@@ -131,6 +132,8 @@ MADE_OF_OTHERS = {
   "emoji_groups:scratch",
   "multitask",
 }
+# Language models: in full with --all, by tests of their own where one starts from another.
+LANGUAGE_MODELS = ("words",)
 BESIDE = {
   "speech_recognition": ("speech_text",)
 }  # shortened, it takes the tokenizer of that recipe
@@ -165,8 +168,9 @@ FULL = [
   ),  # 0.772 measured, 0.490 for the same model without pictures (`:blind`)
   ("image_audio", {"retrieval/image_audio": {"image_to_audio/R@1": 0.04}}),
   ("emoji_gan", {"generated/combinations": {"mean_class_accuracy": 0.2}}),
+  ("words", {"likelihood/test": {"bits_per_byte": 1.7}}),
 ]
-AT_MOST = ("word_error_rate",)  # bars of these are from above
+AT_MOST = ("word_error_rate", "bits_per_byte")  # bars of these are from above
 
 
 def config_of(recipe: str) -> str:
@@ -219,7 +223,7 @@ def test_a_short_run_learns(recipe, changes, bars, small, tmp_path, monkeypatch)
   check(tmp_path / "run", bars)
 
 
-@pytest.mark.parametrize("recipe", sorted({*MADE_OF_OTHERS, "emoji_gan"}))
+@pytest.mark.parametrize("recipe", sorted({*MADE_OF_OTHERS, "emoji_gan", *LANGUAGE_MODELS}))
 def test_a_tiny_version_takes_a_step_of_each_kind(recipe, small, monkeypatch):
   """On its own data; every loss is finite, every parameter that is trained moves, and the data of
   its evaluators is there."""
@@ -332,7 +336,20 @@ def test_one_model_for_three_tasks_is_as_good_as_each_alone(embedded_data, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*(row[0] for row in SHORT), "emoji_gan"])
+def test_words_are_predicted_better_than_by_ngrams_and_gzip(embedded_data, tmp_path):
+  """By n-grams of the same text, and of the topics alone, which predict the topics better."""
+  small_data.build(embedded_data, ["words"], small=False)
+  run("train", "--config", config_of("words"), "--workdir", str(tmp_path / "run"), seconds=3600)
+  scores = json.loads((tmp_path / "run" / "eval.json").read_text())
+  for split in ("validation", "test"):
+    for train in ("train", "train+docstrings"):
+      others = ngram.measure("python_topics", train, split)
+      best = min(others["gzip"], others["5-gram"])
+      assert scores[f"likelihood/{split}"]["bits_per_byte"] < best - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [*(row[0] for row in SHORT), "emoji_gan", *LANGUAGE_MODELS])
 def test_a_killed_run_goes_on_bit_for_bit(recipe, small, tmp_path, monkeypatch):
   monkeypatch.setenv("MMJAX_DATA", str(small(recipe)))
   words = (
@@ -346,6 +363,7 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, small, tmp_path, monkeypatch):
     "--config.train.batch_size=14",
     "--config.schedule.warmup=1",
     "--config.log.tensorboard=False",
+    "--config.init.from=",
   )
   run(*words, "--workdir", str(tmp_path / "whole"))
   process = start(*words, "--workdir", str(tmp_path / "killed"))
