@@ -42,7 +42,7 @@ from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
 # the nearest first: what several can express is exported as the first of them
-WITH_MEDIA = ("llava", "paligemma", "gemma3", "internvl", "qwen2_audio")
+WITH_MEDIA = ("llava", "paligemma", "gemma3", "internvl", "idefics3", "qwen2_audio")
 LANGUAGE_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
   **{
@@ -352,9 +352,13 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   nearest: tuple[str, list[str]] = "", []
   for name in candidates:
     family = _family(name, Path())
+    try:
+      refusals = family.refusals(config)
+    except UserError:  # its config.json cannot even say this model's sizes
+      continue
     reasons = [
       f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
-      for key, value, allowed in (*family.refusals(config), *sentences.refusals(config))
+      for key, value, allowed in (*refusals, *sentences.refusals(config))
       if value not in allowed
     ]
     if not reasons:

@@ -108,7 +108,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
     image["heads"],
     depth,
   )
-  biased = image["block"].get("qkv_bias", True)
+  biased = image.get("block", {}).get("qkv_bias", True)
   patch = f"{embeddings}.patch_embeddings.projection"
   return [
     mapping.same("image/class", f"{embeddings}.cls_token", shape=(1, 1, -1)),
@@ -148,7 +148,7 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
   text = with_media.text_facts(config, special, TEXT)
   vision = dict(clip.tower_facts(image, "internvl_vision"), norm_type="layer_norm", num_channels=3)
   vision |= dict(image_size=config["data"]["image"]["size"], patch_size=image["patch"])
-  vision |= dict(attention_bias=image["block"].get("qkv_bias", True))
+  vision |= dict(attention_bias=image.get("block", {}).get("qkv_bias", True))
   vision |= dict(use_mean_pooling=not image["final_norm"])
   return dict(
     model_type="internvl",

@@ -25,7 +25,7 @@ TEXT = ("gemma2",)  # families that may write
 
 # What transformers assumes where config.json is silent.
 FACTS = dict(image_token_index=256_000, tie_word_embeddings=True)
-VISION = dict(hidden_size=1152, intermediate_size=4096, num_hidden_layers=27)
+VISION: dict[str, Any] = dict(hidden_size=1152, intermediate_size=4096, num_hidden_layers=27)
 VISION |= dict(num_attention_heads=16, patch_size=14, vision_use_head=False)
 
 

@@ -55,10 +55,18 @@ PROCESSORS = {  # name of an image processor -> what it does where its file is s
   "GotOcr2": dict(
     _CROPS, size={"height": 384, "width": 384}, do_center_crop=False, min_patches=1, max_patches=12
   ),
+  "Idefics3": dict(
+    _HALF,
+    size={"longest_edge": 4 * 364},
+    max_image_size={"longest_edge": 364},
+    resample=1,
+    do_center_crop=False,
+    do_image_splitting=True,
+  ),
   "ConvNext": dict(_HALF, size={"shortest_edge": 384}, resample=3, do_center_crop=False),
 }
 SHORTEST = ("CLIP", "Bit", "ConvNext")  # those for which a size of one number is the shortest side
-FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> dict[str, Any]:
@@ -79,6 +87,11 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
     **(PROCESSORS[name] if name else family.PREPROCESSOR),
     **{key: value for key, value in stated.items() if value is not None},
   }
+  if hasattr(family, "tiles"):
+    cut = dict(tiles=family.tiles(facts))
+    facts["do_pad"] = False  # all tiles are of one size
+  else:
+    cut = {}
   for key in ("do_pad", "do_flip_channel_order", "do_reduce_labels", "do_pan_and_scan"):
     if facts.get(key):
       raise UserError(f"{path}: {key} is {facts[key]!r}, which is not supported")
@@ -87,7 +100,7 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
   resample = facts["resample"]
   if resample not in FILTERS or not facts["do_resize"]:
     raise UserError(
-      f"{path}: do_resize {facts['do_resize']} with resample {resample}, but only resizing by 2 "
+      f"{path}: do_resize {facts['do_resize']} with resample {resample}, but only resizing by 1 (Lanczos), 2 "
       "(bilinear) or 3 (bicubic) is supported"
     )
   if not facts["do_rescale"] or abs(facts["rescale_factor"] * 255 - 1) > 1e-4:
@@ -101,10 +114,8 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
     (facts["image_mean"], facts["image_std"]) if facts["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
   )
   common: dict[str, Any] = dict(
-    interpolation=FILTERS[resample], mean=tuple(map(float, mean)), std=tuple(map(float, std))
+    **cut, interpolation=FILTERS[resample], mean=tuple(map(float, mean)), std=tuple(map(float, std))
   )
-  if hasattr(family, "tiles"):
-    common["tiles"] = family.tiles(facts)
   if "max_num_patches" in family.PREPROCESSOR:
     return dict(
       resize="naflex",
@@ -201,8 +212,7 @@ def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]
   )
   resample = {name: number for number, name in FILTERS.items()}[image["interpolation"]]
   whole = dict(processor_class=family.PROCESSOR_CLASS) if family.PROCESSOR_CLASS else {}
-  if hasattr(family, "image_processor"):
-    whole |= family.image_processor(config)
+  more = family.image_processor(config) if hasattr(family, "image_processor") else {}
   return dict(
     image_processor_type=family.IMAGE_PROCESSOR_CLASS,
     **whole,
@@ -214,7 +224,7 @@ def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]
     image_mean=list(image["mean"]),
     image_std=list(image["std"]),
     do_convert_rgb=True,
-    **how,
+    **{**how, **more},
   )
 
 

@@ -32,23 +32,26 @@ def text_settings(
   tensors: Mapping[str, np.ndarray],
   names: Sequence[str],
   usual: str,
+  at: str = "language_model.",
   **stated: Any,
 ) -> dict[str, Any]:
   """The settings of the text_config of `f`, which is of one of the families `names`, `usual` where
-  it does not say. stated: what overrides it.
+  it does not say. at: what names of its tensors begin with. stated: what overrides it.
   """
   text = {**(f.get("text_config") or {}), **stated}
-  own = {name.removeprefix("language_model."): x for name, x in tensors.items()}
+  own = {name.removeprefix(at): x for name, x in tensors.items()}
   ids = {key: f[key] for key in (decoders.GENERATION, "pad_token_id") if key in f}
   return decoders.family(text.get("model_type", usual), names).settings({**text, **ids}, own)
 
 
-def text_rules(config: Mapping[str, Any], names: Sequence[str]) -> list[Rule]:
-  """The weights of the language model."""
+def text_rules(
+  config: Mapping[str, Any], names: Sequence[str], at: str = "language_model."
+) -> list[Rule]:
+  """The weights of the language model, whose names begin with `at`."""
   rules = decoders.nearest(config, names).rules(decoders.without_encoders(config))
   return [
     *(r for r in rules if decoders.HEAD in r.theirs),
-    *mapping.under("language_model.", [r for r in rules if decoders.HEAD not in r.theirs]),
+    *mapping.under(at, [r for r in rules if decoders.HEAD not in r.theirs]),
   ]
 
 
@@ -59,20 +62,22 @@ def text_facts(
   return decoders.nearest(config, names).facts(decoders.without_encoders(config), special)
 
 
-def siglip_settings(f: Mapping[str, Any], **usual: Any) -> tuple[dict[str, Any], int]:
+def siglip_settings(
+  f: Mapping[str, Any], model_type: str = "siglip_vision_model", **usual: Any
+) -> tuple[dict[str, Any], int]:
   """(settings of the tower of a vision_config, which is SigLIP's; size of its pictures). usual:
   what holds where it is silent.
   """
   vision = {**siglip.VISION, **usual, **(f.get("vision_config") or {})}
-  only_tower(vision, "siglip_vision_model")
+  only_tower(vision, model_type)
   image = clip.vision_settings(vision)
   image.update(pooling="mean", input_norm=False, patch_bias=True)
   return image, clip.square(vision["image_size"], "vision_config.image_size")
 
 
-def siglip_rules(image: Mapping[str, Any]) -> list[Rule]:
+def siglip_rules(image: Mapping[str, Any], at: str = "vision_tower.") -> list[Rule]:
   """The weights of a tower of SigLIP without its head."""
-  return [*siglip.patch_rules(image, "vision_tower."), *siglip.image_rules(image, "vision_tower.")]
+  return [*siglip.patch_rules(image, at), *siglip.image_rules(image, at)]
 
 
 def only_tower(stated: Mapping[str, Any], model_type: str, key: str = "vision_config") -> None:
