@@ -100,8 +100,8 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
   resample = facts["resample"]
   if resample not in FILTERS or not facts["do_resize"]:
     raise UserError(
-      f"{path}: do_resize {facts['do_resize']} with resample {resample}, but only resizing by 1 (Lanczos), 2 "
-      "(bilinear) or 3 (bicubic) is supported"
+      f"{path}: do_resize {facts['do_resize']} with resample {resample}, but only resizing by 1 "
+      "(Lanczos), 2 (bilinear) or 3 (bicubic) is supported"
     )
   if not facts["do_rescale"] or abs(facts["rescale_factor"] * 255 - 1) > 1e-4:
     raise UserError(
