@@ -47,11 +47,12 @@ from mmjax.data.examples import (
   stand_in_id,
   streams,
 )
-from mmjax.data.media import content_key
+from mmjax.data.media import bytes_key, content_key
 from mmjax.data.order import Balance, Order
 from mmjax.data.parts import Span
 from mmjax.data.sequences import Piece
 from mmjax.data.sources import Source, label_numbers, open_source
+from mmjax.data.templates import ChatTemplate
 from mmjax.data.text import Tokenizer, text_key
 
 
@@ -139,6 +140,11 @@ class Pipeline:
   def unreadable(self) -> int:
     return len(self._bad)
 
+  @property
+  def template(self) -> ChatTemplate:
+    """The chat template of the conversations. Raises UserError: there is none."""
+    return self._examples.sequences.template
+
   def source_of(self, step: int) -> str:
     """The name of the entry of data.sources that a step's rows come from; "" where sources mix
     within a batch.
@@ -158,6 +164,8 @@ class Pipeline:
       tokenizer = self._examples.sequences.tokenizer
     elif "text" in self._examples.modalities:
       tokenizer = self._examples.text.tokenizer
+    if any(source.text == "conversation" for source in self.sources):
+      found["template"] = f"content {bytes_key(self.template.source.encode()):016x}"
     if tokenizer is not None:
       found["tokenizer"] = f"{self.config.data.text.tokenizer}: content {tokenizer.fingerprint}"
     return found

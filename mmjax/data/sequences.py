@@ -215,13 +215,11 @@ class Sequences:
     targets: list[int] = []
     broken: list[str] = []
     for index in range(len(source)):
-      record: Record = {}
       try:
         record = source[index]
         counts = [self.most[m] * (record.get(m) is not None) for m in self.modalities]
         if source.text == "conversation":
-          for part in range(len(record.get("conversations") or [None])):
-            piece, size, counts = self._fitting(record, index, part, targets)
+          for piece, size, counts in self._talks(record, index, targets, broken):
             if not piece:
               long.append(size)
               continue
@@ -239,8 +237,7 @@ class Sequences:
           continue
         size = self._most(record, source)
       except UserError as error:
-        if source.text == "conversation":
-          broken.append(f"{record.get('id', index)}: {error}")
+        broken.append(f"{source.name}[{index}]: {error}")
         counts, size = [0] * len(self.modalities), 0
       if size > self.length:
         long.append(size)
@@ -261,6 +258,23 @@ class Sequences:
       )
     shape = (len(pieces), len(self.modalities))
     return pieces, np.array(lengths, np.int64), np.array(media, np.int64).reshape(shape)
+
+  def _talks(
+    self, record: Record, index: int, targets: list[int], broken: list[str]
+  ) -> list[tuple[Piece | None, int, list[int]]]:
+    """`_fitting` of each conversation of a record; those that cannot be used take no place."""
+    found, shown = [], [0] * len(self.modalities)
+    for part in range(len(record.get("conversations") or [None])):
+      try:
+        found.append(self._fitting(record, index, part, targets))
+        shown = np.add(shown, found[-1][2]).tolist()
+      except UserError as error:
+        broken.append(f"{record['id']}: {error}")
+        found.append((Piece(index, part), 0, [0] * len(self.modalities)))
+    for name, count in zip(self.modalities, shown, strict=True):
+      if found[0][1] and not count and record.get(name) is not None:
+        broken.append(f"{record['id']}: its {WORDS[name]} stands in no conversation, and is unseen")
+    return found
 
   def _fitting(
     self, record: Record, index: int, part: int, targets: list[int]
@@ -308,7 +322,7 @@ class Sequences:
         f"{self.length}, slots {self.slots}) and end after the last answer that fits"
       )
     if broken:
-      lines.append(f"{source.name}: {len(broken):,} records cannot be used, such as {broken[0]}")
+      lines.append(f"{source.name}: {len(broken):,} faults, such as {broken[0]}")
     print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
 
   def _most(self, record: Record, source: Source) -> int:

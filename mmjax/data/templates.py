@@ -22,7 +22,7 @@ from mmjax.data.template_families import FAMILIES
 from mmjax.data.text import Tokenizer, check_texts
 
 ROLES = ("system", "user", "assistant", "tool")
-LOSSES = ("every", "last")
+ASSET = "conversation.jinja"  # the template of a run, in its checkpoints
 
 # What templates write for a medium where they read the parts of a content themselves.
 _PLACEHOLDERS = {

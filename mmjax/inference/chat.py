@@ -18,7 +18,7 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.data.parts import MEDIA, Span
 from mmjax.data.placeholders import Places
-from mmjax.data.templates import ChatTemplate
+from mmjax.data.templates import ASSET, ChatTemplate
 from mmjax.data.text import Tokenizer
 from mmjax.files import write_whole
 from mmjax.inference.engine import Decoding
@@ -45,7 +45,8 @@ class Conversations:
       raise UserError("only a language model converses (model.name 'language_model')")
     self.language, self.media = predictor.language, predictor.media
     self.tokenizer: Tokenizer = predictor.tokenizer
-    named: str = template or predictor.config.data.text.get("template", "")
+    kept = predictor.assets.get(ASSET, b"").decode()
+    named: str = template or kept or predictor.config.data.text.get("template", "")
     if not named and self.tokenizer.chat_template:
       named = "tokenizer"
     self.template = ChatTemplate.read(named, self.tokenizer)

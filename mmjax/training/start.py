@@ -23,6 +23,7 @@ from mmjax.config import UserError
 from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.statistics import Statistics
+from mmjax.data.templates import ASSET
 from mmjax.data.text import Tokenizer, load_tokenizer
 from mmjax.evaluation import report
 from mmjax.files import disk_errors
@@ -242,12 +243,14 @@ def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
 
 def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:
   """What inference needs besides parameters, {file name: content}: the tokenizer of a model that
-  reads or writes texts, classes.json, the names of a classifier's outputs, and values.json, those
-  of the values that it predicts."""
+  reads or writes texts, its chat template, classes.json, the names of a classifier's outputs, and
+  values.json, those of the values that it predicts."""
   texts = (
     "text" in config.model.encoders or config.model.get("decoder") or config.data.sequence.length
   )
   assets = load_tokenizer(config.data).to_assets() if config.data.text.tokenizer and texts else {}
+  if config.data.sequence.length and config.data.text.template:
+    assets[ASSET] = pipeline.template.source.encode()
   names = next(filter(None, (class_names(source, config.data) for source in pipeline.sources)), ())
   if config.data.label != "none" and names:
     assets["classes.json"] = json.dumps(names).encode()

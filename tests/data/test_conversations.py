@@ -153,7 +153,7 @@ def test_a_source_without_targets_says_why(tiny, tmp_path, talk, message, capfd)
   assert "\n" not in str(caught.value)
   write_records(tmp_path, "mixed", [dict(conversations=[talk]), dict(conversations=[TALKS[0]])])
   Pipeline(resolved(tmp_path, "mixed"))
-  assert message == "no conversation has a target" or "cannot be used" in capfd.readouterr().err
+  assert message == "no conversation has a target" or " faults, such as " in capfd.readouterr().err
 
 
 def test_a_template_must_end_turns_with_a_token_that_ends_texts(chat):
@@ -220,3 +220,20 @@ def test_the_sample_sheet_colours_what_is_learned(chat, tmp_path, capfd):
   assert any("&lt;image&gt;a thing?" in talk and "<b>&lt;image" not in talk for talk in talks)
   plain = show_data_set("chat", tmp_path / "p.html", data_dir=str(chat)).read_text()
   assert "<b>assistant: thing 1 in blue\n</b>" in plain and "no picture" not in plain
+
+
+def test_a_bad_conversation_costs_only_itself_and_idle_media_are_named(tiny, tmp_path, capfd):
+  (tmp_path / "tokenizers").symlink_to(tiny / "tokenizers")
+  bad = [turn("assistant", "x")]
+  talks = [TALKS[1], bad, TALKS[3]]
+  picture_unused = dict(conversations=[TALKS[3], TALKS[3][:1] + [turn("assistant", "red")]])
+  records = [record(0, captions={}, conversations=talks), record(1, captions={}, **picture_unused)]
+  write_dataset("several", tmp_path, {"train": records}, fields=("image", "conversations"))
+  pipeline = Pipeline(resolved(tmp_path, "several", **{"data.sequence.pack": False}))
+  said = capfd.readouterr().err
+  assert "several: 4 conversations" in said and "2 faults, such as r000: roles out of order" in said
+  assert pipeline.examples == 5 and pipeline.batch(0)["valid"].sum() == 4
+  records = [record(1, captions={}, **picture_unused)]
+  write_dataset("idle", tmp_path, {"train": records}, fields=("image", "conversations"))
+  Pipeline(resolved(tmp_path, "idle"))
+  assert "r001: its picture stands in no conversation" in capfd.readouterr().err
