@@ -8,8 +8,10 @@ import torch
 import transformers
 from PIL import Image
 
+import mmjax
 from mmjax.config import UserError
-from mmjax.interop.huggingface import idefics3
+from mmjax.interop.huggingface import idefics3, import_hf
+from mmjax.models import make_model
 from tests.interop.media_families import (
   IMAGE,
   SIGLIP,
@@ -17,6 +19,7 @@ from tests.interop.media_families import (
   TEXT,
   assert_equal_both_ways,
   assert_equal_pixels,
+  batch_of,
   save,
 )
 from tests.interop.test_language_models import words
@@ -67,6 +70,37 @@ def test_idefics3_equals_transformers_both_ways(settings, tmp_path):
     ),
   )
   assert_equal_pixels(*found)
+
+
+def test_a_smolvlm_is_an_idefics3_by_another_name(tmp_path):
+  """Its processor needs torchvision for clips, but prepares and writes pictures alike."""
+  save_model(tmp_path / "theirs")
+  for name in ("config.json", "processor_config.json"):
+    content = (tmp_path / "theirs" / name).read_text()
+    content = content.replace("Idefics3", "SmolVLM").replace("idefics3", "smolvlm")
+    (tmp_path / "theirs" / name).write_text(content)
+  model, info = transformers.SmolVLMForConditionalGeneration.from_pretrained(
+    tmp_path / "theirs", output_loading_info=True
+  )
+  assert not info["missing_keys"] and not info["unexpected_keys"]
+  import_hf(tmp_path / "theirs", tmp_path / "in")
+  predictor = mmjax.load(tmp_path / "in")
+  batch = batch_of(predictor, "a <image>b", image=PICTURES[:1])
+  length, s = int(batch["sequence"]["length"][0]), batch["sequence"]
+  image, slots = predictor.config.data.image, batch["media"]["image"]["pixels"][0, :5]
+  pixels = (slots / 255 - np.array(image.mean)) / np.array(image.std)
+  hidden, _, _ = make_model(predictor.config).apply(
+    {"params": predictor.params},
+    {**batch, "sequence": {k: x[:, :length] for k, x in s.items() if k != "length"}},
+    method="next_tokens",
+  )
+  logits = np.asarray(hidden[0] @ predictor.params["output"].T)
+  with torch.no_grad():
+    want = model.eval()(
+      input_ids=torch.from_numpy(s["tokens"][:1, :length]).long(),
+      pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2)[None]).float(),
+    ).logits[0]
+  np.testing.assert_allclose(logits, want, atol=1e-4)
 
 
 def test_variants_that_are_not_covered_are_refused_by_name():

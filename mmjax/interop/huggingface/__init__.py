@@ -42,7 +42,7 @@ from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
 # the nearest first: what several can express is exported as the first of them
-WITH_MEDIA = ("llava", "paligemma", "gemma3", "internvl", "idefics3", "qwen2_audio")
+WITH_MEDIA = ("llava", "paligemma", "gemma3", "internvl", "idefics3", "smolvlm", "qwen2_audio")
 LANGUAGE_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
   **{

@@ -1,5 +1,5 @@
-"""Idefics 3 (model_type "idefics3", Laurencon et al. 2024, arXiv:2408.12637), of which SmolVLM is
-one: SigLIP's tower of pictures, squares of tokens as one (pixel shuffle), a matrix, and Llama.
+"""Idefics 3 (model_type "idefics3", Laurencon et al. 2024, arXiv:2408.12637), which SmolVLM is
+too: SigLIP's tower of pictures, squares of tokens as one (pixel shuffle), a matrix, and Llama.
 Pictures come in tiles with the whole picture after them, see data/tiles.py.
 """
 
@@ -38,7 +38,8 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   of scale_factor.
   """
   f = {**FACTS, **facts}
-  tied = dict(tie_word_embeddings=f["tie_word_embeddings"])
+  eps = (f.get("text_config") or {}).get("rms_norm_eps", 1e-5)
+  tied = dict(tie_word_embeddings=f["tie_word_embeddings"], rms_norm_eps=eps)
   found = with_media.text_settings(f, tensors, TEXT, "llama", AT, **tied)
   image, size = with_media.siglip_settings(f, _kind(f), **VISION)
   side, fold = size // image["patch"], f["scale_factor"]

@@ -42,6 +42,14 @@ _CROPS = dict(
   image_mean=(0.48145466, 0.4578275, 0.40821073),
   image_std=(0.26862954, 0.26130258, 0.27577711),
 )
+_CUT = dict(
+  _HALF,
+  size={"longest_edge": 4 * 364},
+  max_image_size={"longest_edge": 364},
+  resample=1,
+  do_center_crop=False,
+  do_image_splitting=True,
+)
 PROCESSORS = {  # name of an image processor -> what it does where its file is silent
   "CLIP": _CROPS,
   "Bit": _CROPS,
@@ -55,14 +63,8 @@ PROCESSORS = {  # name of an image processor -> what it does where its file is s
   "GotOcr2": dict(
     _CROPS, size={"height": 384, "width": 384}, do_center_crop=False, min_patches=1, max_patches=12
   ),
-  "Idefics3": dict(
-    _HALF,
-    size={"longest_edge": 4 * 364},
-    max_image_size={"longest_edge": 364},
-    resample=1,
-    do_center_crop=False,
-    do_image_splitting=True,
-  ),
+  "Idefics3": _CUT,
+  "SmolVLM": _CUT,
   "ConvNext": dict(_HALF, size={"shortest_edge": 384}, resample=3, do_center_crop=False),
 }
 SHORTEST = ("CLIP", "Bit", "ConvNext")  # those for which a size of one number is the shortest side
