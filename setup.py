@@ -89,6 +89,7 @@ setup(
       "pillow-heif>=1,<2",
       "transformers>=5,<6",
       "sentence-transformers>=5,<7",
+      "peft>=0.17,<1",
       "pycocoevalcap>=1.2,<2",
       "s3fs>=2025.2",
       "moto>=5.1,<6",

@@ -338,7 +338,7 @@ def _print_table(options, rows: list[dict], markdown: Callable[[list[dict]], str
 def _import(options) -> None:
   from mmjax.interop import huggingface
 
-  huggingface.import_hf(options.folder, options.out)
+  huggingface.import_hf(options.folder, options.out, adapter=options.adapter)
 
 
 def _export(options) -> None:
@@ -948,6 +948,12 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--from", dest="origin", required=True, choices=("hf",))
   sub.add_argument("folder", metavar="DIR")
   sub.add_argument("--out", required=True, metavar="DIR")
+  sub.add_argument(
+    "--adapter",
+    default="",
+    metavar="DIR",
+    help="a PEFT folder: its LoRA is imported with the model",
+  )
 
   sub = command(
     commands,
@@ -958,7 +964,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   _allow_code(sub)
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
-  sub.add_argument("--to", required=True, choices=("hf", "safetensors", "stablehlo"))
+  sub.add_argument("--to", required=True, choices=("hf", "safetensors", "stablehlo", "peft"))
   sub.add_argument("--out", required=True, metavar="DIR")
 
   sub = command(

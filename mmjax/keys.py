@@ -624,6 +624,13 @@ KEYS = (
     tuple,
     "Regexes of parameters that are trained in full beside the factors, such as a new connector.",
   ),
+  Key(
+    "lora.base",
+    "float32",
+    Literal["float32", "int8", "nf4"],
+    "How frozen kernels of layer stacks are held: as they are, in 8 bits by output channel, or in "
+    "4 bits by blocks of 64 (QLoRA).",
+  ),
   Key("schedule.name", "cosine", str, "Learning rate over time."),
   Key("schedule.warmup", "5%", StepsOrNever, "Linear warm-up from zero."),
   Key(

@@ -39,17 +39,18 @@ from mmjax.interop.functions import functions, lower
 from mmjax.ownership import check_free, new_folder
 from mmjax.parallel.mesh import single_device_mesh
 
-FORMATS = ("hf", "safetensors", "stablehlo")
+FORMATS = ("hf", "safetensors", "stablehlo", "peft")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(
   checkpoint: str | os.PathLike, to: str, out: str | os.PathLike, allow_code: Sequence[str] = ()
 ) -> Path:
-  """Writes the checkpoint (run, step or import folder) as `to` ("hf", "safetensors" or "stablehlo")
-  into the new folder `out`.
+  """Writes the checkpoint (run, step or import folder) as `to` ("hf", "safetensors", "stablehlo",
+  or "peft": its adapter alone) into the new folder `out`.
 
-  The parameters are the moving average where the run kept one. allow_code: as of `mmjax.load`.
+  The parameters are the moving average where the run kept one, and an adapter is merged into them.
+  allow_code: as of `mmjax.load`.
   Raises UserError: unknown format, no checkpoint, `out` is not empty or cannot be written; nothing
   is left half-written.
   """
@@ -60,7 +61,12 @@ def export(
     from mmjax.interop import huggingface
 
     return Path(huggingface.export_hf(checkpoint, out, allow_code) or out)
-  predictor = Predictor.load(checkpoint, mesh=single_device_mesh(), allow_code=allow_code)
+  if to == "peft":
+    from mmjax.interop import huggingface
+
+    return huggingface.export_adapter(checkpoint, out, allow_code)
+  mesh = single_device_mesh()
+  predictor = Predictor.load(checkpoint, mesh=mesh, allow_code=allow_code, merged=True)
   with new_folder(Path(out)) as folder:
     (write_safetensors if to == "safetensors" else write_stablehlo)(predictor, folder)
   return Path(out)
@@ -136,14 +142,15 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
       tokenizer=sorted(transform.tokenizer.to_assets()),
     )
   if predictor.writes:
-    decoder = c.model.get("decoder")
+    language = predictor.language is not None
+    decoder = c.model if language else c.model.get("decoder")
     ends = (
       dict(eos_id=decoder.eos_id, pad_id=decoder.pad_id)
       if decoder
       else dict(eos_id=-1, pad_id=c.model.blank)
     )
     facts["written"] = dict(
-      length=c.data.text.length,
+      length=c.data.sequence.length if language else c.data.text.length,
       **ends,
       tokenizer=sorted(
         name for name in predictor.assets if name.startswith(("tokenizer.", "vocab."))

@@ -17,6 +17,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from mmjax.models import cpu
 from mmjax.models.platform import on_lone_cpu, platform
+from mmjax.models.quantised import LEAVES as QUANTISED
+from mmjax.models.quantised import dequantise
 from mmjax.parallel.rules import partition_spec
 
 Array = jax.Array
@@ -72,7 +74,8 @@ class Dense(nn.Module):
   "dense". part: a slice of the first of the features, for some of several projections in one.
   apart: returns (x @ kernel, bias or None) for a caller that adds the bias itself.
   parts: projections that the kernel holds, side by side in the first of its features; each has
-  low-rank factors of its own, where there are any beside the kernel (lora.py).
+  low-rank factors of its own, where there are any beside the kernel (lora.py). Leaves of a kernel
+  in few bits may stand in its place (quantised.py).
   """
 
   features: tuple[int, ...]
@@ -87,18 +90,36 @@ class Dense(nn.Module):
     n = len(self.axes) - len(self.features)
     inputs, axes = x.shape[x.ndim - n :], self.axes[n:]
     init = self.kernel_init or xavier(math.prod(inputs), math.prod(self.features))
-    kernel = self.param(
-      "kernel", with_axes(init, self.axes), (*inputs, *self.features), jnp.float32
-    )
+    shape = (*inputs, *self.features)
+    few_bits = {} if self.is_initializing() else self._few_bits()
+    kernel = None
+    if not few_bits:
+      kernel = self.param("kernel", with_axes(init, self.axes), shape, jnp.float32)
     bias = None
     if self.use_bias:
       bias = self.param("bias", with_axes(nn.initializers.zeros, axes), self.features, jnp.float32)
       bias = bias[part].astype(self.dtype)
-    x, kernel = x.astype(self.dtype), kernel[(slice(None),) * n + (part,)].astype(self.dtype)
-    y = affine(x, kernel, None if apart else bias, n, axes)
+
+    def product(x: Array, kernel: Array) -> Array:
+      kernel = kernel[(slice(None),) * n + (part,)].astype(self.dtype)
+      return affine(x, kernel, None if apart else bias, n, axes)
+
+    def quantised_product(x: Array, leaves: dict[str, Array]) -> Array:
+      return product(x, dequantise(leaves, shape, self.dtype))
+
+    x = x.astype(self.dtype)
+    if few_bits:  # the backward pass makes the kernel again, or it would be kept whole until then
+      y = jax.checkpoint(quantised_product)(x, few_bits)
+    else:
+      y = product(x, kernel)
     if self.has_variable("params", "lora_a"):
       y = y + self._low_rank(x, n, part)
     return (y, bias) if apart else y
+
+  def _few_bits(self) -> dict[str, Array]:
+    """The leaves of a quantised kernel; {} where it is not."""
+    leaves = {name: self.get_variable("params", name) for name in QUANTISED}
+    return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
   def _low_rank(self, x: Array, n: int, part: slice) -> Array:
     """x [..., *inputs] through the low-rank factors: [..., *features] of `part`."""

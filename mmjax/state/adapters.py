@@ -3,24 +3,35 @@
 Kernels that lora.params matches get low-rank factors beside them (models/lora.py); they and what
 lora.full matches are trained, the rest is frozen. Where lora.full matches a kernel too, it is
 trained in full, without factors.
+
+Checkpoints of such a run hold what is trained, and what did not come from init.from as it is. The
+rest is its `Base`: named by the folder of that checkpoint, and recognised by a digest of its
+parameters. Where the folder has moved, the environment variable MMJAX_BASE says where it is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import FrozenConfigDict
 
+from mmjax import files
 from mmjax.config import UserError
 from mmjax.models.lora import LEARNED, LEAVES, lora_scale, merge, with_factors
-from mmjax.state.paths import by_name, matches, nearest
-from mmjax.state.transfer import origin
+from mmjax.models.quantised import LEAVES as QUANTISED
+from mmjax.models.quantised import quantise
+from mmjax.state.paths import by_name, map_named, matches, nearest
+from mmjax.state.transfer import origin, put
 
 
 def init_variables(model: nn.Module, config: FrozenConfigDict, rngs: Any, batch: Any) -> Any:
@@ -53,7 +64,51 @@ def init_variables(model: nn.Module, config: FrozenConfigDict, rngs: Any, batch:
   if not adapted:
     raise UserError("lora.full matches every kernel that lora.params does: nothing is adapted")
   kept = {name: x for name, x in flat.items() if name in plain or _kernel_of(name) in adapted}
+  if lora.base != "float32":
+    for name in dense:
+      full = any(matches(pattern, name, layers[name]).any() for pattern in lora.full)
+      if layers[name] and not full:
+        inputs = flat[f"{name.rpartition('/')[0]}/lora_a"].value.ndim - 3
+        kept |= _quantised_boxes(name, kept.pop(name), inputs, lora.base)
   return {**variables, "params": flax.traverse_util.unflatten_dict(kept, sep="/")}
+
+
+def _quantised_boxes(name: str, box: Any, inputs: int, kind: str) -> dict[str, Any]:
+  """{name: boxed leaf} in the place of a stacked kernel."""
+  leaves = jax.vmap(lambda kernel: quantise(kernel, inputs, kind))(box.value)
+  whole, features = box.names, box.names[1 + inputs :]
+  axes = {"kernel_scale": ("layers", *features), "kernel_int8": whole}
+  if kind == "nf4":
+    axes = dict.fromkeys(leaves, (*whole[:2], *features))
+  layer = name.rpartition("/")[0]
+  return {
+    f"{layer}/{leaf}": box.replace(value=value, names=axes[leaf]) for leaf, value in leaves.items()
+  }
+
+
+def in_few_bits(plain: Mapping[str, Any], like: Any) -> dict[str, Any]:
+  """{name: array} with the leaves that `like` (a tree of arrays or specs) has in the place of
+  kernels. plain: {name: NumPy array}, kernels among them.
+  """
+  out: dict[str, Any] = {}
+  leaves = by_name(like)
+  for name in leaves:
+    layer, _, last = name.rpartition("/")
+    kernel = f"{layer}/kernel"
+    if last in QUANTISED and last != "kernel_scale" and kernel in plain:
+      scale = leaves[f"{layer}/kernel_scale"]
+      kind = last.removeprefix("kernel_")
+      features = scale.ndim - (1 if kind == "int8" else 2)
+      inputs = plain[kernel].ndim - 1 - features
+      stack = [quantise(np.asarray(x, np.float32), inputs, kind) for x in plain[kernel]]
+      out |= {f"{layer}/{key}": np.stack([x[key] for x in stack]) for key in stack[0]}
+  return {**{name: x for name, x in plain.items() if name not in out}, **out}
+
+
+def plain_name(name: str) -> str:
+  """The parameter that a leaf is, or is a part of in few bits."""
+  layer, _, last = name.rpartition("/")
+  return f"{layer}/kernel" if last in QUANTISED else name
 
 
 def trained_slices(
@@ -87,6 +142,97 @@ def fitted(source: Any, params: Any, rules: tuple) -> tuple[Any, tuple]:
     given = by_name(source)
   new = [name for name in here if origin(name, rules, given) is None]
   return source, (*((re.escape(name), None) for name in new), *rules)
+
+
+# -- Checkpoints without the base ------------------------------------------------------------------
+
+
+class Base(NamedTuple):
+  """What the checkpoints of an adapter leave out. folder: of the checkpoint that has it. digest: of
+  those parameters. names: {name in the adapted model: name there}. merged: whether that checkpoint
+  has an adapter itself, which is added into its kernels.
+  """
+
+  folder: str
+  digest: str
+  names: dict[str, str]
+  merged: bool = False
+
+  @classmethod
+  def of(cls, facts: Mapping[str, Any]) -> Base | None:
+    """By the facts of a checkpoint's manifest; None: it is whole."""
+    return cls(**facts["base"]) if facts.get("base") else None
+
+  def place(self) -> str:
+    return os.environ.get("MMJAX_BASE") or self.folder
+
+  def parameters(self, source: Any, checkpoint: Any) -> dict[str, Any]:
+    """{name: array} of what is left out, from the parameters of the checkpoint at `place`. Raises
+    UserError: they are others than those that `checkpoint` was trained on.
+    """
+    given = by_name(merge(source) if self.merged else source)
+    lacks = [name for name in self.names.values() if name not in given]
+    if not lacks and digest(given, self.names.values()) == self.digest:
+      return {name: given[there] for name, there in self.names.items()}
+    why = f"it has no {lacks[0]}" if lacks else "its parameters have another digest"
+    raise UserError(
+      f"{checkpoint} is an adapter of {self.folder}, but {self.place()} is another model ({why}). "
+      "Restore that checkpoint, or say with MMJAX_BASE=DIR where it is"
+    )
+
+
+def find_base(
+  folder: epath.Path, source: Any, params_spec: Any, rules: tuple, shares: Mapping[str, float]
+) -> Base:
+  """The base of a run that starts from the parameters `source` of the checkpoint `folder`: what it
+  takes from there as it is, and does not train.
+  """
+  fitting, rules = fitted(source, params_spec, rules)
+  given, names = by_name(fitting), {}
+  for name, leaf in by_name(params_spec).items():
+    there = origin(name, rules, given)
+    if there is not None and not shares[name]:
+      value = given[there]
+      if value.shape == leaf.shape and value.dtype == leaf.dtype:
+        names[name] = there
+  place = str(folder) if files.is_url(folder) else os.path.abspath(folder)
+  return Base(place, digest(given, names.values()), names, fitting is not source)
+
+
+def digest(given: Mapping[str, Any], names: Iterable[str]) -> str:
+  """Of names, shapes, dtypes and values of arrays."""
+
+  def of(name: str) -> bytes:
+    x = np.ascontiguousarray(given[name])
+    head = f"{name} {x.dtype.name} {x.shape} ".encode()
+    return hashlib.blake2b(x.reshape(-1).view(np.uint8).data).digest() + head
+
+  with ThreadPoolExecutor(4) as pool:
+    parts = pool.map(of, sorted(set(names)))
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def without(tree: Any, base: Base | None) -> Any:
+  """The parameters that a checkpoint holds, as nested dicts; the tree itself where that is all."""
+  if base is None or tree is None:
+    return tree
+  kept = {name: x for name, x in by_name(tree).items() if plain_name(name) not in base.names}
+  return flax.traverse_util.unflatten_dict(kept, sep="/")
+
+
+def composed(own: Any, base: Mapping[str, Any], spec: Any = None) -> Any:
+  """The whole parameters: those that a checkpoint holds and those of its base, which get dtypes and
+  shardings of `spec`, where it is given.
+  """
+  if spec is None:
+    flat = {**by_name(own), **base}
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+  held, base = by_name(own), in_few_bits(base, spec)
+
+  def of(name: str, leaf: Any) -> Any:
+    return held[name] if name in held else put(np.asarray(base[name], leaf.dtype), leaf)
+
+  return map_named(of, spec)
 
 
 def table(shares: Mapping[str, float], params_spec: Any) -> str:

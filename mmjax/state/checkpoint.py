@@ -42,6 +42,7 @@ from mmjax.files import disk_errors
 from mmjax.ownership import new_folder
 from mmjax.state import adapters, manifest, storage
 from mmjax.state.manifest import Corrupt
+from mmjax.state.paths import by_name
 from mmjax.state.storage import DELETED, TEMPORARY, from_main
 from mmjax.state.train_state import TrainState, clamped
 from mmjax.state.transfer import transfer, transfer_state
@@ -86,6 +87,7 @@ class Checkpointer:
     self._saved_at = time.monotonic()
     self._present: set[int] = set()  # as this process last left them
     self.protected = 0  # a step that is never deleted, 0 = none
+    self.base: adapters.Base | None = None  # what this run's checkpoints leave out
     if jax.process_index() == 0:
       with disk_errors(self._root, f"cannot write checkpoints to {self._root}"):
         files.make_folder(self._root)
@@ -132,10 +134,11 @@ class Checkpointer:
       time=time.time(),
       metrics=_plain_metrics(metrics),
       average=state.ema is not None,
+      **(dict(base=self.base._asdict()) if self.base else {}),
     )
     items = dict(
-      params=state.params,
-      rest=_rest(state),
+      params=adapters.without(state.params, self.base),
+      rest=_rest(state, self.base),
       data=dict(data or {}),
       config=storage.config_dict(config),
       assets=storage.encode(assets),
@@ -227,8 +230,14 @@ class Checkpointer:
         self._writer = None
 
   def _read(self, folder: epath.Path, spec: TrainState) -> tuple[TrainState, dict]:
-    params = storage.read_arrays(folder / "params", spec.params)
-    rest = storage.read_arrays(folder / "rest", _rest(spec))
+    self.base = adapters.Base.of(manifest.read(folder))
+    params = storage.read_arrays(folder / "params", adapters.without(spec.params, self.base))
+    rest = storage.read_arrays(folder / "rest", _rest(spec, self.base))
+    if self.base:
+      left_out = _read_base(folder, self.base, spec.params)
+      params = adapters.composed(params, left_out, spec.params)
+      if spec.ema is not None:
+        rest["ema"] = adapters.composed(rest["ema"], left_out, spec.ema)
     state = TrainState(params=params, **rest)
 
     def within(tree):
@@ -468,12 +477,17 @@ def load_params(path: str, spec: Any = None, *, average: bool = True) -> Any:
   checkpoint, or one of another model than `spec` (names, shapes and dtypes must agree).
   """
   folder = find_checkpoint(path)
-  if average and manifest.read(folder)["average"]:
+  facts = manifest.read(folder)
+  base = adapters.Base.of(facts)
+  own = adapters.without(spec, base)
+  if average and facts["average"]:
     params = storage.read_arrays(
-      folder / "rest", None if spec is None else {"ema": spec}, only="ema/"
+      folder / "rest", None if own is None else {"ema": own}, only="ema/"
     )["ema"]
   else:
-    params = storage.read_arrays(folder / "params", spec)
+    params = storage.read_arrays(folder / "params", own)
+  if base:
+    params = adapters.composed(params, _read_base(folder, base, spec), spec)
   return clamped(
     params, storage.read_json(folder / "config")
   )  # older runs clipped where the scale is used
@@ -577,7 +591,37 @@ def restore_into(
 
 def names_and_shapes(path: str) -> dict[str, jax.ShapeDtypeStruct]:
   """{name: shape and dtype} of the parameters of a checkpoint, without reading them."""
-  return storage.stored_leaves(find_checkpoint(path) / "params")
+  folder = find_checkpoint(path)
+  held = storage.stored_leaves(folder / "params")
+  base = adapters.Base.of(manifest.read(folder))
+  if base:
+    there = names_and_shapes(_base_folder(folder, base))
+    held |= {name: there[origin] for name, origin in base.names.items() if origin in there}
+  return held
+
+
+def _read_base(folder: epath.Path, base: adapters.Base, spec: Any) -> dict[str, Any]:
+  """{name: NumPy array} of what the checkpoint `folder` leaves out. Raises UserError: its base is
+  missing or another, or it was of another model than `spec`.
+  """
+  known = base.names if spec is None else map(adapters.plain_name, by_name(spec))
+  unknown = set(base.names) - set(known)
+  if unknown:
+    raise UserError(
+      f"checkpoint {folder} is an adapter of another model, which has {min(unknown)}. Use the "
+      "config that wrote it"
+    )
+  return base.parameters(load_params(_base_folder(folder, base)), f"checkpoint {folder}")
+
+
+def _base_folder(folder: epath.Path, base: adapters.Base) -> str:
+  try:
+    return str(find_checkpoint(base.place()))
+  except UserError as error:
+    raise UserError(
+      f"checkpoint {folder} is an adapter and needs its base {base.folder}: {error}, or say with "
+      "MMJAX_BASE=DIR where that model is"
+    ) from error
 
 
 def _checked(folder: epath.Path, read: Callable[[], Any]) -> Any:
@@ -622,9 +666,12 @@ def _verified(folder: epath.Path) -> epath.Path:
   return folder
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
+def _rest(state: TrainState, base: adapters.Base | None) -> dict[str, Any]:
   return dict(
-    step=state.step, model_state=state.model_state, opt_states=state.opt_states, ema=state.ema
+    step=state.step,
+    model_state=state.model_state,
+    opt_states=state.opt_states,
+    ema=adapters.without(state.ema, base),
   )
 
 

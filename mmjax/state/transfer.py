@@ -106,7 +106,7 @@ def _taken(
     used.add(origin)
     value, change = _fit(name, np.asarray(given[origin]), leaf.shape, where)
     cast = f" ({value.dtype} -> {leaf.dtype})" if value.dtype != leaf.dtype else ""
-    values[name] = _put(value.astype(leaf.dtype), leaf)
+    values[name] = put(value.astype(leaf.dtype), leaf)
     source_name = f" from {origin}" if origin != name else ""
     lines["resized" if change else "loaded"].append(
       f"{'resized' if change else 'loaded'} {name}{source_name}{change}{cast}"
@@ -196,8 +196,8 @@ def _fit(
   )
 
 
-def _put(value: np.ndarray, like: Any) -> Any:
-  """The value with the sharding of `like`, in every process."""
-  if not isinstance(like, jax.Array):
+def put(value: np.ndarray, like: Any) -> Any:
+  """The value with the sharding of `like`, where it has one, in every process."""
+  if getattr(like, "sharding", None) is None:
     return value
   return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])

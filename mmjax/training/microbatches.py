@@ -23,7 +23,7 @@ from ml_collections import FrozenConfigDict
 from mmjax.config import UserError
 from mmjax.models.layers import Encoded
 from mmjax.objectives import MINIMISED, Losses
-from mmjax.parallel.rules import constrain_batch, shardings_of
+from mmjax.parallel.rules import constrain_batch
 from mmjax.training.forward import Forward, is_shared
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def gradients_in_parts(
     step.uncut_encoders,
     step.trainable(params),
   )
+  trained, frozen = step.split(params)
   coupled = [objective for objective in objectives if objective.couples_examples]
   single = [objective for objective in objectives if not objective.couples_examples]
   forward_whole = step.forward(fixed, model_state, batch, rng, teachers)
@@ -84,23 +85,26 @@ def gradients_in_parts(
   # 2. Those objectives on the outputs: derivatives by the outputs, and by shared parameters.
   outputs, join = separate(recorder.outputs)
 
-  def coupled_loss(outputs: list[Array], params: Any) -> tuple:
-    replay = Replay(recorder, step.trainable(params), join(outputs))
+  def joined(trained: Any) -> Any:
+    return step.trainable(step.join(trained, frozen))
+
+  def coupled_loss(outputs: list[Array], trained: Any) -> tuple:
+    replay = Replay(recorder, joined(trained), join(outputs))
     sums = {objective.name: objective(replay, batch, rng) for objective in coupled}
     return step.total(sums), sums
 
   (loss, sums), (cotangents, gradients) = jax.value_and_grad(
     coupled_loss, argnums=(0, 1), has_aux=True
-  )(outputs, params)
+  )(outputs, trained)
 
   # Encoders with batch statistics see all rows at once; the derivatives by their parameters go by
   # way of their outputs.
-  def encode(params: Any) -> tuple:
-    forward = step.forward(step.trainable(params), model_state, batch, rng, teachers)
+  def encode(trained: Any) -> tuple:
+    forward = step.forward(joined(trained), model_state, batch, rng, teachers)
     encoded = encode_whole(forward, whole, recorder.views)
     return separate(encoded)[0], (encoded, forward.model_state)
 
-  of_encoders: Any = jax.vjp(encode, params, has_aux=True)
+  of_encoders: Any = jax.vjp(encode, trained, has_aux=True)
   _, encoders_vjp, (encoded, moved) = of_encoders
   parts = Part.all(count, batch, recorder.views, encoded)
 
@@ -126,19 +130,17 @@ def gradients_in_parts(
     part, cotangents = inputs
     outputs, join_encoded = separate(part.encoded)
 
-    def part_loss(params: Any, outputs: list[Array]) -> tuple:
+    def part_loss(trained: Any, outputs: list[Array]) -> tuple:
       encoded = join_encoded(outputs)
-      forward = forward_part(step.trainable(params), part._replace(encoded=encoded))
+      forward = forward_part(joined(trained), part._replace(encoded=encoded))
       again = separate([request.answer(forward) for request in recorder.requests])[0]
       total = sum(jnp.vdot(x, cotangent) for x, cotangent in zip(again, cotangents, strict=True))
       sums = {objective.name: objective(forward, part.batch, forward.rng) for objective in single}
       used.update(forward.used)
       return total + step.total(sums, weights), sums
 
-    (more, by_outputs), sums = jax.grad(part_loss, argnums=(0, 1), has_aux=True)(params, outputs)
-    gradients = jax.tree.map(jnp.add, gradients, more)
-    gradients = jax.lax.with_sharding_constraint(gradients, shardings_of(step.params_spec))
-    return gradients, (sums, by_outputs)
+    (more, by_outputs), sums = jax.grad(part_loss, argnums=(0, 1), has_aux=True)(trained, outputs)
+    return step.placed(jax.tree.map(jnp.add, gradients, more)), (sums, by_outputs)
 
   inputs = (parts, split_rows(cotangents, count))
   gradients, (part_sums, by_outputs) = jax.lax.scan(gradients_of_part, gradients, inputs)

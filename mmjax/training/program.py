@@ -301,11 +301,15 @@ class Program:
     derivatives by what is trained.
     """
 
-    def trained_loss(params: Any, *rest: Any) -> Array:
-      return loss(self.step.trainable(params), *rest)
+    def trained_loss(trained: Any, frozen: Any, *rest: Any) -> Array:
+      return loss(self.step.trainable(self.step.join(trained, frozen)), *rest)
 
     return self.in_mesh(count_training_flops)(
-      trained_loss, self.params_spec, self.model_state_spec, batch_spec, self.teachers_spec
+      trained_loss,
+      *self.step.split(self.params_spec),
+      self.model_state_spec,
+      batch_spec,
+      self.teachers_spec,
     )
 
   @functools.cached_property

@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -30,8 +30,9 @@ from mmjax.files import disk_errors
 from mmjax.ownership import Owner
 from mmjax.parallel import multihost, threads
 from mmjax.parallel.mesh import make_mesh
-from mmjax.state import checkpoint, schedule
+from mmjax.state import adapters, checkpoint, schedule
 from mmjax.state.optimizer import axes_by_name
+from mmjax.state.paths import by_name, map_named
 from mmjax.state.train_state import TrainState
 from mmjax.state.transfer import origin
 from mmjax.training.metrics import import_wandb, log
@@ -162,14 +163,18 @@ def first_state(
     check_position(config, data, run.pipeline, steps, start, allow_change)
     log(f"resume {workdir} at step {start} of {steps}")
     return state, data, start
-  return new_state(config, program), {}, 0
+  return new_state(config, program, saver=saver), {}, 0
 
 
 def new_state(
-  config: FrozenConfigDict, program: Program, log: Callable[[str], None] = log
+  config: FrozenConfigDict,
+  program: Program,
+  log: Callable[[str], None] = log,
+  saver: checkpoint.Checkpointer | None = None,
 ) -> TrainState:
   """The state before the first step: initialised, or of init.from. log: takes a line for each
-  parameter that is loaded, resized, new or left."""
+  parameter that is loaded, resized, new or left. saver: of the run's checkpoints, which will leave
+  out what an adapter has of init.from."""
   folder, rules = config.init["from"], config.init.map
   if config.lora.params and not folder:
     raise configs.ConfigError(
@@ -177,16 +182,42 @@ def new_state(
       "in init.from"
     )
   if folder:
+    folder = checkpoint.find_checkpoint(folder)  # once: its run may save a newer one meanwhile
     rules = (*new_embeddings(config, program), *rules)
   state = program.init(config.seed)
   if folder:
-    params, model_state, lines = checkpoint.restore_into(
-      state.params, folder, rules, state.model_state
-    )
+    plain = plain_params(config, program, state.params)
+    params, model_state, lines = checkpoint.restore_into(plain, folder, rules, state.model_state)
+    if config.lora.base != "float32":
+      for name, x in by_name(params).items():
+        if isinstance(x, jax.ShapeDtypeStruct):
+          raise configs.ConfigError(
+            f"lora.base is {config.lora.base!r}, but {name} does not come from init.from, so that "
+            "it would be frozen as it is drawn. Name it in lora.full"
+          )
+      params = adapters.composed({}, by_name(params), program.params_spec)
     state = program.with_params(state, params, model_state)
     for line in lines:
       log(line)
+  if saver and config.lora.params:
+    source, shares = checkpoint.load_params(folder), program.optimizer.shares
+    shares = {adapters.plain_name(name): share for name, share in shares.items()}
+    saver.base = adapters.find_base(folder, source, plain, rules, shares)
   return state
+
+
+def plain_params(config: FrozenConfigDict, program: Program, params: Any) -> Any:
+  """The parameters, with specs of float32 kernels in the place of kernels in few bits."""
+  if config.lora.base == "float32":
+    return params
+  lora = {**config.lora.to_dict(), "base": "float32"}
+  here = by_name(params)
+
+  def of(name: str, leaf: Any) -> Any:
+    return here.get(name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+  spec = program.like(FrozenConfigDict({**config.to_dict(), "lora": lora})).params_spec
+  return map_named(of, spec)
 
 
 def check_position(

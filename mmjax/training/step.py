@@ -86,8 +86,11 @@ class TrainStep:
     loss, gradients, sums, model_state = self.gradients(
       state.params, state.model_state, batch, rng, objectives, teachers
     )
-    gradients = jax.lax.with_sharding_constraint(gradients, rules.shardings_of(self.params_spec))
+    gradients = self.placed(gradients)
     gradient_norm = optax.tree.norm(gradients)
+
+    def average(old: Array, new: Array) -> Array:
+      return train.ema * old + (1 - train.ema) * new
 
     # The next parameters, each group by its own optimizer.
     updates, opt_states = self.optimizer.update(
@@ -95,15 +98,19 @@ class TrainStep:
     )
     if len(self.sources) > 1:  # what these objectives do not use stays as it is, moments and all
       used = self.used_params(batch, objectives, teachers)
-      updates = jax.tree.map(lambda x, is_used: x if is_used else jnp.zeros_like(x), updates, used)
+
+      def keep(is_used: bool, x: Any) -> Any:
+        return x if is_used else jax.tree.map(jnp.zeros_like, x)
+
+      updates = jax.tree.map(keep, used, updates)
       opt_states = keep_unused(opt_states, state.opt_states, used)
-    params = clamped(optax.apply_updates(state.params, updates), self.config)
+    params = clamped(self.where_trained(optax.apply_updates, state.params, updates), self.config)
     new = TrainState(
       step=state.step,
       params=params,
       model_state=model_state,
       opt_states=opt_states,
-      ema=moving_average(state.ema, params, train.ema) if train.ema else None,
+      ema=self.where_trained(average, state.ema, params) if train.ema else None,
     )
 
     # A step that is not finite leaves everything as it was, and counts.
@@ -116,7 +123,7 @@ class TrainStep:
       metrics.update({f"{name}/{key}": mean(*pair) for key, pair in losses.items()})
     metrics.update(
       grad_norm=gradient_norm,
-      param_norm=optax.tree.norm(new.params),
+      param_norm=optax.tree.norm([x for x in jax.tree.leaves(new.params) if is_floating(x)]),
       update_norm=optax.tree.norm(updates),
       skipped=~finite,
     )
@@ -135,14 +142,19 @@ class TrainStep:
     objectives: tuple[Objective, ...],
     teachers: Any = (),
   ) -> Gradients:
-    """Of the loss by `params`: at once, or in train.microbatches parts with the same result."""
+    """Of the loss by the `params` that are trained (`split`): at once, or in train.microbatches
+    parts with the same result.
+    """
     if self.config.train.microbatches > 1:
       return gradients_in_parts(self, params, model_state, batch, rng, objectives, teachers)
 
-    def loss(params: Any) -> tuple:
-      return self.loss(self.trainable(params), model_state, batch, rng, objectives, teachers)
+    trained, frozen = self.split(params)
 
-    (value, (sums, model_state)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    def loss(trained: Any) -> tuple:
+      params = self.trainable(self.join(trained, frozen))
+      return self.loss(params, model_state, batch, rng, objectives, teachers)
+
+    (value, (sums, model_state)), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
     return Gradients(value, gradients, sums, model_state)
 
   def loss(
@@ -197,6 +209,38 @@ class TrainStep:
       for path, variables in dict(teachers).items()
     }
     return Forward(self.model, params, model_state, batch, rng, groups, of_teachers, self.frozen)
+
+  def split(self, params: Any) -> tuple[Any, Any]:
+    """(those of the parameters that the optimizer changes, those that it never does), each with
+    optax.MaskedNode in the place of the others: frozen ones have no gradients, and may be of types
+    that have none.
+    """
+
+    def pick(chosen: bool) -> Any:
+      return jax.tree.map(
+        lambda trained, x: x if trained == chosen else optax.MaskedNode(),
+        self.optimizer.trained,
+        params,
+      )
+
+    return pick(True), pick(False)
+
+  def join(self, trained: Any, frozen: Any) -> Any:
+    """The parameters of which these are the two parts."""
+    return jax.tree.map(
+      lambda is_trained, x, y: x if is_trained else y, self.optimizer.trained, trained, frozen
+    )
+
+  def where_trained(self, change: Callable[[Any, Any], Any], params: Any, other: Any) -> Any:
+    """`change(parameter, leaf of other)` of those that are trained; the others as they are."""
+    return jax.tree.map(
+      lambda trained, x, y: change(x, y) if trained else x, self.optimizer.trained, params, other
+    )
+
+  def placed(self, gradients: Any) -> Any:
+    """The gradients of what is trained, laid out as their parameters."""
+    shardings = self.split(rules.shardings_of(self.params_spec))[0]
+    return jax.lax.with_sharding_constraint(gradients, shardings)
 
   def trainable(self, params: Any) -> Any:
     """The parameters as the model gets them in training: gathered where that is better done once,
@@ -256,12 +300,12 @@ def make_objective(name: str, entry: FrozenConfigDict) -> Objective:
   )
 
 
+def is_floating(x: Array) -> bool:
+  """Whether an array has floating-point numbers; a kernel in few bits has not."""
+  return jnp.issubdtype(x.dtype, jnp.floating)
+
+
 def mean(total: Array, weight: Array) -> Array:
   """total / weight; 0 where nothing counts."""
   weight = jax.lax.stop_gradient(weight)
   return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
-
-
-def moving_average(average: Any, params: Any, decay: float) -> Any:
-  """decay * average + (1 - decay) * params."""
-  return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)

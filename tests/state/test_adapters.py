@@ -3,20 +3,31 @@ the rest has neither moments nor changes.
 """
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import mmjax.config as configs
 from mmjax.config import UserError
 from mmjax.models import make_model
 from mmjax.models.lora import merge
+from mmjax.models.quantised import LEVELS, dequantise, quantise
 from mmjax.parallel.mesh import make_mesh
-from mmjax.state import adapters
+from mmjax.state import adapters, storage
+from mmjax.state.checkpoint import (
+  Checkpointer,
+  load_params,
+  names_and_shapes,
+  restore_into,
+  save_import,
+)
 from mmjax.state.paths import by_name, map_named
 from mmjax.training.program import Program
+from mmjax.training.start import new_state
 
 LENGTH, PLACES, BATCH, SIZE = 12, 4, 8, 8
 
@@ -202,3 +213,153 @@ def test_encoders_of_other_models_take_factors_too():
   trained = {name.rpartition("/")[0] for name, share in shares.items() if share}
   assert {name.partition("/")[0] for name in trained} == {"image", "text"}
   assert all(name.endswith("qkv") for name in trained)
+
+
+# -- Checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """An import folder with the model without factors."""
+  folder = tmp_path_factory.mktemp("base") / "import"
+  config = make_config(params="", full=())
+  params = merge(jax.tree.map(np.asarray, program().init(7).params))
+  save_import(str(folder), params, config, {})
+  return folder
+
+
+def saver_of(workdir, config):
+  return Checkpointer(workdir, config, steps=10)
+
+
+def test_checkpoints_hold_the_adapter_alone_and_name_their_base(base, tmp_path, monkeypatch):
+  step, config = program(), make_config(f"init.from={base}")
+  saver = saver_of(tmp_path / "run", config)
+  state = new_state(config, step, saver=saver, log=lambda line: None)
+  np.testing.assert_array_equal(state.params["embedding"], load_params(base)["embedding"])
+  state, _ = step.train(state, make_batch(step.batch_spec))
+  whole = jax.tree.map(np.asarray, state.params)
+  rest = jax.tree.map(np.asarray, state.opt_states)
+  saver.save(1, state, data={}, config=config, assets={}, force=True)
+  saver.close()
+  folder = tmp_path / "run" / "checkpoints" / "1"
+  held = storage.stored_leaves(epath.Path(folder / "params"))
+  assert {name for name in held} == {
+    name for name in by_name(whole) if "lora_" in name or name.startswith("image_connector/")
+  }
+  # The same bits come back: in a run, without a spec, and on other devices.
+  other = saver_of(tmp_path / "run", config)
+  restored, _, at = other.restore(step.state_spec)
+  assert at == 1 and other.base == saver.base and other.base.folder == str(base)
+  tiny = make_program(make_config("sharding=fsdp", "mesh.fsdp=8"), 8)
+  for tree in (restored.params, load_params(folder), load_params(folder, tiny.params_spec)):
+    jax.tree.map(np.testing.assert_array_equal, whole, tree)
+  jax.tree.map(np.testing.assert_array_equal, rest, restored.opt_states)
+  assert names_and_shapes(folder)["embedding"].shape == (64, 32)
+  # The base moves, and is found again; another one is refused, and so is none.
+  moved = base.parent / "moved"
+  shutil.copytree(base, moved)
+  monkeypatch.setenv("MMJAX_BASE", str(moved))
+  jax.tree.map(np.testing.assert_array_equal, whole, load_params(folder))
+  another = tmp_path / "another"
+  params = merge(jax.tree.map(np.asarray, step.init(8).params))
+  save_import(str(another), params, make_config(params="", full=()), {})
+  monkeypatch.setenv("MMJAX_BASE", str(another))
+  with pytest.raises(
+    UserError, match=rf"1 is an adapter of {base}, but {another} is another model"
+  ):
+    load_params(folder)
+  monkeypatch.setenv("MMJAX_BASE", str(tmp_path / "nothing"))
+  with pytest.raises(UserError, match=rf"needs its base {base}: .*no checkpoint here"):
+    saver_of(tmp_path / "run", config).restore(step.state_spec)
+
+
+@pytest.mark.slow
+def test_an_adapted_model_is_a_start_for_others(base, tmp_path):
+  """Merged where no factors are trained, and as a base of further ones."""
+  step, config = program(), make_config(f"init.from={base}")
+  saver = saver_of(tmp_path / "run", config)
+  state = new_state(config, step, saver=saver, log=lambda line: None)
+  state = state.replace(params=random_factors(state.params))
+  saver.save(1, state, data={}, config=config, assets={}, force=True)
+  saver.close()
+  folder = tmp_path / "run" / "checkpoints" / "1"
+  merged = merge(jax.tree.map(np.asarray, state.params))
+  plain = make_program(make_config(params="", full=()))
+  loaded, _, lines = restore_into(plain.init(3).params, folder)
+  jax.tree.map(np.testing.assert_array_equal, merged, jax.tree.map(np.asarray, loaded))
+  assert not any(line.startswith("left") for line in lines)
+  again = make_config(params="layers/mlp/.*", full=())
+  loaded, _, lines = restore_into(make_program(again).init(3).params, folder)
+  assert {line.partition("lora")[0] for line in lines if line.startswith("new")} == {
+    "new layers/mlp/down/",
+    "new layers/mlp/up/",
+  }
+  np.testing.assert_array_equal(loaded["embedding"], merged["embedding"])
+
+
+# -- Kernels in few bits ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_kernels_equal_the_formulas(kind):
+  kernel = np.random.default_rng(0).normal(size=(5, 30, 3, 4)).astype(np.float32)
+  kernel[:, :, 0, 0] = 0
+  leaves = quantise(kernel, 2, kind)
+  for part, leaf in quantise(jnp.asarray(kernel), 2, kind).items():
+    np.testing.assert_allclose(
+      np.asarray(leaf, np.float32), leaves[part].astype(np.float32), rtol=1e-6
+    )
+  flat = kernel.reshape(150, 12)
+  if kind == "int8":
+    scale = np.abs(flat).max(0) / 127
+    want = np.rint(flat / np.where(scale, scale, 1)) * scale
+    assert leaves["kernel_int8"].dtype == np.int8
+  else:
+    want = np.zeros_like(flat)
+    for start in range(0, 150, 64):
+      block = flat[start : start + 64]
+      scale = np.abs(block).max(0)
+      unit = block / np.where(scale, scale, 1)
+      nearest = np.abs(unit[..., None] - LEVELS).argmin(-1)
+      want[start : start + 64] = LEVELS[nearest] * scale
+    assert leaves["kernel_nf4"].shape == (96, 3, 4) and leaves["kernel_nf4"].dtype == np.uint8
+  found = dequantise(jax.tree.map(jnp.asarray, leaves), kernel.shape, jnp.float32)
+  np.testing.assert_allclose(found, want.reshape(kernel.shape), rtol=1e-6, atol=1e-7)
+  bits = {"int8": 8.1, "nf4": 5.2}[kind]  # 150 inputs of 4 bits are filled up to 192
+  assert np.abs(found - kernel).mean() < {"int8": 0.01, "nf4": 0.1}[kind]
+  assert 8 * sum(x.nbytes for x in leaves.values()) / kernel.size < bits + 32 * 3 / 150
+
+
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+def test_a_quantised_base_is_trained_under_and_comes_back(kind, base, tmp_path):
+  config = make_config(f"init.from={base}", base=kind)
+  step = make_program(config)
+  saver = saver_of(tmp_path / "run", config)
+  state = new_state(config, step, saver=saver, log=lambda line: None)
+  held = {name: x for name, x in by_name(state.params).items() if "layers/" in name}
+  few = sum(x.nbytes for name, x in held.items() if "kernel_" in name)
+  whole = by_name(load_params(base))
+  kernels = [x for name, x in whole.items() if "layers/" in name and name.endswith("kernel")]
+  assert few < {"int8": 0.3, "nf4": 0.27}[kind] * sum(x.nbytes for x in kernels)
+  assert not any(name.endswith("/kernel") for name in held)
+  up = dequantise(
+    {name: x[0] for name, x in state.params["layers"]["mlp"]["up"].items() if "kernel" in name},
+    (32, 96),
+    jnp.float32,
+  )
+  error = np.abs(up - whole["layers/mlp/up/kernel"][0]).mean() / np.abs(up).mean()
+  assert 0 < error < {"int8": 0.02, "nf4": 0.15}[kind]
+  before = jax.tree.map(np.asarray, state.params)
+  state, metrics = step.train(state, make_batch(step.batch_spec))
+  assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+  after = jax.tree.map(np.asarray, state.params)
+  changed = {n for n, x in by_name(after).items() if np.any(x != by_name(before)[n])}
+  assert changed and not any("kernel_" in name for name in changed)
+  saver.save(1, state, data={}, config=config, assets={}, force=True)
+  saver.close()
+  restored, _, _ = saver_of(tmp_path / "run", config).restore(step.state_spec)
+  jax.tree.map(np.testing.assert_array_equal, after, restored.params)
+  folder = tmp_path / "run" / "checkpoints" / "1"
+  assert not any("kernel_" in name for name in storage.stored_leaves(epath.Path(folder / "params")))
+  np.testing.assert_array_equal(by_name(load_params(folder))["embedding"], whole["embedding"])

@@ -37,6 +37,7 @@ from mmjax.interop.huggingface import (
   unigram,
 )
 from mmjax.models import make_model
+from mmjax.models.lora import merge
 from mmjax.ownership import new_folder
 from mmjax.state import checkpoint as checkpoints
 
@@ -93,10 +94,14 @@ def _warn(line: str) -> None:
 
 
 def import_hf(
-  folder: str | os.PathLike, out: str | os.PathLike, log: Callable[[str], None] = _warn
+  folder: str | os.PathLike,
+  out: str | os.PathLike,
+  log: Callable[[str], None] = _warn,
+  adapter: str | os.PathLike = "",
 ) -> None:
   """Makes the import folder `out` (params, config, tokenizer) of a transformers folder. log: takes
-  a line for each thing that the folder holds and the import leaves out.
+  a line for each thing that the folder holds and the import leaves out. adapter: a folder of PEFT
+  with an adapter of that model, which is imported with it, beside its kernels.
 
   Raises UserError: a file is missing or damaged, the model is of no family that is known here, its
   weights lack tensors or hold some that its config does not explain, or its preprocessing cannot be
@@ -195,6 +200,10 @@ def import_hf(
   with files_of.disk_errors(out, f"cannot write beside {out}"):
     params = mapping.to_params(tensors, rules, str(folder), on_disk)
   _check_shapes(config, params, rules, folder)
+  if adapter:
+    from mmjax.interop import peft
+
+    config, params = peft.read(adapter, config, params, rules, family.PREFIX)
   state = {name: params.pop(name) for name in (mapping.STATISTICS,) if name in params}
   checkpoints.save_import(str(out), params, config, assets, state)
   for note in (*found.get("notes", ()), *(around.notes if around else ())):
@@ -253,7 +262,8 @@ def export_hf(
     facts["preprocessor_config.json"] = json.dumps(
       preprocessing.image_facts(config, family), indent=2
     ).encode()
-  variables = {**checkpoints.load_params(found), **checkpoints.load_model_state(found)}
+  params = merge(checkpoints.load_params(found))
+  variables = {**params, **checkpoints.load_model_state(found)}
   end = unigram.moved_end(config, assets)
   if end is not None:
     text = config["model"]["encoders"]["text"]
@@ -291,6 +301,23 @@ def export_hf(
     for name, tensors in weights.items():
       safetensors.write(partial / name, tensors)
   return out
+
+
+def export_adapter(
+  checkpoint: str | os.PathLike, out: str | os.PathLike, allow_code: Sequence[str] = ()
+) -> Path:
+  """Writes the adapter of a checkpoint alone (config.lora), as a folder for PEFT. Raises UserError:
+  it has none, or as `export_hf`.
+  """
+  from mmjax.interop import peft
+
+  found = checkpoints.find_checkpoint(os.fspath(checkpoint))
+  config = checkpoints.load_config(found, allow_code)
+  filled = _filled(config.to_dict())
+  family, params = _expressed_by(filled), checkpoints.load_params(found)
+  with new_folder(Path(out)) as folder:
+    peft.write(folder, config, params, family, family.rules(filled))
+  return Path(out)
 
 
 def check_export(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> str:

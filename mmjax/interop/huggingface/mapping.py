@@ -262,7 +262,7 @@ def _parameter(
   stack = np.empty(0, np.float32)
   for i in range(rule.layers or 1):
     names = [t.format(i=i) for t in rule.theirs]
-    group = [_finite(tensors[name], name, where) for name in names]
+    group = [finite(tensors[name], name, where) for name in names]
     try:
       value = rule.into(group)
       if not rule.layers:
@@ -281,7 +281,7 @@ def _parameter(
   return stack
 
 
-def _finite(tensor: Array, name: str, where: str) -> Array:
+def finite(tensor: Array, name: str, where: str) -> Array:
   """float32. Raises UserError: whole numbers (quantised weights), or numbers that are not
   finite.
   """
