@@ -61,7 +61,14 @@ PROCESSORS = {  # name of an image processor -> what it does where its file is s
   ),
   "Gemma3": dict(_HALF, size={"height": 224, "width": 224}, resample=2, do_center_crop=False),
   "GotOcr2": dict(
-    _CROPS, size={"height": 384, "width": 384}, do_center_crop=False, min_patches=1, max_patches=12
+    _HALF,
+    size={"height": 384, "width": 384},
+    resample=3,
+    do_center_crop=False,
+    min_patches=1,
+    max_patches=12,
+    image_mean=_CROPS["image_mean"],
+    image_std=_CROPS["image_std"],
   ),
   "Idefics3": _CUT,
   "SmolVLM": _CUT,
