@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
+from mmjax.models.stack import with_layers_apart
 
 Array = jax.Array
 # step(token int32 [N], place int32 [N], state, constants) -> (logits float32 [N, V] of the token
@@ -407,6 +408,7 @@ def go_on_from_prompts(
   ids: Array | None = None,
 ) -> tuple[Array, Array]:
   """(tokens int32 [B, max_length], scores float32 [B]) that a language model adds to prompts."""
+  variables = with_layers_apart(variables)
   run = run_of_prompts(model, variables, batch["sequence"], max_length, decoding)
   return run.whole(*read_prompts(model, variables, batch, max_length), rng, ids)
 
@@ -483,6 +485,7 @@ def _go_on(
 ) -> Array:
   """The texts that follow the prompts int32 [B, P]."""
   decoder, (rows, read) = model.decoder, prompt.shape
+  variables = with_layers_apart(variables)
   logits, cache = model.apply(
     variables, prompt, memory, length=read + max_length - 1, method="prefill"
   )

@@ -28,6 +28,7 @@ from mmjax.inference.engine import (
   score,
 )
 from mmjax.inference.inputs import Item, MediaInputs
+from mmjax.models.stack import with_layers_apart
 
 LENGTHS = tuple(2**n for n in range(3, 21))  # of prompts: they are filled up to one of these
 AT_ONCE = 8  # tokens that are decoded before a stream is looked at
@@ -164,10 +165,12 @@ class LanguageGenerator:
     ]
 
   def _begin(self, max_length, decoding, variables, batch, rng, ids) -> Open:
+    variables = with_layers_apart(variables)
     run = run_of_prompts(self.model, variables, batch["sequence"], max_length, decoding)
     return run.start(*read_prompts(self.model, variables, batch, max_length), rng, ids)
 
   def _go_on(self, max_length, decoding, variables, at: Open, sequence, until) -> Open:
+    variables = with_layers_apart(variables)
     run = run_of_prompts(self.model, variables, sequence, max_length, decoding)
     return run.go_on(at, until)
 

@@ -16,6 +16,7 @@ from mmjax.config import UserError
 from mmjax.data.placeholders import Places
 from mmjax.inference.engine import LOW, Decoding
 from mmjax.inference.language import AT_ONCE, LanguageGenerator, Read, cut_at, undecided
+from mmjax.models.stack import with_layers_apart
 
 Array = jax.Array
 TOP = 5  # alternatives that are kept of each token
@@ -232,11 +233,11 @@ class Slots:
   # -- Programs ------------------------------------------------------------------------------------
 
   def _empty(self) -> Any:
-    model, variables = self.language.model, self.language.variables
+    model, variables = self.language.model, with_layers_apart(self.language.variables)
     return model.apply(variables, self.count, self.window, method="init_cache")
 
   def _begin(self, variables, state, rows, row, start, batch, key, known, settings):
-    model = self.language.model
+    model, variables = self.language.model, with_layers_apart(variables)
 
     def take(x: Array) -> Array:
       return jnp.repeat(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), self._batch, axis=1)
@@ -257,7 +258,7 @@ class Slots:
     return state, rows, jax.tree.map(lambda x, y: x.at[row].set(y[0]), blank, made)
 
   def _steps(self, variables, state, rows):
-    model = self.language.model
+    model, variables = self.language.model, with_layers_apart(variables)
 
     def body(carry):
       i, state, rows, out = carry

@@ -37,7 +37,7 @@ Turns = tuple[Array, Array]  # cosines and sines of `Rotary.angles`
 
 
 class KeyValue(NamedTuple):
-  """Keys and values of attention, [B, S, G, K] each; with a leading axis of layers in a cache."""
+  """Keys and values of attention, [B, S, G, K] each; in a cache [layers, B, G, T, K]."""
 
   key: Array
   value: Array
@@ -246,8 +246,8 @@ class Attention(nn.Module):
     """x [B, L, D] -> [B, L, D], or (that, the cache with x's keys and values) where there is one.
 
     context: other tokens [B, S, D] to attend to, or what `keys_and_values` made of them; None = x
-    itself. turns: angles of x's positions. cache: [B, T, G, K] each, into which x's keys and values
-    go from mask.offset on. bias: as in `attend`.
+    itself. turns: angles of x's positions. cache: [B, G, T, K] each, the order in which a token
+    reads them, into which x's keys and values go from mask.offset on. bias: as in `attend`.
     length: L where x is given as rows [B * L, D], and returned so, for a kernel that `fuses`.
     """
     c = self.config
@@ -264,7 +264,7 @@ class Attention(nn.Module):
       cache = KeyValue(
         update_cache(cache.key, key, mask.offset), update_cache(cache.value, value, mask.offset)
       )
-      (key, value), kernel = cache, "xla"
+      key, value, kernel = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2), "xla"
     out = attend(query, key, value, mask, kernel=kernel, bias=bias, **settings)
     out = self.out(constrain(out, ("batch", "length", "heads", "kv")))
     return out if cache is None else (out, cache)
@@ -302,11 +302,12 @@ def unstack(x: Array) -> list[Array]:
 
 
 def update_cache(cached: Array, new: Array, start: Array) -> Array:
-  """cached [B, T, ...] with new [B, L, ...] from position `start` on, int32 scalar or [B]."""
-  update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+  """cached [B, G, T, K] with new [B, L, G, K] from position `start` on, int32 scalar or [B]."""
+  new = new.swapaxes(1, 2).astype(cached.dtype)
+  update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
   if jnp.ndim(start):
-    return jax.vmap(update)(cached, new.astype(cached.dtype), start)
-  return jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis=1)
+    return jax.vmap(update)(cached, new, start)
+  return jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=2)
 
 
 class Block(nn.Module):

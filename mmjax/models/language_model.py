@@ -22,10 +22,10 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.keys import Special
 from mmjax.models.attention import AttentionMask
-from mmjax.models.block import Activation, BlockConfig, Kernel, KeyValue, Remat, with_block
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.layers import constrain, normal, with_axes
 from mmjax.models.positions import Rotary
-from mmjax.models.stack import Stack
+from mmjax.models.stack import Cache, Stack
 from mmjax.ranges import (
   Count,
   Depth,
@@ -215,7 +215,7 @@ class LanguageModel(nn.Module):
 
   # -- Generation ----------------------------------------------------------------------------------
 
-  def prefill(self, batch: Batch, *, length: int) -> tuple[Array, tuple[KeyValue, Array]]:
+  def prefill(self, batch: Batch, *, length: int) -> tuple[Array, tuple[Cache, Array]]:
     """The prompts of batch["sequence"], read at once: (logits float32 [B, V] of the token after
     each, a cache for `length` tokens). `sequence.length` int32 [B]: the tokens of each.
 
@@ -228,13 +228,13 @@ class LanguageModel(nn.Module):
       )
     return self.extend(batch, 0, self.init_cache(rows, length))
 
-  def init_cache(self, rows: int, length: int) -> tuple[KeyValue, Array]:
+  def init_cache(self, rows: int, length: int) -> tuple[Cache, Array]:
     """What `extend` begins with: nothing, and room for `length` tokens of each row."""
     return self.stack.init_cache(rows, length), jnp.zeros((1, rows), jnp.int32)
 
   def extend(
-    self, batch: Batch, places: Array | int, state: tuple[KeyValue, Array]
-  ) -> tuple[Array, tuple[KeyValue, Array]]:
+    self, batch: Batch, places: Array | int, state: tuple[Cache, Array]
+  ) -> tuple[Array, tuple[Cache, Array]]:
     """As `prefill`, of prompts that go on from the first `places` tokens, int32 [B], of what
     `state` holds; what it held after these is forgotten. `sequence.length`: of the tokens given.
     """
@@ -262,8 +262,8 @@ class LanguageModel(nn.Module):
     return self.logits(hidden), (cache, ahead)
 
   def decode_step(
-    self, token: Array, places: Array, state: tuple[KeyValue, Array], constants: None = None
-  ) -> tuple[Array, tuple[KeyValue, Array]]:
+    self, token: Array, places: Array, state: tuple[Cache, Array], constants: None = None
+  ) -> tuple[Array, tuple[Cache, Array]]:
     """token int32 [B], each at its place of the cache, int32 [B] -> (logits float32 [B, V] of the
     token after it, the cache with it).
     """

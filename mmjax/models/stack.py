@@ -5,7 +5,7 @@ too), rematerialised by name, all at once or with a cache.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -54,6 +54,35 @@ REMAT: dict[str, Policy | None] = {
   # goes to the host and back.
   "offload_dense": _offload("dense"),
 }
+
+
+APART = "apart"  # a collection of variables: the layers of a stack one by one
+FEW = 12  # a CPU runs stacks of so many layers without a loop over them
+
+
+def with_layers_apart(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Variables of a model, its stacks' layers one by one beside them where that pays: in a loop over
+  tokens a CPU would copy every layer out of its stack for every token.
+  """
+  if platform() != "cpu":
+    return dict(variables)
+
+  def of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, part in tree.items():
+      if name == "layers":
+        depth = len(jax.tree.leaves(part)[0])
+        if depth <= FEW:
+          layers = [jax.tree.map(lambda x, i=i: x[i], part) for i in range(depth)]
+          found[name] = jax.lax.optimization_barrier(layers)
+      elif isinstance(part, Mapping) and (below := of(part)):
+        found[name] = below
+    return found
+
+  return {**variables, APART: of(variables["params"])}
+
+
+Cache = KeyValue | list[KeyValue]  # of all layers, or of layers that lie apart
 
 
 class Memory(NamedTuple):
@@ -124,11 +153,14 @@ class Stack(nn.Module):
     x, _ = self._each(run, x, (self.layers, keys), self._positions(positions, shape, 0))
     return x.reshape(shape[0], length, c.width)[:, : shape[1]] if length else x
 
-  def init_cache(self, rows: int, length: int) -> KeyValue:
-    """An empty cache of keys and values for `rows` texts of up to `length` tokens."""
-    c = self.config
-    empty = jnp.zeros((c.depth, rows, length, c.groups, c.channels), c.dtype)
-    return KeyValue(empty, empty)
+  def init_cache(self, rows: int, length: int) -> Cache:
+    """An empty cache of keys and values for `rows` texts of up to `length` tokens; of each layer
+    alone, where the layers lie apart.
+    """
+    c, lie_apart = self.config, self.has_variable(APART, "layers")
+    depth = 1 if lie_apart else c.depth
+    empty = jnp.zeros((depth, rows, c.groups, length, c.channels), c.dtype)
+    return [KeyValue(empty, empty) for _ in range(c.depth)] if lie_apart else KeyValue(empty, empty)
 
   def init_memory(self, context: Array, context_mask: Array) -> Memory:
     """Of tokens [B, S, D] and which are real, bool [B, S]: once a generation."""
@@ -144,7 +176,7 @@ class Stack(nn.Module):
     self,
     x: Array,
     start: Array | int,
-    cache: KeyValue,
+    cache: Cache,
     memory: Memory | None = None,
     *,
     keys: Array | None = None,
@@ -152,7 +184,7 @@ class Stack(nn.Module):
     prefix: Array | None = None,
     blocks: Array | None = None,
     wide_blocks: bool = False,
-  ) -> tuple[Array, KeyValue]:
+  ) -> tuple[Array, Cache]:
     """x [B, L, D], the tokens from place `start` (int32 scalar or [B]) of the cache on -> ([B, L,
     D], the cache with them): a whole prompt or one token.
 
@@ -189,10 +221,16 @@ class Stack(nn.Module):
         cache=cache,
       )
 
-    layers = (self.layers, cache, stored)
-    return self._each(
-      run, x.astype(self.config.dtype), layers, self._positions(positions, x.shape, start), False
-    )
+    x, positions = x.astype(self.config.dtype), self._positions(positions, x.shape, start)
+    if not isinstance(cache, list):
+      return self._each(run, x, (self.layers, cache, stored), positions, False)
+    runs = self._runs(run, positions, False, 1)
+    made = []
+    for i, params in enumerate(self.get_variable(APART, "layers")):
+      own = jax.tree.map(lambda a: a[0], cache[i])
+      x, out = runs[i % len(runs)](x, (params, own, jax.tree.map(lambda a, i=i: a[i], stored)))
+      made.append(jax.tree.map(lambda a: a[None], out))
+    return x, made
 
   def _each(
     self, run: Callable, x: Array, layers: Any, positions: Array | None, train: bool = True
@@ -201,29 +239,10 @@ class Stack(nn.Module):
     leading axis of them: (x, outs stacked). A pattern of layers is one trip of the loop.
     """
     c = self.config
-    windows = c.windows or (0,)
-    period, turns = len(windows), {}
-    if c.rotary is not None and positions is not None:
-      turns = {
-        local: (c.local_rotary if local and c.local_rotary else c.rotary).angles(
-          positions, c.channels
-        )
-        for local in {window > 0 for window in windows}
-      }
-    unroll = c.scan_unroll or (c.depth if platform() == "cpu" and c.depth <= 12 else 1)
+    unroll = c.scan_unroll or (c.depth if platform() == "cpu" and c.depth <= FEW else 1)
     unroll = min(unroll, c.depth) if train else 1
-
-    def of_window(window: int) -> Callable:
-      block = Block(c, window, self.context_norm, self.dropout, parent=None)
-
-      def one(x, layer):
-        return run(block, x, layer, turns.get(window > 0))
-
-      if c.remat == "none" or not train:
-        return one
-      return jax.checkpoint(one, policy=REMAT[c.remat], prevent_cse=unroll > 1)
-
-    runs = [of_window(window) for window in windows]
+    runs = self._runs(run, positions, train, unroll)
+    period = len(runs)
     if period == 1:
       return jax.lax.scan(runs[0], x, layers, unroll=unroll)
 
@@ -242,6 +261,32 @@ class Stack(nn.Module):
       x, out = runs[i - whole](x, jax.tree.map(lambda a, i=i: a[i], layers))
       outs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), outs, out)
     return x, outs
+
+  def _runs(
+    self, run: Callable, positions: Array | None, train: bool, unroll: int
+  ) -> list[Callable]:
+    """one(x, layer) -> (x, out) of each layer of a pattern."""
+    c = self.config
+    windows, turns = c.windows or (0,), {}
+    if c.rotary is not None and positions is not None:
+      turns = {
+        local: (c.local_rotary if local and c.local_rotary else c.rotary).angles(
+          positions, c.channels
+        )
+        for local in {window > 0 for window in windows}
+      }
+
+    def of_window(window: int) -> Callable:
+      block = Block(c, window, self.context_norm, self.dropout, parent=None)
+
+      def one(x, layer):
+        return run(block, x, layer, turns.get(window > 0))
+
+      if c.remat == "none" or not train:
+        return one
+      return jax.checkpoint(one, policy=REMAT[c.remat], prevent_cse=unroll > 1)
+
+    return [of_window(window) for window in windows]
 
   def _positions(
     self, positions: Array | None, shape: tuple[int, ...], start: Array | int
