@@ -195,7 +195,8 @@ class Stack(nn.Module):
     key_blocks = None
     if blocks is not None:
       places = jnp.asarray(start).reshape(-1, 1) + jnp.arange(blocks.shape[1])
-      key_blocks = jnp.zeros(cache.key.shape[1:3], jnp.int32)
+      rows, _, length, _ = (cache[0] if isinstance(cache, list) else cache).key.shape[1:]
+      key_blocks = jnp.zeros((rows, length), jnp.int32)
       key_blocks = key_blocks.at[jnp.arange(len(blocks))[:, None], places].set(blocks)
     mask = AttentionMask(
       causal=True,
