@@ -90,7 +90,8 @@ def make_record(split: str, number: int, emoji: Catalogue, known: list[str]) -> 
   starts = first, int(rng.integers(first + MOVE, FRAMES - MOVE))
   background = rng.integers(170, 256, 3).tolist()
   beside, second = rng.random() < 0.5, int(rng.integers(2))  # halves side by side; whose is whose
-  objects, tracks = [], []
+  objects: list[dict[str, Any]] = []
+  tracks = []
   for order, (one, start) in enumerate(zip(chosen, starts, strict=True)):
     way = str(rng.choice(list(WAYS)))
     tracks.append(_track(way, start, beside, order ^ second, rng))
