@@ -1143,7 +1143,7 @@ def _parser() -> argparse.ArgumentParser:
     "chat",
     _chat,
     "Converse with a language model on the terminal; /help there lists the commands.",
-    "mmjax chat --checkpoint runs/chat_scenes",
+    "mmjax chat --checkpoint runs/answers --template plain",
   )
   _allow_code(sub)
   _conversing(sub)
@@ -1156,15 +1156,16 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument(
     "--temperature",
     type=_number(NonNegative),
-    default=0.0,
+    default=None,
     metavar="X",
-    help="draw answers; default: 0, the likeliest token each time",
+    help="draw answers; 0 = the likeliest token each time; default: as the generation_config.json "
+    "of an imported model says, else 0",
   )
   sub.add_argument(
-    "--top-k", type=_number(Count), default=0, metavar="N", help="draw among so many; 0 = all"
+    "--top-k", type=_number(Count), default=None, metavar="N", help="draw among so many; 0 = all"
   )
   sub.add_argument(
-    "--top-p", type=_number(Portion), default=1.0, metavar="X", help="draw among this probability"
+    "--top-p", type=_number(Portion), default=None, metavar="X", help="draw among this probability"
   )
 
   sub = command(
@@ -1173,7 +1174,7 @@ def _parser() -> argparse.ArgumentParser:
     _serve,
     "Serve a checkpoint over HTTP in the form of OpenAI's API (chat, embeddings), with a page to "
     "try it. Needs: pip install 'mmjax[serve]'",
-    "mmjax serve --checkpoint runs/chat_scenes --port 8000",
+    "mmjax serve --checkpoint runs/quickstart --port 8000",
   )
   _allow_code(sub)
   _conversing(sub)

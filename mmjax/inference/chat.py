@@ -21,7 +21,7 @@ from mmjax.data.placeholders import Places
 from mmjax.data.templates import ASSET, ChatTemplate
 from mmjax.data.text import Tokenizer
 from mmjax.files import write_whole
-from mmjax.inference.engine import Decoding
+from mmjax.inference.engine import decoding_of
 from mmjax.inference.language import Read
 from mmjax.inference.slots import Slots, Text
 
@@ -118,13 +118,14 @@ class Chat:
     **decoding: Any,
   ):
     """max_length: tokens of an answer at most. keep_media: exchanges with media are dropped last.
-    decoding: temperature (0 = the likeliest token), top_k, top_p, min_p, repetition_penalty.
+    decoding: temperature (0 = the likeliest token), top_k, top_p, min_p, repetition_penalty; by
+    default as in the checkpoint's generation_config.json, else greedy.
     """
     self.predictor = predictor
     self.prompts = Conversations(predictor, template, window)
     self.system, self.keep_media, self.note = system, keep_media, note or (lambda text: None)
     self.max_length = min(max_length, self.prompts.window // 2)
-    self.decoding = decoding_of(**decoding)
+    self.decoding = decoding_of(predictor.usual_decoding, **decoding)
     self.last: Text | None = None  # the last answer, with what it cost
     self.messages: list[Message] = []
     self.reset()
@@ -221,11 +222,6 @@ class Chat:
       )
     self._unseen = dropped
     return read
-
-
-def decoding_of(temperature: float = 0.0, **settings: Any) -> Decoding:
-  """Greedy where the temperature is 0, else drawn."""
-  return Decoding("sample" if temperature else "greedy", temperature=temperature or 1.0, **settings)
 
 
 def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:

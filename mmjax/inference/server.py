@@ -26,7 +26,8 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.data.media import WORDS
 from mmjax.inference.batcher import Batcher, Busy, Job, News
-from mmjax.inference.chat import Conversations, decoding_of
+from mmjax.inference.chat import Conversations
+from mmjax.inference.engine import decoding_of
 from mmjax.inference.predictor import Predictor
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -144,11 +145,12 @@ class Server:
         f"{self.prompts.window}, and max_tokens is {wanted or self.max_length}. Shorten them",
       )
     decoding = decoding_of(
-      temperature=_number(body, "temperature", float, 0, 100) or 0.0,
-      top_p=_number(body, "top_p", float, 1e-6, 1, 1.0),
-      top_k=_number(body, "top_k", int, 0, 1 << 20, 0),
-      min_p=_number(body, "min_p", float, 0, 0.999, 0.0),
-      repetition_penalty=_number(body, "repetition_penalty", float, 0.01, 100, 1.0),
+      self.predictor.usual_decoding,
+      temperature=_number(body, "temperature", float, 0, 100),
+      top_p=_number(body, "top_p", float, 1e-6, 1),
+      top_k=_number(body, "top_k", int, 0, 1 << 20),
+      min_p=_number(body, "min_p", float, 0, 0.999),
+      repetition_penalty=_number(body, "repetition_penalty", float, 0.01, 100),
     )
     if (_number(body, "top_logprobs", int, 0, 20) or 0) > 5:
       raise Refused(400, "top_logprobs is at most 5 here")
