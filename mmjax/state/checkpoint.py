@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import FrozenConfigDict
 
@@ -557,6 +558,7 @@ def save_import(
       path = epath.Path(ends.enter_context(new_folder(path)))
       path.rmdir()  # Orbax makes it, of one that it writes beside it
     writer = storage.Writer(path, copies=False)
+    params = jax.tree.map(np.asarray, params)  # scalars too
     items = dict(params=params, config=storage.config_dict(config), assets=storage.encode(assets))
     if model_state:
       items["model_state"] = model_state
