@@ -14,6 +14,8 @@ import contextlib
 import hmac
 import json
 import math
+import secrets
+import threading
 import time
 import uuid
 from collections import Counter
@@ -121,6 +123,21 @@ class Server:
       )
     self.app = _application(self, hosts)
 
+  def warm(self) -> None:
+    """Compiles what a short message needs, so that the first client waits less."""
+    if self.prompts is None or self.batcher is None:
+      return
+    ended = threading.Event()
+
+    def tell(news: News) -> None:
+      if news.last:
+        ended.set()
+
+    read = self.prompts.read([{"role": "user", "content": "a"}])
+    length = min(4, self.prompts.window - self.prompts.language.size(read))
+    self.batcher.submit(Job(read, length, decoding_of({}), 0, (), tell))
+    ended.wait()
+
   def close(self) -> None:
     """Ends the thread that drives the model."""
     if self.batcher:
@@ -158,7 +175,8 @@ class Server:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) for s in stop):
       raise Refused(400, "stop must be a text or up to 16 of them")
-    seed = _number(body, "seed", int, 0, 2**32 - 1, 0)
+    seed = _number(body, "seed", int, 0, 2**32 - 1)
+    seed = secrets.randbelow(2**32) if seed is None else seed
     return Job(read, wanted or min(self.max_length, room), decoding, seed, stop, tell)
 
   def _message(self, number: int, message: Any) -> dict[str, Any]:
@@ -317,6 +335,7 @@ def serve(
         timeout_keep_alive=10,
         h11_max_incomplete_event_size=64 << 10,
       )
+      server.warm()
       address = f"[{host}]" if ":" in host else host
       ready(f"http://{address}:{listening.getsockname()[1]}")
       uvicorn.Server(config).run(sockets=[listening])

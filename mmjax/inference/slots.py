@@ -19,6 +19,7 @@ from mmjax.inference.language import AT_ONCE, LanguageGenerator, Read, cut_at, u
 from mmjax.models.stack import with_layers_apart
 
 Array = jax.Array
+FEWEST = 32  # tokens that are read at once: shorter prompts need no programs of their own
 TOP = 5  # alternatives that are kept of each token
 # What stands in a place of a prompt: a token, or (modality, digest of a slot of media, which of its
 # tokens, how many places after the first of its run).
@@ -161,7 +162,7 @@ class Slots:
     held = _places(read)
     row, start = self._row(held)
     rest, width = _after(read, start), size - start
-    width = min(self.language.width(width), self.window - start)
+    width = min(max(FEWEST, self.language.width(width)), self.window - start)
     batch = self.language.arrays([rest], width, self._batch)
     known = np.zeros(self.language.model.vocab_size, bool)
     known[[token for token in held if isinstance(token, int)]] = True

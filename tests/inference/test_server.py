@@ -113,6 +113,9 @@ def test_answers_are_those_of_a_chat(model, served):
   assert len(texts) == 1 and texts != {
     api.chat.completions.create(**dict(drawn, seed=4)).choices[0].message.content
   }
+  free = {name: value for name, value in drawn.items() if name != "seed"}
+  texts_of = [api.chat.completions.create(**free).choices[0].message.content for _ in range(4)]
+  assert len(set(texts_of)) > 1  # without a seed each draws anew
   whole = texts.pop()
   stop = whole[2:4]
   cut = api.chat.completions.create(**drawn, stop=[stop]).choices[0]
