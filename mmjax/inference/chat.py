@@ -151,15 +151,9 @@ class Chat:
       answer = self._slots.begin(read, self.max_length, self.decoding, seed, stop)
     given = ""
     try:
-      while True:
-        piece = answer.piece()
-        if piece:
-          given += piece
-          yield piece
-        if answer.ended:
-          return
-        with self.predictor.in_use():
-          self._slots.step()
+      for piece in self.predictor.pieces(self._slots, answer):
+        given += piece
+        yield piece
     finally:
       with self.predictor.in_use():
         self._slots.end(answer)

@@ -229,6 +229,7 @@ class Run(NamedTuple):
     if self.decoding.repetition_penalty != 1:
       generated = jnp.where(jnp.arange(tokens.shape[1]) < count, tokens, -1)
       known = generated if prompt is None else jnp.concatenate([prompt, generated], axis=1)
+      known = tokens_in(known, logits.shape[-1])
       logits = penalise(logits, known, self.decoding.repetition_penalty)
     return logits if self.rules is None else self.rules(logits, tokens, count)
 
@@ -305,34 +306,39 @@ def _best(count: int, texts: Array, scores: Array) -> tuple[Array, Array, Array]
   return jnp.take_along_axis(texts, index[:, :, None], axis=1), scores, index
 
 
-def restrict(logits: Array, top_k: int, top_p: float, min_p: float = 0.0) -> Array:
+def restrict(
+  logits: Array, top_k: int | Array, top_p: float | Array, min_p: float | Array = 0.0
+) -> Array:
   """logits float32 [N, V] with -1e30 for tokens outside the `top_k` likeliest (0 = all), the
-  nucleus of `top_p`, and those of at least `min_p` times the highest probability.
+  nucleus of `top_p`, and those of at least `min_p` times the highest probability. Settings are
+  numbers, or all arrays [N, 1] of each row's own.
   """
-  size = logits.shape[-1]
-  if min_p:
-    least = logits.max(-1, keepdims=True) + jnp.log(min_p)
-    logits = jnp.where(logits < least, LOW, logits)
-  if not 0 < top_k < size and top_p >= 1:
+  size, numbers = logits.shape[-1], isinstance(top_k, int)
+  if not numbers or min_p:
+    logits = jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(min_p), LOW, logits)
+  if numbers and not 0 < top_k < size and top_p >= 1:
     return logits
   order = jnp.argsort(-logits, axis=-1)
   ranked = jnp.take_along_axis(logits, order, axis=-1)
-  keep = jnp.arange(size) < (top_k or size)
+  keep = jnp.arange(size) < jnp.where(top_k, top_k, size)
   chances = jax.nn.softmax(jnp.where(keep, ranked, LOW), axis=-1)
-  keep &= jnp.cumsum(chances, axis=-1) - chances < top_p
+  keep &= (jnp.cumsum(chances, axis=-1) - chances < top_p) | jnp.greater_equal(top_p, 1)
   keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
   return jnp.where(keep, logits, LOW)
 
 
-def penalise(logits: Array, tokens: Array, penalty: float) -> Array:
-  """logits [N, V], lowered for the tokens int32 [N, T] (-1 = none): positive ones are divided by
-  `penalty`, others multiplied.
+def penalise(logits: Array, known: Array, penalty: float | Array) -> Array:
+  """logits [N, V], lowered where `known` bool [N, V]: positive ones are divided by `penalty`, a
+  number or [N, 1], others multiplied.
   """
-  rows, size = logits.shape
-  known = jnp.zeros((rows, size + 1), bool)
-  known = known.at[jnp.arange(rows)[:, None], jnp.where(tokens < 0, size, tokens)].set(True)
-  lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
-  return jnp.where(known[:, :size], lowered, logits)
+  return jnp.where(known, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def tokens_in(texts: Array, size: int) -> Array:
+  """bool [N, size]: which tokens are in the texts int32 [N, T], -1 = none."""
+  known = jnp.zeros((len(texts), size + 1), bool)
+  known = known.at[jnp.arange(len(texts))[:, None], jnp.where(texts < 0, size, texts)].set(True)
+  return known[:, :size]
 
 
 def score(hidden: Array, table: Array, targets: Array, cap: float = 0.0) -> Array:

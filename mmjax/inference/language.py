@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,16 +19,8 @@ from mmjax.config import UserError
 from mmjax.data.media import WORDS
 from mmjax.data.placeholders import Places, placeholders, prompted
 from mmjax.data.text import Tokenizer, check_texts, decode
-from mmjax.inference.engine import (
-  Decoding,
-  Open,
-  go_on_from_prompts,
-  read_prompts,
-  run_of_prompts,
-  score,
-)
+from mmjax.inference.engine import Decoding, go_on_from_prompts, score
 from mmjax.inference.inputs import Item, MediaInputs
-from mmjax.models.stack import with_layers_apart
 
 LENGTHS = tuple(2**n for n in range(3, 21))  # of prompts: they are filled up to one of these
 AT_ONCE = 8  # tokens that are decoded before a stream is looked at
@@ -87,47 +79,13 @@ class LanguageGenerator:
     for start in range(0, len(order), most):
       chosen = order[start : start + most]
       batch, ids = self._batch([read[i] for i in chosen], chosen, max_length)
-      run = self._program(("generate", max_length, decoding), self._generate)
+      run = self.program(
+        ("generate", max_length, decoding), functools.partial(self._generate, max_length, decoding)
+      )
       tokens = np.asarray(run(self.variables, batch, jax.random.key(seed), ids))
       for i, row in zip(chosen, tokens, strict=False):
         found[i] = cut_at(self.text(row), stop)
     return [found[i] for i in range(len(read))]
-
-  def stream(
-    self,
-    prompt: str,
-    media: Mapping[str, Any],
-    *,
-    max_length: int,
-    decoding: Decoding,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-  ) -> Iterator[str]:
-    """The same text piece by piece. What might be the beginning of a `stop` string, or of a
-    character of several tokens, waits for the tokens after it. Raises UserError: also beams.
-    """
-    if decoding.method == "beam":
-      raise UserError("a beam search knows its text at the end only: stream without beams")
-    batch, ids = self._batch(
-      self.read([prompt], {k: [v] for k, v in media.items()}), [0], max_length
-    )
-    begin = self._program(("begin", max_length, decoding), self._begin)
-    go_on = self._program(("go_on", max_length, decoding), self._go_on)
-    at = begin(self.variables, batch, jax.random.key(seed), ids)
-    given, made = "", 1
-    while True:
-      tokens = np.asarray(at.tokens[0])[:made]
-      ended = bool(at.done[0]) or made >= max_length
-      text = self.text(tokens)
-      whole = cut_at(text, stop)
-      safe = whole if ended or whole != text else whole[: len(whole) - undecided(whole, stop)]
-      if len(safe) > len(given):
-        yield safe[len(given) :]
-        given = safe
-      if ended or whole != text:
-        return
-      made = min(made + AT_ONCE, max_length)
-      at = go_on(self.variables, at, batch["sequence"], made)
 
   def score(
     self, prompts: str | Sequence[str], options: Sequence[str], media: Mapping[str, Any]
@@ -148,31 +106,22 @@ class LanguageGenerator:
       length = batch["sequence"]["length"]
       ends = np.ones(len(length), np.int32)
       ends[: len(chosen)] = [rows[i][1] for i in chosen]
-      run = self._program(("score",), self._score)
+      run = self.program(("score",), self._score)
       found[chosen] = np.asarray(run(self.variables, batch, length - ends))[: len(chosen)]
     return found.reshape(len(read), len(options))
 
   # -- Programs, compiled once for each shape and way of decoding ----------------------------------
 
-  def _program(self, key: tuple, make: Callable) -> Callable:
+  def program(self, key: tuple, make: Callable, **how: Any) -> Callable:
+    """`make`, compiled once for each key; how: as of jax.jit."""
     if key not in self._programs:
-      self._programs[key] = jax.jit(functools.partial(make, *key[1:]))
+      self._programs[key] = jax.jit(make, **how)
     return self._programs[key]
 
   def _generate(self, max_length, decoding, variables, batch, rng, ids):
     return go_on_from_prompts(self.model, variables, batch, max_length, decoding, rng=rng, ids=ids)[
       0
     ]
-
-  def _begin(self, max_length, decoding, variables, batch, rng, ids) -> Open:
-    variables = with_layers_apart(variables)
-    run = run_of_prompts(self.model, variables, batch["sequence"], max_length, decoding)
-    return run.start(*read_prompts(self.model, variables, batch, max_length), rng, ids)
-
-  def _go_on(self, max_length, decoding, variables, at: Open, sequence, until) -> Open:
-    variables = with_layers_apart(variables)
-    run = run_of_prompts(self.model, variables, sequence, max_length, decoding)
-    return run.go_on(at, until)
 
   def _score(self, variables, batch, first):
     s = batch["sequence"]
@@ -363,15 +312,3 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
   """The text before the first of these strings in it."""
   places = [text.find(string) for string in stop if string and string in text]
   return text[: min(places)] if places else text
-
-
-def undecided(text: str, stop: Sequence[str]) -> int:
-  """Characters at the end of a text that may change with what follows: the beginning of a `stop`
-  string, or of a character that is not whole yet.
-  """
-  count = 0
-  for string in filter(None, stop):
-    for size in range(1, len(string)):
-      if text.endswith(string[:size]):
-        count = max(count, size)
-  return max(count, len(text) - len(text.rstrip("\ufffd")))

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ from mmjax.state import adapters
 
 if TYPE_CHECKING:
   from mmjax.inference.chat import Chat
+  from mmjax.inference.slots import Slots, Text
 
 log = logging.getLogger("mmjax")
 
@@ -344,13 +345,33 @@ class Predictor:
     """
     if self.language is None:
       raise UserError("only a language model goes on from a prompt")
-    media = {name: settings.pop(name) for name in list(settings) if name in self.media}
+    from mmjax.inference.slots import Slots
+
+    media = {name: [settings.pop(name)] for name in list(settings) if name in self.media}
     how = {name: settings.pop(name) for name in ("stop", "seed") if name in settings}
     decoding = decoding_of(self.usual_decoding, **settings)
     with self.in_use():
-      yield from self.language.stream(
-        prompt, media, max_length=max_length, decoding=decoding, **how
-      )
+      (read,) = self.language.read([prompt], media)
+      window = self.language.width(self.language.size(read) + max_length)
+      if self.language.model.learned_positions:
+        window = min(window, self.language.model.length)
+      slots = Slots(self.language, 1, window)
+      text = slots.begin(read, max_length, decoding, **how)
+    yield from self.pieces(slots, text)
+
+  def pieces(self, slots: Slots, text: Text) -> Generator[str, None, None]:
+    """A text of a language model, piece by piece, to its end; ended where nobody reads on."""
+    try:
+      while True:
+        if piece := text.piece():
+          yield piece
+        if text.ended:
+          return
+        with self.in_use():
+          slots.step()
+    finally:
+      with self.in_use():
+        slots.end(text)
 
   def score(self, prompts: str | Sequence[str], options: Sequence[str], **media: Any) -> np.ndarray:
     """float32 [prompts, options]: the log-likelihood in nats of each option, its end included,

@@ -4,21 +4,24 @@ whatever the others do. A chat uses one row, a server several.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.placeholders import Places
-from mmjax.inference.engine import LOW, Decoding
-from mmjax.inference.language import AT_ONCE, LanguageGenerator, Read, cut_at, undecided
+from mmjax.inference.engine import Decoding, penalise, restrict
+from mmjax.inference.language import LanguageGenerator, Read, cut_at
 from mmjax.models.stack import with_layers_apart
 
 Array = jax.Array
+AT_ONCE = 8  # tokens that are decoded before the texts are looked at
 FEWEST = 32  # tokens that are read at once: shorter prompts need no programs of their own
 TOP = 5  # alternatives that are kept of each token
 # What stands in a place of a prompt: a token, or (modality, digest of a slot of media, which of its
@@ -27,20 +30,20 @@ Place = int | tuple[str, bytes, int, int]
 
 
 class Rows(NamedTuple):
-  """The texts of N rows: arrays [N], `known` [N, V]."""
+  """The texts of N rows: arrays [N], `known` [N, V]. Of one text alone: numbers, `known` [V]."""
 
-  token: Array  # int32, the last one
-  place: Array  # int32, where it will stand in the cache
-  made: Array  # int32, tokens so far
-  most: Array  # int32, tokens at most
-  done: Array  # bool
-  key: Array  # of the draws
-  temperature: Array  # float32, 0 = the likeliest token
-  top_k: Array  # int32
-  top_p: Array  # float32
-  min_p: Array  # float32
-  penalty: Array  # float32
-  known: Array  # bool, tokens that the prompt or the text has
+  token: Any  # int32, the last one
+  place: Any  # int32, where it will stand in the cache
+  made: Any  # int32, tokens so far
+  most: Any  # int32, tokens at most
+  done: Any  # bool
+  key: Any  # of the draws
+  temperature: Any  # float32, 0 = the likeliest token
+  top_k: Any  # int32
+  top_p: Any  # float32
+  min_p: Any  # float32
+  penalty: Any  # float32
+  known: Any  # bool, tokens that the prompt or the text has
 
 
 class Made(NamedTuple):
@@ -85,7 +88,7 @@ class Text:
   def piece(self) -> str:
     """What has come since the last call and will not change."""
     text = self.text
-    safe = text if self.ended else text[: len(text) - undecided(text, self.stop)]
+    safe = text if self.ended else text[: len(text) - _undecided(text, self.stop)]
     piece = safe[len(self._given) :]
     self._given = safe if len(safe) > len(self._given) else self._given
     return piece
@@ -112,9 +115,12 @@ class Slots:
       raise UserError(f"a window of {window} tokens, but the model has {model.length} positions")
     self._ends = {model.eos_id, *model.end_ids, *ends}
     self._batch = language.rows[0]  # rows of a prefill: one, and copies for every other device
-    self.count = -(-rows // self._batch) * self._batch
-    self._state = jax.jit(self._empty)()
-    n = self.count
+    n = self.count = -(-rows // self._batch) * self._batch
+    own = Program(model, tuple(sorted(self._ends)), n, self._batch)
+    empty = functools.partial(own.empty, window)
+    self._state = language.program(("empty", window, *own[1:]), empty)(language.variables)
+    self._begin = language.program(("begin", *own[1:]), own.begin, donate_argnums=(1, 2))
+    self._steps = language.program(("steps", *own[1:]), own.steps, donate_argnums=(1, 2))
     blank = jnp.zeros(n, jnp.int32)
     self._rows = Rows(
       token=blank,
@@ -132,8 +138,6 @@ class Slots:
     )
     self.texts: list[Text | None] = [None] * n  # under way
     self._held: list[list[Place]] = [[] for _ in range(n)]  # what the cache has in each place
-    self._start = jax.jit(self._begin, donate_argnums=(1, 2))
-    self._go_on = jax.jit(self._steps, donate_argnums=(1, 2))
 
   @property
   def free(self) -> int:
@@ -167,18 +171,22 @@ class Slots:
     known = np.zeros(self.language.model.vocab_size, bool)
     known[[token for token in held if isinstance(token, int)]] = True
     d, drawn = decoding, decoding.method == "sample"
-    settings = (max_length, d.temperature if drawn else 0.0, d.top_k, d.top_p, d.min_p)
-    key = jax.random.fold_in(jax.random.key(seed), 0)  # as the first row of `generate`
-    self._state, self._rows, made = self._start(
-      self.language.variables,
-      self._state,
-      self._rows,
-      row,
-      start,
-      batch,
-      key,
-      known,
-      (*settings, d.repetition_penalty),
+    fresh = Rows(
+      token=0,
+      place=size - 1,
+      made=0,
+      most=max_length,
+      done=False,
+      key=jax.random.fold_in(jax.random.key(seed), 0),  # as the first row of `generate`
+      temperature=d.temperature if drawn else 0.0,
+      top_k=d.top_k,
+      top_p=d.top_p,
+      min_p=d.min_p,
+      penalty=d.repetition_penalty,
+      known=known,
+    )
+    self._state, self._rows, made = self._begin(
+      self.language.variables, self._state, self._rows, row, start, batch, fresh
     )
     text = Text(row, max_length, stop, self.language.text, size, start)
     self.texts[row], self._held[row] = text, held
@@ -189,7 +197,7 @@ class Slots:
     """Some more tokens of every text under way; the texts that have got any."""
     under_way = [text for text in self.texts if text is not None]
     if under_way:
-      self._state, self._rows, made = self._go_on(self.language.variables, self._state, self._rows)
+      self._state, self._rows, made = self._steps(self.language.variables, self._state, self._rows)
       self._take(jax.tree.map(np.asarray, made))
     return under_way
 
@@ -231,69 +239,92 @@ class Slots:
     row = max(free, key=lambda row: (shared[row], -len(self._held[row])))
     return row, shared[row]
 
-  # -- Programs ------------------------------------------------------------------------------------
 
-  def _empty(self) -> Any:
-    model, variables = self.language.model, with_layers_apart(self.language.variables)
-    return model.apply(variables, self.count, self.window, method="init_cache")
+# -- Programs, compiled once for each model, ends of texts and number of rows ----------------------
 
-  def _begin(self, variables, state, rows, row, start, batch, key, known, settings):
-    model, variables = self.language.model, with_layers_apart(variables)
+
+class Program(NamedTuple):
+  """What the programs of some `Slots` have in common. batch: rows of a prefill."""
+
+  model: nn.Module
+  ends: tuple[int, ...]
+  rows: int
+  batch: int
+
+  def empty(self, window: int, variables: Any) -> Any:
+    """A cache for texts of up to `window` tokens."""
+    variables = with_layers_apart(variables)
+    return self.model.apply(variables, self.rows, window, method="init_cache")
+
+  def begin(
+    self,
+    variables: Any,
+    state: Any,
+    rows: Rows,
+    row: Array,
+    start: Array,
+    batch: dict[str, Any],
+    fresh: Rows,
+  ) -> tuple[Any, Rows, Made]:
+    """Reads a prompt from place `start` on into the cache of one row, whose text is `fresh` (each
+    of its arrays that of the row alone), and makes its first token.
+    """
 
     def take(x: Array) -> Array:
-      return jnp.repeat(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), self._batch, axis=1)
+      return jnp.repeat(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), self.batch, axis=1)
 
     def put(x: Array, y: Array) -> Array:
       return jax.lax.dynamic_update_slice_in_dim(x, y[:, :1], row, axis=1)
 
-    places = jnp.full(self._batch, start)
-    logits, own = model.apply(variables, batch, places, jax.tree.map(take, state), method="extend")
+    logits, own = self.model.apply(
+      with_layers_apart(variables),
+      batch,
+      jnp.full(self.batch, start),
+      jax.tree.map(take, state),
+      method="extend",
+    )
     state = jax.tree.map(put, state, own)
-    most, *how = settings
-    length = start + batch["sequence"]["length"][0]
-    fresh = Rows(*(jnp.asarray(x) for x in (0, length - 1, 0, most, False, key, *how, known)))
-    one = jax.tree.map(lambda x, like: x.astype(like.dtype)[None], fresh, rows)
-    one, made = _choose(one, logits[:1], self._ends)
+    one = jax.tree.map(lambda x, like: jnp.asarray(x).astype(like.dtype)[None], fresh, rows)
+    one, made = _choose(one, logits[:1], self.ends)
     rows = jax.tree.map(lambda x, y: x.at[row].set(y[0]), rows, one)
-    blank = jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape[1:]), x.dtype), made)
+    blank = jax.tree.map(lambda x: jnp.zeros((self.rows, *x.shape[1:]), x.dtype), made)
     return state, rows, jax.tree.map(lambda x, y: x.at[row].set(y[0]), blank, made)
 
-  def _steps(self, variables, state, rows):
-    model, variables = self.language.model, with_layers_apart(variables)
+  def steps(self, variables: Any, state: Any, rows: Rows) -> tuple[Any, Rows, Made]:
+    """AT_ONCE tokens of every text under way, or as many as they need: Made of [AT_ONCE, N]."""
+    variables = with_layers_apart(variables)
 
-    def body(carry):
+    def body(carry: tuple) -> tuple:
       i, state, rows, out = carry
-      logits, state = model.apply(variables, rows.token, rows.place, state, method="decode_step")
-      rows, made = _choose(rows, logits, self._ends)
+      logits, state = self.model.apply(
+        variables, rows.token, rows.place, state, method="decode_step"
+      )
+      rows, made = _choose(rows, logits, self.ends)
       return i + 1, state, rows, jax.tree.map(lambda x, y: x.at[i].set(y), out, made)
 
-    def going(carry):
+    def going(carry: tuple) -> Array:
       return (carry[0] < AT_ONCE) & ~carry[2].done.all()
 
-    n, k = self.count, AT_ONCE
+    shape = (AT_ONCE, self.rows)
     out = Made(
-      jnp.zeros((k, n), jnp.int32),
-      jnp.zeros((k, n)),
-      jnp.zeros((k, n, TOP), jnp.int32),
-      jnp.zeros((k, n, TOP)),
-      jnp.zeros((k, n), bool),
+      jnp.zeros(shape, jnp.int32),
+      jnp.zeros(shape),
+      jnp.zeros((*shape, TOP), jnp.int32),
+      jnp.zeros((*shape, TOP)),
+      jnp.zeros(shape, bool),
     )
-    _, state, rows, out = jax.lax.while_loop(going, body, (0, state, rows, out))
-    return state, rows, out
+    return jax.lax.while_loop(going, body, (0, state, rows, out))[1:]
 
 
 def _choose(rows: Rows, logits: Array, ends: Iterable[int]) -> tuple[Rows, Made]:
   """The next token of each row, by its own settings."""
   logits = logits.astype(jnp.float32)
-  penalty = rows.penalty[:, None]
-  lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
-  logits = jnp.where(rows.known & (penalty != 1), lowered, logits)
+  logits = penalise(logits, rows.known, rows.penalty[:, None])
   drawn = rows.temperature > 0
 
   def draw(logits: Array) -> Array:
-    kept = restrict_rows(
-      logits / jnp.where(drawn, rows.temperature, 1)[:, None], rows.top_k, rows.top_p, rows.min_p
-    )
+    how = (x[:, None] for x in (rows.top_k, rows.top_p, rows.min_p))
+    kept = restrict(logits / jnp.where(drawn, rows.temperature, 1)[:, None], *how)
     keys = jax.vmap(jax.random.fold_in)(rows.key, rows.made)
     return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
@@ -314,21 +345,6 @@ def _choose(rows: Rows, logits: Array, ends: Iterable[int]) -> tuple[Rows, Made]
     done=rows.done | ended,
     known=rows.known.at[jnp.arange(len(token)), token].max(live),
   ), made
-
-
-def restrict_rows(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
-  """`engine.restrict` of logits float32 [N, V] with settings [N] of each row."""
-  least = logits.max(-1, keepdims=True) + jnp.log(min_p)[:, None]
-  logits = jnp.where(logits < least, LOW, logits)
-  order = jnp.argsort(-logits, axis=-1)
-  ranked = jnp.take_along_axis(logits, order, axis=-1)
-  size = logits.shape[-1]
-  keep = jnp.arange(size) < jnp.where(top_k > 0, top_k, size)[:, None]
-  chances = jax.nn.softmax(jnp.where(keep, ranked, LOW), axis=-1)
-  p = top_p[:, None]
-  keep &= (jnp.cumsum(chances, axis=-1) - chances < p) | (p >= 1)
-  keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
-  return jnp.where(keep, logits, LOW)
 
 
 def _places(read: Read) -> list[Place]:
@@ -393,3 +409,15 @@ def _after(read: Read, start: int) -> Read:
     ],
     media,
   )
+
+
+def _undecided(text: str, stop: Sequence[str]) -> int:
+  """Characters at the end of a text that may change with what follows: the beginning of a `stop`
+  string, or of a character that is not whole yet.
+  """
+  count = 0
+  for string in filter(None, stop):
+    for size in range(1, len(string)):
+      if text.endswith(string[:size]):
+        count = max(count, size)
+  return max(count, len(text) - len(text.rstrip("\ufffd")))

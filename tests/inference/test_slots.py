@@ -10,7 +10,7 @@ import pytest
 import mmjax
 from mmjax.config import UserError
 from mmjax.inference.engine import Decoding, restrict
-from mmjax.inference.slots import Slots, restrict_rows
+from mmjax.inference.slots import Slots
 from mmjax.parallel.mesh import single_device_mesh
 from tests.inference import tiny
 from tests.inference.test_language import IMAGES, PROMPTS, config
@@ -120,8 +120,8 @@ def test_settings_of_rows_restrict_as_settings_of_all():
     (0, 1.0, 0.2),
     (7, 0.9, 0.1),
   ]
-  top_k, top_p, min_p = (jnp.asarray(x) for x in zip(*settings, strict=True))
-  together = restrict_rows(logits, top_k, top_p.astype(jnp.float32), min_p.astype(jnp.float32))
+  of_rows = (jnp.asarray(x)[:, None] for x in zip(*settings, strict=True))
+  together = restrict(logits, *of_rows)
   for row, how in enumerate(settings):
     alone = restrict(logits[row : row + 1], *how)
     np.testing.assert_array_equal(jax.device_get(together[row : row + 1]), jax.device_get(alone))
