@@ -230,28 +230,26 @@ class Examples:
     return Sequences(self.config, tokenizer, self.reader)
 
   def rows_of_sequences(
-    self,
-    rows: Sequence[tuple[Source, Sequence[Piece]]],
-    rngs: Iterable[np.random.Generator | None],
-    prompts: bool = False,
+    self, rows: Sequence[tuple[Source, Sequence[Piece]]], rngs: Iterable[np.random.Generator | None]
   ) -> Batch:
-    """A batch of a language model: the examples of each row. prompts: see `Sequences.fill`."""
+    """A batch of a language model: the examples of each row."""
     arrays = self.sequences.blank(len(rows))
-    if prompts:
-      arrays["sequence"]["length"] = np.ones(len(rows), np.int32)
     batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}
     batch["unreadable"] = []
     for number, ((source, pieces), rng) in enumerate(zip(rows, rngs, strict=True)):
       batch["id"].append(stand_in_id(source, pieces[0].record))
-      failed = self.sequences.fill(arrays, number, pieces, source, rng, prompts)
+      failed = self.sequences.fill(arrays, number, pieces, source, rng)
       batch["valid"][number] = len(failed) < len(pieces)
       batch["unreadable"] += failed
     return batch
 
-  def rows_of_parts(
-    self, source: Source, rows: Sequence[tuple[int, list[Span | Medium]]], sequences: Sequences
+  def rows_of_prompts(
+    self,
+    source: Source,
+    rows: Sequence[tuple[int, list[Span | Medium] | UserError]],
+    sequences: Sequences,
   ) -> Batch:
-    """A batch of prompts: (record, the parts of one about it), one a row."""
+    """A batch of prompts: (record, the parts of one about it, or why there are none), one a row."""
     arrays = sequences.blank(len(rows))
     arrays["sequence"]["length"] = np.ones(len(rows), np.int32)
     batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}

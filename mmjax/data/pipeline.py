@@ -20,16 +20,18 @@ is K > 1, texts are [B, K, ...].
 from __future__ import annotations
 
 import collections
+import functools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.data.builders import Record
 from mmjax.data.examples import (
   MODALITIES,
   Batch,
@@ -49,7 +51,7 @@ from mmjax.data.examples import (
 )
 from mmjax.data.media import bytes_key, content_key
 from mmjax.data.order import Balance, Order
-from mmjax.data.parts import Span
+from mmjax.data.parts import Medium, Span
 from mmjax.data.sequences import Piece
 from mmjax.data.sources import Source, label_numbers, open_source
 from mmjax.data.templates import ChatTemplate
@@ -340,8 +342,14 @@ class EvaluationData:
     """What texts are generated from: `batches`, and of a language model the sequences up to their
     first target.
     """
-    for batch, _ in self._batches(self.items, tuple(modalities), prompts=True):
-      yield batch
+    if not self.config.data.sequence.length:
+      yield from self.batches(modalities)
+      return
+    sequences = self._examples.sequences
+    yield from self._prompts(
+      (piece.record, functools.partial(sequences.prompt, source=self.source, piece=piece))
+      for piece in self.items
+    )
 
   def check_talk(self, record: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError: the turns are no conversation about the record, or none is answered."""
@@ -354,19 +362,33 @@ class EvaluationData:
     row, as long as the longest; filled up at the end.
     """
     sequences = self._examples.sequences
-    parts = [sequences.turns(self.source[example], turns, prompt=True) for example, turns in asked]
-    narrow = sequences.narrowed(parts)
-    for start in range(0, len(asked), self.batch_size):
+    yield from self._prompts(
+      (example, functools.partial(sequences.turns, messages=turns, prompt=True))
+      for example, turns in asked
+    )
+
+  def _prompts(
+    self, asked: Iterable[tuple[int, Callable[[Record], list[Span | Medium]]]]
+  ) -> Iterator[Batch]:
+    """Prompts, (example, what makes the parts of one of its record), one a row, in rows that are as
+    long, and have as many slots, as these need.
+    """
+    rows: list[tuple[int, list[Span | Medium] | UserError]] = []
+    for example, make in asked:
+      try:
+        rows.append((example, make(self.source[example])))
+      except UserError as error:
+        rows.append((example, error))
+    narrow = self._examples.sequences.narrowed(x for _, x in rows if isinstance(x, list))
+    for start in range(0, len(rows), self.batch_size):
       row = start + self.rows
-      real = row < len(asked)
-      chosen = [(asked[i][0], parts[i]) for i in row[real].tolist()]
-      batch = self._examples.rows_of_parts(self.source, chosen, narrow)
-      self._cut.add(batch.pop("cut"))
-      report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
-      yield scatter_rows(batch, real)
+      real = row < len(rows)
+      chosen = [rows[i] for i in row[real].tolist()]
+      yield self._filled_up(self._examples.rows_of_prompts(self.source, chosen, narrow), real)
+    self._cut.total()
 
   def _batches(
-    self, items: list, modalities: tuple[str, ...], prompts: bool = False
+    self, items: list, modalities: tuple[str, ...]
   ) -> Iterator[tuple[Batch, np.ndarray]]:
     """(batch, example of each row, -1 = none)."""
     for start in range(0, len(items), self.batch_size):
@@ -376,15 +398,19 @@ class EvaluationData:
       alone = [None] * len(chosen)
       if self.config.data.sequence.length:
         rows = [(self.source, [piece]) for piece in chosen]
-        batch = self._examples.rows_of_sequences(rows, alone, prompts)
+        batch = self._examples.rows_of_sequences(rows, alone)
       else:
         batch = self._examples([Row(self.source, *place) for place in chosen], alone, modalities)
-      self._cut.add(batch.pop("cut"))
-      report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
       index = np.full(len(row), -1)
       index[real] = [item[0] for item in chosen]
-      yield scatter_rows(batch, real), index
+      yield self._filled_up(batch, real), index
     self._cut.total()
+
+  def _filled_up(self, batch: Batch, real: np.ndarray) -> Batch:
+    """A batch with rows that are not valid where `real` is False; says what it could not use."""
+    self._cut.add(batch.pop("cut"))
+    report_unreadable(batch.pop("unreadable"), self._bad, self.config.data.max_unreadable)
+    return scatter_rows(batch, real)
 
   def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
     """Any texts, tokenised: {"text": {"tokens", "mask", "key"}, "valid"}, filled up as `images`."""

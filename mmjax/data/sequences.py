@@ -16,6 +16,7 @@ media and after them is written as data.sequence.written and data.sequence.promp
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import sys
@@ -286,11 +287,7 @@ class Sequences:
     talk = record["conversations"][part]
     stop, whole = 0, self.size(parts)
     while True:
-      counts = [
-        self.most[name] * sum(isinstance(p, Medium) and p.modality == name for p in parts)
-        for name in self.modalities
-      ]
-      size = self.size(parts)
+      counts, size = self.slots_of(parts), self.size(parts)
       if size <= self.length and max(counts, default=0) <= self.slots:
         targets.append(sum(len(p.tokens) for p in parts if isinstance(p, Span) and p.target))
         return Piece(index, part, 0, stop), size, counts
@@ -403,36 +400,46 @@ class Sequences:
         found.append((text, part.target))
     return found
 
-  def narrowed(self, prompts: Sequence[Sequence[Span | Medium]]) -> Sequences:
-    """The same with rows that are as long, and have as many slots, as these prompts need. Raises
-    UserError: one is longer than data.sequence.length.
-    """
+  def prompt(self, record: Record, source: Source, piece: Piece) -> list[Span | Medium]:
+    """What comes before the first target of an example: what a text is generated from."""
+    parts = self.parts(record, source, piece, None)
+    return parts[: next(i for i, p in enumerate(parts) if isinstance(p, Span) and p.target)]
+
+  def narrowed(self, prompts: Iterable[Sequence[Span | Medium]]) -> Sequences:
+    """The same with rows that are as long, and have as many slots, as these prompts need."""
     found = copy.copy(self)
+    prompts = list(prompts)
     longest = max(map(self.size, prompts), default=1)
-    if longest > self.length:
-      raise UserError(f"a prompt has {longest} tokens; data.sequence.length is {self.length}")
     found.length = min(self.length, -(-longest // 32) * 32)
-    counts = [
-      sum(isinstance(part, Medium) and part.modality == name for part in parts)
-      for parts in prompts
-      for name in self.modalities
-    ]
-    found.slots = max(1, *counts) if counts else 1
+    found.slots = max((max(self.slots_of(parts), default=1) for parts in prompts), default=1) or 1
     return found
+
+  def slots_of(self, parts: Iterable[Span | Medium]) -> list[int]:
+    """The slots of each modality that parts fill at most."""
+    counts = collections.Counter(part.modality for part in parts if isinstance(part, Medium))
+    return [self.most[name] * counts[name] for name in self.modalities]
 
   def fill_prompt(
     self,
     batch: dict[str, Any],
     row: int,
-    parts: Sequence[Span | Medium],
+    parts: list[Span | Medium] | UserError,
     source: Source,
     index: int,
   ) -> list[tuple[str, str]]:
-    """Writes a prompt about a record and its `length`; returns (id, reason) if it cannot be."""
-    name, used = f"{source.name}[{index}]", dict.fromkeys(self.modalities, 0)
+    """Writes a prompt about record `index`, and its `length`; returns (id, reason) if it cannot be.
+    parts: of it, or why there are none.
+    """
+
+    batch["sequence"]["length"][row] = 1
+    name = f"{source.name}[{index}]"
     try:
       record = source[index]
       name = f"{source.name} {record['id']}"
+      if isinstance(parts, UserError):
+        raise parts
+      self._check_room(parts, 0)
+      used = dict.fromkeys(self.modalities, 0)
       size = self._write(batch, row, 0, 1, parts, record, source, used, None)
     except UserError as error:
       return [(name, str(error))]
@@ -446,13 +453,8 @@ class Sequences:
     pieces: Sequence[Piece],
     source: Source,
     rng: np.random.Generator | None,
-    prompts: bool = False,
   ) -> list[tuple[str, str]]:
-    """Writes the examples of a row; returns (id, reason) of each that could not be used.
-
-    prompts: only what comes before the first target, and its `length`: what a text is generated
-    from.
-    """
+    """Writes the examples of a row; returns (id, reason) of each that could not be used."""
     at, used, failed = 0, dict.fromkeys(self.modalities, 0), []
     for number, piece in enumerate(pieces, 1):
       name = f"{source.name}[{piece.record}]"
@@ -460,18 +462,17 @@ class Sequences:
         record = source[piece.record]
         name = f"{source.name} {record['id']}"
         parts = self.parts(record, source, piece, rng)
-        if prompts:
-          parts = parts[: next(i for i, p in enumerate(parts) if isinstance(p, Span) and p.target)]
-        if self.size(parts) > self.length - at:
-          raise UserError(
-            f"it has {self.size(parts)} tokens, but data.sequence.length is {self.length}"
-          )
+        self._check_room(parts, at)
         at = self._write(batch, row, at, number, parts, record, source, used, rng)
       except UserError as error:
         failed.append((name, str(error)))
-    if prompts:
-      batch["sequence"]["length"][row] = max(at, 1)
     return failed
+
+  def _check_room(self, parts: Sequence[Span | Medium], at: int) -> None:
+    """Raises UserError: a row has no room for the parts from place `at` on."""
+    if (size := self.size(parts)) > self.length - at:
+      most = self.config.data.sequence.length
+      raise UserError(f"it has {size} tokens, but data.sequence.length is {most}")
 
   def _write(
     self,

@@ -134,9 +134,10 @@ class _Asking:
     if not asked:
       return []
     batches = self.data.replies([(talk.example, turns) for talk, turns in asked])
-    tokens, _ = self.context.apply("generate_text", self.settings, batches)
+    tokens, valid = self.context.apply("generate_text", self.settings, batches)
     tokenizer = self.context.tokenizer()
-    return [decode(tokenizer, row, self.ends) for row in tokens[: len(asked)]]
+    rows = zip(tokens[: len(asked)], valid, strict=False)  # the model says nothing of unusable ones
+    return [decode(tokenizer, row, self.ends) if usable else "" for row, usable in rows]
 
 
 def _talks(data, limit: int) -> tuple[list[_Talk], int]:

@@ -158,6 +158,12 @@ def test_pictures_in_tiles_fill_a_slot_each(asked):
     found += [i for i in range(12) if (shown == tiles[i]).all()]
     assert batch["media"]["image"]["present"][row].all()
   assert len(set(found)) >= 3
+  # Prompts have room for all tiles of one picture, and no more.
+  c = resolved(asked, "asked", "question", **settings, **{"data.sequence.slots": 7})
+  data = EvaluationData(c, dict(name="asked", split="train", languages=(), text="question"), 8)
+  for batch in data.prompts(()):
+    assert batch["media"]["image"]["pixels"].shape[:2] == (8, 3)
+    assert batch["media"]["image"]["present"][batch["valid"]].all()
 
 
 def test_long_documents_are_cut_into_pieces_and_nothing_is_lost(asked, capsys):
@@ -209,7 +215,7 @@ def test_a_prompt_is_what_comes_before_the_answer(asked):
   for batch in data.prompts(()):
     for row in np.flatnonzero(batch["valid"]):
       s = {name: array[row] for name, array in batch["sequence"].items()}
-      assert not s["loss_mask"].any()
+      assert not s["loss_mask"].any() and batch["media"]["image"]["pixels"].shape[1] == 1
       text = s["tokens"][PLACES : s["length"]]
       while data.items[number].record == 3:  # whose picture cannot be read
         number += 1
