@@ -1091,20 +1091,7 @@ def _parser() -> argparse.ArgumentParser:
     help="what a language model goes on from, about each file or alone; <image>, <audio>, <video> "
     "or <series> in it says where the file stands, else it comes first",
   )
-  sub.add_argument(
-    "--temperature",
-    type=_number(NonNegative),
-    default=None,
-    metavar="X",
-    help="draw texts (language models); 0 = the likeliest token each time; default: as the "
-    "generation_config.json of an imported model says, else 0",
-  )
-  sub.add_argument(
-    "--top-k", type=_number(Count), default=None, metavar="N", help="draw among so many; 0 = all"
-  )
-  sub.add_argument(
-    "--top-p", type=_number(Portion), default=None, metavar="X", help="draw among this probability"
-  )
+  _sampling(sub)
   sub.add_argument("--seed", type=_number(Seed), default=0, metavar="N", help="of the draws")
   sub.add_argument(
     "--stop", action="append", default=[], metavar="TEXT", help="end texts before it; repeatable"
@@ -1153,20 +1140,7 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="when the history outgrows the window, drop turns with media last",
   )
-  sub.add_argument(
-    "--temperature",
-    type=_number(NonNegative),
-    default=None,
-    metavar="X",
-    help="draw answers; 0 = the likeliest token each time; default: as the generation_config.json "
-    "of an imported model says, else 0",
-  )
-  sub.add_argument(
-    "--top-k", type=_number(Count), default=None, metavar="N", help="draw among so many; 0 = all"
-  )
-  sub.add_argument(
-    "--top-p", type=_number(Portion), default=None, metavar="X", help="draw among this probability"
-  )
+  _sampling(sub)
 
   sub = command(
     commands,
@@ -1205,6 +1179,24 @@ def _parser() -> argparse.ArgumentParser:
     help="a folder whose files messages may name; default: none, media come within messages",
   )
   return parser
+
+
+def _sampling(sub: argparse.ArgumentParser) -> None:
+  """How a language model chooses the next token."""
+  sub.add_argument(
+    "--temperature",
+    type=_number(NonNegative),
+    default=None,
+    metavar="X",
+    help="draw texts (language models); 0 = the likeliest token each time; default: as the "
+    "generation_config.json of an imported model says, else 0",
+  )
+  sub.add_argument(
+    "--top-k", type=_number(Count), default=None, metavar="N", help="draw among so many; 0 = all"
+  )
+  sub.add_argument(
+    "--top-p", type=_number(Portion), default=None, metavar="X", help="draw among this probability"
+  )
 
 
 def _conversing(sub: argparse.ArgumentParser) -> None:

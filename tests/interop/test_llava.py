@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 
 import mmjax
 from mmjax.config import UserError
 from mmjax.interop.huggingface import export_hf, import_hf, llava
 from mmjax.models import make_model
 from mmjax.state import checkpoint as checkpoints
+from tests.interop.media_families import IMAGE, PICTURES, SPACES
+from tests.interop.media_families import TEXT as SMALL
 from tests.interop.test_language_models import words
 
 VISION = dict(
@@ -26,23 +27,8 @@ VISION = dict(
   image_size=28,
   patch_size=7,
 )
-TEXT = dict(
-  model_type="llama",
-  hidden_size=32,
-  intermediate_size=40,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=6,
-  vocab_size=60,
-  max_position_embeddings=128,
-)
-IMAGE = 14  # the token <image>
+TEXT = dict(SMALL, model_type="llama")
 PROMPT = "a <image>b c<image> d"  # "b" begins with no space
-PICTURES = [
-  Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
-  for seed, shape in enumerate([(90, 31, 3), (29, 75, 3)])
-]
 
 
 def save(folder, **settings):
@@ -56,7 +42,7 @@ def save(folder, **settings):
     for parameter in model.parameters():
       parameter.add_(0.2 * torch.randn_like(parameter))
   model.save_pretrained(folder)
-  words(folder, more=["<image>"], spaces=["\u2581", *(f"\u2581{letter}" for letter in "abcdefgh")])
+  words(folder, more=["<image>"], spaces=SPACES)
   transformers.LlavaProcessor(
     transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
     transformers.AutoTokenizer.from_pretrained(folder),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,32 +154,48 @@ def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/emoji_scenes/VERSION in under a minute, or finds it there. Raises UserError: a
   package is missing or another.
   """
-  if (built := find_version(data_dir, "emoji_scenes")) and built.name == VERSION:
+  card = CARD.format(
+    size=SIZE, names=len(CODE), texts=len(TEXTS), colours=len(COLOURS), splits="{splits}"
+  )
+  fields = ("image", "questions", "facts")
+  return build_scenes(
+    "emoji_scenes", VERSION, SPLITS, make_record, fields, card, data_dir, log, "drawing {} scenes"
+  )
+
+
+def build_scenes(
+  name: str,
+  version: str,
+  splits: Mapping[str, int],
+  make_record: Callable[[str, int], Record],
+  fields: Sequence[str],
+  card: str,
+  data_dir: Path,
+  log: Callable[[str], None],
+  doing: str,
+) -> Path:
+  """Builds data_dir/NAME/VERSION of `make_record(split, number)`, so many of each split, or finds
+  it there. card: with {splits} in it. doing: what is logged, with {} for the number of records.
+  Raises UserError: a package is missing or another.
+  """
+  if (built := find_version(data_dir, name)) and built.name == version:
     return built
   find_picture("dog")
-  log(f"emoji_scenes: drawing {sum(SPLITS.values()):,} scenes")
-  card = CARD.format(
-    size=SIZE,
-    names=len(CODE),
-    texts=len(TEXTS),
-    colours=len(COLOURS),
-    splits=", ".join(f"{split} {count:,}" for split, count in SPLITS.items()),
-  )
+  log(f"{name}: {doing.format(f'{sum(splits.values()):,}')}")
+
+  def records(split: str) -> Iterator[Record]:
+    return (make_record(split, number) for number in range(splits[split]))
+
   return write_dataset(
-    "emoji_scenes",
+    name,
     data_dir,
-    {split: records(split, count) for split, count in SPLITS.items()},
-    fields=("image", "questions", "facts"),
-    version=VERSION,
-    card=card,
+    {split: records(split) for split in splits},
+    fields=fields,
+    version=version,
+    card=card.format(splits=", ".join(f"{split} {count:,}" for split, count in splits.items())),
     licence="CC BY-SA 4.0",
     homepage="https://openmoji.org",
   )
-
-
-def records(split: str, count: int) -> Iterator[Record]:
-  for number in range(count):
-    yield make_record(split, number)
 
 
 def make_record(split: str, number: int) -> Record:

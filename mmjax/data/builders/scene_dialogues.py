@@ -6,15 +6,15 @@ Splits are those of `emoji_scenes`: an arrangement of objects is in one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmjax import printing
-from mmjax.data.builders import Record, find_version, write_dataset
-from mmjax.data.builders.emoji_scenes import draw, find_picture, make_scene
+from mmjax.data.builders import Record
+from mmjax.data.builders.emoji_scenes import build_scenes, draw, make_scene
 from mmjax.data.builders.openmoji import key_of, png
 from mmjax.data.builders.scene_language import RELATIONS, beside, place, with_article
 
@@ -51,29 +51,19 @@ def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/scene_dialogues/VERSION in under a minute, or finds it there. Raises UserError:
   a package is missing or another.
   """
-  if (built := find_version(data_dir, "scene_dialogues")) and built.name == VERSION:
-    return built
-  find_picture("dog")
-  log(f"scene_dialogues: drawing {sum(SPLITS.values()):,} scenes")
-  card = CARD.format(
-    kinds=", ".join(["name", *WEIGHTS]),
-    splits=", ".join(f"{split} {count:,}" for split, count in SPLITS.items()),
-  )
-  return write_dataset(
+  card = CARD.format(kinds=", ".join(["name", *WEIGHTS]), splits="{splits}")
+  fields = ("image", "conversations", "facts")
+  return build_scenes(
     "scene_dialogues",
+    VERSION,
+    SPLITS,
+    make_record,
+    fields,
+    card,
     data_dir,
-    {split: records(split, count) for split, count in SPLITS.items()},
-    fields=("image", "conversations", "facts"),
-    version=VERSION,
-    card=card,
-    licence="CC BY-SA 4.0",
-    homepage="https://openmoji.org",
+    log,
+    "drawing {} scenes",
   )
-
-
-def records(split: str, count: int) -> Iterator[Record]:
-  for number in range(count):
-    yield make_record(split, number)
 
 
 def make_record(split: str, number: int) -> Record:

@@ -10,14 +10,14 @@ The voices are those of spoken_emoji: no variant of espeak-ng speaks in two of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmjax import printing
-from mmjax.data.builders import Record, emoji_scenes, find_version, write_dataset
+from mmjax.data.builders import Record, emoji_scenes
 from mmjax.data.builders.openmoji import key_of
 from mmjax.data.builders.speech import RATE, Voice, speak, to_flac
 from mmjax.data.builders.spoken_emoji import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
@@ -52,30 +52,19 @@ def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   """Builds data_dir/spoken_questions/VERSION in some minutes, or finds it there. Raises UserError:
   a package is missing or another version.
   """
-  if (built := find_version(data_dir, "spoken_questions")) and built.name == VERSION:
-    return built
-  emoji_scenes.find_picture("dog")
-  log(f"spoken_questions: speaking {sum(SPLITS.values()):,} questions")
-  card = CARD.format(
-    voices=len(TRAIN_VOICES),
-    test_voices=", ".join(voice.name for voice in TEST_VOICES),
-    splits=", ".join(f"{split} {count:,}" for split, count in SPLITS.items()),
-  )
-  return write_dataset(
+  voices = ", ".join(voice.name for voice in TEST_VOICES)
+  card = CARD.format(voices=len(TRAIN_VOICES), test_voices=voices, splits="{splits}")
+  return emoji_scenes.build_scenes(
     "spoken_questions",
+    VERSION,
+    SPLITS,
+    make_record,
+    ("image", "audio", "facts"),
+    card,
     data_dir,
-    {split: records(split, count) for split, count in SPLITS.items()},
-    fields=("image", "audio", "facts"),
-    version=VERSION,
-    card=card,
-    licence="CC BY-SA 4.0",
-    homepage="https://openmoji.org",
+    log,
+    "speaking {} questions",
   )
-
-
-def records(split: str, count: int) -> Iterator[Record]:
-  for number in range(count):
-    yield make_record(split, number)
 
 
 def make_record(split: str, number: int) -> Record:

@@ -87,14 +87,13 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
   """The config.json of a Gemma3ForConditionalGeneration."""
   text = with_media.text_facts(config, special, TEXT)
-  return dict(
-    model_type="gemma3",
-    architectures=[ARCHITECTURE],
-    torch_dtype="float32",
-    text_config=text,
+  return with_media.config_json(
+    config,
+    special,
+    "gemma3",
+    ARCHITECTURE,
+    text,
     vision_config=dict(siglip.image_facts(config), vision_use_head=False),
     mm_tokens_per_image=config["data"]["sequence"]["image"],
     image_token_index=config["model"]["media_ids"].get("image", 0),
-    tie_word_embeddings=text["tie_word_embeddings"],
-    **decoders.token_facts(config, special),
   )

@@ -115,14 +115,13 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
   text = with_media.text_facts(config, special, TEXT)
   vision = clip.tower_facts(image, "idefics3_vision")
   vision |= dict(image_size=config["data"]["image"]["size"], patch_size=image["patch"])
-  return dict(
-    model_type="idefics3",
-    architectures=[ARCHITECTURE],
-    torch_dtype="float32",
-    text_config=text,
+  return with_media.config_json(
+    config,
+    special,
+    "idefics3",
+    ARCHITECTURE,
+    text,
     vision_config=dict(vision, num_channels=3),
     scale_factor=config["model"]["connectors"]["image"]["fold"],
     image_token_id=config["model"]["media_ids"].get("image", 0),
-    tie_word_embeddings=text["tie_word_embeddings"],
-    **decoders.token_facts(config, special),
   )

@@ -150,16 +150,15 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
   vision |= dict(image_size=config["data"]["image"]["size"], patch_size=image["patch"])
   vision |= dict(attention_bias=image.get("block", {}).get("qkv_bias", True))
   vision |= dict(use_mean_pooling=not image["final_norm"])
-  return dict(
-    model_type="internvl",
-    architectures=[ARCHITECTURE],
-    torch_dtype="float32",
-    text_config=text,
+  return with_media.config_json(
+    config,
+    special,
+    "internvl",
+    ARCHITECTURE,
+    text,
     vision_config=dict(vision, layer_scale_init_value=image["layer_scale"]),
     downsample_ratio=1 / connector["fold"],
     projector_hidden_act=names.get(connector["activation"], "gelu"),
     image_seq_length=config["data"]["sequence"]["image"],
     image_token_id=config["model"]["media_ids"].get("image", 0),
-    tie_word_embeddings=text["tie_word_embeddings"],
-    **decoders.token_facts(config, special),
   )

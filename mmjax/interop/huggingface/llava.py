@@ -122,11 +122,12 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
   connector = config["model"]["connectors"]["image"]
   names = {ours: theirs for theirs, ours in reversed(clip.ACTIVATIONS.items())}
   text = with_media.text_facts(config, special, TEXT)
-  return dict(
-    model_type="llava",
-    architectures=[ARCHITECTURE],
-    torch_dtype="float32",
-    text_config=text,
+  return with_media.config_json(
+    config,
+    special,
+    "llava",
+    ARCHITECTURE,
+    text,
     vision_config=clip.image_facts(config),
     projector_hidden_act=names.get(connector["activation"], "gelu"),
     vision_feature_select_strategy=_strategy(config),
@@ -134,6 +135,4 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
     multimodal_projector_bias=connector["bias"],
     image_token_index=config["model"]["media_ids"].get("image", 0),
     image_seq_length=config["data"]["sequence"]["image"],
-    tie_word_embeddings=text["tie_word_embeddings"],
-    **decoders.token_facts(config, special),
   )

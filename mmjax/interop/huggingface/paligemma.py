@@ -85,16 +85,15 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
   """The config.json of a PaliGemmaForConditionalGeneration."""
   text = with_media.text_facts(config, special, TEXT)
-  return dict(
-    model_type="paligemma",
-    architectures=[ARCHITECTURE],
-    torch_dtype="float32",
-    text_config=dict(text, use_bidirectional_attention=True),
+  return with_media.config_json(
+    config,
+    special,
+    "paligemma",
+    ARCHITECTURE,
+    dict(text, use_bidirectional_attention=True),
     vision_config=siglip.image_facts(config),
     projection_dim=text["hidden_size"],
     hidden_size=text["hidden_size"],
     vocab_size=text["vocab_size"],
     image_token_index=config["model"]["media_ids"].get("image", 0),
-    tie_word_embeddings=text["tie_word_embeddings"],
-    **decoders.token_facts(config, special),
   )

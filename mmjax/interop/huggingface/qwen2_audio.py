@@ -100,11 +100,12 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
   """The config.json of a Qwen2AudioForConditionalGeneration."""
   audio = config["model"]["encoders"]["audio"]
   text = with_media.text_facts(config, special, TEXT)
-  return dict(
-    model_type="qwen2_audio",
-    architectures=[ARCHITECTURE],
-    torch_dtype="float32",
-    text_config=text,
+  return with_media.config_json(
+    config,
+    special,
+    "qwen2_audio",
+    ARCHITECTURE,
+    text,
     audio_config=dict(
       model_type="qwen2_audio_encoder",
       num_mel_bins=audio["mels"],
@@ -115,6 +116,4 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
       max_source_positions=whisper.positions_of(config),
     ),
     audio_token_index=config["model"]["media_ids"].get("audio", 0),
-    tie_word_embeddings=text["tie_word_embeddings"],
-    **decoders.token_facts(config, special),
   )

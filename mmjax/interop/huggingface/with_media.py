@@ -62,6 +62,28 @@ def text_facts(
   return decoders.nearest(config, names).facts(decoders.without_encoders(config), special)
 
 
+def config_json(
+  config: Mapping[str, Any],
+  special: Mapping[str, int],
+  model_type: str,
+  architecture: str,
+  text: Mapping[str, Any],
+  **stated: Any,
+) -> dict[str, Any]:
+  """A config.json: what all of these say, with `text` for the language model, and what one has
+  `stated`.
+  """
+  return dict(
+    model_type=model_type,
+    architectures=[architecture],
+    torch_dtype="float32",
+    text_config=text,
+    tie_word_embeddings=text["tie_word_embeddings"],
+    **stated,
+    **decoders.token_facts(config, special),
+  )
+
+
 def siglip_settings(
   f: Mapping[str, Any], model_type: str = "siglip_vision_model", **usual: Any
 ) -> tuple[dict[str, Any], int]:
