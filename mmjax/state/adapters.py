@@ -160,8 +160,18 @@ class Base(NamedTuple):
 
   @classmethod
   def of(cls, facts: Mapping[str, Any]) -> Base | None:
-    """By the facts of a checkpoint's manifest; None: it is whole."""
-    return cls(**facts["base"]) if facts.get("base") else None
+    """By the facts of a checkpoint's manifest; None: it is whole. Raises UserError: they are in no
+    form that is written here.
+    """
+    stated = facts.get("base")
+    if stated is None:
+      return None
+    if isinstance(stated, Mapping) and set(stated) == set(cls._fields):
+      base = cls(**stated)
+      texts = isinstance(base.names, dict) and all(isinstance(x, str) for x in base.names.values())
+      if texts and isinstance(base.folder, str) and isinstance(base.digest, str):
+        return base
+    raise UserError("a checkpoint's manifest names the base of an adapter in no known form")
 
   def place(self) -> str:
     return os.environ.get("MMJAX_BASE") or self.folder

@@ -569,19 +569,24 @@ def save_import(
 
 
 def restore_into(
-  params: Any, path: str, rules: tuple = ((".*", r"\g<0>"),), model_state: Any = None
+  params: Any,
+  path: str,
+  rules: tuple = ((".*", r"\g<0>"),),
+  model_state: Any = None,
+  source: Any = None,
 ) -> tuple[Any, Any, list[str]]:
   """Starts `params` from the checkpoint at `path` (config.init.from) by the rules of
   config.init.map; see transfer.py.
 
   params: initialised arrays, which keep their shardings. model_state: what the model keeps besides
-  them (batch statistics), which follows the parameters of its module. Returns both and the report,
-  a line for each that was loaded, resized, new or left. Raises
-  UserError: a rule or a name that matches nothing, shapes that do not agree, or statistics that are
-  not there.
+  them (batch statistics), which follows the parameters of its module. source: what `load_params`
+  has read of it. Returns both and the report, a line for each that was loaded, resized, new or left.
+  Raises UserError: a rule or a name that matches nothing, shapes that do not agree, or statistics
+  that are not there.
   """
   folder = find_checkpoint(path)  # once: a run that goes on may save a newer one meanwhile
-  source, rules = adapters.fitted(load_params(folder), params, rules)
+  source = load_params(folder) if source is None else source
+  source, rules = adapters.fitted(source, params, rules)
   loaded, lines = transfer(params, source, rules, path)
   if model_state:
     model_state, more = transfer_state(
@@ -617,8 +622,18 @@ def _read_base(folder: epath.Path, base: adapters.Base, spec: Any) -> dict[str, 
 
 
 def _base_folder(folder: epath.Path, base: adapters.Base) -> str:
+  """The checkpoint that has the base of the one in `folder`. Raises UserError: there is none, or an
+  adapter that is its own base.
+  """
   try:
-    return str(find_checkpoint(base.place()))
+    found = at = find_checkpoint(base.place())
+    seen = {str(folder)}
+    while above := adapters.Base.of(manifest.read(at)):  # an adapter may be a base itself
+      if str(at) in seen:
+        raise UserError(f"{at} is its own base")
+      seen.add(str(at))
+      at = find_checkpoint(above.place())
+    return str(found)
   except UserError as error:
     raise UserError(
       f"checkpoint {folder} is an adapter and needs its base {base.folder}: {error}, or say with "

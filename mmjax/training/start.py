@@ -187,7 +187,10 @@ def new_state(
   state = program.init(config.seed)
   if folder:
     plain = plain_params(config, program, state.params)
-    params, model_state, lines = checkpoint.restore_into(plain, folder, rules, state.model_state)
+    source = checkpoint.load_params(folder)
+    params, model_state, lines = checkpoint.restore_into(
+      plain, folder, rules, state.model_state, source
+    )
     if config.lora.base != "float32":
       for name, x in by_name(params).items():
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -200,7 +203,7 @@ def new_state(
     for line in lines:
       log(line)
   if saver and config.lora.params:
-    source, shares = checkpoint.load_params(folder), program.optimizer.shares
+    shares = program.optimizer.shares
     shares = {adapters.plain_name(name): share for name, share in shares.items()}
     saver.base = adapters.find_base(folder, source, plain, rules, shares)
   return state

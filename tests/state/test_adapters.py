@@ -272,6 +272,17 @@ def test_checkpoints_hold_the_adapter_alone_and_name_their_base(base, tmp_path, 
   monkeypatch.setenv("MMJAX_BASE", str(tmp_path / "nothing"))
   with pytest.raises(UserError, match=rf"needs its base {base}: .*no checkpoint here"):
     saver_of(tmp_path / "run", config).restore(step.state_spec)
+  # What strangers write: a base that is the adapter itself, and facts of another form.
+  monkeypatch.delenv("MMJAX_BASE")
+  facts = saver.base._asdict()
+  for forged, words in (
+    (dict(facts, folder=str(folder)), "1 is its own base"),
+    (dict(facts, names=[1]), "names the base of an adapter in no known form"),
+    (7, "names the base of an adapter in no known form"),
+  ):
+    manifest.update(epath.Path(folder), base=forged)
+    with pytest.raises(UserError, match=words):
+      load_params(folder)
 
 
 @pytest.mark.slow
