@@ -68,6 +68,22 @@ def _check_sequences(c: dict) -> None:
     raise ConfigError(
       f"data.image.tiles.least is {tiles['least']}, but data.image.tiles.most is {tiles['most']}"
     )
+  grids = tiles["grids"]
+  if any(not isinstance(grid, tuple) or len(grid) != 2 for grid in grids):
+    raise ConfigError(
+      f"data.image.tiles.grids is {grids}, but has to have pairs (rows, columns), such as ((1, 2),)"
+    )
+  if grids and (count := max(rows * columns for rows, columns in grids)) > tiles["most"]:
+    raise ConfigError(
+      f"data.image.tiles.grids has {count} tiles, but data.image.tiles.most is {tiles['most']}. "
+      "Raise it"
+    )
+  if grids and "image" in model["encoders"] and not _ends_rows(model, sequence):
+    raise ConfigError(
+      f"data.image.tiles.grids needs a connector with an end of rows, and squares of tokens beside "
+      f"it: set model.connectors.image.end=True, and data.sequence.image, which is "
+      f"{sequence['image']}, to a square plus 1"
+    )
   for key, text in (
     ("prompt", sequence["prompt"]),
     *((f"written.{name}", text) for name, text in sequence["written"].items()),
@@ -80,6 +96,12 @@ def _check_sequences(c: dict) -> None:
   for modality in model["connectors"]:
     if modality not in model["encoders"]:
       raise ConfigError(f"model.connectors.{modality} has no encoder in model.encoders")
+
+
+def _ends_rows(model: dict, sequence: dict) -> bool:
+  """Whether the tokens of a picture are a square and one that ends a row."""
+  connector, tokens = model["connectors"]["image"], sequence["image"] - 1
+  return bool(connector.get("end")) and math.isqrt(tokens) ** 2 == tokens
 
 
 def _check_batch(c: dict, mesh: dict[str, int]) -> None:

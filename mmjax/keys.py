@@ -37,6 +37,7 @@ from mmjax.ranges import (
   Share,
   Side,
   Size,
+  Sizes,
   Steps,
   StepsOrNever,
   Strengths,
@@ -299,6 +300,20 @@ KEYS = (
     Count,
     "Pixels that a picture's longest side gets before it is cut (Idefics 3); 0 = the tiles whose "
     "aspect ratio is nearest to the picture's (InternVL).",
+  ),
+  Key(
+    "data.image.tiles.grids",
+    (),
+    Sizes,
+    "(rows, columns) of tiles that a picture may have: that which keeps most of its pixels is "
+    "filled up with black, and the tokens of the tiles make one grid, whose rows end with the last "
+    "token of model.connectors.image; the whole picture comes before it (LLaVA-OneVision).",
+  ),
+  Key(
+    "data.image.tiles.budget",
+    9,
+    Size,
+    "With `grids`: a grid of more tokens than so many tiles have is resized to these.",
   ),
   Key(
     "data.image.crop",

@@ -5,7 +5,9 @@ A medium fills slots of batch["media"], which all have one shape: a picture in t
 tile (tiles.py), any other medium one. Each of its places names a slot (`media_index`) and one of
 the tokens that the connector makes of it (`media_offset`). So a medium has as many places as it
 needs - a short sound has few, a large picture many - and shapes stay static. What a processor
-writes between tiles is text (data.sequence.tiles); a learned token would be one more of a slot.
+writes between tiles is text (data.sequence.tiles); a learned token is one more of a slot. Where the
+tokens of tiles make one grid, a place is a mix of four of them, counted from the picture's first
+slot (`media_offset` [.., 4], `media_weight`).
 """
 
 from __future__ import annotations
@@ -15,30 +17,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmjax.data.tiles import Tiling, joined_tokens
+
 HERE = "{}"  # where the medium stands in data.sequence.written.MODALITY
 
 
 class Places(NamedTuple):
   """Places in a row, one after the other: the tokens `offsets` int32 [N] of a slot, which is number
-  `slot` of the medium's own.
+  `slot` of the medium's own. weights: float32 [N, 4], where each is a sum of four, offsets [N, 4],
+  counted through `slots` slots.
   """
 
   modality: str
   slot: int
   offsets: np.ndarray
+  weights: np.ndarray | None = None
+  slots: int = 1
 
 
 def placeholders(
-  sequence: Mapping[str, Any],
+  data: Mapping[str, Any],
   modality: str,
   slots: Sequence[Mapping[str, np.ndarray]],
-  columns: int = 0,
+  tiling: Tiling = Tiling(),
 ) -> list[str | Places]:
-  """How a medium that fills these slots stands in a row: texts, and places between them. sequence:
-  the config's data.sequence. columns: of a picture's tiles, 0 = it is in none.
+  """How a medium that fills these slots stands in a row: texts, and places between them. data: of
+  the config. tiling: of a picture.
   """
+  sequence = data["sequence"]
   before, after = around(sequence, modality)
   count = sequence[modality]
+  if modality == "image" and mixes_tokens(data):
+    mix = joined_tokens(tiling, count, data["image"]["tiles"]["budget"])
+    return [before, Places(modality, 0, *mix, len(slots)), after]
   if modality == "audio" and (step := sequence["audio_step"]):
     # As in encoders that halve the frames twice, the first time rounding up, then down.
     count = min(count, max(1, (int(slots[0]["length"]) + step // 2 - 1) // step))
@@ -49,10 +60,15 @@ def placeholders(
   of_tile, row_end, whole, alone = sequence["tiles"]
   parts: list[str | Places] = [before]
   for slot, run in enumerate(runs[:-1]):
-    row, column = divmod(slot, columns)
+    row, column = divmod(slot, tiling.columns)
     named = of_tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1))
-    parts += [named, run, row_end if column == columns - 1 else ""]
-  return [*parts, whole if columns else alone, runs[-1], after]
+    parts += [named, run, row_end if column == tiling.columns - 1 else ""]
+  return [*parts, whole if tiling.columns else alone, runs[-1], after]
+
+
+def mixes_tokens(data: Mapping[str, Any]) -> bool:
+  """Whether a place of a picture is a sum of several tokens. data: of the config."""
+  return bool(data["image"]["tiles"]["grids"])
 
 
 def around(sequence: Mapping[str, Any], modality: str) -> tuple[str, str]:

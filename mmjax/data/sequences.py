@@ -30,11 +30,11 @@ from mmjax.data.builders import Record
 from mmjax.data.media import WORDS, bytes_key
 from mmjax.data.packing import filling, pack
 from mmjax.data.parts import MEDIA, Medium, Span
-from mmjax.data.placeholders import Places, around, placeholders, prompted
+from mmjax.data.placeholders import Places, around, mixes_tokens, placeholders, prompted
 from mmjax.data.sources import Source
 from mmjax.data.templates import ChatTemplate
 from mmjax.data.text import Tokenizer, check_texts
-from mmjax.data.tiles import cut_into_tiles
+from mmjax.data.tiles import Tiling, cut_into_tiles, most_joined_tokens
 from mmjax.printing import printable
 
 
@@ -57,10 +57,10 @@ class Sequences:
     s, self.config = config.data.sequence, config
     self.length, self.slots = s.length, s.slots
     self.modalities = media_of(config)
-    tiles = config.data.image.tiles.most
+    tiles, self.joins = config.data.image.tiles.most, mixes_tokens(config.data)
     # slots that a medium fills at most: a picture's tiles, and one of the whole picture
     self.most = {name: 1 for name in self.modalities}
-    if "image" in self.most and tiles > 1:
+    if "image" in self.most and (tiles > 1 or self.joins):
       self.most["image"] = tiles + 1
       if self.slots <= tiles:
         raise UserError(
@@ -69,7 +69,10 @@ class Sequences:
         )
     self.tokenizer, self.reader, self.text = tokenizer, reader, config.data.text
     self.places = {name: s[name] * self.most[name] for name in self.modalities}
-    if self.most.get("image", 1) > 1:
+    if "image" in self.most and self.joins:
+      joined = config.data.image.tiles
+      self.places["image"] = most_joined_tokens(joined.grids, s.image, joined.budget)
+    elif self.most.get("image", 1) > 1:
       tile, row, *first = (len(self._encode(text)) if text else 0 for text in s.tiles)
       self.places["image"] += tiles * (tile + row) + max(first)
     pad = self.text.pad_id if self.text.pad_id >= 0 else tokenizer.pad_id
@@ -121,9 +124,18 @@ class Sequences:
 
   def size(self, parts: Iterable[Span | Medium]) -> int:
     """Places that parts take at most."""
+    parts = list(parts)
+    places = dict(self.places)
+    if self._are_whole(parts):
+      places["image"] = self.config.data.sequence.image
     return sum(
-      self.places[part.modality] if isinstance(part, Medium) else len(part.tokens) for part in parts
+      places[part.modality] if isinstance(part, Medium) else len(part.tokens) for part in parts
     )
+
+  def _are_whole(self, parts: Iterable[Span | Medium]) -> bool:
+    """Whether pictures are in one tile each, as they are several."""
+    pictures = [part for part in parts if isinstance(part, Medium) and part.modality == "image"]
+    return self.joins and len(pictures) > 1
 
   def _start(self) -> list[Span]:
     return [Span(list(self.first), False)] if self.first else []
@@ -416,8 +428,10 @@ class Sequences:
 
   def slots_of(self, parts: Iterable[Span | Medium]) -> list[int]:
     """The slots of each modality that parts fill at most."""
+    parts = list(parts)
     counts = collections.Counter(part.modality for part in parts if isinstance(part, Medium))
-    return [self.most[name] * counts[name] for name in self.modalities]
+    most = {**self.most, "image": 1} if self._are_whole(parts) else self.most
+    return [most[name] * counts[name] for name in self.modalities]
 
   def fill_prompt(
     self,
@@ -489,13 +503,13 @@ class Sequences:
     """Writes one example from place `at` on; returns the place after it. Media are read first, so
     that one that cannot be read leaves nothing behind.
     """
-    kept = getattr(source, "cached", False)
+    kept, alone = getattr(source, "cached", False), not self._are_whole(parts)
     read = [
-      self._slots_of(record, part, kept, rng) if isinstance(part, Medium) else ([], 0)
+      self._slots_of(record, part, kept, rng, alone) if isinstance(part, Medium) else ([], Tiling())
       for part in parts
     ]
     sequence, start = batch["sequence"], at
-    for part, (slots, columns) in zip(parts, read, strict=True):
+    for part, (slots, tiling) in zip(parts, read, strict=True):
       if not isinstance(part, Medium):
         places = slice(at, at + len(part.tokens))
         sequence["tokens"][row, places] = part.tokens
@@ -509,12 +523,14 @@ class Sequences:
           arrays[key][row, slot] = value
         arrays["present"][row, slot] = True
       of_modality = self.modalities.index(modality) * self.slots + first
-      inner = placeholders(self.config.data.sequence, modality, slots, columns)[1:-1]
+      inner = placeholders(self.config.data, modality, slots, tiling)[1:-1]
       for run in inner:
         if isinstance(run, Places):
           places = slice(at, at + len(run.offsets))
           sequence["media_index"][row, places] = of_modality + run.slot
           sequence["media_offset"][row, places] = run.offsets
+          if run.weights is not None:
+            sequence["media_weight"][row, places] = run.weights
         else:
           tokens = self._encode(run) if run else []
           places = slice(at, at + len(tokens))
@@ -526,17 +542,17 @@ class Sequences:
     return at
 
   def _slots_of(
-    self, record: Record, part: Medium, kept: bool, rng: np.random.Generator | None
-  ) -> tuple[list[dict[str, Any]], int]:
-    """(the arrays of each slot that a medium of a record fills, the columns of its tiles). Raises
-    UserError: unreadable.
+    self, record: Record, part: Medium, kept: bool, rng: np.random.Generator | None, alone: bool
+  ) -> tuple[list[dict[str, Any]], Tiling]:
+    """(the arrays of each slot that a medium of a record fills, how its tiles lie). alone: see
+    `cut_into_tiles`. Raises UserError: unreadable.
     """
     reader, own = self.reader(part.modality), medium_of(record, part)
     if self.most[part.modality] == 1:
       arrays, _ = reader.read(own, kept and not part.number, rng)
-      return [dict(zip(reader.shapes, arrays[:-1], strict=False))], 0
-    tiles, columns = cut_into_tiles(reader.decode(own[part.modality]), self.config.data.image)
-    return [{"pixels": tile} for tile in tiles], columns
+      return [dict(zip(reader.shapes, arrays[:-1], strict=False))], Tiling()
+    tiles, tiling = cut_into_tiles(reader.decode(own[part.modality]), self.config.data.image, alone)
+    return [{"pixels": tile} for tile in tiles], tiling
 
 
 def _pairs(record: Record) -> list[tuple[str, str]]:
@@ -575,7 +591,12 @@ def sequence_spec(
   names = dict(tokens=np.int32, positions=np.int32, segment_ids=np.int32, loss_mask=np.bool_)
   if modalities:
     names |= dict(media_index=np.int32, media_offset=np.int32)
-  sequence = {name: ((length,), np.dtype(kind)) for name, kind in names.items()}
+  sequence: dict[str, tuple[tuple[int, ...], Any]] = {
+    name: ((length,), np.dtype(kind)) for name, kind in names.items()
+  }
+  if "image" in modalities and mixes_tokens(config.data):
+    sequence["media_offset"] = ((length, 4), np.dtype(np.int32))
+    sequence["media_weight"] = ((length, 4), np.dtype(np.float32))
   if not modalities:
     return {"sequence": sequence}
   media = {}

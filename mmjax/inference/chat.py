@@ -77,7 +77,8 @@ class Conversations:
         parts.append(list(part.tokens))
         continue
       item = found[part.modality][part.number]
-      for piece in self.language.place(part.modality, item, media):
+      alone = len(found[part.modality]) == 1
+      for piece in self.language.place(part.modality, item, media, alone):
         parts.append(piece if isinstance(piece, Places) else self.language.encode(piece))
     return Read(parts, media)
 

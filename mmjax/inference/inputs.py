@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from mmjax.data.examples import READERS, CutMedia
 from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
-from mmjax.data.tiles import cut_into_tiles
+from mmjax.data.placeholders import mixes_tokens
+from mmjax.data.tiles import Tiling, cut_into_tiles
 from mmjax.files import read_file
 
 Item = str | os.PathLike | bytes | np.ndarray | Image.Image | dict[str, np.ndarray]
@@ -39,7 +40,8 @@ class MediaInputs:
     self.modality, self.reader, self.cut = modality, reader, CutMedia()
     self.rate = config.data.audio.rate
     self.image = config.data.image
-    self.tiled = modality == "image" and self.image.tiles.most > 1
+    self.joins = modality == "image" and mixes_tokens(config.data)
+    self.tiled = self.joins or (modality == "image" and self.image.tiles.most > 1)
     self.arrays = {name: dtype for name, (_, dtype) in reader.shapes.items() if name != "key"}
 
   def __call__(self, item: Item, name: str = "") -> dict[str, np.ndarray]:
@@ -47,8 +49,10 @@ class MediaInputs:
       return item
     try:
       if self.tiled:
-        tiles, columns = cut_into_tiles(self.reader.decode(self._content(item)), self.image)
-        return {"pixels": tiles, "columns": np.array(columns)}
+        pixels = self.reader.decode(self._content(item))
+        tiles, tiling = cut_into_tiles(pixels, self.image)
+        several = {"among": cut_into_tiles(pixels, self.image, False)[0]} if self.joins else {}
+        return {"pixels": tiles, "tiling": np.array(tiling), **several}
       arrays, surplus = self.reader.example(self._content(item), None)
     except Unreadable as error:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
@@ -59,11 +63,17 @@ class MediaInputs:
       for (name, dtype), x in zip(self.arrays.items(), arrays, strict=True)
     }
 
-  def slots(self, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """What a call returned for one item, as the arrays of each slot that it fills."""
+  def slots(
+    self, arrays: dict[str, np.ndarray], alone: bool = True
+  ) -> tuple[list[dict[str, np.ndarray]], Tiling]:
+    """(what a call returned for one item, as the arrays of each slot that it fills; how its tiles
+    lie). alone: no other of its modality is in the prompt.
+    """
     if not self.tiled:
-      return [arrays]
-    return [{"pixels": tile} for tile in arrays["pixels"]]
+      return [arrays], Tiling()
+    if self.joins and not alone:
+      return [{"pixels": tile} for tile in arrays["among"]], Tiling()
+    return [{"pixels": tile} for tile in arrays["pixels"]], Tiling(*arrays["tiling"].tolist())
 
   def sound(self, item: Item, name: str = "") -> np.ndarray | dict[str, np.ndarray]:
     """The whole of a sound, float32 [n] at the config's rate, however long; what is already arrays

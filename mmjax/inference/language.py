@@ -17,7 +17,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.media import WORDS
-from mmjax.data.placeholders import Places, placeholders, prompted
+from mmjax.data.placeholders import Places, mixes_tokens, placeholders, prompted
 from mmjax.data.text import Tokenizer, check_texts, decode
 from mmjax.inference.engine import Decoding, go_on_from_prompts, score
 from mmjax.inference.inputs import Item, MediaInputs
@@ -187,7 +187,9 @@ class LanguageGenerator:
     media: list[tuple[str, dict[str, np.ndarray]]] = []
     for piece in pieces:
       if piece in known:
-        whole += self.place(known[piece], next(items[known[piece]]), media)
+        modality = known[piece]
+        alone = len(given[modality]) == 1
+        whole += self.place(modality, next(items[modality]), media, alone)
       else:
         whole.append(piece)
     bos = self.tokenizer.bos_id
@@ -198,16 +200,17 @@ class LanguageGenerator:
     return Read(parts, media)
 
   def place(
-    self, modality: str, item: Item, media: list[tuple[str, dict[str, np.ndarray]]]
+    self, modality: str, item: Item, media: list[tuple[str, dict[str, np.ndarray]]], alone: bool
   ) -> list[str | Places]:
-    """What stands in a prompt for a medium, whose slots are added to those of `media`."""
-    found = self.media[modality](item)
-    slots, columns = self.media[modality].slots(found), int(found.get("columns", 0))
+    """What stands in a prompt for a medium, whose slots are added to those of `media`. alone: no
+    other of its modality is in it.
+    """
+    slots, tiling = self.media[modality].slots(self.media[modality](item), alone)
     before = sum(name == modality for name, _ in media)
     media += [(modality, arrays) for arrays in slots]
     return [
       part._replace(slot=before + part.slot) if isinstance(part, Places) else part
-      for part in placeholders(self.config.data.sequence, modality, slots, columns)
+      for part in placeholders(self.config.data, modality, slots, tiling)
     ]
 
   def _parts(self, number: int, whole: list[str | Places]) -> list[list[int] | Places]:
@@ -273,6 +276,9 @@ class LanguageGenerator:
     s: dict[str, np.ndarray] = {
       name: np.zeros((count, width), np.int32) for name in ("tokens", "media_offset")
     }
+    if "image" in self.media and mixes_tokens(self.config.data):
+      s["media_offset"] = np.zeros((count, width, 4), np.int32)
+      s["media_weight"] = np.zeros((count, width, 4), np.float32)
     s["media_index"] = np.full((count, width), -1, np.int32)
     s["length"] = np.ones(count, np.int32)
     s["length"][: len(rows)] = lengths
@@ -298,6 +304,8 @@ class LanguageGenerator:
           s["tokens"][number, places] = own.get(part.modality, 0)
           s["media_index"][number, places] = present.index(part.modality) * slots + part.slot
           s["media_offset"][number, places] = part.offsets
+          if part.weights is not None:
+            s["media_weight"][number, places] = part.weights
         else:
           places = slice(at, at + len(part))
           s["tokens"][number, places] = part

@@ -24,9 +24,9 @@ Array = jax.Array
 AT_ONCE = 8  # tokens that are decoded before the texts are looked at
 FEWEST = 32  # tokens that are read at once: shorter prompts need no programs of their own
 TOP = 5  # alternatives that are kept of each token
-# What stands in a place of a prompt: a token, or (modality, digest of a slot of media, which of its
-# tokens, how many places after the first of its run).
-Place = int | tuple[str, bytes, int, int]
+# What stands in a place of a prompt: a token, or (modality, digest of its slots of media, which of
+# their tokens, how many places after the first of its run).
+Place = int | tuple[str, bytes, bytes, int]
 
 
 class Rows(NamedTuple):
@@ -353,8 +353,9 @@ def _places(read: Read) -> list[Place]:
   for part in read.parts:
     if isinstance(part, Places):
       of_modality = [digest for modality, digest in digests if modality == part.modality]
-      where = (part.modality, of_modality[part.slot])
-      places += [(*where, int(offset), i) for i, offset in enumerate(part.offsets)]
+      where = (part.modality, b"".join(of_modality[part.slot : part.slot + part.slots]))
+      mix = part.offsets if part.weights is None else np.hstack([part.offsets, part.weights])
+      places += [(*where, which.tobytes(), i) for i, which in enumerate(mix)]
     else:
       places += part
   return places
@@ -393,7 +394,12 @@ def _after(read: Read, start: int) -> Read:
     elif not isinstance(part, Places) and at + size > start:
       parts.append(part[max(0, start - at) :])
     at += size
-  used = {(part.modality, part.slot) for part in parts if isinstance(part, Places)}
+  used = {
+    (part.modality, part.slot + i)
+    for part in parts
+    if isinstance(part, Places)
+    for i in range(part.slots)
+  }
   media: list[tuple[str, dict[str, np.ndarray]]] = []
   numbers: dict[tuple[str, int], int] = {}
   seen = dict.fromkeys((modality for modality, _ in read.media), 0)

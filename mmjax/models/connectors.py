@@ -27,7 +27,8 @@ class Projector(nn.Module):
 
   fold: side of the squares of tokens that become one of so many more channels (pixel shuffle).
   pool: side of the squares whose mean one token is. norm: of the tokens before the layers: "none",
-  "layer" or "rms". skip: tokens at the start that are left out, such as a class token.
+  "layer" or "rms". skip: tokens at the start that are left out, such as a class token. end: a
+  learned token comes last, which is the same of every medium.
   """
 
   width: int
@@ -39,6 +40,7 @@ class Projector(nn.Module):
   fold: int = 1
   pool: int = 1
   skip: int = 0
+  end: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -57,6 +59,10 @@ class Projector(nn.Module):
       x = Dense(
         (self.width,), ("joint", "embed"), self.dtype, use_bias=self.bias, name=f"layer{number + 1}"
       )(x)
+    if self.end:
+      end = self.param("end", with_axes(normal(0.02), ("embed",)), (self.width,), jnp.float32)
+      end = jnp.broadcast_to(end.astype(x.dtype), (x.shape[0], 1, self.width))
+      x = jnp.concatenate([x, end], axis=1)
     return x
 
 
@@ -112,6 +118,7 @@ def mlp(
   fold: Size = 1,
   pool: Size = 1,
   skip: Count = 0,
+  end: bool = False,
 ) -> Projector:
   """Dense layers with an activation between.
 
@@ -119,12 +126,23 @@ def mlp(
   activation: between them. bias: they have one. norm: of the
   tokens before them: none, layer or rms. eps: of the norm. fold: side of the squares of tokens that
   become one with all their channels (pixel shuffle). pool: side of the squares whose mean one token
-  is. skip: tokens at the start that are left out, such as a class token.
+  is. skip: tokens at the start that are left out, such as a class token. end: a learned token after
+  those of a medium, which ends the rows of joined tiles.
   """
   if norm not in ("none", "layer", "rms"):
     raise UserError(f"norm {norm!r} is unknown; there are: none, layer, rms")
   return Projector(
-    width, layers, activation, bias, norm, eps, fold, pool, skip, jnp.dtype(precision["compute"])
+    width,
+    layers,
+    activation,
+    bias,
+    norm,
+    eps,
+    fold,
+    pool,
+    skip,
+    end,
+    jnp.dtype(precision["compute"]),
   )
 
 

@@ -6,6 +6,8 @@ A batch has batch["sequence"], arrays [B, L]: `tokens` int32; where there are me
 `positions` ([B, L] or [B, L, axes]), `segment_ids` (examples that share a row; 0 = padding),
 `loss_mask` and `prefix` ([B], tokens that all see). batch["media"] has {modality: arrays [B, K,
 ...] of K slots}; slots are counted through the modalities in the order of the model's encoders.
+With `media_weight` float32 [B, L, 4] a place is the sum of four tokens so weighted, `media_offset`
+[B, L, 4], counted from the first of the slot on through the slots after it.
 """
 
 from __future__ import annotations
@@ -143,9 +145,7 @@ class LanguageModel(nn.Module):
       x = x * jnp.asarray(self.embedding_factor, c.dtype)
     if self.encoders and "media" in batch:
       table, first, each = self.media(batch, train=train)
-      place = first[s["media_index"]] + jnp.minimum(s["media_offset"], each[s["media_index"]] - 1)
-      of_media = jnp.take_along_axis(table, jnp.maximum(place, 0)[..., None], axis=1)
-      x = jnp.where((s["media_index"] >= 0)[..., None], of_media, x)
+      x = jnp.where((s["media_index"] >= 0)[..., None], _of_media(s, table, first, each), x)
     if self.learned_positions:
       places = s["positions"] if "positions" in s else jnp.arange(x.shape[1])
       x = x + jnp.take(self.position, places, axis=0).astype(c.dtype)
@@ -272,6 +272,21 @@ class LanguageModel(nn.Module):
     x = self.embed({"sequence": {"tokens": token[:, None], "positions": positions}})
     x, cache = self.stack.extend(x, places, cache, positions=positions)
     return self.logits(self.norm(x)[:, 0]), (cache, ahead)
+
+
+def _of_media(s: Batch, table: Array, first: Array, each: Array) -> Array:
+  """[B, L, D]: the tokens of media in the places that are theirs; table, first, each: of
+  `LanguageModel.media`.
+  """
+  index, offset = s["media_index"], s["media_offset"]
+  if "media_weight" not in s:
+    place = first[index] + jnp.minimum(offset, each[index] - 1)
+    return jnp.take_along_axis(table, jnp.maximum(place, 0)[..., None], axis=1)
+  total = jnp.zeros((*index.shape, table.shape[-1]), jnp.float32)
+  for i in range(offset.shape[-1]):
+    one = jnp.take_along_axis(table, (first[index] + offset[..., i])[..., None], axis=1)
+    total = total + one * s["media_weight"][..., i, None]
+  return total.astype(table.dtype)
 
 
 def prompts_of(s: Batch) -> Array:

@@ -100,7 +100,8 @@ def assert_equal_both_ways(
   batch["sequence"] = {
     name: x[:1, :length] for name, x in batch["sequence"].items() if name != "length"
   }
-  batch["media"] = {m: {name: x[:1] for name, x in d.items()} for m, d in batch["media"].items()}
+  if "media" in batch:
+    batch["media"] = {m: {name: x[:1] for name, x in d.items()} for m, d in batch["media"].items()}
 
   def loss(params):
     hidden, _, _ = model.apply({"params": params}, batch, method="next_tokens")

@@ -60,7 +60,7 @@ def test_what_a_processor_does_where_its_file_is_silent(name):
 
 def settings(tmp_path, family=resnet, **facts):
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
-  return preprocessing.image_settings(tmp_path, family, None)
+  return preprocessing.image_settings(tmp_path, family, dict(image_size=None))
 
 
 @pytest.mark.parametrize(

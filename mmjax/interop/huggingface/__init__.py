@@ -43,7 +43,16 @@ from mmjax.state import checkpoint as checkpoints
 
 AST = "audio-spectrogram-transformer"
 # the nearest first: what several can express is exported as the first of them
-WITH_MEDIA = ("llava", "paligemma", "gemma3", "internvl", "idefics3", "smolvlm", "qwen2_audio")
+WITH_MEDIA = (
+  "llava",
+  "paligemma",
+  "gemma3",
+  "internvl",
+  "idefics3",
+  "smolvlm",
+  "qwen2_audio",
+  "llava_onevision",
+)
 LANGUAGE_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
   **{
@@ -161,9 +170,7 @@ def import_hf(
   c.model = found["model"]
   if "image" in c.model.encoders:
     c.data.image.update(
-      found["image"]
-      if "image" in found
-      else preprocessing.image_settings(folder, family, found["image_size"])
+      found["image"] if "image" in found else preprocessing.image_settings(folder, family, found)
     )
   if "audio" in c.model.encoders:
     c.data.audio.update(found["audio"])

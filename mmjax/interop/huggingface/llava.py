@@ -25,11 +25,10 @@ ARCHITECTURE, PAD, MASK_PADDING = "LlavaForConditionalGeneration", "<pad>", True
 ARCHITECTURES = ((ARCHITECTURE, "LlavaModel"),)
 TEXT = ("llama", "mistral", "qwen2", "qwen3")  # families that may write
 
-# What transformers assumes where config.json is silent.
+# What transformers assumes where config.json is silent, and where it has no vision_config.
 FACTS = dict(vision_feature_select_strategy="default", vision_feature_layer=-2)
 FACTS |= dict(projector_hidden_act="gelu", multimodal_projector_bias=True)
 FACTS |= dict(tie_word_embeddings=False, image_token_index=32_000)
-# Where it has no vision_config.
 LARGE = dict(intermediate_size=4096, hidden_size=1024, patch_size=14, image_size=336)
 LARGE |= dict(num_hidden_layers=24, num_attention_heads=16)
 UNUSED = re.compile(r"vision_tower\.(post_layernorm\.|encoder\.layers\.(\d+)\.)")
@@ -42,14 +41,11 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   with_media.only_tower(vision, "clip_vision_model")
   tied = f["tie_word_embeddings"] or (f.get("text_config") or {}).get("tie_word_embeddings")
   found = with_media.text_settings(f, tensors, TEXT, "llama", tie_word_embeddings=tied)
-  depth = _depth(f["vision_feature_layer"], vision["num_hidden_layers"])
+  depth = depth_below(f["vision_feature_layer"], vision["num_hidden_layers"])
   image = clip.vision_settings(dict(vision, num_hidden_layers=depth))
   image.update(pooling="class", input_norm=True, patch_bias=False, final_norm=False)
   whole = f["vision_feature_select_strategy"] == "full"  # with the class token
-  connector = dict(
-    kind="mlp", width=0, layers=2, skip=0 if whole else 1, bias=f["multimodal_projector_bias"]
-  )
-  connector["activation"] = single.activation(f, clip.ACTIVATIONS, "projector_hidden_act")
+  connector = dict(connector_settings(f), skip=0 if whole else 1)
   found["model"].update(
     encoders=dict(image=image),
     connectors=dict(image=connector),
@@ -60,6 +56,13 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
       found["left_out"].append(name)
   size = single.image_size(vision)
   return dict(found, image_size=size, places=dict(image=(size // image["patch"]) ** 2 + whole))
+
+
+def connector_settings(f: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings of its two dense layers."""
+  activation = single.activation(f, clip.ACTIVATIONS, "projector_hidden_act")
+  bias = f["multimodal_projector_bias"]
+  return dict(kind="mlp", width=0, layers=2, bias=bias, activation=activation)
 
 
 def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
@@ -80,7 +83,7 @@ def _strategy(config: Mapping[str, Any]) -> str:
   return "default" if config["model"]["connectors"]["image"]["skip"] else "full"
 
 
-def _depth(layer: Any, layers: int) -> int:
+def depth_below(layer: Any, layers: int) -> int:
   """The layers of the tower below `layer`, counted as transformers counts its hidden states."""
   depth = layer + layers + 1 if isinstance(layer, int) and layer < 0 else layer
   if not isinstance(depth, int) or not 0 < depth <= layers:
@@ -90,16 +93,21 @@ def _depth(layer: Any, layers: int) -> int:
 
 def rules(config: Mapping[str, Any]) -> list[Rule]:
   """The weights of a LlavaForConditionalGeneration that it reads."""
-  image, connector = config["model"]["encoders"]["image"], config["model"]["connectors"]["image"]
-  at = "multi_modal_projector.linear_"
+  tower = clip.image_rules(config["model"]["encoders"]["image"], "vision_tower.")
   return [
-    *(r for r in clip.image_rules(image, "vision_tower.") if not r.ours.startswith("image/norm/")),
-    *(
-      rule
-      for i in (1, 2)
-      for rule in mapping.linear(f"image_connector/layer{i}", f"{at}{i}", bias=connector["bias"])
-    ),
+    *(rule for rule in tower if not rule.ours.startswith("image/norm/")),
+    *connector_rules(config),
     *with_media.text_rules(config, TEXT),
+  ]
+
+
+def connector_rules(config: Mapping[str, Any]) -> list[Rule]:
+  """The weights of its two dense layers."""
+  biased, at = config["model"]["connectors"]["image"]["bias"], "multi_modal_projector.linear_"
+  return [
+    rule
+    for i in (1, 2)
+    for rule in mapping.linear(f"image_connector/layer{i}", f"{at}{i}", bias=biased)
   ]
 
 
@@ -119,20 +127,24 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 
 def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
   """The config.json of a LlavaForConditionalGeneration."""
-  connector = config["model"]["connectors"]["image"]
-  names = {ours: theirs for theirs, ours in reversed(clip.ACTIVATIONS.items())}
-  text = with_media.text_facts(config, special, TEXT)
   return with_media.config_json(
     config,
     special,
     "llava",
     ARCHITECTURE,
-    text,
+    with_media.text_facts(config, special, TEXT),
     vision_config=clip.image_facts(config),
-    projector_hidden_act=names.get(connector["activation"], "gelu"),
     vision_feature_select_strategy=_strategy(config),
     vision_feature_layer=-1,
-    multimodal_projector_bias=connector["bias"],
+    **connector_facts(config),
     image_token_index=config["model"]["media_ids"].get("image", 0),
     image_seq_length=config["data"]["sequence"]["image"],
   )
+
+
+def connector_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys of config.json for its two dense layers."""
+  connector = config["model"]["connectors"]["image"]
+  names = {ours: theirs for theirs, ours in reversed(clip.ACTIVATIONS.items())}
+  activation = names.get(connector["activation"], "gelu")
+  return dict(projector_hidden_act=activation, multimodal_projector_bias=connector["bias"])

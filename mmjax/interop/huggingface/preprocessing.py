@@ -70,6 +70,15 @@ PROCESSORS = {  # name of an image processor -> what it does where its file is s
     image_mean=_CROPS["image_mean"],
     image_std=_CROPS["image_std"],
   ),
+  "LlavaOnevision": dict(
+    _HALF,
+    size={"height": 384, "width": 384},
+    resample=3,
+    do_center_crop=False,
+    image_mean=_CROPS["image_mean"],
+    image_std=_CROPS["image_std"],
+    image_grid_pinpoints=tuple([384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)),
+  ),
   "Idefics3": _CUT,
   "SmolVLM": _CUT,
   "ConvNext": dict(_HALF, size={"shortest_edge": 384}, resample=3, do_center_crop=False),
@@ -78,12 +87,13 @@ SHORTEST = ("CLIP", "Bit", "ConvNext")  # those for which a size of one number i
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
-def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> dict[str, Any]:
+def image_settings(folder: Path, family: ModuleType, found: Mapping[str, Any]) -> dict[str, Any]:
   """Settings of data.image from preprocessor_config.json (or processor_config.json). Raises
-  UserError: it does what we cannot.
+  UserError: it does what we cannot, or other than config.json says.
 
-  image_size: what config.json says; None = nothing.
+  found: of config.json, `image_size` (None = it does not say) and maybe `tiles`.
   """
+  image_size = found["image_size"]
   path, stated = _image_processor(folder)
   kind = str(stated.get("image_processor_type") or stated.get("feature_extractor_type") or "")
   name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
@@ -97,7 +107,10 @@ def image_settings(folder: Path, family: ModuleType, image_size: int | None) -> 
     **{key: value for key, value in stated.items() if value is not None},
   }
   if hasattr(family, "tiles"):
-    cut = dict(tiles=family.tiles(facts))
+    stated, tiles = found.get("tiles", {}), family.tiles(facts)
+    if any(tiles.get(key, value) != value for key, value in stated.items()):
+      raise UserError(f"{path}: cuts pictures as {tiles}, but config.json has {stated}")
+    cut = dict(tiles={**tiles, **stated})
     facts["do_pad"] = False  # all tiles are of one size
   else:
     cut = {}
