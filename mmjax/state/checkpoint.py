@@ -580,7 +580,8 @@ def restore_into(
 
   params: initialised arrays, which keep their shardings. model_state: what the model keeps besides
   them (batch statistics), which follows the parameters of its module. source: what `load_params`
-  has read of it. Returns both and the report, a line for each that was loaded, resized, new or left.
+  has read of it. Returns both and the report, a line for each that was loaded, resized, new or
+  left.
   Raises UserError: a rule or a name that matches nothing, shapes that do not agree, or statistics
   that are not there.
   """

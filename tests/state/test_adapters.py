@@ -17,7 +17,7 @@ from mmjax.models import make_model
 from mmjax.models.lora import merge
 from mmjax.models.quantised import LEVELS, dequantise, quantise
 from mmjax.parallel.mesh import make_mesh
-from mmjax.state import adapters, storage
+from mmjax.state import adapters, manifest, storage
 from mmjax.state.checkpoint import (
   Checkpointer,
   load_params,
