@@ -36,6 +36,7 @@ from mmjax.config import UserError
 from mmjax.data import folders
 from mmjax.data.media import ENDINGS
 from mmjax.data.readers.cells import Skip, about_media, annotate, broken_text
+from mmjax.data.readers.preferences import ROLES, given_in, is_judged
 from mmjax.printing import printable
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
@@ -112,6 +113,9 @@ class TarIndex:
       "label": label or facts.get("label"),
       "language": facts.get("language"),
     }
+    if is_judged(facts):
+      cells |= {role: facts.get(role) for role in ROLES}
+      cells["preference"] = given_in(cells)
     captions = facts.get("captions") or (text if text is not None else facts.get("caption"))
     if captions or text is not None:
       cells["caption"] = captions

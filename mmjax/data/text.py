@@ -439,10 +439,15 @@ def _texts(record) -> list[str]:
 
 
 def _turns(record) -> Iterator[str]:
-  """The turns of a record's conversations, each after its role, as templates write them, and once
-  more with commas: sentencepiece looks for pieces in what several different words share.
+  """The turns of a record's conversations and judged answers, each after its role, as templates
+  write them, and once more with commas: sentencepiece looks for pieces in what several different
+  words share.
   """
-  for talk in record.get("conversations") or ():
+  talks = list(record.get("conversations") or ())
+  for one in record.get("preferences") or ():
+    answers = [one[side] for side in ("chosen", "rejected") if side in one]
+    talks.append([*one["prompt"], *(dict(role="assistant", content=text) for text in answers)])
+  for talk in talks:
     for turn in talk:
       content = turn["content"]
       parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]

@@ -481,6 +481,7 @@ def _fault(record: Record, classes: Sequence[str] = ()) -> Skip | None:
       record.get("questions"),
       record.get("facts"),
       record.get("conversations"),
+      record.get("preferences"),
     ]
   ):
     return Skip("broken text", bad)

@@ -12,6 +12,7 @@ records have besides, `None` or empty in a record that lacks it:
   questions  [(question, answer), ...]
   facts      a dict of JSON values: what is true of the example (a scene graph, a motion, a voice)
   conversations  [[{"role", "content": text or parts}, ...], ...] about its media (templates.py)
+  preferences [{"prompt": turns, "chosen": text, "rejected": text}, ...], or one of the two answers
   media      [(modality, encoded bytes), ...]: a conversation's media after the first of a modality
   value      float32 [K], numbers to predict, NaN = none; `values` of metadata.json names the K
 """
@@ -42,6 +43,7 @@ FIELDS = (
   "value",
   "conversations",
   "media",
+  "preferences",
 )
 
 
@@ -63,6 +65,7 @@ def features(fields: Sequence[str] = ("image",)):
     "questions": lambda: tfds.features.Sequence({"question": text(), "answer": text()}),
     "facts": text,
     "conversations": text,
+    "preferences": text,
     "media": lambda: tfds.features.Sequence({"modality": text(), "content": text()}),
     "value": lambda: tfds.features.Tensor(shape=(None,), dtype=np.float32),
   }
@@ -189,6 +192,8 @@ def _optional(feature) -> Record:
     ]
   if "conversations" in feature:
     record["conversations"] = json.loads(feature["conversations"].bytes_list.value[0] or b"[]")
+  if "preferences" in feature:
+    record["preferences"] = json.loads(feature["preferences"].bytes_list.value[0] or b"[]")
   if "facts" in feature:
     record["facts"] = json.loads(feature["facts"].bytes_list.value[0] or b"{}")
   return record
@@ -220,7 +225,7 @@ def canonical(split: str, record: Record, fields: Sequence[str] = ("image",)) ->
   more.update(
     {
       name: record[name]
-      for name in ("questions", "facts", "conversations")
+      for name in ("questions", "facts", "conversations", "preferences")
       if name in fields and record.get(name)
     }
   )

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmjax.data.media import bytes_key, media_key
 from mmjax.data.readers.conversations import conversation_of, questions_in, with_media
+from mmjax.data.readers.preferences import NoPreference, Preference, preference_of
 
 _BOMS = (
   (codecs.BOM_UTF8, "utf-8-sig"),
@@ -47,7 +48,7 @@ class Question(NamedTuple):
 
 class Annotation(NamedTuple):
   """What is said of a medium: captions by language, labels, questions, conversations (lists of
-  turns), values (NaN = none).
+  turns), values (NaN = none), preferences (preferences.py).
   """
 
   captions: dict[str, list[str]]
@@ -56,6 +57,7 @@ class Annotation(NamedTuple):
   conversations: tuple[list[dict[str, Any]], ...] = ()
   values: tuple[float, ...] = ()
   groups: tuple[str, ...] = ()  # that must not be divided among splits
+  preferences: tuple[Preference, ...] = ()
 
   def joined(self, other: Annotation) -> Annotation:
     """Both, about one medium, which must not differ in their values (`other_values`)."""
@@ -69,6 +71,7 @@ class Annotation(NamedTuple):
       self.conversations + other.conversations,
       self.values or other.values,
       tuple(dict.fromkeys(self.groups + other.groups)),
+      self.preferences + other.preferences,
     )
 
   def other_values(self, other: Annotation) -> Skip | None:
@@ -103,8 +106,10 @@ class Annotation(NamedTuple):
       record["media"] = more
     if self.conversations:
       record["conversations"] = list(self.conversations)
-    if self.conversations and not media:
-      record["image_key"] = bytes_key(json.dumps(self.conversations).encode())
+    if self.preferences:
+      record["preferences"] = list(self.preferences)
+    if (talks := self.conversations + self.preferences) and not media:
+      record["image_key"] = bytes_key(json.dumps(talks).encode())
     facts: dict[str, list] = {}
     if any(one.answers for one in self.questions):
       facts["answers"] = [list(one.answers or (one.answer,)) for one in self.questions]
@@ -118,9 +123,10 @@ def about_media(said: Annotation, names: Iterable[str]) -> Annotation | Skip:
   counts = Counter(name.partition(":")[0] for name in names)
   try:
     talks = tuple(with_media(turns, counts) for turns in said.conversations)
+    judged = tuple({**one, "prompt": with_media(one["prompt"], counts)} for one in said.preferences)
   except ValueError as error:
     return Skip("placeholders", str(error))
-  return said._replace(conversations=talks)
+  return said._replace(conversations=talks, preferences=judged)
 
 
 def annotate(
@@ -130,7 +136,7 @@ def annotate(
   separator: str = ",",
 ) -> Annotation | Skip:
   """The annotation in `cells`: caption, question, answer, chosen_answer, label, labels, value,
-  group, language, conversation.
+  group, language, conversation, preference (`preferences.Given`).
 
   `language`: of captions that do not say. `label_names`: of labels that are numbers. `separator`:
   of a text of several `labels`, of which there may be none. A row that has captions by its form (a
@@ -151,17 +157,24 @@ def annotate(
       turns = conversation_of(cells["conversation"])
       conversations = (turns,)
       questions += [Question(*pair) for pair in questions_in(turns)]
+    given = cells.get("preference")
+    preferences = (preference_of(given),) if given is not None else ()
+  except NoPreference as error:
+    return Skip(error.reason, str(error))
   except ValueError as error:
     return Skip("broken row", str(error))
   group = text_of(cells.get("group"))
   groups = (group,) if group else ()
-  annotation = Annotation(captions, labels, tuple(questions), conversations, values, groups)
+  annotation = Annotation(
+    captions, labels, tuple(questions), conversations, values, groups, preferences
+  )
   if bad := broken_text(annotation):
     return Skip("broken text", bad)
   if (
     captions
     or questions
     or conversations
+    or preferences
     or (labels and "caption" not in cells)
     or "labels" in cells
     or values

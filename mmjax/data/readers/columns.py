@@ -14,6 +14,7 @@ from mmjax.data.image import Unreadable
 from mmjax.data.media import modality_in_column
 from mmjax.data.readers.cells import Annotation, Skip, about_media, annotate, broken_text, text_of
 from mmjax.data.readers.conversations import media_in
+from mmjax.data.readers.preferences import ROLES, given_in, is_judged
 from mmjax.data.series import inline_series
 
 COLUMNS = {  # what a column may be called, in small letters, most likely first
@@ -62,10 +63,14 @@ COLUMNS = {  # what a column may be called, in small letters, most likely first
   "group": (),  # of rows that stay in one split; by name alone
   "language": ("language", "lang"),
   "conversation": ("conversations", "messages", "conversation"),
+  "prompt": ("prompt", "input"),
+  "chosen": ("chosen", "preferred_output"),
+  "rejected": ("rejected", "non_preferred_output"),
+  "completion": ("completion",),
 }
 MEDIA = ("image", "audio", "video", "series")  # columns of these hold media
 # at least one of these is needed
-TEXTS = ("caption", "question", "label", "labels", "value", "conversation")
+TEXTS = ("caption", "question", "label", "labels", "value", "conversation", "chosen", "completion")
 _ALSO = (
   r"captions?([ _/-]?\d+)?|alt_?text",
   r"(text|sentence|description)s?[ _/-]?\d+",
@@ -105,7 +110,13 @@ def choose_columns(
       lower[option] for option in options if option in lower and lower[option] not in named.values()
     ]:
       chosen[role] = (found[0],)
-  if "conversation" in chosen and "caption" not in named and "conversation" not in named:
+  if not is_judged(chosen):
+    for role in ROLES:
+      chosen.pop(role, None)
+  elif "prompt" not in chosen and "conversation" not in chosen and "question" in chosen:
+    chosen["prompt"] = chosen.pop("question")
+  talks = bool({"conversation", "chosen", "completion"} & set(chosen))
+  if talks and "caption" not in named and "conversation" not in named:
     chosen.pop("caption", None)  # a "text" beside a conversation is its template
   if "labels" in chosen:
     chosen.pop("label", None)
@@ -113,9 +124,7 @@ def choose_columns(
     ("a picture, sound, video or series", MEDIA, "image"),
     ("captions, questions or a label", TEXTS, "caption"),
   ):
-    if not any(role in chosen for role in needed) and not (
-      needed == MEDIA and "conversation" in chosen
-    ):
+    if not any(role in chosen for role in needed) and not (needed == MEDIA and talks):
       raise UserError(
         f"{path} has no column that looks like {looks}; it has: {', '.join(present)}. Name it: "
         f"{example}=COLUMN"
@@ -131,7 +140,22 @@ def cells_of(row: Mapping[str, Any], chosen: Mapping[str, tuple[str, ...]]) -> d
   }
   if "question" in cells and isinstance(row.get("multiple_choice_answer"), str):
     cells["chosen_answer"] = row["multiple_choice_answer"]  # VQAv2's, beside the ten
+  if (given := given_in(cells)) is not None:
+    cells["preference"] = given
   return cells
+
+
+def talks_in(cells: Mapping[str, Any]) -> Any:
+  """What in the cells of a row is a conversation, with or without judged answers: of such a row
+  several media may be named, or none.
+  """
+  return cells.get("conversation") or cells.get("preference")
+
+
+def files_in(cells: Mapping[str, Any]) -> dict[str, list[str]]:
+  """{modality: files} that parts of the conversations of a row name."""
+  given = cells.get("preference")
+  return {**media_in(cells.get("conversation")), **(given.files() if given else {})}
 
 
 def part_of(cells: Mapping[str, Any], at: str, folder: str, options) -> Part | Skip:
@@ -143,9 +167,8 @@ def part_of(cells: Mapping[str, Any], at: str, folder: str, options) -> Part | S
     return media
   inline = any(file.startswith("data:") for file in media.values())
   media = {modality: _below(options.root, folder, file) for modality, file in media.items()}
-  about_medium = text_of(cells.get("image_id")) or cells.get(
-    "conversation"
-  )  # then the id is that of the caption, question or talk
+  # then the id is that of the caption, question or talk
+  about_medium = text_of(cells.get("image_id")) or talks_in(cells)
   name = text_of(cells.get("id")) if not about_medium or not media else ""
   name = name or (at if inline else "")
   if bad := broken_text([name, *media.values()]):
@@ -176,7 +199,7 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
   video; a conversation's further ones are "image:1", "image:2". It may have none.
   """
   named = {
-    **media_in(cells.get("conversation")),
+    **files_in(cells),
     **{role: cells[role] for role in MEDIA if cells.get(role) not in (None, "", [])},
   }
   media: dict[str, str] = {}
@@ -191,7 +214,7 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
     files = [file for file in named_files if isinstance(file, str) and file]
     if len(files) < len(named_files):
       return Skip("missing file", f"its {role} is no file name")
-    if len(files) > 1 and not cells.get("conversation"):
+    if len(files) > 1 and not talks_in(cells):
       return Skip(
         "several pictures" if role == "image" else "several media",
         f"{len(files)} in one row, of which a record holds one",
@@ -200,7 +223,7 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
       modality = modality_in_column(file, role)
       number = sum(name.partition(":")[0] == modality for name in media)
       media[f"{modality}:{number}" if number else modality] = file
-  if not media and cells.get("conversation"):
+  if not media and talks_in(cells):
     return media
   return media or Skip("missing file", "names no picture, sound, video or series")
 

@@ -187,6 +187,8 @@ def objects_of(document: Mapping[str, Any], path: str) -> Iterator[Object]:
   names = {
     "conversations",
     "messages",
+    "chosen",
+    "completion",
     *(name for role in MEDIA for name in COLUMNS[role] if isinstance(document.get(name), str)),
   }
   if not lists or names & set(document):

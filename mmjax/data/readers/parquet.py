@@ -19,8 +19,9 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.data.media import media_key, modality_in_column
 from mmjax.data.readers.cells import Annotation, Skip, about_media, annotate, broken_text, text_of
-from mmjax.data.readers.columns import MEDIA, cells_of, choose_columns
+from mmjax.data.readers.columns import MEDIA, cells_of, choose_columns, files_in, talks_in
 from mmjax.data.readers.conversations import media_in
+from mmjax.data.readers.preferences import Given
 from mmjax.data.readers.rows import (
   Left,
   Options,
@@ -135,6 +136,10 @@ class ParquetReader:
     found |= {"value"} & set(self.chosen)
     if "conversation" in self.chosen:
       found |= {"conversations", "media", *_media_of_parts(self._all_cells("conversation"))}
+    if {"chosen", "completion"} & set(self.chosen):
+      found |= {"preferences", "media"}
+      for role in set(self.chosen) & {"prompt", "chosen", "completion"}:
+        found |= {name for cell in self._all_cells(role) for name in Given(prompt=cell).files()}
     for role in MEDIA:
       if role in self.path_columns:
         cells = (
@@ -151,13 +156,13 @@ class ParquetReader:
       return Skip("broken text", "its text is not UTF-8")
     cells = cells_of(row, self.chosen)
     media: dict[str, Any] = {}
-    named = media_in(cells.get("conversation"))
+    named = files_in(cells)
     for role in MEDIA:
       content = cells.get(role)
       if content is None and role in named:
         content = named[role]
       several = content if role != "series" and isinstance(content, list) else [content]
-      if len(several) > 1 and not cells.get("conversation"):
+      if len(several) > 1 and not talks_in(cells):
         return Skip(
           "several pictures" if role == "image" else "several media",
           f"{len(several)} in one row, of which a record holds one",
@@ -169,7 +174,7 @@ class ParquetReader:
         if isinstance(data, np.ndarray) or (isinstance(data, bytes) and data):
           number = sum(name.partition(":")[0] == modality for name in media)
           media[f"{modality}:{number}" if number else modality] = data
-    if not media and not cells.get("conversation"):
+    if not media and not talks_in(cells):
       return Skip("missing file", "no picture, sound, video or series in this row")
     said = annotate(
       cells, self.options.language, self.label_names, separator=self.options.separator

@@ -143,6 +143,7 @@ def fields_of(said: Annotation) -> set[str]:
     "facts": facts,
     "value": said.values,
     "conversations": said.conversations,
+    "preferences": said.preferences,
   }
   return {name for name, found_any in found.items() if found_any}
 

@@ -66,7 +66,7 @@ class TarReader:
     found = {part for part in ENDINGS if any(index.has(part) for index in indices)}
     found |= {"value"} & set(self.options.columns)
     return found | (
-      {"questions", "facts", "conversations"}
+      {"questions", "facts", "conversations", "preferences"}
       if any(index.has("json") for index in indices)
       else set()
     )

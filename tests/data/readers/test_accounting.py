@@ -78,7 +78,7 @@ def account(format, path, **options):
       assert not broken_text(
         [outcome["id"], outcome["captions"], outcome["label"], outcome.get("questions")]
       )
-      said = outcome.get("questions") or outcome.get("conversations")
+      said = outcome.get("questions") or outcome.get("conversations") or outcome.get("preferences")
       assert outcome["captions"] or outcome["label"] or said
   assert told == Counter({row.name: row.count for row in rows}), (
     "read gives every row that rows listed"
@@ -91,6 +91,7 @@ def account(format, path, **options):
     "facts",
     "conversations",
     "media",
+    "preferences",
   }
   return read, gone, count
 
@@ -170,8 +171,16 @@ def test_tables_without_quoting_lose_no_line(rows, ending):
             max_size=3,
           ),
           language=st.sampled_from(["de", "", None]),
+          prompt=words,
+          chosen=st.one_of(words, st.none()),
+          rejected=words,
         ),
-      ).filter(lambda row: len({"caption", "label", "question", "conversations"} & set(row)) > 0),
+      ).filter(
+        lambda row: (
+          len({"caption", "label", "question", "conversations"} & set(row)) > 0
+          or {"chosen", "rejected"} <= set(row)
+        )
+      ),
       st.integers(),
       st.just([]),
     )
