@@ -216,6 +216,8 @@ def _check_objectives(c: dict) -> None:
   for name, entry in c["objectives"].items():
     if entry["kind"] in ("classification", "ordinal"):
       _check_classes(f"objectives.{name}", entry, c)
+    if entry["kind"] == "preference":
+      _check_preference(f"objectives.{name}", entry, c)
     if entry["kind"] == "regression" and not data["values"]:
       raise ConfigError(
         f"objectives.{name} predicts values, but data.values is 0. Set it to how many a record has"
@@ -232,6 +234,28 @@ def _check_objectives(c: dict) -> None:
       )
   if c["train"]["mixup"]:
     _check_mixup(c["objectives"])
+
+
+def _check_preference(where: str, entry: dict, c: dict) -> None:
+  """Judged answers to learn from, settings that the form uses, and no part of a batch alone."""
+  sources, form = c["data"]["sources"], entry["form"]
+  if sources and all(source["text"] != "preference" for source in sources.values()):
+    raise ConfigError(
+      f"{where} learns from judged answers, but no entry of data.sources has text='preference'. "
+      "Set it for the one that has them"
+    )
+  unused = {"dpo": ("desirable", "undesirable"), "kto": ("label_smoothing",)}
+  unused["ipo"] = unused["dpo"] + unused["kto"]
+  for name in unused.get(form, ()):
+    if entry[name] != (0 if name == "label_smoothing" else 1):
+      raise ConfigError(
+        f"{where}.{name} is {entry[name]}, but form {form!r} has none. Leave it out"
+      )
+  if form == "kto" and c["train"]["microbatches"] > 1:
+    raise ConfigError(
+      f"{where}: form 'kto' compares each answer with others of the whole batch, but "
+      f"train.microbatches is {c['train']['microbatches']}. Set it to 1, or choose another form"
+    )
 
 
 def _check_classes(where: str, entry: dict, c: dict) -> None:

@@ -231,8 +231,9 @@ KEYS = (
   Key(
     "data.sources.*.text",
     "caption",
-    Literal["caption", "question", "document", "conversation"],
-    "What the text of a row is; documents and conversations are for language models.",
+    Literal["caption", "question", "document", "conversation", "preference"],
+    "What the text of a row is; documents, conversations and preferences (judged answers) are for "
+    "language models.",
   ),
   Key(
     "data.sources.*.modalities",
@@ -784,6 +785,7 @@ KINDS: dict[str, dict[str, str]] = {
     "captioning": "mmjax.objectives.captioning:captioning",
     "autoregressive": "mmjax.objectives.captioning:autoregressive",
     "language_modelling": "mmjax.objectives.language_modelling:language_modelling",
+    "preference": "mmjax.objectives.preference:preference",
     "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
     "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
     "logit_distillation": "mmjax.objectives.distillation:logit_distillation",
@@ -815,6 +817,7 @@ KINDS: dict[str, dict[str, str]] = {
     "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
     "generated": "mmjax.evaluation.generated:generated",
     "likelihood": "mmjax.evaluation.likelihood:likelihood",
+    "preference": "mmjax.evaluation.preference:preference",
     "answers": "mmjax.evaluation.answers:answers",
     "dialogue": "mmjax.evaluation.dialogue:dialogue",
   },

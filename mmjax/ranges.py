@@ -164,6 +164,7 @@ Share = Annotated[float, Range(0, 1)]  # a probability, or a part of a whole
 Portion = Annotated[float, Range(above=0, most=1)]  # a part of a whole, not nothing
 Part = Annotated[float, Range(above=0, below=1)]  # neither nothing nor the whole
 Dropout = Annotated[float, Range(0, below=1)]
+Doubt = Annotated[float, Range(0, below=0.5)]  # a share of labels that are wrong
 Decay = Annotated[float, Range(0, below=1)]  # of a moving average
 Degrees = Annotated[float, Range(0, 180)]
 Hertz = Annotated[int, Range(100, 1_000_000)]

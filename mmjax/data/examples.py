@@ -230,10 +230,15 @@ class Examples:
     return Sequences(self.config, tokenizer, self.reader)
 
   def rows_of_sequences(
-    self, rows: Sequence[tuple[Source, Sequence[Piece]]], rngs: Iterable[np.random.Generator | None]
+    self,
+    rows: Sequence[tuple[Source, Sequence[Piece]]],
+    rngs: Iterable[np.random.Generator | None],
+    judged: bool = False,
   ) -> Batch:
-    """A batch of a language model: the examples of each row."""
-    arrays = self.sequences.blank(len(rows))
+    """A batch of a language model: the examples of each row. judged: with the arrays of
+    preferences, also where no source of the config has some.
+    """
+    arrays = self.sequences.blank(len(rows), judged)
     batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}
     batch["unreadable"] = []
     for number, ((source, pieces), rng) in enumerate(zip(rows, rngs, strict=True)):

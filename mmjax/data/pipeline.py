@@ -100,6 +100,8 @@ class Pipeline:
     rows: Sequence[int] | np.ndarray | None = None,
     tables: list[list[list[Piece]]] | None = None,
     balances: list[Balance | None] | None = None,
+    references: Mapping[str, np.ndarray] | None = None,
+    reference: str = "",
   ):
     self.config = config
     self.rows = None if rows is None else np.asarray(rows, np.int64)
@@ -119,6 +121,7 @@ class Pipeline:
         for source in self.sources
       ]
     self.tables = tables
+    self.refer(references or {}, reference)
     if balances is None:
       balances = [
         Balance(label_numbers(source)) if entry.balance else None
@@ -147,6 +150,37 @@ class Pipeline:
     """The chat template of the conversations. Raises UserError: there is none."""
     return self._examples.sequences.template
 
+  @property
+  def judged(self) -> list[tuple[Source, list[list[Piece]]]]:
+    """The sources of judged answers, each once, with the examples of each row of an epoch."""
+    found: dict[str, tuple[Source, list[list[Piece]]]] = {}
+    for source, table in zip(self.sources, self.tables or (), strict=bool(self.tables)):
+      if source.text == "preference":
+        found.setdefault(source.fingerprint, (source, table))
+    return list(found.values())
+
+  def refer(self, references: Mapping[str, np.ndarray], reference: str) -> None:
+    """Gives judged answers what a reference makes of them: {fingerprint of a source: the arrays of
+    preferences.py}. reference: names the model.
+    """
+    self.references, self.reference = dict(references), reference
+    if references:
+      self._examples.sequences.references = self.references
+
+  def in_order(
+    self, source: Source, table: Sequence[Sequence[Piece]]
+  ) -> Iterator[tuple[Batch, Sequence[Sequence[Piece]]]]:
+    """The rows of an epoch of one source as batches, with the examples of all rows of each; the
+    last is filled up with rows that are not valid.
+    """
+    size = self.config.train.batch_size
+    rows = np.arange(size) if self.rows is None else self.rows
+    for start in range(0, len(table), size):
+      real = start + rows < len(table)
+      packs = [(source, table[row]) for row in (start + rows[real]).tolist()]
+      batch = self._report(self._examples.rows_of_sequences(packs, [None] * len(packs)))
+      yield scatter_rows(batch, real), table[start : start + size]
+
   def source_of(self, step: int) -> str:
     """The name of the entry of data.sources that a step's rows come from; "" where sources mix
     within a batch.
@@ -166,8 +200,10 @@ class Pipeline:
       tokenizer = self._examples.sequences.tokenizer
     elif "text" in self._examples.modalities:
       tokenizer = self._examples.text.tokenizer
-    if any(source.text == "conversation" for source in self.sources):
+    if any(source.text in ("conversation", "preference") for source in self.sources):
       found["template"] = f"content {bytes_key(self.template.source.encode()):016x}"
+    if self.reference:
+      found["reference"] = self.reference
     if tokenizer is not None:
       found["tokenizer"] = f"{self.config.data.text.tokenizer}: content {tokenizer.fingerprint}"
     return found
@@ -257,6 +293,8 @@ class Pipeline:
       "rows": self.rows,
       "tables": self.tables,
       "balances": self.order.balances,
+      "references": self.references,
+      "reference": self.reference,
     }
 
   def __setstate__(self, state):
@@ -398,7 +436,8 @@ class EvaluationData:
       alone = [None] * len(chosen)
       if self.config.data.sequence.length:
         rows = [(self.source, [piece]) for piece in chosen]
-        batch = self._examples.rows_of_sequences(rows, alone)
+        judged = self.source.text == "preference"
+        batch = self._examples.rows_of_sequences(rows, alone, judged)
       else:
         batch = self._examples([Row(self.source, *place) for place in chosen], alone, modalities)
       index = np.full(len(row), -1)

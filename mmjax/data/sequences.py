@@ -9,6 +9,8 @@ as many places as the config gives them. What a source's texts are says how:
             data.text.per_example of them one after another, each given those before it
   conversation  turns by data.text.template, with the media where they stand in them; targets are
             the assistant's turns. One that is longer than a row loses whole exchanges at its end
+  preference  a prompt with each of its judged answers, which are the targets, as conversations side
+            by side in one row that share its media (preferences.py)
 
 Each target ends with <eos>; <bos> comes first where data.text.bos asks for it. What stands around
 media and after them is written as data.sequence.written and data.sequence.prompt say.
@@ -31,6 +33,7 @@ from mmjax.data.media import WORDS, bytes_key
 from mmjax.data.packing import filling, pack
 from mmjax.data.parts import MEDIA, Medium, Span
 from mmjax.data.placeholders import Places, around, mixes_tokens, placeholders, prompted
+from mmjax.data.preferences import SIDES, asks_others, pairs_of, preference_spec, talks_of
 from mmjax.data.sources import Source
 from mmjax.data.templates import ChatTemplate
 from mmjax.data.text import Tokenizer, check_texts
@@ -41,13 +44,14 @@ from mmjax.printing import printable
 class Piece(NamedTuple):
   """An example of a row: record number `record`, of a question the `part`-th (-1 = drawn), of a
   document the tokens from `start` to `stop` (0 = all), of the `part`-th conversation the turns up
-  to `stop`.
+  to `stop`, of the `part`-th preference all, with an answer to another prompt: (record, part).
   """
 
   record: int
   part: int = -1
   start: int = 0
   stop: int = 0
+  other: tuple[int, int] | None = None
 
 
 class Sequences:
@@ -82,6 +86,7 @@ class Sequences:
         f"tokenizer {self.text.tokenizer!r} has no <eos>, with which every text of a sequence ends"
       )
     self.first = [tokenizer.bos_id] if self.text.bos else []
+    self.references: dict[str, np.ndarray] = {}  # {fingerprint of a source: see preferences.py}
     self._template: ChatTemplate | None = None
 
   @property
@@ -112,6 +117,8 @@ class Sequences:
       return [Span(tokens[piece.start : piece.stop or None], True)]
     if source.text == "conversation":
       return self._conversation(record, max(piece.part, 0), piece.stop)
+    if source.text == "preference":
+      return self._answers(record, source, piece)[0][1]
     if source.text == "question":
       pairs = self._questions(record, piece, rng)
     else:
@@ -194,13 +201,18 @@ class Sequences:
     return self.turns(record, talks[part][: stop or None])
 
   def turns(
-    self, record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], prompt: bool = False
+    self,
+    record: Mapping[str, Any],
+    messages: Sequence[Mapping[str, Any]],
+    prompt: bool = False,
+    loss: str = "",
   ) -> list[Span | Medium]:
     """The parts of a conversation about a record's media; prompt: up to where the assistant
-    answers. Raises UserError: it is none, or the record lacks a medium of it.
+    answers. loss: which of the assistant's turns are targets; "" = as data.text.loss says. Raises
+    UserError: it is none, or the record lacks a medium of it.
     """
     parts = self.template.render(
-      messages, self.tokenizer, prompt, loss=self.text.loss, lowercase=self.text.lowercase
+      messages, self.tokenizer, prompt, loss=loss or self.text.loss, lowercase=self.text.lowercase
     )
     found: list[Span | Medium] = []
     for part in parts:
@@ -216,6 +228,14 @@ class Sequences:
       found += [*self._text(before), part, *self._text(after)]
     return found
 
+  def _answers(
+    self, record: Record, source: Source, piece: Piece
+  ) -> list[tuple[int, list[Span | Medium]]]:
+    """[(side of preferences.SIDES, parts of the prompt and this answer)]. Raises UserError."""
+    other = source[piece.other[0]] if piece.other else None
+    talks = talks_of(record, piece.part, other, piece.other[1] if piece.other else 0)
+    return [(side, self.turns(record, talk, loss="last")) for side, talk in talks]
+
   # -- Which examples make a row -------------------------------------------------------------------
 
   def examples(self, source: Source) -> tuple[list[Piece], np.ndarray, np.ndarray]:
@@ -224,6 +244,8 @@ class Sequences:
     Examples that no row has room for are left out and counted, with a line on stderr. A record that
     cannot be read is an example of no place, which costs its row nothing.
     """
+    if source.text == "preference":
+      return self._judged(source)
     pieces, lengths, media, long = [], [], [], []
     targets: list[int] = []
     broken: list[str] = []
@@ -260,17 +282,67 @@ class Sequences:
       media.append(counts)
     if source.text == "conversation":
       self._say_of_conversations(source, pieces, targets, broken)
-    if long:
-      print(
-        printable(
-          f"{source.name}: {len(long):,} of {len(source):,} examples are longer than "
-          f"data.sequence.length {self.length} and left out; the longest has {max(long)} tokens"
-        ),
-        file=sys.stderr,
-        flush=True,
-      )
+    self._say_of_long(source, long, len(source))
     shape = (len(pieces), len(self.modalities))
     return pieces, np.array(lengths, np.int64), np.array(media, np.int64).reshape(shape)
+
+  def _say_of_long(self, source: Source, long: Sequence[int], total: int) -> None:
+    """Prints how many examples no row has room for, and the tokens of the longest."""
+    if long:
+      line = (
+        f"{source.name}: {len(long):,} of {total:,} examples are longer than data.sequence.length "
+        f"{self.length} and left out; the longest has {max(long)} tokens"
+      )
+      print(printable(line), file=sys.stderr, flush=True)
+
+  def _judged(self, source: Source) -> tuple[list[Piece], np.ndarray, np.ndarray]:
+    """`examples` of a source of preferences: its answers stay together, whole. Raises UserError:
+    there is none that fits.
+    """
+    fitting: list[tuple[Piece, int, list[int]]] = []
+    long: list[int] = []
+    broken: list[str] = []
+    targets: list[int] = []
+    places = pairs_of(source, broken)
+    others = places[1:] + places[:1] if asks_others(self.config) else [None] * len(places)
+    for place, other in zip(places, others, strict=True):
+      piece = Piece(*place, other=other if other != place else None)
+      try:
+        answers = self._answers(source[piece.record], source, piece)
+      except UserError as error:
+        broken.append(f"{source.name}[{piece.record}]: {error}")
+        continue
+      size, counts = sum(self.size(parts) for _, parts in answers), self.slots_of(answers[0][1])
+      if size > self.length or max(counts, default=0) > self.slots:
+        long.append(size)
+        continue
+      fitting.append((piece, size, counts))
+      targets += [
+        sum(len(part.tokens) for part in parts if isinstance(part, Span) and part.target)
+        for side, parts in answers
+        if SIDES[side] != "other"
+      ]
+    if not fitting:
+      if not long:
+        raise UserError(f"{source.name}: no preference can be used ({(broken or ['none'])[0]})")
+      raise UserError(
+        f"{source.name}: no preference fits data.sequence.length {self.length} and slots "
+        f"{self.slots}; the shortest has {min(long)} tokens. Raise them"
+      )
+    lines = [
+      f"{source.name}: {len(fitting):,} preferences with {len(targets):,} answers, "
+      f"{np.mean(targets):.1f} target tokens each (from {min(targets):,} to {max(targets):,})"
+    ]
+    if broken:
+      lines.append(f"{source.name}: {len(broken):,} faults, such as {broken[0]}")
+    print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+    self._say_of_long(source, long, len(places))
+    pieces, lengths, media = (list(column) for column in zip(*fitting, strict=True))
+    return (
+      pieces,
+      np.array(lengths, np.int64),
+      np.array(media, np.int64).reshape(len(pieces), len(self.modalities)),
+    )
 
   def _talks(
     self, record: Record, index: int, targets: list[int], broken: list[str]
@@ -367,7 +439,7 @@ class Sequences:
 
   def in_order(self, source: Source) -> list[Piece]:
     """The examples of an evaluation, in the order of the records; every question of each."""
-    if source.text in ("document", "conversation"):
+    if source.text in ("document", "conversation", "preference"):
       return self.examples(source)[0]
     pieces = []
     for index in range(len(source)):
@@ -382,8 +454,8 @@ class Sequences:
 
   # -- Rows as arrays ------------------------------------------------------------------------------
 
-  def blank(self, rows: int) -> dict[str, Any]:
-    """Arrays of `rows` rows of padding."""
+  def blank(self, rows: int, judged: bool = False) -> dict[str, Any]:
+    """Arrays of `rows` rows of padding; judged: with those of preferences."""
     filling = dict(tokens=self.pad_id, media_index=-1)
 
     def make(spec: dict[str, Any]) -> dict[str, Any]:
@@ -394,7 +466,8 @@ class Sequences:
         for name, value in spec.items()
       }
 
-    return make(sequence_spec(self.config, self.reader, self.length, self.slots))
+    spec = sequence_spec(self.config, self.reader, self.length, self.slots)
+    return make(spec | (preference_spec(self.length) if judged else {}))
 
   def readable(self, parts: Iterable[Span | Medium]) -> list[tuple[str, bool]]:
     """[(text, whether it is a target)] of the parts, special tokens and media by their names."""
@@ -475,6 +548,9 @@ class Sequences:
       try:
         record = source[piece.record]
         name = f"{source.name} {record['id']}"
+        if source.text == "preference":
+          at = self._write_answers(batch, row, at, number, piece, record, source, used)
+          continue
         parts = self.parts(record, source, piece, rng)
         self._check_room(parts, at)
         at = self._write(batch, row, at, number, parts, record, source, used, rng)
@@ -503,13 +579,72 @@ class Sequences:
     """Writes one example from place `at` on; returns the place after it. Media are read first, so
     that one that cannot be read leaves nothing behind.
     """
+    read = self._read(parts, record, source, rng)
+    return self._place(batch, row, at, number, parts, read, used)
+
+  def _write_answers(
+    self,
+    batch: dict[str, Any],
+    row: int,
+    at: int,
+    number: int,
+    piece: Piece,
+    record: Record,
+    source: Source,
+    used: dict[str, int],
+  ) -> int:
+    """Writes the answers of a preference, each after its prompt, from place `at` on; returns the
+    place after them. Its media are read once, as in evaluation: what a reference made of them
+    before (`references`) is of the same pixels.
+    """
+    answers, preference = self._answers(record, source, piece), batch["preference"]
+    known = self.references.get(source.fingerprint)
+    if known is not None and not np.isfinite(known[piece.record, piece.part]).all():
+      raise UserError(
+        "the reference could not read it, so that its answers have no log-probability"
+      )
+    if (size := sum(self.size(parts) for _, parts in answers)) > self.length - at:
+      raise UserError(f"its answers have {size} tokens, too many for a row of {self.length}")
+    if number > len(preference["answers"][row]):
+      raise UserError(f"its row has more preferences than its {self.length} tokens leave room for")
+    read = self._read(answers[0][1], record, source, None)
+    first = dict(used)
+    for side, parts in answers:
+      used.update(first)  # they share the slots of the media
+      segment = len(SIDES) * (number - 1) + side + 1
+      at = self._place(batch, row, at, segment, parts, read, used)
+      preference["answers"][row, number - 1, side] = segment
+    if known is not None:
+      preference["reference"][row, number - 1] = known[piece.record, piece.part]
+    return at
+
+  def _read(
+    self,
+    parts: Sequence[Span | Medium],
+    record: Record,
+    source: Source,
+    rng: np.random.Generator | None,
+  ) -> list[tuple[list[dict[str, Any]], Tiling]]:
+    """`_slots_of` each medium among the parts, in their order."""
     kept, alone = getattr(source, "cached", False), not self._are_whole(parts)
-    read = [
-      self._slots_of(record, part, kept, rng, alone) if isinstance(part, Medium) else ([], Tiling())
-      for part in parts
-    ]
-    sequence, start = batch["sequence"], at
-    for part, (slots, tiling) in zip(parts, read, strict=True):
+    media = [part for part in parts if isinstance(part, Medium)]
+    return [self._slots_of(record, medium, kept, rng, alone) for medium in media]
+
+  def _place(
+    self,
+    batch: dict[str, Any],
+    row: int,
+    at: int,
+    number: int,
+    parts: Sequence[Span | Medium],
+    read: Sequence[tuple[list[dict[str, Any]], Tiling]],
+    used: dict[str, int],
+  ) -> int:
+    """Writes parts as the example `number` from place `at` on; returns the place after them. read:
+    what `_read` gave; used: the slots of each modality that are taken, which it counts on.
+    """
+    sequence, start, media = batch["sequence"], at, iter(read)
+    for part in parts:
       if not isinstance(part, Medium):
         places = slice(at, at + len(part.tokens))
         sequence["tokens"][row, places] = part.tokens
@@ -517,7 +652,7 @@ class Sequences:
         at = places.stop
         continue
       modality, first = part.modality, used[part.modality]
-      arrays = batch["media"][modality]
+      (slots, tiling), arrays = next(media), batch["media"][modality]
       for slot, named in enumerate(slots, first):
         for key, value in named.items():
           arrays[key][row, slot] = value
@@ -582,7 +717,8 @@ def medium_of(record: Mapping[str, Any], medium: Medium) -> Mapping[str, Any]:
 def sequence_spec(
   config, reader: Callable[[str], Any], length: int = 0, slots: int = 0
 ) -> dict[str, Any]:
-  """{"sequence": {array: (shape of a row, dtype)}, "media": {modality: {...}}} of a batch.
+  """{"sequence": {array: (shape of a row, dtype)}, "media": {modality: {...}}} of a batch, and
+  "preference" where a source of the config has judged answers.
 
   length, slots: of a row; 0 = those of data.sequence.
   """
@@ -597,16 +733,18 @@ def sequence_spec(
   if "image" in modalities and mixes_tokens(config.data):
     sequence["media_offset"] = ((length, 4), np.dtype(np.int32))
     sequence["media_weight"] = ((length, 4), np.dtype(np.float32))
+  judged = any(entry.text == "preference" for entry in config.data.sources.values())
+  more = preference_spec(length) if judged else {}
   if not modalities:
-    return {"sequence": sequence}
-  media = {}
+    return {"sequence": sequence, **more}
+  media: dict[str, Any] = {}
   for name in modalities:
     shapes = {key: value for key, value in reader(name).shapes.items() if key != "key"}
     media[name] = {
       key: ((slots, *shape), np.dtype(dtype)) for key, (shape, dtype) in shapes.items()
     }
     media[name]["present"] = ((slots,), np.dtype(bool))
-  return {"sequence": sequence, "media": media}
+  return {"sequence": sequence, "media": media, **more}
 
 
 def media_of(config) -> tuple[str, ...]:

@@ -30,6 +30,12 @@ def loss(
   for name in names:
     if name not in entries:
       raise UserError(f"{where} names {name!r}, but objectives has {', '.join(entries) or 'none'}")
+  for name in names:
+    if entries[name].kind == "preference":
+      raise UserError(
+        f"{where}: {name} compares with a reference, which is known of the training data alone. "
+        "Name other objectives, or judge held-out answers with the evaluator 'preference'"
+      )
   if not names:
     raise UserError(f"{where}: this config has no objective to evaluate")
   data = context.data(source, split, languages, text)

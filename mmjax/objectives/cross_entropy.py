@@ -62,18 +62,36 @@ def row_cross_entropy(
   """(sum of the loss, bool [N]: rows whose target alone has the highest logit, False where they do
   not count). See `token_cross_entropy`. cap: logits become cap * tanh(logits / cap); 0 = none.
   """
-  rows, vocabulary = targets.shape[0], table.shape[0]
-  plan = _plan(rows, vocabulary, chunk)
+  hidden, parts = _in_chunks(hidden, table, targets, chunk)
+  loss, correct = _chunked((label_smoothing, cap), hidden, table, bias, parts)
+  return loss, correct.swapaxes(0, 1).reshape(-1)[: len(targets)]
+
+
+def log_probs(
+  hidden: Array, table: Array, targets: Array, *, cap: float = 0.0, chunk: int = 0
+) -> Array:
+  """float32 [N]: log softmax(logits) of each row's target, 0 where the row does not count. See
+  `row_cross_entropy`.
+
+  Each has a derivative of its own, so that what is made of them may be anything; the logits of a
+  chunk are computed again for it.
+  """
+  hidden, parts = _in_chunks(hidden, table, targets, chunk)
+  losses = _chunked_rows((0.0, cap), hidden, table, parts)
+  return -losses.swapaxes(0, 1).reshape(-1)[: len(targets)]
+
+
+def _in_chunks(hidden: Array, table: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
+  """(hidden [C, S, n, D], targets [C, S, n]) of hidden [N, D] and targets [N], filled up with rows
+  that do not count.
+  """
+  rows = len(targets)
+  plan = _plan(rows, table.shape[0], chunk)
   missing = plan.total - rows
   hidden = jnp.where((targets >= 0)[:, None], hidden, 0)
-  hidden, targets = (
-    jnp.pad(hidden, ((0, missing), (0, 0))),
-    jnp.pad(targets, (0, missing), constant_values=-1),
-  )
-  loss, correct = _chunked(
-    (label_smoothing, cap), _split(hidden, plan), table, bias, _split(targets, plan)
-  )
-  return loss, correct.swapaxes(0, 1).reshape(-1)[:rows]
+  hidden = jnp.pad(hidden, ((0, missing), (0, 0)))
+  targets = jnp.pad(targets, (0, missing), constant_values=-1)
+  return _split(hidden, plan), _split(targets, plan)
 
 
 class _Plan(NamedTuple):
@@ -143,10 +161,15 @@ def _chunked(
 
 
 def _forward(
-  how: tuple[float, float], hidden: Array, table: Array, bias: Array | None, targets: Array
+  how: tuple[float, float],
+  hidden: Array,
+  table: Array,
+  bias: Array | None,
+  targets: Array,
+  cotangents: Array | None = None,
 ) -> tuple[tuple, Any]:
   """The same, and d loss / d (hidden, table, bias). What a device adds to the table is summed over
-  devices once, at the end.
+  devices once, at the end. cotangents: [C, S, n], of the loss of each row; None = 1.
   """
   cast = table.astype(hidden.dtype)
   shards, (vocabulary, width) = hidden.shape[1], table.shape
@@ -156,11 +179,13 @@ def _forward(
     None if bias is None else jnp.zeros((shards, vocabulary), jnp.float32),
   )
 
-  def body(carry: tuple, part: tuple[Array, Array]) -> tuple[tuple, tuple]:
+  def body(carry: tuple, part: tuple[Array, Array, Array | None]) -> tuple[tuple, tuple]:
     total, into_table, into_bias = carry
-    rows, target = part
+    rows, target, cotangent = part
     found = _losses(how, rows, cast, bias, target)
     dlogits = _dlogits(how, found, target)
+    if cotangent is not None:
+      dlogits = dlogits * cotangent[..., None]
     into_bias = None if bias is None else into_bias + dlogits.sum(1)
     dlogits = dlogits.astype(rows.dtype)
     into_rows = _product("snv,vd->snd", dlogits, cast)
@@ -171,7 +196,7 @@ def _forward(
     )
 
   (total, into_table, into_bias), (correct, into_rows) = jax.lax.scan(
-    body, start, (hidden, targets)
+    body, start, (hidden, targets, cotangents)
   )
   gradients = (
     into_rows,
@@ -189,6 +214,32 @@ def _backward(how: tuple[float, float], gradients: tuple, cotangents: tuple) -> 
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_rows(how: tuple[float, float], hidden: Array, table: Array, targets: Array) -> Array:
+  """The loss of each row [C, S, n], of hidden [C, S, n, D] and targets [C, S, n]."""
+  cast = table.astype(hidden.dtype)
+
+  def body(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
+    return None, _losses(how, part[0], cast, None, part[1]).loss
+
+  return jax.lax.scan(body, None, (hidden, targets))[1]
+
+
+def _forward_rows(
+  how: tuple[float, float], hidden: Array, table: Array, targets: Array
+) -> tuple[Array, tuple]:
+  return _chunked_rows(how, hidden, table, targets), (hidden, table, targets)
+
+
+def _backward_rows(how: tuple[float, float], kept: tuple, cotangents: Array) -> tuple:
+  hidden, table, targets = kept
+  into_hidden, into_table, _ = _forward(how, hidden, table, None, targets, cotangents)[1]
+  return into_hidden, into_table, None
+
+
+_chunked_rows.defvjp(_forward_rows, _backward_rows)
 
 
 class _Found(NamedTuple):

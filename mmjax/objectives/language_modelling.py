@@ -22,10 +22,15 @@ def language_modelling(
 
   Reads batch["sequence"]: tokens int32, loss_mask bool (token l is a target) and segment_ids int32
   [B, L]; the first token of an example is never a target, for nothing of it comes before. Rows with
-  `valid` False do not count. "accuracy": share of targets that are the likeliest token.
+  `valid` False do not count. Of judged answers the preferred ones are learned. "accuracy": share of
+  targets that are the likeliest token.
   """
   hidden, table, cap = forward("next_tokens")
   targets = next_targets(batch)
+  if "preference" in batch:
+    unwanted = batch["preference"]["answers"][..., 1:].reshape(len(targets), 1, -1)
+    segments = batch["sequence"]["segment_ids"][..., None]
+    targets = jnp.where(((segments == unwanted) & (segments > 0)).any(-1), -1, targets)
   loss, correct = row_cross_entropy(
     hidden.reshape(-1, hidden.shape[-1]),
     table,

@@ -26,6 +26,7 @@ from mmjax.evaluation import report_charts
 from mmjax.files import disk_errors
 from mmjax.parallel import multihost
 from mmjax.printing import in_html, log
+from mmjax.training import reference
 from mmjax.training.program import Program
 from mmjax.training.start import new_state, open_data, own
 from mmjax.training.stop import StopSignal
@@ -67,6 +68,8 @@ def find_lr(config: FrozenConfigDict, workdir: str | os.PathLike, *, steps: int 
         state = new_state(ramp, program, log=lambda line: None)
         log(f"compiling; then at most {steps} steps, rates from {LOWEST:g} to {HIGHEST:g}")
         program.compile()
+      if pipeline.judged:
+        pipeline.refer(reference.computed(pipeline, program, state), "")
       rates: list[float] = []
       losses: list[float] = []
       with jax.set_mesh(mesh):

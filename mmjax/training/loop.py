@@ -21,7 +21,7 @@ from mmjax import evaluation, files
 from mmjax.config import UserError
 from mmjax.parallel import multihost, threads
 from mmjax.state import adapters, checkpoint
-from mmjax.training import agreement
+from mmjax.training import agreement, reference
 from mmjax.training.hooks import Hooks
 from mmjax.training.metrics import log
 from mmjax.training.patience import Patience
@@ -124,6 +124,7 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
 
     # -- State: restored, or initialised on the mesh -----------------------------------------------
     state, data, start = first_state(run, program, saver, allow_change)
+    reference.give_references(run, program, state, data, start, allow_change)
     hooks = Hooks(run, program, saver, evaluators, data, start, profile)
     if hooks.patience.is_over(config):  # only what comes after the last step is left to do
       steps = start

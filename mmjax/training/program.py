@@ -19,6 +19,7 @@ from mmjax.data import pipeline
 from mmjax.inference.engine import generate_text
 from mmjax.models import make_model, with_plain_kernels
 from mmjax.objectives import Losses
+from mmjax.objectives.preference import JUDGED, answers_of
 from mmjax.parallel import compiler, rules
 from mmjax.parallel.rules import shardings_of, with_shardings
 from mmjax.state import adapters
@@ -344,7 +345,9 @@ class Program:
     like the batch.
 
     variables: of `evaluation_variables`, or {"params": ...}. args: hashable, before the batch. The
-    method "generate_text" is `inference.engine.generate_text`: texts int32 [B, T].
+    method "generate_text" is `inference.engine.generate_text`: texts int32 [B, T]; JUDGED gives the
+    log-probabilities and tokens of `objectives.preference.answers_of` in the first args[0] places,
+    float32 [B, places, 3, 2].
     """
     if (method, args) not in self._appliers:
 
@@ -353,6 +356,9 @@ class Program:
         variables = {**variables, "params": params}
         if method == "generate_text":
           return generate_text(self.model, variables, *(*args, batch))
+        if method == JUDGED:
+          given: Any = self.model.apply(variables, batch, method="next_tokens")
+          return jnp.stack(answers_of(given, batch)[:2], axis=-1)[:, : args[0]]
         output: Any = self.model.apply(variables, *args, batch, method=method)
         return output
 
