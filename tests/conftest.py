@@ -24,13 +24,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config):
-  """Without the slow tests most of the time is compiling, so programs are hardly optimised.
+  """Without the slow tests most of the time is compiling, so programs are hardly optimised, and
+  fusions are written by XLA's old emitters, which take 0.6 of the time of the new ones.
 
-  Those of recipes are, whose time is the steps, and so is everything with `launch/test.sh --all`.
+  With `launch/test.sh --all` everything is compiled as a user's programs are.
   """
+  os.environ.pop("XLA_FLAGS", None)
   if "not slow" in config.option.markexpr:
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for commands in processes of their own
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="session")

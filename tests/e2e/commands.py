@@ -44,7 +44,7 @@ TIMING = {
 
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
-  env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "MMJAX_"))}
+  env = {k: v for k, v in os.environ.items() if not k.startswith("MMJAX_")}
   env.update(
     JAX_PLATFORMS="cpu",
     MMJAX_DATA=os.environ["MMJAX_DATA"],

@@ -40,7 +40,7 @@ def get_config(arg=""):
   block = dict(depth=1, heads=2)
   c.model = dict(name="captioner", width=16, decoder=block, encoders=dict(
     image=dict(kind="vit", patch=8, **block), audio=dict(kind="whisper", mels=8, **block),
-    video=dict(kind="frames", temporal="mean", patch=8, **block)))
+    video=dict(kind="frames", temporal="mean", patch=8, frame_depth=1, heads=2)))
   c.objectives.write = dict(kind="captioning", source=("image", "audio", "video"))
   return c
 """

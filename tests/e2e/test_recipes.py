@@ -218,7 +218,6 @@ def test_a_short_run_learns(recipe, changes, bars, small, tmp_path, monkeypatch)
     str(tmp_path / "run"),
     *(f"--config.{c}" for c in changes),
     "--config.log.tensorboard=False",
-    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
   )
   check(tmp_path / "run", bars)
 

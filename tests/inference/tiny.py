@@ -63,7 +63,7 @@ def media_config(name: str, encoders: tuple[str, ...], **changes):
   kinds = dict(
     image=dict(kind="vit", patch=8, **block),
     audio=dict(kind="whisper", mels=8, **block),
-    video=dict(kind="frames", temporal="mean", patch=8, **block),
+    video=dict(kind="frames", temporal="mean", patch=8, frame_depth=1, heads=2),
     series=dict(kind="series", patch=4, **block),
     text=dict(kind="transformer", **block),
   )

@@ -87,6 +87,7 @@ def apart(code, exported, folder):
   if code is EVERY_FUNCTION:  # which compiles many
     environment["XLA_FLAGS"] = (
       "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+      " --xla_cpu_use_fusion_emitters=false"
     )
   run = subprocess.run(
     [
