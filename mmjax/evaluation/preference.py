@@ -28,17 +28,18 @@ def preference(context: Context, *, source: str, split: str = "test") -> Result:
   pair = there.all(1)
   chosen, rejected = log_probs[pair].T
   each = np.divide(log_probs[pair], tokens[pair])
-  metrics = dict(pairs=float(pair.sum()), answers=float(there.sum()))
-  metrics["unreadable"] = float(data.unreadable)
-  for side, name in enumerate(("chosen", "rejected")):
-    if there[:, side].any():
-      metrics[name] = float(log_probs[there[:, side], side].mean())
+  metrics: dict[str, float] = {}
   if pair.any():
     right = chosen > rejected
     low, high = wilson(int(right.sum()), len(right))
     metrics |= {"preferred": float(right.mean()), "preferred/low": low, "preferred/high": high}
     metrics["preferred_per_token"] = float((each[:, 0] > each[:, 1]).mean())
     metrics["margin"] = float((chosen - rejected).mean())
+  for side, name in enumerate(("chosen", "rejected")):
+    if there[:, side].any():
+      metrics[name] = float(log_probs[there[:, side], side].mean())
+  metrics |= dict(pairs=float(pair.sum()), answers=float(there.sum()))
+  metrics["unreadable"] = float(data.unreadable)
   return Result(metrics, {})
 
 

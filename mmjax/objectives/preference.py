@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -105,10 +106,13 @@ def answers_of(next_tokens: tuple[Array, Array, float], batch: dict) -> Answers:
   targets, segments = next_targets(batch), batch["preference"]["answers"]
   flat = hidden.reshape(-1, hidden.shape[-1])
   found = log_probs(flat, table, targets.reshape(-1), cap=cap).reshape(targets.shape)
-  # [B, P * 3, L]: the reduction is fused, and no scatter has to add in an order of its own
-  wanted = segments.reshape(len(segments), -1, 1)
-  of_answer = (batch["sequence"]["segment_ids"][:, None] == wanted) & (wanted > 0)
-  sums = jnp.where(of_answer, found[:, None], 0).sum(-1)
-  tokens = (of_answer & (targets >= 0)[:, None]).sum(-1, dtype=jnp.float32)
-  present = tokens.reshape(segments.shape) > 0
-  return Answers(sums.reshape(segments.shape), tokens.reshape(segments.shape), present)
+  count = 1 + segments[0].size  # those of answers, and 0, which is padding
+
+  def over_segments(x: Array) -> Array:
+    add = functools.partial(jax.ops.segment_sum, num_segments=count)
+    sums = jax.vmap(add)(x, batch["sequence"]["segment_ids"])
+    chosen = jnp.take_along_axis(sums, segments.reshape(len(segments), -1), axis=1)
+    return jnp.where(segments > 0, chosen.reshape(segments.shape), 0)
+
+  sums, tokens = over_segments(found), over_segments((targets >= 0).astype(jnp.float32))
+  return Answers(sums, tokens, tokens > 0)
