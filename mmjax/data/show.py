@@ -6,7 +6,7 @@ import base64
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mmjax.data.cuts import fits, measure_for
 from mmjax.data.folders import data_dir as default_data_dir
 from mmjax.data.histograms import as_html, histograms, in_text
 from mmjax.data.measure import measure
+from mmjax.data.preferences import SIDES, talks_of
 from mmjax.data.resample import resize_exact
 from mmjax.data.sequences import Sequences
 from mmjax.data.sources import Source, list_datasets, open_source
@@ -68,11 +69,11 @@ def show_data_set(
   if config is not None and not any("exceed" in line for line in cut):
     log("the config cuts nothing")
   sequences = None
-  if config is not None and entry.get("text") == "conversation":
+  if config is not None and entry.get("text") in ("conversation", "preference"):
     from mmjax.data.examples import Examples
 
     sequences = Examples(config, train=False).sequences
-    source.text = "conversation"
+    source.text = entry["text"]
     sequences.examples(source)  # which says what is learned of it, and what cannot be
   path = show(
     source,
@@ -144,7 +145,7 @@ def show(
     languages.update(list(record["captions"]))
     labels.update([record["label"]] if record.get("label") else [])
     captions += [text for texts in record["captions"].values() for text in texts]
-    parts += [_talk(record, part, sequences) for part in range(len(_talks(record)))]
+    parts += [_talk(record, *talk, sequences) for talk in _talks(record)]
     tiles.append(_tile(record, parts, size))
   drawn = f", seed {seed}" if len(tiles) < total else ""
   facts = [f"<b>{total:,}</b> examples", f"<b>{len(tiles)}</b> shown{drawn}"]
@@ -186,27 +187,36 @@ def show(
   return Path(out_html)
 
 
-def _talks(record: Mapping[str, Any]) -> Sequence[Any]:
-  return record.get("conversations") or ()
+def _talks(record: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Any]]]:
+  """("" or what was judged of its answer, turns) of each conversation of a record."""
+  for turns in record.get("conversations") or ():
+    yield "", turns
+  for part in range(len(record.get("preferences") or ())):
+    for side, turns in talks_of(dict(record), part):
+      yield SIDES[side], turns
 
 
-def _talk(record: Mapping[str, Any], part: int, sequences: Sequences | None) -> str:
+def _talk(
+  record: Mapping[str, Any], judged: str, turns: Sequence[Any], sequences: Sequences | None
+) -> str:
   """The HTML of a conversation, with what is learned of it coloured."""
   try:
     if sequences is None:
       pieces = [
         (f"{turn['role']}: {_said(turn['content'])}\n", turn["role"] == "assistant")
-        for turn in _talks(record)[part]
+        for turn in turns
       ]
     else:
-      pieces = sequences.readable(sequences.turns(record, _talks(record)[part]))
+      parts = sequences.turns(record, turns, loss="last" if judged else "")
+      pieces = sequences.readable(parts)
   except UserError as error:
     return _framed(_fault(error))
   shown = "".join(
     f"<b>{printing.in_html(text)}</b>" if learned else printing.in_html(text)
     for text, learned in pieces
   )
-  return f'<pre class="talk">{shown}</pre>'
+  title = f"<i>{judged}</i>\n" if judged else ""
+  return f'<pre class="talk">{title}{shown}</pre>'
 
 
 def _said(content: str | Sequence[Mapping[str, str]]) -> str:
@@ -219,7 +229,7 @@ def _shown(record: Mapping[str, Any]) -> list[str]:
   """The media of a record; a picture, which is said to be missing, if it has none and no texts."""
   available = [name for name in ("image", "video", "audio") if record.get(name)]
   return available + (["series"] if record.get("series") is not None else []) or (
-    [] if record.get("conversations") else ["image"]
+    [] if record.get("conversations") or record.get("preferences") else ["image"]
   )
 
 

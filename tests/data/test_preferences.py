@@ -7,12 +7,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.data.builders import write_dataset
 from mmjax.data.pipeline import EvaluationData, Pipeline
+from mmjax.data.show import show_data_set
 from mmjax.data.text import load_tokenizer
+from mmjax.objectives.language_modelling import language_modelling
+from mmjax.objectives.preference import preference
 from tests.data.conftest import picture, record
-from tests.data.test_conversations import asked, resolved, turn
+from tests.data.test_conversations import TALKS, asked, resolved, turn
 
 ENTRY = dict(name="judged", split="train", languages=(), text="preference")
 PREFERENCES = [
@@ -163,8 +167,49 @@ def test_held_out_answers_are_one_preference_a_row(judged):
   assert not second["preference"]["answers"][1:].any()
 
 
+def test_a_sheet_shows_both_answers_and_what_is_learned(judged, tmp_path, capfd):
+  shown = show_data_set("judged", tmp_path / "s.html", config=config(judged), data_dir=str(judged))
+  page = shown.read_text()
+  assert page.count("<i>chosen</i>") == 4 and page.count("<i>rejected</i>") == 4
+  assert "number 2 in grey</b>" in page and "thing 1</b>" not in page
+  assert "judged: 5 preferences with 8 answers" in capfd.readouterr().err
+  plain = show_data_set("judged", tmp_path / "p.html", data_dir=str(judged)).read_text()
+  assert "<b>assistant: a blue thing" in plain
+
+
+def test_rows_of_answers_and_of_conversations_mix(judged):
+  """Language modelling learns the preferred answers of the ones, and all of the others."""
+  c = config(judged, **{"train.batch_size": 8}).to_dict()
+  c["data"]["sources"]["talks"] = dict(name="talks", text="conversation")
+  c["objectives"]["words"] = dict(kind="language_modelling")
+  write_dataset(
+    "talks",
+    judged,
+    {"train": [record(9, captions={}, image=None, conversations=[TALKS[3]])]},
+    fields=("conversations",),
+  )
+  batch = Pipeline(configs.resolve(c)).batch(0)
+  answers = batch["preference"]["answers"].any((1, 2))
+  assert answers.any() and not answers.all() and batch["valid"].all()
+  hidden = np.zeros((8, 160, 4), np.float32)
+
+  def forward(method):
+    return hidden, np.zeros((512, 4), np.float32), 0.0
+
+  s, p = batch["sequence"], batch["preference"]
+  learned = sum(
+    ((s["segment_ids"][row] == segment) & s["loss_mask"][row]).sum()
+    for row in range(8)
+    for segment in (p["answers"][row, :, 0] if answers[row] else [1])
+    if segment
+  )
+  assert language_modelling(forward, batch, None)["loss"][1] == learned
+  judged_pairs = (p["answers"][..., :2] > 0).all(-1).sum()
+  assert preference(forward, batch, None)["loss"][1] == judged_pairs
+
+
 @pytest.mark.parametrize(
-  ("preference", "message"),
+  ("given", "message"),
   (
     (None, "no preference can be used .r000: it has no preferences"),
     (dict(prompt=[turn("user", "x")], chosen=" ", rejected="y"), "turn 2 .assistant. is empty"),
@@ -172,9 +217,9 @@ def test_held_out_answers_are_one_preference_a_row(judged):
     (dict(prompt=[asked("x", 3)], chosen="x", rejected="y"), "it has 2 pictures"),
   ),
 )
-def test_a_source_without_usable_answers_says_why(tiny, tmp_path, preference, message):
+def test_a_source_without_usable_answers_says_why(tiny, tmp_path, given, message):
   (tmp_path / "tokenizers").symlink_to(tiny / "tokenizers")
-  write_preferences(tmp_path, "bad", [[preference] if preference else []])
+  write_preferences(tmp_path, "bad", [[given] if given else []])
   with pytest.raises(UserError, match=message) as caught:
     Pipeline(config(tmp_path, "bad"))
   assert "\n" not in str(caught.value)
