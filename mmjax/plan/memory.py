@@ -13,6 +13,7 @@ from mmjax.training.memory import local_bytes
 from mmjax.training.program import Program
 
 LARGE = 64 * 2**20  # bytes from which a parameter that every chip holds whole deserves a line
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -22,15 +23,14 @@ def out_of_memory(message: str) -> dict[str, Any] | None:
   """
   if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
     return None
-  numbers = {
-    name: _bytes(m[1], m[2])
-    for name, pattern in (
-      ("used", r"Used ([\d.]+)([KMGT]?) of"),
-      ("limit", r"Used [\d.]+[KMGT]? of ([\d.]+)([KMGT]?)"),
-      ("over", r"Exceeded \w+ capacity by ([\d.]+)([KMGT]?)"),
-    )
-    if (m := re.search(pattern, message))
-  }
+  # Either of two passes of the compiler refuses, each in its own words.
+  m = re.search(rf"Used {_SIZE} of {_SIZE}", message) or re.search(
+    rf"\({_SIZE}\) exceeds available \w+ \({_SIZE}\)", message
+  )
+  used, limit = (_bytes(m[1], m[2]), _bytes(m[3], m[4])) if m else (None, None)
+  over = used - limit if used is not None and limit is not None else None
+  if m := re.search(rf"Exceeded \w+ capacity by {_SIZE}", message):
+    over = _bytes(m[1], m[2])
   largest = []
   for block in re.split(r"\n\s*\d+\. Size: ", message)[1:8]:
     size = re.match(r"([\d.]+)([KMGT]?)", block)
@@ -46,9 +46,7 @@ def out_of_memory(message: str) -> dict[str, Any] | None:
           source=source[1] if source else "",
         )
       )
-  return dict(
-    used=numbers.get("used"), limit=numbers.get("limit"), over=numbers.get("over"), largest=largest
-  )
+  return dict(used=used, limit=limit, over=over, largest=largest)
 
 
 def replicated(step: Program) -> list[str]:

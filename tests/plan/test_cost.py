@@ -258,6 +258,13 @@ Total hbm usage >= 21.77G:
     dict(bytes=3 * GIB, shape="bf16[128,196,12,196]", source="jit(update)/layers/dot_general"),
     dict(bytes=GIB / 2, shape="f32[12,768,3072]", source=""),
   ]
+  temporaries = memory.out_of_memory(
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(15.79G) exceeds available HBM (15.75G)."
+  )
+  assert temporaries == dict(
+    used=15.79 * GIB, limit=15.75 * GIB, over=pytest.approx(0.04 * GIB), largest=[]
+  )
   assert memory.out_of_memory("INTERNAL: something else") is None
 
 
