@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mmjax.models import NESTED
 from mmjax.models.stack import REMAT
 from mmjax.parallel import rules
 from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
-from mmjax.plan import cost, hlo, memory, topology
+from mmjax.plan import cost, hlo, memory, schedule, topology
 from mmjax.plan.kernels import kernels_of
 from mmjax.training.memory import compiled_bytes, state_bytes
 from mmjax.training.program import Program
@@ -106,9 +106,10 @@ def _compile(
   kinds = {}
   for source in step.sources:  # one kind of step, or one a source (data.mix "steps")
     try:
-      with topology.quiet(), tempfile.TemporaryDirectory() as dump:
+      with topology.quiet(), tempfile.TemporaryDirectory() as dump, topology.schedules() as left:
         compiled = step.compiled(step.lower(source=source), dump=dump if real else "")
         text = _text(compiled, dump)
+        schedules = schedule.read(left, target.chip)
     except jax.errors.JaxRuntimeError as error:
       refusal = memory.out_of_memory(str(error))
       if refusal is None:
@@ -127,6 +128,7 @@ def _compile(
       compiled,
       target.chip,
       text=text,
+      schedules=schedules,
       steps=length,
       dump_hlo=dump_hlo,
       timed=real,
@@ -194,13 +196,14 @@ def analyse(
   chip: topology.Chip,
   *,
   text: str | None = None,
+  schedules: Mapping[str, schedule.Schedule] | None = None,
   steps: int | None = None,
   dump_hlo: str = "",
   timed: bool = True,
   source: str = "",
 ) -> dict[str, Any]:
-  """The figures of a compiled step. text: the program, where it is known. timed: the compiler
-  estimates cycles (TPU), else memory only. source: the kind of step.
+  """The figures of a compiled step. text: the program, where it is known. schedules: of its
+  kernels. timed: the compiler estimates cycles (TPU), else memory only. source: the kind of step.
   """
   chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
 
@@ -236,7 +239,7 @@ def analyse(
       f"{chip.name}; the pair of versions that jax[tpu] installs may"
     )
   elif timed:
-    spent = _spent(step, module, text, chip, source)
+    spent = _spent(step, module, text, chip, source, schedules)
     seconds = spent.pop("seconds")
     result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
     links = cost.link_seconds(found, chip)
@@ -247,9 +250,10 @@ def analyse(
       examples_per_second=per_second,
       tokens_per_second=per_second and per_second * sum(tokens.values()),
       collective_seconds=links,
+      waiting_seconds=spent["waiting_seconds"],
       **{k: spent[k] for k in ("cycles", "compiler_cycles", "custom_call_cycles")},
     )
-    left_out += _left_out(spent, links, seconds, result["custom_calls"])
+    left_out += _left_out(spent, links, result["custom_calls"])
     if steps:
       result["run"] = dict(
         steps=steps, hours=seconds * steps / 3600, chip_hours=seconds * steps * chips / 3600
@@ -268,7 +272,12 @@ def analyse(
 
 
 def _spent(
-  step: Program, module: hlo.Module, text: str, chip: topology.Chip, source: str
+  step: Program,
+  module: hlo.Module,
+  text: str,
+  chip: topology.Chip,
+  source: str,
+  schedules: Mapping[str, schedule.Schedule] | None = None,
 ) -> dict[str, Any]:
   kernels = []
   if "tpu_custom_call" in text:
@@ -279,7 +288,7 @@ def _spent(
           step.state_spec, step.batch_spec_of(source), step.teachers_spec
         ).jaxpr
       )
-  return cost.cost(module, chip, kernels)
+  return cost.cost(module, chip, kernels, schedules)
 
 
 def estimate(step: Program, compiled: jax.stages.Compiled, source: str = "") -> float | None:
@@ -292,23 +301,34 @@ def estimate(step: Program, compiled: jax.stages.Compiled, source: str = "") -> 
   return _spent(step, hlo.parse(text), text, chip, source)["seconds"] or None
 
 
-def _left_out(spent: dict, links: float, seconds: float, calls: Sequence[dict]) -> list[str]:
+def _left_out(spent: dict, links: float, calls: Sequence[dict]) -> list[str]:
   lines = []
   if links:
     lines.append(
-      f"waiting for collectives: {links * 1e3:.2f} ms at the full speed of the links if nothing "
-      f"hid them ({100 * links / seconds:.0f}% of the step); networks between slices are slower"
-      if seconds
-      else "collectives"
+      f"waiting for collectives: {spent['waiting_seconds'] * 1e3:.2f} ms that the schedule does "
+      f"not hide, of {links * 1e3:.2f} ms at the full speed of the links; latency and networks "
+      "between slices come on top"
     )
   if spent["unknown_loops"]:
     lines.append(f"{spent['unknown_loops']} loop(s) of unknown length, counted once")
   if spent["without_estimate"]:
     lines.append(f"{spent['without_estimate']} operation(s) that the compiler gives no cycles for")
-  blind = sum(row["count"] for row in calls if "unknown" in row["basis"])
+  estimated = [row for row in calls if row["basis"] == "estimate"]
+  if estimated:
+    names = ", ".join(dict.fromkeys(row["name"] for row in estimated))
+    lines.append(
+      f"the schedule of {sum(row['count'] for row in estimated)} custom call(s) ({names}): none to "
+      "read, so they count as if they ran at peak or at full bandwidth"
+    )
+  blind = sum(row["count"] for row in estimated if "unknown" in row["work"])
   if blind:
     lines.append(
       f"FLOPs of {blind} custom call(s) that no traced kernel explains: costed by bytes alone"
+    )
+  assumed = [row["name"] for row in calls if row["assumed_branches"]]
+  if assumed:
+    lines.append(
+      f"what {', '.join(dict.fromkeys(assumed))} may skip, which depends on data: counted as run"
     )
   return lines
 

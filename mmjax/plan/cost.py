@@ -1,16 +1,17 @@
-"""Time of a compiled step: the compiler's cycles, loops multiplied out; kernels by their work;
-collectives by kind.
+"""Time of a compiled step: the compiler's cycles, loops multiplied out; kernels by their schedule,
+else by their work; collectives by kind.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmjax.plan import hlo
 from mmjax.plan.kernels import Kernel, match
+from mmjax.plan.schedule import Schedule
 from mmjax.plan.topology import Chip
 
 KINDS = (
@@ -61,9 +62,17 @@ _TRANSFER = (
 )
 
 
-def cost(module: hlo.Module, chip: Chip, kernels: Sequence[Kernel] = ()) -> dict[str, Any]:
-  """{"cycles", "compiler_cycles", "custom_call_cycles", "seconds", "custom_calls", "largest",
-  "unknown_loops", "without_estimate"} of one step on one device."""
+def cost(
+  module: hlo.Module,
+  chip: Chip,
+  kernels: Sequence[Kernel] = (),
+  schedules: Mapping[str, Schedule] | None = None,
+) -> dict[str, Any]:
+  """{"cycles", "compiler_cycles", "custom_call_cycles", "seconds", "waiting_seconds",
+  "custom_calls", "largest", "unknown_loops", "without_estimate"} of one step on one device; waiting
+  for collectives comes on top of the seconds. kernels: those of the traced step. schedules: by the
+  name of an operation; calls alike are compiled once, under one of their names.
+  """
   total, unknown, silent = 0.0, 0, 0
   calls: dict[Any, dict] = {}
   largest: dict[Any, dict] = {}
@@ -71,6 +80,8 @@ def cost(module: hlo.Module, chip: Chip, kernels: Sequence[Kernel] = ()) -> dict
     name: {op.name: op.type for op in operations}
     for name, operations in module.computations.items()
   }
+  scheduled = _scheduled(module, types, schedules or {})
+  each: dict[str, float] = {}  # cycles of one run of a custom call
   for op, times, computation in hlo.runs(module):
     cycles = op.cycles
     total += (cycles or 0) * times
@@ -78,8 +89,8 @@ def cost(module: hlo.Module, chip: Chip, kernels: Sequence[Kernel] = ()) -> dict
       unknown += not hlo.trip_count(module, computation, op)[1]
     if op.opcode == "custom-call" and op.target not in FREE:
       operands = [types[computation].get(name, "") for name in op.operands]
-      row = _custom_call(op, operands, chip, kernels)
-      cycles = row["cycles_each"]
+      row = _custom_call(op, operands, chip, kernels, scheduled.get(_likeness(op, operands)))
+      cycles = each[op.name] = row["cycles_each"]
       entry = calls.setdefault(tuple(row.values()), {**row, "count": 0, "cycles_added": 0.0})
       entry["count"] += times
       entry["cycles_added"] += max(0.0, cycles - (op.cycles or 0)) * times
@@ -103,6 +114,7 @@ def cost(module: hlo.Module, chip: Chip, kernels: Sequence[Kernel] = ()) -> dict
     compiler_cycles=total,
     custom_call_cycles=added,
     seconds=(total + added) / chip.clock,
+    waiting_seconds=waiting(module, chip, each),
     custom_calls=sorted(calls.values(), key=lambda row: -row["cycles_added"]),
     largest=sorted(largest.values(), key=lambda row: -row["cycles"])[:20],
     unknown_loops=unknown,
@@ -110,11 +122,32 @@ def cost(module: hlo.Module, chip: Chip, kernels: Sequence[Kernel] = ()) -> dict
   )
 
 
+def _scheduled(
+  module: hlo.Module, types: Mapping[str, Mapping[str, str]], schedules: Mapping[str, Schedule]
+) -> dict[Any, Schedule]:
+  """{what calls alike have in common: their schedule}."""
+  return {
+    _likeness(op, [types[computation].get(name, "") for name in op.operands]): schedules[op.name]
+    for computation, operations in module.computations.items()
+    for op in operations
+    if op.opcode == "custom-call" and op.name in schedules
+  }
+
+
+def _likeness(op: hlo.Operation, operands: list[str]) -> tuple[str, ...]:
+  """What decides how a call is compiled: types with layouts and memories, and its kernel."""
+  return (op.target, op.type, *operands, op.rest.partition("backend_config=")[2])
+
+
 def _custom_call(
-  op: hlo.Operation, operands: list[str], chip: Chip, kernels: Sequence[Kernel]
+  op: hlo.Operation,
+  operands: list[str],
+  chip: Chip,
+  kernels: Sequence[Kernel],
+  schedule: Schedule | None,
 ) -> dict[str, Any]:
-  """FLOPs, bytes and cycles of one call: from the kernel in the traced step, else from the estimate
-  given with it, else from its operands and results alone."""
+  """FLOPs, bytes and cycles of one call. Work: of the kernel in the traced step, else the estimate
+  given with it, else its operands and results alone. Cycles: by its schedule, else by its work."""
   arrays = [array for type_ in operands for array in hlo.arrays(type_)]
   least = sum(map(hlo.size, operands)) + hlo.size(op.type)
   kernel = match(kernels, tuple(arrays), tuple(hlo.arrays(op.type)))
@@ -124,23 +157,32 @@ def _custom_call(
     if (m := re.search(rf'"{key}":\s*"?(\d+)', op.rest))
   }
   if kernel:
-    flops, moved, basis = kernel.flops, max(kernel.bytes, least), "blocks of the kernel"
+    flops, moved, work = kernel.flops, max(kernel.bytes, least), "blocks of the kernel"
   elif given.get("flops"):
-    flops, moved, basis = (
+    flops, moved, work = (
       given["flops"],
       max(given.get("bytes_accessed", 0), least),
       "estimate given by the kernel",
     )
   else:
-    flops, moved, basis = 0.0, least, "operands and results only: FLOPs unknown"
-  cycles = (
-    max(flops / (chip.peak / chip.devices), moved / (chip.bandwidth / chip.devices)) * chip.clock
-  )
+    flops, moved, work = 0.0, least, "operands and results only: FLOPs unknown"
+  if schedule:
+    moved, busy = schedule.bytes, schedule.cycles / chip.clock
+  else:
+    busy = flops / (chip.peak / chip.devices)
+  cycles = max(busy, moved / (chip.bandwidth / chip.devices)) * chip.clock
   name = re.sub(r"\.\d+$", "", op.name)
   if kernel is not None and kernel.name != "pallas_call":
     name = kernel.name
   return dict(
-    name=name, target=op.target, flops=flops, bytes=moved, cycles_each=cycles, basis=basis
+    name=name,
+    target=op.target,
+    flops=flops,
+    bytes=moved,
+    work=work,
+    cycles_each=cycles,
+    basis="schedule" if schedule else "estimate",
+    assumed_branches=schedule.assumed if schedule else 0,
   )
 
 
@@ -167,21 +209,101 @@ def collectives(module: hlo.Module) -> dict[str, dict[str, float]]:
     if key in visited:
       continue
     visited.add(key)
-    inputs = sum(hlo.size(types[computation].get(name, "")) for name in op.operands)
-    result = hlo.size(op.type)
-    if kind == "all-gather":
-      inputs = result - inputs if op.opcode.endswith("-start") and result > inputs else result
     entry = found.setdefault(kind, dict(count=0, bytes=0.0))
     entry["count"] += times
-    entry["bytes"] += inputs * times
+    entry["bytes"] += _transferred(op, kind, types[computation]) * times
   return dict(sorted(found.items()))
+
+
+def _transferred(op: hlo.Operation, kind: str, types: Mapping[str, str]) -> float:
+  """Bytes of a collective: what is gathered, or what goes in."""
+  inputs, result = sum(hlo.size(types.get(name, "")) for name in op.operands), hlo.size(op.type)
+  if kind != "all-gather":
+    return inputs
+  return result - inputs if op.opcode.endswith("-start") and result > inputs else result
 
 
 def link_seconds(found: dict[str, dict[str, float]], chip: Chip) -> float:
   """Time of all collectives at the full speed of a chip's links, if nothing hid them."""
-  return sum(PASSES.get(kind, 1.0) * entry["bytes"] for kind, entry in found.items()) / (
-    chip.links / chip.devices
-  )
+  return sum(_link_seconds(kind, entry["bytes"], chip) for kind, entry in found.items())
+
+
+def waiting(module: hlo.Module, chip: Chip, cycles: Mapping[str, float]) -> float:
+  """Seconds of one step in which a device waits for collectives. cycles: {operation: cycles of one
+  run} where they are not the compiler's.
+
+  Each takes its bytes at the full speed of a chip's links, after those before it; what the schedule
+  puts between its start and its end hides it. Latency and slower networks are not counted.
+  """
+  types = {
+    name: {op.name: op.type for op in operations}
+    for name, operations in module.computations.items()
+  }
+  return _timeline(module, types, module.entry, chip, cycles)[1]
+
+
+def _timeline(
+  module: hlo.Module,
+  types: Mapping[str, Mapping[str, str]],
+  computation: str,
+  chip: Chip,
+  cycles: Mapping[str, float],
+) -> tuple[float, float]:
+  """(seconds of one run of a computation, those of them spent waiting)."""
+  operations = module.computations.get(computation, [])
+  touched = [_touched(module, types, computation, op, chip) for op in operations]
+  last = {key: place for place, found in enumerate(touched) for key in found}
+  now = waited = free = 0.0  # free: when the links have nothing left to do
+  started: set[str] = set()
+  flying: dict[str, float] = {}  # collective -> when it is through
+  for place, (op, found) in enumerate(zip(operations, touched, strict=True)):
+    for key, seconds in found.items():
+      if seconds and key not in started:
+        started.add(key)
+        flying[key] = free = max(now, free) + seconds
+    if not (found and op.opcode == "async-start"):  # else a collective, no work of this device
+      for times, name in hlo.called(module, computation, op):
+        spent, idle = _timeline(module, types, name, chip, cycles)
+        now, waited = now + times * spent, waited + times * idle
+    now += cycles.get(op.name, op.cycles or 0) / chip.clock
+    for key in found:
+      if key in flying and place == last[key]:
+        late = max(0.0, flying.pop(key) - now)
+        now, waited = now + late, waited + late
+  return now, waited
+
+
+def _touched(
+  module: hlo.Module,
+  types: Mapping[str, Mapping[str, str]],
+  computation: str,
+  op: hlo.Operation,
+  chip: Chip,
+) -> dict[str, float]:
+  """{collective: its seconds} of those that an operation is, starts, carries on or ends, under one
+  key from start to end. Fusions that share one know it by its channel.
+  """
+  if op.opcode.endswith("-done") and op.operands:
+    return {op.operands[0]: 0.0}
+  if kind := _kind(op):
+    return {op.name: _link_seconds(kind, _transferred(op, kind, types[computation]), chip)}
+  found: dict[str, float] = {}
+  if op.opcode in ("fusion", "async-start"):
+    name = op.attribute("calls")
+    for inner in module.computations.get(name, ()):
+      channel = re.search(r"channel_id=(\d+)", inner.rest)
+      for key, seconds in _touched(module, types, name, inner, chip).items():
+        if op.opcode == "async-start":
+          key = op.name
+        elif channel:
+          key = channel[1]
+        if seconds:
+          found[key] = seconds
+  return found
+
+
+def _link_seconds(kind: str, count: float, chip: Chip) -> float:
+  return PASSES.get(kind, 1.0) * count / (chip.links / chip.devices)
 
 
 def _kind(op: hlo.Operation) -> str | None:

@@ -159,20 +159,27 @@ def runs(module: Module, *, inside_fusions: bool = False) -> Iterator[Run]:
 def _runs(module: Module, computation: str, times: int, inside: bool) -> Iterator[Run]:
   for op in module.computations.get(computation, ()):
     yield Run(op, times, computation)
-    if op.opcode == "while":
-      count, _ = trip_count(module, computation, op)
-      yield from _runs(module, op.attribute("body"), times * count, inside)
-    elif op.opcode == "conditional":
-      branches = op.attributes("branch_computations") or (
-        op.attribute("true_computation"),
-        op.attribute("false_computation"),
-      )
-      longest = max(branches, key=lambda name: _cycles(module, name))
-      yield from _runs(module, longest, times, inside)
-    elif op.opcode == "call":
-      yield from _runs(module, op.attribute("to_apply"), times, inside)
-    elif op.opcode == "async-start" or inside and op.opcode == "fusion":
+    for count, name in called(module, computation, op):
+      yield from _runs(module, name, times * count, inside)
+    if inside and op.opcode == "fusion":
       yield from _runs(module, op.attribute("calls"), times, inside)
+
+
+def called(module: Module, computation: str, op: Operation) -> list[tuple[int, str]]:
+  """[(how often, computation)] that one run of an operation runs, fusions left out."""
+  if op.opcode == "while":
+    return [(trip_count(module, computation, op)[0], op.attribute("body"))]
+  if op.opcode == "conditional":
+    branches = op.attributes("branch_computations") or (
+      op.attribute("true_computation"),
+      op.attribute("false_computation"),
+    )
+    return [(1, max(branches, key=lambda name: _cycles(module, name)))]
+  if op.opcode == "call":
+    return [(1, op.attribute("to_apply"))]
+  if op.opcode == "async-start":
+    return [(1, op.attribute("calls"))]
+  return []
 
 
 def _cycles(module: Module, computation: str) -> int:

@@ -142,6 +142,11 @@ def _time(result: dict[str, Any]) -> list[str]:
       f"  {'estimated time':36}{step['seconds'] * 1e3:>9.3f} ms  ({step['cycles'] / 1e6:.2f} "
       f"million cycles, {step['custom_call_cycles'] / 1e6:.2f} of them for custom calls)"
     )
+    if step.get("collective_seconds"):
+      lines.append(
+        f"  {'waiting for collectives, on top':36}{step['waiting_seconds'] * 1e3:>9.3f} ms  (of "
+        f"{step['collective_seconds'] * 1e3:.3f} at the full speed of the links)"
+      )
     lines.append(f"  {'estimated utilisation (MFU)':36}{100 * step['mfu']:>10.1f} %")
     lines.append(
       f"  {'examples, tokens a second':36}{step['examples_per_second']:>12,.0f}  "
@@ -159,11 +164,11 @@ def _time(result: dict[str, Any]) -> list[str]:
       f"{run['hours']:,.2f} hours)"
     )
   if calls := result.get("custom_calls"):
-    lines += ["", f"custom calls{'':26}{'count':>8}{'GFLOP':>10}{'MiB':>10}{'Mcycles':>10}"]
+    lines += ["", f"custom calls{'':26}{'count':>8}{'GFLOP':>10}{'MiB':>10}{'Mcycles':>10}  by"]
     lines += [
       "  "
       f"{row['name'][:34]:36}{row['count']:>8}{row['flops'] / 1e9:>10.3f}"
-      f"{row['bytes'] / 2**20:>10.2f}{row['cycles_added'] / 1e6:>10.3f}"
+      f"{row['bytes'] / 2**20:>10.2f}{row['cycles_added'] / 1e6:>10.3f}  {row['basis']}"
       for row in calls
     ]
   if found := result.get("collectives"):

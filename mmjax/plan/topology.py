@@ -4,15 +4,19 @@ there.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
+import functools
 import importlib.util
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +48,8 @@ class Chip(NamedTuple):
   largest: int  # chips of the largest slice
   kinds: tuple[str, ...]  # jax.Device.device_kind
   options: dict  # what libtpu wants to hear besides the shape
+  granule: int  # bytes that copies between memory and chip are counted in
+  delay_slots: int  # bundles after a branch that are issued before it takes effect
 
 
 CHIPS = {
@@ -62,6 +68,8 @@ CHIPS = {
       4096,
       ("TPU v4",),
       {"chip_config_name": "megacore"},
+      512,
+      1,
     ),
     Chip(
       "v5e",
@@ -76,9 +84,24 @@ CHIPS = {
       256,
       ("TPU v5 lite", "TPU v5e"),
       {},
+      32,
+      4,
     ),
     Chip(
-      "v5p", 459e12, 95 * GIB, 2765e9, 600e9, 1.75e9, 1, "cores", 3, 6144, ("TPU v5", "TPU v5p"), {}
+      "v5p",
+      459e12,
+      95 * GIB,
+      2765e9,
+      600e9,
+      1.75e9,
+      1,
+      "cores",
+      3,
+      6144,
+      ("TPU v5", "TPU v5p"),
+      {},
+      32,
+      4,
     ),
     Chip(
       "v6e",
@@ -93,8 +116,12 @@ CHIPS = {
       256,
       ("TPU v6 lite", "TPU v6e"),
       {},
+      32,
+      4,
     ),
-    Chip("7x", 2307e12, 192 * GIB, 7380e9, 1200e9, 2.2e9, 2, "cores", 3, 9216, ("TPU7x",), {}),
+    Chip(
+      "7x", 2307e12, 192 * GIB, 7380e9, 1200e9, 2.2e9, 2, "cores", 3, 9216, ("TPU7x",), {}, 32, 6
+    ),
   )
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
@@ -196,8 +223,11 @@ def has_libtpu() -> bool:
 
 
 def prepare() -> None:
-  """Keeps JAX off accelerators of this machine, for a process that only plans."""
+  """Keeps JAX off accelerators of this machine, for a process that only plans, and lets it compile
+  what it has compiled before: what comes from a cache leaves no schedules.
+  """
   jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
 
 
 def devices(target: Slice) -> list[jax.Device]:
@@ -215,7 +245,7 @@ def devices(target: Slice) -> list[jax.Device]:
   if math.prod(target.shape) < 4:
     options["chips_per_host_bounds"] = (*target.shape, *(1,) * (3 - len(target.shape)))
   try:
-    with quiet():
+    with quiet(), _asking_for_schedules():
       found = topologies.get_topology_desc(
         platform="tpu", topology_name=target.libtpu_name, **options
       ).devices
@@ -231,6 +261,51 @@ def devices(target: Slice) -> list[jax.Device]:
       f"not {target.device_count}. Install the libtpu that fits jax {jax.__version__}"
     )
   return list(found)
+
+
+@functools.cache
+def _schedules_folder() -> Path:
+  """Where libtpu leaves the schedules of what this process compiles, until the process ends."""
+  folder = Path(tempfile.mkdtemp(prefix="mmjax-schedules-"))
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder
+
+
+@contextlib.contextmanager
+def schedules() -> Iterator[Path]:
+  """The folder with the schedules of what is compiled inside; emptied at the end. In a process that
+  has used libtpu before `devices` asked for them, nothing comes.
+  """
+  folder = _schedules_folder()
+  try:
+    yield folder
+  finally:
+    for path in folder.iterdir():
+      path.unlink()
+
+
+@contextlib.contextmanager
+def _asking_for_schedules() -> Iterator[None]:
+  """What libtpu reads when it starts inside: to leave the schedules of what it compiles. Processes
+  that this one starts are not asked.
+  """
+  flags = dict(
+    xla_jf_dump_to=_schedules_folder(),
+    xla_jf_dump_llo_text="true",
+    xla_jf_dump_llo_pass_label_regex="final_bundles",
+    xla_jf_dump_category_filter="codegen",
+  )
+  given = os.environ.get("LIBTPU_INIT_ARGS")
+  # A libtpu without one of these flags goes on without it; flags of the user's own win.
+  words = [f"--undefok={','.join(flags)}", *(f"--{k}={v}" for k, v in flags.items()), given or ""]
+  os.environ["LIBTPU_INIT_ARGS"] = " ".join(words).strip()
+  try:
+    yield
+  finally:
+    if given is None:
+      del os.environ["LIBTPU_INIT_ARGS"]
+    else:
+      os.environ["LIBTPU_INIT_ARGS"] = given
 
 
 def simulated(target: Slice) -> list[jax.Device]:

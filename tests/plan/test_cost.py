@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from mmjax.plan import cost, estimate, hlo, kernels, memory
+from mmjax.plan import cost, estimate, hlo, kernels, memory, schedule
 from mmjax.plan.topology import CHIPS, GIB
 
 V5E = CHIPS["v5e"]
@@ -105,8 +105,32 @@ def test_loops_are_multiplied_out_and_fusions_counted_once():
 def test_a_kernel_without_an_estimate_costs_what_it_moves():
   (call,) = cost.cost(hlo.parse(NESTED), V5E)["custom_calls"]
   moved = 8 * 128 * (4 + 2)
-  assert call["bytes"] == moved and call["count"] == 1 and "unknown" in call["basis"]
+  assert call["bytes"] == moved and call["count"] == 1 and "unknown" in call["work"]
   assert call["cycles_added"] == pytest.approx(moved / 819e9 * 1.5e9)
+  assert call["basis"] == "estimate"
+
+
+def test_a_kernel_with_a_schedule_costs_its_bundles_or_its_copies():
+  calls = NESTED.replace(
+    "  %custom-call.2 =",
+    "  %custom-call.3 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%conditional.1), "
+    'custom_call_target="tpu_custom_call", metadata={op_name="jit(update)/another"}, '
+    'backend_config={"custom_call_config":{"body":"QUJD"}}\n'
+    "  %custom-call.4 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%conditional.1), "
+    'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"WFla"}}\n'
+    "  %custom-call.2 =",
+  )
+  left = {
+    "custom-call.1": schedule.Schedule(cycles=1234, bytes=0, assumed=0),
+    "custom-call.4": schedule.Schedule(cycles=10, bytes=8190, assumed=1),
+  }
+  rows = cost.cost(hlo.parse(calls), V5E, schedules=left)["custom_calls"]
+  # The third is the first again, compiled once; the fourth waits for 8,190 bytes at 819 GB/s.
+  assert [(row["count"], row["basis"], row["assumed_branches"]) for row in rows] == [
+    (2, "schedule", 0),
+    (1, "schedule", 1),
+  ]
+  assert [row["cycles_each"] for row in rows] == pytest.approx([1234, 15])
 
 
 def test_a_kernel_of_the_traced_step_costs_its_flops():
@@ -182,6 +206,37 @@ def test_collectives_by_kind_with_counts_and_bytes():
     "reduce-scatter": dict(count=1, bytes=all_rows),
   }
   assert cost.collectives(hlo.parse(NESTED)) == {"all-reduce": dict(count=3, bytes=3 * 8 * 128 * 4)}
+
+
+def test_collectives_are_waited_for_where_nothing_hides_them():
+  def microseconds(text):
+    chip = V5E._replace(links=1e9, clock=1e9)  # a byte and a cycle take a nanosecond
+    return 1e6 * cost.cost(hlo.parse(text), chip)["waiting_seconds"]
+
+  rows, all_rows = 2.048, 8.192
+  exposed = all_rows + all_rows + rows + all_rows + 2 * rows  # the reduction crosses links twice
+  assert microseconds(COLLECTIVES) == pytest.approx(exposed)
+  # 5,000 cycles between start and end of the gather hide as much of it; 100 inside a fusion that
+  # carries the scatter on hide that, and what is computed after the last of them nothing.
+  work = f"  %copy.1 = f32[64,32]{{1,0}} copy(%y), {cycles(5000)}\n"
+  text = COLLECTIVES.replace("  %all-gather-done.1", work + "  %all-gather-done.1")
+  assert microseconds(text) == pytest.approx(exposed - 5)
+  text = text.replace("calls=%fused_scatter\n", f"calls=%fused_scatter, {cycles(100)}\n")
+  assert microseconds(text) == pytest.approx(exposed - 5.1)
+  text = text.replace(
+    "  ROOT %all-reduce.1", work.replace("copy.1", "copy.2") + "  ROOT %all-reduce.1"
+  )
+  assert microseconds(text) == pytest.approx(exposed - 5.1)
+  # Links that are busy with one collective make the next wait.
+  gather = "  %all-gather-start.2 = (f32[16,32]{1,0}, f32[64,32]{1,0}) all-gather-start(%x), channel_id=9\n"
+  text = COLLECTIVES.replace("  %all-gather-done.1", gather + "  %all-gather-done.1")
+  text = text.replace(
+    "  %all-to-all.1",
+    "  %all-gather-done.2 = f32[64,32]{1,0} all-gather-done(%all-gather-start.2)\n  %all-to-all.1",
+  )
+  assert microseconds(text) == pytest.approx(exposed + all_rows)
+  # In a loop of three trips; the reduction computes for 7 cycles meanwhile.
+  assert microseconds(NESTED) == pytest.approx(3 * (2 * 4.096 - 0.007))
 
 
 def test_all_to_alls_and_a_global_similarity_matrix_are_warned_of():

@@ -61,4 +61,7 @@ def test_flash_attention_takes_its_flops_at_peak(place, backward):
   assert spent["custom_call_cycles"] == pytest.approx(
     (9 if backward else 2) * product * each, rel=0.02
   )
-  assert all(row["basis"] == "blocks of the kernel" for row in spent["custom_calls"])
+  assert all(
+    row["work"] == "blocks of the kernel" and row["basis"] == "estimate"
+    for row in spent["custom_calls"]
+  )
