@@ -208,7 +208,8 @@ def _plan(options) -> int:
     options.config,
     options.overrides,
     options.topology,
-    sweep_all=options.sweep,
+    sweep_all=options.sweep or bool(options.apply),
+    apply=options.apply,
     as_json=options.json,
     dump_hlo=options.dump_hlo,
     out=options.out,
@@ -736,7 +737,15 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument(
     "--sweep",
     action="store_true",
-    help="also try other meshes, remat policies and microbatches; prints a table, best first",
+    help="also try other meshes, remat policies, microbatches and unrolled layers; prints a table, "
+    "best first",
+  )
+  sub.add_argument(
+    "--apply",
+    default="",
+    metavar="FILE",
+    help="sweep, and write the overrides of the best to FILE, one a line: mmjax train --config ... "
+    "$(cat FILE)",
   )
   sub.add_argument("--dump-hlo", default="", metavar="FILE", help="write the compiled program")
   sub.add_argument(

@@ -382,6 +382,7 @@ def settings_of(config: FrozenConfigDict, step: Program | None = None) -> dict[s
     sharding=config.sharding,
     mesh={axis: size for axis, size in mesh.items() if size != 1},
     remat=remat_of(config),
+    scan_unroll={path: entry.get("scan_unroll", 0) for path, entry in stacks_of(config).items()},
     optimizer=config.optimizer.name,
     compiler=config.train.compiler,
   )
@@ -389,11 +390,16 @@ def settings_of(config: FrozenConfigDict, step: Program | None = None) -> dict[s
 
 def remat_of(config: FrozenConfigDict) -> dict[str, str]:
   """{"encoders.image", "fusion", "decoder", ...: remat policy} of every stack of the model."""
+  return {path: entry["remat"] for path, entry in stacks_of(config).items()}
+
+
+def stacks_of(config: FrozenConfigDict) -> dict[str, Any]:
+  """{"encoders.image", "fusion", "decoder", ...: its settings} of every stack of the model."""
   encoders = {
     f"encoders.{modality}": entry for modality, entry in config.model.get("encoders", {}).items()
   }
   stacks = {**encoders, **{name: config.model.get(name) or {} for name in NESTED}}
-  return {path: entry["remat"] for path, entry in stacks.items() if "remat" in entry}
+  return {path: entry for path, entry in stacks.items() if "remat" in entry}
 
 
 def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmjax import config as configs
 from mmjax import files, printing
+from mmjax.config import UserError
 from mmjax.plan import CACHE, plan, topology
 from mmjax.plan.sweep import sweep
 from mmjax.training.memory import gib
@@ -21,13 +22,16 @@ def command(
   name: str,
   *,
   sweep_all: bool = False,
+  apply: str = "",
   as_json: bool = False,
   dump_hlo: str = "",
   out: str = "plan.json",
   no_cache: bool = False,
   allow_code: Sequence[str] = (),
 ) -> int:
-  """Plans a config file, prints the figures and writes `out`; 0 where it fits."""
+  """Plans a config file, prints the figures and writes `out`. sweep_all: tries other settings too.
+  apply: file for the overrides of the best of them, one a line. Raises UserError: none fits.
+  """
   topology.prepare()
   config = configs.load(file, overrides, allow_code)
   target = topology.parse(name)
@@ -50,6 +54,13 @@ def command(
     with files.disk_errors(out, f"--out {out} cannot be written"):
       files.write_whole(Path(out), json.dumps(result, indent=2) + "\n")
   printing.log(json.dumps(result, indent=2) if as_json else describe(result))
+  if apply:
+    best = result["sweep"][0]
+    if not best["fits"]:
+      raise UserError(f"--apply {apply}: none of the settings tried fits {target.name}")
+    with files.disk_errors(apply, f"--apply {apply} cannot be written"):
+      lines = [f"--config.{change}\n" for change in best["overrides"]]
+      files.write_whole(Path(apply), "".join(lines))
   return 0
 
 
@@ -188,26 +199,33 @@ def _time(result: dict[str, Any]) -> list[str]:
 
 
 def _sweep(rows: list[dict[str, Any]]) -> list[str]:
-  lines = [f"{'mesh':32}{'sharding':14}{'remat':15}{'micro':>6}{'ms':>11}{'MFU %':>8}{'peak':>13}"]
+  lines = [
+    f"{'mesh':32}{'sharding':14}{'remat':15}{'micro':>6}{'unroll':>7}{'ms':>11}{'waiting':>9}"
+    f"{'MFU %':>8}{'peak':>13}"
+  ]
   for row in rows:
     if "error" in row:
       lines.append(f"  impossible: {' '.join(row['overrides'])}: {row['error'][:120]}")
       continue
     mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "one device"
     remat = "/".join(dict.fromkeys(row["remat"].values())) or "-"
+    unroll = "/".join(dict.fromkeys(str(n) for n in row["scan_unroll"].values() if n)) or "-"
     timed = (
-      f"{row['seconds'] * 1e3:>11.3f}{100 * row['mfu']:>8.1f}"
+      f"{row['seconds'] * 1e3:>11.3f}{(row['waiting_seconds'] or 0) * 1e3:>9.3f}"
+      f"{100 * row['mfu']:>8.1f}"
       if row.get("seconds")
-      else f"{'':>19}"
+      else f"{'':>28}"
     )
     lines.append(
-      f"{mesh:32}{row['sharding']:14}{remat:15}{row['microbatches']:>6}{timed}{gib(row['peak']):>13}"
+      f"{mesh:32}{row['sharding']:14}{remat:15}{row['microbatches']:>6}{unroll:>7}{timed}"
+      f"{gib(row['peak']):>13}"
       + ("" if row["fits"] else "  does not fit")
       + (f"  {row['warnings']} warning(s)" if row["warnings"] else "")
     )
   best = rows[0] if rows and rows[0]["fits"] else None
   if best:
-    lines.append(f"best: {' '.join(f'--config.{change}' for change in best['overrides'])}")
+    changes = " ".join(f"--config.{change}" for change in best["overrides"])
+    lines.append(f"best: {changes or 'the config as it is'}")
   return lines
 
 

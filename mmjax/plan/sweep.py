@@ -1,5 +1,5 @@
-"""`mmjax plan --sweep`: the same step on other meshes, with other remat policies and microbatches,
-best first.
+"""`mmjax plan --sweep`: the same step on other meshes, with other remat policies, microbatches and
+unrolled layers, best first.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from ml_collections import FrozenConfigDict
 from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.parallel.mesh import layouts
-from mmjax.plan import CACHE, plan, settings_of, topology, with_remat
+from mmjax.plan import CACHE, plan, settings_of, stacks_of, topology, with_remat
 
-REMATS = ("none", "dots_no_batch", "attention", "full")
+REMATS = ("none", "dots_no_batch", "dense", "attention", "full")
 MICROBATCHES = (1, 2, 4)
+TRIPS = (1, 2, 3)  # of an unrolled loop over layers
 
 
 def sweep(
@@ -27,43 +28,64 @@ def sweep(
   cache: str | None = CACHE,
   log: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-  """Every mesh of `parallel.mesh.layouts` x remat x microbatches, the fastest that fits first.
+  """The config as it is, and every mesh of `parallel.mesh.layouts` x remat x microbatches, the
+  fastest that fits first; of that one also with the loops over its layers unrolled.
 
-  More microbatches are tried only where fewer do not fit: they save memory and never time. A row:
-  the settings, "overrides" to get them, "fits", "peak", "seconds", "mfu", or "error" where a
-  combination is impossible.
+  More microbatches are tried only where fewer do not fit, and less unrolling only where more does
+  not: they save memory and never time. A row: the settings, "overrides" to get them, "fits",
+  "peak", "seconds", "waiting_seconds", "mfu", or "error" where a combination is impossible.
   """
-  target, rows = topology.parse(name), []
+  target = topology.parse(name)
+
+  def run(overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+      chosen = configs.resolve(config, overrides)
+      result = plan(chosen, name, cache=cache, remedies=False, log=log)
+    except (ConfigError, UserError) as error:
+      return dict(overrides=list(overrides), fits=False, error=str(error))
+    step = result.get("step") or {}
+    return dict(
+      settings_of(chosen),
+      mesh=result["config"]["mesh"],
+      overrides=list(overrides),
+      fits=result["fits"],
+      peak=result["memory"].get("peak"),
+      seconds=step.get("seconds"),
+      waiting_seconds=step.get("waiting_seconds"),
+      mfu=step.get("mfu"),
+      warnings=len(result["warnings"]),
+    )
+
+  rows = [run(())]
   for layout in layouts(target.device_count, target.slices):
     for policy in remats:
       for parts in microbatches:
-        overrides = [*layout, *with_remat(config, policy), f"train.microbatches={parts}"]
-        try:
-          chosen = configs.resolve(config, overrides)
-          result = plan(chosen, name, cache=cache, remedies=False, log=log)
-        except (ConfigError, UserError) as error:
-          rows.append(dict(overrides=overrides, fits=False, error=str(error)))
+        rows.append(run([*layout, *with_remat(config, policy), f"train.microbatches={parts}"]))
+        if rows[-1]["fits"] or "error" in rows[-1]:
           break
-        step = result.get("step") or {}
-        rows.append(
-          dict(
-            settings_of(chosen),
-            mesh=result["config"]["mesh"],
-            overrides=overrides,
-            fits=result["fits"],
-            peak=result["memory"].get("peak"),
-            seconds=step.get("seconds"),
-            mfu=step.get("mfu"),
-            warnings=len(result["warnings"]),
-          )
-        )
-        if result["fits"]:
-          break
-  return sorted(
-    rows,
-    key=lambda row: (
-      not row["fits"],
-      row.get("seconds") or float("inf"),
-      row.get("peak") or float("inf"),
-    ),
-  )
+  best = min(rows, key=_rank)
+  if best["fits"]:
+    for unrolled in _unrolled(configs.resolve(config, best["overrides"])):
+      rows.append(run([*best["overrides"], *unrolled]))
+      if rows[-1]["fits"]:
+        break
+  return sorted(rows, key=_rank)
+
+
+def _unrolled(config: FrozenConfigDict) -> list[list[str]]:
+  """Overrides that unroll the loops over layers, wholly first; none where they are unrolled."""
+  stacks = {
+    path: entry
+    for path, entry in stacks_of(config).items()
+    if entry.get("depth", 1) > 1 and not entry.get("scan_unroll")
+  }
+  return [
+    [f"model.{path}.scan_unroll={-(-entry['depth'] // trips)}" for path, entry in stacks.items()]
+    for trips in TRIPS
+    if stacks
+  ]
+
+
+def _rank(row: dict[str, Any]) -> tuple[bool, float, float]:
+  seconds = (row.get("seconds") or float("inf")) + (row.get("waiting_seconds") or 0.0)
+  return (not row["fits"], seconds, row.get("peak") or float("inf"))

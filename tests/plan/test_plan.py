@@ -122,16 +122,26 @@ def rehearsed(monkeypatch):
   """Plans without a compiler: microbatches and remat save memory and cost time, and so do tensors
   split.
   """
-  share = {"none": 1.0, "dots": 0.9, "dots_no_batch": 0.7, "attention": 0.6, "full": 0.4}
+  share = {
+    "none": 1.0,
+    "dots": 0.9,
+    "dots_no_batch": 0.7,
+    "dense": 0.65,
+    "attention": 0.6,
+    "full": 0.4,
+  }
 
   def compile_step(config, target, dump_hlo, log):
     policy = config.model.encoders.image.remat
     mesh = mesh_shape(config.mesh, target.device_count)
     peak = 39 * GIB * share[policy] / config.train.microbatches
     seconds = (2 - share[policy]) * config.train.microbatches * mesh["tensor"]
+    unroll = config.model.encoders.image.scan_unroll
+    peak, seconds = peak * (1 + unroll / 100), seconds - unroll / 10
     over = max(0, peak - target.chip.memory)
     step = dict(
       seconds=seconds,
+      waiting_seconds=mesh["tensor"] / 100,
       mfu=0.5,
       cycles=1e9,
       custom_call_cycles=0,
@@ -181,8 +191,27 @@ def test_a_sweep_puts_the_fastest_that_fits_first(tiny, rehearsed):
   assert not any(
     row["microbatches"] > 1 and row["remat"]["encoders.image"] == "full" for row in rows
   )
+  # Three layers take too much memory unrolled, two do not; nothing else is unrolled.
+  assert fitting[0]["scan_unroll"] == {"encoders.image": 2, "encoders.text": 2}
+  unrolled = [row["fits"] for row in rows if any(row.get("scan_unroll", {}).values())]
+  assert unrolled == [True, False]
   text = report.describe({**planning.plan(configs.load(tiny), "v5e-4", cache=None), "sweep": rows})
   assert "best: --config.mesh" in text
+
+
+def test_the_best_of_a_sweep_is_written_as_overrides(tiny, rehearsed, tmp_path, monkeypatch):
+  monkeypatch.setattr(topology, "prepare", lambda: None)
+  file, out = tmp_path / "best.txt", str(tmp_path / "plan.json")
+  report.command(tiny, [], "v5e-4", sweep_all=True, apply=str(file), out=out, no_cache=True)
+  best = json.loads((tmp_path / "plan.json").read_text())["sweep"][0]
+  config = configs.load(tiny, file.read_text().split())
+  assert planning.settings_of(config)["remat"] == best["remat"]
+  assert config.model.encoders.text.scan_unroll == 2
+  monkeypatch.setattr(
+    report, "sweep", lambda *_, **__: [dict(overrides=[], fits=False, error="no")]
+  )
+  with pytest.raises(UserError, match="none of the settings tried fits v5e-4"):
+    report.command(tiny, [], "v5e-4", sweep_all=True, apply=str(file), out="", no_cache=True)
 
 
 # -- With the TPU compiler -------------------------------------------------------------------------
