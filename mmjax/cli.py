@@ -792,9 +792,9 @@ def _parser() -> argparse.ArgumentParser:
       "parquet",
     ),
     help="folder (media with .txt each, with tables, or a folder a class), csv (and TSV), json "
-    "(lines, an array or a document: jsonl, coco, vqa and conversations of LLaVA or OpenAI are "
-    "the same), documents (texts without media: .txt, .md, or lines of JSON), webdataset (tars), "
-    "parquet",
+    "(lines, an array or a document: jsonl, coco, vqa and conversations of LLaVA or OpenAI, with "
+    "judged answers too, are the same), documents (texts without media: .txt, .md, or lines of "
+    "JSON), webdataset (tars), parquet",
   )
   sub.add_argument("source", metavar="SRC", help="folder, file, or a pattern of files")
   sub.add_argument("--name", required=True, metavar="NAME", help="name of the new data set")
