@@ -288,6 +288,14 @@ KEYS = (
     "With 'naflex': patches of a picture at most; shorter ones are padded.",
   ),
   Key(
+    "data.image.merge",
+    1,
+    Size,
+    "With 'naflex': rows and columns of patches that make a square, whose patches come one after "
+    "another for a connector that joins them; pictures are resized to whole squares (Qwen2-VL).",
+  ),
+  Key("data.image.least", 1, Size, "With `merge`: patches of a picture at least."),
+  Key(
     "data.image.tiles.most",
     1,
     Size,

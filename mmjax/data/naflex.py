@@ -44,8 +44,9 @@ class SequenceTransform:
       int(config.tokens),
       config.interpolation,
     )
+    self.merge, self.least = int(config.merge), int(config.least)
     self.augment = Augment(**dict(config.augment.items())) if train else None
-    n = self.budget
+    n = self.budget // self.merge**2 * self.merge**2
     self.shapes = {
       "patches": ((n, self.patch**2 * 3), np.uint8),
       "positions": ((n, 2), np.int32),
@@ -58,16 +59,18 @@ class SequenceTransform:
   ) -> PatchSequence:
     pixels = data if isinstance(data, np.ndarray) else decode(data)
     if self.augment is None or rng is None:
-      return patch_sequence(pixels, self.patch, self.budget, self.interpolation)
+      return patch_sequence(
+        pixels, self.patch, self.budget, self.interpolation, self.merge, self.least
+      )
     draws = self.augment.draw(rng)
     if self.augment.crops:
       height, width = pixels.shape[:2]
       left, top, right, bottom = self.augment.box(height, width, draws)
       pixels = pixels[top:bottom, left:right]
     height, width = pixels.shape[:2]
-    rows, columns = fitting_grid(height, width, self.patch, self.budget)
+    rows, columns = grid_of(height, width, self.patch, self.budget, self.merge, self.least)
     pixels = resize_fast(pixels, (rows * self.patch, columns * self.patch), self.interpolation)
-    return cut(self.augment.apply(pixels, draws, rng), self.patch, self.budget)
+    return cut(self.augment.apply(pixels, draws, rng), self.patch, self.budget, self.merge)
 
 
 def patch_sequence(
@@ -75,9 +78,11 @@ def patch_sequence(
   patch: int,
   budget: int,
   interpolation: Literal["bicubic", "bilinear"] = "bilinear",
+  merge: int = 1,
+  least: int = 1,
 ) -> PatchSequence:
   """A picture uint8 [H, W, 3] resized to as many patches as `budget` allows at (nearly) its aspect
-  ratio; N = budget.
+  ratio; N = budget. merge, least: see `grid_of`.
 
   Resizing is Pillow's antialiased one; bilinear is what SigLIP 2 prepares pictures with (Tschannen
   et al. 2025, arXiv:2502.14786).
@@ -88,20 +93,26 @@ def patch_sequence(
       f"a picture must be uint8 of shape [H, W, 3], but is {pixels.dtype} of shape "
       f"{list(pixels.shape)}"
     )
-  rows, columns = fitting_grid(pixels.shape[0], pixels.shape[1], patch, budget)
-  return cut(resize_exact(pixels, (rows * patch, columns * patch), interpolation), patch, budget)
+  rows, columns = grid_of(pixels.shape[0], pixels.shape[1], patch, budget, merge, least)
+  pixels = resize_exact(pixels, (rows * patch, columns * patch), interpolation)
+  return cut(pixels, patch, budget, merge)
 
 
-def cut(pixels: np.ndarray, patch: int, budget: int) -> PatchSequence:
+def cut(pixels: np.ndarray, patch: int, budget: int, merge: int = 1) -> PatchSequence:
   """A picture uint8 [rows * patch, columns * patch, 3] as patches, row by row, in each rows,
-  columns, channels; the rest is zeros.
+  columns, channels; the rest is zeros. merge: as many rows and columns of patches make a square,
+  whose patches come one after another; N is the whole squares of `budget`.
   """
+  budget = budget // merge**2 * merge**2
   rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
   count = rows * columns
   patches = np.zeros((budget, patch * patch * 3), np.uint8)
   positions = np.zeros((budget, 2), np.int32)
-  patches[:count] = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(count, -1)
-  positions[:count] = np.stack(np.divmod(np.arange(count), columns), axis=1)
+  squares = np.arange(count).reshape(rows // merge, merge, columns // merge, merge)
+  order = squares.swapaxes(1, 2).ravel()
+  cells = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(count, -1)
+  patches[:count] = cells[order]
+  positions[:count] = np.stack(np.divmod(order, columns), axis=1)
   return PatchSequence(
     patches, positions, np.arange(budget) < count, np.array([rows, columns], np.int32)
   )
@@ -110,8 +121,39 @@ def cut(pixels: np.ndarray, patch: int, budget: int) -> PatchSequence:
 def picture_of(sequence: PatchSequence) -> np.ndarray:
   """The picture uint8 [rows * p, columns * p, 3] that a sequence was cut from."""
   (rows, columns), patch = sequence.grid.tolist(), math.isqrt(sequence.patches.shape[1] // 3)
-  cells = sequence.patches[: rows * columns].reshape(rows, columns, patch, patch, 3)
+  cells = np.zeros((rows, columns, patch, patch, 3), np.uint8)
+  places = sequence.positions[: rows * columns]
+  cells[places[:, 0], places[:, 1]] = sequence.patches[: rows * columns].reshape(
+    -1, patch, patch, 3
+  )
   return cells.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
+
+
+def grid_of(
+  height: int, width: int, patch: int, budget: int, merge: int, least: int
+) -> tuple[int, int]:
+  """(rows, columns) of patches of a picture: with merge = 1 those of `fitting_grid`; else of whole
+  squares of merge x merge patches, as near as can be to its own size, from `least` to `budget`
+  patches (Qwen2-VL, Wang et al. 2024, arXiv:2409.12191). Raises Unreadable: a strip too long.
+  """
+  if merge == 1:
+    return fitting_grid(height, width, patch, budget)
+  if max(height, width) > 200 * min(height, width):
+    raise Unreadable(f"a picture of {width} x {height} pixels is over 200 times as long. Crop it")
+  side, pixels = patch * merge, patch**2
+  rows, columns = (max(1, round(n / side)) * side for n in (height, width))
+  if rows * columns > budget * pixels:
+    shrink = math.sqrt(height * width / (budget * pixels))
+    rows, columns = (max(side, math.floor(n / shrink / side) * side) for n in (height, width))
+  elif rows * columns < least * pixels:
+    grow = math.sqrt(least * pixels / (height * width))
+    rows, columns = (math.ceil(n * grow / side) * side for n in (height, width))
+  if rows * columns > budget * pixels:
+    raise Unreadable(
+      f"a picture of {width} x {height} pixels does not fit {budget} patches of {patch} at any "
+      "scale. Crop it"
+    )
+  return rows // patch, columns // patch
 
 
 def fitting_grid(height: int, width: int, patch: int, budget: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ slot (`media_offset` [.., 4], `media_weight`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ HERE = "{}"  # where the medium stands in data.sequence.written.MODALITY
 class Places(NamedTuple):
   """Places in a row, one after the other: the tokens `offsets` int32 [N] of a slot, which is number
   `slot` of the medium's own. weights: float32 [N, 4], where each is a sum of four, offsets [N, 4],
-  counted through `slots` slots.
+  counted through `slots` slots. axes: int32 [N, A], their positions from the first, where they have
+  several.
   """
 
   modality: str
@@ -33,6 +34,7 @@ class Places(NamedTuple):
   offsets: np.ndarray
   weights: np.ndarray | None = None
   slots: int = 1
+  axes: np.ndarray | None = None
 
 
 def placeholders(
@@ -53,6 +55,11 @@ def placeholders(
   if modality == "audio" and (step := sequence["audio_step"]):
     # As in encoders that halve the frames twice, the first time rounding up, then down.
     count = min(count, max(1, (int(slots[0]["length"]) + step // 2 - 1) // step))
+  if modality == "image" and (merge := data["image"]["merge"]) > 1:
+    rows, columns = (slots[0]["grid"] // merge).tolist()
+    places = np.arange(rows * columns, dtype=np.int32)
+    axes = np.stack([np.zeros_like(places), *np.divmod(places, columns)], axis=1)
+    return [before, Places(modality, 0, places, axes=axes), after]
   offsets = np.arange(count, dtype=np.int32)
   runs = [Places(modality, slot, offsets) for slot in range(len(slots))]
   if modality != "image":
@@ -64,6 +71,31 @@ def placeholders(
     named = of_tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1))
     parts += [named, run, row_end if column == tiling.columns - 1 else ""]
   return [*parts, whole if tiling.columns else alone, runs[-1], after]
+
+
+def positions_of(
+  parts: Iterable[Sequence[int] | Places], axes: int, first: int = 0
+) -> tuple[np.ndarray, int]:
+  """(positions int32 [N, axes] of parts that begin at `first`, the position after them). A token of
+  a text has one on all axes; a medium moves on by the longest of its axes.
+  """
+  found = [np.zeros((0, axes), np.int32)]
+  for part in parts:
+    own = part.axes if isinstance(part, Places) else None
+    if own is None:
+      count = len(part.offsets if isinstance(part, Places) else part)
+      own = np.arange(count, dtype=np.int32)[:, None].repeat(axes, 1)
+    found.append(own + first)
+    first += int(own.max()) + 1 if len(own) else 0
+  return np.concatenate(found), first
+
+
+def axes_of(model: Mapping[str, Any]) -> int:
+  """Axes of the positions of a language model, by the config's model: 3 = time, row and column of
+  pictures' tokens (M-RoPE).
+  """
+  rotary = (model.get("block") or {}).get("rotary") or {}
+  return len(rotary.get("sections") or ()) or 1
 
 
 def mixes_tokens(data: Mapping[str, Any]) -> bool:

@@ -32,7 +32,15 @@ from mmjax.data.builders import Record
 from mmjax.data.media import WORDS, bytes_key
 from mmjax.data.packing import filling, pack
 from mmjax.data.parts import MEDIA, Medium, Span
-from mmjax.data.placeholders import Places, around, mixes_tokens, placeholders, prompted
+from mmjax.data.placeholders import (
+  Places,
+  around,
+  axes_of,
+  mixes_tokens,
+  placeholders,
+  positions_of,
+  prompted,
+)
 from mmjax.data.preferences import SIDES, asks_others, pairs_of, preference_spec, talks_of
 from mmjax.data.sources import Source
 from mmjax.data.templates import ChatTemplate
@@ -224,8 +232,10 @@ class Sequences:
           f"its conversation has {WORDS[part.modality]}s, of which the model has no encoder"
         )
       medium_of(record, part)
-      before, after = around(self.config.data.sequence, part.modality)
-      found += [*self._text(before), part, *self._text(after)]
+      before, after = map(self._text, around(self.config.data.sequence, part.modality))
+      if before and found and ends_with(found[-1], before[0]):  # the template has written them
+        before, after = [], []
+      found += [*before, part, *after]
     return found
 
   def _answers(
@@ -644,12 +654,14 @@ class Sequences:
     what `_read` gave; used: the slots of each modality that are taken, which it counts on.
     """
     sequence, start, media = batch["sequence"], at, iter(read)
+    written: list[Sequence[int] | Places] = []
     for part in parts:
       if not isinstance(part, Medium):
         places = slice(at, at + len(part.tokens))
         sequence["tokens"][row, places] = part.tokens
         sequence["loss_mask"][row, places] = part.target
         at = places.stop
+        written.append(part.tokens)
         continue
       modality, first = part.modality, used[part.modality]
       (slots, tiling), arrays = next(media), batch["media"][modality]
@@ -662,6 +674,7 @@ class Sequences:
       for run in inner:
         if isinstance(run, Places):
           places = slice(at, at + len(run.offsets))
+          written.append(run)
           sequence["media_index"][row, places] = of_modality + run.slot
           sequence["media_offset"][row, places] = run.offsets
           if run.weights is not None:
@@ -670,10 +683,13 @@ class Sequences:
           tokens = self._encode(run) if run else []
           places = slice(at, at + len(tokens))
           sequence["tokens"][row, places] = tokens
+          written.append(tokens)
         at = places.stop
       used[modality] += len(slots)
     sequence["segment_ids"][row, start:at] = number
-    sequence["positions"][row, start:at] = np.arange(at - start)
+    axes = axes_of(self.config.model)
+    positions, _ = positions_of(written, axes)
+    sequence["positions"][row, start:at] = positions if axes > 1 else positions[:, 0]
     return at
 
   def _slots_of(
@@ -688,6 +704,11 @@ class Sequences:
       return [dict(zip(reader.shapes, arrays[:-1], strict=False))], Tiling()
     tiles, tiling = cut_into_tiles(reader.decode(own[part.modality]), self.config.data.image, alone)
     return [{"pixels": tile} for tile in tiles], tiling
+
+
+def ends_with(part: Span | Medium, last: Span) -> bool:
+  """Whether the tokens of `last` are the end of a part."""
+  return isinstance(part, Span) and part.tokens[-len(last.tokens) :] == last.tokens
 
 
 def _pairs(record: Record) -> list[tuple[str, str]]:
@@ -730,6 +751,8 @@ def sequence_spec(
   sequence: dict[str, tuple[tuple[int, ...], Any]] = {
     name: ((length,), np.dtype(kind)) for name, kind in names.items()
   }
+  if (axes := axes_of(config.model)) > 1:
+    sequence["positions"] = ((length, axes), np.dtype(np.int32))
   if "image" in modalities and mixes_tokens(config.data):
     sequence["media_offset"] = ((length, 4), np.dtype(np.int32))
     sequence["media_weight"] = ((length, 4), np.dtype(np.float32))

@@ -78,8 +78,15 @@ class Conversations:
         continue
       item = found[part.modality][part.number]
       alone = len(found[part.modality]) == 1
-      for piece in self.language.place(part.modality, item, media, alone):
-        parts.append(piece if isinstance(piece, Places) else self.language.encode(piece))
+      placed = [
+        piece if isinstance(piece, Places) else self.language.encode(piece)
+        for piece in self.language.place(part.modality, item, media, alone)
+      ]
+      before = placed[0]
+      if before and parts and not isinstance(last := parts[-1], Places):
+        if last[-len(before) :] == before:  # the template has written what is around it
+          placed = placed[1:-1]
+      parts += placed
     return Read(parts, media)
 
   def _no_encoder(self, modality: str) -> UserError:

@@ -17,7 +17,14 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.media import WORDS
-from mmjax.data.placeholders import Places, mixes_tokens, placeholders, prompted
+from mmjax.data.placeholders import (
+  Places,
+  axes_of,
+  mixes_tokens,
+  placeholders,
+  positions_of,
+  prompted,
+)
 from mmjax.data.text import Tokenizer, check_texts, decode
 from mmjax.inference.engine import Decoding, go_on_from_prompts, score
 from mmjax.inference.inputs import Item, MediaInputs
@@ -27,10 +34,11 @@ AT_ONCE = 8  # tokens that are decoded before a stream is looked at
 
 
 class Read(NamedTuple):
-  """A prompt as parts, with the slots of its media: [(modality, arrays of one slot)]."""
+  """A prompt, or the rest of one, with the slots of its media: [(modality, arrays of one slot)]."""
 
   parts: list[list[int] | Places]
   media: list[tuple[str, dict[str, np.ndarray]]]
+  first: int = 0  # the position of the first token
 
 
 class LanguageGenerator:
@@ -189,7 +197,11 @@ class LanguageGenerator:
       if piece in known:
         modality = known[piece]
         alone = len(given[modality]) == 1
-        whole += self.place(modality, next(items[modality]), media, alone)
+        placed = self.place(modality, next(items[modality]), media, alone)
+        before = placed[0]
+        if before and whole and isinstance(whole[-1], str) and whole[-1].endswith(str(before)):
+          placed = placed[1:-1]  # the prompt has what is written around it
+        whole += placed
       else:
         whole.append(piece)
     bos = self.tokenizer.bos_id
@@ -279,6 +291,9 @@ class LanguageGenerator:
     if "image" in self.media and mixes_tokens(self.config.data):
       s["media_offset"] = np.zeros((count, width, 4), np.int32)
       s["media_weight"] = np.zeros((count, width, 4), np.float32)
+    axes = axes_of(self.config.model)
+    if axes > 1:
+      s["positions"] = np.zeros((count, width, axes), np.int32)
     s["media_index"] = np.full((count, width), -1, np.int32)
     s["length"] = np.ones(count, np.int32)
     s["length"][: len(rows)] = lengths
@@ -294,6 +309,8 @@ class LanguageGenerator:
       }
     for number, row in enumerate(rows):
       at, used = 0, dict.fromkeys(present, 0)
+      if axes > 1:
+        s["positions"][number, : lengths[number]], _ = positions_of(row.parts, axes, row.first)
       for modality, example in row.media:
         for name, x in example.items():
           arrays[modality][name][number, used[modality]] = x
@@ -312,8 +329,19 @@ class LanguageGenerator:
         at = places.stop
     batch: dict[str, Any] = {"sequence": s}
     if arrays:
-      batch["media"] = arrays
+      batch["media"] = {modality: self._narrowed(x) for modality, x in arrays.items()}
     return batch
+
+  def _narrowed(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Patches that are merged, without those of the budget that all pictures leave empty, in a few
+    sizes.
+    """
+    square = self.config.data.image.merge**2
+    if "patches" not in arrays or square == 1:
+      return arrays
+    most = int(arrays["mask"].sum(-1).max()) // square
+    size = (1 << max(4, (most - 1).bit_length())) * square  # beyond the budget: all of it
+    return {name: x[:, :, :size] if name != "grid" else x for name, x in arrays.items()}
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.placeholders import Places
+from mmjax.data.placeholders import Places, positions_of
 from mmjax.inference.engine import Decoding, penalise, restrict
 from mmjax.inference.language import LanguageGenerator, Read, cut_at
 from mmjax.models.stack import with_layers_apart
@@ -386,9 +386,12 @@ def _shared(held: list[Place], wanted: list[Place]) -> int:
 def _after(read: Read, start: int) -> Read:
   """The parts of a prompt from place `start` on, which is no place within a run of media."""
   parts: list[list[int] | Places] = []
-  at = 0
+  at, first = 0, read.first
   for part in read.parts:
     size = len(part.offsets) if isinstance(part, Places) else len(part)
+    if at < start:  # what comes before
+      before = part if isinstance(part, Places) else part[: start - at]
+      _, first = positions_of([before], 3, first)
     if isinstance(part, Places) and at >= start:
       parts.append(part)
     elif not isinstance(part, Places) and at + size > start:
@@ -414,6 +417,7 @@ def _after(read: Read, start: int) -> Read:
       for part in parts
     ],
     media,
+    first,
   )
 
 

@@ -1,11 +1,12 @@
 """Connectors: tokens of an encoder as tokens of a language model. A connector's call: tokens [N, L,
-C], mask bool [N, L] -> [N, M, D], M tokens a medium whatever it shows.
+C], mask bool [N, L] -> [N, M, D], M tokens a medium whatever it shows; with `taps`, which some
+take, [1 + taps, N, M, D].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +29,10 @@ class Projector(nn.Module):
   fold: side of the squares of tokens that become one of so many more channels (pixel shuffle).
   pool: side of the squares whose mean one token is. norm: of the tokens before the layers: "none",
   "layer" or "rms". skip: tokens at the start that are left out, such as a class token. end: a
-  learned token comes last, which is the same of every medium.
+  learned token comes last, which is the same of every medium. join: tokens one after another that
+  become one with all their channels, after the norm, or before it with norm_joined. hidden:
+  channels between the layers; 0 = width. A tap of the encoder has layers of its own, and a norm
+  after its tokens are joined.
   """
 
   width: int
@@ -41,29 +45,43 @@ class Projector(nn.Module):
   pool: int = 1
   skip: int = 0
   end: bool = False
+  join: int = 1
+  norm_joined: bool = False
+  hidden: int = 0
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: Array, mask: Array) -> Array:
+  def __call__(self, tokens: Array, mask: Array, taps: Sequence[Array] = ()) -> Array:
     x = tokens[:, self.skip :]
     if self.pool > 1:
       x = _squares(x, self.pool).mean(axis=(2, 4)).reshape(x.shape[0], -1, x.shape[-1])
     if self.fold > 1:
       squares = _squares(x, self.fold).swapaxes(2, 3)
       x = squares.reshape(x.shape[0], -1, self.fold**2 * x.shape[-1])
+    joined = (x.shape[0], x.shape[1] // self.join, self.join * x.shape[2])
+    if self.norm_joined:
+      x = x.reshape(joined)
     if self.norm != "none":
       x = (LayerNorm if self.norm == "layer" else RMSNorm)(self.eps, self.dtype, name="norm")(x)
-    for number in range(self.layers):
-      if number:
+    x = x.reshape(joined)
+    for number in range(1, self.layers + 1):
+      if number > 1:
         x = activate(self.activation, x)
-      x = Dense(
-        (self.width,), ("joint", "embed"), self.dtype, use_bias=self.bias, name=f"layer{number + 1}"
-      )(x)
+      width, axis = self.width, "embed"
+      if number < self.layers and self.hidden:
+        width, axis = self.hidden, "mlp"
+      x = Dense((width,), ("joint", axis), self.dtype, use_bias=self.bias, name=f"layer{number}")(x)
     if self.end:
       end = self.param("end", with_axes(normal(0.02), ("embed",)), (self.width,), jnp.float32)
       end = jnp.broadcast_to(end.astype(x.dtype), (x.shape[0], 1, self.width))
       x = jnp.concatenate([x, end], axis=1)
-    return x
+    if not taps:
+      return x
+    of_taps = [
+      self.clone(norm_joined=True, name=f"tap{number}", parent=self)(tap, mask)
+      for number, tap in enumerate(taps, 1)
+    ]
+    return jnp.stack([x, *of_taps])
 
 
 def _squares(x: Array, side: int) -> Array:
@@ -119,6 +137,8 @@ def mlp(
   pool: Size = 1,
   skip: Count = 0,
   end: bool = False,
+  join: Size = 1,
+  hidden: Width = 0,
 ) -> Projector:
   """Dense layers with an activation between.
 
@@ -127,7 +147,8 @@ def mlp(
   tokens before them: none, layer or rms. eps: of the norm. fold: side of the squares of tokens that
   become one with all their channels (pixel shuffle). pool: side of the squares whose mean one token
   is. skip: tokens at the start that are left out, such as a class token. end: a learned token after
-  those of a medium, which ends the rows of joined tiles.
+  those of a medium, which ends the rows of joined tiles. join: tokens one after another that become
+  one with all their channels. hidden: channels between the layers; 0 = width.
   """
   if norm not in ("none", "layer", "rms"):
     raise UserError(f"norm {norm!r} is unknown; there are: none, layer, rms")
@@ -142,7 +163,9 @@ def mlp(
     pool,
     skip,
     end,
-    jnp.dtype(precision["compute"]),
+    join,
+    hidden=hidden,
+    dtype=jnp.dtype(precision["compute"]),
   )
 
 

@@ -121,8 +121,8 @@ class LanguageModel(nn.Module):
     s = batch["sequence"]
     blocks = self._blocks(s, prompts_of(s) if self.both_ways == "prompt" else None)
     mask = AttentionMask(segments=s.get("segment_ids"), prefix=s.get("prefix"), **blocks)
-    x = self.embed(batch, train=train)
-    x = self.stack(x, mask, positions=s.get("positions"), train=train)
+    x, added = self.embed(batch, train=train)
+    x = self.stack(x, mask, positions=s.get("positions"), added=added, train=train)
     return self.norm(x), self.table(), self.logit_cap
 
   def _blocks(self, s: Batch, prompts: Array | None) -> dict[str, Any]:
@@ -135,25 +135,29 @@ class LanguageModel(nn.Module):
       return dict(blocks=s["media_index"] + 1)
     return {}
 
-  def embed(self, batch: Batch, *, train: bool = False) -> Array:
-    """[B, L, D]: embeddings of the tokens, and what the connectors make of the media in the places
-    that are theirs.
+  def embed(self, batch: Batch, *, train: bool = False) -> tuple[Array, Array | None]:
+    """([B, L, D]: embeddings of the tokens, and what the connectors make of the media in the places
+    that are theirs; what the first blocks add of the media, [blocks, B, L, D], None = nothing).
     """
-    c, s = self.config, batch["sequence"]
+    c, s, added = self.config, batch["sequence"], None
     x = jnp.take(self.embedding, s["tokens"], axis=0).astype(c.dtype)
     if self.embedding_factor != 1:
       x = x * jnp.asarray(self.embedding_factor, c.dtype)
     if self.encoders and "media" in batch:
-      table, first, each = self.media(batch, train=train)
-      x = jnp.where((s["media_index"] >= 0)[..., None], _of_media(s, table, first, each), x)
+      tables, first, each = self.media(batch, train=train)
+      here = (s["media_index"] >= 0)[..., None]
+      x = jnp.where(here, _of_media(s, tables[0], first, each), x)
+      if len(tables) > 1:
+        deep = [jnp.where(here, _of_media(s, table, first, each), 0) for table in tables[1:]]
+        added = jnp.stack(deep)
     if self.learned_positions:
       places = s["positions"] if "positions" in s else jnp.arange(x.shape[1])
       x = x + jnp.take(self.position, places, axis=0).astype(c.dtype)
-    return constrain(self.dropout(x, deterministic=not train))
+    return constrain(self.dropout(x, deterministic=not train)), added
 
   def media(self, batch: Batch, *, train: bool = False) -> tuple[Array, Array, Array]:
-    """(tokens [B, S, D] of all slots of the media, the first of each slot among them, how many each
-    has), both int32 [slots].
+    """(tokens [1 + T, B, S, D] of all slots of the media, for the input and T blocks; the first of
+    each slot among them; how many each has), both int32 [slots].
     """
     parts, each = [], []
     for modality in self.encoders:
@@ -163,16 +167,21 @@ class LanguageModel(nn.Module):
       rows, slots = next(iter(arrays.values())).shape[:2]
       flat = {name: x.reshape(rows * slots, *x.shape[2:]) for name, x in arrays.items()}
       encoded = getattr(self, modality)(flat, train=train)
-      x = getattr(self, f"{modality}_connector")(encoded.tokens, encoded.mask)
-      self._check_places(modality, x.shape[1])
-      each += [x.shape[1]] * slots
-      parts.append(x.reshape(rows, slots * x.shape[1], -1).astype(self.config.dtype))
+      taps = [encoded.taps] if encoded.taps else []
+      x = getattr(self, f"{modality}_connector")(encoded.tokens, encoded.mask, *taps)
+      self._check_places(modality, x.shape[-2])
+      each += [x.shape[-2]] * slots
+      x = x.reshape(1 + len(encoded.taps), rows, slots * x.shape[-2], -1)
+      parts.append(x.astype(self.config.dtype))
     first = np.concatenate([[0], np.cumsum(each)[:-1]])
-    return jnp.concatenate(parts, axis=1), jnp.asarray(first, jnp.int32), jnp.asarray(each)
+    most = max(map(len, parts))
+    parts = [jnp.pad(x, ((0, most - len(x)), *[(0, 0)] * 3)) for x in parts]
+    return jnp.concatenate(parts, axis=2), jnp.asarray(first, jnp.int32), jnp.asarray(each)
 
   def _check_places(self, modality: str, tokens: int) -> None:
     wanted = self.places.get(modality, tokens)
-    if wanted != tokens:
+    fewer = tokens < wanted and getattr(self.encoders[modality], "any_length", False)
+    if wanted != tokens and not fewer:
       raise UserError(
         f"data.sequence.{modality} is {wanted}, but model.connectors.{modality} gives {tokens} "
         f"tokens. Set data.sequence.{modality}={tokens}, or change the connector"
@@ -246,12 +255,14 @@ class LanguageModel(nn.Module):
         positions = jnp.minimum(positions, self.length - 1)
       batch = {**batch, "sequence": {**s, "positions": positions}}
     prompts = (jnp.arange(s["tokens"].shape[1]) < s["length"][:, None]).astype(jnp.int32)
+    x, added = self.embed(batch)
     x, cache = self.stack.extend(
-      self.embed(batch),
+      x,
       places,
       cache,
       positions=positions,
       prefix=s.get("prefix"),
+      added=added,
       **self._blocks(s, prompts),
     )
     last = s["length"] - 1
@@ -269,7 +280,7 @@ class LanguageModel(nn.Module):
     """
     cache, ahead = state
     positions = (places + ahead[0])[:, None]
-    x = self.embed({"sequence": {"tokens": token[:, None], "positions": positions}})
+    x, _ = self.embed({"sequence": {"tokens": token[:, None], "positions": positions}})
     x, cache = self.stack.extend(x, places, cache, positions=positions)
     return self.logits(self.norm(x)[:, 0]), (cache, ahead)
 

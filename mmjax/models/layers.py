@@ -26,11 +26,14 @@ Init = Callable[..., Array]
 
 
 class Encoded(NamedTuple):
-  """What every encoder returns: tokens [B, L, D], mask bool [B, L] (True = real), pooled [B, D]."""
+  """What every encoder returns: tokens [B, L, D], mask bool [B, L] (True = real), pooled [B, D];
+  taps: the tokens after layers that were asked for, [B, L, D] each.
+  """
 
   tokens: Array
   mask: Array
   pooled: Array
+  taps: tuple[Array, ...] = ()
 
 
 def with_axes(init: Init, axes: Sequence[str | None]) -> Init:

@@ -45,7 +45,8 @@ class Rotary:
   high_freq_factor. fast, slow: yarn's beta_fast and beta_slow. attention_factor: yarn's, of the
   cosines and sines; 0 = 0.1 ln(factor) + 1.
   sections: for positions on several axes [B, L, A], how many pairs of channels each axis turns
-  (arXiv:2409.12191, M-RoPE); interleaved: the axes take turns, instead of one after the other.
+  (arXiv:2409.12191, M-RoPE); interleaved: the axes take turns, instead of one after the other;
+  axial: each has all wavelengths, instead of a part of them.
   """
 
   theta: Positive = 10_000.0
@@ -60,8 +61,11 @@ class Rotary:
   attention_factor: NonNegative = 0.0
   sections: Sizes = ()
   interleaved: bool = False
+  axial: bool = False
 
   def __post_init__(self):
+    if self.axial and (not self.sections or self.interleaved or self.scaling != "none"):
+      raise UserError("axial rotary positions need `sections`, and are not interleaved or scaled")
     if self.scaling in ("dynamic", "llama3", "yarn") and not self.original:
       raise UserError(
         f"rotary scaling {self.scaling!r} needs `original`, the length that the model was trained "
@@ -90,6 +94,8 @@ class Rotary:
   def _frequencies(self, turning: int, positions: Array) -> tuple[Array, float]:
     """(radians a position, float32 [pairs] or [B, 1, pairs]; factor of cosines and sines)."""
     exponents = np.arange(0, turning, 2) / turning
+    if self.axial:
+      exponents = np.concatenate([np.arange(size) / size for size in self.sections])
     omega = self.theta**-exponents
     if self.scaling == "dynamic":
       length = jnp.maximum(positions.max(-1, keepdims=True) + 1, self.original).astype(jnp.float32)

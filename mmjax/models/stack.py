@@ -5,13 +5,15 @@ too), rematerialised by name, all at once or with a cache.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.config import UserError
 from mmjax.models.attention import AttentionMask, fuses
 from mmjax.models.attention.fused import TILE
 from mmjax.models.block import Attention, Block, BlockConfig, KeyValue, Turns
@@ -125,11 +127,14 @@ class Stack(nn.Module):
     positions: Array | None = None,
     train: bool = False,
     bias: Array | None = None,
-  ) -> Array:
-    """x [B, L, D] -> [B, L, D]. mask: a mask, or which tokens are real, bool [B, L]. context [B, S,
-    D], context_mask bool [B, S]: what the blocks attend to besides. positions: of rotary positions,
-    int32 [B, L] or [B, L, axes]; None = 0, 1, ... bias float32 [H, L, L]: of the attention's
-    logits.
+    added: Array | None = None,
+    taps: Sequence[int] = (),
+  ) -> Any:
+    """x [B, L, D] -> [B, L, D], or (that, [x after each block of number `taps`]). mask: a mask, or
+    which tokens are real, bool [B, L]. context [B, S, D], context_mask bool [B, S]: what the blocks
+    attend to besides. positions: of rotary positions, int32 [B, L] or [B, L, axes]; None = 0, 1,
+    ... bias float32 [H, L, L]: of the attention's logits. added [N, B, L, D]: what is added to the
+    outputs of the first N blocks (DeepStack, Meng et al. 2024, arXiv:2406.04334).
     """
     c, shape = self.config, x.shape
     mask = mask if isinstance(mask, AttentionMask) else AttentionMask(keys=mask)
@@ -145,13 +150,20 @@ class Stack(nn.Module):
     )
 
     def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Array, None]:
-      params, key = layer
+      (params, key), more = layer
       rngs = None if key is None else {"dropout": key}
       out = block.apply({"params": params}, x, mask, turns=turns, rngs=rngs, **settings)
-      return out, None
+      return out if more is None else out + more, None
 
-    x, _ = self._each(run, x, (self.layers, keys), self._positions(positions, shape, 0))
-    return x.reshape(shape[0], length, c.width)[:, : shape[1]] if length else x
+    def whole(x: Array) -> Array:
+      return x.reshape(shape[0], length, c.width)[:, : shape[1]] if length else x
+
+    if added is not None and length:
+      pad = ((0, 0), (0, 0), (0, length - shape[1]), (0, 0))
+      added = jnp.pad(added, pad).reshape(len(added), *x.shape)
+    positions = self._positions(positions, shape, 0)
+    x, tapped, _ = self._parts(run, x, (self.layers, keys), positions, added, taps)
+    return (whole(x), [whole(tap) for tap in tapped]) if taps else whole(x)
 
   def init_cache(self, rows: int, length: int) -> Cache:
     """An empty cache of keys and values for `rows` texts of up to `length` tokens; of each layer
@@ -184,13 +196,14 @@ class Stack(nn.Module):
     prefix: Array | None = None,
     blocks: Array | None = None,
     wide_blocks: bool = False,
+    added: Array | None = None,
   ) -> tuple[Array, Cache]:
     """x [B, L, D], the tokens from place `start` (int32 scalar or [B]) of the cache on -> ([B, L,
     D], the cache with them): a whole prompt or one token.
 
     A token sees the cache up to its own place, and the first `prefix` places, int32 [B]; keys: bool
     [B, T], the places of it that are real. positions: as in a call; None = the places. blocks int32
-    [B, L], of the tokens of x, and wide_blocks: see `AttentionMask`.
+    [B, L], of the tokens of x, and wide_blocks: see `AttentionMask`. added: as in a call.
     """
     key_blocks = None
     if blocks is not None:
@@ -211,8 +224,8 @@ class Stack(nn.Module):
     context_mask = None if memory is None else memory.mask[0]
 
     def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Array, KeyValue]:
-      params, cache, stored = layer
-      return block.apply(
+      (params, cache, stored), more = layer
+      x, cache = block.apply(
         {"params": params},
         x,
         mask,
@@ -221,29 +234,73 @@ class Stack(nn.Module):
         turns=turns,
         cache=cache,
       )
+      return x if more is None else x + more, cache
 
     x, positions = x.astype(self.config.dtype), self._positions(positions, x.shape, start)
     if not isinstance(cache, list):
-      return self._each(run, x, (self.layers, cache, stored), positions, False)
+      x, _, cache = self._parts(run, x, (self.layers, cache, stored), positions, added, train=False)
+      return x, cache
     runs = self._runs(run, positions, False, 1)
     made = []
     for i, params in enumerate(self.get_variable(APART, "layers")):
       own = jax.tree.map(lambda a: a[0], cache[i])
-      x, out = runs[i % len(runs)](x, (params, own, jax.tree.map(lambda a, i=i: a[i], stored)))
+      more = None if added is None or i >= len(added) else added[i]
+      layer = params, own, jax.tree.map(lambda a, i=i: a[i], stored)
+      x, out = runs[i % len(runs)](x, (layer, more))
       made.append(jax.tree.map(lambda a: a[None], out))
     return x, made
 
+  def _parts(
+    self,
+    run: Callable,
+    x: Array,
+    layers: Any,
+    positions: Array | None,
+    added: Array | None = None,
+    taps: Sequence[int] = (),
+    train: bool = True,
+  ) -> tuple[Array, list[Array], Any]:
+    """`_each` of all layers, whose `run` gets (layer, what is added after it or None): (x, x after
+    each of `taps`, outs stacked). Where they differ in what is added or tapped, part after part.
+    """
+    depth = self.config.depth
+    count = 0 if added is None else len(added)
+    cuts = sorted({0, depth, count, *(tap + 1 for tap in taps)})
+    if cuts[-1] > depth:
+      raise UserError(f"{cuts[-1]} blocks are asked of a stack of {depth}")
+    tapped, outs = {}, []
+    for start, stop in itertools.pairwise(cuts):
+      part = layers
+      if (start, stop) != (0, depth):
+        part = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], layers)
+      more = added[start:stop] if added is not None and stop <= count else None
+      x, out = self._each(run, x, (part, more), positions, train, start, stop - start)
+      tapped[stop - 1] = x
+      outs.append(out)
+    if len(outs) > 1:
+      outs = [jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)]
+    return x, [tapped[tap] for tap in taps], outs[0]
+
   def _each(
-    self, run: Callable, x: Array, layers: Any, positions: Array | None, train: bool = True
+    self,
+    run: Callable,
+    x: Array,
+    layers: Any,
+    positions: Array | None,
+    train: bool,
+    start: int,
+    depth: int,
   ) -> tuple[Array, Any]:
     """`run(block, x, layer, turns) -> (x, out)` for layer after layer of `layers`, arrays with a
-    leading axis of them: (x, outs stacked). A pattern of layers is one trip of the loop.
+    leading axis of them, `depth` from number `start` on: (x, outs stacked). A pattern of layers is
+    one trip of the loop.
     """
     c = self.config
-    unroll = c.scan_unroll or (c.depth if platform() == "cpu" and c.depth <= FEW else 1)
-    unroll = min(unroll, c.depth) if train else 1
+    unroll = c.scan_unroll or (depth if platform() == "cpu" and depth <= FEW else 1)
+    unroll = min(unroll, depth) if train else 1
     runs = self._runs(run, positions, train, unroll)
     period = len(runs)
+    runs = [runs[(start + i) % period] for i in range(period)]
     if period == 1:
       return jax.lax.scan(runs[0], x, layers, unroll=unroll)
 
@@ -254,11 +311,11 @@ class Stack(nn.Module):
         outs.append(out)
       return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 
-    whole = c.depth // period * period
+    whole = depth // period * period
     groups = jax.tree.map(lambda a: a[:whole].reshape(-1, period, *a.shape[1:]), layers)
     x, outs = jax.lax.scan(trip, x, groups, unroll=max(1, unroll // period))
     outs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
-    for i in range(whole, c.depth):
+    for i in range(whole, depth):
       x, out = runs[i - whole](x, jax.tree.map(lambda a, i=i: a[i], layers))
       outs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), outs, out)
     return x, outs

@@ -52,6 +52,7 @@ WITH_MEDIA = (
   "smolvlm",
   "qwen2_audio",
   "llava_onevision",
+  "qwen3_vl",
 )
 LANGUAGE_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = {  # model_type -> the module of this package that reads and writes it

@@ -177,6 +177,8 @@ def prepare(c: Any, folder: Path, family: ModuleType, found: Mapping[str, Any]) 
   choose_special_tokens(c.model, tokenizer)
   c.data.text.update(text, pad_id=c.model.pad_id, length=found["length"])
   c.data.sequence.update(length=found["length"], **found.get("places", {}))
+  if (merge := c.data.image.merge) > 1:
+    c.data.sequence.image = c.data.image.tokens // merge**2
   return assets
 
 

@@ -115,6 +115,18 @@ def patches(ours: str, theirs: str, patch: int) -> Rule:
   )
 
 
+def patches_of_frames(ours: str, theirs: str, frames: int, patch: int) -> Rule:
+  """A patch embedding of several pictures: kernel [frames * p * p * 3, D] here, a convolution
+  [D, 3, frames, p, p] there.
+  """
+  return Rule(
+    ours,
+    (theirs,),
+    lambda t: t[0].transpose(2, 3, 4, 1, 0).reshape(-1, t[0].shape[0]),
+    lambda p: [p.reshape(frames, patch, patch, 3, -1).transpose(4, 3, 0, 1, 2)],
+  )
+
+
 def attention_output(ours: str, theirs: str, heads: int, layers: int = 0) -> list[Rule]:
   """kernel [heads, kv, D] here, weight [D, heads * kv] there."""
   return [
@@ -184,24 +196,32 @@ def blocks(ours: str, theirs: str, heads: int, layers: int) -> list[Rule]:
   ]
 
 
-def joint_attention(ours: str, theirs: str, heads: int, layers: int = 0) -> list[Rule]:
-  """A torch.nn.MultiheadAttention, whose query, key and value are one tensor."""
+def joint_attention(
+  ours: str,
+  theirs: str,
+  heads: int,
+  layers: int = 0,
+  names: Sequence[str] = ("in_proj_weight", "in_proj_bias", "out_proj"),
+) -> list[Rule]:
+  """A torch.nn.MultiheadAttention, whose query, key and value are one tensor; names: of its
+  parts."""
+  weight, bias, out = names
   return [
     Rule(
       f"{ours}/qkv/kernel",
-      (f"{theirs}.in_proj_weight",),
+      (f"{theirs}.{weight}",),
       lambda t: t[0].reshape(3, heads, -1, t[0].shape[1]).transpose(3, 0, 1, 2),
       lambda p: [p.transpose(1, 2, 3, 0).reshape(-1, p.shape[0])],
       layers,
     ),
     Rule(
       f"{ours}/qkv/bias",
-      (f"{theirs}.in_proj_bias",),
+      (f"{theirs}.{bias}",),
       lambda t: t[0].reshape(3, heads, -1),
       lambda p: [p.reshape(-1)],
       layers,
     ),
-    *attention_output(f"{ours}/out", f"{theirs}.out_proj", heads, layers),
+    *attention_output(f"{ours}/out", f"{theirs}.{out}", heads, layers),
   ]
 
 

@@ -79,6 +79,16 @@ PROCESSORS = {  # name of an image processor -> what it does where its file is s
     image_std=_CROPS["image_std"],
     image_grid_pinpoints=tuple([384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)),
   ),
+  "Qwen2VL": dict(
+    _HALF,
+    size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    resample=3,
+    image_mean=_CROPS["image_mean"],
+    image_std=_CROPS["image_std"],
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+  ),
   "Idefics3": _CUT,
   "SmolVLM": _CUT,
   "ConvNext": dict(_HALF, size={"shortest_edge": 384}, resample=3, do_center_crop=False),
@@ -146,6 +156,8 @@ def image_settings(folder: Path, family: ModuleType, found: Mapping[str, Any]) -
       **common,
     )
   size = facts["size"]
+  if "merge_size" in family.PREPROCESSOR:
+    return dict(resize="naflex", **_merged(facts, path, found["patches"]), **common)
   if isinstance(size, Mapping) and not (
     set(size) == {"shortest_edge"} or set(size) == {"height", "width"}
   ):
@@ -179,6 +191,28 @@ def image_settings(folder: Path, family: ModuleType, found: Mapping[str, Any]) -
       f"{image_size}"
     )
   return dict(size=final, resize=resize, crop=share, **common)
+
+
+def _merged(facts: Mapping[str, Any], path: Path, stated: tuple[int, int]) -> dict[str, int]:
+  """Settings of data.image for patches that are merged; sizes are numbers of pixels. stated:
+  (patch, merge) by config.json. Raises UserError: they are others, or sizes are no whole patches.
+  """
+  patch = square(facts["patch_size"], f"{path}: patch_size")
+  size = facts["size"]
+  least = facts.get("min_pixels") or size["shortest_edge"]
+  most = facts.get("max_pixels") or size["longest_edge"]
+  if least % patch**2 or most % patch**2:
+    raise UserError(
+      f"{path}: pictures of {least} to {most} pixels, which are no whole patches of {patch} x "
+      f"{patch}. Round them"
+    )
+  least, most = least // patch**2, most // patch**2
+  if (patch, facts["merge_size"]) != stated:
+    raise UserError(
+      f"{path}: patch_size {patch} and merge_size {facts['merge_size']}, but vision_config has "
+      f"{stated[0]} and {stated[1]}"
+    )
+  return dict(patch=patch, merge=stated[1], least=least, tokens=most)
 
 
 def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -223,8 +257,15 @@ def image_facts(config: Mapping[str, Any], family: ModuleType) -> dict[str, Any]
     )
   size = image["size"]
   sides = {"height": size, "width": size}
+  pixels = image["patch"] ** 2
   how = (
-    dict(patch_size=image["patch"], max_num_patches=image["tokens"])
+    dict(
+      patch_size=image["patch"],
+      merge_size=image["merge"],
+      size=dict(shortest_edge=image["least"] * pixels, longest_edge=image["tokens"] * pixels),
+    )
+    if image["merge"] > 1
+    else dict(patch_size=image["patch"], max_num_patches=image["tokens"])
     if image["resize"] == "naflex"
     else dict(
       size={"shortest_edge": round(size / image["crop"])}, do_center_crop=True, crop_size=sides

@@ -18,7 +18,7 @@ from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_bloc
 from mmjax.models.encoders.image import normalise, patchify
 from mmjax.models.layers import Dense, Encoded, constrain, normal, with_axes
 from mmjax.models.stack import Stack
-from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Width
+from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, Side, Size, Width, Windows
 
 Array = jax.Array
 FlexiblePooling = Literal["mean", "attention"]
@@ -30,7 +30,9 @@ class FlexibleVisionTransformer(nn.Module):
   W, 3]} -> Encoded of width D.
 
   Patches may come in any order. The learned positions, a square of `grid` x `grid`, are resized to
-  the grid of each picture.
+  the grid of each picture; corners: so that its corners get those of the square, without
+  antialiasing. frames: pictures that a patch is made of; a still one is repeated. taps: numbers of
+  blocks whose tokens are returned too.
   """
 
   config: BlockConfig
@@ -39,6 +41,12 @@ class FlexibleVisionTransformer(nn.Module):
   pixel_mean: tuple[float, ...]
   pixel_std: tuple[float, ...]
   pooling: FlexiblePooling = "attention"
+  corners: bool = False
+  frames: int = 1
+  final_norm: bool = True
+  taps: tuple[int, ...] = ()
+
+  any_length = True  # fewer patches than the budget will do
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
@@ -55,6 +63,7 @@ class FlexibleVisionTransformer(nn.Module):
     x = normalise(
       patches.reshape(*patches.shape[:2], -1, 3), self.pixel_mean, self.pixel_std, c.dtype
     ).reshape(patches.shape)
+    x = jnp.tile(x, (1, 1, self.frames))
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
     )(x)
@@ -64,27 +73,34 @@ class FlexibleVisionTransformer(nn.Module):
       (self.grid**2, c.width),
       jnp.float32,
     )
-    x = x + position_of(table, inputs["positions"], inputs["grid"]).astype(c.dtype)
+    places = inputs["positions"]
+    x = x + position_of(table, places, inputs["grid"], self.corners).astype(c.dtype)
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
     stack = Stack(c)
     nn.share_scope(self, stack)  # its parameters are ours: image/layers, not image/Stack_0/layers
-    x = stack(x, mask, train=train)
-    x = c.make_norm("norm")(x)
+    taps: list[Array] = []
+    x = stack(x, mask, positions=places, taps=self.taps, train=train)
+    if self.taps:
+      x, taps = x
+    if self.final_norm:
+      x = c.make_norm("norm")(x)
     if self.pooling == "attention":
-      return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask))
-    return Encoded(x, mask, pool.mean(x, mask))
+      return Encoded(x, mask, pool.AttentionPool(c, name="pool")(x, mask), tuple(taps))
+    return Encoded(x, mask, pool.mean(x, mask), tuple(taps))
 
 
-def position_of(table: Array, positions: Array, grid: Array) -> Array:
+def position_of(table: Array, positions: Array, grid: Array, corners: bool = False) -> Array:
   """The learned position of each patch, float32 [B, N, D], after resizing the square table [S * S,
   D] to the picture's grid.
 
   positions int32 [B, N, 2], grid int32 [B, 2]. Bilinear with half-pixel centres, antialiased where
   the grid is smaller than the table, as `torch.nn.functional.interpolate(..., antialias=True)`;
-  weights of single patches, so no shape depends on data.
+  corners: as with align_corners=True and not antialiased. Weights of single patches, so no shape
+  depends on data.
   """
   size = round(table.shape[0] ** 0.5)
-  rows, columns = (_bilinear_weights(positions[..., i], grid[:, None, i], size) for i in (0, 1))
+  weigh = _corner_weights if corners else _bilinear_weights
+  rows, columns = (weigh(positions[..., i], grid[:, None, i], size) for i in (0, 1))
   weights = (rows[..., :, None] * columns[..., None, :]).reshape(*positions.shape[:2], size * size)
   return jnp.einsum("bns,sd->bnd", weights, table, precision="highest")
 
@@ -98,6 +114,12 @@ def _bilinear_weights(index: Array, count: Array, size: int) -> Array:
   distance = jnp.abs(jnp.arange(size) + 0.5 - centre[..., None]) / support[..., None]
   weights = jnp.maximum(0, 1 - distance)
   return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-12)
+
+
+def _corner_weights(index: Array, count: Array, size: int) -> Array:
+  """As `_bilinear_weights`, the first place on the first sample and the last on the last."""
+  centre = index * (size - 1) / jnp.maximum(count - 1, 1)
+  return jnp.maximum(0, 1 - jnp.abs(jnp.arange(size) - centre[..., None]))
 
 
 def sequences(pixels: Array, patch: int) -> dict[str, Array]:
@@ -133,6 +155,10 @@ def naflex(
   heads: Heads = 0,
   mlp: Width = 0,
   pooling: FlexiblePooling = "attention",
+  corners: bool = False,
+  frames: Size = 1,
+  final_norm: bool = True,
+  taps: Windows = (),
   activation: Activation = "gelu_tanh",
   bias: bool = True,
   eps: Epsilon = 1e-6,
@@ -150,6 +176,9 @@ def naflex(
   heads: attention heads; 0 = width / 64.
   mlp: hidden units of a block; 0 = 4 * width.
   pooling: mean, or attention (a learned query and an MLP).
+  corners: the grid's corners get the positions of the corners, without antialiasing.
+  frames: pictures that a patch is made of, a still one repeated. final_norm: at the end.
+  taps: numbers of blocks (from 0) whose tokens a language model gets too (DeepStack).
   activation, bias, eps, dropout: of the blocks.
   kernel: attention kernel. remat: what is kept for the backward
   pass, from everything (none) to the inputs of blocks (full); the rest is computed again.
@@ -171,5 +200,14 @@ def naflex(
   )
   image = data["image"]
   return FlexibleVisionTransformer(
-    config, patch, grid, tuple(image["mean"]), tuple(image["std"]), pooling
+    config,
+    patch,
+    grid,
+    tuple(image["mean"]),
+    tuple(image["std"]),
+    pooling,
+    corners,
+    frames,
+    final_norm,
+    tuple(taps),
   )
