@@ -68,6 +68,12 @@ def _check_sequences(c: dict) -> None:
     raise ConfigError(
       f"data.image.tiles.least is {tiles['least']}, but data.image.tiles.most is {tiles['most']}"
     )
+  sections = ((model.get("block") or {}).get("rotary") or {}).get("sections") or ()
+  if len(sections) not in (0, 3):
+    raise ConfigError(
+      f"model.block.rotary.sections is {tuple(sections)}, but the positions of a language model "
+      "have 3 axes: time, row and column"
+    )
   grids = tiles["grids"]
   if any(not isinstance(grid, tuple) or len(grid) != 2 for grid in grids):
     raise ConfigError(

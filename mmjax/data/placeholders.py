@@ -81,7 +81,7 @@ def positions_of(
   """
   found = [np.zeros((0, axes), np.int32)]
   for part in parts:
-    own = part.axes if isinstance(part, Places) else None
+    own = part.axes if isinstance(part, Places) and axes > 1 else None
     if own is None:
       count = len(part.offsets if isinstance(part, Places) else part)
       own = np.arange(count, dtype=np.int32)[:, None].repeat(axes, 1)
