@@ -262,7 +262,7 @@ def test_other_connectors_give_the_places_that_the_config_says(connector, places
   batch, _ = row(examples(), PICTURES)
   variables = model.init(jax.random.key(0), batch)
   media, first, each = model.apply(variables, batch, method="media")
-  assert media.shape == (1, 2 * places, 32) and each.tolist() == [places] * 2
+  assert media.shape == (1, 1, 2 * places, 32) and each.tolist() == [places] * 2
   assert first.tolist() == [0, places]
 
 
