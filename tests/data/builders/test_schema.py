@@ -89,6 +89,13 @@ def test_a_data_set_says_its_fields_and_answers(tmp_path):
     facts={"objects": [{"name": "cat"}]},
     conversations=[[{"role": "user", "content": [{"type": "image"}]}]],
     media=[("image", b"second"), ("audio", b"\0")],
+    preferences=[
+      {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "red?"}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "no"}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}],
+      }
+    ],
     value=np.array([1.5, np.nan], np.float32),
   )
   bare = plain(id="b", image=None)
@@ -109,6 +116,7 @@ def test_a_data_set_says_its_fields_and_answers(tmp_path):
     "facts": {},
     "conversations": [],
     "media": [],
+    "preferences": [],
     "value": None,
   }
   assert source.values == ("value[0]", "value[1]")
