@@ -53,7 +53,7 @@ class Fusion(nn.Module):
       for m in self.modalities
       if m in encoded
     }
-    tokens, mask, pooled = self.join(parts, train)
+    tokens, mask, pooled = self.join(parts, train)[:3]
     some = present_modalities(parts).any(-1)
     return Encoded(
       jnp.where(some[:, None, None], tokens, 0),
