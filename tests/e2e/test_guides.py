@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
@@ -25,7 +26,7 @@ from tests.data.test_audio import encode as sound
 from tests.data.test_audio import tone
 from tests.data.test_video import clip
 from tests.data.test_video import encode as encode_video
-from tests.e2e.commands import ROOT, SMALL, environment
+from tests.e2e.commands import ROOT, SMALL, command, environment, read_until, start
 from tests.guides import blocks, commands, read
 from tests.inference import tiny
 from tests.inference.test_language import config as language_config
@@ -195,6 +196,35 @@ def make_models(folder: pathlib.Path) -> None:
   tiny.save(language_config(), folder / "answers").rename(folder / "runs" / "answers")
 
 
+def served(words: list[str]) -> int:
+  """The exit code of a server that is asked to end as soon as it says where it listens. Its port
+  is free.
+  """
+  process = start(*words, "--port", "0")
+  lines = read_until(process, "serving runs/")
+  assert "http://127.0.0.1:" in lines[-1], lines
+  process.send_signal(signal.SIGINT)
+  process.communicate(timeout=60)
+  return process.returncode
+
+
+def talked(words: list[str]) -> int:
+  """The exit code of a chat of one message, whose answer is printed."""
+  done = subprocess.run(
+    command(*words, "--max-length", "4"),
+    input="once upon\n",
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.stdout.strip(), done.stderr
+  return done.returncode
+
+
+APART = {"serve": served, "chat": talked}  # they wait for somebody: each in a process of its own
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, embedded_data):
   """A folder where the guides' commands have been run, in their order; (folder, {command: exit
@@ -226,9 +256,12 @@ def place(tmp_path_factory, embedded_data):
       == 0
     )
     make_models(folder)
-    for command in COMMANDS:
-      words = shlex.split(command)[1:]
-      done[command] = cli.main([*words, *(small if words[0] == "train" else [])])
+    for line in COMMANDS:
+      words = shlex.split(line)[1:]
+      if words[0] in APART:
+        done[line] = APART[words[0]](words)
+      else:
+        done[line] = cli.main([*words, *(small if words[0] == "train" else [])])
     yield folder, done
   finally:
     os.chdir(before)

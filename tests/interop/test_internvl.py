@@ -119,9 +119,9 @@ def test_tiles_of_any_shape_are_the_processors():
   want = theirs.GotOcr2ImageProcessorPil().crop_image_to_patches(
     picture.transpose(2, 0, 1), 1, 6, patch_size=SizeDict(height=28, width=28), resample=3
   )
-  tiles = dict(most=6, least=1, longest=0)
-  got, columns = cut_into_tiles(picture, dict(size=28, tiles=tiles, interpolation="bicubic"))
-  assert columns == 3
+  tiles = dict(most=6, least=1, longest=0, grids=())
+  got, tiling = cut_into_tiles(picture, dict(size=28, tiles=tiles, interpolation="bicubic"))
+  assert (tiling.rows, tiling.columns) == (1, 3)
   np.testing.assert_array_equal(got.transpose(0, 3, 1, 2), np.stack(want))
 
 
