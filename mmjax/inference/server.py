@@ -338,7 +338,8 @@ def serve(
       server.warm()
       address = f"[{host}]" if ":" in host else host
       ready(f"http://{address}:{listening.getsockname()[1]}")
-      uvicorn.Server(config).run(sockets=[listening])
+      with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+        uvicorn.Server(config).run(sockets=[listening])
   finally:
     server.close()
 
