@@ -79,7 +79,7 @@ setup(
       "openai>=2,<4",
       "scikit-image>=0.24,<1",
       "scikit-learn>=1.4,<2",
-      "pytest>=8",
+      "pytest>=9",
       "pytest-xdist>=3.6",
       "hypothesis>=6.100",
       "ruff>=0.6",
