@@ -183,7 +183,7 @@ def test_blind_to_padding_equivariant_to_order_and_zero_where_missing(case):
     equal(apply(case, inputs(modality, lengths, seed, garbage=0.0)), out)
     equal(
       apply(case, {k: v[list(order)] for k, v in batch.items()}),
-      Encoded(*(np.asarray(x)[list(order)] for x in out)),
+      Encoded(*(np.asarray(x)[list(order)] for x in out[:3])),
     )
     some = apply(case, dict(batch, present=np.array(present)))
     assert not np.asarray(some.mask)[~np.array(present)].any()
@@ -548,4 +548,4 @@ def test_eight_devices_give_the_same_and_exchange_no_activations(case, devices):
       jax.device_put(batch, parallel.batch_sharding(mesh)),
     )
   assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
-  equal(Encoded(*(np.asarray(x) for x in got)), run(variables, batch), atol=1e-4)
+  equal(Encoded(*(np.asarray(x) for x in got[:3])), run(variables, batch), atol=1e-4)
