@@ -224,6 +224,8 @@ def _check_objectives(c: dict) -> None:
       _check_classes(f"objectives.{name}", entry, c)
     if entry["kind"] == "preference":
       _check_preference(f"objectives.{name}", entry, c)
+    if entry["kind"] == "grpo":
+      _check_grpo(f"objectives.{name}", entry, c)
     if entry["kind"] == "regression" and not data["values"]:
       raise ConfigError(
         f"objectives.{name} predicts values, but data.values is 0. Set it to how many a record has"
@@ -262,6 +264,47 @@ def _check_preference(where: str, entry: dict, c: dict) -> None:
       f"{where}: form 'kto' compares each answer with others of the whole batch, but "
       f"train.microbatches is {c['train']['microbatches']}. Set it to 1, or choose another form"
     )
+
+
+def _check_grpo(where: str, entry: dict, c: dict) -> None:
+  """Prompts to answer, something to reward, and nothing else to learn from the answers."""
+  sequence, sources = c["data"]["sequence"], c["data"]["sources"]
+  if len(c["objectives"]) > 1 or entry["sources"]:
+    others = [name for name in c["objectives"] if where != f"objectives.{name}"]
+    what = f"objectives.{others[0]}" if others else f"{where}.sources"
+    raise ConfigError(
+      f"{where} trains on answers that the model draws to every prompt of a batch, so that {what} "
+      "has no place beside it. Leave it out"
+    )
+  for name, source in sources.items():
+    if source["text"] not in ("question", "conversation"):
+      raise ConfigError(
+        f"{where} answers prompts, but data.sources.{name}.text is {source['text']!r}. Set it to "
+        "'question' or 'conversation'"
+      )
+  if 0 < sequence["length"] <= entry["max_length"]:
+    raise ConfigError(
+      f"{where}.max_length is {entry['max_length']}, but rows have data.sequence.length "
+      f"{sequence['length']} for a prompt and an answer. Raise the length"
+    )
+  if not entry["exact"] + entry["right"] + entry["form"]:
+    raise ConfigError(
+      f"{where}: exact, right and form are all 0, so that nothing is rewarded. Raise one"
+    )
+  pairs = (("right", "check"), ("beta", "teacher"))
+  for number, other in (*pairs, ("form", "pattern")):
+    if entry[other] and not entry[number]:
+      raise ConfigError(
+        f"{where}.{other} is {entry[other]!r}, but {where}.{number} is 0, so that it would count "
+        f"for nothing. Raise {number}, or leave {other} out"
+      )
+  for number, other in pairs:
+    if entry[number] and not entry[other]:
+      what = "a checkpoint, such as that of init.from" if other == "teacher" else "module:function"
+      raise ConfigError(
+        f"{where}.{number} is {entry[number]}, but {where}.{other} is empty. Set it to {what}"
+      )
+  _check_regex(f"{where}.pattern", entry["pattern"])
 
 
 def _check_classes(where: str, entry: dict, c: dict) -> None:

@@ -463,7 +463,8 @@ KEYS = (
     "data.sequence.pack",
     True,
     bool,
-    "Several examples share a row, and do not see each other; False: one a row.",
+    "Several examples share a row, and do not see each other; False: one a row. Answers that the "
+    "model draws (objective grpo) have one each.",
   ),
   Key(
     "data.sequence.slots",
@@ -794,6 +795,7 @@ KINDS: dict[str, dict[str, str]] = {
     "autoregressive": "mmjax.objectives.captioning:autoregressive",
     "language_modelling": "mmjax.objectives.language_modelling:language_modelling",
     "preference": "mmjax.objectives.preference:preference",
+    "grpo": "mmjax.objectives.grpo:grpo",
     "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
     "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
     "logit_distillation": "mmjax.objectives.distillation:logit_distillation",

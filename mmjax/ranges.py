@@ -147,6 +147,7 @@ Length = Annotated[int, Range(1, 1_048_576)]  # tokens or time steps of a row
 Vocabulary = Annotated[int, Range(1, 16_777_216)]
 Batch = Annotated[int, Range(1, 16_777_216)]
 Few = Annotated[int, Range(1, 1_024)]
+Several = Annotated[int, Range(2, 1_024)]
 Examples = Annotated[int, Range(1, 100_000)]  # on one sheet
 Threads = Annotated[int, Range(1, 1_024)]
 Processes = Annotated[int, Range(0, 1_024)]

@@ -18,6 +18,7 @@ from mmjax.data.image import ImageTransform, decode
 from mmjax.data.media import WORDS, content_key
 from mmjax.data.naflex import PatchSequence, SequenceTransform, picture_of
 from mmjax.data.parts import Medium, Span
+from mmjax.data.rollouts import sampling
 from mmjax.data.sequences import Piece, Sequences, sequence_spec
 from mmjax.data.sources import Source
 from mmjax.data.text import (
@@ -250,21 +251,36 @@ class Examples:
 
   def rows_of_prompts(
     self,
-    source: Source,
-    rows: Sequence[tuple[int, list[Span | Medium] | UserError]],
+    rows: Sequence[tuple[Source, int, list[Span | Medium] | UserError]],
+    rngs: Iterable[np.random.Generator | None],
     sequences: Sequences,
   ) -> Batch:
-    """A batch of prompts: (record, the parts of one about it, or why there are none), one a row."""
+    """A batch of prompts: (source, record, the parts of one about it, or why there are none), one a
+    row.
+    """
     arrays = sequences.blank(len(rows))
     arrays["sequence"]["length"] = np.ones(len(rows), np.int32)
     batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}
     batch["unreadable"] = []
-    for number, (index, parts) in enumerate(rows):
+    for number, ((source, index, parts), rng) in enumerate(zip(rows, rngs, strict=True)):
       batch["id"].append(stand_in_id(source, index))
-      failed = sequences.fill_prompt(arrays, number, parts, source, index)
+      failed = sequences.fill_prompt(arrays, number, parts, source, index, rng)
       batch["valid"][number] = not failed
       batch["unreadable"] += failed
     return batch
+
+  def rows_before_answers(
+    self, rows: Sequence[tuple[Source, Piece]], rngs: Iterable[np.random.Generator | None]
+  ) -> Batch:
+    """A batch of prompts that the model answers itself while it trains, one a row."""
+    prompts: list[tuple[Source, int, list[Span | Medium] | UserError]] = []
+    for source, piece in rows:
+      try:
+        parts: Any = self.sequences.before_answer(source[piece.record], source, piece)
+      except UserError as error:
+        parts = error
+      prompts.append((source, piece.record, parts))
+    return self.rows_of_prompts(prompts, rngs, self.sequences.without_room())
 
   def reader(self, modality: str) -> Reader:
     if modality not in self._readers:
@@ -541,6 +557,17 @@ def streams(seed: int, step: int, rows: Sequence[int]) -> Iterator[np.random.Gen
     state["state"]["counter"][:] = (0, 0, row, step)
     bits.state = state
     yield generator
+
+
+def prompt_row_spec(config) -> dict[str, Any]:
+  """`row_spec` of prompts that the model answers itself: rows that end where an answer begins, and
+  the tokens of each.
+  """
+  data, entry = config.data, sampling(config)
+  length = data.sequence.length - (entry["max_length"] if entry else 0)
+  spec = sequence_spec(config, lambda name: READERS[name](data, False), length)
+  spec["sequence"]["length"] = ((), np.dtype(np.int32))
+  return spec
 
 
 def modalities_of(config, source: Mapping[str, Any] | None = None) -> list[str]:

@@ -43,6 +43,7 @@ from mmjax.data.examples import (
   check_values,
   class_names,
   modalities_of,
+  prompt_row_spec,
   report_unreadable,
   row_spec,
   scatter_rows,
@@ -52,6 +53,7 @@ from mmjax.data.examples import (
 from mmjax.data.media import bytes_key, content_key
 from mmjax.data.order import Balance, Order
 from mmjax.data.parts import Medium, Span
+from mmjax.data.rollouts import Asked, rollout_spec, sampling
 from mmjax.data.sequences import Piece
 from mmjax.data.sources import Source, label_numbers, open_source
 from mmjax.data.templates import ChatTemplate
@@ -59,15 +61,29 @@ from mmjax.data.text import Tokenizer, text_key
 
 
 def batch_spec(config, batch_size: int | None = None, source: str = "") -> dict[str, Any]:
-  """The `jax.ShapeDtypeStruct`s of a batch as the device gets it (no `id`), from the config alone.
+  """The `jax.ShapeDtypeStruct`s of a batch as the train step gets it (no `id`), from the config
+  alone.
 
   source: whose batches, where data.mix is "steps" and sources differ; "" = with every modality that
-  there is.
+  there is. Where the model answers prompts itself, a row is an answer (rollouts.py), and the
+  pipeline's batches are of `prompt_spec`.
   """
-  import jax
-
   size = batch_size or config.train.batch_size
   rows = row_spec(config, *_made_of(config, source))
+  if entry := sampling(config):
+    size *= entry["answers"]
+    rows |= rollout_spec(entry, config.data.sequence.length)
+  return _structs(rows, size)
+
+
+def prompt_spec(config) -> dict[str, Any]:
+  """The same of a batch of prompts that the model answers itself."""
+  return _structs(prompt_row_spec(config), config.train.batch_size)
+
+
+def _structs(rows: dict[str, Any], size: int) -> dict[str, Any]:
+  import jax
+
   spec = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((size, *x[0]), x[1]),
     rows,
@@ -257,6 +273,17 @@ class Pipeline:
       )
     return self._ids[step]
 
+  def asked(self, step: int) -> list[Asked | None]:
+    """What rewards see of each prompt of a step that the model answers itself; None = it cannot be
+    read.
+    """
+    source, index, _ = self.order.rows(step)
+    tables, sequences = self.tables or [], self._examples.sequences
+    return [
+      sequences.asked(self.sources[s], tables[s][i][0])
+      for s, i in zip(source.tolist(), index.tolist(), strict=True)
+    ]
+
   def _id(self, source: int, index: int) -> str:
     if self.tables is not None:
       return stand_in_id(self.sources[source], self.tables[source][index][0].record)
@@ -277,7 +304,11 @@ class Pipeline:
     rows = range(len(index)) if self.rows is None else self.rows.tolist()
     if self.tables is not None:
       packs = [(self.sources[source[row]], self.tables[source[row]][index[row]]) for row in rows]
-      return self._examples.rows_of_sequences(packs, streams(self.config.seed, step, rows))
+      rngs = streams(self.config.seed, step, rows)
+      if sampling(self.config):
+        prompts = [(of, piece) for of, (piece,) in packs]
+        return self._examples.rows_before_answers(prompts, rngs)
+      return self._examples.rows_of_sequences(packs, rngs)
     items = [Row(self.sources[source[row]], int(index[row])) for row in rows]
     return self._examples(items, streams(self.config.seed, step, rows), *self._made_of[source[0]])
 
@@ -421,8 +452,9 @@ class EvaluationData:
     for start in range(0, len(rows), self.batch_size):
       row = start + self.rows
       real = row < len(rows)
-      chosen = [rows[i] for i in row[real].tolist()]
-      yield self._filled_up(self._examples.rows_of_prompts(self.source, chosen, narrow), real)
+      chosen = [(self.source, *rows[i]) for i in row[real].tolist()]
+      batch = self._examples.rows_of_prompts(chosen, [None] * len(chosen), narrow)
+      yield self._filled_up(batch, real)
     self._cut.total()
 
   def _batches(

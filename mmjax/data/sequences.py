@@ -12,6 +12,9 @@ as many places as the config gives them. What a source's texts are says how:
   preference  a prompt with each of its judged answers, which are the targets, as conversations side
             by side in one row that share its media (preferences.py)
 
+Where a model answers itself while it trains (rollouts.py), a row is a prompt: what comes before the
+answer to a question, or before the last answer of a conversation.
+
 Each target ends with <eos>; <bos> comes first where data.text.bos asks for it. What stands around
 media and after them is written as data.sequence.written and data.sequence.prompt say.
 """
@@ -42,6 +45,7 @@ from mmjax.data.placeholders import (
   prompted,
 )
 from mmjax.data.preferences import SIDES, asks_others, pairs_of, preference_spec, talks_of
+from mmjax.data.rollouts import Asked, answered, asked_of, sampling
 from mmjax.data.sources import Source
 from mmjax.data.templates import ChatTemplate
 from mmjax.data.text import Tokenizer, check_texts
@@ -68,6 +72,8 @@ class Sequences:
   def __init__(self, config, tokenizer: Tokenizer, reader: Callable[[str], Any]):
     s, self.config = config.data.sequence, config
     self.length, self.slots = s.length, s.slots
+    entry = sampling(config)
+    self.room = entry["max_length"] if entry else 0  # places at a row's end for an answer
     self.modalities = media_of(config)
     tiles, self.joins = config.data.image.tiles.most, mixes_tokens(config.data)
     # slots that a medium fills at most: a picture's tiles, and one of the whole picture
@@ -429,6 +435,8 @@ class Sequences:
 
   def table(self, source: Source, packed: bool, seed: int) -> list[list[Piece]]:
     """The rows of an epoch: the examples of each."""
+    if self.room:
+      return [[piece] for piece in self.prompts(source)]
     pieces, lengths, media = self.examples(source)
     if not pieces:
       raise UserError(
@@ -446,6 +454,54 @@ class Sequences:
         flush=True,
       )
     return [[pieces[i] for i in row] for row in rows]
+
+  def prompts(self, source: Source) -> list[Piece]:
+    """The prompts of an epoch that a model answers itself: all questions, or the end of every
+    conversation. Those that leave no room for an answer are left out and counted, with a line on
+    stderr; a record that cannot be read is one that fits. Raises UserError: none fits.
+    """
+    pieces: list[Piece] = []
+    sizes: list[int] = []
+    long: list[int] = []
+    broken: list[str] = []
+    kind = "questions" if source.text == "question" else "conversations"
+    for index in range(len(source)):
+      try:
+        count = len(source[index].get(kind) or ()) or 1
+      except UserError:
+        count = 1
+      for piece in (Piece(index, part) for part in range(count)):
+        try:
+          parts = self.before_answer(source[index], source, piece)
+        except UserError as error:
+          broken.append(f"{source.name}[{index}]: {error}")
+          pieces.append(piece)
+          continue
+        size = self.size(parts)
+        if size > self.length - self.room or max(self.slots_of(parts), default=0) > self.slots:
+          long.append(size)
+          continue
+        pieces.append(piece)
+        sizes.append(size)
+    if not sizes:
+      why = f"the shortest prompt has {min(long):,} tokens; raise them" if long else broken[0]
+      raise UserError(
+        f"{source.name}: no prompt leaves room for an answer of {self.room} tokens in "
+        f"data.sequence.length {self.length}, slots {self.slots} ({why})"
+      )
+    lines = [
+      f"{source.name}: {len(sizes):,} prompts of {min(sizes):,} to {max(sizes):,} tokens, in "
+      f"{self.length - self.room:,} places before {self.room:,} for an answer"
+    ]
+    if broken:
+      lines.append(f"{source.name}: {len(broken):,} faults, such as {broken[0]}")
+    if long:
+      lines.append(
+        f"{source.name}: {len(long):,} prompts are too long, the longest {max(long):,} tokens, and "
+        "left out"
+      )
+    print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+    return pieces
 
   def in_order(self, source: Source) -> list[Piece]:
     """The examples of an evaluation, in the order of the records; every question of each."""
@@ -500,6 +556,27 @@ class Sequences:
     parts = self.parts(record, source, piece, None)
     return parts[: next(i for i, p in enumerate(parts) if isinstance(p, Span) and p.target)]
 
+  def before_answer(self, record: Record, source: Source, piece: Piece) -> list[Span | Medium]:
+    """A prompt that the model answers itself while it trains. Raises UserError: there is none."""
+    asked_of(record, source.text, piece.part)
+    if source.text == "question":
+      return self.prompt(record, source, piece)
+    turns, last = answered(record, piece.part)
+    return self.turns(record, turns[:last], prompt=True)
+
+  def asked(self, source: Source, piece: Piece) -> Asked | None:
+    """The question of such a prompt, its answer and facts; None = it cannot be read."""
+    try:
+      return asked_of(source[piece.record], source.text, piece.part)
+    except UserError:
+      return None
+
+  def without_room(self) -> Sequences:
+    """The same with rows that end where an answer begins."""
+    found = copy.copy(self)
+    found.length = self.length - self.room
+    return found
+
   def narrowed(self, prompts: Iterable[Sequence[Span | Medium]]) -> Sequences:
     """The same with rows that are as long, and have as many slots, as these prompts need."""
     found = copy.copy(self)
@@ -523,11 +600,11 @@ class Sequences:
     parts: list[Span | Medium] | UserError,
     source: Source,
     index: int,
+    rng: np.random.Generator | None = None,
   ) -> list[tuple[str, str]]:
     """Writes a prompt about record `index`, and its `length`; returns (id, reason) if it cannot be.
-    parts: of it, or why there are none.
+    parts: of it, or why there are none. rng: of the augmentation of its media.
     """
-
     batch["sequence"]["length"][row] = 1
     name = f"{source.name}[{index}]"
     try:
@@ -537,7 +614,7 @@ class Sequences:
         raise parts
       self._check_room(parts, 0)
       used = dict.fromkeys(self.modalities, 0)
-      size = self._write(batch, row, 0, 1, parts, record, source, used, None)
+      size = self._write(batch, row, 0, 1, parts, record, source, used, rng)
     except UserError as error:
       return [(name, str(error))]
     batch["sequence"]["length"][row] = size

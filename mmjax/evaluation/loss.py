@@ -36,6 +36,11 @@ def loss(
         f"{where}: {name} compares with a reference, which is known of the training data alone. "
         "Name other objectives, or judge held-out answers with the evaluator 'preference'"
       )
+    if entries[name].kind == "grpo":
+      raise UserError(
+        f"{where}: {name} rewards answers that the model draws while it trains. Judge held-out "
+        "ones with the evaluator 'answers' or 'dialogue'"
+      )
   if not names:
     raise UserError(f"{where}: this config has no objective to evaluate")
   data = context.data(source, split, languages, text)

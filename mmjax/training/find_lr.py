@@ -22,6 +22,7 @@ from ml_collections import FrozenConfigDict
 from mmjax import config as configs
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.data.rollouts import sampling
 from mmjax.evaluation import report_charts
 from mmjax.files import disk_errors
 from mmjax.parallel import multihost
@@ -63,6 +64,11 @@ def find_lr(config: FrozenConfigDict, workdir: str | os.PathLike, *, steps: int 
     config, mesh, pipeline = multihost.together(functools.partial(open_data, config))
     with own(workdir, stop):
       ramp = growing(config, steps)
+      if sampling(config):
+        raise UserError(
+          "--find-lr looks where the loss falls, but objective 'grpo' has none that tells: its "
+          "reward does. Try rates a tenth of those that the model was trained with"
+        )
       with configs.mistakes():
         program = Program(ramp, mesh, steps=steps, examples=pipeline.examples)
         state = new_state(ramp, program, log=lambda line: None)

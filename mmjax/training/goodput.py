@@ -28,6 +28,7 @@ WAITS = {
   "compilation": "the compiler",
   "data": "the data of step {step}",
   "transfer": "the transfer of the batch of step {step} to the devices",
+  "rollouts": "the answers of step {step} and their rewards",
   "compute": "step {step} (its computation, or a collective)",
   "checkpoint": "the checkpoint of step {step} (the disk, or a collective)",
   "evaluation": "the evaluation at step {step}",
@@ -99,7 +100,7 @@ class Clock:
     yield
     seconds = time.monotonic() - begin
     cause = "compute" if busy() else cause
-    if cause == "compute":
+    if cause in ("compute", "rollouts"):
       self._computing += seconds
     elif cause in self.seconds:
       self.seconds[cause] += seconds

@@ -26,6 +26,7 @@ from mmjax.training.hooks import Hooks
 from mmjax.training.metrics import log
 from mmjax.training.patience import Patience
 from mmjax.training.profile import parse
+from mmjax.training.rollouts import Rollouts
 from mmjax.training.start import (
   Run,
   first_state,
@@ -94,6 +95,7 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
 
   # -- What the run is: the program, evaluators, checkpoints; the same in every process ------------
   program = multihost.together(functools.partial(open_program, run, allow_change))
+  rollouts = Rollouts.of(config, program, pipeline)
   evaluators = None
   if config.evaluation.evaluators and run.in_steps(config.evaluation.every, steps):
     evaluators = evaluation.Evaluation(
@@ -145,6 +147,8 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     moment = time.monotonic()
     with configs.mistakes(), clock.measure("compilation"):
       summary = Summary(program, program.compile(), estimate)
+      if rollouts:
+        rollouts.compile()
       # Waits for the other processes' compilers.
       stopping = multihost.any_process(run.stop.received)
     now = time.monotonic()
@@ -164,6 +168,7 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     hooks.open(summary)
     ends.callback(hooks.close)
     results = None
+    train = rollouts.train if rollouts else program.train
     with jax.set_mesh(run.mesh), hooks.tracer:
       batches = pipeline.iterate(start, steps)
       for at in range(start + 1, steps + 1):
@@ -173,8 +178,11 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
           with clock.measure("transfer", at):
             batch = multihost.to_device(batch, run.mesh)
           # Everything that a step reads is on the devices: nothing moves without a word.
+          if rollouts:
+            with clock.measure("rollouts", at):
+              batch = rollouts.answered(state, batch, at)
           with clock.measure("compute", at), jax.transfer_guard("disallow"):
-            state, metrics = program.train(state, batch, pipeline.source_of(at - 1))
+            state, metrics = train(state, batch, pipeline.source_of(at - 1))
         hooks.dispatched(at, metrics)
         if hooks.rollback_due():
           done = state.step

@@ -69,7 +69,9 @@ class Teacher:
     that of `config`.
     """
     theirs = checkpoint.load_assets(self.path)
-    if theirs and all("text" in c.model.encoders for c in (self.config, config)):
+    if theirs and all(
+      "text" in c.model.encoders or c.data.sequence.length for c in (self.config, config)
+    ):
       if any(
         theirs.get(name) != content
         for name, content in load_tokenizer(config.data).to_assets().items()
