@@ -323,8 +323,9 @@ def examples(seed, noise=0):
 
 
 def test_every_objective_is_here():
-  # their models have no batch of pairs: test_gan, test_language_model, test_preference, test_values
-  tested_alone = {"gan", "language_modelling", "ordinal", "preference", "regression"}
+  # their models have no batch of pairs: test_gan, test_grpo, test_language_model, test_preference,
+  # test_values
+  tested_alone = {"gan", "grpo", "language_modelling", "ordinal", "preference", "regression"}
   assert {re.split(" ", name)[0] for name in OBJECTIVES} | tested_alone == set(KINDS["objective"])
 
 
