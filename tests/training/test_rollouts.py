@@ -29,8 +29,7 @@ GROUP, MOST = 4, 5
 
 
 def questions(number):
-  """Two questions whose answer is their last word; in the set "guess" it
-  is as often any word."""
+  """Two questions whose answer is their last word."""
   first, second = COLOURS[number % 7], COLOURS[(number // 7) % 7]
   return [(f"say {word}", word) for word in (first, second)]
 
@@ -39,12 +38,6 @@ def questions(number):
 def home(tmp_path_factory):
   root = tmp_path_factory.mktemp("rollouts")
   made = [record(n, captions={}, questions=questions(n), facts={"n": n}) for n in range(49)]
-  rng = np.random.default_rng(0)
-
-  def guess(answer):
-    return answer if rng.random() < 0.5 else str(rng.choice(COLOURS))
-
-  guesses = [{**one, "questions": [(q, guess(a)) for q, a in one["questions"]]} for one in made]
   talks = []
   for n in range(16):
     (asked, said), (again, last) = questions(n)
@@ -52,7 +45,6 @@ def home(tmp_path_factory):
     talk = [dict(role=role, content=text) for role, text in turns]
     talks.append(record(n, captions={}, image=None, conversations=[talk], facts={"n": n}))
   write_dataset("words", root, {"train": made}, fields=("questions", "facts"))
-  write_dataset("guess", root, {"train": guesses}, fields=("questions", "facts"))
   write_dataset("talks", root, {"train": talks}, fields=("conversations", "facts"))
   texts = [text for n in range(49) for one in COLOURS for text in (one, f"say {one} thing {n}")]
   train_tokenizer(texts, root / "tokenizers" / "words.model", vocab_size=400)
