@@ -336,6 +336,7 @@ def serve(
         h11_max_incomplete_event_size=64 << 10,
       )
       server.warm()
+      listening.listen(2048)  # before it is said: who connects at once waits, and is answered
       address = f"[{host}]" if ":" in host else host
       ready(f"http://{address}:{listening.getsockname()[1]}")
       with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import urllib.request
 
 import numpy as np
 import pytest
@@ -197,14 +198,16 @@ def make_models(folder: pathlib.Path) -> None:
 
 
 def served(words: list[str]) -> int:
-  """The exit code of a server that is asked to end as soon as it says where it listens. Its port
-  is free.
-  """
+  """The exit code of a server that is asked to end once it has answered. Its port is free."""
   process = start(*words, "--port", "0")
-  lines = read_until(process, "serving runs/")
-  assert "http://127.0.0.1:" in lines[-1], lines
-  process.send_signal(signal.SIGINT)
-  process.communicate(timeout=60)
+  try:
+    (address,) = re.findall(r"http://127.0.0.1:\d+", read_until(process, "serving runs/")[-1])
+    with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
+      assert answer.status == 200
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+  finally:
+    process.kill()
   return process.returncode
 
 
