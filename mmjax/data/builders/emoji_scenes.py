@@ -207,13 +207,20 @@ def make_record(split: str, number: int) -> Record:
   picture = draw(facts)
   asked = questions(facts, CATEGORY, rng)
   facts |= {"kinds": [kind for kind, _, _ in asked], "dialogue": dialogue(facts, rng)}
+  said = {"en": captions(facts, rng)}
+  pairs = [(question, answer) for _, question, answer in asked]
+  return record_of(split, number, picture, facts, captions=said, questions=pairs)
+
+
+def record_of(split: str, number: int, picture: np.ndarray, facts: Record, **texts: Any) -> Record:
+  """Record `number` of a split: a picture uint8 [64, 64, 3], what is true of it, what is said."""
   return {
     "id": f"{split}-{number:05d}",
     "image": png(picture),
-    "captions": {"en": captions(facts, rng)},
+    "captions": {},
     "label": "",
     "image_key": key_of(picture.tobytes()),
-    "questions": [(question, answer) for _, question, answer in asked],
+    **texts,
     "facts": facts,
   }
 

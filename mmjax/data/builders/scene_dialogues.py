@@ -6,7 +6,7 @@ Splits are those of `emoji_scenes`: an arrangement of objects is in one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from mmjax import printing
 from mmjax.data.builders import Record
-from mmjax.data.builders.emoji_scenes import build_scenes, draw, make_scene
-from mmjax.data.builders.openmoji import key_of, png
+from mmjax.data.builders.emoji_scenes import build_scenes, draw, make_scene, record_of
+from mmjax.data.builders.openmoji import key_of
 from mmjax.data.builders.scene_language import RELATIONS, beside, place, with_article
 
 VERSION = "1.0.0"
@@ -76,19 +76,16 @@ def make_record(split: str, number: int) -> Record:
   count = int(rng.integers(4, TURNS + 1)) if split == "train" else TURNS
   talk = dialogue(facts, count, rng)
   facts["turns"] = [dict(kind=kind, ago=ago) for _, _, kind, ago in talk]
-  messages: list[dict[str, Any]] = []
+  return record_of(split, number, picture, facts, conversations=[turns_of(talk)])
+
+
+def turns_of(talk: Sequence[tuple[str, str, str, int]]) -> list[dict[str, Any]]:
+  """What `dialogue` gave as turns of a conversation, which begins with the picture."""
+  turns: list[dict[str, Any]] = []
   for question, answer, _, _ in talk:
-    messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
-  messages[0]["content"] = [dict(type="image"), dict(type="text", text=talk[0][0])]
-  return {
-    "id": f"{split}-{number:05d}",
-    "image": png(picture),
-    "captions": {},
-    "label": "",
-    "image_key": key_of(picture.tobytes()),
-    "conversations": [messages],
-    "facts": facts,
-  }
+    turns += [dict(role="user", content=question), dict(role="assistant", content=answer)]
+  turns[0]["content"] = [dict(type="image"), dict(type="text", text=talk[0][0])]
+  return turns
 
 
 def dialogue(

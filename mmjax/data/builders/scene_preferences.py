@@ -12,9 +12,9 @@ import numpy as np
 
 from mmjax import printing
 from mmjax.data.builders import Record
-from mmjax.data.builders.emoji_scenes import CODE, TEXTS, build_scenes, draw, make_scene
-from mmjax.data.builders.openmoji import key_of, png
-from mmjax.data.builders.scene_dialogues import FOURTH, dialogue
+from mmjax.data.builders.emoji_scenes import CODE, TEXTS, build_scenes, draw, make_scene, record_of
+from mmjax.data.builders.openmoji import key_of
+from mmjax.data.builders.scene_dialogues import FOURTH, dialogue, turns_of
 from mmjax.data.builders.scene_language import COLOURS, PLACES, with_article
 
 VERSION = "1.0.0"
@@ -66,23 +66,11 @@ def make_record(split: str, number: int) -> Record:
   facts = make_scene(split, rng)
   picture = draw(facts)
   talk = dialogue(facts, FOURTH + 1, rng)[: int(rng.integers(1, FOURTH + 2))]
-  *before, (question, answer, kind, ago) = talk
+  _, answer, kind, ago = talk[-1]
   facts |= dict(kind=kind, ago=ago)
-  prompt: list[dict[str, Any]] = []
-  for asked, said, *_ in before:
-    prompt += [dict(role="user", content=asked), dict(role="assistant", content=said)]
-  prompt.append(dict(role="user", content=question))
-  prompt[0]["content"] = [dict(type="image"), dict(type="text", text=talk[0][0])]
   rejected = wrong_answer(facts, [asked for asked, *_ in talk], answer, rng)
-  return {
-    "id": f"{split}-{number:05d}",
-    "image": png(picture),
-    "captions": {},
-    "label": "",
-    "image_key": key_of(picture.tobytes()),
-    "preferences": [dict(prompt=prompt, chosen=answer, rejected=rejected)],
-    "facts": facts,
-  }
+  judged = dict(prompt=turns_of(talk)[:-1], chosen=answer, rejected=rejected)
+  return record_of(split, number, picture, facts, preferences=[judged])
 
 
 def wrong_answer(
