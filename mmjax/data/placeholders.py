@@ -109,6 +109,13 @@ def around(sequence: Mapping[str, Any], modality: str) -> tuple[str, str]:
   return before, after
 
 
+def is_written(before: Sequence[int], last: Sequence[int]) -> bool:
+  """Whether the tokens `last` end with `before`, those that stand before a medium: a template has
+  then written what is around it.
+  """
+  return bool(before) and list(last[-len(before) :]) == list(before)
+
+
 def prompted(sequence: Mapping[str, Any], text: str) -> str:
   """The text of a prompt after its last medium as data.sequence.prompt has it."""
   before, _, after = sequence["prompt"].partition(HERE)

@@ -39,6 +39,7 @@ from mmjax.data.placeholders import (
   Places,
   around,
   axes_of,
+  is_written,
   mixes_tokens,
   placeholders,
   positions_of,
@@ -239,7 +240,8 @@ class Sequences:
         )
       medium_of(record, part)
       before, after = map(self._text, around(self.config.data.sequence, part.modality))
-      if before and found and ends_with(found[-1], before[0]):  # the template has written them
+      last = found[-1] if found else None
+      if before and isinstance(last, Span) and is_written(before[0].tokens, last.tokens):
         before, after = [], []
       found += [*before, part, *after]
     return found
@@ -781,11 +783,6 @@ class Sequences:
       return [dict(zip(reader.shapes, arrays[:-1], strict=False))], Tiling()
     tiles, tiling = cut_into_tiles(reader.decode(own[part.modality]), self.config.data.image, alone)
     return [{"pixels": tile} for tile in tiles], tiling
-
-
-def ends_with(part: Span | Medium, last: Span) -> bool:
-  """Whether the tokens of `last` are the end of a part."""
-  return isinstance(part, Span) and part.tokens[-len(last.tokens) :] == last.tokens
 
 
 def _pairs(record: Record) -> list[tuple[str, str]]:

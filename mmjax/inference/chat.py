@@ -17,7 +17,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.parts import MEDIA, Span
-from mmjax.data.placeholders import Places
+from mmjax.data.placeholders import Places, is_written
 from mmjax.data.templates import ASSET, ChatTemplate
 from mmjax.data.text import Tokenizer
 from mmjax.files import write_whole
@@ -82,10 +82,9 @@ class Conversations:
         piece if isinstance(piece, Places) else self.language.encode(piece)
         for piece in self.language.place(part.modality, item, media, alone)
       ]
-      before = placed[0]
-      if before and parts and not isinstance(last := parts[-1], Places):
-        if last[-len(before) :] == before:  # the template has written what is around it
-          placed = placed[1:-1]
+      before, last = placed[0], parts[-1] if parts else []
+      if isinstance(before, list) and isinstance(last, list) and is_written(before, last):
+        placed = placed[1:-1]
       parts += placed
     return Read(parts, media)
 
