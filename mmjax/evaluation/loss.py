@@ -30,7 +30,6 @@ def loss(
   for name in names:
     if name not in entries:
       raise UserError(f"{where} names {name!r}, but objectives has {', '.join(entries) or 'none'}")
-  for name in names:
     if entries[name].kind == "preference":
       raise UserError(
         f"{where}: {name} compares with a reference, which is known of the training data alone. "

@@ -53,12 +53,11 @@ class Fusion(nn.Module):
       for m in self.modalities
       if m in encoded
     }
-    tokens, mask, pooled = self.join(parts, train)[:3]
-    some = present_modalities(parts).any(-1)
+    out, some = self.join(parts, train), present_modalities(parts).any(-1)
     return Encoded(
-      jnp.where(some[:, None, None], tokens, 0),
-      mask & some[:, None],
-      jnp.where(some[:, None], pooled, 0),
+      jnp.where(some[:, None, None], out.tokens, 0),
+      out.mask & some[:, None],
+      jnp.where(some[:, None], out.pooled, 0),
     )
 
   def join(self, parts: Parts, train: bool) -> Encoded:

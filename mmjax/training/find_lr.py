@@ -58,17 +58,17 @@ def find_lr(config: FrozenConfigDict, workdir: str | os.PathLike, *, steps: int 
   """
   if not os.fspath(workdir):
     raise UserError("--workdir is empty: name the run folder")
+  if sampling(config):
+    raise UserError(
+      "--find-lr looks where the loss falls, but objective 'grpo' has none that tells: its reward "
+      "does. Try rates a tenth of those that the model was trained with"
+    )
   steps = steps or STEPS
   multihost.initialize(config, shared=str(workdir))
   with StopSignal() as stop:
     config, mesh, pipeline = multihost.together(functools.partial(open_data, config))
     with own(workdir, stop):
       ramp = growing(config, steps)
-      if sampling(config):
-        raise UserError(
-          "--find-lr looks where the loss falls, but objective 'grpo' has none that tells: its "
-          "reward does. Try rates a tenth of those that the model was trained with"
-        )
       with configs.mistakes():
         program = Program(ramp, mesh, steps=steps, examples=pipeline.examples)
         state = new_state(ramp, program, log=lambda line: None)
