@@ -19,7 +19,8 @@ from mmjax.data.media import WORDS, content_key
 from mmjax.data.naflex import PatchSequence, SequenceTransform, picture_of
 from mmjax.data.parts import Medium, Span
 from mmjax.data.rollouts import sampling
-from mmjax.data.sequences import Piece, Sequences, sequence_spec
+from mmjax.data.row_arrays import blank, fill, fill_prompt, sequence_spec
+from mmjax.data.sequences import Piece, Sequences
 from mmjax.data.sources import Source
 from mmjax.data.text import (
   TextTransform,
@@ -239,12 +240,12 @@ class Examples:
     """A batch of a language model: the examples of each row. judged: with the arrays of
     preferences, also where no source of the config has some.
     """
-    arrays = self.sequences.blank(len(rows), judged)
+    arrays = blank(self.sequences, len(rows), judged)
     batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}
     batch["unreadable"] = []
     for number, ((source, pieces), rng) in enumerate(zip(rows, rngs, strict=True)):
       batch["id"].append(stand_in_id(source, pieces[0].record))
-      failed = self.sequences.fill(arrays, number, pieces, source, rng)
+      failed = fill(self.sequences, arrays, number, pieces, source, rng)
       batch["valid"][number] = len(failed) < len(pieces)
       batch["unreadable"] += failed
     return batch
@@ -258,13 +259,13 @@ class Examples:
     """A batch of prompts: (source, record, the parts of one about it, or why there are none), one a
     row.
     """
-    arrays = sequences.blank(len(rows))
+    arrays = blank(sequences, len(rows))
     arrays["sequence"]["length"] = np.ones(len(rows), np.int32)
     batch: Batch = {**arrays, "valid": np.zeros(len(rows), bool), "id": [], "cut": []}
     batch["unreadable"] = []
     for number, ((source, index, parts), rng) in enumerate(zip(rows, rngs, strict=True)):
       batch["id"].append(stand_in_id(source, index))
-      failed = sequences.fill_prompt(arrays, number, parts, source, index, rng)
+      failed = fill_prompt(sequences, arrays, number, parts, source, index, rng)
       batch["valid"][number] = not failed
       batch["unreadable"] += failed
     return batch

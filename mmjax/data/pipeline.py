@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.data import fitting
 from mmjax.data.builders import Record
 from mmjax.data.examples import (
   MODALITIES,
@@ -133,7 +134,7 @@ class Pipeline:
     sequence = config.data.sequence
     if sequence.length and tables is None:  # of a language model: the examples of each row
       tables = [
-        self._examples.sequences.table(source, sequence.pack, config.seed)
+        fitting.table(self._examples.sequences, source, sequence.pack, config.seed)
         for source in self.sources
       ]
     self.tables = tables
@@ -551,7 +552,7 @@ class EvaluationData:
           high, low = text_key(caption)
           self.captions.append(Caption(caption, language, high << 32 | low, i))
     if self.config.data.sequence.length:
-      self.items = list(self._examples.sequences.in_order(self.source))
+      self.items = list(fitting.in_order(self._examples.sequences, self.source))
 
 
 class _Make:

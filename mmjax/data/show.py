@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmjax import printing
 from mmjax.config import UserError
-from mmjax.data import image, show_media
+from mmjax.data import fitting, image, show_media
 from mmjax.data.cuts import fits, measure_for
 from mmjax.data.folders import data_dir as default_data_dir
 from mmjax.data.histograms import as_html, histograms, in_text
@@ -74,7 +74,7 @@ def show_data_set(
 
     sequences = Examples(config, train=False).sequences
     source.text = entry["text"]
-    sequences.examples(source)  # which says what is learned of it, and what cannot be
+    fitting.examples(sequences, source)  # which says what is learned of it, and what cannot be
   path = show(
     source,
     out,
