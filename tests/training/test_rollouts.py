@@ -1,5 +1,5 @@
 """GRPO as a whole: rows of answers against rows of the data, advantages, rewards; a run that
-learns, is stopped and goes on; settings that make no sense.
+earns more and more, one that is stopped and goes on; settings that make no sense.
 """
 
 from __future__ import annotations
@@ -196,6 +196,20 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(home, whole):
   names = ("reward", "exact", "formed", "tied", "tokens", "entropy", "clipped")
   assert {f"rl/{name}" for name in names} <= set(row)
   assert 1 <= row["rl/tokens"] <= MOST and 0 < row["rl/entropy"] < 7 and row["skipped"] == 0
+
+
+def has_e(facts, question, answer, text):
+  return {"e": "e" in text}
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_answers_earn_more_and_more(home, tmp_path, normalise):
+  """Of a model that begins with noise, where one answer in ten has the letter."""
+  more = ("train.steps=36", "checkpoint.every=36", "objectives.rl.answers=8", "optimizer.lr=6e-3")
+  settings = dict(exact=0.0, right=1.0, check=f"{__name__}:has_e", normalise=normalise)
+  assert loop.train(config(home, *more, **settings), tmp_path / "run") == 0
+  right = [row["rl/right"] for row in lines(tmp_path / "run")]
+  assert statistics.fmean(right[:3]) < 0.3 and statistics.fmean(right[-3:]) > 0.9, right
 
 
 def test_answers_at_a_low_temperature_are_those_of_evaluation(home):
