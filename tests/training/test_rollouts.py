@@ -202,7 +202,7 @@ def has_e(facts, question, answer, text):
   return {"e": "e" in text}
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalise", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_answers_earn_more_and_more(home, tmp_path, normalise):
   """Of a model that begins with noise, where one answer in ten has the letter."""
   more = ("train.steps=36", "checkpoint.every=36", "objectives.rl.answers=8", "optimizer.lr=6e-3")
