@@ -167,6 +167,40 @@ def test_the_reference_is_what_the_start_makes_of_each_answer_alone(home):
     )
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_pairs_about_pictures_are_learned_in_full_and_by_adapters(home, tmp_path, adapters):
+  """A run begins where its reference is, and moves what it trains towards the chosen answers."""
+  made = []
+  for n in range(16):
+    (one,) = preferences(n)
+    (turn,) = one["prompt"]
+    shown = [dict(type="image"), dict(type="text", text=turn["content"])]
+    made.append(record(n, captions={}, preferences=[dict(one, prompt=[dict(turn, content=shown)])]))
+  write_dataset("shown", home, {"train": made}, fields=("image", "preferences"))
+  seen = dict(image=dict(kind="vit", patch=8, width=16, depth=1, heads=2))
+  pictures = (
+    "data.sources.pairs.name=shown",
+    "data.image.size=16",
+    "data.sequence.image=4",
+    "data.sequence.slots=2",
+    f"model.encoders={seen!r}",
+    "model.connectors={'image': {'kind': 'mlp'}}",
+    "evaluation.evaluators={}",
+    "train.steps=4",
+  )
+  start = tmp_path / "start"
+  c = config(home, *pictures)
+  program = Program(c, make_mesh(c, jax.devices()[:1]), steps=1)
+  with jax.set_mesh(program.mesh):
+    params = jax.device_get(program.init(0).params)
+  checkpoint.save_import(start, params, c, load_tokenizer(c.data).to_assets())
+  by = ("lora.params='.*(qkv|mlp).*'", "lora.rank=4") if adapters else ()
+  assert loop.train(config(home, *pictures, *by, start=str(start)), tmp_path / "run") == 0
+  first, *_, last = lines(tmp_path / "run")
+  assert first[1] == pytest.approx(math.log(2), abs=1e-6) and first[3] == 0
+  assert first[4] > 0 and last[3] > 0.01
+
+
 @pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_reference_and_notices_another(home, whole, capsys):
   """Bit for bit, also where the file is lost; not from another model."""
