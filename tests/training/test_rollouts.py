@@ -202,12 +202,15 @@ def has_e(facts, question, answer, text):
   return {"e": "e" in text}
 
 
-@pytest.mark.parametrize("normalise", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_answers_earn_more_and_more(home, tmp_path, normalise):
+@pytest.mark.parametrize(
+  "normalise, pictures", [(True, False), pytest.param(False, True, marks=pytest.mark.slow)]
+)
+def test_answers_earn_more_and_more(home, tmp_path, normalise, pictures):
   """Of a model that begins with noise, where one answer in ten has the letter."""
   more = ("train.steps=36", "checkpoint.every=36", "objectives.rl.answers=8", "optimizer.lr=6e-3")
-  settings = dict(exact=0.0, right=1.0, check=f"{__name__}:has_e", normalise=normalise)
-  assert loop.train(config(home, *more, **settings), tmp_path / "run") == 0
+  reward = dict(exact=0.0, right=1.0, check=f"{__name__}:has_e", normalise=normalise)
+  c = config(home, *more, pictures=pictures, **reward)
+  assert loop.train(c, tmp_path / "run") == 0
   right = [row["rl/right"] for row in lines(tmp_path / "run")]
   assert statistics.fmean(right[:3]) < 0.3 and statistics.fmean(right[-3:]) > 0.9, right
 
