@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +15,7 @@ from mmjax.data.examples import READERS, CutMedia
 from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
 from mmjax.data.placeholders import mixes_tokens
+from mmjax.data.series import read_series
 from mmjax.data.tiles import Tiling, cut_into_tiles
 from mmjax.files import read_file
 
@@ -29,8 +29,8 @@ class MediaInputs:
 
   An item is a path, encoded bytes, or an array: uint8 [H, W, 3] of a picture (or a PIL image),
   float [n] or [n, channels] of a sound at the config's rate (-1 to 1, or int16), uint8 [T, H, W, 3]
-  of a video, numbers [T, C] of a series (or a path of .npy), or what this returned for one. Raises
-  Unreadable, which names the item.
+  of a video, numbers [T, C] of a series (whose files are .npy or text, a step a line), or what this
+  returned for one. Raises Unreadable, which names the item.
   Where data.image.tiles cuts pictures, the arrays of one have an axis of tiles first; `slots` takes
   them apart.
   """
@@ -108,7 +108,7 @@ class MediaInputs:
       except OSError as error:
         raise Unreadable(f"cannot be opened ({error.strerror or error})") from error
     if self.modality == "series":
-      return _numbers(item) if isinstance(item, bytes) else np.asarray(item)
+      return read_series(item) if isinstance(item, bytes) else np.asarray(item)
     if isinstance(item, bytes):
       return item
     if self.modality == "image" and isinstance(item, Image.Image):
@@ -159,10 +159,3 @@ def _png(picture: Image.Image) -> bytes:
     else upright.convert("RGB")
   ).save(data, "PNG", compress_level=0)
   return data.getvalue()
-
-
-def _numbers(data: bytes) -> Any:
-  try:
-    return np.load(io.BytesIO(data), allow_pickle=False)
-  except (ValueError, EOFError, OSError) as error:
-    raise Unreadable("not an .npy file of numbers") from error

@@ -183,7 +183,8 @@ class Predictor:
     return self.encode("video", videos)
 
   def encode_series(self, series: Item | Iterable[Item]) -> np.ndarray:
-    """float32 [N, D], rows of length one, of sensor series: arrays [T, C], or paths of .npy files.
+    """float32 [N, D], rows of length one, of sensor series: arrays [T, C], or paths of .npy files
+    or of texts, a step a line.
     Raises UserError as `encode_image`."""
     return self.encode("series", series)
 

@@ -88,6 +88,12 @@ def test_a_table_gives_labels_and_values_and_names_what_cannot_be_read(machine, 
   found = predict.command(predictor, [tmp_path / "rows.jsonl"], out=tmp_path / "found.json")
   assert [row["label"] for row in found[:2]] == [row["label"] for row in in_python]
   assert json.loads((tmp_path / "found.json").read_text()) == found
+  # Files of text, a step a line, as the converters read them.
+  (tmp_path / "texts").mkdir()
+  for i, x in enumerate(values[:2]):
+    np.savetxt(tmp_path / f"texts/{i}.csv", x, fmt="%.9g", delimiter=",", header="x,y", comments="")
+  of_texts = predict.command(predictor, [tmp_path / "texts"])
+  assert [row["heat"] for row in of_texts] == pytest.approx(scaled[:2, 0])
   # A table as the converters read it; a row that does not fit the header costs itself.
   (tmp_path / "odd.csv").write_text("name;signal\nm0;0.npy\nm1;1.npy;more\nm3;3.npy\n")
   columns = dict(id="name", series="signal")

@@ -70,8 +70,9 @@ def test_files_and_arrays_of_every_modality_give_the_same(dual, files):
   )
   series = np.random.default_rng(0).normal(size=(6, 2))
   np.save(files / "track.npy", series)
+  np.savetxt(files / "track.csv", series, fmt="%.9g", delimiter=",", header="x,y", comments="")
   np.testing.assert_allclose(
-    dual.encode_series([series, files / "track.npy", files / "track.npy"])[1:],
+    dual.encode_series([series, files / "track.npy", files / "track.csv"])[1:],
     dual.encode_series([series] * 2),
     atol=1e-6,
   )
