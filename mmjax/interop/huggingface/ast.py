@@ -202,9 +202,7 @@ def encoder_rules(
       lambda t: t[0].reshape(-1),
       lambda p: [p[None, None]],
     ),
-    Rule(
-      f"{ours}/position", (table("position_embeddings"),), lambda t: t[0][0], lambda p: [p[None]]
-    ),
+    mapping.row(f"{ours}/position", table("position_embeddings")),
     mapping.patches(f"{ours}/patch/kernel", table("patch_embeddings.projection.weight"), patch),
     mapping.same(f"{ours}/patch/bias", table("patch_embeddings.projection.bias")),
     Rule(

@@ -102,9 +102,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
   image = config["model"]["encoders"]["image"]
   at, depth = "encoder.layer.{i}", image["depth"]
   up, down = ("weights_in", "weights_out") if image["gated"] else ("fc1", "fc2")
-  registers = Rule(
-    "image/registers", ("embeddings.register_tokens",), lambda t: t[0][0], lambda p: [p[None]]
-  )
+  registers = mapping.row("image/registers", "embeddings.register_tokens")
   return [
     *vit.embedding_and_attention_rules(image),
     *([registers] if image["registers"] else ()),

@@ -25,11 +25,9 @@ ARCHITECTURES = ((ARCHITECTURE, "InternVLModel"),)
 TEXT = ("qwen2", "llama", "qwen3")  # families that may write
 
 # What transformers assumes where config.json is silent.
-FACTS: dict[str, Any] = dict(
-  image_token_id=151_667, downsample_ratio=0.5, projector_hidden_act="gelu"
-)
+FACTS: dict[str, Any] = dict(image_token_id=151_667, projector_hidden_act="gelu")
 FACTS |= dict(vision_feature_layer=-1, vision_feature_select_strategy="default")
-FACTS |= dict(tie_word_embeddings=True)
+FACTS |= dict(tie_word_embeddings=True, downsample_ratio=0.5)
 VISION: dict[str, Any] = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
 VISION |= dict(intermediate_size=4096, image_size=448, patch_size=14, num_channels=3)
 VISION |= dict(hidden_act="gelu", layer_norm_eps=1e-6, attention_bias=False, use_qk_norm=False)
@@ -73,9 +71,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
 
 
 def tiles(facts: Mapping[str, Any]) -> dict[str, int]:
-  """data.image.tiles of a preprocessor_config.json; the processor cuts pictures whatever it says of
-  that.
-  """
+  """data.image.tiles of a preprocessor_config.json, which cuts whatever it says of that."""
   return dict(most=facts["max_patches"], least=facts["min_patches"])
 
 
@@ -101,23 +97,13 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
   """The weights of an InternVLForConditionalGeneration."""
   image, at = config["model"]["encoders"]["image"], "vision_tower.encoder.layer.{i}"
   embeddings, depth = "vision_tower.embeddings", image["depth"]
-  attention = mapping.self_attention(
-    "image/layers/attention",
-    [f"{at}.attention.{x}_proj" for x in "qkv"],
-    f"{at}.attention.projection_layer",
-    image["heads"],
-    depth,
-  )
+  names = [f"{at}.attention.{x}_proj" for x in "qkv"], f"{at}.attention.projection_layer"
+  attention = mapping.self_attention("image/layers/attention", *names, image["heads"], depth)
   biased = image.get("block", {}).get("qkv_bias", True)
   patch = f"{embeddings}.patch_embeddings.projection"
   return [
     mapping.same("image/class", f"{embeddings}.cls_token", shape=(1, 1, -1)),
-    Rule(
-      "image/position",
-      (f"{embeddings}.position_embeddings",),
-      lambda t: t[0][0],
-      lambda p: [p[None]],
-    ),
+    mapping.row("image/position", f"{embeddings}.position_embeddings"),
     mapping.patches("image/patch/kernel", f"{patch}.weight", image["patch"]),
     mapping.same("image/patch/bias", f"{patch}.bias"),
     *(rule for rule in attention if biased or not rule.ours.endswith("qkv/bias")),

@@ -66,6 +66,11 @@ def same(ours: str, theirs: str, layers: int = 0, shape: tuple[int, ...] | None 
   )
 
 
+def row(ours: str, theirs: str) -> Rule:
+  """The tensor with an axis of one before the others there."""
+  return Rule(ours, (theirs,), lambda t: t[0][0], lambda p: [p[None]])
+
+
 def scalar(ours: str, theirs: str, shape: tuple[int, ...]) -> Rule:
   return Rule(ours, (theirs,), lambda t: t[0].reshape(()), lambda p: [p.reshape(shape)])
 

@@ -100,9 +100,7 @@ def embedding_and_attention_rules(image: Mapping[str, Any]) -> list[Rule]:
   at = "encoder.layer.{i}.attention"
   return [
     mapping.same("image/class", "embeddings.cls_token", shape=(1, 1, -1)),
-    Rule(
-      "image/position", ("embeddings.position_embeddings",), lambda t: t[0][0], lambda p: [p[None]]
-    ),
+    mapping.row("image/position", "embeddings.position_embeddings"),
     mapping.patches(
       "image/patch/kernel", "embeddings.patch_embeddings.projection.weight", image["patch"]
     ),
