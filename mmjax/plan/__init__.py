@@ -28,6 +28,7 @@ from mmjax.parallel import rules
 from mmjax.parallel.mesh import batch_shards, for_slices, layouts, make_mesh
 from mmjax.plan import cost, hlo, memory, schedule, topology
 from mmjax.plan.kernels import kernels_of
+from mmjax.training.flops import jaxpr_bytes, jaxpr_flops
 from mmjax.training.memory import compiled_bytes, state_bytes
 from mmjax.training.program import Program
 from mmjax.training.statistics import with_statistics
@@ -83,7 +84,7 @@ def plan(
 def _compile(
   config: FrozenConfigDict, target: topology.Slice, dump_hlo: str, log: Log
 ) -> dict[str, Any]:
-  real = topology.has_libtpu()
+  real = topology.has_libtpu() and not target.is_gpu
   devices = topology.devices(target) if real else topology.simulated(target)
   step, length = make_step(config, make_mesh(config, devices))
   log(f"compiling {_summary(config)} for {target.name} ({target.chips} chips) ...")
@@ -126,7 +127,7 @@ def _compile(
     kinds[source] = analyse(
       step,
       compiled,
-      target.chip,
+      target,
       text=text,
       schedules=schedules,
       steps=length,
@@ -193,7 +194,7 @@ def make_step(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> tuple[Progra
 def analyse(
   step: Program,
   compiled: jax.stages.Compiled,
-  chip: topology.Chip,
+  target: topology.Slice,
   *,
   text: str | None = None,
   schedules: Mapping[str, schedule.Schedule] | None = None,
@@ -205,7 +206,8 @@ def analyse(
   """The figures of a compiled step. text: the program, where it is known. schedules: of its
   kernels. timed: the compiler estimates cycles (TPU), else memory only. source: the kind of step.
   """
-  chips, batch = step.mesh.size // chip.devices, step.config.train.batch_size
+  chip, batch = target.chip, step.config.train.batch_size
+  chips = step.mesh.size // chip.devices
 
   def per_chip(counts):
     return {name: count * chip.devices for name, count in counts.items()}
@@ -238,11 +240,17 @@ def analyse(
       f"time and collectives: jax {jax.__version__} cannot read what this libtpu compiled for "
       f"{chip.name}; the pair of versions that jax[tpu] installs may"
     )
-  elif timed:
-    spent = _spent(step, module, text, chip, source, schedules)
-    seconds = spent.pop("seconds")
-    result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
+  elif timed or target.is_gpu:
     links = cost.link_seconds(found, chip)
+    if timed:
+      spent = _spent(step, module, text, chip, source, schedules)
+      result.update(custom_calls=spent.pop("custom_calls"), largest=spent.pop("largest"))
+      left_out += _left_out(spent, links, result["custom_calls"])
+      del spent["unknown_loops"], spent["without_estimate"]
+    else:
+      spent = _estimated(step, chip, chips, source)
+      left_out += _LEFT_OUT_OF_ESTIMATES
+    seconds = spent.pop("seconds")
     per_second = batch / seconds if seconds else None
     result["step"] = dict(
       seconds=seconds,
@@ -250,10 +258,8 @@ def analyse(
       examples_per_second=per_second,
       tokens_per_second=per_second and per_second * sum(tokens.values()),
       collective_seconds=links,
-      waiting_seconds=spent["waiting_seconds"],
-      **{k: spent[k] for k in ("cycles", "compiler_cycles", "custom_call_cycles")},
+      **spent,
     )
-    left_out += _left_out(spent, links, result["custom_calls"])
     if steps:
       result["run"] = dict(
         steps=steps, hours=seconds * steps / 3600, chip_hours=seconds * steps * chips / 3600
@@ -269,6 +275,37 @@ def analyse(
     left_out.append("activations on their way to the memory of the host and back (remat offload)")
   result["left_out"] = left_out
   return result
+
+
+_LEFT_OUT_OF_ESTIMATES = (
+  "what kernels of a GPU take: time is an estimate, as if all matrix products ran at peak or at "
+  "full bandwidth and nothing else took any; real steps take longer",
+  "memory by a GPU's compiler: it is that of the step compiled for simulated CPU devices, which "
+  "keep some bfloat16 arrays as float32 and attention weights whole; CUDA itself takes some too",
+)
+
+
+def _estimated(
+  step: Program, chip: topology.Chip, chips: int, source: str
+) -> dict[str, float | str | None]:
+  """The least time of a step by its work: matrix products at peak, or their operands and results
+  and twice the state at full bandwidth, whichever takes longer.
+  """
+  with rules.use(step.mesh, step.rules):
+    update = functools.partial(step.step.update, source=source)
+    jaxpr = jax.make_jaxpr(update)(
+      step.state_spec, step.batch_spec_of(source), step.teachers_spec
+    ).jaxpr
+  state = sum(count for part, count in state_bytes(step).items() if part != "batch")
+  products = jaxpr_flops(jaxpr) / chips / chip.peak
+  moved = (jaxpr_bytes(jaxpr) / chips + 2 * state) / chip.bandwidth
+  return dict(
+    seconds=max(products, moved),
+    product_seconds=products,
+    memory_seconds=moved,
+    waiting_seconds=None,
+    basis="estimate",
+  )
 
 
 def _spent(
@@ -359,6 +396,8 @@ def model_flops(step: Program) -> dict[str, float]:
 def tokens_of(step: Program) -> dict[str, int]:
   """Tokens (patches, frames) that an encoder works on, an example."""
   found = {}
+  if "sequence" in step.batch_spec:
+    found["sequence"] = step.batch_spec["sequence"]["tokens"].shape[1]
   for modality in step.config.model.get("encoders", {}):
     if modality in step.batch_spec:
 
@@ -389,22 +428,32 @@ def settings_of(config: FrozenConfigDict, step: Program | None = None) -> dict[s
 
 
 def remat_of(config: FrozenConfigDict) -> dict[str, str]:
-  """{"encoders.image", "fusion", "decoder", ...: remat policy} of every stack of the model."""
+  """{"encoders.image", "fusion", "decoder", ...: remat policy} of every stack of the model, "" of
+  a language model's own.
+  """
   return {path: entry["remat"] for path, entry in stacks_of(config).items()}
 
 
 def stacks_of(config: FrozenConfigDict) -> dict[str, Any]:
-  """{"encoders.image", "fusion", "decoder", ...: its settings} of every stack of the model."""
+  """{"encoders.image", "fusion", "decoder", ...: its settings} of every stack of the model, "" for
+  a language model's own.
+  """
   encoders = {
     f"encoders.{modality}": entry for modality, entry in config.model.get("encoders", {}).items()
   }
-  stacks = {**encoders, **{name: config.model.get(name) or {} for name in NESTED}}
+  stacks = {"": config.model, **encoders}
+  stacks |= {name: config.model.get(name) or {} for name in NESTED}
   return {path: entry for path, entry in stacks.items() if "remat" in entry}
 
 
 def with_remat(config: FrozenConfigDict, policy: str) -> list[str]:
   """Overrides that give every stack of the model a remat policy."""
-  return [f"model.{path}.remat={policy}" for path in remat_of(config)]
+  return [f"{key_of(path, 'remat')}={policy}" for path in remat_of(config)]
+
+
+def key_of(path: str, name: str) -> str:
+  """The key of a setting of one of `stacks_of`."""
+  return ".".join(filter(None, ("model", path, name)))
 
 
 # -- Where it does not fit -------------------------------------------------------------------------

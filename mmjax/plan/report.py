@@ -39,7 +39,7 @@ def command(
   def log(line):
     return printing.log(line, sys.stderr)
 
-  if not topology.has_libtpu():
+  if not topology.has_libtpu() and not target.is_gpu:
     log(
       "libtpu is not installed: planning on simulated CPU devices, memory only (mend: pip install "
       "'mmjax[tpu]')"
@@ -68,7 +68,7 @@ def describe(result: dict[str, Any]) -> str:
   """A plan as lines for people."""
   where, chosen = result["topology"], result["config"]
   mesh = " x ".join(f"{axis} {size}" for axis, size in chosen["mesh"].items()) or "one device"
-  remat = ", ".join(f"{name} {policy}" for name, policy in chosen["remat"].items())
+  remat = ", ".join(f"{name or 'blocks'} {policy}" for name, policy in chosen["remat"].items())
   lines = [
     f"{chosen['model']} on {where['name']}: {where['chips']} {where['chip']} chips"
     + (f" in {where['slices']} slices" if where["slices"] > 1 else "")
@@ -149,11 +149,20 @@ def _time(result: dict[str, Any]) -> list[str]:
       f"  {'model FLOPs (forward and backward)':36}{model['flops_per_step']:>12.4g}  ({parts})",
     ]
   if step := result.get("step"):
-    lines.append(
-      f"  {'estimated time':36}{step['seconds'] * 1e3:>9.3f} ms  ({step['cycles'] / 1e6:.2f} "
-      f"million cycles, {step['custom_call_cycles'] / 1e6:.2f} of them for custom calls)"
+    basis = (
+      f"basis: estimate; products {step['product_seconds'] * 1e3:.3f} ms at peak, memory "
+      f"{step['memory_seconds'] * 1e3:.3f} ms at full bandwidth"
+      if step.get("basis") == "estimate"
+      else f"{step['cycles'] / 1e6:.2f} million cycles, {step['custom_call_cycles'] / 1e6:.2f} of "
+      "them for custom calls"
     )
-    if step.get("collective_seconds"):
+    lines.append(f"  {'estimated time':36}{step['seconds'] * 1e3:>9.3f} ms  ({basis})")
+    if step.get("waiting_seconds") is None and step.get("collective_seconds"):
+      lines.append(
+        f"  {'collectives, part of it on top':36}{step['collective_seconds'] * 1e3:>9.3f} ms  (at "
+        "the full speed of the links)"
+      )
+    elif step.get("collective_seconds"):
       lines.append(
         f"  {'waiting for collectives, on top':36}{step['waiting_seconds'] * 1e3:>9.3f} ms  (of "
         f"{step['collective_seconds'] * 1e3:.3f} at the full speed of the links)"

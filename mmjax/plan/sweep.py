@@ -12,7 +12,7 @@ from ml_collections import FrozenConfigDict
 from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.parallel.mesh import layouts
-from mmjax.plan import CACHE, plan, settings_of, stacks_of, topology, with_remat
+from mmjax.plan import CACHE, key_of, plan, settings_of, stacks_of, topology, with_remat
 
 REMATS = ("none", "dots_no_batch", "dense", "attention", "full")
 MICROBATCHES = (1, 2, 4)
@@ -80,7 +80,10 @@ def _unrolled(config: FrozenConfigDict) -> list[list[str]]:
     if entry.get("depth", 1) > 1 and not entry.get("scan_unroll")
   }
   return [
-    [f"model.{path}.scan_unroll={-(-entry['depth'] // trips)}" for path, entry in stacks.items()]
+    [
+      f"{key_of(path, 'scan_unroll')}={-(-entry['depth'] // trips)}"
+      for path, entry in stacks.items()
+    ]
     for trips in TRIPS
     if stacks
   ]

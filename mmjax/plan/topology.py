@@ -1,5 +1,5 @@
-"""Names of TPU slices, what a chip of each kind has, and devices to compile for that need not be
-there.
+"""Names of TPU slices and of GPUs, what a chip of each kind has, and devices to compile for that
+need not be there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _MOST_SLICES = 256
 
 
 class Chip(NamedTuple):
-  """One kind of TPU chip (vendor's pages: cloud.google.com/tpu/docs/v5e and its neighbours).
+  """One kind of TPU chip (vendor's pages: cloud.google.com/tpu/docs/v5e and its neighbours), or of
+  GPU, which has no more than the first fields.
 
   clock: what turns the compiler's cycles into seconds; with the number and size of the matrix units
   it gives `peak`.
@@ -41,15 +42,15 @@ class Chip(NamedTuple):
   memory: float  # bytes
   bandwidth: float  # bytes a second between memory and chip
   links: float
-  clock: float  # Hz
-  devices: int  # JAX devices a chip
-  counts: str  # "chips" or "cores" (two a chip)
-  dimensions: int
-  largest: int  # chips of the largest slice
-  kinds: tuple[str, ...]  # jax.Device.device_kind
-  options: dict  # what libtpu wants to hear besides the shape
-  granule: int  # bytes that copies between memory and chip are counted in
-  delay_slots: int  # bundles after a branch that are issued before it takes effect
+  clock: float = 0.0  # Hz
+  devices: int = 1  # JAX devices a chip
+  counts: str = "chips"  # or "cores" (two a chip)
+  dimensions: int = 1
+  largest: int = 8  # chips of the largest slice
+  kinds: tuple[str, ...] = ()  # jax.Device.device_kind
+  options: dict = {}  # what libtpu wants to hear besides the shape
+  granule: int = 0  # bytes that copies between memory and chip are counted in
+  delay_slots: int = 0  # bundles after a branch that are issued before it takes effect
 
 
 CHIPS = {
@@ -124,6 +125,18 @@ CHIPS = {
     ),
   )
 }
+# By NVIDIA's data sheets of the SXM boards: dense bfloat16, NVLink in one direction, and the memory
+# that the driver reports. Names have the gigabytes that are sold.
+GPUS = {
+  chip.name: chip
+  for chip in (
+    Chip("a100-40gb", 312e12, 40 * GIB, 1555e9, 300e9),
+    Chip("a100-80gb", 312e12, 80 * GIB, 2039e9, 300e9),
+    Chip("h100-80gb", 989e12, 79.6 * GIB, 3350e9, 450e9),
+    Chip("h200-141gb", 989e12, 140.4 * GIB, 4800e9, 450e9),
+    Chip("b200-180gb", 2250e12, 179 * GIB, 8000e9, 900e9),
+  )
+}
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
 _FAMILIES = {
   "v4": "v4",
@@ -135,7 +148,7 @@ _FAMILIES = {
 
 
 class Slice(NamedTuple):
-  """`slices` equal slices of `chips` chips each, laid out as `shape`."""
+  """`slices` equal slices (of GPUs: machines) of `chips` chips each, laid out as `shape`."""
 
   name: str
   chip: Chip
@@ -151,21 +164,28 @@ class Slice(NamedTuple):
     return self.chips * self.chip.devices
 
   @property
+  def is_gpu(self) -> bool:
+    return self.chip.name in GPUS
+
+  @property
   def libtpu_name(self) -> str:
-    return f"{_FAMILIES[self.chip.name]}:{'x'.join(map(str, self.shape))}"
+    name = _FAMILIES.get(self.chip.name, self.chip.name)
+    return f"{name}:{'x'.join(map(str, self.shape))}"
 
 
 def parse(name: str) -> Slice:
   """The slice of a product name: v5e-16 and v6e-16 (16 chips), v4-32, v5p-32 and 7x-32 (32 cores,
-  16 chips), 2xv5e-256 (two slices of 256 chips), v5p:4x4x12 (a shape in chips). Raises ConfigError
-  naming the nearest valid name."""
+  16 chips), 2xv5e-256 (two slices of 256 chips), v5p:4x4x12 (a shape in chips). Or of GPUs:
+  h100-80gb-8, 2xh200-8 (two machines of 8). Raises ConfigError naming the nearest valid name."""
+  if found := _gpus(name):
+    return found
   number, kinds = r"\d{1,9}", "|".join((*CHIPS, *_ALIASES))
   match = re.fullmatch(
     rf"(?:({number})x)?({kinds})(?:-({number})|:({number}(?:x{number})*))", name.strip().lower()
   )
   kind = _ALIASES.get(match[2], match[2]) if match else ""
   if not match:
-    raise ConfigError(f"--topology {name}: no such TPU{_did_you_mean(name)}")
+    raise ConfigError(f"--topology {name}: no such TPU or GPU{_did_you_mean(name)}")
   chip, slices = CHIPS[kind], int(match[1] or 1)
   prefix = f"{slices}x" if slices > 1 else ""
   if not 1 <= slices <= _MOST_SLICES:
@@ -187,6 +207,32 @@ def parse(name: str) -> Slice:
       f"{prefix}{kind}-{nearest}? There are: {', '.join(map(str, sizes))} {chip.counts}"
     )
   return Slice(name, chip, sizes[int(match[3])], slices)
+
+
+def _gpus(name: str) -> Slice | None:
+  """The GPUs of a name; None where it is of none. The memory may be left out where a kind has one
+  size alone. Raises ConfigError: no such memory, or more GPUs than a machine has.
+  """
+  names = "|".join(dict.fromkeys(chip.partition("-")[0] for chip in GPUS))
+  match = re.fullmatch(
+    rf"(?:(\d{{1,3}})x)?({names})(?:-(\d{{1,3}}gb))?-(\d{{1,3}})", name.strip().lower()
+  )
+  if not match:
+    return None
+  known = [chip for chip in GPUS if chip.startswith(f"{match[2]}-")]
+  chosen = known if match[3] is None else [chip for chip in known if chip.endswith(f"-{match[3]}")]
+  slices, count = int(match[1] or 1), int(match[4])
+  prefix = f"{slices}x" if slices > 1 else ""
+  if len(chosen) != 1:
+    names = ", ".join(f"{prefix}{chip}-{count}" for chip in known)
+    raise ConfigError(f"--topology {name}: which memory? There are: {names}")
+  chip = GPUS[chosen[0]]
+  if not 1 <= count <= chip.largest or not 1 <= slices <= _MOST_SLICES:
+    raise ConfigError(
+      f"--topology {name}: a machine has 1 to {chip.largest} GPUs, and there may be 1 to "
+      f"{_MOST_SLICES:,} machines, such as 2x{chip.name}-8"
+    )
+  return Slice(name, chip, (count,), slices)
 
 
 def product_sizes(chip: Chip) -> dict[int, tuple[int, ...]]:
@@ -347,9 +393,12 @@ def quiet() -> Iterator[None]:
 
 def _did_you_mean(name: str) -> str:
   every = [f"{chip.name}-{size}" for chip in CHIPS.values() for size in product_sizes(chip)]
+  every += [f"{chip}-{size}" for chip in GPUS for size in (1, 2, 4, 8)]
   near = difflib.get_close_matches(
     re.sub(r"^\d+x(?=v|7)", "", name.lower()), every, n=1, cutoff=0.5
   )
+  nearest = f". Did you mean {near[0]!r}?" if near else "."
   return (
-    f". Did you mean {near[0]!r}?" if near else "."
-  ) + " Names look like v5e-16, v6e-256, v4-32, v5p-128, 7x-64, or 2xv5e-256 for two slices"
+    f"{nearest} Names look like v5e-16, v6e-256, v4-32, v5p-128, 7x-64, 2xv5e-256 for two slices, "
+    "or h100-80gb-8"
+  )

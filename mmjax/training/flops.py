@@ -91,20 +91,38 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
 
 def jaxpr_flops(jaxpr: Any) -> float:
   """The same of a traced function."""
-  return sum(_equation(equation) for equation in jaxpr.eqns)
+  return _total(jaxpr, _flops)
 
 
-def _equation(equation: Any) -> float:
+def jaxpr_bytes(jaxpr: Any) -> float:
+  """Bytes of the operands and results of every product that `jaxpr_flops` counts."""
+  return _total(jaxpr, _bytes)
+
+
+def _total(jaxpr: Any, of_product: Callable[[Any], float]) -> float:
+  return sum(_equation(equation, of_product) for equation in jaxpr.eqns)
+
+
+def _flops(equation: Any) -> float:
+  out = math.prod(equation.outvars[0].aval.shape)
+  if equation.primitive.name == "dot_general":
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return 2.0 * out * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+  kernel = equation.invars[1].aval.shape
+  outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+  return 2.0 * out * math.prod(kernel) / outputs
+
+
+def _bytes(equation: Any) -> float:
+  arrays = [x.aval for x in (*equation.invars, *equation.outvars)]
+  return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays))
+
+
+def _equation(equation: Any, of_product: Callable[[Any], float]) -> float:
   name, params = equation.primitive.name, equation.params
-  if name == "dot_general":
-    (contracted, _), _ = params["dimension_numbers"]
-    depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
-  if name == "conv_general_dilated":
-    kernel = equation.invars[1].aval.shape
-    outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
-  inner = [jaxpr_flops(getattr(value, "jaxpr", value)) for value in _bodies(params)]
+  if name in ("dot_general", "conv_general_dilated"):
+    return of_product(equation)
+  inner = [_total(getattr(value, "jaxpr", value), of_product) for value in _bodies(params)]
   if name == "cond":
     return max(inner, default=0.0)
   return _times(name, params) * sum(inner)

@@ -91,6 +91,51 @@ def test_without_libtpu_memory_is_planned_on_simulated_devices(
   assert not planning.plan(config, "v5e-4", cache=closed)["cached"]
 
 
+WORDS = """
+import mmjax
+
+def get_config(arg=""):
+  c = mmjax.config.base()
+  c.data.text.vocab_size, c.data.text.tokenizer, c.data.sequence.length = 512, "none", 64
+  c.model = dict(name="language_model", width=128, depth=3, heads=2, mlp=256, encoders={},
+                 tied=False, eos_id=1, pad_id=0, remat="full")
+  c.objectives.words = dict(kind="language_modelling")
+  c.train.batch_size, c.train.steps = 32, 1000
+  return c
+"""
+
+
+def test_gpus_are_planned_with_an_estimate_of_time(tmp_path, monkeypatch):
+  """Also where libtpu is installed. Products: 2 FLOPs a parameter and token forward, again where
+  blocks are computed again, and 4 backward.
+  """
+  monkeypatch.setattr(topology, "has_libtpu", lambda: True)
+  (tmp_path / "words.py").write_text(WORDS)
+  config = configs.load(
+    str(tmp_path / "words.py"), ["mesh.data=1", "mesh.fsdp=-1", "sharding=fsdp"]
+  )
+  result = planning.plan(config, "h100-80gb-4", cache=None, remedies=False)
+  step, where = result["step"], result["topology"]
+  assert (where["chip"], where["chips"], where["peak_flops"]) == ("h100-80gb", 4, 989e12)
+  assert step["basis"] == "estimate" and result["compiler"] == "simulated CPU devices"
+  blocks = 3 * (4 * 128 * 128 + 3 * 128 * 256)
+  table, tokens = 512 * 128, 32 * 64
+  attention = 3 * 4 * 64 * 128 * tokens  # two products of 64 keys a token and layer
+  flops = tokens * (8 * blocks + 6 * table) + 4 * attention
+  assert step["product_seconds"] == pytest.approx(flops / 4 / 989e12, rel=0.05)
+  state = result["memory"]["parameters"] + result["memory"]["optimizer"]
+  assert step["memory_seconds"] > 2 * state / 3350e9
+  assert step["seconds"] == max(step["product_seconds"], step["memory_seconds"])
+  assert step["tokens_per_second"] == pytest.approx(tokens / step["seconds"])
+  assert step["collective_seconds"] == pytest.approx(
+    sum(x["bytes"] * (1 + (kind == "all-reduce")) for kind, x in result["collectives"].items())
+    / 450e9
+  )
+  assert planning.remat_of(config) == {"": "full"}
+  text = report.describe({**result, "changes": []})
+  assert "basis: estimate" in text and "remat: blocks full" in text
+
+
 def test_a_place_where_figures_cannot_go_is_named(tiny, without_libtpu, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setattr(report, "plan", lambda *_, **__: {})

@@ -26,6 +26,10 @@ from mmjax.plan import topology
     ("2x7x-16", "7x", (2, 2, 2), 2, 16, 32),
     ("v5p:4x4x12", "v5p", (4, 4, 12), 1, 192, 192),
     ("4xv6e:4x8", "v6e", (4, 8), 4, 128, 128),
+    ("h100-80gb-8", "h100-80gb", (8,), 1, 8, 8),
+    ("2xH200-8", "h200-141gb", (8,), 2, 16, 16),
+    ("a100-40gb-1", "a100-40gb", (1,), 1, 1, 1),
+    ("b200-4", "b200-180gb", (4,), 1, 4, 4),
   ],
 )
 def test_product_names(name, kind, shape, slices, chips, devices):
@@ -44,7 +48,10 @@ def test_product_names(name, kind, shape, slices, chips, devices):
     ("v5p-2", ["v5p-8"]),
     ("v5f-16", ["no such TPU", "v5e-16"]),
     ("v5e", ["no such TPU", "v5e-"]),
-    ("h100-8", ["no such TPU", "v5e-16"]),
+    ("t4-8", ["no such TPU or GPU", "v5e-16"]),
+    ("a100-8", ["which memory", "a100-40gb-8, a100-80gb-8"]),
+    ("h100-141gb-8", ["which memory", "h100-80gb-8"]),
+    ("h100-80gb-16", ["1 to 8 GPUs", "2xh100-80gb-8"]),
     ("", ["no such TPU"]),
     ("v5e:4x4x4", ["2 dimensions", "v5e:4x4"]),
     ("v5e:64x64", ["at most 256"]),
