@@ -407,6 +407,7 @@ def _generate(options) -> None:
     temperature=options.temperature,
     top_k=options.top_k,
     top_p=options.top_p,
+    cache=options.cache,
     allow_code=options.allow_code,
   )
   rows: list[dict[str, Any]] = []
@@ -434,7 +435,7 @@ def _chat(options) -> None:
   from mmjax.inference import terminal
   from mmjax.inference.predictor import Predictor
 
-  predictor = Predictor.load(options.checkpoint, allow_code=options.allow_code)
+  predictor = Predictor.load(options.checkpoint, allow_code=options.allow_code, cache=options.cache)
   terminal.on_terminal(
     predictor.chat(
       template=options.template,
@@ -455,7 +456,7 @@ def _serve(options) -> None:
   from mmjax.printing import log
 
   server.serve(
-    Predictor.load(options.checkpoint, allow_code=options.allow_code),
+    Predictor.load(options.checkpoint, allow_code=options.allow_code, cache=options.cache),
     options.host,
     options.port,
     lambda address: log(f"serving {options.checkpoint} at {address} (Ctrl-C ends)", sys.stderr),
@@ -715,8 +716,8 @@ def _parser() -> argparse.ArgumentParser:
     commands,
     "plan",
     _plan,
-    "Memory, time and cost of a run on a TPU slice, from its compiler, without TPUs; writes "
-    "plan.json.",
+    "Memory, time and cost of a run on a TPU slice, from its compiler, without TPUs, or roughly on "
+    "GPUs; writes plan.json.",
     "mmjax plan --config configs/siglip_b16.py --topology v5e-16",
     overrides=True,
   )
@@ -732,7 +733,8 @@ def _parser() -> argparse.ArgumentParser:
     required=True,
     metavar="NAME",
     help="v5e-N, v6e-N (N chips), v4-N, v5p-N, 7x-N (N cores, two a chip), v5p:4x4x12 (a shape), "
-    "2xv5e-256 (two slices)",
+    "2xv5e-256 (two slices); a100-40gb-N, a100-80gb-N, h100-N, h200-N, b200-N (N GPUs of a "
+    "machine)",
   )
   sub.add_argument(
     "--sweep",
@@ -1100,6 +1102,7 @@ def _parser() -> argparse.ArgumentParser:
     help="what a language model goes on from, about each file or alone; <image>, <audio>, <video> "
     "or <series> in it says where the file stands, else it comes first",
   )
+  _cache(sub)
   _sampling(sub)
   sub.add_argument("--seed", type=_number(Seed), default=0, metavar="N", help="of the draws")
   sub.add_argument(
@@ -1190,6 +1193,15 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+def _cache(sub: argparse.ArgumentParser) -> None:
+  sub.add_argument(
+    "--cache",
+    default="float",
+    choices=("float", "int8"),
+    help="keys and values of a language model's texts; int8 takes a quarter of float32's memory",
+  )
+
+
 def _sampling(sub: argparse.ArgumentParser) -> None:
   """How a language model chooses the next token."""
   sub.add_argument(
@@ -1209,6 +1221,7 @@ def _sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def _conversing(sub: argparse.ArgumentParser) -> None:
+  _cache(sub)
   sub.add_argument("--checkpoint", required=True, metavar="DIR")
   sub.add_argument(
     "--template",

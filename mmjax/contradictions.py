@@ -37,6 +37,12 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
 def _check_sequences(c: dict) -> None:
   """A language model has rows of tokens, in which each medium has places; no other model has."""
   sequence, model = c["data"]["sequence"], c["model"]
+  group, image = c["data"]["video"]["group"], model.get("encoders", {}).get("image") or {}
+  if group and ("connectors" not in model or image.get("frames") != group):
+    raise ConfigError(
+      f"data.video.group is {group}: clips are read by the encoder of pictures, which needs "
+      f"model.encoders.image.frames={group} in a language model. Set both, or neither"
+    )
   if "connectors" not in model:
     if sequence["length"]:
       raise ConfigError(

@@ -503,6 +503,13 @@ KEYS = (
     for name, what in (("image", "a picture"), ("audio", "a sound"))
   ),
   Key(
+    "data.sequence.written.video",
+    "{}",
+    str,
+    "Text around the places of each group of frames of a clip, which stand where {} is; {time} is "
+    "their time in seconds.",
+  ),
+  Key(
     "data.sequence.tiles",
     ("",) * 4,
     tuple[str, str, str, str],
@@ -537,7 +544,28 @@ KEYS = (
     "Silence of up to so many seconds put before the sound.",
   ),
   Key("data.video.size", 64, Side, "Height and width of a frame in pixels."),
-  Key("data.video.frames", 8, Frames, "Frames of a clip."),
+  Key("data.video.frames", 8, Frames, "Frames of a clip; with data.video.group the most."),
+  Key(
+    "data.video.group",
+    0,
+    Count,
+    "Frames that the encoder of pictures reads as one picture, with their time in the text "
+    "(Qwen3-VL), in generation alone; 0 = clips have an encoder of their own.",
+  ),
+  Key(
+    "data.video.fps",
+    0.0,
+    NonNegative,
+    "With data.video.group: frames taken of a second; 0 = data.video.frames of every clip.",
+  ),
+  Key("data.video.least", 1, Size, "With data.video.group: the fewest frames of a clip."),
+  Key(
+    "data.video.patches",
+    (1, 65_536, 0),
+    tuple[int, int, int],
+    "With data.video.group: patches of all frames of a clip at least and at most, and of one frame "
+    "at most (0 = no limit of its own).",
+  ),
   Key(
     "data.video.sampling",
     "uniform",

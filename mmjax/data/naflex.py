@@ -118,6 +118,12 @@ def cut(pixels: np.ndarray, patch: int, budget: int, merge: int = 1) -> PatchSeq
   )
 
 
+def size_class(count: int, merge: int) -> int:
+  """A budget of a few sizes, in whole squares of merge x merge, that holds `count` patches."""
+  squares = -(-count // merge**2)
+  return (1 << max(4, (squares - 1).bit_length())) * merge**2
+
+
 def picture_of(sequence: PatchSequence) -> np.ndarray:
   """The picture uint8 [rows * p, columns * p, 3] that a sequence was cut from."""
   (rows, columns), patch = sequence.grid.tolist(), math.isqrt(sequence.patches.shape[1] // 3)

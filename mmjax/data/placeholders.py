@@ -55,22 +55,33 @@ def placeholders(
   if modality == "audio" and (step := sequence["audio_step"]):
     # As in encoders that halve the frames twice, the first time rounding up, then down.
     count = min(count, max(1, (int(slots[0]["length"]) + step // 2 - 1) // step))
+  if modality == "video" and data["video"]["group"]:
+    parts: list[str | Places] = []
+    for slot, arrays in enumerate(slots):
+      squares = _squares(modality, slot, arrays, data["image"]["merge"])
+      parts += [before.replace("{time}", f"{float(arrays['time']):.1f}"), squares, after]
+    return parts
   if modality == "image" and (merge := data["image"]["merge"]) > 1:
-    rows, columns = (slots[0]["grid"] // merge).tolist()
-    places = np.arange(rows * columns, dtype=np.int32)
-    axes = np.stack([np.zeros_like(places), *np.divmod(places, columns)], axis=1)
-    return [before, Places(modality, 0, places, axes=axes), after]
+    return [before, _squares(modality, 0, slots[0], merge), after]
   offsets = np.arange(count, dtype=np.int32)
   runs = [Places(modality, slot, offsets) for slot in range(len(slots))]
   if modality != "image":
     return [before, *runs, after]
   of_tile, row_end, whole, alone = sequence["tiles"]
-  parts: list[str | Places] = [before]
+  parts = [before]
   for slot, run in enumerate(runs[:-1]):
     row, column = divmod(slot, tiling.columns)
     named = of_tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1))
     parts += [named, run, row_end if column == tiling.columns - 1 else ""]
   return [*parts, whole if tiling.columns else alone, runs[-1], after]
+
+
+def _squares(modality: str, slot: int, arrays: Mapping[str, np.ndarray], merge: int) -> Places:
+  """The places of a slot whose patches are joined to squares of merge x merge."""
+  rows, columns = (arrays["grid"] // merge).tolist()
+  places = np.arange(rows * columns, dtype=np.int32)
+  axes = np.stack([np.zeros_like(places), *np.divmod(places, columns)], axis=1)
+  return Places(modality, slot, places, axes=axes)
 
 
 def positions_of(

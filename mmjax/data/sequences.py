@@ -225,9 +225,10 @@ class Sequences:
         found.append(part)
         continue
       if part.modality not in self.modalities:
-        raise UserError(
-          f"its conversation has {WORDS[part.modality]}s, of which the model has no encoder"
-        )
+        why = "of which the model has no encoder"
+        if part.modality == "video" and self.config.data.video.group:
+          why = "which the encoder of pictures reads in generation alone"
+        raise UserError(f"its conversation has {WORDS[part.modality]}s, {why}")
       medium_of(record, part)
       before, after = map(self._text, around(self.config.data.sequence, part.modality))
       last = found[-1] if found else None

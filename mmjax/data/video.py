@@ -31,6 +31,7 @@ from mmjax.data.resample import resize_fast
 MAX_PIXELS = 40_000_000  # of a frame
 MAX_FRAMES = 200_000  # of a file
 MAX_KEPT = 1_000_000_000  # pixels that are kept of a file, over all frames
+RATE = 24.0  # frames a second of a video that does not say
 _ASPECT = (3 / 4, 4 / 3)  # of the random box
 Pick = Callable[[int], np.ndarray]
 
@@ -123,7 +124,25 @@ def decode_video(data: bytes, pick: Pick | None = None) -> np.ndarray:
   pick: the number of equal slices of time -> those whose frames are wanted, ascending; None = every
   frame once.
   """
-  return _decode(data, pick).frames
+  return _decode(data, pick and (lambda found: pick(len(found.shown)))).frames
+
+
+def timed_frames(
+  data: bytes, pick: Callable[[int, float], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+  """(frames as `decode_video`, seconds float64 [n] from the beginning at which each is seen). pick:
+  the number of equal slices of time, and how many are a second -> those whose frames are wanted.
+  """
+  times: list[np.ndarray] = []
+
+  def choose(found: _Measure) -> np.ndarray:
+    count = len(found.shown)
+    rate = count / found.seconds if found.seconds else RATE
+    chosen = pick(count, rate)
+    times.append(chosen / rate)
+    return chosen
+
+  return _decode(data, choose).frames, times[0]
 
 
 def decode_clip(data: bytes) -> Clip:
@@ -148,13 +167,13 @@ def clip_size(data: bytes) -> tuple[float, int, float, int, int]:
   return found.seconds, found.frames, fps, found.height, found.width
 
 
-def _decode(data: bytes, pick: Pick | None) -> Clip:
+def _decode(data: bytes, pick: Callable[[_Measure], np.ndarray] | None) -> Clip:
   """The wanted frames, and `shown` of the whole video."""
   if not data:
     raise Unreadable("empty file")
   try:
     found = _measure(data)
-    wanted = np.arange(found.frames) if pick is None else found.shown[pick(len(found.shown))]
+    wanted = np.arange(found.frames) if pick is None else found.shown[pick(found)]
     if len(wanted) * found.height * found.width > MAX_KEPT:
       raise Unreadable(
         f"video of {len(wanted)} frames of {found.width} x {found.height}; the limit is "

@@ -32,6 +32,7 @@ def generate(
   temperature: float | None = None,
   top_k: int | None = None,
   top_p: float | None = None,
+  cache: str = "float",
   allow_code: Sequence[str] = (),
   log: Callable[[str], None] = lambda line: printing.log(line, sys.stderr),
 ) -> list[tuple[str, str]] | list[tuple[str, list[Segment]]]:
@@ -41,7 +42,7 @@ def generate(
 
   Of a language model: what it goes on with after `prompt` about each file, or after the prompt
   alone where `files` is empty ([("", text)]); stop, seed, temperature, top_k, top_p: see
-  `Predictor.generate`.
+  `Predictor.generate`; cache: see `Predictor.load`.
 
   Files that cannot be read are named by `log`, skipped and counted. Raises UserError: the model
   writes no text or does not take such files, a file that is none of picture, sound and video, or
@@ -50,7 +51,7 @@ def generate(
   predictor = (
     checkpoint
     if isinstance(checkpoint, Predictor)
-    else Predictor.load(checkpoint, allow_code=allow_code)
+    else Predictor.load(checkpoint, allow_code=allow_code, cache=cache)
   )
   if not predictor.writes:
     predictor.generate()  # says why not

@@ -31,8 +31,8 @@ class MediaInputs:
   float [n] or [n, channels] of a sound at the config's rate (-1 to 1, or int16), uint8 [T, H, W, 3]
   of a video, numbers [T, C] of a series (whose files are .npy or text, a step a line), or what this
   returned for one. Raises Unreadable, which names the item.
-  Where data.image.tiles cuts pictures, the arrays of one have an axis of tiles first; `slots` takes
-  them apart.
+  Where data.image.tiles cuts pictures, the arrays of one have an axis of tiles first, and those of
+  a clip one of pictures where data.video.group is above 0; `slots` takes them apart.
   """
 
   def __init__(self, config, modality: str):
@@ -41,6 +41,11 @@ class MediaInputs:
     self.rate = config.data.audio.rate
     self.image = config.data.image
     self.joins = modality == "image" and mixes_tokens(config.data)
+    self.clip = None
+    if modality == "video" and config.data.video.group:
+      from mmjax.data.clips import ClipTransform
+
+      self.clip = ClipTransform(config.data.image, config.data.video)
     self.tiled = self.joins or (modality == "image" and self.image.tiles.most > 1)
     self.arrays = {name: dtype for name, (_, dtype) in reader.shapes.items() if name != "key"}
 
@@ -53,6 +58,8 @@ class MediaInputs:
         tiles, tiling = cut_into_tiles(pixels, self.image)
         several = {"among": cut_into_tiles(pixels, self.image, False)[0]} if self.joins else {}
         return {"pixels": tiles, "tiling": np.array(tiling), **several}
+      if self.clip:
+        return self.clip(self._content(item))
       arrays, surplus = self.reader.example(self._content(item), None)
     except Unreadable as error:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
@@ -69,6 +76,9 @@ class MediaInputs:
     """(what a call returned for one item, as the arrays of each slot that it fills; how its tiles
     lie). alone: no other of its modality is in the prompt.
     """
+    if self.clip:
+      count = len(arrays["time"])
+      return [{name: x[i] for name, x in arrays.items()} for i in range(count)], Tiling()
     if not self.tiled:
       return [arrays], Tiling()
     if self.joins and not alone:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.media import WORDS
+from mmjax.data.naflex import size_class
 from mmjax.data.placeholders import (
   Places,
   axes_of,
@@ -303,17 +304,18 @@ class LanguageGenerator:
     arrays: dict[str, Any] = {}
     present = [m for m in self.media if any(name == m for row in rows for name, _ in row.media)]
     for modality in present:
-      example = next(x for row in rows for name, x in row.media if name == modality)
-      arrays[modality] = {
-        name: np.zeros((count, slots, *x.shape), x.dtype) for name, x in example.items()
-      }
+      examples = [x for row in rows for name, x in row.media if name == modality]
+      arrays[modality] = {}
+      for name, x in examples[0].items():
+        shape = map(max, zip(*(example[name].shape for example in examples), strict=True))
+        arrays[modality][name] = np.zeros((count, slots, *shape), x.dtype)
     for number, row in enumerate(rows):
       at, used = 0, dict.fromkeys(present, 0)
       if axes > 1:
         s["positions"][number, : lengths[number]], _ = positions_of(row.parts, axes, row.first)
       for modality, example in row.media:
         for name, x in example.items():
-          arrays[modality][name][number, used[modality]] = x
+          arrays[modality][name][(number, used[modality], *map(slice, np.shape(x)))] = x
         used[modality] += 1
       for part in row.parts:
         if isinstance(part, Places):
@@ -336,12 +338,12 @@ class LanguageGenerator:
     """Patches that are merged, without those of the budget that all pictures leave empty, in a few
     sizes.
     """
-    square = self.config.data.image.merge**2
-    if "patches" not in arrays or square == 1:
+    merge = self.config.data.image.merge
+    if "patches" not in arrays or merge == 1:
       return arrays
-    most = int(arrays["mask"].sum(-1).max()) // square
-    size = (1 << max(4, (most - 1).bit_length())) * square  # beyond the budget: all of it
-    return {name: x[:, :, :size] if name != "grid" else x for name, x in arrays.items()}
+    size = size_class(int(arrays["mask"].sum(-1).max()), merge)  # beyond the budget: all of it
+    of_patches = ("patches", "positions", "mask")
+    return {name: x[:, :, :size] if name in of_patches else x for name, x in arrays.items()}
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:

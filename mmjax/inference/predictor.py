@@ -54,6 +54,7 @@ BUCKETS = (
   128,
   512,
 )  # batches are filled up to one of these, so that a handful of programs serve every size
+CACHES = ("float", "int8")
 WRITING = 32  # the most rows that texts are written for at once, times beams
 
 
@@ -77,21 +78,27 @@ class Predictor:
     mesh: Mesh | None = None,
     batch_size: int = 128,
     model_state: Mapping[str, Any] | None = None,
+    cache: str = "float",
   ):
     """params: nested dict of arrays, anywhere. assets: {file name: content} with the tokenizer's
     files.
     batch_size: the most examples that go through the model at once. model_state: what the model
-    keeps besides parameters (batch statistics), {collection: nested dict}."""
+    keeps besides parameters (batch statistics), {collection: nested dict}. cache: see `load`."""
     self.config, self.assets = config, dict(assets)
     self.mesh = _local_mesh(config) if mesh is None else mesh
     self._model = make_model(config)
+    if cache not in CACHES:
+      raise UserError(f"cache {cache!r} is unknown; there are: {', '.join(CACHES)}")
+    if cache == "int8" and not is_language_model(self._model):
+      raise UserError("cache 'int8' is for language models; this checkpoint is none")
     self.params = jax.device_put(params, param_shardings(config, self.mesh))
     self.model_state = jax.device_put(dict(model_state or {}), rules.replicated(self.mesh))
     shards = batch_shards(self.mesh)
     sizes = [b for b in BUCKETS if b < batch_size] + [batch_size]
     self._buckets = sorted({-(-size // shards) * shards for size in sizes})
     self.modalities = tuple(config.model.encoders)
-    self.media = {name: MediaInputs(config, name) for name in self.modalities if name != "text"}
+    read = dict.fromkeys((*self.modalities, *(("video",) if config.data.video.group else ())))
+    self.media = {name: MediaInputs(config, name) for name in read if name != "text"}
     self.joint = bool(getattr(self._model, "joint", True))
     self._decoder = getattr(self._model, "decoder", None)
     self.writes = can_generate(self._model)
@@ -121,9 +128,8 @@ class Predictor:
     if is_language_model(self._model):
       variables = {"params": self.params, **self.model_state}
       rows = [size for size in self._buckets if size <= WRITING] or self._buckets[:1]
-      self.language = LanguageGenerator(
-        config, self._model, variables, self.tokenizer, self.media, rows
-      )
+      writer = self._model.clone(int8_cache=cache == "int8")
+      self.language = LanguageGenerator(config, writer, variables, self.tokenizer, self.media, rows)
       self.usual_decoding = settings_of_file(self.assets.get("generation_config.json", b"{}"))
 
   @classmethod
@@ -135,6 +141,7 @@ class Predictor:
     batch_size: int = 128,
     allow_code: Sequence[str] = (),
     merged: bool = False,
+    cache: str = "float",
   ) -> Predictor:
     """Opens a run folder, a step folder or an import folder. The parameters are the moving average
     where the run kept one.
@@ -142,7 +149,9 @@ class Predictor:
     mesh: devices to run on; default all of this process, each with whole parameters. allow_code:
     modules outside this package that the checkpoint may run code of, such as ("my_encoder",).
     merged: the low-rank factors of an adapter are added into the kernels, which takes less time a
-    token and gives the same numbers up to rounding.
+    token and gives the same numbers up to rounding. cache: "float", or "int8": a language model
+    writes with keys and values in int8, each vector scaled by its largest value, in a quarter (of
+    bfloat16: half) of the memory.
     Raises UserError: no checkpoint there, or not a whole one.
     """
     from mmjax.state import checkpoint as checkpoints
@@ -161,7 +170,8 @@ class Predictor:
     if merged and config.lora.params:
       params = jax.jit(merge)(params)
       config = type(config)({**config.to_dict(), "lora": base().lora})
-    return cls(config, params, checkpoints.load_assets(folder), mesh, batch_size, state)
+    assets = checkpoints.load_assets(folder)
+    return cls(config, params, assets, mesh, batch_size, state, cache)
 
   def encode_image(self, images: Item | Iterable[Item]) -> np.ndarray:
     """float32 [N, D], rows of length one, of pictures: paths, encoded bytes, PIL images, or arrays

@@ -37,10 +37,25 @@ Turns = tuple[Array, Array]  # cosines and sines of `Rotary.angles`
 
 
 class KeyValue(NamedTuple):
-  """Keys and values of attention, [B, S, G, K] each; in a cache [layers, B, G, T, K]."""
+  """Keys and values of attention, [B, S, G, K] each; in a cache [layers, B, G, T, K], arrays or
+  `Int8`.
+  """
 
-  key: Array
-  value: Array
+  key: Any
+  value: Any
+
+
+class Int8(NamedTuple):
+  """Vectors of a cache in a quarter of float32's memory: codes int8 [..., K] times scale float32
+  [..., 1], the largest absolute value of each / 127.
+  """
+
+  codes: Array
+  scale: Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.codes.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +279,8 @@ class Attention(nn.Module):
       cache = KeyValue(
         update_cache(cache.key, key, mask.offset), update_cache(cache.value, value, mask.offset)
       )
-      key, value, kernel = cache.key.swapaxes(1, 2), cache.value.swapaxes(1, 2), "xla"
+      key, value = (read_cache(x, c.dtype).swapaxes(1, 2) for x in cache)
+      kernel = "xla"
     out = attend(query, key, value, mask, kernel=kernel, bias=bias, **settings)
     out = self.out(constrain(out, ("batch", "length", "heads", "kv")))
     return out if cache is None else (out, cache)
@@ -301,9 +317,33 @@ def unstack(x: Array) -> list[Array]:
   return [part[..., 0, :, :] for part in jax.lax.split(x, (1,) * x.shape[axis], axis=axis)]
 
 
-def update_cache(cached: Array, new: Array, start: Array) -> Array:
+def empty_cache(shape: tuple[int, ...], dtype: Any, int8: bool = False) -> KeyValue:
+  """Keys and values of zeros."""
+  if not int8:
+    return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  zeros = Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+  return KeyValue(zeros, jax.tree.map(jnp.copy, zeros))
+
+
+def read_cache(cached: Any, dtype: Any) -> Array:
+  """The vectors of a cache, [B, G, T, K]."""
+  if not isinstance(cached, Int8):
+    return cached
+  return (cached.codes.astype(jnp.float32) * cached.scale).astype(dtype)
+
+
+def update_cache(cached: Any, new: Array, start: Array) -> Any:
   """cached [B, G, T, K] with new [B, L, G, K] from position `start` on, int32 scalar or [B]."""
-  new = new.swapaxes(1, 2).astype(cached.dtype)
+  new = new.swapaxes(1, 2)
+  if isinstance(cached, Int8):
+    new = new.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(new).max(-1, keepdims=True), 1e-30) / 127
+    codes = jnp.round(new / scale).astype(jnp.int8)
+    return Int8(_written(cached.codes, codes, start), _written(cached.scale, scale, start))
+  return _written(cached, new.astype(cached.dtype), start)
+
+
+def _written(cached: Array, new: Array, start: Array) -> Array:
   update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
   if jnp.ndim(start):
     return jax.vmap(update)(cached, new, start)

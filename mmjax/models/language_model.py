@@ -55,7 +55,8 @@ class LanguageModel(nn.Module):
   both_ways: tokens that see each other both ways: "none"; those of a "media" slot; those of the
   "prompt", which are all before the first target of an example, whatever the blocks' windows say.
   end_ids: tokens besides eos_id that end generated texts. media_ids: the token that stands for a
-  medium of each modality in prompts of other programs.
+  medium of each modality in prompts of other programs. clips: the encoder of pictures reads them
+  too. int8_cache: texts are written with keys and values in int8.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -73,6 +74,8 @@ class LanguageModel(nn.Module):
   both_ways: str = "none"
   end_ids: tuple[int, ...] = ()
   media_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  clips: bool = False
+  int8_cache: bool = False
 
   shared_methods = ("table",)  # methods whose result does not depend on examples
   joint = False  # there is no shared space
@@ -160,15 +163,16 @@ class LanguageModel(nn.Module):
     each slot among them; how many each has), both int32 [slots].
     """
     parts, each = [], []
-    for modality in self.encoders:
+    readers = {modality: modality for modality in self.encoders}
+    for modality, reader in (readers | (dict(video="image") if self.clips else {})).items():
       if modality not in batch["media"]:
         continue
       arrays = dict(batch["media"][modality])
       rows, slots = next(iter(arrays.values())).shape[:2]
       flat = {name: x.reshape(rows * slots, *x.shape[2:]) for name, x in arrays.items()}
-      encoded = getattr(self, modality)(flat, train=train)
+      encoded = getattr(self, reader)(flat, train=train)
       taps = [encoded.taps] if encoded.taps else []
-      x = getattr(self, f"{modality}_connector")(encoded.tokens, encoded.mask, *taps)
+      x = getattr(self, f"{reader}_connector")(encoded.tokens, encoded.mask, *taps)
       self._check_places(modality, x.shape[-2])
       each += [x.shape[-2]] * slots
       x = x.reshape(1 + len(encoded.taps), rows, slots * x.shape[-2], -1)
@@ -239,7 +243,7 @@ class LanguageModel(nn.Module):
 
   def init_cache(self, rows: int, length: int) -> tuple[Cache, Array]:
     """What `extend` begins with: nothing, and room for `length` tokens of each row."""
-    return self.stack.init_cache(rows, length), jnp.zeros((1, rows), jnp.int32)
+    return self.stack.init_cache(rows, length, self.int8_cache), jnp.zeros((1, rows), jnp.int32)
 
   def extend(
     self, batch: Batch, places: Array | int, state: tuple[Cache, Array]
@@ -417,4 +421,5 @@ def language_model(
     both_ways=both_ways,
     end_ids=tuple(end_ids),
     media_ids=dict(media_ids),
+    clips=data["video"]["group"] > 0,
   )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mmjax.config import UserError
 from mmjax.models.attention import AttentionMask, fuses
 from mmjax.models.attention.fused import TILE
-from mmjax.models.block import Attention, Block, BlockConfig, KeyValue, Turns
+from mmjax.models.block import Attention, Block, BlockConfig, KeyValue, Turns, empty_cache
 from mmjax.models.platform import platform
 
 Array = jax.Array
@@ -165,14 +165,14 @@ class Stack(nn.Module):
     x, tapped, _ = self._parts(run, x, (self.layers, keys), positions, added, taps)
     return (whole(x), [whole(tap) for tap in tapped]) if taps else whole(x)
 
-  def init_cache(self, rows: int, length: int) -> Cache:
+  def init_cache(self, rows: int, length: int, int8: bool = False) -> Cache:
     """An empty cache of keys and values for `rows` texts of up to `length` tokens; of each layer
-    alone, where the layers lie apart.
+    alone, where the layers lie apart. int8: see `block.Int8`.
     """
     c, lie_apart = self.config, self.has_variable(APART, "layers")
     depth = 1 if lie_apart else c.depth
-    empty = jnp.zeros((depth, rows, c.groups, length, c.channels), c.dtype)
-    return [KeyValue(empty, empty) for _ in range(c.depth)] if lie_apart else KeyValue(empty, empty)
+    empty = empty_cache((depth, rows, c.groups, length, c.channels), c.dtype, int8)
+    return [empty for _ in range(c.depth)] if lie_apart else empty
 
   def init_memory(self, context: Array, context_mask: Array) -> Memory:
     """Of tokens [B, S, D] and which are real, bool [B, S]: once a generation."""

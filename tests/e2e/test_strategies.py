@@ -16,6 +16,7 @@ from mmjax.parallel.mesh import make_mesh
 from mmjax.training.program import Program
 
 BATCH, SIZE, TOKENS, WORDS, STEPS = 16, 16, 16, 96, 200
+PLACES = 4  # tokens of a picture in a row of a language model
 BLOCKS = dict(depth=2, heads=4, scan_unroll=1)
 ENCODERS = dict(image=dict(kind="vit", patch=4, **BLOCKS), text=dict(kind="transformer", **BLOCKS))
 RECIPES = {
@@ -35,6 +36,17 @@ RECIPES = {
       fusion=dict(kind="merged_attention", **BLOCKS),
     ),
     dict(words=dict(kind="masked_tokens", context=("image",), rate=0.4)),
+  ),
+  "language": (
+    dict(
+      name="language_model",
+      **BLOCKS,
+      encoders=dict(image=ENCODERS["image"]),
+      connectors=dict(image=dict(kind="mlp", fold=2)),
+      eos_id=1,
+      pad_id=0,
+    ),
+    dict(words=dict(kind="language_modelling")),
   ),
 }
 STRATEGIES = {
@@ -75,17 +87,20 @@ def make_step(model, objectives, devices, *overrides):
     WORDS,
     "none",
   )
-  c.model = dict(model, width=64, encoders=ENCODERS)
-  c.objectives = objectives
+  c.model = dict(encoders=ENCODERS, width=64) | model
+  c.objectives, language = objectives, model["name"] == "language_model"
+  if language:
+    c.data.sequence.length, c.data.sequence.image, c.data.sequence.slots = 2 * TOKENS, PLACES, 2
   c.train.batch_size, c.train.steps, c.precision.compute = BATCH, STEPS, "float32"
   config = configs.resolve(c, overrides)
-  spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch(0))
+  batch = make_batch(0, language)
+  spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
   return Program(config, make_mesh(config, jax.devices()[:devices]), steps=STEPS, batch_spec=spec)
 
 
-def make_batch(number):
+def make_batch(number, language=False):
   """Pictures of one of eight kinds and texts that name the kind, with noise in both; some rows do
-  not count.
+  not count. language: as the rows of a language model, of two examples each.
   """
   rng = np.random.default_rng(number)
   kinds = rng.integers(0, 8, BATCH)
@@ -98,6 +113,8 @@ def make_batch(number):
   tokens = np.where(
     rng.random((BATCH, TOKENS)) < 0.8, texts[kinds], rng.integers(5, WORDS, (BATCH, TOKENS))
   )
+  if language:
+    return make_rows(pixels.astype(np.uint8), tokens.astype(np.int32), rng)
   return dict(
     image=dict(pixels=pixels.astype(np.uint8)),
     valid=rng.random(BATCH) < 0.9,
@@ -109,13 +126,34 @@ def make_batch(number):
   )
 
 
+def make_rows(pixels, tokens, rng):
+  """Each row: a picture and its text, then the next one's, cut at random."""
+  shape, long = (BATCH, 2 * TOKENS), TOKENS - PLACES
+  names = ("tokens", "positions", "segment_ids", "media_index", "media_offset")
+  s = {name: np.zeros(shape, np.int32) for name in names} | dict(loss_mask=np.zeros(shape, bool))
+  s["media_index"] -= 1
+  for half in range(2):
+    places, at = np.arange(TOKENS), slice(half * TOKENS, (half + 1) * TOKENS)
+    length = PLACES + rng.integers(4, long + 1, (BATCH, 1))
+    text = (places >= PLACES) & (places < length)
+    s["tokens"][:, at] = np.where(text, np.roll(np.roll(tokens, PLACES, 1), -half, 0), 0)
+    s["positions"][:, at], s["loss_mask"][:, at] = places, text
+    s["segment_ids"][:, at] = np.where(places < length, half + 1, 0)
+    s["media_index"][:, at] = np.where(places < PLACES, half, -1)
+    s["media_offset"][:, at] = np.where(places < PLACES, places, 0)
+  both = np.stack([pixels, np.roll(pixels, -1, 0)], axis=1)
+  media = dict(image=dict(pixels=both, present=np.ones((BATCH, 2), bool)))
+  return dict(sequence=s, media=media, valid=rng.random(BATCH) < 0.9)
+
+
 def losses_of(step, steps):
   """float64 [2, steps] of a training from the start: losses, and norms of the gradients (Adam would
   hide one of another scale).
   """
   state, rows = step.init(0), []
   for number in range(steps):
-    state, metrics = step.train(state, multihost.to_device(make_batch(number), step.mesh))
+    batch = make_batch(number, "sequence" in step.batch_spec)
+    state, metrics = step.train(state, multihost.to_device(batch, step.mesh))
     rows.append((float(metrics["loss"]), float(metrics["grad_norm"])))
   return np.array(rows).T
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.inference.engine import settings_of_file
 from mmjax.inference.generate import generate
+from mmjax.models import block
 from mmjax.parallel.mesh import single_device_mesh
 from tests.inference import tiny
 
@@ -78,6 +80,48 @@ def test_texts_are_decoded_as_generation_config_says_unless_told_otherwise(model
   )
   with pytest.raises(UserError, match="generation_config.json: top_p is 'all'"):
     settings_of_file(b'{"do_sample": true, "top_p": "all"}')
+
+
+def test_an_int8_cache_holds_nearly_what_the_float_one_does(folder, model):
+  cached = block.empty_cache((2, 3, 7, 5), np.float32, int8=True).key
+  vectors = np.random.default_rng(0).normal(0, 3, (2, 4, 3, 5)).astype(np.float32)
+  vectors[0, 0, 0] = 0
+  read = block.read_cache(block.update_cache(cached, vectors, np.array([1, 3])), np.float32)
+  for row, start in enumerate((1, 3)):
+    apart = np.abs(read[row, :, start : start + 4] - vectors[row].swapaxes(0, 1))
+    most = np.abs(vectors[row]).max(-1).T[..., None]
+    assert (apart <= most / 254 * 1.001).all()
+    assert not np.delete(read[row], range(start, start + 4), 1).any()
+
+  small = mmjax.load(folder, mesh=single_device_mesh(), cache="int8")
+  logits, sizes = [], []
+  for predictor in (model, small):
+    batch, _ = predictor.language._batch(
+      predictor.language.read(PROMPTS, dict(image=IMAGES)), range(3), 1
+    )
+    writer, variables = predictor.language.model, {"params": predictor.params}
+
+    def run(batch, writer=writer, variables=variables):
+      first, state = writer.apply(variables, batch, length=40, method="prefill")
+      token, places = first.argmax(-1), batch["sequence"]["length"]
+      then, _ = writer.apply(variables, token, places, state, method="decode_step")
+      return first, then, state[0]
+
+    *found, cache = jax.jit(run)(batch)
+    logits.append(np.stack(found)[:, :3])
+    sizes.append(sum(x.nbytes for x in jax.tree.leaves(cache)))
+  assert 0 < np.abs(logits[1] - logits[0]).max() < 0.02 * logits[0].std()
+  assert sizes[1] == sizes[0] * (8 + 4) / 32  # heads of 8 channels, with a scale each
+  with pytest.raises(UserError, match="cache 'int4' is unknown; there are: float, int8"):
+    mmjax.load(folder, cache="int4")
+
+
+@pytest.mark.slow
+def test_texts_of_an_int8_cache_are_the_same_in_batches_and_in_pieces(folder):
+  small = mmjax.load(folder, mesh=single_device_mesh(), cache="int8")
+  together = small.generate(PROMPTS, image=IMAGES, max_length=20)
+  assert small.generate(PROMPTS[2:], image=IMAGES[2:], max_length=20) == together[2:]
+  assert "".join(small.stream(PROMPTS[0], max_length=20)) == together[0]
 
 
 def test_a_stream_gives_the_same_text_in_pieces(model):

@@ -69,7 +69,7 @@ FREE: tuple[str, ...] = (
   "remat",
   "scan_unroll",
 )
-FREE += ("length", "eos_id", "pad_id", "end_ids", "media_ids", "places")
+FREE += ("length", "eos_id", "pad_id", "end_ids", "media_ids", "places", "clips", "int8_cache")
 KEYS = dict(config="block")  # field -> the key of its settings
 ORIGINAL = "original_max_position_embeddings"
 
@@ -177,6 +177,11 @@ def prepare(c: Any, folder: Path, family: ModuleType, found: Mapping[str, Any]) 
   choose_special_tokens(c.model, tokenizer)
   c.data.text.update(text, pad_id=c.model.pad_id, length=found["length"])
   c.data.sequence.update(length=found["length"], **found.get("places", {}))
+  video = dict(found.get("video", {}))
+  for key in ("interpolation", "mean", "std") if video else ():
+    if (other := video.pop(key)) != (value := c.data.image[key]):
+      raise UserError(f"clips are prepared with {key} {other}, but pictures with {value}")
+  c.data.video.update(video)
   if (merge := c.data.image.merge) > 1:
     c.data.sequence.image = c.data.image.tokens // merge**2
   return assets

@@ -1,7 +1,7 @@
 """Qwen3-VL, dense, with pictures (model_type "qwen3_vl", Bai et al. 2025, arXiv:2511.21631): a
 tower on as many patches as a picture has, squares of patches as one token, and Qwen3, whose
 positions are on three axes and whose first blocks add tokens of lower blocks of the tower
-(DeepStack). Clips are not covered.
+(DeepStack). Clips are pairs of frames, with the time of each in the text (data/clips.py).
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ import numpy as np
 
 from mmjax.data.placeholders import HERE
 from mmjax.data.text import Tokenizer
-from mmjax.interop.huggingface import clip, decoders, mapping, single, with_media
+from mmjax.interop.huggingface import clip, clips, decoders, mapping, single, with_media
 from mmjax.interop.huggingface.mapping import Rule
 from mmjax.interop.huggingface.preprocessing import PROCESSORS
-from mmjax.interop.huggingface.with_media import BESIDE as BESIDE
 
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "Qwen2Tokenizer", "Qwen3VLProcessor", "model."
 IMAGE_PROCESSOR_CLASS, PREPROCESSOR = "Qwen2VLImageProcessor", PROCESSORS["Qwen2VL"]
 ARCHITECTURE, PAD, MASK_PADDING = "Qwen3VLForConditionalGeneration", "<|endoftext|>", True
 ARCHITECTURES = ((ARCHITECTURE, "Qwen3VLModel"),)
-TEXT = ("qwen3",)  # families that may write
+TEXT, BESIDE = ("qwen3",), (*with_media.BESIDE, clips.VIDEO)  # families that may write; files
 
 # What transformers assumes where config.json is silent.
-FACTS = dict(image_token_id=151_655, tie_word_embeddings=False)
+FACTS = dict(image_token_id=151_655, video_token_id=151_656, tie_word_embeddings=False)
 LONG = dict(rope_theta=500_000.0, max_position_embeddings=128_000)
 VISION: dict[str, Any] = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16)
 VISION |= dict(hidden_act="gelu_pytorch_tanh", in_channels=3, patch_size=16, spatial_merge_size=2)
@@ -48,7 +47,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
   sections = tuple(rope.get("mrope_section", SECTIONS))
   found["model"]["block"]["rotary"].update(sections=sections, interleaved=True)
   vision = {**VISION, **(f.get("vision_config") or {})}
-  with_media.only_tower({"model_type": "qwen3_vl_vision", **vision}, "qwen3_vl_vision")
+  with_media.only_tower(vision, "qwen3_vl_vision")
   grid, merge = math.isqrt(vision["num_position_embeddings"]), vision["spatial_merge_size"]
   taps = vision["deepstack_visual_indexes"] = tuple(vision["deepstack_visual_indexes"])
   known = dict(in_channels=3, out_hidden_size=text.get("hidden_size", 4096))
@@ -66,22 +65,24 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     **dict(kind="naflex", corners=True, pooling="mean", final_norm=False, eps=EPS),
   )
   connector = dict(kind="mlp", width=0, layers=2, norm="layer", eps=EPS, join=merge**2)
+  video = clips.settings(f, vision)
   found["model"].update(
     encoders=dict(image=image),
     connectors=dict(image=dict(connector, hidden=image["width"] * merge**2)),
-    media_ids=dict(image=f["image_token_id"]),
+    media_ids=dict(image=f["image_token_id"], **(video and dict(video=f["video_token_id"]))),
   )
-  return dict(found, image_size=None, patches=(image["patch"], merge))
+  return dict(found, image_size=None, patches=(image["patch"], merge), video=video)
 
 
 def written(tokenizer: Tokenizer, stated: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings of data.sequence: how prompts write a picture."""
-  return dict(written=dict(image=f"<|vision_start|>{HERE}<|vision_end|>"))
+  """Settings of data.sequence: how prompts write a picture, and each pair of frames of a clip."""
+  picture = f"<|vision_start|>{HERE}<|vision_end|>"
+  return dict(written=dict(image=picture, video=f"<{{time}} seconds>{picture}"))
 
 
 def files(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
   """{name: content} of the files beside config.json."""
-  return with_media.files(config, assets, processor_class=PROCESSOR_CLASS)
+  return with_media.files(config, assets, processor_class=PROCESSOR_CLASS) | clips.files(config)
 
 
 def image_processor(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,8 +134,7 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
     text["rope_parameters"].update(mrope_section=list(rotary.sections), mrope_interleaved=True)
   names = {ours: theirs for theirs, ours in reversed(clip.ACTIVATIONS.items())}
   theta = (image["block"].get("rotary") or {}).get("theta", THETA)
-  vision = {theirs: image[ours] for ours, theirs in VISION_KEYS.items()}
-  vision.update(
+  vision = {theirs: image[ours] for ours, theirs in VISION_KEYS.items()} | dict(
     model_type="qwen3_vl_vision",
     hidden_act=names.get(image["activation"], "gelu"),
     in_channels=3,
@@ -145,6 +145,7 @@ def facts(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, An
     deepstack_visual_indexes=list(image["taps"]),
     rope_parameters=dict(rope_type="axial", rope_theta=theta),
   )
-  stated = dict(image_token_id=config["model"]["media_ids"].get("image", 0), vision_config=vision)
+  ids = {f"{name}_token_id": number for name, number in config["model"]["media_ids"].items()}
+  stated = dict(image_token_id=0, vision_config=vision) | ids
   text["model_type"] = "qwen3_vl_text"
   return with_media.config_json(config, special, "qwen3_vl", ARCHITECTURE, text, **stated)

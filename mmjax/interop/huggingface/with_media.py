@@ -132,4 +132,5 @@ def files(
   known = json.loads(assets.get(PROCESSOR, b"{}"))
   known.pop("image_processor", None)  # preprocessor_config.json has it
   known.pop("feature_extractor", None)
+  known.pop("video_processor", None)
   return {**decoders.files(config, assets), PROCESSOR: {**known, **stated}}

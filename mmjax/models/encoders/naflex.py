@@ -27,7 +27,8 @@ FlexiblePooling = Literal["mean", "attention"]
 class FlexibleVisionTransformer(nn.Module):
   """Call: {"patches" uint8 [B, N, p * p * 3], "positions" int32 [B, N, 2] (row, column), "grid"
   int32 [B, 2] (rows, columns), "mask" bool [B, N], "present" bool [B]?} or {"pixels" uint8 [B, H,
-  W, 3]} -> Encoded of width D.
+  W, 3]} -> Encoded of width D. Patches of a clip hold `frames` pictures, [B, N, frames * p * p *
+  3].
 
   Patches may come in any order. The learned positions, a square of `grid` x `grid`, are resized to
   the grid of each picture; corners: so that its corners get those of the square, without
@@ -53,17 +54,19 @@ class FlexibleVisionTransformer(nn.Module):
     c = self.config
     inputs = batch if "patches" in batch else sequences(batch["pixels"], self.patch)
     patches, mask = inputs["patches"], inputs["mask"]
-    if patches.shape[-1] != self.patch**2 * 3:
+    values = self.patch**2 * 3
+    if patches.shape[-1] not in (values, values * self.frames):
       raise UserError(
         f"patches of {patches.shape[-1]} values for a model of model.encoders.image.patch "
-        f"{self.patch}, which has {self.patch**2 * 3}. Prepare them with that patch size"
+        f"{self.patch}, which has {values}. Prepare them with that patch size"
       )
     if "present" in batch:
       mask = mask & batch["present"][:, None]
     x = normalise(
       patches.reshape(*patches.shape[:2], -1, 3), self.pixel_mean, self.pixel_std, c.dtype
     ).reshape(patches.shape)
-    x = jnp.tile(x, (1, 1, self.frames))
+    if patches.shape[-1] == values:  # a still picture
+      x = jnp.tile(x, (1, 1, self.frames))
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
     )(x)
