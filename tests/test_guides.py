@@ -24,9 +24,9 @@ RECIPES = [  # (name, score, time) of the README
   if row[0].startswith("[")
 ]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-TRAINED = [
-  name for name in CONFIGS if name not in ("captioner_7b", "siglip_b16", "siglip_so400m14")
-]
+LARGER = ("answers_lora_7b", "captioner_7b", "multimodal_8b", "siglip_b16", "siglip_so400m14")
+LARGER += ("words_1b",)
+TRAINED = [name for name in CONFIGS if name not in LARGER]
 
 
 def numbers(text: str) -> set[str]:
