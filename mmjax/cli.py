@@ -22,6 +22,7 @@ from mmjax.ranges import (
   Few,
   NonNegative,
   Portion,
+  Positive,
   Seed,
   Size,
   Vocabulary,
@@ -1182,7 +1183,7 @@ def _parser() -> argparse.ArgumentParser:
     "--largest", type=_number(Few), default=20, metavar="MIB", help="of a request, in MiB"
   )
   sub.add_argument(
-    "--seconds", type=_number(NonNegative), default=120.0, metavar="X", help="of a request at most"
+    "--seconds", type=_number(Positive), default=120.0, metavar="X", help="of a request at most"
   )
   sub.add_argument(
     "--media-root",

@@ -90,6 +90,11 @@ class Batcher:
     """Texts under way."""
     return len(self._running)
 
+  @property
+  def alive(self) -> bool:
+    """Whether the thread that drives the model is."""
+    return self._thread.is_alive()
+
   def submit(self, job: Job) -> None:
     """Takes a job. Raises Busy: too many wait."""
     if self.waiting >= self._most:
@@ -120,15 +125,19 @@ class Batcher:
           self._slots.step()
         except Exception as error:  # a fault of the program: every text under way has it
           log.exception("a step of the model failed")
-          for job in self._running:
-            job.tell(News(error=type(error).__name__, internal=True))
-          self._running, self._slots = [], self._make()  # its cache may be half-written
+          self._start_anew(type(error).__name__)
           continue
         for job in self._running:
           self._tell(job)
         self._running = [job for job in self._running if job.text and not job.text.ended]
     for job in self._running:
-      job.tell(News(error="the server stops", internal=True))
+      self._fail(job, "the server stops", internal=True)
+
+  def _start_anew(self, why: str) -> None:
+    """With an empty cache, for the old one may be half-written: all texts under way are lost."""
+    for job in self._running:
+      self._fail(job, why, internal=True)
+    self._running, self._slots = [], self._make()
 
   def _begin_waiting(self) -> None:
     """Gives waiting jobs free rows; waits for one where no text is under way."""
@@ -144,18 +153,32 @@ class Batcher:
       try:
         job.text = self._slots.begin(*job.arguments)
       except UserError as error:
-        job.tell(News(error=str(error)))
+        self._fail(job, str(error))
       except Exception as error:
         log.exception("a request failed")
-        job.tell(News(error=type(error).__name__, internal=True))
+        self._fail(job, type(error).__name__, internal=True)
+        if self._slots.lost:
+          self._start_anew("a request beside it failed")
       else:
         self._tell(job)
         if not job.text.ended:
           self._running.append(job)
 
   def _tell(self, job: Job) -> None:
+    """What has come of a text. What goes wrong in it is this job's alone."""
     text = job.text
     assert text is not None
     first, job.told = job.told, len(text.tokens)
+    try:
+      news = News(text.piece(), first, job.told, text, text.ended)
+    except Exception as error:
+      log.exception("a text cannot be read")
+      self._slots.end(text)
+      self._fail(job, type(error).__name__, internal=True)
+      return
     with contextlib.suppress(RuntimeError):  # the loop of a client that has gone
-      job.tell(News(text.piece(), first, job.told, text, text.ended))
+      job.tell(news)
+
+  def _fail(self, job: Job, why: str, internal: bool = False) -> None:
+    with contextlib.suppress(RuntimeError):
+      job.tell(News(error=why, internal=internal))

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ class Server:
   """What answers the requests; `app` is its ASGI application. Call `close` at the end.
 
   rows: texts that are written at the same time. waiting: requests that may wait for a row.
-  largest: bytes of a request. seconds: that a request may take. key: what clients must present,
-  "" = nothing. media_root: a folder whose files messages may name; "" = none.
+  largest: bytes of a request. seconds: that a request may take, and that a client may send or read
+  nothing. key: what clients must present, "" = nothing. media_root: a folder whose files messages
+  may name; "" = none.
   """
 
   def __init__(
@@ -314,6 +315,8 @@ def serve(
   """
   try:
     import uvicorn
+
+    from mmjax.inference.connections import http_config
   except ImportError as error:
     raise UserError(f"serving needs uvicorn and starlette: {SERVE}") from error
   import socket
@@ -328,13 +331,7 @@ def serve(
         listening.bind((host, port))
       except OSError as error:
         raise UserError(f"{host}:{port} cannot be used ({error.strerror or error})") from error
-      config = uvicorn.Config(
-        server.app,
-        log_level="warning",
-        lifespan="off",
-        timeout_keep_alive=10,
-        h11_max_incomplete_event_size=64 << 10,
-      )
+      config = http_config(server.app, server.seconds, server.counts)
       server.warm()
       listening.listen(2048)  # before it is said: who connects at once waits, and is answered
       address = f"[{host}]" if ":" in host else host
@@ -381,6 +378,23 @@ def _application(server: Server, hosts: tuple[str, ...]) -> Any:
       raise Refused(400, "the request must be a JSON object")
     return body
 
+  async def while_there(request: Request, work: Coroutine) -> Any:
+    """What `work` gives. Raises ClientDisconnect: the client has left. Its request is all read."""
+
+    async def leave() -> None:
+      while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    try:
+      await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+      if not tasks[0].done():
+        raise ClientDisconnect
+      return await tasks[0]
+    finally:
+      for task in tasks:
+        task.cancel()
+
   def answering(handler: Callable) -> Callable:
     """Authorises, bounds the time, and says refusals as OpenAI's API does."""
 
@@ -419,10 +433,11 @@ def _application(server: Server, hosts: tuple[str, ...]) -> Any:
     server.counts["chat_requests_total"] += 1
     answer = _Answer(server, body, job, news)
     if body.get("stream"):
-      first = await answer.first()  # what goes wrong before it has a status of its own
+      # what goes wrong before the first news has a status of its own
+      first = await while_there(request, answer.first())
       return StreamingResponse(answer.events(first), media_type="text/event-stream")
     try:
-      return JSONResponse(await answer.whole())
+      return JSONResponse(await while_there(request, answer.whole()))
     finally:
       job.cancel()
 
@@ -436,7 +451,9 @@ def _application(server: Server, hosts: tuple[str, ...]) -> Any:
     return JSONResponse(dict(object="list", data=[server.about()]))
 
   async def health(_: Request) -> Any:
-    return JSONResponse(dict(status="ok", model=server.name))
+    fine = server.batcher is None or server.batcher.alive
+    said = dict(status="ok" if fine else "the thread of the model has ended", model=server.name)
+    return JSONResponse(said, status_code=200 if fine else 503)
 
   async def metrics(_: Request) -> Any:
     return PlainTextResponse(server.metrics())
@@ -511,23 +528,24 @@ class _Answer:
 
   async def events(self, news: News) -> AsyncIterator[str]:
     """The answer as events, from its first news on."""
+    deadline = asyncio.get_running_loop().time() + self.server.seconds
     try:
       yield self._event(dict(role="assistant", content=""), None, [])
-      async with asyncio.timeout(self.server.seconds):
-        while True:
-          if news.error:
-            said = dict(message=news.error, type="server_error", param=None, code=None)
-            yield f"data: {json.dumps(dict(error=said))}\n\n"
-            break
-          scores = self._scores(news)
-          if news.piece or scores:
-            yield self._event(dict(content=news.piece), None, scores)
-          if news.last:
-            yield self._event({}, _finish(news), [])
-            if self.counted:
-              usage = dict(self.about, object="chat.completion.chunk", choices=[])
-              yield f"data: {json.dumps(dict(usage, usage=self._usage(news)))}\n\n"
-            break
+      while True:
+        if news.error:
+          said = dict(message=news.error, type="server_error", param=None, code=None)
+          yield f"data: {json.dumps(dict(error=said))}\n\n"
+          break
+        scores = self._scores(news)
+        if news.piece or scores:
+          yield self._event(dict(content=news.piece), None, scores)
+        if news.last:
+          yield self._event({}, _finish(news), [])
+          if self.counted:
+            usage = dict(self.about, object="chat.completion.chunk", choices=[])
+            yield f"data: {json.dumps(dict(usage, usage=self._usage(news)))}\n\n"
+          break
+        async with asyncio.timeout_at(deadline):  # around no `yield`: it would end whoever reads
           news = await self.news.get()
       yield "data: [DONE]\n\n"
     except TimeoutError:

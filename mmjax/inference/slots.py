@@ -144,6 +144,11 @@ class Slots:
     """Rows without a text."""
     return sum(text is None for text in self.texts)
 
+  @property
+  def lost(self) -> bool:
+    """Whether a program that failed has taken the cache with it."""
+    return any(x.is_deleted() for x in jax.tree.leaves((self._state, self._rows)))
+
   def begin(
     self,
     read: Read,

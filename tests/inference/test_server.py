@@ -18,10 +18,14 @@ import uvicorn
 
 import mmjax
 from mmjax import config as configs
+from mmjax.inference.connections import http_config
 from mmjax.inference.server import Server
+from mmjax.inference.slots import Slots, Text
 from mmjax.parallel.mesh import single_device_mesh
 from tests.inference import tiny
 from tests.inference.test_language import PICTURES, config
+
+SETTINGS = dict(template="chatml", max_length=6, rows=4, window=512)
 
 
 @contextlib.contextmanager
@@ -29,8 +33,9 @@ def running(predictor, **settings):
   """(the server, its port)"""
   server = Server(predictor, name="tiny", **settings)
   with socket.socket() as listening:
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of what it accepts too
     listening.bind(("127.0.0.1", 0))
-    http = uvicorn.Server(uvicorn.Config(server.app, log_level="error", lifespan="off"))
+    http = uvicorn.Server(http_config(server.app, server.seconds, server.counts))
     thread = threading.Thread(target=http.run, kwargs=dict(sockets=[listening]))
     thread.start()
     try:
@@ -56,8 +61,15 @@ def model(tmp_path_factory):
 def served(model, tmp_path_factory):
   root = tmp_path_factory.mktemp("media")
   (root / "a.png").write_bytes(tiny.png(PICTURES[0]))
-  settings = dict(template="chatml", max_length=6, rows=4, largest=1 << 20, seconds=60)
+  settings = dict(SETTINGS, largest=1 << 20, seconds=60)
   with running(model, media_root=str(root), **settings) as (server, port):
+    yield server, port
+
+
+@pytest.fixture(scope="module")
+def hasty(model, served):
+  """One that waits for nobody longer than 0.7 seconds; what it runs is compiled already."""
+  with running(model, **SETTINGS, seconds=0.7) as (server, port):
     yield server, port
 
 
@@ -148,10 +160,109 @@ def test_one_who_stops_listening_frees_a_row(served):
   )
   next(iter(stream))
   stream.close()
-  deadline = time.monotonic() + 30
-  while server.batcher.running and time.monotonic() < deadline:
+  wait_until(lambda: not server.batcher.running)
+
+
+def wait_until(holds):
+  deadline = time.monotonic() + 60
+  while not holds():
+    assert time.monotonic() < deadline
     threading.Event().wait(0.01)
-  assert not server.batcher.running
+
+
+def raw(port, content, **options):
+  """A connection that has sent this and has read nothing."""
+  connection = socket.socket()
+  connection.settimeout(60)
+  for name, value in options.items():
+    connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+  connection.connect(("127.0.0.1", port))
+  connection.sendall(content)
+  return connection
+
+
+def request(body, size=0):
+  """A request as bytes. size: that it says its body has; 0 = what it has."""
+  head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json"
+  return f"{head}\r\nContent-Length: {size or len(body)}\r\n\r\n{body}".encode()
+
+
+def rest(connection):
+  """What still comes before the server ends the connection."""
+  content = bytearray()
+  with contextlib.suppress(ConnectionResetError):
+    while chunk := connection.recv(1 << 16):
+      content += chunk
+  return content.decode()
+
+
+def test_one_who_gives_up_waiting_for_a_whole_answer_frees_a_row(served, monkeypatch):
+  server, port = served
+  ended, end = [], Slots.end
+
+  def record(self, text, why="cancelled"):
+    ended.append(why)
+    end(self, text, why)
+
+  monkeypatch.setattr(Slots, "end", record)
+  long = dict(messages=messages(0), max_tokens=400, temperature=5.0, seed=1)
+  connection = raw(port, request(json.dumps(long)))
+  wait_until(lambda: server.batcher.running)
+  connection.close()
+  wait_until(lambda: not server.batcher.running)
+  assert ended == ["cancelled"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127"])
+def test_one_who_does_not_say_what_it_wants_is_cut_off(hasty, sent):
+  assert rest(raw(hasty[1], sent)) == ""
+  assert hasty[0].counts['clients_cut_off_total{waiting_for="headers"}']
+
+
+def test_one_who_does_not_send_its_body_is_told_and_cut_off(hasty):
+  connection = raw(hasty[1], request("{", 100))
+  assert b" 408 " in connection.recv(64)
+  connection.sendall(b" ")  # and goes on as before
+  assert "it took longer than 0.7 s" in rest(connection)
+
+
+def test_one_who_reads_nothing_of_a_stream_is_cut_off(hasty, monkeypatch):
+  server, port = hasty
+  cut = 'clients_cut_off_total{waiting_for="reading"}'
+  long = dict(messages=messages(0), max_tokens=400, temperature=5.0, seed=1)
+  long |= dict(stream=True, logprobs=True, top_logprobs=5)
+  monkeypatch.setattr(server, "seconds", 60.0)  # of the text; that of the connection stays
+  connection = raw(port, request(json.dumps(long)), SO_RCVBUF=2048)
+  wait_until(lambda: server.counts[cut])
+  wait_until(lambda: not server.batcher.running)
+  assert "[DONE]" not in rest(connection)
+
+
+def test_a_fault_of_one_request_ends_no_other(served, monkeypatch):
+  """Nor the thread that drives the model; where the cache is lost, it starts with a new one."""
+  server, port = served
+  path, body = "/v1/chat/completions", dict(messages=messages(0))
+  before = post(port, path, body)
+
+  def fail(*_):
+    raise RuntimeError("no memory")
+
+  def lose(variables, state, rows, *_):
+    rows.token.delete()
+    fail()
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Text, "piece", fail)
+    assert post(port, path, body)[0] == 500
+  for fault in (fail, lose):
+    slots = server.batcher._slots
+    with monkeypatch.context() as patch:
+      patch.setattr(slots, "_begin", fault)
+      status, said = post(port, path, body)
+      assert status == 500 and "RuntimeError" in said and "no memory" not in said
+    assert (server.batcher._slots is slots) == (fault is fail)
+    status, said = post(port, path, body)
+    assert status == 200 and json.loads(said)["choices"] == json.loads(before[1])["choices"]
 
 
 CASES = {
@@ -171,8 +282,8 @@ CASES = {
     dict(messages=messages(0), temperature="hot"),
     "temperature is 'hot'",
   ),
-  "no end of tokens": (400, dict(messages=messages(0), max_tokens=4000), "of a window of 128"),
-  "a long turn": (400, dict(messages=messages(0, "word " * 500)), "of a window of 128"),
+  "no end of tokens": (400, dict(messages=messages(0), max_tokens=4000), "of a window of 512"),
+  "a long turn": (400, dict(messages=messages(0, "word " * 500)), "of a window of 512"),
   "roles": (400, dict(messages=[dict(role="assistant", content="x")]), "roles out of order"),
   "no role": (400, dict(messages=[dict(role="boss", content="x")]), "turn 1 is by 'boss'"),
   "an empty turn": (400, dict(messages=[dict(role="user", content=" ")]), "is empty"),
@@ -181,6 +292,8 @@ MEDIA = {
   "a path": ("/etc/passwd", "no such file in the media folder"),
   "a way out": ("../../../etc/passwd", "no such file in the media folder"),
   "an address": ("http://127.0.0.1/a.png", "give media as data: URLs"),
+  "a store": ("s3://bucket/a.png", "give media as data: URLs"),
+  "a file": ("file:///etc/passwd", "no such file in the media folder"),
   "no base64": ("data:image/png;base64,???", "not base64"),
   "no picture": ("data:image/png;base64,AAAA", "not a JPEG"),
   "no url": (7, "has no url"),
@@ -221,7 +334,7 @@ def test_a_bomb_of_a_picture_is_refused(served):
   assert status == 400 and "megapixels" in said
 
 
-def test_files_of_the_media_folder_hosts_forms_and_what_it_says_of_itself(served):
+def test_files_of_the_media_folder_hosts_forms_and_what_it_says_of_itself(served, monkeypatch):
   port, path = served[1], "/v1/chat/completions"
   part = {"type": "image_url", "image_url": {"url": "a.png"}}
   body = dict(messages=[dict(role="user", content=[part])], max_tokens=2)
@@ -232,6 +345,9 @@ def test_files_of_the_media_folder_hosts_forms_and_what_it_says_of_itself(served
   assert json.loads(post(port, "/health", b"", method="GET")[1]) == dict(status="ok", model="tiny")
   (about,) = json.loads(post(port, "/v1/models", b"", method="GET")[1])["data"]
   assert (about["chat"], about["embeddings"], about["media"]) == (True, False, ["image"])
+  with monkeypatch.context() as patch:
+    patch.setattr(type(served[0].batcher), "alive", False)
+    assert post(port, "/health", b"", method="GET")[0] == 503
   metrics = post(port, "/metrics", b"", method="GET")[1]
   assert "mmjax_chat_requests_total " in metrics and 'refused_total{status="415"} 1' in metrics
   status, said = post(port, "/v1/embeddings", dict(input="x"))
