@@ -196,6 +196,9 @@ def _eval(options) -> int:
     suite=options.suite,
     out=options.out,
     allow_code=options.allow_code,
+    judge_prompts=options.judge_prompts,
+    judge_model=options.judge_model,
+    judge_scores=options.judge_scores,
   )
   if options.json:
     print(json.dumps(table, indent=2))
@@ -710,6 +713,19 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument(
     "--out", metavar="DIR", help="where eval.json and report.html go; default: the run folder"
+  )
+  sub.add_argument(
+    "--judge-prompts",
+    default="",
+    metavar="FILE",
+    help="write prompts for an outside judge of dialogues, as OpenAI's batch files",
+  )
+  sub.add_argument("--judge-model", default="", metavar="TEXT", help="the judge's name in them")
+  sub.add_argument(
+    "--judge-scores",
+    default="",
+    metavar="FILE",
+    help="take what the judge answered into eval.json and report.html",
   )
   sub.add_argument("--json", action="store_true", help="print the scores as JSON")
 

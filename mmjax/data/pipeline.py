@@ -56,7 +56,7 @@ from mmjax.data.order import Balance, Order
 from mmjax.data.parts import Medium, Span
 from mmjax.data.rollouts import Asked, rollout_spec, sampling
 from mmjax.data.sequences import Piece
-from mmjax.data.sources import Source, label_numbers, open_source
+from mmjax.data.sources import Joined, Source, label_numbers, open_source
 from mmjax.data.templates import ChatTemplate
 from mmjax.data.text import Tokenizer, text_key
 
@@ -427,33 +427,58 @@ class EvaluationData:
     if not any(isinstance(part, Span) and part.target for part in parts):
       raise UserError("no turn is the assistant's")
 
-  def replies(self, asked: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> Iterator[Batch]:
+  def replies(
+    self, asked: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], others: Sequence[int] = ()
+  ) -> Iterator[Batch]:
     """What a language model's next turns are generated from: (example, the turns so far), one a
-    row, as long as the longest; filled up at the end.
+    row, as long as the longest; filled up at the end. others: of each row, an example whose media
+    the turns have after its own; () = of none.
     """
-    sequences = self._examples.sequences
+    turns = self._examples.sequences.turns
+    source: Any = self.source
+    places = [example for example, _ in asked]
+    if others:
+      source, places = (
+        Joined(self.source, list(zip(places, others, strict=True))),
+        range(len(asked)),
+      )
     yield from self._prompts(
-      (example, functools.partial(sequences.turns, messages=turns, prompt=True))
-      for example, turns in asked
+      (
+        (place, functools.partial(turns, messages=messages, prompt=True))
+        for place, (_, messages) in zip(places, asked, strict=True)
+      ),
+      source,
     )
 
+  def have_room(self, example: int, messages: Sequence[Mapping[str, Any]], other: int) -> bool:
+    """Whether turns about the media of two examples can be read and fit into a row."""
+    sequences = self._examples.sequences
+    try:
+      parts = sequences.turns(Joined(self.source, [(example, other)])[0], messages, prompt=True)
+    except UserError:
+      return False
+    return sequences.size(parts) <= sequences.length
+
   def _prompts(
-    self, asked: Iterable[tuple[int, Callable[[Record], list[Span | Medium]]]]
+    self,
+    asked: Iterable[tuple[int, Callable[[Record], list[Span | Medium]]]],
+    source: Source | None = None,
   ) -> Iterator[Batch]:
     """Prompts, (example, what makes the parts of one of its record), one a row, in rows that are as
-    long, and have as many slots, as these need.
+    long, and have as many slots, as these need. source: of the examples, None = `self.source`.
     """
+    source = self.source if source is None else source
     rows: list[tuple[int, list[Span | Medium] | UserError]] = []
     for example, make in asked:
       try:
-        rows.append((example, make(self.source[example])))
+        rows.append((example, make(source[example])))
       except UserError as error:
         rows.append((example, error))
     narrow = self._examples.sequences.narrowed(x for _, x in rows if isinstance(x, list))
     for start in range(0, len(rows), self.batch_size):
       row = start + self.rows
       real = row < len(rows)
-      chosen = [(self.source, *rows[i]) for i in row[real].tolist()]
+      chosen = [(source, *rows[i]) for i in row[real].tolist()]
       batch = self._examples.rows_of_prompts(chosen, [None] * len(chosen), narrow)
       yield self._filled_up(batch, real)
     self._cut.total()

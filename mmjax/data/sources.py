@@ -25,7 +25,9 @@ from mmjax.config import UserError
 from mmjax.data.builders import BUILDERS
 from mmjax.data.builders.schema import Record, example_class, parse_record
 from mmjax.data.folders import data_dir, find_version, finished_versions, split_sizes
+from mmjax.data.media import bytes_key
 from mmjax.data.order import permute
+from mmjax.data.parts import MEDIA
 from mmjax.data.tars import TarSource
 
 
@@ -239,6 +241,28 @@ class CachedSource:
     if record is None:
       record = self._kept[index] = self._source[index]
     return record
+
+
+class Joined:
+  """Records of a source, each with the media of another after its own. pairs: their numbers."""
+
+  def __init__(self, source: Source, pairs: Sequence[tuple[int, int]]):
+    self.name, self._source, self._pairs = source.name, source, pairs
+
+  def __len__(self) -> int:
+    return len(self._pairs)
+
+  def __getitem__(self, index: int) -> Record:
+    own, other = (self._source[number] for number in self._pairs[index])
+    more = [(name, other[name]) for name in MEDIA if other.get(name) is not None]
+    more += other.get("media") or ()
+    found = {**own, "media": list(own.get("media") or ())}
+    for name, data in more:
+      if found.get(name) is None:
+        found |= {name: data, "image_key": bytes_key(data)}
+      else:
+        found["media"].append((name, data))
+    return found
 
 
 def _slice_of(part: str) -> tuple[str, str, str]:

@@ -1,10 +1,11 @@
-"""How well a model holds a dialogue: exact answers by turn, with the history, without it, and with
-a wrong answer in it; no judge.
+"""How well a model holds a dialogue: exact answers by turn, with the history, without it, with a
+wrong answer in it, and after a change of the topic. No judge; judge.py has files for one.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +52,11 @@ def dialogue(
   dialogues drawn again), "turnN", "ago/N", "kind/NAME", with the model's own answers as history;
   "hidden/accuracy" and "hidden/turnN" without the history; "wrong/accuracy" with right earlier
   answers but a wrong one to what the question refers to, and "right/accuracy", the same questions
-  without the wrong one; "consistency" (share of questions asked again that get the same answer);
-  "dialogues", "unreadable".
+  without the wrong one; "returned/accuracy", of the last question of each that refers back: a turn
+  about the media of another conversation is put before it, after which the question that brought up
+  what it refers to is asked again; and "stayed/accuracy", the same questions without these two
+  turns; "consistency" (share of questions asked again that get the same answer); "dialogues",
+  "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   if not context.config.data.sequence.length:
@@ -72,6 +76,7 @@ def dialogue(
   hidden = ask([(talk, _without_history(talk, k)) for talk, k in _later(talks)])
   metrics |= _of_later(hidden, talks, "hidden")
   metrics |= _with_wrong_answers(ask, talks)
+  metrics |= _with_another_topic(ask, talks)
   metrics |= _consistency(said, talks)
   low, high = interval(correct)
   metrics |= {"accuracy/low": low, "accuracy/high": high}
@@ -89,8 +94,9 @@ def dialogue(
         hidden=metrics.get(f"hidden/turn{turn + 1}"),
       )
     )
-  shown = [
+  transcripts = [
     dict(
+      example=talk.example,
       turns=[
         dict(
           question=_text(talk.turns[n - 1]["content"]),
@@ -100,12 +106,14 @@ def dialogue(
         )
         for k, n in enumerate(talk.answers)
       ],
-      **inputs_of(data, talk.example, modalities),
     )
-    for i in sample_evenly(len(talks), examples)
-    for talk in (talks[i],)
+    for i, talk in enumerate(talks)
   ]
-  figure = dict(kind="dialogues", turns=by_turn, rows=shown)
+  inputs = functools.partial(inputs_of, data, modalities=modalities)
+  shown = [
+    dict(transcripts[i], **inputs(talks[i].example)) for i in sample_evenly(len(talks), examples)
+  ]
+  figure = dict(kind="dialogues", turns=by_turn, rows=shown, transcripts=transcripts, inputs=inputs)
   return Result({name: float(value) for name, value in metrics.items()}, {"dialogues": figure})
 
 
@@ -130,10 +138,15 @@ class _Asking:
     model = context.config.model
     self.ends = (model.eos_id, *model.end_ids)
 
-  def __call__(self, asked: Sequence[tuple[_Talk, Turns]]) -> list[str]:
+  def __call__(
+    self, asked: Sequence[tuple[_Talk, Turns]], others: Sequence[_Talk] = ()
+  ) -> list[str]:
+    """others: of each, the dialogue whose media come after its own; () = of none."""
     if not asked:
       return []
-    batches = self.data.replies([(talk.example, turns) for talk, turns in asked])
+    batches = self.data.replies(
+      [(talk.example, turns) for talk, turns in asked], [talk.example for talk in others]
+    )
     tokens, valid = self.context.apply("generate_text", self.settings, batches)
     tokenizer = self.context.tokenizer()
     rows = zip(tokens[: len(asked)], valid, strict=False)  # the model says nothing of unusable ones
@@ -153,10 +166,21 @@ def _talks(data, limit: int) -> tuple[list[_Talk], int]:
       unreadable += 1
       continue
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-    about = list((record.get("facts") or {}).get("turns") or [])
-    about += [{}] * (len(answers) - len(about))
+    facts = record.get("facts")
+    said = facts.get("turns") if isinstance(facts, Mapping) else None
+    said = said if isinstance(said, list) else []
+    about = [_about(said[k] if k < len(said) else None, k) for k in range(len(answers))]
     talks.append(_Talk(example, turns, answers, about))
   return talks, unreadable
+
+
+def _about(said: Any, turn: int) -> dict[str, Any]:
+  """What a record says of a question, without an `ago` that points at no turn."""
+  found = dict(said) if isinstance(said, Mapping) else {}
+  ago = found.get("ago")
+  if not isinstance(ago, int) or not 0 <= ago <= turn:
+    found.pop("ago", None)
+  return found
 
 
 def _own_answers(ask: _Asking, talks: Sequence[_Talk]) -> list[list[str]]:
@@ -267,6 +291,46 @@ def _with_wrong_answers(ask: _Asking, talks: Sequence[_Talk]) -> dict[str, float
     f"{name}/accuracy": float(np.mean(list(map(_equal, ask(rows), expected))))
     for name, rows in (("wrong", asked), ("right", plain))
   }
+
+
+def _with_another_topic(ask: _Asking, talks: Sequence[_Talk]) -> dict[str, float]:
+  """Accuracy after the first turn of the next dialogue, about its media, and a return: the question
+  that brought up what is referred to is asked again, if it refers to nothing itself.
+  """
+  asked, plain, others, expected = [], [], [], []
+  for number, talk in enumerate(talks):
+    other = talks[(number + 1) % len(talks)]
+    aside = [turn for turn in other.turns[: other.answers[0] + 1] if turn["role"] != "system"]
+    for k in reversed(range(1, len(talk.answers))):
+      ago, before = talk.about[k].get("ago", 1), _history(talk, k, {})
+      begins, at = talk.answers[k] - 1, talk.answers[k - ago]  # this question, the earlier answer
+      refers_to_nothing = k == ago or talk.about[k - ago].get("ago") == 0
+      if not ago or not refers_to_nothing or other is talk or _has_media(before[begins:]):
+        continue
+      again = dict(before[at - 1], content=_text(before[at - 1]["content"]))
+      turns = [*before[:begins], *aside, again, before[at], *before[begins:]]
+      if ask.data.have_room(talk.example, turns, other.example):
+        asked.append((talk, turns))
+        plain.append((talk, before))
+        others.append(other)
+        expected.append(talk.turns[talk.answers[k]]["content"])
+        break
+  if not asked:
+    return {}
+  returned, stayed = ask(asked, others), ask(plain)
+  return {
+    f"{name}/accuracy": float(np.mean(list(map(_equal, texts, expected))))
+    for name, texts in (("returned", returned), ("stayed", stayed))
+  }
+
+
+def _has_media(turns: Turns) -> bool:
+  return any(
+    part["type"] != "text"
+    for turn in turns
+    if not isinstance(turn["content"], str)
+    for part in turn["content"]
+  )
 
 
 def _consistency(said: Sequence[Sequence[str]], talks: Sequence[_Talk]) -> dict[str, float]:

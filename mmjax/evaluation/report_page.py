@@ -129,7 +129,7 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 <h2>{{ name }}: dialogues</h2><p class="note">Spread over the split, none chosen by hand. The model's own answers are its history; right ones are marked.</p>
 <div class="examples">{% for row in figure.rows %}<div class="card example"><div class="asked">{% if row.picture is defined %}<img class="query" src="{{ row.picture | picture }}" alt="what the model saw">{% endif %}</div>
 <div class="answers">{% for turn in row.turns %}<div class="note" dir="auto">{{ turn.question }}</div><div class="answer{{ " correct" if turn.correct }}"><span dir="auto">{{ turn.answer or "(nothing)" }}</span></div>
-{% if not turn.correct %}<div class="expected" dir="auto">Correct: {{ turn.expected }}</div>{% endif %}{% endfor %}</div></div>{% endfor %}</div>{% endfor %}
+{% if not turn.correct %}<div class="expected" dir="auto">Correct: {{ turn.expected }}</div>{% endif %}{% endfor %}{% if row.judge is defined and row.judge is not none %}<div class="note">A judge gives it {{ row.judge | number }} of 10.</div>{% endif %}</div></div>{% endfor %}</div>{% endfor %}
 
 {% for name, figure in pictures if figure.rows %}
 <h2>{{ name }}: what the model draws</h2><p class="note">Captions spread over the split, none chosen by hand: the drawn picture, and the real one beside it. A green frame: the classifier gives it the caption's class.</p>

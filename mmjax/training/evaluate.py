@@ -15,7 +15,7 @@ from mmjax import config as configs
 from mmjax import evaluation, files, printing
 from mmjax.config import UserError
 from mmjax.data.text import Tokenizer
-from mmjax.evaluation import report
+from mmjax.evaluation import judge, report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint
@@ -30,15 +30,20 @@ def evaluate(
   suite: str | None = None,
   out: str | os.PathLike | None = None,
   allow_code: Sequence[str] = (),
+  judge_prompts: str | os.PathLike = "",
+  judge_model: str = "",
+  judge_scores: str | os.PathLike = "",
 ) -> dict[str, dict[str, float]]:
   """Evaluates the checkpoint at `path` (run, step or import folder) and writes eval.json and
   report.html.
 
   allow_code: modules that the checkpoint's config may take code from, besides those that
-  `config_file` names.
+  `config_file` names. judge_prompts, judge_model: where prompts for an outside judge of dialogues
+  go, and its name; judge_scores: a file of what it answered (judge.py).
   Returns: {evaluator name: {metric: value}}. Raises UserError: no checkpoint there, no such
   evaluator.
   """
+  scores = judge.read_scores(judge_scores) if judge_scores else None
   found = checkpoint.find_checkpoint(path)
   theirs = configs.load(config_file, overrides) if config_file else None
   config = checkpoint.load_config(found, (*allow_code, *(theirs.allow_code if theirs else ())))
@@ -65,12 +70,20 @@ def evaluate(
     configs.check(config, jax.device_count())
     return mesh
 
+  if judge_prompts or judge_scores:
+    kinds = {config.evaluation.evaluators[name].kind for name in evaluation.pick(config, suite)}
+    if "dialogue" not in kinds:
+      raise UserError(
+        f"{path}: a judge reads dialogues, but no evaluator of kind 'dialogue' is run"
+      )
   mesh = multihost.together(open_mesh)
   step = Program(config, mesh)
   with jax.set_mesh(mesh):
     params = checkpoint.load_params(found, step.params_spec)
     evaluators = evaluation.Evaluation(config, step.apply, mesh, assets=assets, losses=step.losses)
     results = evaluators.run({"params": params, **checkpoint.load_model_state(found)}, names=suite)
+  if scores is not None:
+    results = judge.with_scores(results, scores, judge_scores)
   if multihost.is_main():
     home = run_folder(path)
     with files.Mirror(out or home) as mirror:
@@ -85,6 +98,9 @@ def evaluate(
       for name, result in results.items():
         printing.log(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
     printing.log(f"wrote {mirror.name(written)} and {mirror.name(page)}")
+    if judge_prompts:
+      count = judge.write_prompts(results, judge_prompts, judge_model)
+      printing.log(f"wrote {count} prompts for a judge to {judge_prompts}")
   return {name: result.metrics for name, result in results.items()}
 
 

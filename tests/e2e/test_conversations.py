@@ -69,6 +69,18 @@ def test_conversations_are_learned_gone_on_with_and_held(tmp_path, monkeypatch):
   assert len(whole) == 60 and whole == parts
   scores = json.loads((tmp_path / "whole" / "eval.json").read_text())["talks"]
   assert scores["turn1"] == 1 and scores["dialogues"] == 20 and 0 <= scores["hidden/turn2"] <= 1
+  assert 0 <= scores["returned/accuracy"] <= 1 and scores["stayed/accuracy"] == 1
+
+  words = ("eval", "--checkpoint", "whole")
+  assert "wrote 20 prompts" in run(*words, "--judge-prompts", "prompts.jsonl").stderr
+  asked = map(json.loads, (tmp_path / "prompts.jsonl").read_text().splitlines())
+  said = [json.dumps(dict(custom_id=line["custom_id"], score=7)) for line in asked]
+  (tmp_path / "answers.jsonl").write_text("\n".join(said[1:]))
+  run(*words, "--judge-scores", "answers.jsonl")
+  judged = json.loads((tmp_path / "whole" / "eval.json").read_text())["talks"]
+  assert judged == {**scores, **{k: v for k, v in judged.items() if k.startswith("judge/")}}
+  assert (judged["judge/score"], judged["judge/unscored"]) == (7, 1)
+  assert "A judge gives it 7 of 10." in (tmp_path / "whole" / "report.html").read_text()
 
   (tmp_path / "mine.jinja").write_text(TEMPLATE.replace("assistant:", "me:"))
   more = "--config.train.steps=61"
