@@ -76,6 +76,11 @@ def is_url(path: str | os.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def is_object(path: str) -> bool:
+  """Whether a path is the URL of an object of a known kind of store."""
+  return path.partition("://")[0] in _STORES and is_url(path)
+
+
 def as_path(path: str | os.PathLike) -> epath.Path:
   """An absolute path of this machine, or a URL as it is. Raises UserError: a store that is not
   known.
@@ -246,6 +251,16 @@ def read_range(path: str, offset: int, size: int) -> bytes:
   with _asking(path):
     fs, name = fsspec.core.url_to_fs(str(as_path(path)))
     return fs.cat_file(name, start=offset, end=offset + size)
+
+
+def read_object(url: str, most: int = LARGEST) -> bytes:
+  """The bytes of an object. Raises FileNotFoundError, OSError (EFBIG) for more than `most` bytes,
+  StoreError.
+  """
+  size, _ = size_and_mark(url)
+  if size > most:
+    raise OSError(errno.EFBIG, f"{size / 2**20:.0f} MiB, more than {most / 2**20:.0f} MiB", url)
+  return read_range(url, 0, size)
 
 
 def open_binary(path: str | os.PathLike) -> io.BufferedReader | _Object:

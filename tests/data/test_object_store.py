@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
+import requests
 from s3fs import S3File, S3FileSystem
 
 from mmjax import files
@@ -15,6 +17,7 @@ from mmjax.data.folders import data_dir, local_data_dir
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.sources import list_datasets, open_source
 from mmjax.data.text import load_tokenizer
+from tests.data.test_convert import picture
 from tests.data.test_tars import pairs, write_tar
 
 
@@ -145,3 +148,46 @@ def test_a_store_that_does_not_answer_costs_no_record(object_store, tmp_path, mo
     )
     open_source(entry)
   assert len(open_source(entry)) == 10
+
+
+def test_media_of_conversations_are_read_from_the_store(object_store, tmp_path):
+  """Those that fail are named and counted; a store that does not answer ends the conversion."""
+  url = "s3://bucket/pictures"
+  for number in (1, 2):
+    (files.as_path(url) / f"{number}.png").write_bytes(picture(number))
+  (files.as_path(url) / "broken.png").write_bytes(b"no picture")
+  (tmp_path / "4.png").write_bytes(picture(4))
+
+  def openai(*urls):
+    parts = [{"type": "image_url", "image_url": {"url": one}} for one in urls]
+    said = [dict(role="user", content=[*parts, {"type": "text", "text": "what?"}])]
+    return dict(messages=[*said, dict(role="assistant", content="a picture")])
+
+  turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "a picture"}]
+  rows = [
+    openai(f"{url}/1.png", f"{url}/2.png"),
+    dict(image=f"{url}/1.png", conversations=turns),
+    dict(image=f"file://{tmp_path}/4.png", conversations=turns),
+    openai(f"{url}/none.png"),
+    openai(f"{url}/broken.png"),
+    openai("https://example.com/3.png"),
+  ]
+  table = tmp_path / "talks.jsonl"
+  table.write_text("\n".join(map(json.dumps, rows)))
+  for workers in (1, 2):
+    place = tmp_path / f"data{workers}"
+    made = convert.convert("conversations", table, "talks", place, workers=workers, log=print)
+    assert made.skipped == {"missing file": 2, "unreadable": 1}
+    named = [line for lines in made.first_skipped.values() for line in lines]
+    assert any(f"{url}/none.png" in line for line in named)
+    assert any("example.com/3.png (no address is opened but s3:// and gs://" in x for x in named)
+    several, one, file = records(open_source(dict(name="talks", split="train"), place))
+    assert several["image"] == one["image"] == picture(1) and file["image"] == picture(4)
+    assert several["media"] == [("image", picture(2))]
+  requests.post(f"{object_store}/moto-api/reset-auth", data="0", timeout=10)
+  try:
+    with pytest.raises(UserError, match=f"{url}/1.png cannot be read: .*credentials"):
+      convert.convert("conversations", table, "talks", tmp_path / "none", log=print)
+  finally:
+    requests.post(f"{object_store}/moto-api/reset-auth", data="inf", timeout=10)
+  assert not list((tmp_path / "none").glob("talks/*/dataset_info.json"))

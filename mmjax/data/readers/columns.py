@@ -16,6 +16,7 @@ from mmjax.data.readers.cells import Annotation, Skip, about_media, annotate, br
 from mmjax.data.readers.conversations import media_in
 from mmjax.data.readers.preferences import ROLES, given_in, is_judged
 from mmjax.data.series import inline_series
+from mmjax.files import is_url
 
 COLUMNS = {  # what a column may be called, in small letters, most likely first
   "image": (
@@ -186,8 +187,11 @@ def part_of(cells: Mapping[str, Any], at: str, folder: str, options) -> Part | S
 
 
 def _below(root: str, folder: str, file: str) -> str:
-  """A file of `folder` by its path below the root, in its shortest form where a root is named."""
-  if file.startswith("data:"):
+  """A file of `folder` by its path below the root, in its shortest form where a root is named; URLs
+  as they are.
+  """
+  file = file.removeprefix("file://")
+  if file.startswith("data:") or is_url(file):
     return file
   if root and os.path.isabs(file):
     return os.path.relpath(file, root)

@@ -122,7 +122,7 @@ def media_in(value: Any) -> dict[str, list[str]]:
           file = f"data:{_PARTS[kind]}/{file.get('format', '')};base64,{file['data']}"
         file = file.get("url", file.get("path")) if isinstance(file, Mapping) else file
         if isinstance(file, str):
-          found.setdefault(_PARTS[kind], []).append(file.removeprefix("file://"))
+          found.setdefault(_PARTS[kind], []).append(file)
   return found
 
 

@@ -21,7 +21,7 @@ from mmjax.data.readers.cells import Annotation, Skip
 from mmjax.data.readers.columns import Part
 from mmjax.data.series import as_series, read_series
 from mmjax.data.tars import expand
-from mmjax.files import read_file
+from mmjax.files import StoreError, is_object, is_url, read_file, read_object
 
 Record = dict[str, Any]
 
@@ -38,8 +38,8 @@ class Row:
 
 
 class Where(NamedTuple):
-  """The files of a record, {modality: path below the root}, and what is said of them; or the text
-  files beside them.
+  """The files of a record, {modality: path below the root or URL}, and what is said of them; or the
+  text files beside them.
   """
 
   media: dict[str, str]
@@ -124,7 +124,9 @@ class ListedReader:
   def files(self, rows: Iterable[Row]) -> Iterator[str]:
     yield from self.paths
     for row in rows:
-      yield from (os.path.join(self.root, path) for path in row.where.media.values())
+      yield from (
+        path if is_url(path) else os.path.join(self.root, path) for path in row.where.media.values()
+      )
 
   def fields(self, rows: Iterable[Row]) -> set[str]:
     found: set[str] = set()
@@ -170,17 +172,25 @@ def series_of(content: Any, path: str = "") -> np.ndarray | Skip:
 
 
 def read_inside(root: str, path: str) -> bytes | Skip:
-  """The bytes of a file inside the folder `root`, links resolved, or of a data: URL; or why not."""
+  """The bytes of a file inside the folder `root`, links resolved, of an object of a store, or of a
+  data: URL; or why not. Raises UserError: a store does not answer, which is no fault of the object.
+  """
   if path.startswith("data:"):
     try:
       return base64.b64decode(path.partition(",")[2], validate=True)
     except binascii.Error as error:
       return Skip("unreadable", f"a data: URL that is not base64 ({error})")
   try:
+    if is_object(path):
+      return read_object(path)
+    if is_url(path):
+      return Skip("missing file", f"{path} (no address is opened but s3:// and gs://; download it)")
     base, full = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([base, full]) != base:
       return Skip(OUTSIDE, f"{path} is not below {root}; --root names a folder that holds it")
     return read_file(full)
+  except StoreError as error:
+    raise UserError(str(error)) from error
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
     return Skip("missing file", path)
   except OSError as error:
