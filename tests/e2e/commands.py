@@ -148,3 +148,14 @@ def parameters(folder: pathlib.Path) -> dict[str, bytes]:
     jax.tree_util.keystr(path): np.asarray(x).tobytes()
     for path, x in jax.tree_util.tree_leaves_with_path(params)
   }
+
+
+def used(pid: int) -> dict[str, int]:
+  """Resident MiB, open files and threads of a process."""
+  status = pathlib.Path(f"/proc/{pid}/status").read_text()
+  fields = dict(line.split(":", 1) for line in status.splitlines())
+  return dict(
+    memory=int(fields["VmRSS"].split()[0]) // 1024,
+    files=len(os.listdir(f"/proc/{pid}/fd")),
+    threads=int(fields["Threads"]),
+  )

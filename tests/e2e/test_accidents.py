@@ -23,6 +23,7 @@ from tests.e2e.commands import (
   read_until,
   run,
   start,
+  used,
 )
 
 pytestmark = pytest.mark.slow  # a dozen real processes
@@ -170,17 +171,6 @@ def test_three_thousand_steps_grow_nothing(world, tmp_path):
   )
   assert memory[2] - memory[1] < 24, seen
   assert files[2] <= files[1] + 2 and threads[2] <= threads[1] + 2, seen
-
-
-def used(pid: int) -> dict[str, int]:
-  """Resident MiB, open files and threads of a process."""
-  status = pathlib.Path(f"/proc/{pid}/status").read_text()
-  fields = dict(line.split(":", 1) for line in status.splitlines())
-  return dict(
-    memory=int(fields["VmRSS"].split()[0]) // 1024,
-    files=len(os.listdir(f"/proc/{pid}/fd")),
-    threads=int(fields["Threads"]),
-  )
 
 
 # Root may write everywhere, but for a process without these capabilities.
