@@ -66,12 +66,13 @@ class Options:
 
 
 OUTSIDE = "outside the source folder"
+ADDRESS = "an address of no store"
 Left = tuple[str, Skip]  # the name of what is left out, and why
 
 
 def join(parts: Iterable[Part | Left]) -> tuple[list[Row], list[Left]]:
-  """Parts about one medium become one row, in the order of the first of each; other parts of a name
-  taken are left out.
+  """Parts about the same media become one row, in the order of the first of each. Where a name is
+  taken, a part that has it from its first medium is called by where it stands; others are left out.
   """
   rows: dict[tuple, Row] = {}
   owner: dict[str, tuple] = {}
@@ -79,10 +80,14 @@ def join(parts: Iterable[Part | Left]) -> tuple[list[Row], list[Left]]:
   for part in parts:
     if not isinstance(part, Part):
       skipped.append(part)
-    elif owner.setdefault(part.name, part.key) != part.key:
+      continue
+    name = part.name
+    if name in part.media.values() and owner.get(name, part.key) != part.key:
+      name = part.at
+    if part.key not in rows and owner.setdefault(name, part.key) != part.key:
       skipped.append((part.name, Skip("duplicate id", part.at)))
     elif part.key not in rows:
-      rows[part.key] = Row(part.name, Where(part.media, part.said))
+      rows[part.key] = Row(name, Where(part.media, part.said))
     elif differs := rows[part.key].where.said.other_values(part.said):
       skipped.append((part.at, differs))
     else:
@@ -184,7 +189,7 @@ def read_inside(root: str, path: str) -> bytes | Skip:
     if is_object(path):
       return read_object(path)
     if is_url(path):
-      return Skip("missing file", f"{path} (no address is opened but s3:// and gs://; download it)")
+      return Skip(ADDRESS, f"{path}: download it, or name it by s3:// or gs://")
     base, full = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([base, full]) != base:
       return Skip(OUTSIDE, f"{path} is not below {root}; --root names a folder that holds it")

@@ -532,6 +532,22 @@ def test_conversations_of_several_media(tmp_path, photos):
   assert found["3.png"]["conversations"][0][0] == turn("user", [image, part("What?")])
 
 
+def test_rows_whose_first_of_several_pictures_is_the_same_are_all_kept(tmp_path, photos):
+  def row(*images):
+    marks = "<image>" * len(images)
+    talk = [{"from": "human", "value": f"{marks}?"}, {"from": "gpt", "value": "-".join(images)}]
+    return dict(images=list(images), conversations=talk)
+
+  rows = [row("0.png", "1.png"), row("0.png", "2.png"), row("0.png"), row("0.png", "2.png")]
+  (photos / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  summary = run(tmp_path, "conversations", photos / "chat.jsonl")
+  assert summary.rows == 4 and summary.examples == 3 and not summary.skipped
+  found = records(tmp_path)
+  assert set(found) == {"0.png", "chat.jsonl:2", "chat.jsonl:3"}
+  assert len(found["chat.jsonl:2"]["conversations"]) == 2
+  assert found["chat.jsonl:2"]["media"] == [("image", picture(2))]
+
+
 def test_conversations_in_parquet(tmp_path, photos):
   arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
   rows = [
