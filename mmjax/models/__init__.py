@@ -63,7 +63,7 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     raise UserError(
       "model.encoders is empty: name at least one encoder, such as image=dict(kind='vit')"
     )
-  nested = {
+  nested: dict[str, Any] = {
     name: make(model[name], name, name, *([tuple(encoders)] if name == "fusion" else []))
     for name in NESTED
     if model.get(name)

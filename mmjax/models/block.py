@@ -169,7 +169,8 @@ def with_block(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
   def make(*first: Any, block: Mapping[str, Any] = {}, **settings: Any) -> nn.Module:  # noqa: B006
     return _with_fields(kind(*first, **settings), block)
 
-  make.__signature__ = signature.replace(parameters=[*signature.parameters.values(), setting])
+  parameters = [*signature.parameters.values(), setting]
+  make.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
   make.__doc__ = f"""{inspect.getdoc(kind)}
 block: other settings of the blocks, such as dict(key_value_heads=2).
 """
@@ -268,7 +269,8 @@ class Attention(nn.Module):
     c = self.config
     settings = dict(scale=c.scale or 1 / math.sqrt(c.channels), soft_cap=c.soft_cap)
     if length:
-      return self.out(packed_attention(*self.qkv(x, apart=True), mask, length, **settings))
+      qkv, qkv_bias = self.qkv(x, apart=True)
+      return self.out(packed_attention(qkv, qkv_bias, mask, length, **settings))
     if context is None:
       query, key, value = self._project(x, turns)
     else:
@@ -276,9 +278,8 @@ class Attention(nn.Module):
       key, value = context if isinstance(context, KeyValue) else self.keys_and_values(context)
     kernel = c.kernel
     if cache is not None:
-      cache = KeyValue(
-        update_cache(cache.key, key, mask.offset), update_cache(cache.value, value, mask.offset)
-      )
+      start = 0 if mask.offset is None else mask.offset
+      cache = KeyValue(update_cache(cache.key, key, start), update_cache(cache.value, value, start))
       key, value = (read_cache(x, c.dtype).swapaxes(1, 2) for x in cache)
       kernel = "xla"
     out = attend(query, key, value, mask, kernel=kernel, bias=bias, **settings)
@@ -332,7 +333,7 @@ def read_cache(cached: Any, dtype: Any) -> Array:
   return (cached.codes.astype(jnp.float32) * cached.scale).astype(dtype)
 
 
-def update_cache(cached: Any, new: Array, start: Array) -> Any:
+def update_cache(cached: Any, new: Array, start: Array | int) -> Any:
   """cached [B, G, T, K] with new [B, L, G, K] from position `start` on, int32 scalar or [B]."""
   new = new.swapaxes(1, 2)
   if isinstance(cached, Int8):
@@ -343,7 +344,7 @@ def update_cache(cached: Any, new: Array, start: Array) -> Any:
   return _written(cached, new.astype(cached.dtype), start)
 
 
-def _written(cached: Array, new: Array, start: Array) -> Array:
+def _written(cached: Array, new: Array, start: Array | int) -> Array:
   update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
   if jnp.ndim(start):
     return jax.vmap(update)(cached, new, start)

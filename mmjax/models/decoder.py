@@ -15,11 +15,11 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.keys import Special
-from mmjax.models.block import Activation, BlockConfig, Kernel, KeyValue, Remat, with_block
+from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.text import enough_positions
 from mmjax.models.layers import Dense, constrain, normal, with_axes
 from mmjax.models.positions import sinusoids
-from mmjax.models.stack import Memory, Stack
+from mmjax.models.stack import Cache, Memory, Stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, TokenId, TokenIds, Width
 
 Array = jax.Array
@@ -134,11 +134,13 @@ class Decoder(nn.Module):
     generation.
     """
     memory, memory_mask = self._memory(memory, memory_mask)
-    return None if memory is None else self.stack.init_memory(memory, memory_mask)
+    if memory is None or memory_mask is None:
+      return None
+    return self.stack.init_memory(memory, memory_mask)
 
   def prefill(
     self, tokens: Array, memory: Memory | None = None, *, length: int, lengths: Array | None = None
-  ) -> tuple[Array, KeyValue]:
+  ) -> tuple[Array, Cache]:
     """Prompts int32 [B, P], read at once -> (logits float32 [B, V] of the first token after each,
     a cache for `length` tokens).
 
@@ -154,8 +156,8 @@ class Decoder(nn.Module):
     return self._without((*self.suppress, *self.suppress_first), self.logits(hidden)), cache
 
   def decode_step(
-    self, token: Array, places: Array, cache: KeyValue, memory: Memory | None = None
-  ) -> tuple[Array, KeyValue]:
+    self, token: Array, places: Array, cache: Cache, memory: Memory | None = None
+  ) -> tuple[Array, Cache]:
     """token int32 [B], each at its place of the cache, int32 [B] -> (logits float32 [B, V] of the
     token after it, the cache with it). Tokens of `suppress` are at -1e30.
     """
@@ -165,7 +167,7 @@ class Decoder(nn.Module):
     x, cache = self.stack.extend(x[:, None], places, cache, memory)
     return self._without(self.suppress, self.logits(self.norm(x)[:, 0])), cache
 
-  def detect_language(self, memory: Memory | None = None) -> Array:
+  def detect_language(self, memory: Memory) -> Array:
     """int32 [B]: the likeliest token of `languages` right after the prompt's first token (Radford
     et al. 2022, section 2.3).
     """
@@ -177,7 +179,7 @@ class Decoder(nn.Module):
 
   def read(
     self, tokens: Array, memory: Memory | None = None, *, length: int, lengths: Array | None = None
-  ) -> tuple[Array, KeyValue]:
+  ) -> tuple[Array, Cache]:
     """As `prefill`, with the hidden state [B, D] of each prompt's last token in place of logits."""
     rows, width = tokens.shape
     x = jnp.take(self.embedding, tokens, axis=0) + self.position[:width]

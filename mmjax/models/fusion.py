@@ -8,6 +8,7 @@ and no gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -185,7 +186,7 @@ class Gated(Fusion):
   that a row has."""
 
   def join(self, parts: Parts, train: bool) -> Encoded:
-    c, total, everything = self.config, 0, self._all_pooled(parts)
+    c, gated, everything = self.config, [], self._all_pooled(parts)
     for modality, part in parts.items():
       value = jnp.tanh(
         Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_value")(part.pooled)
@@ -193,8 +194,8 @@ class Gated(Fusion):
       gate = jax.nn.sigmoid(
         Dense((c.width,), ("joint", "embed"), c.dtype, name=f"{modality}_gate")(everything)
       )
-      total += keep_rows(gate * value, part.mask)
-    return Encoded(*concatenate_tokens(parts), total)
+      gated.append(keep_rows(gate * value, part.mask))
+    return Encoded(*concatenate_tokens(parts), functools.reduce(jnp.add, gated))
 
 
 # -- Deep: tokens see tokens -----------------------------------------------------------------------

@@ -131,13 +131,13 @@ class Discriminator(nn.Module):
     x = x.reshape(b, h // 2, 2, w // 2, 2, 3).swapaxes(2, 3).reshape(b, h // 2, w // 2, 12)
     for i, channels in enumerate(self.channels):
       x = leaky(Convolution(channels, 2 if i else 1, self.dtype, name=f"convolution{i}")(x))
-    h = leaky(dense(self.channels[-1], self.dtype, "features")(x.reshape(b, -1))).astype(
-      jnp.float32
-    )
+    features = leaky(dense(self.channels[-1], self.dtype, "features")(x.reshape(b, -1)))
+    features = features.astype(jnp.float32)
     wanted = dense(self.channels[-1], jnp.float32, "text")(
       leaky(dense(self.channels[-1], self.dtype, "text_hidden")(text))
     )
-    return dense(1, jnp.float32, "real")(h) + h @ wanted.T / math.sqrt(h.shape[-1])
+    agreement = features @ wanted.T / math.sqrt(features.shape[-1])
+    return dense(1, jnp.float32, "real")(features) + agreement
 
 
 class Convolution(nn.Module):

@@ -22,7 +22,7 @@ from mmjax.models.quantised import dequantise
 from mmjax.parallel.rules import partition_spec
 
 Array = jax.Array
-Init = Callable[..., Array]
+Init = Callable[..., Any]
 
 
 class Encoded(NamedTuple):
@@ -111,7 +111,9 @@ class Dense(nn.Module):
       return product(x, dequantise(leaves, shape, self.dtype))
 
     x = x.astype(self.dtype)
-    if few_bits:  # the backward pass makes the kernel again, or it would be kept whole until then
+    if (
+      kernel is None
+    ):  # the backward pass makes the kernel again, or it would be kept whole until then
       y = jax.checkpoint(quantised_product)(x, few_bits)
     else:
       y = product(x, kernel)
@@ -121,14 +123,15 @@ class Dense(nn.Module):
 
   def _few_bits(self) -> dict[str, Array]:
     """The leaves of a quantised kernel; {} where it is not."""
-    leaves = {name: self.get_variable("params", name) for name in QUANTISED}
+    leaves: dict[str, Any] = {name: self.get_variable("params", name) for name in QUANTISED}
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
   def _low_rank(self, x: Array, n: int, part: slice) -> Array:
     """x [..., *inputs] through the low-rank factors: [..., *features] of `part`."""
-    a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
-    if self.has_variable("params", "lora_dropout") and self.has_rng("dropout"):
-      kept = 1 - self.get_variable("params", "lora_dropout")
+    factors: Mapping[str, Any] = self.variables["params"]
+    a, b, scale = (factors[f"lora_{name}"] for name in ("a", "b", "scale"))
+    if "lora_dropout" in factors and self.has_rng("dropout"):
+      kept = 1 - factors["lora_dropout"]
       mask = jax.random.bernoulli(self.make_rng("dropout"), kept, x.shape)
       x = jnp.where(mask, x / kept, 0).astype(self.dtype)
     if self.parts > 1:

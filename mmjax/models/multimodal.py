@@ -274,17 +274,20 @@ class Multimodal(nn.Module):
     """What `decode` gives, and what the decoder attends to: tokens [B, S, D], which are real bool
     [B, S].
     """
-    if self.decoder is None:
-      raise lacking("decode")
-    text = one_text_a_row(batch["text"])
+    decoder, text = self._decoder(), one_text_a_row(batch["text"])
     memory, memory_mask = self.memory(source, batch, train=train) if source else (None, None)
-    if memory is not None:
+    if memory is not None and memory_mask is not None:
       times = text["tokens"].shape[0] // memory.shape[0]
       memory, memory_mask = repeat_rows(memory, times), repeat_rows(memory_mask, times)
-    tokens, start = shift_right(text["tokens"], self.decoder.prompt), len(self.decoder.prompt)
+    tokens, start = shift_right(text["tokens"], decoder.prompt), len(decoder.prompt)
     mask = jnp.concatenate([jnp.ones((tokens.shape[0], start), bool), text["mask"][:, :-1]], axis=1)
-    hidden = self.decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1 :]
-    return hidden, self.decoder.table(), memory, memory_mask
+    hidden = decoder(tokens, mask, memory, memory_mask, train=train)[:, start - 1 :]
+    return hidden, decoder.table(), memory, memory_mask
+
+  def _decoder(self) -> nn.Module:
+    if self.decoder is None:
+      raise lacking("decode")
+    return self.decoder
 
   def memory(
     self, source: tuple[str, ...], batch: Batch, *, train: bool = False
@@ -307,11 +310,11 @@ class Multimodal(nn.Module):
 
   def init_memory(self, source: tuple[str, ...], batch: Batch) -> Memory:
     """What `prefill` and `decode_step` attend to, of the source modalities: once a generation."""
-    return self.decoder.init_memory(*self.memory(source, batch))
+    return self._decoder().init_memory(*self.memory(source, batch))
 
   def prefill(self, tokens: Array, memory: Memory, *, length: int) -> tuple[Array, KeyValue]:
     """(logits float32 [B, V] of the token after the prompts int32 [B, P], a cache of `length`)."""
-    return self.decoder.prefill(tokens, memory, length=length)
+    return self._decoder().prefill(tokens, memory, length=length)
 
   def decode_step(
     self, token: Array, places: Array, cache: KeyValue, memory: Memory
@@ -319,11 +322,11 @@ class Multimodal(nn.Module):
     """(logits float32 [B, V] of the token after `token` int32 [B] at `places` int32 [B], the cache
     with it).
     """
-    return self.decoder.decode_step(token, places, cache, memory)
+    return self._decoder().decode_step(token, places, cache, memory)
 
   def detect_language(self, memory: Memory) -> Array:
     """int32 [B]: the decoder's language of each row, from what `init_memory` gave."""
-    return self.decoder.detect_language(memory)
+    return self._decoder().detect_language(memory)
 
   def predict_masked(
     self, modality: str, context: tuple[str, ...], batch: Batch, *, train: bool = False
@@ -353,7 +356,7 @@ class Multimodal(nn.Module):
     """A modality's tokens after the fusion, where it keeps them; else as its encoder gives them."""
     chosen = (modality, *context)
     kept = self.fusion.contextual_modalities(chosen) if self.fusion is not None else ()
-    if modality not in kept:
+    if self.fusion is None or modality not in kept:
       if context:
         raise UserError(
           f"{modality} tokens do not see {' and '.join(context)}: the fusion keeps no {modality} "
@@ -446,7 +449,7 @@ def multitask(
     raise UserError("model.ordinal and data.values need a fusion of features, not 'decision'")
   if ordinal and data.get("classes", 0) < 2:
     raise UserError(f"model.ordinal needs data.classes of at least 2, not {data.get('classes', 0)}")
-  if match and fusion.decides:
+  if match and getattr(fusion, "decides", False):
     raise UserError("model.match needs a fusion of features, not 'decision'")
   if shared:
     _check_shared(encoders)

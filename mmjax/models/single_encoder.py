@@ -5,7 +5,7 @@ fine-tune it as a classifier.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ from mmjax.ranges import Count, Sizes, Width
 Array = jax.Array
 Probabilities = Literal["softmax", "sigmoid", "none"]
 DenseActivation = Literal["identity", "tanh", "relu", "gelu", "sigmoid", "silu"]
-DENSE_ACTIVATIONS = {
+DENSE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "identity": jnp.asarray,
   "tanh": jnp.tanh,
   "relu": jax.nn.relu,
@@ -95,7 +95,7 @@ class SingleEncoder(nn.Module):
   def setup(self) -> None:
     parts.adopt(self, self.encoders)
     if self.classes and self.ordinal:
-      self.classifier = OrdinalHead(self.classes)
+      self.classifier: nn.Module = OrdinalHead(self.classes)
     elif self.classes:
       self.classifier = (
         heads.NormedClassifier(self.classes, self.eps)

@@ -113,7 +113,7 @@ class Stack(nn.Module):
   def setup(self) -> None:
     if self.has_variable("params", "layers") and not self.is_initializing():
       # as they are: an adapter's leaves stand beside those that `init` makes (lora.py)
-      self.layers = self.get_variable("params", "layers")
+      self.layers: Any = self.get_variable("params", "layers")
     else:
       self.layers = self.param("layers", self._init_layers)
 
@@ -145,11 +145,11 @@ class Stack(nn.Module):
       x, mask, length = self._rows(x, mask)
     drops = c.dropout or _drops_factors(self.layers)
     keys = jax.random.split(self.make_rng("dropout"), c.depth) if train and drops else None
-    settings = dict(
+    settings: dict[str, Any] = dict(
       context=context, context_mask=context_mask, bias=bias, length=length, train=train
     )
 
-    def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Array, None]:
+    def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Any, None]:
       (params, key), more = layer
       rngs = None if key is None else {"dropout": key}
       out = block.apply({"params": params}, x, mask, turns=turns, rngs=rngs, **settings)
@@ -178,11 +178,12 @@ class Stack(nn.Module):
     """Of tokens [B, S, D] and which are real, bool [B, S]: once a generation."""
     attention = Attention(self.config, parent=None)
 
-    def one(_: None, params: Any) -> tuple[None, KeyValue]:
+    def one(_: None, params: Any) -> tuple[None, Any]:
       params = {"params": params["cross_attention"]}
       return None, attention.apply(params, context, method="keys_and_values")
 
-    return Memory(*jax.lax.scan(one, None, self.layers)[1], context_mask[None])
+    key, value = jax.lax.scan(one, None, self.layers)[1]
+    return Memory(key, value, context_mask[None])
 
   def extend(
     self,
@@ -223,7 +224,7 @@ class Stack(nn.Module):
     stored = None if memory is None else KeyValue(memory.key, memory.value)
     context_mask = None if memory is None else memory.mask[0]
 
-    def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Array, KeyValue]:
+    def run(block: Block, x: Array, layer: tuple, turns: Turns | None) -> tuple[Any, Any]:
       (params, cache, stored), more = layer
       x, cache = block.apply(
         {"params": params},
@@ -242,7 +243,8 @@ class Stack(nn.Module):
       return x, cache
     runs = self._runs(run, positions, False, 1)
     made = []
-    for i, params in enumerate(self.get_variable(APART, "layers")):
+    apart: Any = self.get_variable(APART, "layers")
+    for i, params in enumerate(apart):
       own = jax.tree.map(lambda a: a[0], cache[i])
       more = None if added is None or i >= len(added) else added[i]
       layer = params, own, jax.tree.map(lambda a, i=i: a[i], stored)

@@ -27,6 +27,7 @@ from mmjax.models.platform import platform
 from mmjax.parallel.rules import devices_along, partition_spec
 
 Array = jax.Array
+Shaped = Array | jax.ShapeDtypeStruct
 
 KERNELS = ("auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn")
 PLATFORMS = {
@@ -109,11 +110,12 @@ def attend(
   return run(query, key, value, mask)
 
 
-def fuses(kernel: str, query: Array, mask: AttentionMask) -> bool:
+def fuses(kernel: str, query: Shaped, mask: AttentionMask) -> bool:
   """Whether a sequence, query [B, L, H, K], attends to itself by the kernel "fused", which takes
   its projections in one array.
   """
-  if devices_along(nn.logical_to_mesh_axes(("length",))[0]) > 1:
+  split = nn.logical_to_mesh_axes(("length",))
+  if split is not None and devices_along(split[0]) > 1:
     return False
   if kernel == "auto":
     fitting = _fits_fused(query, query) and not _lacking("fused", mask, 0.0, None)
@@ -123,8 +125,8 @@ def fuses(kernel: str, query: Array, mask: AttentionMask) -> bool:
 
 def choose(
   kernel: str,
-  query: Array,
-  key: Array,
+  query: Shaped,
+  key: Shaped,
   mask: AttentionMask,
   *,
   soft_cap: float = 0.0,
@@ -177,7 +179,7 @@ def _lacking(kernel: str, mask: AttentionMask, soft_cap: float, bias: Array | No
   return next((IN_WORDS[name] for name in LACKS.get(kernel, ()) if asked[name]), "")
 
 
-def _fits_fused(query: Array, key: Array) -> bool:
+def _fits_fused(query: Shaped, key: Shaped) -> bool:
   b, length, heads, channels = query.shape
   return (
     (b, length) == key.shape[:2]
@@ -186,7 +188,7 @@ def _fits_fused(query: Array, key: Array) -> bool:
   )
 
 
-def _fits_cudnn(query: Array, key: Array) -> bool:
+def _fits_cudnn(query: Shaped, key: Shaped) -> bool:
   return (
     query.dtype in (jnp.bfloat16, jnp.float16)
     and query.shape[-1] % 8 == 0

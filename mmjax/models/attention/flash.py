@@ -31,8 +31,7 @@ def flash(
   k, v = (jnp.repeat(x, heads // groups, axis=1) for x in (k, v))
   bias = segments = some = None
   if needs_dense(mask):
-    allowed = mask.dense(length, keys)
-    allowed, some = open_blind_rows(jnp.broadcast_to(allowed, (q.shape[0], length, keys)))
+    allowed, some = open_blind_rows(mask.whole(q.shape[0], length, keys))
     bias = _pad(_pad(jnp.where(allowed, 0.0, LOW).astype(jnp.float32), 1), 2, LOW)
     bias = jnp.broadcast_to(bias[:, None], (*q.shape[:3], k.shape[2]))
   elif mask.arrays or k.shape[2] != keys:
@@ -93,7 +92,7 @@ def splash(
   shape = (q.shape[2], k.shape[2])
   if mask.window:
     near = (mask.window - 1, 0 if mask.causal else mask.window - 1)
-    static = masks.LocalMask(shape, near, offset=0)
+    static: masks.Mask = masks.LocalMask(shape, near, offset=0)
   else:
     static = masks.CausalMask(shape) if mask.causal else masks.FullMask(shape)
   segments = some = None
@@ -132,11 +131,11 @@ def _segments(
   Queries that see no key are given the number of the padding, so that they meet something finite
   and are then zeroed.
   """
-  rows = jnp.zeros((batch, length), jnp.int32) if mask.segments is None else mask.segments
-  columns = jnp.zeros((batch, keys), jnp.int32) if mask.segments is None else mask.key_numbers
-  some = None
-  if mask.arrays:
-    some = jnp.broadcast_to(mask.dense(length, keys).any(-1), (batch, length))
+  rows, columns, some = mask.segments, mask.key_numbers, None
+  if rows is None or columns is None:
+    rows, columns = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, keys), jnp.int32)
+  if mask.arrays and (dense := mask.dense(length, keys)) is not None:
+    some = jnp.broadcast_to(dense.any(-1), (batch, length))
     rows = jnp.where(some, rows, NOBODY)
   if mask.keys is not None:
     columns = jnp.where(mask.keys, columns, NOBODY)

@@ -78,7 +78,7 @@ def _parts_of(mask: AttentionMask, batch: int, length: int) -> _Parts:
   if mask.prefix is not None and mask.by_position:
     prefix = mask.prefix.astype(jnp.int32)[:, None, None]
   blocks = key_blocks = None
-  if mask.blocks is not None and mask.by_position:
+  if mask.blocks is not None and mask.blocks_of_keys is not None and mask.by_position:
     blocks = mask.blocks.astype(jnp.float32)[:, :, None]
     key_blocks = mask.blocks_of_keys.astype(jnp.float32)[:, None, :]
   return _Parts(columns, rows, prefix, key_blocks, blocks)
@@ -187,7 +187,7 @@ def _forward_kernel(settings: _Settings, block: int, given: list[bool], bias, qk
     opened = _open(settings, parts, i)
     for h in range(heads):
       q, k, v = _of_head(qkv, bias, rows, h, heads, channels)
-      weights, total, _ = _weights(q, k, opened, settings)
+      weights, total = _weights(q, k, opened, settings)[:2]
       value = jax.lax.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
       out[rows, h * channels : (h + 1) * channels] = value.astype(out.dtype)
 
@@ -251,9 +251,12 @@ def _open(settings: _Settings, parts: _Parts, i: Array) -> Array | None:
     shape = (settings.length, settings.length)
     row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     prefix = None if parts.prefix is None else parts.prefix[i]
-    same = None if parts.blocks is None else one_block(parts.blocks[i], parts.key_blocks[i])
+    same = None
+    if parts.blocks is not None and parts.key_blocks is not None:
+      same = one_block(parts.blocks[i], parts.key_blocks[i])
     reach = settings.position.in_reach(row, column, prefix, same)
-    opened = reach if opened is None else reach & opened
+    if reach is not None:
+      opened = reach if opened is None else reach & opened
   return opened
 
 

@@ -90,15 +90,20 @@ class AttentionMask:
       rows = rows + jnp.asarray(self.offset).reshape(-1, 1, 1)
     prefix = None if self.prefix is None else self.prefix[:, None, None]
     same = None
-    if self.blocks is not None:
+    if self.blocks is not None and self.blocks_of_keys is not None:
       same = one_block(self.blocks[:, :, None], self.blocks_of_keys[:, None, :])
     parts = [self.in_reach(rows, jnp.arange(keys)[None, None], prefix, same)]
     if self.keys is not None:
       parts.append(self.keys[:, None, :])
-    if self.segments is not None:
+    if self.segments is not None and self.key_numbers is not None:
       parts.append(self.segments[:, :, None] == self.key_numbers[:, None, :])
-    parts = [part for part in (*parts, self.pairs) if part is not None]
-    return functools.reduce(jnp.logical_and, parts) if parts else None
+    given = [part for part in (*parts, self.pairs) if part is not None]
+    return functools.reduce(jnp.logical_and, given) if given else None
+
+  def whole(self, batch: int, length: int, keys: int) -> Array:
+    """bool [B, L, S]: `dense`, written out for every example and query."""
+    dense = self.dense(length, keys)
+    return jnp.broadcast_to(True if dense is None else dense, (batch, length, keys))
 
   def padded(self, batch: int, length: int, wanted: int) -> AttentionMask:
     """The mask of a sequence to itself, filled up from `length` to `wanted` tokens that nobody

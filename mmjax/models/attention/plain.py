@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -54,7 +56,7 @@ def sdpa(
   *,
   scale: float,
   soft_cap: float = 0.0,
-  implementation: str = "xla",
+  implementation: Literal["xla", "cudnn"] = "xla",
 ) -> Array:
   """`jax.nn.dot_product_attention`, which alone would give the mean of the values to a row without
   keys. Causal masks and windows go in by name, without a dense mask.
@@ -70,10 +72,7 @@ def sdpa(
       scale=scale,
       implementation=implementation,
     )
-  allowed = mask.dense(query.shape[1], key.shape[1])
-  allowed, some = open_blind_rows(
-    jnp.broadcast_to(allowed, (query.shape[0], query.shape[1], key.shape[1]))
-  )
+  allowed, some = open_blind_rows(mask.whole(query.shape[0], query.shape[1], key.shape[1]))
   out = jax.nn.dot_product_attention(
     query, key, value, mask=allowed[:, None], scale=scale, implementation=implementation
   )

@@ -44,7 +44,7 @@ class Ring(NamedTuple):
   def specs(self, mask: AttentionMask) -> tuple:
     """Layouts of query, key, value and mask."""
     batch, axis = self.spec[0], self.axis
-    layouts = dict(
+    layouts: dict[str, Any] = dict(
       prefix=P(batch),
       blocks=P(batch, axis),
       key_blocks=P(batch, axis),
@@ -82,12 +82,12 @@ class Ring(NamedTuple):
     row = (lax.axis_index(self.axis) * length + jnp.arange(length))[:, None]
     prefix = None if mask.prefix is None else mask.prefix[:, None, None]
     same = None
-    if mask.blocks is not None:
+    if mask.blocks is not None and mask.key_blocks is not None:
       same = one_block(mask.blocks[:, :, None], mask.key_blocks[:, None])
     allowed = [mask.in_reach(row, start + jnp.arange(keys), prefix, same)]
     if mask.keys is not None:
       allowed.append(mask.keys[:, None])
-    if mask.segments is not None:
+    if mask.segments is not None and mask.key_segments is not None:
       allowed.append(mask.segments[:, :, None] == mask.key_segments[:, None])
     if mask.pairs is not None:
       allowed.append(lax.dynamic_slice_in_dim(mask.pairs, start, keys, 2))
@@ -136,7 +136,8 @@ def _backward(ring: Ring, kept: tuple, cotangent: Array) -> tuple:
     out_specs=(ring.spec,) * 3,
     check_vma=False,
   )
-  return *run(*kept, cotangent), None
+  query, key, value, mask, out, norm = kept
+  return *run(query, key, value, mask, out, norm, cotangent), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -152,8 +153,8 @@ def _forward_here(
   rows = query.shape[:3]
   spread = functools.partial(jnp.repeat, repeats=query.shape[1] // key.shape[1], axis=1)
 
-  def meet(state: tuple, key: Array, value: Array, mask: AttentionMask, start: Array) -> tuple:
-    highest, total, out = state
+  def meet(state: tuple, part: tuple, start: Array) -> tuple:
+    (highest, total, out), (key, value, mask) = state, part
     key, value = spread(key), spread(value)
     logits, _ = ring.logits(query, key, mask, start)
     now = jnp.maximum(highest, logits.max(-1))
@@ -164,7 +165,7 @@ def _forward_here(
 
   def visit(state: tuple, block: tuple, source: Array) -> tuple:
     return _over_tiles(
-      lambda state, at, part: meet(state, *part, source * block[0].shape[2] + at), state, block
+      lambda state, at, part: meet(state, part, source * block[0].shape[2] + at), state, block
     )
 
   state = jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, value.shape[-1]))
@@ -194,10 +195,8 @@ def _backward_here(
   spread = functools.partial(jnp.repeat, repeats=query.shape[1] // key.shape[1], axis=1)
   inner = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
-  def meet(
-    state: tuple, key: Array, value: Array, mask: AttentionMask, at: Array, start: Array
-  ) -> tuple:
-    into_query, into_key, into_value = state
+  def meet(state: tuple, part: tuple, at: Array, start: Array) -> tuple:
+    (into_query, into_key, into_value), (key, value, mask) = state, part
     key, value = spread(key), spread(value)
     logits, slope = ring.logits(query, key, mask, start)
     weights = jnp.exp(logits - norm[..., None])
@@ -217,15 +216,16 @@ def _backward_here(
 
   def visit(state: tuple, block: tuple, source: Array) -> tuple:
     return _over_tiles(
-      lambda state, at, part: meet(state, *part, at, source * block[0].shape[2] + at), state, block
+      lambda state, at, part: meet(state, part, at, source * block[0].shape[2] + at), state, block
     )
 
   state = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
   into_query, into_key, into_value = _round(ring, visit, state, (key, value, mask), travel=2)[0]
-  return tuple(
-    x.astype(dtype).swapaxes(1, 2)
-    for x, dtype in zip((into_query * ring.scale, into_key, into_value), dtypes, strict=True)
+  gradients = into_query * ring.scale, into_key, into_value
+  to_query, to_key, to_value = (
+    x.astype(dtype).swapaxes(1, 2) for x, dtype in zip(gradients, dtypes, strict=True)
   )
+  return to_query, to_key, to_value
 
 
 def _round(
@@ -283,7 +283,8 @@ def _over_tiles(meet: Callable, state: tuple, block: tuple) -> tuple:
 
 def _by_head(ring: Ring, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
   """[B, H, L, K] each, the query scaled."""
-  return tuple(x.swapaxes(1, 2) for x in (query * jnp.asarray(ring.scale, query.dtype), key, value))
+  scaled = query * jnp.asarray(ring.scale, query.dtype)
+  return scaled.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:

@@ -89,8 +89,8 @@ class VisionTransformer(nn.Module):
         )
       )
     if before:
-      before = jnp.concatenate(before).astype(c.dtype)
-      x = jnp.concatenate([jnp.broadcast_to(before, (x.shape[0], *before.shape)), x], axis=1)
+      own = jnp.concatenate(before).astype(c.dtype)
+      x = jnp.concatenate([jnp.broadcast_to(own, (x.shape[0], *own.shape)), x], axis=1)
     x = constrain(nn.Dropout(c.dropout, deterministic=not train)(x))
     if self.input_norm:
       x = LayerNorm(c.eps, c.dtype, name="input_norm")(x)

@@ -37,7 +37,7 @@ class SwinConfig:
   heads: tuple[int, ...]
   window: int
   mlp_ratio: float
-  activation: str
+  activation: Activation
   eps: float
   drop_path: float
   dtype: jnp.dtype
@@ -223,7 +223,7 @@ class PatchMerging(nn.Module):
 @functools.lru_cache(maxsize=16)
 def relative_index(window: int) -> np.ndarray:
   """Row of the bias table for each query and key of a window: int32 [window**2, window**2]."""
-  positions = np.stack(np.mgrid[:window, :window]).reshape(2, -1)
+  positions = np.mgrid[:window, :window].reshape(2, -1)
   rows, columns = positions[:, :, None] - positions[:, None, :] + window - 1
   return (rows * (2 * window - 1) + columns).astype(np.int32)
 

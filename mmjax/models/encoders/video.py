@@ -160,7 +160,7 @@ class TubeletTransformer(nn.Module):
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Encoded:
     c = self.config
-    x, mask, (steps, *grid) = self._patches(batch, c.dtype)
+    x, mask, (steps, rows, columns) = self._patches(batch, c.dtype)
     x = Dense(
       (c.width,), ("patch", "embed"), c.dtype, nn.initializers.lecun_normal(), name="patch"
     )(x)
@@ -171,7 +171,7 @@ class TubeletTransformer(nn.Module):
         name, with_axes(normal(0.02), ("position", "embed")), (count, c.width), jnp.float32
       )
 
-    place = resize_positions(table("position", side * side), (side, side), tuple(grid))
+    place = resize_positions(table("position", side * side), (side, side), (rows, columns))
     when = table("time_position", self.length // self.time)[:steps]
     x = x + (when[:, None] + place[None]).reshape(-1, c.width).astype(c.dtype)
     return encode_sequence(self, x, mask, pooling=self.pooling, train=train)
