@@ -300,6 +300,7 @@ def _data_tokenizer(options) -> None:
     split=options.split,
     languages=_words(options.languages),
     vocab_size=options.vocab_size,
+    model=options.model,
     name=options.name,
     data_dir=options.data_dir,
   )
@@ -922,6 +923,12 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--languages", default="", help="comma-separated; default: all that there are")
   sub.add_argument(
     "--vocab-size", type=_number(Vocabulary), default=4096, metavar="N", help="pieces at most"
+  )
+  sub.add_argument(
+    "--model",
+    choices=("unigram", "bpe"),
+    default="unigram",
+    help="bpe makes whole words of texts that have few; default: unigram",
   )
   _data_dir(sub)
 

@@ -19,6 +19,7 @@ import string
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -307,12 +308,18 @@ def drop_words(caption: str, probability: float, rng: np.random.Generator) -> st
 # -- Training a tokenizer --------------------------------------------------------------------------
 
 
-def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size: int) -> Path:
-  """Trains a sentencepiece unigram model (Kudo 2018, arXiv:1804.10959) and writes it to `out`,
-  whole or not at all.
+def train_tokenizer(
+  captions: Iterable[str],
+  out: str | os.PathLike,
+  vocab_size: int,
+  model: Literal["unigram", "bpe"] = "unigram",
+) -> Path:
+  """Trains a sentencepiece model and writes it to `out`, whole or not at all.
 
-  Captions that UTF-8 cannot hold are passed over. Deterministic: the same captions give the same
-  bytes. Few captions may give fewer than `vocab_size` pieces.
+  model: unigram (Kudo 2018, arXiv:1804.10959) or byte-pair encoding (Sennrich et al. 2016,
+  arXiv:1508.07909), which makes one piece of each word where there are few words. Captions that
+  UTF-8 cannot hold are passed over. Deterministic: the same captions give the same bytes. Few
+  captions may give fewer than `vocab_size` pieces.
   Raises UserError: no captions, or vocab_size is too small for the reserved pieces and the 256
   bytes.
   """
@@ -329,16 +336,16 @@ def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size:
       f"vocab_size is {vocab_size}, but {fixed} pieces are reserved (special, spare and the 256 "
       "bytes). Give more, such as 4096"
     )
-  model = io.BytesIO()
+  written = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(texts),
-      model_writer=model,
-      model_type="unigram",
+      model_writer=written,
+      model_type=model,
       vocab_size=vocab_size,
       hard_vocab_limit=False,
       byte_fallback=True,
-      character_coverage=0.995,
+      character_coverage=0.995 if model == "unigram" else 0.9999,
       normalization_rule_name="nmt_nfkc",
       max_sentence_length=1 << 16,
       pad_id=0,
@@ -358,7 +365,7 @@ def train_tokenizer(captions: Iterable[str], out: str | os.PathLike, vocab_size:
     raise UserError(f"the tokenizer cannot be trained: {' '.join(str(error).split())}") from error
   out = Path(out)
   try:
-    files.write_whole(out, model.getvalue())
+    files.write_whole(out, written.getvalue())
   except OSError as error:
     raise UserError(
       f"{out}: the tokenizer cannot be written ({error.strerror or error})"
@@ -372,6 +379,7 @@ def train_tokenizer_from_source(
   split: str = "train",
   languages: Sequence[str] = (),
   vocab_size: int = 4096,
+  model: Literal["unigram", "bpe"] = "unigram",
   name: str | None = None,
   data_dir: str = "",
   path: str = "",
@@ -398,6 +406,7 @@ def train_tokenizer_from_source(
     captions,
     root / "tokenizers" / f"{name or '_'.join(one.name for one in opened)}.model",
     vocab_size,
+    model,
   )
   spoken = sorted({language for one in opened for language in one.languages})
   log(

@@ -91,6 +91,15 @@ def test_training_is_deterministic_and_whole_or_not_at_all(tmp_path):
     train_tokenizer(captions, tmp_path / "file" / "t.model", 380)
 
 
+def test_byte_pair_encoding_makes_whole_words_where_there_are_few(tmp_path):
+  words = "what which first thing bigger sign".split()
+  texts = [" ".join(np.roll(words, i)[: 1 + i % 6]) for i in range(200)]
+  content = train_tokenizer(texts, tmp_path / "t.model", 400, "bpe").read_bytes()
+  tokenizer = Tokenizer.from_assets({"tokenizer.model": content})
+  ids = tokenizer.encode(" ".join(words))
+  assert len(ids) == len(words) and tokenizer.decode(ids) == " ".join(words)
+
+
 def test_a_tokenizer_from_a_data_set(tiny, tmp_path):
   lines = []
   path = train_tokenizer_from_source(

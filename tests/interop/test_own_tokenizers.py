@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import mmjax
 from mmjax import config as configs
 from mmjax.data.text import TextTransform, Tokenizer, train_tokenizer
-from mmjax.interop.huggingface import export_hf, unigram
+from mmjax.interop.huggingface import export_hf, own_tokenizer
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.training import start
 from tests.inference import tiny
@@ -132,11 +132,12 @@ def test_transcripts_of_a_whisper_are_those_there(tmp_path):
 
 @pytest.mark.parametrize("lowercase", [False, True])
 @pytest.mark.parametrize("punctuation", [False, True])
-@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("bos, model", [(False, "unigram"), (True, "unigram"), (True, "bpe")])
 def test_ids_of_the_tokenizer_json_are_those_of_the_sentencepiece_model(
-  lowercase, punctuation, bos, tmp_path
+  lowercase, punctuation, bos, model, tmp_path
 ):
-  model = train_tokenizer([*TEXTS, *tiny.WORDS] * 8, tmp_path / "mine.model", 460).read_bytes()
+  file = train_tokenizer([*TEXTS, *tiny.WORDS] * 8, tmp_path / "mine.model", 460, model)
+  content = file.read_bytes()
   settings = ConfigDict(
     dict(
       tokenizer="mine",
@@ -150,9 +151,9 @@ def test_ids_of_the_tokenizer_json_are_those_of_the_sentencepiece_model(
       eos=True,
     )
   )
-  transform = TextTransform(settings, Tokenizer.from_assets({"tokenizer.model": model}))
-  for name, content in unigram.files(model, settings).items():
-    (tmp_path / name).write_bytes(content)
+  transform = TextTransform(settings, Tokenizer.from_assets({"tokenizer.model": content}))
+  for name, written in own_tokenizer.files(content, settings).items():
+    (tmp_path / name).write_bytes(written)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   rng = np.random.default_rng(0)
   letters = list("abcdefgé心红 .,-'ß")

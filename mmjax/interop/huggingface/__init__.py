@@ -31,10 +31,10 @@ from mmjax.interop.huggingface import (
   decoders,
   mapping,
   open_clip,
+  own_tokenizer,
   preprocessing,
   sentences,
   single,
-  unigram,
 )
 from mmjax.models import make_model
 from mmjax.models.lora import merge
@@ -272,10 +272,10 @@ def export_hf(
     ).encode()
   params = merge(checkpoints.load_params(found))
   variables = {**params, **checkpoints.load_model_state(found)}
-  end = unigram.moved_end(config, assets)
+  end = own_tokenizer.moved_end(config, assets)
   if end is not None:
     text = config["model"]["encoders"]["text"]
-    table = unigram.swap_rows(variables["text"]["embedding"], text["eos_id"], end)
+    table = own_tokenizer.swap_rows(variables["text"]["embedding"], text["eos_id"], end)
     variables["text"] = {**variables["text"], "embedding": table}
     text["eos_id"] = special["eos_token_id"] = end
   stated = family.facts(config, special)
@@ -337,7 +337,7 @@ def check_export(config: Mapping[str, Any], assets: Mapping[str, bytes]) -> str:
   if _tokenizes(filled, assets):
     is_sentence = bool(filled["model"].get("sentence_pooling"))
     preprocessing.tokenizer_files(filled, assets, family, lowercases=is_sentence)
-  unigram.moved_end(filled, assets)
+  own_tokenizer.moved_end(filled, assets)
   if "image" in filled["model"]["encoders"]:
     preprocessing.image_facts(filled, family)
   return family.ARCHITECTURE

@@ -259,8 +259,8 @@ def image_refusals(image: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
 
 
 def text_refusals(text: Mapping[str, Any]) -> list[tuple[str, Any, tuple]]:
-  """What CLIP's tower of texts must have beside; see `moved_end` of unigram.py for an end token of
-  LEGACY_EOS."""
+  """What CLIP's tower of texts must have beside; see `moved_end` of own_tokenizer.py
+  for an end token of LEGACY_EOS."""
   return [
     ("model.encoders.text.pooling", text["pooling"], ("eos", "highest")),
     ("model.encoders.text.causal", text["causal"], (True,)),

@@ -14,7 +14,7 @@ from typing import Any
 from mmjax.config import UserError
 from mmjax.data import wordpiece
 from mmjax.data.text import LARGEST, Tokenizer
-from mmjax.interop.huggingface import unigram
+from mmjax.interop.huggingface import own_tokenizer
 from mmjax.interop.huggingface.clip import square
 from mmjax.interop.safetensors import read_bytes, read_json
 
@@ -408,9 +408,9 @@ def tokenizer_files(
   files = {name: assets[name] for name in TOKENIZER_FILES if name in assets}
   facts: dict[str, Any] = {}
   text = config["data"]["text"]
-  if "tokenizer.json" not in files and unigram.is_own(assets.get("tokenizer.model", b"")):
-    end = unigram.moved_end(config, assets)
-    files = unigram.files(assets["tokenizer.model"], text, end)
+  if "tokenizer.json" not in files and own_tokenizer.is_own(assets.get("tokenizer.model", b"")):
+    end = own_tokenizer.moved_end(config, assets)
+    files = own_tokenizer.files(assets["tokenizer.model"], text, end)
     facts = dict(processor_class=family.PROCESSOR_CLASS) if family.PROCESSOR_CLASS else {}
     _check_lowercases(family, text)
   elif "tokenizer.json" not in files:

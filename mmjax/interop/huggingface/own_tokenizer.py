@@ -1,5 +1,5 @@
-"""A tokenizer.json of a sentencepiece unigram model (Kudo 2018, arXiv:1804.10959), with what
-`data.text` does before it: lower-casing, punctuation, <bos> and <eos>.
+"""A tokenizer.json of a sentencepiece model (unigram or byte-pair encoding), with what `data.text`
+does before it: lower-casing, punctuation, <bos> and <eos>.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmjax.data.text import RESERVED, SPARE
 from mmjax.interop.huggingface.clip import LEGACY_EOS
 from mmjax.keys import SPECIAL_TOKENS
 
-UNIGRAM = 1  # trainer_spec.model_type of sentencepiece
+UNIGRAM, BPE = 1, 2  # trainer_spec.model_type of sentencepiece
 NEVER = -1e4  # score of pieces that text must not become; the likeliest of any text are far above
 FINAL_SIGMA = r"(?<=\p{L})Σ(?!\p{L})"
 PUNCTUATION = r"[!-/:-@\[-`{-~]"  # string.punctuation
@@ -56,6 +56,19 @@ def swap_rows(table: np.ndarray, first: int, second: int) -> np.ndarray:
   return out
 
 
+def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
+  """The merges of byte-pair encoding, first ones first, of {piece: score}: a piece of a higher
+  score is made earlier, of any two pieces that it is made of.
+  """
+  ranked = sorted((piece for piece in pieces if len(piece) > 1), key=lambda piece: -pieces[piece])
+  return [
+    (piece[:cut], piece[cut:])
+    for piece in ranked
+    for cut in range(1, len(piece))
+    if piece[:cut] in pieces and piece[cut:] in pieces
+  ]
+
+
 def files(model: bytes, text: Mapping[str, Any], end: int | None = None) -> dict[str, bytes]:
   """{"tokenizer.json": ..., "tokenizer_config.json": ...} of a sentencepiece model. text: the
   config's data.text. end: of `moved_end`.
@@ -63,7 +76,7 @@ def files(model: bytes, text: Mapping[str, Any], end: int | None = None) -> dict
   AutoTokenizer gives the ids of `TextTransform` for them, with two exceptions: the texts of special
   tokens ("<mask>") are those tokens there, and combining marks after a character that is replaced
   (as in a lone Jamo) may be lost, since that library replaces grapheme by grapheme. Raises
-  UserError: the model is no unigram model.
+  UserError: the model is of another type.
   """
   import tokenizers
   from sentencepiece import sentencepiece_model_pb2 as pb2
@@ -71,10 +84,10 @@ def files(model: bytes, text: Mapping[str, Any], end: int | None = None) -> dict
 
   message: Any = getattr(pb2, "ModelProto")  # noqa: B009  made when the module is read
   proto = message.FromString(model)
-  if proto.trainer_spec.model_type != UNIGRAM:
+  if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
     raise UserError(
-      "the tokenizer's sentencepiece model is no unigram model, of which alone a tokenizer.json "
-      "can be made"
+      "the tokenizer's sentencepiece model is neither unigram nor bpe, of which alone a "
+      "tokenizer.json can be made"
     )
   kinds = message.SentencePiece
   pieces = [
@@ -84,9 +97,14 @@ def files(model: bytes, text: Mapping[str, Any], end: int | None = None) -> dict
   if end is not None:
     pieces[LEGACY_EOS], pieces[end] = pieces[end], pieces[LEGACY_EOS]
   unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == kinds.UNKNOWN)
-  made = tokenizers.Tokenizer(
-    models.Unigram(pieces, unk_id=unknown, byte_fallback=proto.trainer_spec.byte_fallback)
-  )
+  fallback: dict[str, Any] = dict(byte_fallback=proto.trainer_spec.byte_fallback)
+  if proto.trainer_spec.model_type == UNIGRAM:
+    made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, **fallback))
+  else:
+    ids = {piece: number for number, (piece, _) in enumerate(pieces)}
+    parts = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    unk = dict(unk_token=pieces[unknown][0], fuse_unk=True)
+    made = tokenizers.Tokenizer(models.BPE(ids, merges_of(parts), **unk, **fallback))
   spec = proto.normalizer_spec
   steps: list[Any] = []
   if text["lowercase"]:
