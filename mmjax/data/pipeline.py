@@ -436,12 +436,10 @@ class EvaluationData:
     """
     turns = self._examples.sequences.turns
     source: Any = self.source
-    places = [example for example, _ in asked]
+    places: Sequence[int] = [example for example, _ in asked]
     if others:
-      source, places = (
-        Joined(self.source, list(zip(places, others, strict=True))),
-        range(len(asked)),
-      )
+      source = Joined(self.source, list(zip(places, others, strict=True)))
+      places = range(len(asked))
     yield from self._prompts(
       (
         (place, functools.partial(turns, messages=messages, prompt=True))

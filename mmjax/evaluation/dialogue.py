@@ -117,7 +117,7 @@ def dialogue(
   return Result({name: float(value) for name, value in metrics.items()}, {"dialogues": figure})
 
 
-def interval(correct: Sequence[Sequence[bool]], seed: int = 0) -> tuple[float, float]:
+def interval(correct: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
   """The 95% interval of the share of right answers: dialogues are drawn again with replacement
   (Efron 1979), for the answers of one are not independent.
   """
@@ -169,7 +169,9 @@ def _talks(data, limit: int) -> tuple[list[_Talk], int]:
     facts = record.get("facts")
     said = facts.get("turns") if isinstance(facts, Mapping) else None
     said = said if isinstance(said, list) else []
-    about = [_about(said[k] if k < len(said) else None, k) for k in range(len(answers))]
+    about: list[Mapping[str, Any]] = [
+      _about(said[k] if k < len(said) else None, k) for k in range(len(answers))
+    ]
     talks.append(_Talk(example, turns, answers, about))
   return talks, unreadable
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ this form: [[rating]], for example [[5]].
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 
 
-def write_prompts(results: Mapping[str, Result], path: str | Path, model: str = "") -> int:
+def write_prompts(results: Mapping[str, Result], path: str | os.PathLike, model: str = "") -> int:
   """Writes a line for every dialogue of every evaluator of kind `dialogue`; returns how many.
 
   model: the judge's name, as its server knows it. Raises UserError: no dialogues, or the file
@@ -46,11 +47,12 @@ def write_prompts(results: Mapping[str, Result], path: str | Path, model: str = 
   """
   lines = []
   for _, custom_id, content, figure, number in _asked(results):
+    said: Any = content
     found = figure["inputs"](figure["transcripts"][number]["example"])
     if "picture" in found:
       url = {"url": _png_uri(found["picture"])}
-      content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": content}]
-    body = dict(model=model, messages=[dict(role="user", content=content)], temperature=0)
+      said = [{"type": "image_url", "image_url": url}, {"type": "text", "text": content}]
+    body = dict(model=model, messages=[dict(role="user", content=said)], temperature=0)
     request = dict(custom_id=custom_id, method="POST", url="/v1/chat/completions", body=body)
     lines.append(json.dumps(request, ensure_ascii=False) + "\n")
   if not lines:
@@ -59,7 +61,7 @@ def write_prompts(results: Mapping[str, Result], path: str | Path, model: str = 
   return len(lines)
 
 
-def read_scores(path: str | Path) -> dict[str, float | None]:
+def read_scores(path: str | os.PathLike) -> dict[str, float | None]:
   """{custom_id: score, None where the judge gave none} of a file of scores. Raises UserError: it
   cannot be read, or a line is no object with a custom_id.
   """
@@ -81,7 +83,7 @@ def read_scores(path: str | Path) -> dict[str, float | None]:
 
 
 def with_scores(
-  results: Mapping[str, Result], scores: Mapping[str, float | None], path: str | Path
+  results: Mapping[str, Result], scores: Mapping[str, float | None], path: str | os.PathLike
 ) -> dict[str, Result]:
   """The results with metrics "judge/score" (mean of a dialogue), "/low" and "/high" (95%, dialogues
   drawn again), "judge/dialogues" that have one and "judge/unscored", and each shown dialogue with
