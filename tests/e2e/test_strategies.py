@@ -43,7 +43,7 @@ RECIPES = {
       **BLOCKS,
       encoders=dict(image=ENCODERS["image"]),
       connectors=dict(image=dict(kind="mlp", fold=2)),
-      eos_id=1,
+      eos_id=2,
       pad_id=0,
     ),
     dict(words=dict(kind="language_modelling")),
