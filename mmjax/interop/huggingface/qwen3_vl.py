@@ -1,7 +1,6 @@
-"""Qwen3-VL, dense, with pictures (model_type "qwen3_vl", Bai et al. 2025, arXiv:2511.21631): a
-tower on as many patches as a picture has, squares of patches as one token, and Qwen3, whose
-positions are on three axes and whose first blocks add tokens of lower blocks of the tower
-(DeepStack). Clips are pairs of frames, with the time of each in the text (data/clips.py).
+"""Qwen3-VL, dense (model_type "qwen3_vl", Bai et al. 2025, arXiv:2511.21631): a tower on as many
+patches as a picture has, squares of them as one token, and Qwen3 with positions on three axes,
+whose first blocks add tokens of lower blocks of the tower (DeepStack). Clips: see data/clips.py.
 """
 
 from __future__ import annotations
