@@ -4,6 +4,7 @@ is.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,9 @@ COLUMNS = {  # what a column may be called, in small letters, most likely first
     "picture",
     "pictures",
     "image_name",
+    "image_filename",
+    "image_file",
+    "img_path",
     "jpg",
     "png",
     "image_bytes",
@@ -139,11 +143,22 @@ def cells_of(row: Mapping[str, Any], chosen: Mapping[str, tuple[str, ...]]) -> d
     role: row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
     for role, names in chosen.items()
   }
+  if isinstance(cells.get("conversation"), str):
+    cells["conversation"] = _turns_in(cells["conversation"])
   if "question" in cells and isinstance(row.get("multiple_choice_answer"), str):
     cells["chosen_answer"] = row["multiple_choice_answer"]  # VQAv2's, beside the ten
   if (given := given_in(cells)) is not None:
     cells["preference"] = given
   return cells
+
+
+def _turns_in(cell: str) -> Any:
+  """A conversation that is JSON in a cell, as tables have it; any other text as it is."""
+  try:
+    found = json.loads(cell)
+  except (ValueError, RecursionError):
+    return cell
+  return found if isinstance(found, list) else cell
 
 
 def talks_in(cells: Mapping[str, Any]) -> Any:

@@ -117,7 +117,9 @@ def media_in(value: Any) -> dict[str, list[str]]:
     for part in content if isinstance(content, (list, tuple)) else ():
       kind = part.get("type") if isinstance(part, Mapping) else None
       if isinstance(kind, str) and kind in _PARTS:
-        file = part.get(kind, part.get(_PARTS[kind], part.get("path", part.get("url"))))
+        same = [name for name, modality in _PARTS.items() if modality == _PARTS[kind]]
+        given = (part.get(name) for name in (kind, *same, "path", "url"))
+        file = next((one for one in given if one is not None), None)
         if isinstance(file, Mapping) and isinstance(file.get("data"), str):
           file = f"data:{_PARTS[kind]}/{file.get('format', '')};base64,{file['data']}"
         file = file.get("url", file.get("path")) if isinstance(file, Mapping) else file

@@ -1,5 +1,5 @@
 """JSON: an object a line, one array of objects, or a document: {"data": [...]}, COCO's, VQA's,
-{"a.jpg": "its caption"}.
+{"a.jpg": "its caption"}, {"17": {"image": "a.jpg", ...}}.
 
 Objects name files of media relative to the file that they are in. Conversations (LLaVA, OpenAI) are
 objects too.
@@ -191,6 +191,8 @@ def objects_of(document: Mapping[str, Any], path: str) -> Iterator[Object]:
     "completion",
     *(name for role in MEDIA for name in COLUMNS[role] if isinstance(document.get(name), str)),
   }
+  if document and not names & set(document) and all(isinstance(v, dict) for v in document.values()):
+    return ((f"{base}[{printable(key)}]", {"id": key, **value}) for key, value in document.items())
   if not lists or names & set(document):
     return iter([(f"{base}[0]", dict(document))])
   if len(lists) > 1:

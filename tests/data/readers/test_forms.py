@@ -532,6 +532,38 @@ def test_conversations_of_several_media(tmp_path, photos):
   assert found["3.png"]["conversations"][0][0] == turn("user", [image, part("What?")])
 
 
+@pytest.mark.parametrize("form", ["responses", "json", "csv"])
+def test_conversations_as_tables_and_the_newer_api_write_them(tmp_path, photos, form):
+  turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": 'A "dog".'}]
+  rows = [dict(image=f"{n}.png", conversations=json.dumps(turns)) for n in range(2)]
+  if form == "responses":
+    given = [dict(type="input_image", image_url="0.png"), dict(type="input_text", text="What?")]
+    said = dict(role="assistant", content=[dict(type="output_text", text='A "dog".')])
+    rows = [dict(messages=[dict(role="user", content=given), said])]
+  path = photos / ("chat.csv" if form == "csv" else "chat.jsonl")
+  with open(path, "w", newline="") as file:
+    if form == "csv":
+      writer = csv.DictWriter(file, ["image", "conversations"])
+      writer.writeheader()
+      writer.writerows(rows)
+    else:
+      file.write("\n".join(map(json.dumps, rows)))
+  summary = run(tmp_path, "csv" if form == "csv" else "conversations", path)
+  assert summary.examples == len(rows) and not summary.skipped
+  found = records(tmp_path)["0.png"]
+  assert found["image"] == picture(0)
+  want = [turn("user", [{"type": "image"}, part("What?")]), turn("assistant", 'A "dog".')]
+  assert found["conversations"] == [want]
+
+
+def test_rows_by_their_ids_and_pictures_by_clevrs_name(tmp_path, photos):
+  rows = {str(n): dict(image_filename=f"{n}.png", question="how many?", answer=n) for n in range(2)}
+  (photos / "q.json").write_text(json.dumps(rows))
+  assert run(tmp_path, "json", photos / "q.json").examples == 2
+  found = records(tmp_path)
+  assert found["1"]["questions"] == [("how many?", "1")] and found["1"]["image"] == picture(1)
+
+
 def test_rows_whose_first_of_several_pictures_is_the_same_are_all_kept(tmp_path, photos):
   def row(*images):
     marks = "<image>" * len(images)
