@@ -9,6 +9,7 @@ import dataclasses
 import time
 import zlib
 from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -171,10 +172,8 @@ class Hooks:
     self.patience.see(at, evaluation.flat_metrics(results), self.config)
     if self.outputs and self.progress:
       self.outputs.evaluated(at, results)
-      for name, result in results.items():
-        first = list(result.metrics.items())[:4]
-        scores = "  ".join(f"{metric} {value:.4g}" for metric, value in first)
-        self.progress.log_line(f"step {at}: {name}: {scores}")
+      for line in score_lines(results, self.config.checkpoint.best):
+        self.progress.log_line(f"step {at}: {line}")
     return results
 
   def save(self, at: int, state: TrainState, results: dict | None, *, force: bool = False) -> None:
@@ -239,3 +238,13 @@ class Hooks:
       about = evaluation.provenance(self.config, marks, f"checkpoints/{last}", last)
       self.outputs.finish(self.config, results, about)
       self.summary.finished(self.run.mirror.folder, last)
+
+
+def score_lines(results: Mapping[str, evaluation.Result], best: str) -> Iterator[str]:
+  """A line for each evaluator, with the first four of its metrics. The metric that checkpoints are
+  kept by, `best` ("EVALUATOR/METRIC"), comes before all others, whichever evaluator has it.
+  """
+  kept = {best.removeprefix(f"{name}/") for name in results if best.startswith(f"{name}/")}
+  for name, result in results.items():
+    names = [*kept.intersection(result.metrics), *(m for m in result.metrics if m not in kept)][:4]
+    yield f"{name}: " + "  ".join(f"{metric} {result.metrics[metric]:.4g}" for metric in names)

@@ -17,7 +17,7 @@ from mmjax.config import ConfigError, UserError
 from mmjax.evaluation import Result
 from mmjax.state import checkpoint
 from mmjax.training import evaluate, loop
-from mmjax.training.hooks import Hooks
+from mmjax.training.hooks import Hooks, score_lines
 from mmjax.training.metrics import Progress
 from tests.e2e import squares
 
@@ -136,3 +136,15 @@ def test_the_time_left_is_right_from_the_second_logged_step_on(monkeypatch):
   lines = out.getvalue().splitlines()
   assert "left" not in lines[0]
   assert [re.search(r"left (\S+)", line)[1] for line in lines[1:]] == ["1:20", "0:00"]
+
+
+def test_the_metric_that_checkpoints_are_kept_by_is_said_first():
+  metrics = dict(bleu=0.1, rouge=0.2, cider=0.3, exact=0.4, word_error_rate=0.5)
+  results = {name: Result(metrics, {}) for name in ("words/validation", "words/test")}
+  results["other"] = Result(dict(loss=2.0), {})
+  assert list(score_lines(results, "words/validation/word_error_rate")) == [
+    "words/validation: word_error_rate 0.5  bleu 0.1  rouge 0.2  cider 0.3",
+    "words/test: word_error_rate 0.5  bleu 0.1  rouge 0.2  cider 0.3",
+    "other: loss 2",
+  ]
+  assert next(score_lines(results, "")).endswith("bleu 0.1  rouge 0.2  cider 0.3  exact 0.4")
