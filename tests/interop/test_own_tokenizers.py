@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import mmjax
 from mmjax import config as configs
 from mmjax.data.text import TextTransform, Tokenizer, train_tokenizer
-from mmjax.interop.huggingface import export_hf, own_tokenizer
+from mmjax.interop.huggingface import check_export, export_hf, own_tokenizer
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.training import start
 from tests.inference import tiny
@@ -161,6 +161,17 @@ def test_ids_of_the_tokenizer_json_are_those_of_the_sentencepiece_model(
   assert [theirs(text)["input_ids"] for text in texts] == [transform.encode(text) for text in texts]
   decoded = [theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) for text in texts]
   assert decoded == [transform.tokenizer.decode(transform.encode(text)) for text in texts]
+
+
+def test_the_nearest_to_a_classifier_of_several_heads_is_named():
+  c = configs.base()
+  c.data.label, c.data.classes, c.data.image.size = "label", 3, 32
+  encoder = dict(kind="vit", patch=8, stem="convolution", **BLOCKS)
+  c.model = dict(name="multitask", width=16, joint=False, encoders=dict(image=encoder))
+  c.objectives.kind = dict(kind="classification", modalities=("image",))
+  nearest = "nearest is ViTModel, but for model.name = 'multitask' .needs 'encoder'.*stem = 'conv"
+  with pytest.raises(configs.UserError, match=nearest):
+    check_export(configs.resolve(c), {})
 
 
 def test_a_model_that_transformers_cannot_express_is_told_or_refused(tmp_path, capsys):

@@ -36,6 +36,7 @@ from mmjax.interop.huggingface import (
   sentences,
   single,
 )
+from mmjax.kinds import kind_function, kind_settings
 from mmjax.models import make_model
 from mmjax.models.lora import merge
 from mmjax.ownership import new_folder
@@ -96,6 +97,11 @@ ALONE = {  # an encoder's kind -> the families that it alone may be
   "htsat": ("clap_audio_model",),
   "wav2vec2": ("wav2vec2",),
   "hubert": ("hubert",),
+}
+SINGLE = f"single encoders of the kinds {', '.join(ALONE)}"
+NEAREST = {  # model.name -> what there is of its sort, for models that have no family
+  "dual_encoder": "dual encoders of vit or naflex with transformer, or of htsat with bert",
+  "captioner": "captioners with whisper for audio alone",
 }
 
 
@@ -365,6 +371,10 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   name = config["model"]["name"]
   kinds = {modality: encoder["kind"] for modality, encoder in config["model"]["encoders"].items()}
   candidates: Sequence[str] = ()
+  other: list[tuple[str, Any, tuple]] = []  # what is wrong whatever the family
+  if name == "multitask" and len(kinds) == 1 and not config["model"].get("decoder"):
+    other = [("model.name", name, ("encoder",)), ("data.values", config["data"]["values"], (0,))]
+    name, config = "encoder", _as_encoder(config)
   if name == "encoder":
     candidates = [family for kind in kinds.values() for family in ALONE.get(kind, ())]
   if name == "dual_encoder" and kinds == {"image": "vit", "text": "transformer"}:
@@ -379,10 +389,8 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
     candidates = WITH_MEDIA if kinds else LANGUAGE_MODELS
   if not candidates:
     raise UserError(
-      "transformers has no model for this one: it exports dual encoders with a vit or naflex for "
-      "image and a transformer for text, or htsat for audio and bert for text, single encoders of "
-      f"the kinds {', '.join(ALONE)}, captioners with whisper for audio alone, and language "
-      "models. Export to safetensors or stablehlo"
+      f"transformers has no model for this one; the nearest are {NEAREST.get(name, SINGLE)}. "
+      "Export to safetensors or stablehlo"
     )
   nearest: tuple[str, list[str]] = "", []
   for name in candidates:
@@ -393,7 +401,7 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
       continue
     reasons = [
       f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
-      for key, value, allowed in (*refusals, *sentences.refusals(config))
+      for key, value, allowed in (*other, *refusals, *sentences.refusals(config))
       if value not in allowed
     ]
     if not reasons:
@@ -404,6 +412,16 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
     f"transformers cannot express this model; nearest is {nearest[0]}, but for "
     f"{', '.join(nearest[1])}. Export to safetensors or stablehlo"
   )
+
+
+def _as_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The config of the single encoder with a classifier that is nearest to a model of several heads
+  over one encoder."""
+  function = kind_function(dict(name="encoder"), "model")
+  model = {name: setting.default for name, setting in kind_settings(function).items()}
+  classes = config["data"]["classes"] if config["data"]["label"] != "none" else 0
+  kept = {key: config["model"][key] for key in ("encoders", "width")}
+  return {**config, "model": {**model, **kept, "name": "encoder", "classes": classes}}
 
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:
