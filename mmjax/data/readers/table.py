@@ -7,6 +7,7 @@ and the next is read on its own.
 
 from __future__ import annotations
 
+import collections
 import csv
 import io
 import os
@@ -59,9 +60,23 @@ def table_rows(path: str, encoding: str = "") -> Iterator[tuple[str, dict[str, s
     if isinstance(cells, Skip):
       yield at, cells
     elif header is None:
-      header = [name.strip() for name in cells]
+      header = _apart([name.strip() for name in cells])
     else:
       yield at, dict(zip(header, cells, strict=False))
+
+
+def _apart(header: list[str]) -> list[str]:
+  """Names of columns, of which no two are the same: the second `caption` is caption_2."""
+  count: collections.Counter[str] = collections.Counter()
+  found: dict[str, None] = {}
+  for name in header:
+    count[name] += 1
+    new = name
+    while new in found:
+      new = f"{name}_{count[name]}"
+      count[name] += new in found
+    found[new] = None
+  return list(found)
 
 
 def open_text(path: str, encoding: str = "") -> io.TextIOWrapper:

@@ -556,6 +556,13 @@ def test_conversations_as_tables_and_the_newer_api_write_them(tmp_path, photos, 
   assert found["conversations"] == [want]
 
 
+def test_columns_of_one_name_are_all_read(tmp_path, photos):
+  (photos / "a.csv").write_text("image,caption,caption\n0.png,one,two\n1.png,three,four\n")
+  assert run(tmp_path, "csv", photos / "a.csv").examples == 2
+  texts = {name: record["captions"]["en"] for name, record in records(tmp_path).items()}
+  assert texts == {"0.png": ["one", "two"], "1.png": ["three", "four"]}
+
+
 def test_rows_by_their_ids_and_pictures_by_clevrs_name(tmp_path, photos):
   rows = {str(n): dict(image_filename=f"{n}.png", question="how many?", answer=n) for n in range(2)}
   (photos / "q.json").write_text(json.dumps(rows))
