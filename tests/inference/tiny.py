@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import flax.linen as nn
@@ -73,9 +74,12 @@ def media_config(name: str, encoders: tuple[str, ...], **changes):
   return configs.resolve(c, [f"{key}={value!r}" for key, value in changes.items()])
 
 
-def save(config, folder: Path) -> Path:
-  """A checkpoint of random parameters of a config."""
-  save_import(str(folder / "checkpoint"), random_params(config), config, assets(folder))
+def save(config, folder: Path, found: Mapping[str, bytes] | None = None, state=None) -> Path:
+  """A checkpoint of random parameters of a config. found: its assets, None = a tokenizer; state:
+  what the model keeps besides parameters.
+  """
+  found = assets(folder) if found is None else found
+  save_import(str(folder / "checkpoint"), random_params(config), config, found, state)
   return folder / "checkpoint"
 
 
@@ -85,6 +89,14 @@ def random_params(config, seed: int = 0):
   return jax.tree.map(
     lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), param_spec(config)
   )
+
+
+def random_statistics(config, seed: int = 0):
+  """Random running statistics, all positive, in the shapes of a config's."""
+  rng = np.random.default_rng(seed)
+  spec = nn.unbox(jax.eval_shape(make_model(config).init, jax.random.key(0), batch_spec(config, 2)))
+  state = {name: tree for name, tree in spec.items() if name != "params"}
+  return jax.tree.map(lambda x: rng.uniform(0.5, 1.5, x.shape).astype(x.dtype), state)
 
 
 def params(config, seed: int = 0):

@@ -4,17 +4,21 @@ AutoProcessor and AutoModel give equal ids and equal outputs.
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from ml_collections import ConfigDict
+from PIL import Image
 
 import mmjax
 from mmjax import config as configs
 from mmjax.data.text import TextTransform, Tokenizer, train_tokenizer
 from mmjax.interop.huggingface import check_export, export_hf, own_tokenizer
 from mmjax.parallel.mesh import single_device_mesh
+from mmjax.state.checkpoint import load_assets
 from mmjax.training import start
 from tests.inference import tiny
 
@@ -28,6 +32,7 @@ TEXTS = (
   "ΟΔΥΣΣΕΥΣ",
   "",
 )
+NAMES = ("glad", "sad", "très calme")
 BLOCKS = dict(width=16, depth=1, heads=2)
 
 
@@ -61,11 +66,11 @@ def image_text(kind: str):
   return configs.resolve(c)
 
 
-def exported(config, folder):
-  """(model here, folder for transformers) with random parameters."""
+def exported(config, folder, *more):
+  """(model here, folder for transformers) with random parameters. more: of `tiny.save`."""
   (folder / "saved").mkdir()
-  saved = tiny.save(config, folder / "saved")
-  assert start.check_export(config, tiny.assets(folder / "saved")) is None
+  saved = tiny.save(config, folder / "saved", *more)
+  assert start.check_export(config, load_assets(str(saved))) is None
   return mmjax.load(saved, mesh=single_device_mesh()), export_hf(saved, folder / "hf")
 
 
@@ -89,19 +94,44 @@ def test_pictures_and_texts_by_auto_processor_are_as_similar_there(kind, tmp_pat
   np.testing.assert_allclose(there.image_embeds, here, atol=2e-5)
 
 
-def test_a_classifier_of_texts_is_a_bert_with_its_labels_there(tmp_path):
+def classifier(kind: str):
+  """A classifier as `mmjax init classification --hf` makes it, or a ResNet."""
   c = configs.base()
-  c.data.text.update(tokenizer="tiny", vocab_size=512, length=24)
-  c.precision.compute, c.data.label, c.data.classes = "float32", "label", 3
-  text = dict(kind="bert", pooling="pooler", **BLOCKS)
-  c.model = dict(name="encoder", width=16, classes=3, encoders=dict(text=text))
-  ours, folder = exported(configs.resolve(c), tmp_path)
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  inputs = tokenizer(list(TEXTS[:6]), padding=True, truncation=True, return_tensors="pt")
-  model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+  c.precision.compute, c.data.label, c.data.classes = "float32", "label", len(NAMES)
+  c.data.image.size = 32
+  modality, encoder, width = "image", dict(kind="vit", patch=8, pooling="class", **BLOCKS), 16
+  if kind == "bert":
+    c.data.text.update(tokenizer="tiny", vocab_size=512, length=24)
+    modality, encoder = "text", dict(kind="bert", pooling="pooler", **BLOCKS)
+  elif kind == "resnet":
+    encoder = dict(kind="resnet", layers=18, blocks=(1, 1), multiplier=0.125, stem="imagenet")
+  elif kind == "vit squashed":
+    c.data.image.resize = "squash"
+  c.model = dict(name="encoder", width=width, classes=len(NAMES), encoders={modality: encoder})
+  return configs.resolve(c)
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit squashed", "resnet", "bert"])
+def test_a_classifier_says_the_same_labels_as_surely_there(kind, tmp_path):
+  config, assets = classifier(kind), {"classes.json": json.dumps(NAMES).encode()}
+  if kind == "bert":
+    assets.update(tiny.assets(tmp_path))
+  state = tiny.random_statistics(config) if kind == "resnet" else None
+  ours, folder = exported(config, tmp_path, assets, state)
+  processor = transformers.AutoProcessor.from_pretrained(folder)
+  if kind == "bert":
+    auto, given = transformers.AutoModelForSequenceClassification, dict(text=list(TEXTS[:6]))
+    inputs = processor(**given, padding=True, truncation=True, return_tensors="pt")
+  else:
+    auto = transformers.AutoModelForImageClassification
+    given = dict(image=[Image.fromarray(x).resize((50, 40)) for x in tiny.pixels(3)])
+    inputs = processor(given["image"], return_tensors="pt")
+  model = auto.from_pretrained(folder).eval()
   with torch.no_grad():
-    there = torch.softmax(model(**inputs).logits, -1)
-  np.testing.assert_allclose(there, ours.classes(text=TEXTS[:6]), atol=1e-5)
+    there = torch.softmax(model(**inputs).logits, -1).numpy()
+  np.testing.assert_allclose(there, ours.classes(**given), atol=2e-3 if "image" in given else 1e-5)
+  assert model.config.id2label == dict(enumerate(NAMES)) and ours.class_names == NAMES
+  assert model.config.label2id == {name: number for number, name in enumerate(NAMES)}
 
 
 def test_transcripts_of_a_whisper_are_those_there(tmp_path):
