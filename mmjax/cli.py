@@ -620,9 +620,10 @@ def _parser() -> argparse.ArgumentParser:
       "captioning",
       "speech-recognition",
       "question-answering",
+      "dialogue",
     ),
-    help="retrieval, classification, multi-label, regression, captioning, speech-recognition or "
-    "question-answering",
+    help="retrieval, classification, multi-label, regression, captioning, speech-recognition, "
+    "question-answering or dialogue",
   )
   sub.add_argument("--source", required=True, metavar="NAME", help="data set to train on")
   sub.add_argument("--out", required=True, metavar="FILE", help="the config, a Python file")

@@ -430,7 +430,7 @@ def _readable_texts(source, unreadable: dict[str, str]) -> Iterator[str]:
   for index in range(len(source)):
     try:
       record = source[index]
-      texts, turns = _texts(record), list(_turns(record))
+      texts, turns = _texts(record), list(turns_of(record))
       check_texts(texts + turns)
     except UserError as error:
       unreadable[f"{source.name}[{index}]"] = str(error)
@@ -447,7 +447,7 @@ def _texts(record) -> list[str]:
   ]
 
 
-def _turns(record) -> Iterator[str]:
+def turns_of(record) -> Iterator[str]:
   """The turns of a record's conversations and judged answers, each after its role, as templates
   write them, and once more with commas: sentencepiece looks for pieces in what several different
   words share.

@@ -14,13 +14,12 @@ from mmjax import config as configs
 from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.data.text import Tokenizer
-from mmjax.keys import KINDS
-from mmjax.starter import origin, sizes, tokens
+from mmjax.starter import origin, rows, sizes, tokens
 from mmjax.starter.machine import Machine, this_machine
 from mmjax.starter.origin import Origin
 from mmjax.starter.parts import PARTS, Part
 from mmjax.starter.survey import Survey, survey
-from mmjax.starter.tasks import LOWER_IS_BETTER, TASKS, Ask, Task
+from mmjax.starter.tasks import FOLD, LOWER_IS_BETTER, TASKS, Ask, Task
 from mmjax.starter.text import Draft
 
 EVALUATORS = 4  # splits at most that are evaluated
@@ -103,7 +102,8 @@ def _modalities(
 ) -> tuple[str, ...]:
   """The modalities that a model of this task reads."""
   media, texts = list(found.media), bool(found.languages)
-  given = [*media, *(["text"] if texts or found.questions else [])]
+  said = texts or found.questions or found.conversations
+  given = [*media, *(["text"] if said else [])]
   for name in wanted:
     if name not in given:
       raise UserError(
@@ -121,6 +121,8 @@ def _modalities(
       chosen = known
   if task == "question-answering" and "text" not in chosen:
     chosen.append("text")
+  if task == "dialogue":
+    chosen = [name for name in chosen if name != "text"]
   return tuple(dict.fromkeys(chosen))
 
 
@@ -129,7 +131,7 @@ def _parts(
 ) -> dict[str, Part]:
   """{medium: its part of the config}."""
   more: dict[str, dict[str, Any]] = dict(
-    image=dict(plain=hf),
+    image=dict(plain=hf, fold=FOLD if task == "dialogue" else 1),
     audio=dict(speech=bool(found.languages), plain=hf and task == "speech-recognition"),
   )
   parts: dict[str, Part] = {}
@@ -178,6 +180,8 @@ def _fill(
     part.data(draft)
   if tokenizer:
     tokens.write(draft, counted, made, tokenizer, begin)
+    if made.text == "conversation":
+      rows.write(draft, found, made, parts, machine, begin, tokenizer[1])
   if made.label != "none":
     draft.set("data.label", made.label)
     draft.set("data.classes", made.classes, _classes(counted, made))
@@ -218,6 +222,10 @@ def _length_of_run(
   steps = sizes.steps(found.rows, batch, media or ("text",), work, machine)
   if begin:  # what is learned already takes less
     steps = max(min(steps, 100), steps // 3)
+  if made.text == "conversation":
+    draft.set("train.steps", steps)
+    draft.set("train.batch_size", batch, "rows, each of several conversations")
+    return
   epochs = steps * batch / max(1, found.rows)
   draft.set("train.steps", steps, f"{epochs:.3g} epochs of {found.rows:,} rows")
   draft.set("train.batch_size", batch)
@@ -234,8 +242,8 @@ def _source(
   entry: dict[str, Any] = dict(name=found.name)
   if found.train != "train":
     entry["split"] = found.train
-  if made.text == "question":
-    entry["text"] = "question"
+  if made.text in ("question", "conversation"):
+    entry["text"] = made.text
   elif languages and set(languages) != set(found.languages):
     entry["languages"] = languages
   if sizes.may_cache(found, machine):
@@ -267,8 +275,6 @@ def _optimizer(made: Task, begin: Origin | None) -> dict[str, Any]:
 
 
 def _evaluators(draft: Draft, found: Survey, made: Task, languages: tuple[str, ...]) -> None:
-  if made.evaluator["kind"] not in KINDS["evaluator"]:
-    return
   splits = found.held_out[:EVALUATORS] or (found.train,)
   entry = dict(kind=made.evaluator["kind"], source=found.name)
   if not found.held_out:

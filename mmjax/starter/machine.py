@@ -23,7 +23,7 @@ class Machine(NamedTuple):
     memory = f"{self.memory / 2**30:.0f} GiB"
     if self.accelerated:
       return f"{self.devices} {self.platform.upper()}s with {memory}"
-    return f"{self.cores} CPU cores and {memory}"
+    return f"{self.cores} CPU core{'s' if self.cores != 1 else ''} and {memory}"
 
 
 def this_machine() -> Machine:

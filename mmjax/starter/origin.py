@@ -77,6 +77,8 @@ class Origin:
   def reads_text(self, made: Task) -> bool:
     """Whether the new model has a part that it learned with its tokenizer."""
     model = self.config["model"]
+    if "language_model" in (made.model["name"], model["name"]):
+      return made.model["name"] == model["name"]
     return ("text" in made.model["encoders"] and "text" in model["encoders"]) or bool(
       made.model.get("decoder") and model.get("decoder")
     )
@@ -117,6 +119,14 @@ class Origin:
       if self.text[key] != usual[key]:
         draft.set(f"data.text.{key}", self.text[key])
 
+  def sequence_settings(self, draft: Draft) -> None:
+    """How texts and media stand in the rows of its language model; how long they are is the
+    data's."""
+    usual = configs.base().to_dict()["data"]["sequence"]
+    for key, value in self.config["data"]["sequence"].items():
+      if key not in ("length", "slots", "pack") and value != _plain(usual[key]):
+        draft.set(f"data.sequence.{key}", value)
+
   def tokenizer(self, folder: Path) -> tuple[str, Tokenizer]:
     """(its name under folder/tokenizers, where its files are put; the tokenizer)."""
     made = Tokenizer.from_assets(self.assets)
@@ -151,7 +161,8 @@ class Origin:
       )
       fits[part] = fits.get(part, True) and same
     loaded = [part for part, same in fits.items() if same]
-    if not any(part in self.config["model"]["encoders"] or part == "decoder" for part in loaded):
+    known = (*self.config["model"]["encoders"], "decoder", "layers")  # layers: of a language model
+    if not any(part in known for part in loaded):
       raise UserError(
         f"--from {self.folder}: it has no encoder that this model could take; it has "
         f"{', '.join(self.config['model']['encoders'])}"

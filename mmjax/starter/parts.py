@@ -37,9 +37,12 @@ class Part:
 
 
 class Pictures(Part):
-  """`plain`: the shape of a ViT that transformers knows."""
+  """`plain`: the shape of a ViT that transformers knows. `fold`: side of the squares of patches
+  that have to come out even."""
 
-  def __init__(self, survey: Survey, machine: Machine, sizes: Model, plain: bool = False):
+  def __init__(
+    self, survey: Survey, machine: Machine, sizes: Model, plain: bool = False, fold: int = 1
+  ):
     super().__init__(survey, machine, sizes)
     self.plain = plain
     self.heights, self.widths = (survey.media_values("image", side) for side in ("height", "width"))
@@ -47,7 +50,8 @@ class Pictures(Part):
     most = 224 if machine.accelerated else 64
     size = min(most, self.shortest)
     self.patch = 16 if size >= 160 else 8 if size >= 32 else 4
-    self.size = max(4 * self.patch, int(size // self.patch) * self.patch)
+    unit = fold * self.patch
+    self.size = max(4 * self.patch, int(size // unit) * unit)
     self.tokens = (self.size // self.patch) ** 2
     self.work = self.tokens / 64
 

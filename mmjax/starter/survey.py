@@ -4,21 +4,25 @@ values, questions, and lengths that fit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.data import fitting
+from mmjax.data.builders import Record
+from mmjax.data.examples import Examples
 from mmjax.data.folders import data_dir, find_version, split_sizes
 from mmjax.data.measure import Measured, measure
 from mmjax.data.sources import open_source
 from mmjax.data.text import Tokenizer
 
 MOST = 20_000  # records that are measured; of more, so many evenly spaced ones
-SAMPLE = 256  # series that are read for their mean and standard deviation
+SAMPLE = 256  # records that are read for what is not measured
 MEDIA = ("image", "audio", "video", "series")
 LENGTHS = {"audio": "seconds", "video": "seconds", "series": "length"}
 
@@ -64,6 +68,11 @@ class Survey:
     return any("|" in label for label in self._source().labels)
 
   @property
+  def conversations(self) -> bool:
+    """Whether records hold conversations."""
+    return any(record.get("conversations") for record in self._sample())
+
+  @property
   def skew(self) -> float:
     """How many times as often as the rarest the commonest class comes."""
     counts = [count for count in self.measured.labels.values() if count]
@@ -97,23 +106,31 @@ class Survey:
   def text_values(self, kind: str, what: str = "tokens") -> np.ndarray:
     return self.measured.texts.get(kind, {}).get(what, np.zeros(0, np.int64))
 
+  def talks(self, config) -> tuple[np.ndarray, np.ndarray]:
+    """(places of each conversation in the rows of a language model, int64 [N], and its media, int64
+    [N, M]) by a resolved config whose rows hold them all.
+    """
+    source = self._source()
+    source.text = "conversation"
+    sequences = Examples(config, train=False).sequences
+    return fitting.examples(sequences, source)[1:]
+
   def series_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, standard deviation) of each channel, over at most SAMPLE records."""
-    source = self._source()
-    chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLE).round().astype(int))
-    parts = []
-    for index in chosen.tolist():
-      try:
-        values = source[index].get("series")
-      except UserError:
-        continue
-      if values is not None:
-        parts.append(np.atleast_2d(np.asarray(values, np.float64)))
-    values = np.concatenate(parts)
+    found = [record["series"] for record in self._sample() if record.get("series") is not None]
+    values = np.concatenate([np.atleast_2d(np.asarray(one, np.float64)) for one in found])
     values = values[np.isfinite(values).all(1)]
     std = values.std(0)
     std[std < 1e-12] = 1.0  # a channel that never changes stays as it is
     return tuple(_rounded(values.mean(0))), tuple(_rounded(std))
+
+  def _sample(self) -> Iterator[Record]:
+    """At most SAMPLE records that can be read, evenly spaced."""
+    source = self._source()
+    chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLE).round().astype(int))
+    for index in chosen.tolist():
+      with contextlib.suppress(UserError):
+        yield source[index]
 
   def _source(self):
     return open_source(dict(name=self.name, split=self.train, languages=()), str(self.folder))

@@ -18,6 +18,7 @@ from mmjax.starter.survey import Survey
 MUON = dict(
   name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
 )
+FOLD = 2  # side of the squares of tokens of a picture that a language model reads as one
 SKEWED = 3  # times as many rows of the commonest class as of the rarest: then classes are weighted
 CONVERT = "See mmjax/data/README.md for how `mmjax data convert` is told"
 
@@ -25,9 +26,9 @@ CONVERT = "See mmjax/data/README.md for how `mmjax data convert` is told"
 @dataclasses.dataclass(frozen=True)
 class Task:
   """model: the entry, its encoders as settings. label, classes, values: of data.
-  text: which texts of a record are read, "caption", "question" or "" = none; `pieces`: how large
-  their vocabulary may be. batch: examples wanted. evaluator: its settings but for source, split and
-  languages. best: the metric that a checkpoint is kept by."""
+  text: which texts of a record are read, "caption", "question", "conversation" or "" = none;
+  `pieces`: how large their vocabulary may be. batch: examples wanted. evaluator: its settings but
+  for source, split and languages. best: the metric that a checkpoint is kept by."""
 
   name: str
   model: dict[str, Any]
@@ -181,6 +182,39 @@ def speech_recognition(ask: Ask) -> Task:
   return dataclasses.replace(task, pieces=1024 if ask.machine.accelerated else 384, batch=32)
 
 
+def dialogue(ask: Ask) -> Task:
+  """The assistant's turns of conversations, about pictures or about none."""
+  if not ask.survey.conversations:
+    raise UserError(f"data set {ask.survey.name!r} has no conversations. {CONVERT}")
+  strange = [name for name in ask.media if name != "image"]
+  if strange:
+    raise UserError(
+      f"`mmjax init dialogue` writes models that read texts and pictures, not {strange[0]}: choose "
+      "--modality image or text, or see configs/README.md, Language models"
+    )
+  small = not ask.machine.accelerated
+  folded = dict(image=dict(kind="mlp", fold=FOLD)) if ask.media else {}
+  model = dict(
+    name="language_model",
+    width=ask.sizes.width,
+    depth=3 if small else ask.sizes.depth,
+    heads=ask.sizes.heads,
+    encoders=dict(ask.encoders),
+    connectors=folded,
+  )
+  return Task(
+    "dialogue",
+    model,
+    dict(answers=dict(kind="language_modelling")),
+    dict(kind="dialogue", modalities=ask.media, max_length=32),
+    best="accuracy",
+    text="conversation",
+    pieces=1024 if small else 8192,
+    batch=16,
+    optimizer=ask.quick,
+  )
+
+
 def _classifier(ask: Ask, name: str, label: str, classes: int, best: str) -> Task:
   modalities, encoders = ask.modalities, dict(ask.encoders)
   if not modalities:
@@ -263,5 +297,6 @@ TASKS: dict[str, Callable[[Ask], Task]] = {
   "captioning": captioning,
   "speech-recognition": speech_recognition,
   "question-answering": question_answering,
+  "dialogue": dialogue,
 }
 LOWER_IS_BETTER = ("word_error_rate",)

@@ -5,22 +5,29 @@
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax import config as configs
 
 WIDTH = 100
 
 
 @dataclasses.dataclass
 class Draft:
-  """The lines of `get_config` between its first and its last one."""
+  """The lines of `get_config` between its first and its last one, and what they set."""
 
   lines: list[str] = dataclasses.field(default_factory=list)
+  values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def set(self, path: str, value: Any, comment: str = "") -> None:
     """`c.PATH = value  # comment`; the comment stands above where there is no room beside it."""
     comment = " ".join(comment.split())
+    self.values[path] = value
     target = "c" + "".join(_step(part) for part in _parts(path))
     body = _value(value, indent=2, before=len(target) + 3)
     whole = f"  {target} = {body}"
@@ -45,6 +52,17 @@ class Draft:
     """An empty line."""
     self.lines.append("")
 
+  def config(self) -> ConfigDict:
+    """The usual config with what was set so far."""
+    c = configs.base()
+    for path, value in self.values.items():
+      node = c
+      *above, last = (part.strip("[]") for part in _parts(path))
+      for name in above:
+        node = node[name]
+      node[last] = value
+    return c
+
   def file(self, docstring: str) -> str:
     """The whole file."""
     body = "\n".join(self.lines)
@@ -63,7 +81,7 @@ def _parts(path: str) -> list[str]:
 def _step(part: str) -> str:
   if part.startswith("["):
     return f"[{_quoted(part[1:-1])}]"
-  return f"[{_quoted(part)}]" if part == "from" else f".{part}"
+  return f"[{_quoted(part)}]" if keyword.iskeyword(part) else f".{part}"
 
 
 def _value(value: Any, indent: int, before: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.sources import open_source
-from mmjax.data.text import RESERVED, SPARE, Tokenizer, open_tokenizer, train_tokenizer
+from mmjax.data.text import RESERVED, SPARE, Tokenizer, open_tokenizer, train_tokenizer, turns_of
 from mmjax.starter.origin import Origin
 from mmjax.starter.survey import Survey, fit
 from mmjax.starter.tasks import Task
@@ -64,6 +64,10 @@ def write(
   theirs = begin.text if begin and begin.has_tokenizer else None
   size = max(made_of.vocab_size, theirs["vocab_size"] if theirs else 0)
   draft.set("data.text.vocab_size", size, f"{made_of.vocab_size:,} pieces of it")
+  if made.text == "conversation":  # rows say how long they are
+    if begin and theirs:
+      begin.text_settings(draft)
+    return
   ends = 1 if theirs is None else int(theirs["bos"]) + int(theirs["eos"])
   contrastive = any(entry["kind"] == "contrastive" for entry in made.objectives.values())
   most = 64 if contrastive else 256
@@ -85,7 +89,7 @@ def write(
 def _texts(
   found: Survey, made: Task, languages: Sequence[str], begin: Origin | None
 ) -> Iterator[str]:
-  """The captions in these languages, or the questions, of the training split."""
+  """The captions in these languages, the questions, or the turns of the training split."""
   entry = dict(name=found.name, split=found.train, languages=tuple(languages))
   source = open_source(entry, str(found.folder))
   for index in range(len(source)):
@@ -93,7 +97,9 @@ def _texts(
       record = source[index]
     except UserError:
       continue
-    if made.text == "question":
+    if made.text == "conversation":
+      texts = list(turns_of(record))
+    elif made.text == "question":
       texts = [question for question, _ in record.get("questions") or ()]
     else:
       texts = [text for several in record["captions"].values() for text in several]

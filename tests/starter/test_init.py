@@ -14,18 +14,24 @@ import pytest
 from mmjax import cli, starter
 from mmjax import config as configs
 from mmjax.config import UserError
+from mmjax.data import fitting
 from mmjax.data.builders import write_dataset
+from mmjax.data.examples import Examples
+from mmjax.data.sources import open_source
 from mmjax.data.text import Tokenizer
 from mmjax.inference.predictor import param_spec
 from mmjax.starter.machine import Machine
 from mmjax.starter.survey import fit
 from mmjax.starter.text import Draft
+from mmjax.state.checkpoint import names_and_shapes
+from mmjax.state.paths import by_name
 from tests.data.conftest import picture
 from tests.data.test_audio import encode as sound
 from tests.data.test_audio import tone
 from tests.data.test_video import clip
 from tests.data.test_video import encode as film
 from tests.inference import tiny
+from tests.inference.test_language import config as language_config
 
 CPU = Machine("cpu", 1, 8 << 30, 2)
 TPU = Machine("tpu", 8, 128 << 30, 96)
@@ -61,7 +67,21 @@ def data(tmp_path_factory):
   write_dataset("one_split", root, {"train": splits["train"]}, fields=("series",))
   several = [dict(r, label="a|b" if i % 2 else "a") for i, r in enumerate(splits["train"])]
   write_dataset("many", root, {"train": several, "test": several[:4]}, fields=("image",))
+  talks = {name: [talk(number) for number in range(12)] for name in ("train", "test")}
+  write_dataset("talks", root, talks, fields=("image", "conversations"))
+  turns = [dict(role="user", content="hello"), dict(role="assistant", content="good morning")]
+  spoken = dict(id="0", image_key=0, captions={}, conversations=[turns])
+  write_dataset("written", root, dict(train=[spoken], test=[spoken]), fields=("conversations",))
   return root
+
+
+def talk(number: int) -> dict:
+  """A picture with two questions, the answer to the second of which is long now and then."""
+  turns = ("what colour?", COLOURS[number % 3], "sure?", "yes " * (9 if number == 5 else 1))
+  turn = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(turns)]
+  turn[0]["content"] = [dict(type="image"), dict(type="text", text=turns[0])]
+  record = dict(id=str(number), image=picture(number, 40), image_key=number, captions={})
+  return dict(record, conversations=[turn])
 
 
 def init(data, tmp_path, task, *, source="all", machine=CPU, **options):
@@ -83,6 +103,8 @@ CASES = {
   "captions of clips": dict(task="captioning", modalities=("video",)),
   "speech": dict(task="speech-recognition"),
   "questions": dict(task="question-answering", modalities=("image",)),
+  "dialogues about pictures": dict(task="dialogue", source="talks"),
+  "dialogues": dict(task="dialogue", source="written"),
   "on a slice": dict(task="retrieval", modalities=("image", "text"), machine=TPU),
   "clip": dict(task="retrieval", modalities=("image", "text"), hf=True),
   "vit": dict(task="classification", modalities=("image",), hf=True),
@@ -100,9 +122,7 @@ def test_what_is_written_is_short_laid_out_as_usual_and_a_model(case, data, tmp_
   assert subprocess.run([*ruff, tmp_path / "mine.py"], capture_output=True).returncode == 0
   assert param_spec(config) and config.data.dir == str(data)
   splits = {entry.split for entry in config.evaluation.evaluators.values()}
-  assert CASES[case]["task"] == "regression" or splits == (
-    {"validation", "test"} if config.data.sources.get("all") else {"test"}
-  )
+  assert splits == ({"validation", "test"} if config.data.sources.get("all") else {"test"})
   if CASES[case].get("hf"):
     from mmjax.training.start import check_export
 
@@ -130,6 +150,17 @@ def test_lengths_languages_and_statistics_are_those_of_the_data(data, tmp_path):
   assert config.checkpoint.best == "classification/validation/accuracy"
 
 
+def test_rows_hold_the_conversations_of_the_data(data, tmp_path):
+  text, config = init(data, tmp_path, "dialogue", source="talks")
+  sequence = config.data.sequence
+  assert sequence.image == (config.data.image.size // 16) ** 2 and "of 12 conversations" in text
+  source = open_source(dict(name="talks", split="train", languages=()), str(data))
+  source.text = "conversation"
+  pieces, places, _ = fitting.examples(Examples(config, train=False).sequences, source)
+  assert all(piece.stop == 0 for piece in pieces) and sequence.length >= places.max()
+  assert sequence.slots >= sequence.length // np.median(places)
+
+
 def test_a_length_that_a_hundredth_exceeds_by_far_cuts_and_says_so():
   lengths = np.array([10.0] * 990 + [10.4] * 9 + [300.0])
   found = fit(lengths, 0.5, 30)
@@ -151,6 +182,7 @@ def test_a_data_set_of_one_split_is_warned_of(data, tmp_path, capsys):
     ("captioning", dict(source="one_split", modalities=("image",)), "--modality image.*has series"),
     ("speech-recognition", dict(source="many"), "no sounds to transcribe"),
     ("question-answering", dict(source="many"), "no questions with answers"),
+    ("dialogue", dict(source="many"), "has no conversations"),
     ("retrieval", dict(languages=("en",)), "--languages en.*has fr, de"),
     ("classification", dict(hf=True, modalities=("image", "series")), "--hf.*pictures or of texts"),
     ("retrieval", dict(tokenizer="nothing"), "no tokenizer 'nothing'"),
@@ -175,6 +207,7 @@ def test_a_value_from_the_data_cannot_break_out_of_its_place():
   draft = Draft()
   draft.set("data.x", 'a"\n  import os', "a comment\n  import os")
   draft.note("more\nimport os")
+  draft.set("data.sources.class", dict(name="class"))  # a data set may be called so
   tree = ast.parse(draft.file("doc"))
   assert not re.search(r"^\s*import os", draft.file("doc"), re.M)
   assert len(tree.body) == 3
@@ -211,3 +244,13 @@ def test_a_classifier_takes_the_encoder_and_learns_the_rest(data, tmp_path, chec
   assert config.init.map == ((r"image(/.*)?", r"\g<0>"), (".*", None))
   assert "new: image_classifier" in text
   assert config.optimizer.rates == ((r"image/.*", 0.1),)
+
+
+def test_a_language_model_goes_on_with_its_tokenizer_and_places(data, tmp_path):
+  origin = tiny.save(language_config(), tmp_path)
+  text, config = init(data, tmp_path, "dialogue", source="talks", start=str(origin))
+  assert config.data.image.size == 16 and config.data.sequence.image == 4
+  assert config.data.text.template == "plain" and config.data.text.vocab_size == 512
+  tokens = {name: leaf.shape for name, leaf in by_name(param_spec(config)).items()}
+  assert tokens == {name: leaf.shape for name, leaf in names_and_shapes(str(origin)).items()}
+  assert config.init.map == ((".*", r"\g<0>"),) and "everything is loaded" in text
