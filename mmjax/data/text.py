@@ -620,7 +620,8 @@ def _find_tokenizer(name: str, root: Path) -> Path:
   folder = root / "tokenizers"
   if files.origin(folder):
     folder = files.bring(folder)
-  for path in (folder / f"{name}.model", folder / f"{name}.json", Path(name).expanduser()):
+  own = (folder / f"{name}.model", folder / f"{name}.json", folder / name)
+  for path in (*own, Path(name).expanduser()):
     if name and path.exists():
       return path
   if not name:

@@ -143,8 +143,8 @@ def cells_of(row: Mapping[str, Any], chosen: Mapping[str, tuple[str, ...]]) -> d
     role: row.get(names[0]) if len(names) == 1 else [row.get(name) for name in names]
     for role, names in chosen.items()
   }
-  if isinstance(cells.get("conversation"), str):
-    cells["conversation"] = _turns_in(cells["conversation"])
+  if isinstance(talk := cells.get("conversation"), str):
+    cells["conversation"] = _turns_in(talk)
   if "question" in cells and isinstance(row.get("multiple_choice_answer"), str):
     cells["chosen_answer"] = row["multiple_choice_answer"]  # VQAv2's, beside the ten
   if (given := given_in(cells)) is not None:
