@@ -68,6 +68,10 @@ def _end_peers(failure: _Failure) -> None:
 
 def _main(argv: Sequence[str] | None) -> int:
   arguments = list(sys.argv[1:] if argv is None else argv)
+  try:
+    os.getcwd()
+  except FileNotFoundError:
+    raise _Failure(EXIT_USAGE, "the current folder is gone. Change to one that is there") from None
   parser = _parser()
   options, rest = parser.parse_known_args(arguments)
   options.overrides = [word for word in rest if word.startswith("--config.")]

@@ -204,6 +204,7 @@ def test_shipped_configs_resolve_to_their_golden_copies(path):
 
 
 ARGUMENTS = {
+  "chat_scenes": ("dpo",),
   "easy_vqa": (
     "cross_attention",
     "merged_attention",

@@ -20,6 +20,8 @@ from mmjax.data.builders import (
   find_version,
   moving_emoji,
   python_topics,
+  scene_dialogues,
+  scene_preferences,
   spoken_emoji,
   spoken_questions,
 )
@@ -31,6 +33,7 @@ COUNTS = {1: 1.0}  # objects of a scene
 CLIPS = {"train": (30, 4), "validation": (10, 1), "test": (20, 1), "test_objects": (5, 1)}
 QUESTIONS = {"train": 1200, "validation": 20, "test": 80}  # pictures, with some ten questions each
 TWO_MOVES = {"train": 120, "validation": 10, "test": 20}  # clips of clip_questions
+TALKS = {"train": 120, "validation": 12, "test": 12}  # of scene_dialogues, scene_preferences
 SPOKEN = {"train": 120, "validation": 12, "test": 12}  # of spoken_questions
 MODULES = 30  # of the standard library, whose docstrings python_topics has
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
@@ -68,6 +71,8 @@ def smaller() -> Iterator[None]:
   with (
     mock.patch.multiple(easy_vqa, SIZES=QUESTIONS, find_splits=lambda: fewer),
     mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS),
+    mock.patch.object(scene_dialogues, "SPLITS", TALKS),
+    mock.patch.object(scene_preferences, "SPLITS", TALKS),
     mock.patch.object(moving_emoji, "GROUPS", CLIPS),
     mock.patch.object(spoken_emoji, "plan", few_utterances),
     mock.patch.object(spoken_questions, "SPLITS", SPOKEN),

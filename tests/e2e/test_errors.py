@@ -498,3 +498,10 @@ def test_a_number_out_of_its_range_is_bad_usage(words, mmjax):
 @pytest.mark.parametrize("name", ("9999xv5e-256", "v5e-" + "1" * 5000, "0xv5e-4", "v5p:4x4x999"))
 def test_a_slice_that_nobody_has_is_bad_usage(name, mmjax):
   refused(mmjax("plan", "--config", "configs/quickstart.py", "--topology", name), 2, "--topology")
+
+
+def test_a_current_folder_that_was_deleted_is_named(mmjax, tmp_path, monkeypatch):
+  (tmp_path / "gone").mkdir()
+  monkeypatch.chdir(tmp_path / "gone")
+  (tmp_path / "gone").rmdir()
+  refused(mmjax("data", "show", "openmoji"), 2, "the current folder is gone")

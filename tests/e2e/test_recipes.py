@@ -146,7 +146,7 @@ MADE_OF_OTHERS = {
   "multitask",
 }
 # Language models: in full with --all, by tests of their own where one starts from another.
-LANGUAGE_MODELS = ("scene_answers", "words")
+LANGUAGE_MODELS = ("chat_scenes", "chat_scenes:dpo", "scene_answers", "words")
 BESIDE = {
   "speech_recognition": ("speech_text",)
 }  # shortened, it takes the tokenizer of that recipe
@@ -348,14 +348,19 @@ def test_one_model_for_three_tasks_is_as_good_as_each_alone(embedded_data, tmp_p
 
 
 @pytest.mark.slow
-def test_a_language_model_of_captions_learns_to_answer(embedded_data, tmp_path):
-  small_data.build(embedded_data, ["scene_answers"], small=False)
+def test_a_language_model_of_captions_learns_to_answer_and_to_converse(embedded_data, tmp_path):
+  small_data.build(embedded_data, ["scene_answers", "chat_scenes"], small=False)
   captions, both = str(tmp_path / "captions"), tmp_path / "both"
   recipe = config_of("scene_answers")
   run("train", "--config", f"{recipe}:captions", "--workdir", captions, seconds=3600)
   start_from = f"--config.init.from={captions}"
   run("train", "--config", recipe, "--workdir", str(both), start_from, seconds=3600)
   check(both, {"captions/test": {"right": 0.65}, "answers/test": {"exact": 0.62}})
+  talks, start_from = tmp_path / "talks", f"--config.init.from={both}"
+  recipe = config_of("chat_scenes")
+  run("train", "--config", recipe, "--workdir", str(talks), start_from, seconds=3600)
+  bars = {"turn1": 0.8, "turn4": 0.78, "accuracy": 0.8}
+  check(talks, {"dialogue/test": bars, "preference/test": {"preferred": 0.93}})
 
 
 @pytest.mark.slow

@@ -1,0 +1,87 @@
+"""Dialogues about scenes, in which later questions refer back: tuned on conversations, then by
+judged answers (DPO).
+
+mmjax data build emoji_scenes
+mmjax data build scene_dialogues
+mmjax data build scene_preferences
+mmjax data tokenizer --source emoji_scenes --name emoji_scenes --vocab-size 640
+mmjax train --config configs/scene_answers.py:captions --workdir runs/scene_answers_captions
+mmjax train --config configs/scene_answers.py --workdir runs/scene_answers
+mmjax train --config configs/chat_scenes.py --workdir runs/chat_scenes
+mmjax train --config configs/chat_scenes.py:dpo --workdir runs/chat_scenes_dpo
+"""
+
+import mmjax
+
+# Short, since questions end with their mark, and answers with <eos>.
+TEMPLATE = """\
+{% for message in messages %}
+{{- message.content + ' ' -}}
+{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}
+{% endfor %}
+"""
+
+
+def get_config(arg: str = ""):
+  """arg: "" for conversations, "dpo" for judged answers after them."""
+  c = mmjax.config.base()
+  c.data.image.size = 64
+  c.data.text.tokenizer = "emoji_scenes"
+  c.data.text.vocab_size = 640
+  c.data.text.template = TEMPLATE
+  c.data.sequence.image = 16
+
+  c.model = dict(
+    name="language_model",
+    width=128,
+    depth=3,
+    heads=4,
+    mlp=352,
+    encoders=dict(image=dict(kind="vit", stem="convolution", patch=8, depth=2, heads=4)),
+    connectors=dict(image=dict(kind="mlp", fold=2)),
+  )
+  c.precision.compute = "float32"
+  if arg == "dpo":
+    learn_from_judged_answers(c)
+  else:
+    learn_from_conversations(c)
+  for split in ("validation", "test"):
+    dialogue = dict(
+      kind="dialogue", source="scene_dialogues", split=split, limit=250, max_length=32
+    )
+    c.evaluation.evaluators[f"dialogue/{split}"] = dialogue
+    preference = dict(kind="preference", source="scene_preferences", split=split)
+    c.evaluation.evaluators[f"preference/{split}"] = preference
+  return c
+
+
+def learn_from_conversations(c) -> None:
+  """Of captions too, which name all that is there."""
+  c.init["from"] = "runs/scene_answers"
+  c.train.steps = 600
+  c.train.batch_size = 12  # rows, of up to six pictures each
+  c.data.sources.dialogues = dict(
+    name="scene_dialogues", text="conversation", cache=True, weight=0.65
+  )
+  c.data.sources.captions = dict(
+    name="emoji_scenes", text="caption", captions=1, cache=True, weight=0.35
+  )
+  c.data.sequence.length = 384
+  c.data.sequence.slots = 6
+  c.objectives.text = dict(kind="language_modelling")
+  c.optimizer = dict(
+    name="muon", lr=6e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
+  )
+  c.schedule = dict(name="cosine", warmup="5%", final=0.01)
+
+
+def learn_from_judged_answers(c) -> None:
+  c.init["from"] = "runs/chat_scenes"
+  c.train.steps = 200
+  c.train.batch_size = 12
+  c.data.sources.judged = dict(name="scene_preferences", text="preference", cache=True)
+  c.data.sequence.length = 384
+  c.data.sequence.slots = 4
+  c.objectives.judged = dict(kind="preference", form="dpo", beta=0.1)
+  c.optimizer = dict(name="adamw", lr=3e-5, b2=0.98)
+  c.schedule = dict(name="cosine", warmup="5%", final=0.01)
