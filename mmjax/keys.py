@@ -7,7 +7,7 @@ kinds.py for what a kind is).
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from mmjax.ranges import (
   Area,
@@ -32,6 +32,7 @@ from mmjax.ranges import (
   Portion,
   Positive,
   Processes,
+  Range,
   Seconds,
   Seed,
   Share,
@@ -562,7 +563,7 @@ KEYS = (
   Key(
     "data.video.patches",
     (1, 65_536, 0),
-    tuple[int, int, int],
+    Annotated[tuple[int, int, int], Range(least=0)],
     "With data.video.group: patches of all frames of a clip at least and at most, and of one frame "
     "at most (0 = no limit of its own).",
   ),

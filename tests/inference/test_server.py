@@ -260,9 +260,9 @@ def test_a_fault_of_one_request_ends_no_other(served, monkeypatch):
       patch.setattr(slots, "_begin", fault)
       status, said = post(port, path, body)
       assert status == 500 and "RuntimeError" in said and "no memory" not in said
-    assert (server.batcher._slots is slots) == (fault is fail)
     status, said = post(port, path, body)
     assert status == 200 and json.loads(said)["choices"] == json.loads(before[1])["choices"]
+    assert (server.batcher._slots is slots) == (fault is fail)
 
 
 CASES = {

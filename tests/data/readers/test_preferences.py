@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mmjax.data.sources import open_source
-from mmjax.data.text import _turns
+from mmjax.data.text import turns_of
 from tests.data.readers.test_forms import photos, records  # noqa: F401
 from tests.data.test_convert import run
 from tests.data.test_tars import write_tar
@@ -79,7 +79,7 @@ def test_pairs_of_texts_of_messages_and_of_llava(tmp_path, photos):  # noqa: F81
   record = records(tmp_path)["2.png"]
   assert len(record["media"]) == 1 and "questions" not in record
   assert {"user: Hello?", "assistant: Hi.", "assistant: Go."} <= set(
-    _turns(dict(preferences=found[:1]))
+    turns_of(dict(preferences=found[:1]))
   )
 
 
