@@ -30,7 +30,7 @@ FLOORS = [
   ("evaluation",),
   ("training", "inference", "interop"),
   ("plan", "starter"),
-  ("cli",),
+  ("cli", "arguments"),
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 

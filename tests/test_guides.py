@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 import mmjax
-from mmjax import cli, reference
+from mmjax import arguments, reference
 from mmjax.data.builders import BUILDERS
 from mmjax.data.readers import FORMATS
 from mmjax.data.readers.columns import COLUMNS
@@ -112,7 +112,7 @@ def test_commands_parse(guide):
   for command in " && ".join(commands(read(guide))).split(" && "):
     words = shlex.split(re.sub(r"^(\w+=\S+ )+", "", command))
     if words[:1] == ["mmjax"]:
-      _, rest = cli._parser().parse_known_args(words[1:])
+      _, rest = arguments.make_parser().parse_known_args(words[1:])
       assert all(word.startswith("--config.") for word in rest), command
     elif words[:1] == ["python"]:
       text = (ROOT / words[1]).read_text()
@@ -191,7 +191,7 @@ def test_every_form_and_option_of_convert_has_an_example():
   text = read("mmjax/data/README.md")
   used = [command for command in commands(text) if command.startswith("mmjax data convert ")]
   assert {command.split()[3] for command in used} == set(FORMATS)
-  options = cli._parser().parse_args(["data", "convert", "folder", "x", "--name", "x"])
+  options = arguments.make_parser().parse_args(["data", "convert", "folder", "x", "--name", "x"])
   named = {name for action in options.parser._actions for name in action.option_strings}
   named -= {"-h", "--help"}
   assert {
