@@ -11,7 +11,7 @@ mmjax train --config configs/chat_scenes.py --workdir runs/chat_scenes
 mmjax train --config configs/chat_scenes.py:dpo --workdir runs/chat_scenes_dpo
 """
 
-import mmjax
+import scene_answers
 
 # Short, since questions end with their mark, and answers with <eos>.
 TEMPLATE = """\
@@ -24,23 +24,8 @@ TEMPLATE = """\
 
 def get_config(arg: str = ""):
   """arg: "" for conversations, "dpo" for judged answers after them."""
-  c = mmjax.config.base()
-  c.data.image.size = 64
-  c.data.text.tokenizer = "emoji_scenes"
-  c.data.text.vocab_size = 640
+  c = scene_answers.scenes()
   c.data.text.template = TEMPLATE
-  c.data.sequence.image = 16
-
-  c.model = dict(
-    name="language_model",
-    width=128,
-    depth=3,
-    heads=4,
-    mlp=352,
-    encoders=dict(image=dict(kind="vit", stem="convolution", patch=8, depth=2, heads=4)),
-    connectors=dict(image=dict(kind="mlp", fold=2)),
-  )
-  c.precision.compute = "float32"
   if arg == "dpo":
     learn_from_judged_answers(c)
   else:

@@ -13,7 +13,7 @@ import mmjax
 def get_config(arg: str = ""):
   """arg: "captions" for the first command, "" for the second."""
   both = arg != "captions"
-  c = mmjax.config.base()
+  c = scenes()
   c.train.steps = 1000 if both else 900
   c.train.batch_size = 16  # rows, of up to four pictures each
   c.data.mix = "steps"
@@ -21,24 +21,9 @@ def get_config(arg: str = ""):
   if both:
     c.data.sources.questions = dict(name="emoji_scenes", text="question", cache=True)
     c.init["from"] = "runs/scene_answers_captions"
-  c.data.image.size = 64
-  c.data.text.tokenizer = "emoji_scenes"
-  c.data.text.vocab_size = 640
   c.data.text.per_example = 2  # questions about each picture, which is encoded once
   c.data.sequence.length = 160 if both else 128
   c.data.sequence.slots = 4
-  c.data.sequence.image = 16
-
-  c.model = dict(
-    name="language_model",
-    width=128,
-    depth=3,
-    heads=4,
-    mlp=352,
-    encoders=dict(image=dict(kind="vit", stem="convolution", patch=8, depth=2, heads=4)),
-    connectors=dict(image=dict(kind="mlp", fold=2)),
-  )
-  c.precision.compute = "float32"
   c.objectives.text = dict(kind="language_modelling")
   c.optimizer = dict(
     name="muon",
@@ -63,4 +48,24 @@ def get_config(arg: str = ""):
     if both:
       answers = dict(kind="answers", source="emoji_scenes", split=split)
       c.evaluation.evaluators[f"answers/{split}"] = answers
+  return c
+
+
+def scenes():
+  """The model and what it reads, which dialogues go on with (chat_scenes.py)."""
+  c = mmjax.config.base()
+  c.data.image.size = 64
+  c.data.text.tokenizer = "emoji_scenes"
+  c.data.text.vocab_size = 640
+  c.data.sequence.image = 16
+  c.model = dict(
+    name="language_model",
+    width=128,
+    depth=3,
+    heads=4,
+    mlp=352,
+    encoders=dict(image=dict(kind="vit", stem="convolution", patch=8, depth=2, heads=4)),
+    connectors=dict(image=dict(kind="mlp", fold=2)),
+  )
+  c.precision.compute = "float32"
   return c
