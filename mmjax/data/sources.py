@@ -118,7 +118,11 @@ def list_datasets(root: str | os.PathLike) -> list[str]:
 def list_tokenizers(folder: Path) -> list[str]:
   """Names of the tokenizers in a folder, sorted."""
   return (
-    sorted(path.stem for path in folder.iterdir() if path.suffix in (".model", ".json"))
+    sorted(
+      path.name if path.is_dir() else path.stem
+      for path in folder.iterdir()
+      if path.is_dir() or path.suffix in (".model", ".json")
+    )
     if folder.is_dir()
     else []
   )

@@ -169,6 +169,12 @@ def test_unknown_builders_name_the_nearest(tmp_path):
     builders.build("openmojis", tmp_path)
 
 
+def test_a_tokenizer_may_be_a_folder(tmp_path):
+  (tmp_path / "hf").mkdir()
+  (tmp_path / "own.model").touch()
+  assert list_tokenizers(tmp_path) == ["hf", "own"]
+
+
 def test_the_folder_of_the_data(monkeypatch, tiny, config):
   monkeypatch.setenv("MMJAX_DATA", "/somewhere")
   assert str(data_dir()) == "/somewhere" and str(data_dir("")) == "/somewhere"
