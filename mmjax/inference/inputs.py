@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageOps
 
+from mmjax.data.clips import ClipTransform
 from mmjax.data.examples import READERS, CutMedia
 from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
@@ -41,11 +42,8 @@ class MediaInputs:
     self.rate = config.data.audio.rate
     self.image = config.data.image
     self.joins = modality == "image" and mixes_tokens(config.data)
-    self.clip = None
-    if modality == "video" and config.data.video.group:
-      from mmjax.data.clips import ClipTransform
-
-      self.clip = ClipTransform(config.data.image, config.data.video)
+    reads_clips = modality == "video" and config.data.video.group
+    self.clip = ClipTransform(config.data.image, config.data.video) if reads_clips else None
     self.tiled = self.joins or (modality == "image" and self.image.tiles.most > 1)
     self.arrays = {name: dtype for name, (_, dtype) in reader.shapes.items() if name != "key"}
 

@@ -320,10 +320,10 @@ def unstack(x: Array) -> list[Array]:
 
 def empty_cache(shape: tuple[int, ...], dtype: Any, int8: bool = False) -> KeyValue:
   """Keys and values of zeros."""
-  if not int8:
-    return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-  zeros = Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
-  return KeyValue(zeros, jax.tree.map(jnp.copy, zeros))
+  empty: Any = jnp.zeros(shape, jnp.int8 if int8 else dtype)
+  if int8:
+    empty = Int8(empty, jnp.zeros((*shape[:-1], 1), jnp.float32))
+  return KeyValue(empty, empty)
 
 
 def read_cache(cached: Any, dtype: Any) -> Array:
