@@ -35,6 +35,7 @@ def running(predictor, **settings):
   with socket.socket() as listening:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of what it accepts too
     listening.bind(("127.0.0.1", 0))
+    listening.listen(64)  # who connects before the server runs waits
     http = uvicorn.Server(http_config(server.app, server.seconds, server.counts))
     thread = threading.Thread(target=http.run, kwargs=dict(sockets=[listening]))
     thread.start()
