@@ -172,7 +172,7 @@ def _fill(
   counted = (
     found.with_tokenizer(tokenizer[1], tokens.lowercase(made, begin)) if tokenizer else found
   )
-  _length_of_run(draft, counted, made, parts, machine, begin)
+  before, several, places = len(draft.lines), 1.0, 0
   _source(draft, counted, made, parts, machine, languages)
   for name, part in parts.items():
     if begin and begin.data(draft, name):
@@ -181,7 +181,10 @@ def _fill(
   if tokenizer:
     tokens.write(draft, counted, made, tokenizer, begin)
     if made.text == "conversation":
-      rows.write(draft, found, made, parts, machine, begin, tokenizer[1])
+      several, places = rows.write(draft, found, made, parts, machine, begin, tokenizer[1])
+  first = Draft()
+  _length_of_run(first, counted, made, parts, machine, begin, several, places)
+  draft.lines[before:before] = first.lines
   if made.label != "none":
     draft.set("data.label", made.label)
     draft.set("data.classes", made.classes, _classes(counted, made))
@@ -211,7 +214,12 @@ def _length_of_run(
   parts: Mapping[str, Part],
   machine: Machine,
   begin: Origin | None,
+  several: float,
+  places: int,
 ) -> None:
+  """several: how many rows of the data share a row of a batch. places: tokens of one, of a language
+  model; else 0.
+  """
   media = tuple(parts)
   size = sizes.model(found.rows, machine) if begin is None else begin.sizes
   each = sum(sizes.activation_bytes(part.tokens, size, size.depth) for part in parts.values())
@@ -219,16 +227,16 @@ def _length_of_run(
   batch = sizes.batch_size(found.rows, made.batch, each, machine)
   work = max((part.work for part in parts.values()), default=1.0)
   work *= (size.width / 128) ** 2 * max(1, size.depth / 2) if not machine.accelerated else 1
-  steps = sizes.steps(found.rows, batch, media or ("text",), work, machine)
+  if places:
+    media, work = ("text",), sizes.work_of_tokens(places) * (size.width / 128) ** 2
+  count = round(found.rows / several)
+  steps = sizes.steps(count, batch, media or ("text",), work, machine)
   if begin:  # what is learned already takes less
     steps = max(min(steps, 100), steps // 3)
-  if made.text == "conversation":
-    draft.set("train.steps", steps)
-    draft.set("train.batch_size", batch, "rows, each of several conversations")
-    return
-  epochs = steps * batch / max(1, found.rows)
+  epochs = steps * batch * several / max(1, found.rows)
   draft.set("train.steps", steps, f"{epochs:.3g} epochs of {found.rows:,} rows")
-  draft.set("train.batch_size", batch)
+  shared = f"rows, of some {several:.2g} conversations each" if several > 1 else ""
+  draft.set("train.batch_size", batch, shared)
 
 
 def _source(

@@ -28,8 +28,10 @@ def write(
   machine: Machine,
   begin: Origin | None,
   tokenizer: Tokenizer,
-) -> None:
-  """The chat template and the settings of data.sequence."""
+) -> tuple[float, int]:
+  """Writes the chat template and the settings of data.sequence; returns how many conversations
+  share a row, and its places.
+  """
   draft.set("data.text.template", _template(begin, tokenizer), "how turns are written")
   if begin:
     begin.sequence_settings(draft)
@@ -44,10 +46,13 @@ def write(
   typical = float(np.median(lengths))
   length = max(int(whole.value), 16 * round(min(USUAL, 4 * typical) / 16))
   draft.set("data.sequence.length", length, whole.says("conversations"))
+  several = max(1.0, length / typical)
   if media.size:
-    shown = round(length / typical * media.sum(1).mean())
-    slots = max(1, shown, int(media.max()))
+    each = media.sum(1)
+    slots = max(1, round(several * each.mean()), int(each.max()))
     draft.set("data.sequence.slots", slots, "pictures of a row, which conversations share")
+    several = max(1.0, min(several, slots / max(each.mean(), 1e-9)))
+  return several, length
 
 
 def _template(begin: Origin | None, tokenizer: Tokenizer) -> str:

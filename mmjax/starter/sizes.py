@@ -14,6 +14,7 @@ from mmjax.starter.survey import Survey
 # Examples a second and core of a training step, about as the times of the recipes in
 # configs/README.md give them: what a run on CPUs may take is estimated by it.
 RATES = {"image": 200, "audio": 120, "video": 100, "series": 900, "text": 600}
+TOKENS = 4000  # a second and core, of rows of a language model of width 128, pictures included
 MINUTES = 4  # of training on CPUs
 
 
@@ -67,6 +68,11 @@ def steps(
   found = max(1, round(wanted / batch))
   digits = max(0, len(str(found)) - 2)
   return round(found, -digits) or found
+
+
+def work_of_tokens(count: int) -> float:
+  """How many times the usual work of a text a row of so many tokens of a language model is."""
+  return RATES["text"] * count / TOKENS
 
 
 def activation_bytes(tokens: int, sizes: Model, depth: int) -> float:

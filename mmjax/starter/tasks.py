@@ -206,7 +206,7 @@ def dialogue(ask: Ask) -> Task:
     "dialogue",
     model,
     dict(answers=dict(kind="language_modelling")),
-    dict(kind="dialogue", modalities=ask.media, max_length=32),
+    dict(kind="dialogue", modalities=ask.media, max_length=32, limit=200),
     best="accuracy",
     text="conversation",
     pieces=1024 if small else 8192,

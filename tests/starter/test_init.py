@@ -20,6 +20,7 @@ from mmjax.data.examples import Examples
 from mmjax.data.sources import open_source
 from mmjax.data.text import Tokenizer
 from mmjax.inference.predictor import param_spec
+from mmjax.starter import sizes
 from mmjax.starter.machine import Machine
 from mmjax.starter.survey import fit
 from mmjax.starter.text import Draft
@@ -159,6 +160,12 @@ def test_rows_hold_the_conversations_of_the_data(data, tmp_path):
   pieces, places, _ = fitting.examples(Examples(config, train=False).sequences, source)
   assert all(piece.stop == 0 for piece in pieces) and sequence.length >= places.max()
   assert sequence.slots >= sequence.length // np.median(places)
+  assert "conversations each" in text
+
+
+def test_a_run_on_conversations_is_no_longer_than_others():
+  steps = sizes.steps(10_000, 16, ("text",), sizes.work_of_tokens(320), CPU)
+  assert 200 < steps * 16 * 320 / (2 * sizes.TOKENS) <= 60 * sizes.MINUTES * 1.03  # seconds
 
 
 def test_a_length_that_a_hundredth_exceeds_by_far_cuts_and_says_so():
