@@ -8,6 +8,8 @@ beside its frozen kernels, which are held in int8: on one GPU of 80 GB.
 
 import mmjax
 
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+
 
 def get_config(arg: str = ""):
   """arg: name of a data set of conversations about pictures."""
@@ -51,6 +53,3 @@ def get_config(arg: str = ""):
   c.checkpoint.every = 500
   c.log.every = 10
   return c
-
-
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
