@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
   c.data.text.mask_padding = False
   c.data.text.punctuation = False
 
-  tower = dict(width=768, depth=12, heads=12, mlp=3072, remat="full")
+  tower = dict(width=768, depth=12, heads=12, mlp=3072, remat="dense_attention", scan_unroll=12)
   c.model = dict(
     name="dual_encoder",
     width=768,

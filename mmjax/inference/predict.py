@@ -18,7 +18,7 @@ import numpy as np
 from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.data.media import SERIES, modality_of
-from mmjax.data.readers import json_lines, table
+from mmjax.data.readers import folder, json_lines, table
 from mmjax.data.readers.cells import Skip
 from mmjax.data.readers.columns import COLUMNS
 from mmjax.inference.inputs import Item
@@ -142,13 +142,23 @@ def rows_of(
   for given in inputs:
     path = Path(given)
     if path.is_dir():
-      inside = sorted(p for p in path.rglob("*") if p.is_file() and _modality(predictor, p))
+      everything = sorted(p for p in path.rglob("*") if p.is_file())
+      described = [p for p in everything if p.name in folder.TABLES]
+      if len(predictor.media) > 1 and described:  # the table says which files are a row
+        more_rows, more_names = rows_of(predictor, described, columns, root)
+        rows, names = rows + more_rows, names + more_names
+        continue
+      inside = [p for p in everything if _modality(predictor, p)]
       tables = [p for p in inside if p.suffix.lower() in TABLES]
       inside = [p for p in inside if p not in tables or _is_series(predictor, p, columns)]
       if not inside:
         raise UserError(f"{given} has no files of {', '.join(sorted(predictor.media))} in it")
-      rows += [{str(_modality(predictor, p)): p} for p in inside]
-      names += map(str, inside)
+      together: dict[Path, dict[str, Item]] = {}
+      for p in inside:  # a.png and a.wav are one row of a model that sees and hears
+        stem = p.with_suffix("") if len(predictor.media) > 1 else p
+        together.setdefault(stem, {})[str(_modality(predictor, p))] = p
+      rows += together.values()
+      names += [str(next(iter(row.values()))) for row in together.values()]
     elif path.suffix.lower() in TABLES and not _is_series(predictor, path, columns):
       lines = _table(path)
       whole = [line for _, line in lines if not isinstance(line, Skip)]

@@ -31,7 +31,16 @@ GATED = ("swiglu", "geglu", "geglu_tanh")
 Kernel = Literal["auto", "xla", "sdpa", "fused", "flash", "splash", "cudnn"]
 Placement = Literal["pre", "post", "both"]
 Remat = Literal[
-  "none", "full", "dots", "dense", "dots_no_batch", "attention", "offload", "offload_dense"
+  "none",
+  "full",
+  "dots",
+  "dense",
+  "dense_attention",
+  "projections",
+  "dots_no_batch",
+  "attention",
+  "offload",
+  "offload_dense",
 ]
 Turns = tuple[Array, Array]  # cosines and sines of `Rotary.angles`
 
@@ -210,7 +219,8 @@ class Mlp(nn.Module):
     c = self.config
     gated = c.gated or c.activation in GATED
     dense = functools.partial(Dense, dtype=c.dtype, use_bias=c.has_bias("mlp"))
-    h = dense((c.mlp * (1 + gated),), ("embed", "mlp"), parts=1 + gated, name="up")(x)
+    up = dense((c.mlp * (1 + gated),), ("embed", "mlp"), parts=1 + gated, label="hidden", name="up")
+    h = up(x)
     if gated:
       h = activate(c.activation, h[..., : c.mlp]) * h[..., c.mlp :]
     else:
@@ -246,6 +256,7 @@ class Attention(nn.Module):
       c.dtype,
       xavier(c.heads * c.channels, c.width),
       c.has_bias("out"),
+      input_label="attended",
     )
 
   def __call__(

@@ -73,8 +73,9 @@ class Dense(nn.Module):
   float32.
 
   Call: x [..., *inputs] -> [..., *features]. kernel [*inputs, *features]. `axes` names the kernel's
-  dimensions; the bias takes the last ones. For rematerialisation, results of `affine` are named
-  "dense". part: a slice of the first of the features, for some of several projections in one.
+  dimensions; the bias takes the last ones. label, input_label: names of the result and of the
+  input for rematerialisation, "" = none.
+  part: a slice of the first of the features, for some of several projections in one.
   apart: returns (x @ kernel, bias or None) for a caller that adds the bias itself.
   parts: projections that the kernel holds, side by side in the first of its features; each has
   low-rank factors of its own, where there are any beside the kernel (lora.py). Leaves of a kernel
@@ -87,6 +88,8 @@ class Dense(nn.Module):
   kernel_init: Init | None = None
   use_bias: bool = True
   parts: int = 1
+  label: str = "dense"
+  input_label: str = ""
 
   @nn.compact
   def __call__(self, x: Array, part: slice = slice(None), *, apart: bool = False) -> Any:
@@ -105,7 +108,7 @@ class Dense(nn.Module):
 
     def product(x: Array, kernel: Array) -> Array:
       kernel = kernel[(slice(None),) * n + (part,)].astype(self.dtype)
-      return affine(x, kernel, None if apart else bias, n, axes)
+      return affine(x, kernel, None if apart else bias, n, axes, self.label, self.input_label)
 
     def quantised_product(x: Array, leaves: dict[str, Array]) -> Array:
       return product(x, dequantise(leaves, shape, self.dtype))
@@ -143,11 +146,17 @@ class Dense(nn.Module):
 
 
 def affine(
-  x: Array, kernel: Array, bias: Array | None, n: int, axes: tuple[str | None, ...]
+  x: Array,
+  kernel: Array,
+  bias: Array | None,
+  n: int,
+  axes: tuple[str | None, ...],
+  label: str = "dense",
+  input_label: str = "",
 ) -> Array:
   """x [..., *inputs] times kernel [*inputs, *features] over the `n` dimensions of inputs, plus bias
   [*features]: [..., *features].
-  axes: logical names of the features.
+  axes: logical names of the features. label, input_label: as of `Dense`.
 
   On a lone CPU device all are flattened to matrices first (cpu.py). So are rows [N, ...] on TPUs,
   where no device axis splits the features: the result then has the one layout that kernels read
@@ -159,36 +168,46 @@ def affine(
     and platform() == "tpu"
     and not any(partition_spec((*rows, *columns), ("batch", *axes))[1:])
   )
+  if input_label and not whole:
+    x = checkpoint_name(x, input_label)
   if not (whole or on_lone_cpu()):
     contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
     y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
-    y = checkpoint_name(y if bias is None else y + bias, "dense")
+    y = checkpoint_name(y if bias is None else y + bias, label)
     return cpu.barrier(y, forward=False)
   x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns))
   bias = None if bias is None else bias.reshape(-1)
-  y = _row_major(x, kernel, bias) if whole else cpu.matmul(x, kernel, bias)
-  return cpu.barrier(checkpoint_name(y, "dense").reshape(*rows, *columns), forward=False)
+  y = _row_major(input_label, x, kernel, bias) if whole else cpu.matmul(x, kernel, bias)
+  return cpu.barrier(checkpoint_name(y, label).reshape(*rows, *columns), forward=False)
 
 
-@jax.custom_vjp
-def _row_major(x: Array, kernel: Array, bias: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_major(label: str, x: Array, kernel: Array, bias: Array | None) -> Array:
   """x [N, I] @ kernel [I, O] + bias [O] on TPUs. The kernel's gradient is asked for row by row: in
   the layout of a parameter such as [D, 3, H, K], which the compiler stores with D innermost, it
-  would have the cotangent of all rows transposed in memory."""
+  would have the cotangent of all rows transposed in memory.
+
+  label: of the input as the backward pass keeps it. What is named before the product would be kept
+  and used, and `jax.checkpoint` then rounds it in a pass of its own through memory."""
   return x @ kernel if bias is None else x @ kernel + bias
 
 
+def _row_major_forward(
+  label: str, x: Array, kernel: Array, bias: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+  kept = checkpoint_name(x, label) if label else x
+  return _row_major(label, x, kernel, bias), (kept, kernel, bias)
+
+
 def _row_major_backward(
-  kept: tuple[Array, Array, Array | None], cotangent: Array
+  label: str, kept: tuple[Array, Array, Array | None], cotangent: Array
 ) -> tuple[Array, Array, Array | None]:
   x, kernel, bias = kept
   slope = None if bias is None else cotangent.astype(jnp.float32).sum(0).astype(bias.dtype)
   return cotangent @ kernel.T, with_layout_constraint(x.T @ cotangent, Layout((0, 1))), slope
 
 
-_row_major.defvjp(
-  lambda x, kernel, bias: (_row_major(x, kernel, bias), (x, kernel, bias)), _row_major_backward
-)
+_row_major.defvjp(_row_major_forward, _row_major_backward)
 
 
 class LayerNorm(nn.Module):

@@ -24,13 +24,13 @@ Policy = Callable[..., Any]
 
 _POLICIES = jax.checkpoint_policies
 # by name: policies of products do not see into functions with their own derivatives
-_DENSE = _POLICIES.save_only_these_names("dense")
+_DENSE = _POLICIES.save_only_these_names("dense", "hidden")
 
 
-def _offload(name: str) -> Policy:
+def _offload(*names: str) -> Policy:
   return _POLICIES.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
-    names_which_can_be_offloaded=[name],
+    names_which_can_be_offloaded=names,
     offload_src="device",
     offload_dst="pinned_host",
   )
@@ -47,6 +47,11 @@ REMAT: dict[str, Policy | None] = {
   "dots_no_batch": _POLICIES.save_from_both_policies(
     _POLICIES.dots_with_no_batch_dims_saveable, _DENSE
   ),
+  # as "dense", and what attention gives to its output projection: norms and activations anew
+  "dense_attention": _POLICIES.save_only_these_names("dense", "hidden", "attended"),
+  # as "dense_attention" without the hidden units of the MLPs, which are the most of it: the norms
+  # and the first layers of the MLPs anew, a ninth of the products of a step
+  "projections": _POLICIES.save_only_these_names("dense", "attended"),
   "attention": _POLICIES.save_only_these_names("attention"),  # the outputs of attention
   # As "full", and the inputs wait in the memory of the host: nothing on the chip grows with depth,
   # for deep stacks of long sequences. A block moves 2 bytes a channel (bfloat16) and computes some
@@ -54,7 +59,7 @@ REMAT: dict[str, Policy | None] = {
   "offload": _offload("block"),
   # As "dense" in the memory of "full": no dense product is computed twice, but nine times as much
   # goes to the host and back.
-  "offload_dense": _offload("dense"),
+  "offload_dense": _offload("dense", "hidden"),
 }
 
 

@@ -14,7 +14,7 @@ from mmjax.config import ConfigError, UserError
 from mmjax.parallel.mesh import layouts
 from mmjax.plan import CACHE, key_of, plan, settings_of, stacks_of, topology, with_remat
 
-REMATS = ("none", "dots_no_batch", "dense", "attention", "full")
+REMATS = ("none", "dense_attention", "dense", "projections", "full")
 MICROBATCHES = (1, 2, 4)
 TRIPS = (1, 2, 3)  # of an unrolled loop over layers
 

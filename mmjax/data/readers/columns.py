@@ -126,13 +126,17 @@ def choose_columns(
   if "labels" in chosen:
     chosen.pop("label", None)
   for looks, needed, example in (
-    ("a picture, sound, video or series", MEDIA, "image"),
-    ("captions, questions or a label", TEXTS, "caption"),
+    ("a picture, sound, video or series", MEDIA, "--columns image=COLUMN"),
+    (
+      "captions, questions or a label",
+      TEXTS,
+      "--columns caption=COLUMN, or --value COLUMN for numbers to predict",
+    ),
   ):
     if not any(role in chosen for role in needed) and not (needed == MEDIA and talks):
       raise UserError(
         f"{path} has no column that looks like {looks}; it has: {', '.join(present)}. Name it: "
-        f"{example}=COLUMN"
+        f"{example}"
       )
   return chosen
 
