@@ -11,6 +11,7 @@ computes the weights again and needs nothing but the projections.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from mmjax.models.platform import vector_memory
 Array = jax.Array
 
 LONGEST = 768  # tokens from which whole rows of logits are too long to be worth it
+LANES = 128  # of a vector register
 TILE = 8  # rows of a tile: lengths are multiples of it
 _ROWS = 512  # tokens of one block: examples of short sequences travel together
 _LOW = -1e30
@@ -109,6 +111,12 @@ class _Settings(NamedTuple):
   soft_cap: float
   interpret: bool
 
+  @property
+  def together(self) -> int:
+    """Heads that are worked on at once: two that fill the lanes of a register, so that nothing is
+    shifted along them; else one."""
+    return 2 if 2 * self.channels == LANES and self.heads % 2 == 0 else 1
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(settings: _Settings, qkv: Array, bias: Array, parts: _Parts) -> Array:
@@ -181,15 +189,30 @@ def _call(
 def _forward_kernel(settings: _Settings, block: int, given: list[bool], bias, qkv, *refs) -> None:
   length, heads, channels = settings[:3]
   parts, (out,) = _refs(given, refs)
+  together = settings.together
 
   def example(i: Array, _: None) -> None:
     rows = pl.ds(pl.multiple_of(i * length, TILE), length)
     opened = _open(settings, parts, i)
-    for h in range(heads):
-      q, k, v = _of_head(qkv, bias, rows, h, heads, channels)
-      weights, total = _weights(q, k, opened, settings)[:2]
-      value = jax.lax.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-      out[rows, h * channels : (h + 1) * channels] = value.astype(out.dtype)
+    for h in range(0, heads, together):
+      q, k, v = _of_heads(qkv, bias, rows, h, settings)
+      own = _lanes(settings)
+      if own is None:
+        weights = _weights(q, k, opened, settings)[0]
+        total = _not_zero(weights.sum(1, keepdims=True), opened)
+        value = _dot(weights.astype(v.dtype), v) / total
+      else:
+        one = jnp.ones_like(v)
+        first, second = (
+          _dot(
+            _weights(jnp.where(mine, q, 0), k, opened, settings)[0].astype(v.dtype),
+            jnp.where(mine, v, one),  # the other head's lanes become the sum of the weights
+          )
+          for mine in (own, ~own)
+        )
+        total = pltpu.roll(jnp.where(own, second, first), channels, 1)
+        value = jnp.where(own, first, second) / _not_zero(total, opened)
+      out[rows, h * channels : (h + together) * channels] = value.astype(out.dtype)
 
   jax.lax.fori_loop(0, block, example, None)
 
@@ -199,33 +222,58 @@ def _backward_kernel(
 ) -> None:
   length, heads, channels = settings[:3]
   parts, (out, sums) = _refs(given, refs)
+  together = settings.together
 
-  def over(a: Array, b: Array, axes: tuple) -> Array:
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+  def of_head(q: Array, k: Array, v: Array, do: Array, opened: Array | None) -> tuple:
+    """Gradients of query, key and value [L, K], float32; the query's not scaled."""
+    weights, slope = _weights(q, k, opened, settings)
+    weights = weights / _not_zero(weights.sum(1, keepdims=True), opened)
+    dweights = _dot(do, v, (1, 1))
+    dlogits = weights * (dweights - (weights * dweights).sum(1, keepdims=True))
+    dlogits = (dlogits if slope is None else dlogits * slope).astype(q.dtype)
+    return _dot(dlogits, k), _dot(dlogits, q, (0, 0)), _dot(weights.astype(do.dtype), do, (0, 0))
 
   def example(i: Array, _: None) -> None:
     rows = pl.ds(pl.multiple_of(i * length, TILE), length)
     opened = _open(settings, parts, i)
-    for h in range(heads):
-      q, k, v = _of_head(qkv, bias, rows, h, heads, channels)
-      do = cotangent[rows, h * channels : (h + 1) * channels]
-      weights, total, slope = _weights(q, k, opened, settings)
-      weights = weights / total
-      dweights = over(do, v, ((1,), (1,)))
-      dlogits = weights * (dweights - (weights * dweights).sum(1, keepdims=True))
-      dlogits = dlogits * settings.scale if slope is None else dlogits * slope * settings.scale
-      dlogits = dlogits.astype(q.dtype)
-      gradients = (
-        over(dlogits, k, ((1,), (0,))),
-        over(dlogits, q, ((0,), (0,))),
-        over(weights.astype(do.dtype), do, ((0,), (0,))),
-      )
-      for n, gradient in enumerate(gradients):
-        columns = slice((n * heads + h) * channels, (n * heads + h + 1) * channels)
+    for h in range(0, heads, together):
+      q, k, v = _of_heads(qkv, bias, rows, h, settings)
+      do = cotangent[rows, h * channels : (h + together) * channels]
+      own = _lanes(settings)
+      if own is None:
+        dq, dk, dv = of_head(q, k, v, do, opened)
+      else:  # what is zero in the other head's lanes gives nothing to them
+        first, second = (
+          of_head(jnp.where(mine, q, 0), k, v, jnp.where(mine, do, 0), opened)
+          for mine in (own, ~own)
+        )
+        dq = jnp.where(own, first[0], second[0])
+        dk, dv = first[1] + second[1], first[2] + second[2]
+      for n, gradient in enumerate((dq * settings.scale, dk * settings.scale, dv)):
+        columns = slice((n * heads + h) * channels, (n * heads + h + together) * channels)
         out[rows, columns] = gradient.astype(out.dtype)
         sums[i, :, columns] = gradient.sum(0, keepdims=True)
 
   jax.lax.fori_loop(0, block, example, None)
+
+
+def _dot(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Array:
+  """The product over an axis of each, float32."""
+  contracted = ((axes[0],), (axes[1],)), ((), ())
+  return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+
+
+def _lanes(settings: _Settings) -> Array | None:
+  """bool [L, 2 K]: the lanes of the first of two heads; None where a head is alone."""
+  if settings.together == 1:
+    return None
+  shape = (settings.length, 2 * settings.channels)
+  return jax.lax.broadcasted_iota(jnp.int32, shape, 1) < settings.channels
+
+
+def _not_zero(total: Array, opened: Array | None) -> Array:
+  """Sums of weights, 1 where no key is open."""
+  return total if opened is None else jnp.where(total > 0, total, 1.0)
 
 
 def _refs(given: list[bool], refs: tuple) -> tuple[_Parts, tuple]:
@@ -235,9 +283,11 @@ def _refs(given: list[bool], refs: tuple) -> tuple[_Parts, tuple]:
   return _Parts(*(next(parts) if has else None for has in given)), refs[count:]
 
 
-def _of_head(qkv, bias, rows, h: int, heads: int, channels: int) -> list[Array]:
-  """query, key and value [L, K] of one head."""
-  columns = (slice((n * heads + h) * channels, (n * heads + h + 1) * channels) for n in range(3))
+def _of_heads(qkv, bias, rows, h: int, settings: _Settings) -> list[Array]:
+  """query, key and value [L, K] of the heads from `h` on that are worked on together."""
+  heads, channels = settings.heads, settings.channels
+  ends = ((n * heads + h, n * heads + h + settings.together) for n in range(3))
+  columns = (slice(start * channels, end * channels) for start, end in ends)
   return [qkv[rows, column] + bias[:, column] for column in columns]
 
 
@@ -262,19 +312,13 @@ def _open(settings: _Settings, parts: _Parts, i: Array) -> Array | None:
 
 def _weights(
   q: Array, k: Array, opened: Array | None, settings: _Settings
-) -> tuple[Array, Array, Array | None]:
-  """(exp(logits - largest) float32 [L, L], zero where closed; its sum over keys [L, 1], 1 where no
-  key is open; slope of the soft cap or None).
-  """
-  logits = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-  logits, slope = logits * settings.scale, None
+) -> tuple[Array, Array | None]:
+  """(exp(logits - largest) float32 [L, L], zero where closed; slope of the soft cap or None)."""
+  logits, slope, scale = _dot(q, k, (1, 1)), None, settings.scale
   if settings.soft_cap:
-    capped = jnp.tanh(logits / settings.soft_cap)
-    logits, slope = capped * settings.soft_cap, 1 - jnp.square(capped)
-  if opened is None:
-    weights = jnp.exp(logits - logits.max(1, keepdims=True))
-    return weights, weights.sum(1, keepdims=True), slope
-  logits = jnp.where(opened, logits, _LOW)
-  weights = jnp.where(opened, jnp.exp(logits - logits.max(1, keepdims=True)), 0.0)
-  total = weights.sum(1, keepdims=True)
-  return weights, jnp.where(total > 0, total, 1.0), slope
+    capped = jnp.tanh(logits * (scale / settings.soft_cap))
+    logits, slope, scale = capped * settings.soft_cap, 1 - jnp.square(capped), 1.0
+  if opened is not None:
+    logits = jnp.where(opened, logits, _LOW)
+  weights = jnp.exp2((logits - logits.max(1, keepdims=True)) * (scale * math.log2(math.e)))
+  return weights if opened is None else jnp.where(opened, weights, 0.0), slope
