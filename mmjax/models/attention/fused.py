@@ -134,6 +134,7 @@ def _backward(
   settings: _Settings, kept: tuple[Array, Array, _Parts], cotangent: Array
 ) -> tuple[Array, Array, None]:
   qkv, bias, parts = kept
+  parts = _Parts(*(part if part is None else part.swapaxes(1, 2) for part in parts))
   examples = qkv.shape[0] // settings.length
   out = (
     jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
@@ -225,17 +226,21 @@ def _backward_kernel(
   together = settings.together
 
   def of_head(q: Array, k: Array, v: Array, do: Array, opened: Array | None) -> tuple:
-    """Gradients of query, key and value [L, K], float32; the query's not scaled."""
-    weights, slope = _weights(q, k, opened, settings)
-    weights = weights / _not_zero(weights.sum(1, keepdims=True), opened)
-    dweights = _dot(do, v, (1, 1))
-    dlogits = weights * (dweights - (weights * dweights).sum(1, keepdims=True))
+    """Gradients of query, key and value [L, K], float32, those of query and key not scaled.
+
+    Logits stand a key a row: sums over keys then go down the rows, which takes no moves between
+    lanes, and of five products one has to be transposed instead of two.
+    """
+    weights, slope = _weights(k, q, opened, settings, axis=0)
+    weights = weights * (1 / _not_zero(weights.sum(0, keepdims=True), opened))
+    dweights = _dot(v, do, (1, 1))
+    dlogits = weights * (dweights - (weights * dweights).sum(0, keepdims=True))
     dlogits = (dlogits if slope is None else dlogits * slope).astype(q.dtype)
-    return _dot(dlogits, k), _dot(dlogits, q, (0, 0)), _dot(weights.astype(do.dtype), do, (0, 0))
+    return _dot(dlogits, k, (0, 0)), _dot(dlogits, q), _dot(weights.astype(do.dtype), do)
 
   def example(i: Array, _: None) -> None:
     rows = pl.ds(pl.multiple_of(i * length, TILE), length)
-    opened = _open(settings, parts, i)
+    opened = _open(settings, parts, i, query_axis=1)
     for h in range(0, heads, together):
       q, k, v = _of_heads(qkv, bias, rows, h, settings)
       do = cotangent[rows, h * channels : (h + together) * channels]
@@ -291,15 +296,19 @@ def _of_heads(qkv, bias, rows, h: int, settings: _Settings) -> list[Array]:
   return [qkv[rows, column] + bias[:, column] for column in columns]
 
 
-def _open(settings: _Settings, parts: _Parts, i: Array) -> Array | None:
-  """bool [L, L] (or [1, L]): which keys a query of example `i` may see; None = all."""
+def _open(settings: _Settings, parts: _Parts, i: Array, query_axis: int = 0) -> Array | None:
+  """bool [L, L] (or one row or column): which keys a query of example `i` may see; None = all.
+  query_axis: that of the queries, as in `parts`.
+  """
   opened = None
   if parts.columns is not None:
     columns = parts.columns[i]
     opened = columns == parts.rows[i] if parts.rows is not None else columns > _LOW
   if settings.position.by_position:
     shape = (settings.length, settings.length)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    row, column = (
+      jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (query_axis, 1 - query_axis)
+    )
     prefix = None if parts.prefix is None else parts.prefix[i]
     same = None
     if parts.blocks is not None and parts.key_blocks is not None:
@@ -311,14 +320,16 @@ def _open(settings: _Settings, parts: _Parts, i: Array) -> Array | None:
 
 
 def _weights(
-  q: Array, k: Array, opened: Array | None, settings: _Settings
+  a: Array, b: Array, opened: Array | None, settings: _Settings, axis: int = 1
 ) -> tuple[Array, Array | None]:
-  """(exp(logits - largest) float32 [L, L], zero where closed; slope of the soft cap or None)."""
-  logits, slope, scale = _dot(q, k, (1, 1)), None, settings.scale
+  """(exp(logits - largest) float32 [L, L], zero where closed; slope of the soft cap or None) of
+  queries and keys, or of keys and queries. axis: that of the keys.
+  """
+  logits, slope, scale = _dot(a, b, (1, 1)), None, settings.scale
   if settings.soft_cap:
     capped = jnp.tanh(logits * (scale / settings.soft_cap))
     logits, slope, scale = capped * settings.soft_cap, 1 - jnp.square(capped), 1.0
   if opened is not None:
     logits = jnp.where(opened, logits, _LOW)
-  weights = jnp.exp2((logits - logits.max(1, keepdims=True)) * (scale * math.log2(math.e)))
+  weights = jnp.exp2((logits - logits.max(axis, keepdims=True)) * (scale * math.log2(math.e)))
   return weights if opened is None else jnp.where(opened, weights, 0.0), slope
