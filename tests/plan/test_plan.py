@@ -171,7 +171,9 @@ def rehearsed(monkeypatch):
     "none": 1.0,
     "dots": 0.9,
     "dots_no_batch": 0.7,
+    "dense_attention": 0.68,
     "dense": 0.65,
+    "projections": 0.62,
     "attention": 0.6,
     "full": 0.4,
   }
