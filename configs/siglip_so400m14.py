@@ -27,7 +27,9 @@ def get_config(arg: str = ""):
   c.data.text.mask_padding = False
   c.data.text.punctuation = False
 
-  tower = dict(width=1152, depth=27, heads=16, mlp=4304, remat="full")
+  # More than 64 pairs of 224 pixels a chip take "full" in 16 GiB.
+  remat = "dense_attention" if c.data.image.size == 224 else "full"
+  tower = dict(width=1152, depth=27, heads=16, mlp=4304, remat=remat)
   c.model = dict(
     name="dual_encoder",
     width=1152,
