@@ -18,9 +18,10 @@ import numpy as np
 from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.data.media import SERIES, modality_of
-from mmjax.data.readers import folder, json_lines, table
+from mmjax.data.readers import json_lines, table
 from mmjax.data.readers.cells import Skip
 from mmjax.data.readers.columns import COLUMNS
+from mmjax.data.readers.folder import TABLES as FOLDER_TABLES
 from mmjax.inference.inputs import Item
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -48,7 +49,8 @@ def predict(
   Sounds longer than the model reads go through it in windows: probabilities and values are means
   over the windows, texts are joined.
   A row that cannot be read has only "error", and `log` names it. names: of the rows, for messages
-  and "file". Raises UserError: the model has nothing to say, or lacks a modality that it needs.
+  and "file". Raises UserError: the model has nothing to say, or no row can be read or has the
+  modalities that the model needs.
   """
   names = [*names] or [str(number + 1) for number in range(len(rows))]
   tasks = _tasks(predictor)
@@ -61,6 +63,14 @@ def predict(
   for start in range(0, len(rows), CHUNK):
     part = slice(start, start + CHUNK)
     said, items = _read(predictor, rows[part], names[part], log)
+    for number, item in [*items.items()]:
+      try:
+        for _, modalities in tasks:
+          _given(predictor, item, modalities)
+      except UserError as error:
+        said[number]["error"] = f"{said[number]['file']}: {error}"
+        log(f"skipped {said[number]['error']}")
+        del items[number]
     numbers = list(items)
     for task, modalities in tasks:
       for given, group in _groups(predictor, list(items.values()), modalities):
@@ -134,31 +144,18 @@ def rows_of(
 ) -> tuple[list[dict[str, Item] | UserError], list[str]]:
   """({modality: item} of each row or why there is none, names). An input is a file, a folder of
   files, or a table, a row of which has its modalities in columns; paths in it are relative to
-  `root`, "" = its own folder. columns: {modality, or "id": column}; others are found by their
-  names. Raises UserError.
+  `root`, "" = its own folder. Of a folder a row is a file, or, where the model reads several
+  modalities at once, what the converter reads as one: a row of the table in it, or without a table
+  the files that differ only in their endings. columns: {modality, or "id": column}; others are
+  found by their names. Raises UserError.
   """
   rows: list[dict[str, Item] | UserError] = []
   names: list[str] = []
   for given in inputs:
     path = Path(given)
     if path.is_dir():
-      everything = sorted(p for p in path.rglob("*") if p.is_file())
-      described = [p for p in everything if p.name in folder.TABLES]
-      if len(predictor.media) > 1 and described:  # the table says which files are a row
-        more_rows, more_names = rows_of(predictor, described, columns, root)
-        rows, names = rows + more_rows, names + more_names
-        continue
-      inside = [p for p in everything if _modality(predictor, p)]
-      tables = [p for p in inside if p.suffix.lower() in TABLES]
-      inside = [p for p in inside if p not in tables or _is_series(predictor, p, columns)]
-      if not inside:
-        raise UserError(f"{given} has no files of {', '.join(sorted(predictor.media))} in it")
-      together: dict[Path, dict[str, Item]] = {}
-      for p in inside:  # a.png and a.wav are one row of a model that sees and hears
-        stem = p.with_suffix("") if len(predictor.media) > 1 else p
-        together.setdefault(stem, {})[str(_modality(predictor, p))] = p
-      rows += together.values()
-      names += [str(next(iter(row.values()))) for row in together.values()]
+      more_rows, more_names = _of_folder(predictor, path, columns, root)
+      rows, names = rows + more_rows, names + more_names
     elif path.suffix.lower() in TABLES and not _is_series(predictor, path, columns):
       lines = _table(path)
       whole = [line for _, line in lines if not isinstance(line, Skip)]
@@ -182,6 +179,36 @@ def rows_of(
       rows.append({modality: path})
       names.append(os.fspath(given))
   return rows, names
+
+
+def _of_folder(
+  predictor: Predictor, folder: Path, columns: Mapping[str, str], root: str | os.PathLike
+) -> tuple[list[dict[str, Item] | UserError], list[str]]:
+  """The rows of a folder and of those below it, and their names, as of `rows_of`."""
+  everything = sorted(path for path in folder.rglob("*") if path.is_file())
+  if _fuses(predictor):
+    tables: dict[Path, Path] = {}  # of two in a folder the one that the converter reads
+    for name in FOLDER_TABLES:
+      for path in everything:
+        if path.name == name:
+          tables.setdefault(path.parent, path)
+    if tables:
+      return rows_of(predictor, sorted(tables.values()), columns, root)
+  rows: dict[tuple[Path, int], dict[str, Item]] = {}
+  for path in everything:
+    modality = _modality(predictor, path)
+    if modality is None:
+      continue
+    if path.suffix.lower() in TABLES and not _is_series(predictor, path, columns):
+      continue
+    number = 0  # of a.jpg and a.png each is a row
+    stem = path.with_suffix("") if _fuses(predictor) else path
+    while modality in rows.get((stem, number), ()):
+      number += 1
+    rows.setdefault((stem, number), {})[modality] = path
+  if not rows:
+    raise UserError(f"{folder} has no files of {', '.join(sorted(predictor.media))} in it")
+  return [*rows.values()], [str(next(iter(row.values()))) for row in rows.values()]
 
 
 def write(found: Sequence[Row], out: str | os.PathLike) -> None:
@@ -234,22 +261,37 @@ def _tasks(predictor: Predictor) -> list[tuple[Callable, tuple[str, ...]]]:
 def _groups(
   predictor: Predictor, items: Sequence[Mapping[str, Item]], modalities: tuple[str, ...]
 ) -> Iterable[tuple[tuple[str, ...], list[int]]]:
-  """(modalities, rows) of rows that have the same ones of those that a task reads. Raises
-  UserError: a row lacks one that the model always saw.
-  """
+  """(modalities, rows) of rows that have the same ones of those that a task reads."""
   groups: dict[tuple[str, ...], list[int]] = {}
   for k, item in enumerate(items):
-    given = tuple(m for m in modalities if m in item)
-    lacking = [m for m in modalities if m not in item]
-    alone = predictor.config.model.get("fusion") is None  # each modality has a head of its own
-    if not given or (lacking and not alone and predictor.config.data.missing != "mask"):
-      raise UserError(
-        f"the model reads {' and '.join(modalities)}, but a row has only "
-        f"{', '.join(item) or 'none of them'}. Give a table and name its columns: "
-        f"--columns {','.join(f'{m}=COLUMN' for m in modalities)}"
-      )
-    groups.setdefault(given[:1] if alone and len(given) > 1 else given, []).append(k)
+    groups.setdefault(_given(predictor, item, modalities), []).append(k)
   return groups.items()
+
+
+def _given(
+  predictor: Predictor, item: Mapping[str, Item], modalities: tuple[str, ...]
+) -> tuple[str, ...]:
+  """Those of a task's modalities that a row is read by. Raises UserError: it lacks one that the
+  model always saw.
+  """
+  given = tuple(m for m in modalities if m in item)
+  alone = not _fuses(predictor)
+  if not given or (len(given) < len(modalities) and not alone and not _may_lack(predictor)):
+    raise UserError(
+      f"the model reads {' and '.join(modalities)}, but a row has only "
+      f"{', '.join(item) or 'none of them'}. Give a table and name its columns: "
+      f"--columns {','.join(f'{m}=COLUMN' for m in modalities)}"
+    )
+  return given[:1] if alone else given
+
+
+def _fuses(predictor: Predictor) -> bool:
+  """Whether the model reads several modalities of a row at once; else each has its own head."""
+  return predictor.config.model.get("fusion") is not None
+
+
+def _may_lack(predictor: Predictor) -> bool:
+  return predictor.config.data.missing == "mask"
 
 
 def _labels(

@@ -103,6 +103,62 @@ def test_a_table_gives_labels_and_values_and_names_what_cannot_be_read(machine, 
   assert [odd[0]["label"], odd[2]["label"]] == [rows[0]["label"], rows[3]["label"]]
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+  """A model whose three classes are of a picture and a sound together."""
+  config = tiny.media_config(
+    "multitask",
+    ("image", "audio"),
+    **{
+      "data.label": "label",
+      "data.classes": 3,
+      "model.joint": False,
+      "model.fusion": dict(kind="concat"),
+      "objectives.kind": dict(kind="classification", modalities=("image", "audio")),
+    },
+  )
+  return Predictor(config, tiny.random_params(config), {})
+
+
+def test_a_folder_of_several_media_has_the_rows_that_the_converter_reads(both, tmp_path):
+  rng = np.random.default_rng(0)
+  pictures = tiny.pixels(4)
+  sounds = [(0.3 * rng.normal(size=1000)).astype(np.float32) for _ in range(3)]
+  for name, pixels in zip(("a", "b", "lone"), pictures, strict=False):
+    (tmp_path / f"{name}.png").write_bytes(tiny.png(pixels))
+  (tmp_path / "b.bmp").write_bytes(tiny.png(pictures[3]))  # of two pictures each is a row
+  for name, sound in zip(("a", "b"), sounds, strict=False):
+    soundfile.write(tmp_path / f"{name}.wav", sound, 8000, subtype="FLOAT")
+  lines: list[str] = []
+  rows, names = predict.rows_of(both, [tmp_path], {})
+  said = predict.predict(both, rows, names, log=lines.append)
+  assert [name.removeprefix(f"{tmp_path}/") for name in names] == [
+    "a.png",
+    "b.bmp",
+    "b.png",
+    "lone.png",
+  ]
+  want = both.classes(image=[pictures[0], pictures[3]], audio=sounds[:2])
+  for row, shares in zip(said, want, strict=False):
+    assert [row[f"probability/{c}"] for c in range(3)] == pytest.approx(shares.tolist(), rel=1e-4)
+  # A file that lacks its other half costs itself, named.
+  assert all("reads image and audio, but a row has only image" in row["error"] for row in said[2:])
+  assert lines[-1] == "2 of 4 rows read, 2 skipped" and str(tmp_path / "lone.png") in lines[1]
+  # A table says what belongs together; of two in a folder the converter reads this one.
+  (tmp_path / "captions.csv").write_text("image,audio\nlone.png,a.wav\n")
+  (tmp_path / "metadata.csv").write_text("image,audio\na.png,b.wav\n")
+  rows, _ = predict.rows_of(both, [tmp_path], {})
+  assert rows == [dict(image=tmp_path / "lone.png", audio=tmp_path / "a.wav")]
+
+
+def test_files_of_one_name_are_rows_of_their_own_of_a_model_that_reads_one(machine, tmp_path):
+  _, predictor = machine
+  for name in ("a.npy", "a.csv", "a.png"):
+    (tmp_path / name).write_text("1,2\n3,4\n")
+  rows, names = predict.rows_of(predictor, [tmp_path], {})
+  assert names == [str(tmp_path / "a.csv"), str(tmp_path / "a.npy")]
+
+
 def test_mistakes_are_one_line(machine, tmp_path):
   _, predictor = machine
   (tmp_path / "t.csv").write_text("a,b\n1,2\n")
