@@ -38,8 +38,8 @@ def plain(qkv, bias, mask, *, channels, length, scale):
 @given(
   batch=st.integers(1, 5),
   tiles=st.integers(1, 3),
-  heads=st.integers(1, 3),
-  channels=st.sampled_from([8, 12]),
+  heads=st.integers(1, 4),
+  channels=st.sampled_from([8, 12, 64]),
   causal=st.booleans(),
   masked=st.booleans(),
   seed=st.integers(0, 99),

@@ -3,8 +3,8 @@ output projection.
 
 A whole sequence fits into a chip's vector memory, so nothing has to be blocked: the kernel reads
 the projections of a few examples as the dense layer wrote them, rows [B L, 3 H K], keeps logits and
-weights of one head at a time on the chip, and writes [B L, H K]. No transposes, no logits in memory
-(written out they cost more than the matrix products of a base-size model). The backward pass
+weights of one head or two at a time on the chip, and writes [B L, H K]. No transposes, no logits in
+memory (written out they cost more than the matrix products of a base-size model). The backward pass
 computes the weights again and needs nothing but the projections.
 """
 
@@ -33,11 +33,12 @@ _LOW = -1e30
 
 def fits(length: int, heads: int, channels: int, itemsize: int) -> bool:
   """Whether the backward pass of one sequence fits into vector memory: projections, cotangent and
-  gradients, each twice (one on its way while the other is worked on), and the logits of a head and
-  what is computed from them in float32."""
+  gradients, each twice (one on its way while the other is worked on), and the logits of the heads
+  that are worked on together and what is computed from them in float32."""
   return (
     length <= LONGEST
-    and 14 * length * heads * channels * itemsize + 24 * length**2 <= vector_memory()
+    and 14 * length * heads * channels * itemsize + 24 * _together(heads, channels) * length**2
+    <= vector_memory()
   )
 
 
@@ -113,9 +114,14 @@ class _Settings(NamedTuple):
 
   @property
   def together(self) -> int:
-    """Heads that are worked on at once: two that fill the lanes of a register, so that nothing is
-    shifted along them; else one."""
-    return 2 if 2 * self.channels == LANES and self.heads % 2 == 0 else 1
+    return _together(self.heads, self.channels)
+
+
+def _together(heads: int, channels: int) -> int:
+  """Heads that are worked on at once: two that fill the lanes of a register, so that nothing is
+  shifted along them; else one.
+  """
+  return 2 if 2 * channels == LANES and heads % 2 == 0 else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,20 +200,18 @@ def _forward_kernel(settings: _Settings, block: int, given: list[bool], bias, qk
 
   def example(i: Array, _: None) -> None:
     rows = pl.ds(pl.multiple_of(i * length, TILE), length)
-    opened = _open(settings, parts, i)
+    opened, own = _open(settings, parts, i), _lanes(settings)
     for h in range(0, heads, together):
       q, k, v = _of_heads(qkv, bias, rows, h, settings)
-      own = _lanes(settings)
       if own is None:
         weights = _weights(q, k, opened, settings)[0]
         total = _not_zero(weights.sum(1, keepdims=True), opened)
         value = _dot(weights.astype(v.dtype), v) / total
       else:
-        one = jnp.ones_like(v)
         first, second = (
           _dot(
             _weights(jnp.where(mine, q, 0), k, opened, settings)[0].astype(v.dtype),
-            jnp.where(mine, v, one),  # the other head's lanes become the sum of the weights
+            jnp.where(mine, v, 1),  # the other head's lanes become the sum of the weights
           )
           for mine in (own, ~own)
         )
@@ -226,7 +230,8 @@ def _backward_kernel(
   together = settings.together
 
   def of_head(q: Array, k: Array, v: Array, do: Array, opened: Array | None) -> tuple:
-    """Gradients of query, key and value [L, K], float32, those of query and key not scaled.
+    """Gradients of query, key and value [L, K], or [L, 2 K] where the lanes of another head stand
+    beside them; float32, those of query and key not scaled.
 
     Logits stand a key a row: sums over keys then go down the rows, which takes no moves between
     lanes, and of five products one has to be transposed instead of two.
@@ -240,11 +245,10 @@ def _backward_kernel(
 
   def example(i: Array, _: None) -> None:
     rows = pl.ds(pl.multiple_of(i * length, TILE), length)
-    opened = _open(settings, parts, i, query_axis=1)
+    opened, own = _open(settings, parts, i, query_axis=1), _lanes(settings)
     for h in range(0, heads, together):
       q, k, v = _of_heads(qkv, bias, rows, h, settings)
       do = cotangent[rows, h * channels : (h + together) * channels]
-      own = _lanes(settings)
       if own is None:
         dq, dk, dv = of_head(q, k, v, do, opened)
       else:  # what is zero in the other head's lanes gives nothing to them
