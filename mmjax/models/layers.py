@@ -73,8 +73,8 @@ class Dense(nn.Module):
   float32.
 
   Call: x [..., *inputs] -> [..., *features]. kernel [*inputs, *features]. `axes` names the kernel's
-  dimensions; the bias takes the last ones. label, input_label: names of the result and of the
-  input for rematerialisation, "" = none.
+  dimensions; the bias takes the last ones. label: of the result, and input_label: of the
+  input where it has one, name them for rematerialisation.
   part: a slice of the first of the features, for some of several projections in one.
   apart: returns (x @ kernel, bias or None) for a caller that adds the bias itself.
   parts: projections that the kernel holds, side by side in the first of its features; each has

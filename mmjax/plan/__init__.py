@@ -38,8 +38,8 @@ CACHE = "~/.cache/mmjax/plans"
 LEAST_MEMORY = (
   "none",
   "dots",
-  "dots_no_batch",
   "dense_attention",
+  "dots_no_batch",
   "dense",
   "projections",
   "attention",

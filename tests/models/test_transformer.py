@@ -5,6 +5,8 @@ keep.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
 import flax.linen as nn
 import jax
@@ -22,6 +24,7 @@ from mmjax.models.layers import ACTIVATIONS, activate
 from mmjax.models.platform import platform
 from mmjax.models.positions import resize_positions, sincos_positions
 from mmjax.models.stack import REMAT, Stack
+from mmjax.plan import LEAST_MEMORY
 
 CONFIG = BlockConfig(width=16, depth=3, heads=2, mlp=32)
 X = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
@@ -76,15 +79,55 @@ def test_remat_and_unrolling_change_no_number(params, change):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, want)
 
 
+def a_tpu():
+  """What is traced inside is for a TPU."""
+  device = jax.sharding.AbstractDevice(platform="tpu", device_kind="TPU v5 lite", num_cores=None)
+  return jax.sharding.use_abstract_mesh(
+    jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+  )
+
+
+def kept_on_a_tpu(remat, kernel, capsys):
+  """(bytes that the backward pass of a stack keeps besides its arguments, roundings of them)."""
+  shape = dict(width=128, depth=3, heads=2, mlp=512, scan_unroll=1)
+  stack = Stack(BlockConfig(**shape, dtype=jnp.bfloat16, kernel=kernel, remat=remat))
+  x = jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16)
+  with a_tpu():
+    params = jax.eval_shape(stack.init, jax.random.key(0), x)
+
+    def loss(params, x):
+      return stack.apply(params, x).astype(jnp.float32).sum()
+
+    jax.ad_checkpoint.print_saved_residuals(loss, params, x)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "argument" not in line]
+    arrays = [re.match(r"(?:bf|f|i|u)(\d+)\[([\d,]*)\]", line) for line in lines]
+    traced = str(jax.make_jaxpr(jax.grad(loss))(params, x))
+  sizes = [(int(a[1]) // 8, [int(n) for n in a[2].split(",") if n]) for a in arrays if a]
+  return sum(bytes_each * math.prod(shape) for bytes_each, shape in sizes), traced.count(
+    "reduce_precision["
+  )
+
+
+def test_policies_stand_in_the_order_of_what_they_keep(capsys):
+  """On a chip: what waits in the memory of the host stands before what keeps as much there."""
+  order = [name for name in LEAST_MEMORY if not name.startswith("offload")]
+  kept = [kept_on_a_tpu(name, "xla", capsys)[0] for name in order]
+  assert kept == sorted(kept, reverse=True) and len(set(kept)) >= len(kept) - 1
+
+
+def test_what_attention_gives_is_kept_without_a_pass_through_memory(capsys):
+  """`jax.checkpoint` rounds what it keeps where the forward pass uses it too."""
+  dense, both = (kept_on_a_tpu(name, "fused", capsys) for name in ("dense", "dense_attention"))
+  assert both[0] == dense[0] + 3 * 2 * 64 * 128 * 2, "one array more a layer, in bfloat16"
+  assert both[1] == dense[1]
+
+
 @pytest.mark.parametrize("kernel", ["fused", "flash"])
 @pytest.mark.parametrize("model", [Stack, Decoder])
 def test_a_stack_is_made_with_any_kernel(model, kernel):
   """Parameters are made from a single token, which most kernels refuse."""
   config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, kernel=kernel)
-  device = jax.sharding.AbstractDevice(platform="tpu", device_kind="TPU v5 lite", num_cores=None)
-  with jax.sharding.use_abstract_mesh(
-    jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
-  ):
+  with a_tpu():
     if model is Stack:
       shapes = jax.eval_shape(
         Stack(config).init, jax.random.key(0), jnp.zeros((2, 8, 16), jnp.bfloat16)
