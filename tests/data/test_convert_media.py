@@ -122,7 +122,9 @@ def test_a_table_with_questions_labels_and_sounds(tmp_path):
     "by its ending",
   )
   (root / "no.jsonl").write_text(json.dumps(dict(image="x.png", other=1)))
-  with pytest.raises(UserError, match="no column that looks like captions, questions or a label"):
+  with pytest.raises(
+    UserError, match="captions, questions or a label; .* --value COLUMN for numbers"
+  ):
     run(tmp_path, "jsonl", root / "no.jsonl", "other")
 
 

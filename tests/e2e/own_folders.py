@@ -1,7 +1,7 @@
-"""Small folders of six kinds, made as a user has them: ordinary files and tables.
+"""Small folders of the kinds of data that users have, made of ordinary files and tables.
 
-Each has what is to be found of a name of its own. A model that does not look or listen stays at the
-share of the commonest.
+What is asked for can only be seen or heard: names of files say nothing, and no answer is much
+commoner than the others.
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ def pictures_with_captions(folder: pathlib.Path, count: int, rng: np.random.Gene
     (folder / f"{i}.txt").write_text(f"a {colour} {shape}\n")
 
 
-def pictures_with_labels(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
-  """A folder a shape."""
+def pictures_with_labels(
+  folder: pathlib.Path, count: int, rng: np.random.Generator, hint: int = 0
+) -> None:
+  """A folder a shape. hint: how much brighter one channel is, another for each shape: easier."""
   for shape in SHAPES:
     (folder / shape).mkdir(parents=True)
   for i in range(count):
-    colour = tuple(rng.integers(0, 120, 3).tolist())
-    draw(SHAPES[i % 3], colour, rng).save(folder / SHAPES[i % 3] / f"{i}.png")
+    colour = rng.integers(0, 90, 3) + hint * (np.arange(3) == i % 3)
+    draw(SHAPES[i % 3], tuple(colour.tolist()), rng).save(folder / SHAPES[i % 3] / f"{i}.png")
 
 
 def speech(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
