@@ -254,9 +254,15 @@ def analyse(
       left_out += _LEFT_OUT_OF_ESTIMATES
     seconds = spent.pop("seconds")
     per_second = batch / seconds if seconds else None
+    mfu = cost.roofline_seconds(flops["total"], chip, chips) / seconds if seconds else None
+    if mfu and mfu > 1:
+      left_out.append(
+        "operations that were not found in the compiled program: the model's FLOPs alone take "
+        "longer at peak than the time that was read"
+      )
     result["step"] = dict(
       seconds=seconds,
-      mfu=cost.roofline_seconds(flops["total"], chip, chips) / seconds if seconds else None,
+      mfu=mfu,
       examples_per_second=per_second,
       tokens_per_second=per_second and per_second * sum(tokens.values()),
       collective_seconds=links,

@@ -32,6 +32,7 @@ BYTES = {
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<=]*)\]")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*")
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -107,17 +108,19 @@ def size(type_: str) -> float:
 def parse(text: str) -> Module:
   """The computations of `jax.stages.Compiled.as_text()`."""
   computations: dict[str, list[Operation]] = {}
-  entry, current = "", None
+  entry, current, lines = "", None, [""]
   for line in text.splitlines():
-    if current is None or not line.startswith((" ", "}")):
+    if current is None:
       if header := _HEADER.match(line):
-        current = computations.setdefault(header[2], [])
+        current, lines = computations.setdefault(header[2], []), []
         entry = header[2] if header[1] else entry
-      continue
-    if line.startswith("}"):
+    elif _END.match(line):
+      current += filter(None, map(_operation, lines))
       current = None
-    elif operation := _operation(line):
-      current.append(operation)
+    elif _INSTRUCTION.match(line) or not lines:
+      lines.append(line)
+    else:  # what a kernel says of itself goes on in further lines
+      lines[-1] += line
   return Module(computations, entry)
 
 

@@ -88,6 +88,16 @@ ENTRY %main.1 (x.1: f32[8,128], p.1: pred[]) -> f32[8,128] {{
 """
 
 
+def test_what_a_kernel_says_of_itself_in_lines_of_its_own_ends_no_computation():
+  """As splash attention does: the lines after the first begin without spaces, one by brackets."""
+  attribute = 'frontend_attributes={kernel_metadata={\n"xprof_metadata":"{\\"block\\": 512}"\n}}'
+  line = "branch_computations={%cheap, %dear}"
+  text = NESTED.replace(line, f"{line}, {attribute}, metadata={{}}")
+  assert "\n}}, metadata" in text
+  spent, want = (cost.cost(hlo.parse(one), V5E) for one in (text, NESTED))
+  assert spent == want and len(spent["custom_calls"]) == 1
+
+
 def test_loops_are_multiplied_out_and_fusions_counted_once():
   spent = cost.cost(hlo.parse(NESTED), V5E)
   # 3 trips of (10 trips, from 2 to 12, of 100, and 7), the dearer branch, the last conversion.
