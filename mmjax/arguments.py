@@ -430,6 +430,9 @@ def _add_data(commands: Any) -> None:
     default="unigram",
     help="bpe makes whole words of texts that have few; default: unigram",
   )
+  sub.add_argument(
+    "--answers", action="store_true", help="of answers too, which a language model writes"
+  )
   _data_dir(sub)
 
 

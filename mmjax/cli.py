@@ -281,6 +281,7 @@ def _data_tokenizer(options) -> None:
     languages=_words(options.languages),
     vocab_size=options.vocab_size,
     model=options.model,
+    answers=options.answers,
     name=options.name,
     data_dir=options.data_dir,
   )

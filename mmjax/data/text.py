@@ -380,6 +380,7 @@ def train_tokenizer_from_source(
   languages: Sequence[str] = (),
   vocab_size: int = 4096,
   model: Literal["unigram", "bpe"] = "unigram",
+  answers: bool = False,
   name: str | None = None,
   data_dir: str = "",
   path: str = "",
@@ -389,8 +390,9 @@ def train_tokenizer_from_source(
   (None: those of the sources, joined by "_").
 
   source: a data set, or several, separated by commas: for a mix, whose texts then share their
-  pieces. `languages`: those of each, () = all
-  that it has. `path`: tar files, when `source` is "tars". Returns the file. Raises UserError.
+  pieces. `languages`: those of each, () = all that it has. answers: on those to the questions too,
+  which a language model writes. `path`: tar files, when `source` is "tars". Returns the file.
+  Raises UserError.
   """
 
   if name is not None:
@@ -401,7 +403,7 @@ def train_tokenizer_from_source(
     for one in source.split(",")
   ]
   unreadable: dict[str, str] = {}
-  captions = (text for one in opened for text in _readable_texts(one, unreadable))
+  captions = (text for one in opened for text in _readable_texts(one, answers, unreadable))
   out = train_tokenizer(
     captions,
     root / "tokenizers" / f"{name or '_'.join(one.name for one in opened)}.model",
@@ -422,7 +424,7 @@ def train_tokenizer_from_source(
   return out
 
 
-def _readable_texts(source, unreadable: dict[str, str]) -> Iterator[str]:
+def _readable_texts(source, answers: bool, unreadable: dict[str, str]) -> Iterator[str]:
   """The texts of the records of a source, those of conversations once each, for their questions
   repeat; {name: why} of the others goes into `unreadable`.
   """
@@ -430,7 +432,7 @@ def _readable_texts(source, unreadable: dict[str, str]) -> Iterator[str]:
   for index in range(len(source)):
     try:
       record = source[index]
-      texts, turns = _texts(record), list(turns_of(record))
+      texts, turns = _texts(record, answers), list(turns_of(record))
       check_texts(texts + turns)
     except UserError as error:
       unreadable[f"{source.name}[{index}]"] = str(error)
@@ -440,10 +442,10 @@ def _readable_texts(source, unreadable: dict[str, str]) -> Iterator[str]:
     said.update(turns)
 
 
-def _texts(record) -> list[str]:
+def _texts(record, answers: bool) -> list[str]:
   return [
     *(caption for texts in record["captions"].values() for caption in texts),
-    *(q for q, _ in record.get("questions") or ()),
+    *(text for pair in record.get("questions") or () for text in pair[: 1 + answers]),
   ]
 
 

@@ -146,6 +146,21 @@ def test_a_tokenizer_from_several_data_sets(tmp_path):
   assert pieces["fruit"][1] > 2 * pieces["fruit, tools"][1]  # tools have pieces of their own now
 
 
+def test_a_tokenizer_of_answers_too(tmp_path):
+  asked = [record(i, captions={"en": ["a cat"]}) for i in range(300)]
+  for i, one in enumerate(asked):
+    one["questions"] = [("where is it?", ("bottom centre", "upper left")[i % 2])]
+  write_dataset("asked", tmp_path, {"train": asked}, fields=("questions",))
+  words = {}
+  for answers in (False, True):
+    path = train_tokenizer_from_source(
+      "asked", vocab_size=400, model="bpe", answers=answers, data_dir=str(tmp_path)
+    )
+    tokenizer = Tokenizer.from_assets({"tokenizer.model": path.read_bytes()})
+    words[answers] = len(tokenizer.encode("bottom centre"))
+  assert words[False] > 6 and words[True] == 2
+
+
 def test_captions_become_rows(config):
   c = config()
   transform = TextTransform(c.data.text, load_tokenizer(c.data))
