@@ -31,8 +31,9 @@ class Projector(nn.Module):
   "layer" or "rms". skip: tokens at the start that are left out, such as a class token. end: a
   learned token comes last, which is the same of every medium. join: tokens one after another that
   become one with all their channels, after the norm, or before it with norm_joined. hidden:
-  channels between the layers; 0 = width. A tap of the encoder has layers of its own, and a norm
-  after its tokens are joined.
+  channels between the layers; 0 = width. positions: learned vectors are added at last, by the place
+  of a token in its medium: places are easily lost in an encoder that tells what is there. A tap of
+  the encoder has layers of its own, no positions, and a norm after its tokens are joined.
   """
 
   width: int
@@ -48,6 +49,7 @@ class Projector(nn.Module):
   join: int = 1
   norm_joined: bool = False
   hidden: int = 0
+  positions: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -71,6 +73,10 @@ class Projector(nn.Module):
       if number < self.layers and self.hidden:
         width, axis = self.hidden, "mlp"
       x = Dense((width,), ("joint", axis), self.dtype, use_bias=self.bias, name=f"layer{number}")(x)
+    if self.positions:
+      table = with_axes(normal(0.02), ("position", "embed"))
+      position = self.param("position", table, (x.shape[1], self.width), jnp.float32)
+      x = x + position.astype(x.dtype)
     if self.end:
       end = self.param("end", with_axes(normal(0.02), ("embed",)), (self.width,), jnp.float32)
       end = jnp.broadcast_to(end.astype(x.dtype), (x.shape[0], 1, self.width))
@@ -78,7 +84,7 @@ class Projector(nn.Module):
     if not taps:
       return x
     of_taps = [
-      self.clone(norm_joined=True, name=f"tap{number}", parent=self)(tap, mask)
+      self.clone(norm_joined=True, positions=False, name=f"tap{number}", parent=self)(tap, mask)
       for number, tap in enumerate(taps, 1)
     ]
     return jnp.stack([x, *of_taps])
@@ -139,6 +145,7 @@ def mlp(
   end: bool = False,
   join: Size = 1,
   hidden: Width = 0,
+  positions: bool = False,
 ) -> Projector:
   """Dense layers with an activation between.
 
@@ -148,7 +155,8 @@ def mlp(
   become one with all their channels (pixel shuffle). pool: side of the squares whose mean one token
   is. skip: tokens at the start that are left out, such as a class token. end: a learned token after
   those of a medium, which ends the rows of joined tiles. join: tokens one after another that become
-  one with all their channels. hidden: channels between the layers; 0 = width.
+  one with all their channels. hidden: channels between the layers; 0 = width. positions: learned
+  vectors are added at last, by the place of a token in its medium, all of one size.
   """
   if norm not in ("none", "layer", "rms"):
     raise UserError(f"norm {norm!r} is unknown; there are: none, layer, rms")
@@ -165,6 +173,7 @@ def mlp(
     end,
     join,
     hidden=hidden,
+    positions=positions,
     dtype=jnp.dtype(precision["compute"]),
   )
 
