@@ -69,6 +69,15 @@ def _check_sequences(c: dict) -> None:
         f"data.sequence.{modality} is 0: say how many tokens a medium takes, which is what "
         f"model.connectors.{modality} gives"
       )
+  asks = any(entry["text"] == "question" for entry in c["data"]["sources"].values())
+  if asks and c["data"]["text"]["per_example"] > 1:
+    windows = any((model.get("block") or {}).get("windows") or ())
+    if windows or model["both_ways"] == "prompt":
+      cannot = "blocks with windows" if windows else "model.both_ways='prompt'"
+      raise ConfigError(
+        f"data.text.per_example is {c['data']['text']['per_example']}: questions side by side do "
+        f"not go with {cannot}. Set it to 1"
+      )
   tiles = c["data"]["image"]["tiles"]
   if tiles["least"] > tiles["most"]:
     raise ConfigError(

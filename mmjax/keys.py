@@ -434,7 +434,7 @@ KEYS = (
     1,
     Size,
     "Texts a row: several questions about one picture, which is then encoded once. Of a language "
-    "model: questions an example in training, each given the ones before it.",
+    "model: questions an example in training, side by side: none sees another.",
   ),
   Key(
     "data.text.drop_words",

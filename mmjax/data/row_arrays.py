@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from mmjax.data.builders import Record
 from mmjax.data.parts import Medium, Span
 from mmjax.data.placeholders import Places, axes_of, mixes_tokens, placeholders, positions_of
 from mmjax.data.preferences import SIDES, preference_spec
-from mmjax.data.sequences import Piece, Sequences, media_of, medium_of
+from mmjax.data.sequences import Piece, Sequences, has_branches, media_of, medium_of
 from mmjax.data.sources import Source
 from mmjax.data.tiles import Tiling, cut_into_tiles
 
@@ -28,6 +29,8 @@ def sequence_spec(
   length, slots = length or config.data.sequence.length, slots or config.data.sequence.slots
   modalities = media_of(config)
   names = dict(tokens=np.int32, positions=np.int32, segment_ids=np.int32, loss_mask=np.bool_)
+  if has_branches(config.data):
+    names["trunks"] = np.int32
   if modalities:
     names |= dict(media_index=np.int32, media_offset=np.int32)
   sequence: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -106,6 +109,7 @@ def fill(
 ) -> list[tuple[str, str]]:
   """Writes the examples of a row; returns (id, reason) of each that could not be used."""
   at, used, failed = 0, dict.fromkeys(sequences.modalities, 0), []
+  trunk = 1  # the segment of the next example
   for number, piece in enumerate(pieces, 1):
     name = f"{source.name}[{piece.record}]"
     try:
@@ -114,9 +118,16 @@ def fill(
       if source.text == "preference":
         at = _write_answers(sequences, batch, row, at, number, piece, record, source, used)
         continue
-      parts = sequences.parts(record, source, piece, rng)
-      _check_room(sequences, parts, at)
-      at = _write(sequences, batch, row, at, number, parts, record, source, used, rng)
+      parts, branches = sequences.branches(record, source, piece, rng)
+      _check_room(sequences, [*parts, *itertools.chain(*branches)], at)
+      start, at = at, _write(sequences, batch, row, at, trunk, parts, record, source, used, rng)
+      ahead = 1 + int(batch["sequence"]["positions"][row, start:at].max(initial=-1))
+      for segment, branch in enumerate(branches, trunk + 1):
+        places = slice(at, _place(sequences, batch, row, at, segment, branch, [], used))
+        batch["sequence"]["trunks"][row, places] = trunk
+        batch["sequence"]["positions"][row, places] += ahead
+        at = places.stop
+      trunk += 1 + len(branches)
     except UserError as error:
       failed.append((name, str(error)))
   return failed

@@ -6,7 +6,8 @@ as many places as the config gives them. What a source's texts are says how:
   document  the text, all of it a target; longer ones are cut into pieces that fill a row
   caption   the media, then a caption, which is the target
   question  the media and a question, then its answer, which is the target; in training
-            data.text.per_example of them one after another, each given those before it
+            data.text.per_example of them side by side: they share the media, and do not see each
+            other
   conversation  turns by data.text.template, with the media where they stand in them; targets are
             the assistant's turns. One that is longer than a row loses whole exchanges at its end
   preference  a prompt with each of its judged answers, which are the targets, as conversations side
@@ -113,6 +114,19 @@ class Sequences:
 
   # -- A record as parts ---------------------------------------------------------------------------
 
+  def branches(
+    self, record: Record, source: Source, piece: Piece, rng: np.random.Generator | None
+  ) -> tuple[list[Span | Medium], list[list[Span | Medium]]]:
+    """The parts of an example, and those of texts that go on from it and do not see each other: of
+    several questions in training the media, and each question. Raises UserError: as `parts`.
+    """
+    if source.text != "question" or piece.part >= 0 or rng is None or self.text.per_example == 1:
+      return self.parts(record, source, piece, rng), []
+    pairs = questions_of(record)
+    each = min(self.text.per_example, len(pairs))
+    drawn = rng.choice(len(pairs), each, replace=False)
+    return [*self._start(), *self.media(record)], [self._answered(*pairs[i]) for i in drawn]
+
   def parts(
     self, record: Record, source: Source, piece: Piece, rng: np.random.Generator | None
   ) -> list[Span | Medium]:
@@ -125,14 +139,16 @@ class Sequences:
     if source.text == "preference":
       return self.answers(record, source, piece)[0][1]
     if source.text == "question":
-      pairs = self._questions(record, piece, rng)
+      pairs = questions_of(record)
+      number = int(rng.integers(len(pairs))) if rng and piece.part < 0 else max(piece.part, 0)
+      question, target = pairs[number]
     else:
-      pairs = [("", self._caption(record, source, rng))]
-    parts: list[Span | Medium] = [*self._start(), *self.media(record)]
-    for question, target in pairs:
-      parts += self._text(prompted(self.config.data.sequence, question))
-      parts.append(Span([*self.encode(target), self.tokenizer.eos_id], True))
-    return parts
+      question, target = "", self._caption(record, source, rng)
+    return [*self._start(), *self.media(record), *self._answered(question, target)]
+
+  def _answered(self, question: str, target: str) -> list[Span | Medium]:
+    asked = self._text(prompted(self.config.data.sequence, question))
+    return [*asked, Span([*self.encode(target), self.tokenizer.eos_id], True)]
 
   def size(self, parts: Iterable[Span | Medium]) -> int:
     """Places that parts take at most."""
@@ -188,16 +204,6 @@ class Sequences:
   def _caption(self, record: Record, source: Source, rng: np.random.Generator | None) -> str:
     captions = self.captions(record, source)
     return captions[0 if rng is None else rng.integers(len(captions))]
-
-  def _questions(
-    self, record: Record, piece: Piece, rng: np.random.Generator | None
-  ) -> list[tuple[str, str]]:
-    """The piece's question with its answer; in training `per_example` different ones, drawn."""
-    pairs = questions_of(record)
-    if piece.part >= 0 or rng is None:
-      return [pairs[max(piece.part, 0)]]
-    each = min(self.text.per_example, len(pairs))
-    return [pairs[i] for i in rng.choice(len(pairs), each, replace=False)]
 
   def conversation(self, record: Record, part: int, stop: int = 0) -> list[Span | Medium]:
     talks = record.get("conversations") or []
@@ -304,6 +310,12 @@ class Sequences:
     counts = collections.Counter(part.modality for part in parts if isinstance(part, Medium))
     most = {**self.most, "image": 1} if self.are_whole(parts) else self.most
     return [most[name] * counts[name] for name in self.modalities]
+
+
+def has_branches(data: Mapping[str, Any]) -> bool:
+  """Whether rows hold several questions about one record side by side. data: of the config."""
+  asks = any(entry.get("text") == "question" for entry in data["sources"].values())
+  return asks and data["text"]["per_example"] > 1
 
 
 def questions_of(record: Record) -> list[tuple[str, str]]:

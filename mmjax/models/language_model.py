@@ -4,7 +4,7 @@ clips and series stand as tokens of their own.
 A batch has batch["sequence"], arrays [B, L]: `tokens` int32; where there are media, `media_index`
 (which of the row's slots, -1 = text) and `media_offset` (which of the medium's tokens); optional
 `positions` ([B, L] or [B, L, axes]), `segment_ids` (examples that share a row; 0 = padding),
-`loss_mask` and `prefix` ([B], tokens that all see). batch["media"] has {modality: arrays [B, K,
+`trunks` (the segment that several others see as what they go on from; 0 = none), `loss_mask` and `prefix` ([B], tokens that all see). batch["media"] has {modality: arrays [B, K,
 ...] of K slots}; slots are counted through the modalities in the order of the model's encoders.
 With `media_weight` float32 [B, L, 4] a place is the sum of four tokens so weighted, `media_offset`
 [B, L, 4], counted from the first of the slot on through the slots after it.
@@ -123,7 +123,8 @@ class LanguageModel(nn.Module):
     """
     s = batch["sequence"]
     blocks = self._blocks(s, prompts_of(s) if self.both_ways == "prompt" else None)
-    mask = AttentionMask(segments=s.get("segment_ids"), prefix=s.get("prefix"), **blocks)
+    segments = dict(segments=s.get("segment_ids"), trunks=s.get("trunks"))
+    mask = AttentionMask(prefix=s.get("prefix"), **segments, **blocks)
     x, added = self.embed(batch, train=train)
     x = self.stack(x, mask, positions=s.get("positions"), added=added, train=train)
     return self.norm(x), self.table(), self.logit_cap

@@ -119,22 +119,31 @@ def test_media_and_prompts_are_written_as_the_config_says(asked):
 
 
 def test_several_questions_share_a_picture_in_training_and_none_in_evaluation(asked):
+  """They stand side by side after it, each as if it stood alone."""
   c = resolved(asked, "asked", "question", **{"data.text.per_example": 2})
-  tokenizer, orders = load_tokenizer(c.data), set()
+  tokenizer, orders, seen = load_tokenizer(c.data), set(), 0
   for step in range(3):
     batch = Pipeline(c).batch(step)
     for row in range(4):
-      for targets, rest, media in examples_of(batch, row):
-        if not len(targets):
-          continue  # the example whose picture cannot be read
-        answers = tokenizer.decode(targets[targets != tokenizer.eos_id].tolist())
-        asks = tokenizer.decode(rest.tolist())
-        assert (targets == tokenizer.eos_id).sum() == 2 and len(media) == PLACES
-        first = asks.startswith("what is it?")
-        assert sorted(asks.replace(" ", "").split("?")) == ["", "isitred", "whatisit"]
-        assert answers.startswith("thing") == first
-        orders.add(first)
-  assert orders == {True, False}
+      s = {name: array[row] for name, array in batch["sequence"].items()}
+      for trunk in set(s["trunks"].tolist()) - {0}:
+        here = s["segment_ids"] == trunk
+        assert (s["media_index"][here] >= 0).all() and here.sum() == PLACES
+        assert not s["loss_mask"][here].any() and not s["trunks"][here].any()
+        np.testing.assert_array_equal(s["positions"][here], np.arange(PLACES))
+        asks = []
+        for segment in sorted(set(s["segment_ids"][s["trunks"] == trunk].tolist())):
+          branch = s["segment_ids"] == segment
+          own = np.arange(PLACES, PLACES + branch.sum())
+          np.testing.assert_array_equal(s["positions"][branch], own)
+          asks.append(tokenizer.decode(s["tokens"][branch & ~s["loss_mask"]].tolist()))
+          *answer, end = s["tokens"][branch & s["loss_mask"]].tolist()
+          assert end == tokenizer.eos_id
+          assert tokenizer.decode(answer).startswith("thing") == (asks[-1] == "what is it?")
+        assert sorted(asks) == ["is it red?", "what is it?"]
+        orders.add(asks[0])
+        seen += 1
+  assert len(orders) == 2 and seen >= 11
   entry = dict(name="asked", split="train", languages=(), text="question")
   assert len(EvaluationData(c, entry, 8).items) == 24  # one question each
 

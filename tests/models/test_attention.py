@@ -48,6 +48,7 @@ RNG = np.random.default_rng(0)
 KEYS = RNG.random((B, L)) < 0.6
 KEYS[1] = False  # an example that sees nothing
 SEGMENTS = np.sort(RNG.integers(0, 3, (B, L))).astype(np.int32)
+TRUNKS = np.where(SEGMENTS == 2, np.arange(B)[:, None], 0).astype(np.int32)
 PREFIX = np.array([0, 3, 5], np.int32)
 BLOCKS = np.array([[0, 1, 1, 1, 0, 2, 2, 2], [3, 3, 3, 0, 0, 0, 4, 4], [0] * 8], np.int32)
 PAIRS = RNG.random((B, L, L)) < 0.6
@@ -78,6 +79,14 @@ MASKS = {
   "packed": (
     dict(causal=True, window=4, segments=SEGMENTS),
     lambda b, i, j: i - 4 < j <= i and SEGMENTS[b, i] == SEGMENTS[b, j],
+  ),
+  "trunks": (
+    dict(causal=True, segments=SEGMENTS, trunks=TRUNKS, keys=KEYS),
+    lambda b, i, j: (
+      j <= i
+      and (SEGMENTS[b, i] == SEGMENTS[b, j] or SEGMENTS[b, j] == TRUNKS[b, i] > 0)
+      and KEYS[b, j]
+    ),
   ),
   "blocks": (
     dict(causal=True, blocks=BLOCKS, segments=SEGMENTS),

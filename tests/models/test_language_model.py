@@ -145,6 +145,39 @@ def test_packed_examples_are_as_if_alone_and_see_nothing_of_each_other(params, m
   assert not np.allclose(before[~first][:8], after[~first][:8])
 
 
+def test_branches_of_a_trunk_are_as_if_alone(params, gradient):
+  """Three texts about one picture, which stands there once, and another example beside them."""
+  (first, _), (second, _), (third, _) = examples()
+  alone = [row([(text, True)], PICTURES[:1])[0] for text in (first, second, third)]
+  other = row([(second, True)], PICTURES[1:2])[0]
+  batch, at = row([(np.concatenate([first, second, third]), True)], PICTURES[:1], 32)
+  s, start = {name: x[0] for name, x in batch["sequence"].items()}, PLACES
+  s["trunks"] = np.zeros(32, np.int32)
+  for number, text in enumerate((first, second, third), 2):
+    here = slice(start, start := start + len(text))
+    s["segment_ids"][here], s["trunks"][here] = number, 1
+    s["positions"][here] = PLACES + np.arange(len(text))
+  for name, value in s.items():
+    if name != "trunks":
+      value[at : at + PLACES + len(second)] = other["sequence"][name][0, : PLACES + len(second)]
+  s["segment_ids"][at : at + PLACES + len(second)] = 9
+  s["media_index"][at : at + PLACES] = 1
+  pixels = batch["media"]["image"]["pixels"]
+  pixels[0, 1], batch["media"]["image"]["present"][0, 1] = PICTURES[1], True
+  batch["sequence"] = {name: x[None] for name, x in s.items()}
+  together = gradient(params, batch)
+
+  def without_firsts(one):  # of a branch the first token is no target
+    one["sequence"]["loss_mask"][0, PLACES] = False
+    return one
+
+  apart = [gradient(params, one) for one in (*map(without_firsts, alone), other)]
+  np.testing.assert_allclose(together[0], sum(float(x[0]) for x in apart), rtol=1e-5)
+  assert together[1] == sum(x[1] for x in apart) == 5 + 4 + 2 + 5
+  total = jax.tree.map(lambda *x: sum(x), *[x[2] for x in apart])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), together[2], total)
+
+
 def test_a_conversation_changes_no_bit_of_the_gradient_of_another(params, gradient):
   """Of turns of which some are no targets, with another conversation beside them."""
   parts, others = examples(), examples(seed=7)
@@ -266,6 +299,19 @@ def test_other_connectors_give_the_places_that_the_config_says(connector, places
   assert first.tolist() == [0, places]
 
 
+def test_a_connector_with_positions_tells_places_apart():
+  from mmjax.models.connectors import Projector
+
+  tokens, mask = np.ones((2, 16, 8), np.float32), np.ones((2, 16), bool)
+  connector = Projector(32, fold=2, positions=True)
+  values = nn.unbox(connector.init(jax.random.key(0), tokens, mask))
+  out = np.asarray(connector.apply(values, tokens, mask))
+  position = values["params"].pop("position")
+  plain = Projector(32, fold=2).apply(values, tokens, mask)
+  assert position.shape == (4, 32)
+  np.testing.assert_allclose(out, np.asarray(plain) + position, rtol=1e-6)
+
+
 def test_a_model_whose_connector_gives_other_places_is_refused():
   model = make_model(resolved(connectors=dict(image=dict(kind="mlp"))))  # 16 tokens a picture
   with pytest.raises(UserError, match="data.sequence.image is 4.*16"):
@@ -277,6 +323,24 @@ def test_targets_are_the_next_tokens_of_the_same_example():
   assert np.asarray(next_targets(batch)).tolist() == [[8, -1, 10, -1, -1, -1]]
   batch["valid"] = np.array([False])
   assert (np.asarray(next_targets(batch)) == -1).all()
+
+
+@pytest.mark.parametrize(
+  "settings, said",
+  [
+    (dict(both_ways="prompt"), "model.both_ways='prompt'"),
+    (dict(block=dict(windows=(8, 0))), "blocks with windows"),
+  ],
+)
+def test_questions_side_by_side_need_to_see_their_whole_trunk(settings, said):
+  c = mmjax.config.base()
+  c.data.sources.it = dict(name="it", text="question")
+  c.data.text.per_example = 2
+  c.data.sequence.length = 16
+  c.model = dict(name="language_model", width=32, heads=4, **settings)
+  c.objectives.words = dict(kind="language_modelling")
+  with pytest.raises(configs.ConfigError, match=f"side by side do not go with {said}. Set it to 1"):
+    configs.resolve(c, special_tokens=SPECIAL)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ LACKS = {
   "sdpa": ("bias", "soft_cap"),
   "fused": ("bias", "offset", "pairs"),
   "flash": ("bias", "soft_cap"),
-  "splash": ("bias", "prefix", "blocks", "offset", "pairs"),
+  "splash": ("bias", "prefix", "blocks", "trunks", "offset", "pairs"),
   "cudnn": ("bias", "soft_cap"),
 }
 IN_WORDS = dict(
@@ -51,6 +51,7 @@ IN_WORDS = dict(
   soft_cap="soft cap",
   prefix="prefix",
   blocks="blocks that see each other both ways",
+  trunks="segments that several others see",
   offset="offset of the queries",
   pairs="mask of pairs [B, L, S]",
 )
@@ -173,6 +174,7 @@ def _lacking(kernel: str, mask: AttentionMask, soft_cap: float, bias: Array | No
     soft_cap=bool(soft_cap),
     prefix=mask.prefix is not None,
     blocks=mask.blocks is not None,
+    trunks=mask.trunks is not None,
     offset=mask.offset is not None,
     pairs=mask.pairs is not None,
   )

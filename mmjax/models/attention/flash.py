@@ -3,7 +3,7 @@ arXiv:2205.14135), and splash attention, which leaves out the blocks that a mask
 closes.
 
 Sequences are padded to whole blocks. Real keys and segments go in as numbers that have to be equal;
-only flash attention can hold a dense mask, for prefixes, blocks, offsets and pairs.
+only flash attention can hold a dense mask, for prefixes, blocks, trunks, offsets and pairs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def flash(
 
 def needs_dense(mask: AttentionMask) -> bool:
   """Whether flash attention has to be given the mask as an array of all pairs."""
-  parts = (mask.prefix, mask.blocks, mask.offset, mask.pairs)
+  parts = (mask.prefix, mask.blocks, mask.trunks, mask.offset, mask.pairs)
   return mask.window > 0 or any(part is not None for part in parts)
 
 
@@ -81,7 +81,7 @@ def splash(
   soft_cap: float = 0.0,
   interpret: bool = False,
 ) -> Array:
-  """Splash attention; shapes as in `attend`. No prefix, blocks, offset or pairs."""
+  """Splash attention; shapes as in `attend`. No prefix, blocks, trunks, offset or pairs."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as pallas
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

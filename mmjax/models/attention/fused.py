@@ -70,7 +70,7 @@ def _parts_of(mask: AttentionMask, batch: int, length: int) -> _Parts:
   """The arrays of a mask as the kernels read them: numbers of keys in a row and of queries in a
   column, which have to be equal; hidden keys have one of their own.
   """
-  rows = columns = prefix = None
+  rows = columns = trunks = prefix = None
   if mask.segments is not None or mask.keys is not None:
     numbers = jnp.zeros((batch, length)) if mask.segments is None else mask.segments
     numbers = numbers.astype(jnp.float32)
@@ -78,13 +78,15 @@ def _parts_of(mask: AttentionMask, batch: int, length: int) -> _Parts:
     columns = columns if mask.keys is None else jnp.where(mask.keys, columns, _LOW)
     columns = columns[:, None, :]
     rows = None if mask.segments is None else numbers[:, :, None]
+    if mask.trunks is not None:
+      trunks = jnp.where(mask.trunks > 0, mask.trunks, -1).astype(jnp.float32)[:, :, None]
   if mask.prefix is not None and mask.by_position:
     prefix = mask.prefix.astype(jnp.int32)[:, None, None]
   blocks = key_blocks = None
   if mask.blocks is not None and mask.blocks_of_keys is not None and mask.by_position:
     blocks = mask.blocks.astype(jnp.float32)[:, :, None]
     key_blocks = mask.blocks_of_keys.astype(jnp.float32)[:, None, :]
-  return _Parts(columns, rows, prefix, key_blocks, blocks)
+  return _Parts(columns, rows, trunks, prefix, key_blocks, blocks)
 
 
 class _Parts(NamedTuple):
@@ -94,6 +96,7 @@ class _Parts(NamedTuple):
 
   columns: Array | None
   rows: Array | None
+  trunks: Array | None
   prefix: Array | None
   key_blocks: Array | None
   blocks: Array | None
@@ -308,6 +311,8 @@ def _open(settings: _Settings, parts: _Parts, i: Array, query_axis: int = 0) -> 
   if parts.columns is not None:
     columns = parts.columns[i]
     opened = columns == parts.rows[i] if parts.rows is not None else columns > _LOW
+    if parts.trunks is not None:
+      opened = opened | (columns == parts.trunks[i])
   if settings.position.by_position:
     shape = (settings.length, settings.length)
     row, column = (

@@ -25,6 +25,8 @@ class AttentionMask:
   keys: bool [B, S], the keys that are real.
   segments: int32 [B, L] (and key_segments [B, S], where keys are not the queries' own tokens):
   examples that share a row; only equal numbers meet.
+  trunks: int32 [B, L]: a second segment, of which a query sees the keys too; 0 = none. Branches of
+  one trunk, such as questions about one picture, do not see each other.
   offset: int32 scalar or [B], the position of the first query among the keys, as behind a cache.
   pairs: bool [B, L, S], for what the other parts cannot say; kernels must then hold it.
   """
@@ -38,6 +40,7 @@ class AttentionMask:
   keys: Array | None = None
   segments: Array | None = None
   key_segments: Array | None = None
+  trunks: Array | None = None
   offset: Array | int | None = None
   pairs: Array | None = None
 
@@ -96,7 +99,8 @@ class AttentionMask:
     if self.keys is not None:
       parts.append(self.keys[:, None, :])
     if self.segments is not None and self.key_numbers is not None:
-      parts.append(self.segments[:, :, None] == self.key_numbers[:, None, :])
+      trunks = None if self.trunks is None else self.trunks[:, :, None]
+      parts.append(one_segment(self.segments[:, :, None], self.key_numbers[:, None, :], trunks))
     given = [part for part in (*parts, self.pairs) if part is not None]
     return functools.reduce(jnp.logical_and, given) if given else None
 
@@ -111,10 +115,15 @@ class AttentionMask:
     """
     keys = jnp.ones((batch, length), bool) if self.keys is None else self.keys
     more = ((0, 0), (0, wanted - length))
-    segments, blocks = (
-      None if part is None else jnp.pad(part, more) for part in (self.segments, self.blocks)
-    )
-    return dataclasses.replace(self, keys=jnp.pad(keys, more), segments=segments, blocks=blocks)
+    numbers = dict(segments=self.segments, trunks=self.trunks, blocks=self.blocks)
+    filled = {name: jnp.pad(x, more) for name, x in numbers.items() if x is not None}
+    return dataclasses.replace(self, keys=jnp.pad(keys, more), **filled)
+
+
+def one_segment(rows: Array, columns: Array, trunks: Array | None = None) -> Array:
+  """bool: which queries and keys, by the numbers of their segments, meet; trunks: of the queries."""
+  met = rows == columns
+  return met if trunks is None else met | ((trunks == columns) & (trunks > 0))
 
 
 def one_block(rows: Array, columns: Array) -> Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mmjax.models.attention.mask import AttentionMask, one_block
+from mmjax.models.attention.mask import AttentionMask, one_block, one_segment
 
 Array = jax.Array
 
@@ -51,6 +51,7 @@ class Ring(NamedTuple):
       keys=P(batch, axis),
       segments=P(batch, axis),
       key_segments=P(batch, axis),
+      trunks=P(batch, axis),
       pairs=P(batch, axis, None),
     )
     given = {name: x for name, x in layouts.items() if getattr(mask, name) is not None}
@@ -88,7 +89,8 @@ class Ring(NamedTuple):
     if mask.keys is not None:
       allowed.append(mask.keys[:, None])
     if mask.segments is not None and mask.key_segments is not None:
-      allowed.append(mask.segments[:, :, None] == mask.key_segments[:, None])
+      trunks = None if mask.trunks is None else mask.trunks[:, :, None]
+      allowed.append(one_segment(mask.segments[:, :, None], mask.key_segments[:, None], trunks))
     if mask.pairs is not None:
       allowed.append(lax.dynamic_slice_in_dim(mask.pairs, start, keys, 2))
     for part in allowed:
