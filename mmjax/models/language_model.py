@@ -4,8 +4,9 @@ clips and series stand as tokens of their own.
 A batch has batch["sequence"], arrays [B, L]: `tokens` int32; where there are media, `media_index`
 (which of the row's slots, -1 = text) and `media_offset` (which of the medium's tokens); optional
 `positions` ([B, L] or [B, L, axes]), `segment_ids` (examples that share a row; 0 = padding),
-`trunks` (the segment that several others see as what they go on from; 0 = none), `loss_mask` and `prefix` ([B], tokens that all see). batch["media"] has {modality: arrays [B, K,
-...] of K slots}; slots are counted through the modalities in the order of the model's encoders.
+`trunks` (the segment that several others see as what they go on from; 0 = none), `loss_mask` and
+`prefix` ([B], tokens that all see). batch["media"] has {modality: arrays [B, K, ...] of K slots};
+slots are counted through the modalities in the order of the model's encoders.
 With `media_weight` float32 [B, L, 4] a place is the sum of four tokens so weighted, `media_offset`
 [B, L, 4], counted from the first of the slot on through the slots after it.
 """

@@ -121,7 +121,7 @@ class AttentionMask:
 
 
 def one_segment(rows: Array, columns: Array, trunks: Array | None = None) -> Array:
-  """bool: which queries and keys, by the numbers of their segments, meet; trunks: of the queries."""
+  """bool: which queries and keys meet, by the numbers of their segments and of queries' trunks."""
   met = rows == columns
   return met if trunks is None else met | ((trunks == columns) & (trunks > 0))
 
