@@ -22,6 +22,7 @@ from mmjax.data.builders import (
   python_topics,
   scene_dialogues,
   scene_preferences,
+  spoken_commands,
   spoken_emoji,
   spoken_questions,
 )
@@ -35,6 +36,7 @@ QUESTIONS = {"train": 1200, "validation": 20, "test": 80}  # pictures, with some
 TWO_MOVES = {"train": 120, "validation": 10, "test": 20}  # clips of clip_questions
 TALKS = {"train": 120, "validation": 12, "test": 12}  # of scene_dialogues, scene_preferences
 SPOKEN = {"train": 120, "validation": 12, "test": 12}  # of spoken_questions
+COMMANDS = {"train": 1, "validation": 1, "test": 1}  # times that a voice says a word
 MODULES = 30  # of the standard library, whose docstrings python_topics has
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
 
@@ -75,6 +77,7 @@ def smaller() -> Iterator[None]:
     mock.patch.object(scene_preferences, "SPLITS", TALKS),
     mock.patch.object(moving_emoji, "GROUPS", CLIPS),
     mock.patch.object(spoken_emoji, "plan", few_utterances),
+    mock.patch.object(spoken_commands, "TIMES", COMMANDS),
     mock.patch.object(spoken_questions, "SPLITS", SPOKEN),
     mock.patch.object(clip_questions, "SPLITS", TWO_MOVES),
     mock.patch.object(

@@ -119,6 +119,11 @@ SHORT = [
     {"captions/test": {"cider_d": 0.75, "right/object": 0.1}},
   ),  # one caption for all: 0.45, 0.05
   (
+    "speech_commands",
+    ("train.steps=240", "train.batch_size=40", "model.width=64", "model.encoders.audio.depth=1"),
+    {"words/test": {"accuracy": 0.3}},
+  ),  # 0.05
+  (
     "emoji_groups:scratch",
     ("train.steps=60",),
     {"groups/test": {"balanced_accuracy": 0.2}},
@@ -144,6 +149,7 @@ MADE_OF_OTHERS = {
   "video_captions",
   "emoji_groups:scratch",
   "multitask",
+  "speech_commands",
 }
 # Language models: in full with --all, by tests of their own where one starts from another.
 LANGUAGE_MODELS = ("chat_scenes", "chat_scenes:dpo", "scene_answers", "words")
@@ -181,6 +187,7 @@ FULL = [
   ),  # 0.772 measured, 0.490 for the same model without pictures (`:blind`)
   ("image_audio", {"retrieval/image_audio": {"image_to_audio/R@1": 0.04}}),
   ("emoji_gan", {"generated/combinations": {"mean_class_accuracy": 0.2}}),
+  ("speech_commands", {"words/test": {"accuracy": 0.82}}),
   ("words", {"likelihood/test": {"bits_per_byte": 1.7}}),
 ]
 AT_MOST = ("word_error_rate", "bits_per_byte")  # bars of these are from above

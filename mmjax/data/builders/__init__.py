@@ -63,6 +63,7 @@ BUILDERS = {
   "python_topics": "mmjax.data.builders.python_topics:build",
   "scene_dialogues": "mmjax.data.builders.scene_dialogues:build",
   "scene_preferences": "mmjax.data.builders.scene_preferences:build",
+  "spoken_commands": "mmjax.data.builders.spoken_commands:build",
   "spoken_questions": "mmjax.data.builders.spoken_questions:build",
   "spoken_emoji": "mmjax.data.builders.spoken_emoji:build",
 }

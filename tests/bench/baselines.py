@@ -1,0 +1,92 @@
+"""What recipes have to beat: usual features with a simple model of scikit-learn, on the same
+splits.
+
+  python tests/bench/baselines.py spoken_commands
+
+Models are fitted on `train`. The one that is best on `validation` is scored on `test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import soundfile
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from mmjax.data.sources import open_source
+
+SOUND = 22_400  # samples of a sound that are looked at: 1.4 s
+MELS, PARTS = 40, 14  # bands of a spectrogram, and parts of its time that are averaged
+
+
+def measure(
+  candidates: Iterable[tuple[str, Any]],
+  features: Callable[[dict], np.ndarray],
+  target: Callable[[dict], Any],
+  score: Callable[[np.ndarray, np.ndarray], float],
+  source: str,
+) -> dict[str, Any]:
+  """{"chosen": name, split: score}; score(truth, predicted) is better where it is higher."""
+  data = {}
+  for split in ("train", "validation", "test"):
+    rows = open_source(dict(name=source, split=split, languages=()))
+    records = [rows[i] for i in range(len(rows))]
+    data[split] = np.stack([features(r) for r in records]), np.array([target(r) for r in records])
+  fitted = {name: model.fit(*data["train"]) for name, model in candidates}
+
+  def reached(name: str, split: str) -> float:
+    return float(score(data[split][1], fitted[name].predict(data[split][0])))
+
+  chosen = max(fitted, key=lambda name: reached(name, "validation"))
+  return dict(chosen=chosen, **{split: reached(chosen, split) for split in ("validation", "test")})
+
+
+def spoken_commands() -> dict[str, Any]:
+  """Accuracy of logistic regression and of support vectors on a spectrogram."""
+  models: dict[str, Any] = {}
+  for c in (1e-4, 1e-3, 1e-2, 1e-1):
+    models[f"logistic regression, C = {c:g}"] = LogisticRegression(C=c, max_iter=1000)
+  for c in (1.0, 10.0):
+    for gamma in (0.3, 1.0, 3.0):
+      name = f"support vectors, C = {c:g}, gamma = {gamma:g} / features"
+      models[name] = SVC(C=c, gamma=gamma / (MELS * PARTS))
+  scaled = [(name, make_pipeline(StandardScaler(), model)) for name, model in models.items()]
+  return measure(scaled, spectrogram, lambda r: r["label"], accuracy_score, "spoken_commands")
+
+
+def spectrogram(record: dict) -> np.ndarray:
+  """float64 [MELS * PARTS]: log energies of mel bands, of windows of 25 ms every 10 ms."""
+  sound, rate = soundfile.read(io.BytesIO(record["audio"]))
+  sound = np.pad(sound, (0, max(0, SOUND - len(sound))))[:SOUND]
+  windows = np.lib.stride_tricks.sliding_window_view(sound, rate // 40)[:: rate // 100]
+  power = np.square(np.abs(np.fft.rfft(windows * np.hanning(rate // 40), 512)))
+  top = 2595 * np.log10(1 + rate / 2 / 700)
+  edges = 700 * (10 ** (np.linspace(0, top, MELS + 2) / 2595) - 1)
+  bins = np.fft.rfftfreq(512, 1 / rate)
+  rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+  falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+  energy = np.log(power @ np.maximum(0, np.minimum(rising, falling)).T + 1e-8)
+  energy -= energy.mean()
+  return np.concatenate([part.mean(0) for part in np.array_split(energy, PARTS)])
+
+
+BASELINES = dict(spoken_commands=spoken_commands)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("source", choices=sorted(BASELINES))
+  print(json.dumps(BASELINES[parser.parse_args().source](), indent=2))
+
+
+if __name__ == "__main__":
+  main()
