@@ -7,6 +7,8 @@ usage.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -14,6 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmjax.arguments import EXIT_FAILED, EXIT_USAGE, Failure, make_parser
+
+_DISK_HINTS = {
+  errno.EACCES: ". Change the permissions of it and of the folders above it, or name another",
+  errno.EPERM: ". It belongs to somebody else: name another",
+  errno.EROFS: ". Name one on a disk that can be written",
+  errno.ENOSPC: ". Free space, or name one on another disk",
+  errno.EDQUOT: ". Free space, or name one on another disk",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
   if argv is None and options.command == "train":
     _use_huge_pages()
   from mmjax.config import ConfigError, UserError
+  from mmjax.errors import StoreError
 
   try:
     return COMMANDS[options.run](options) or 0
@@ -72,6 +83,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if options.debug:
       raise
     raise Failure(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED, error) from error
+  except StoreError as error:
+    if options.debug:
+      raise
+    raise Failure(EXIT_FAILED, error) from error
   except KeyboardInterrupt as error:
     raise Failure(EXIT_FAILED, "interrupted") from error
   except SystemExit as error:  # of a kind's own code: a launcher would take 0 for done
@@ -85,7 +100,7 @@ def _main(argv: Sequence[str] | None) -> int:
       raise
     why = f"{type(error).__name__}: {error!s:.600} (--debug shows where)"
     if isinstance(error, OSError) and error.filename:  # the disk said no; Python knows where
-      why = f"{error.filename!s:.300}: {error.strerror}"
+      why = f"{error.filename!s:.300}: {error.strerror}{_DISK_HINTS.get(error.errno, '')}"
     raise Failure(EXIT_FAILED, why) from error
 
 
@@ -109,7 +124,8 @@ def _use_huge_pages() -> None:
   """
   if sys.platform.startswith("linux") and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):  # of an interpreter that may be run, but not again
+      os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # -- Commands --------------------------------------------------------------------------------------

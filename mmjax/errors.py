@@ -20,6 +20,18 @@ class UntrustedCode(UserError):
   """The config of a checkpoint names code outside this package that the user has not allowed."""
 
 
+class StoreError(Exception):
+  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on
+  without it.
+  Not an OSError, which is caught where files may be missing or broken. why: the reason alone."""
+
+  def __init__(
+    self, text: str, why: str = ""
+  ):  # of the text alone when it comes from another process
+    super().__init__(text)
+    self.why = why or text
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
   near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
   return f". Did you mean {near[0]!r}?" if near else ""

@@ -35,6 +35,7 @@ import numpy as np
 from etils import epath
 
 from mmjax.config import UserError
+from mmjax.errors import StoreError
 
 log = logging.getLogger("mmjax")
 
@@ -60,16 +61,13 @@ _DISK_ERROR = re.compile(
 )
 
 
-class StoreError(Exception):
-  """A store does not answer: no reason to take what was asked for as missing or broken, or to go on
-  without it.
-  Not an OSError, which is caught where files may be missing or broken. why: the reason alone."""
-
-  def __init__(
-    self, text: str, why: str = ""
-  ):  # of the text alone when it comes from another process
-    super().__init__(text)
-    self.why = why or text
+def away(path: str | os.PathLike, why: str) -> StoreError:
+  """What to raise for a file of data that was there and is not any more, or has changed."""
+  return StoreError(
+    f"{path} went away while it was read ({why}). Bring it back and start the same command again: "
+    "a run goes on from its last checkpoint",
+    why,
+  )
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -117,10 +115,58 @@ def check_name(what: str, name: str) -> None:
     )
 
 
+def check_output(path: str | os.PathLike, *, folder: bool = False) -> None:
+  """Raises UserError: no file (or `folder` to write files in) can be made at `path`, or replaced.
+  To be asked before the work whose results go there; folders that are missing count as made.
+  """
+  if is_url(path):
+    return
+  path = Path(path).absolute()
+  if not folder and _is_special(path) and os.access(path, os.W_OK):
+    return
+  if os.path.isdir(path) and not folder:
+    raise UserError(f"{path} is a folder. Give a file name, such as {path / 'out'}{path.suffix}")
+  home = path if folder else path.parent
+  home = next(place for place in (home, *home.parents) if os.path.lexists(place))
+  if not os.path.isdir(home):
+    raise UserError(f"{path} cannot be written: {home} is no folder. Choose another place")
+  if not os.access(home, os.W_OK | os.X_OK):
+    raise UserError(
+      f"{path} cannot be written: you may not write in {home}. Choose another place, or change "
+      "its permissions"
+    )
+  if not folder and os.path.lexists(path) and not _may_replace(path, home):
+    raise UserError(
+      f"{path} cannot be written: it belongs to somebody else, and in {home} only they may "
+      "replace it. Choose another name"
+    )
+
+
+def _may_replace(path: Path, home: Path) -> bool:
+  """Whether a file may be replaced in a folder that can be written: in one like /tmp only by the
+  owner of either.
+  """
+  above = os.stat(home)
+  mine = os.geteuid() in (0, os.lstat(path).st_uid, above.st_uid)
+  return mine or not above.st_mode & stat.S_ISVTX
+
+
+def _is_special(path: Path) -> bool:
+  """Whether a pipe or a device is there, such as /dev/stdout or /dev/null."""
+  try:
+    mode = os.stat(path).st_mode
+  except OSError:
+    return False
+  return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
   """Writes a file of this machine so that it is there whole or not at all: readers see the old one
-  or the new one. Raises OSError.
+  or the new one. A pipe or a device is written to as it is, never replaced. Raises OSError.
   """
+  if _is_special(path):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
   try:
@@ -301,6 +347,24 @@ def read_file(path: str | os.PathLike, most: int = LARGEST) -> bytes:
   if len(data) > most:  # it grew, or is one of those that do not know their size
     raise OSError(errno.EFBIG, f"more than {most / 2**20:.0f} MiB", os.fspath(path))
   return data
+
+
+def files_below(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:
+  """(the files of a folder and of those below it, sorted; (folder, why) of each that cannot be
+  listed). Links to folders are not followed. Raises UserError: it cannot be listed itself.
+  """
+  found: list[Path] = []
+  closed: list[tuple[Path, str]] = []
+
+  def note(error: OSError) -> None:
+    place, why = Path(os.fspath(error.filename)), error.strerror or str(error)
+    if place == Path(folder):
+      raise UserError(f"{folder} cannot be read ({why}). Change its permissions, or name another")
+    closed.append((place, why))
+
+  for place, _, names in os.walk(folder, onerror=note):
+    found += [Path(place, name) for name in names]
+  return sorted(found), sorted(closed)
 
 
 class _Object(io.RawIOBase):

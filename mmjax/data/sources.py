@@ -170,6 +170,8 @@ class ArrayRecordSource:
       shards += _shards(folder, info, part.strip())
       self.sizes.append(split_sizes(folder)[part.strip()])
     self._records = ArrayRecordDataSource(shards)
+    paths = [Path(shard.rpartition("[")[0]) for shard in shards]
+    self._sizes = {path: path.stat().st_size for path in paths}
     mark = hashlib.blake2b(
       json.dumps([content, [os.path.basename(f) for f in shards]]).encode(), digest_size=6
     ).hexdigest()
@@ -182,10 +184,29 @@ class ArrayRecordSource:
     try:
       data = self._records[index]
     except Exception as error:  # array_record raises bare RuntimeErrors
+      self._check_files()
       raise UserError(
         f"record {index} of {self.name} cannot be read ({str(error).splitlines()[0]})"
       ) from error
-    return parse_record(data, self._languages)
+    try:
+      return parse_record(data, self._languages)
+    except UserError:
+      self._check_files()
+      raise
+
+  def _check_files(self) -> None:
+    """Raises StoreError unless the files are there as they were when they were opened: a record is
+    not to blame for a folder that is away, and must not cost a batch its row.
+    """
+    for path, size in self._sizes.items():
+      try:
+        with files.open_file(path) as file:
+          now = os.fstat(file.fileno()).st_size
+        why = "" if now == size else f"it had {size:,} bytes and has {now:,}"
+      except OSError as error:
+        why = error.strerror or str(error)
+      if why:
+        raise files.away(path, why)
 
 
 class PartSource:

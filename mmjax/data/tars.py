@@ -13,6 +13,7 @@ reads at known offsets. Nothing is ever unpacked, so no name in a tar can reach 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
 import hashlib
 import io
@@ -161,10 +162,7 @@ class TarIndex:
       start = offset - first
       data = span[start : start + size] if together else self._bytes(offset, size)
       if len(data) != size:
-        raise UserError(
-          f"{self.path}: {self.keys[row]} is cut short: the tar has changed since it was indexed. "
-          f"Start again to index it anew"
-        )
+        raise files.away(self.path, f"{self.keys[row]} is cut short")
       parts[name] = data
     return parts
 
@@ -175,7 +173,9 @@ class TarIndex:
       with files.open_file(self.path) as file:
         return os.pread(file.fileno(), size, offset)
     except OSError as error:
-      raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+      if error.errno == errno.EIO:  # a spot of the disk, not the file
+        raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+      raise files.away(self.path, error.strerror or str(error)) from error
 
 
 class TarSource:

@@ -14,6 +14,7 @@ from mmjax.data import builders, sources
 from mmjax.data.builders import find_version, split_sizes, write_dataset
 from mmjax.data.folders import data_dir
 from mmjax.data.sources import list_datasets, list_tokenizers, open_source
+from mmjax.errors import StoreError
 from tests.data.conftest import record
 
 
@@ -105,6 +106,27 @@ def test_mistakes_name_the_way_out(tiny, changes, words):
   for word in words:
     assert word in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["gone", "emptied", "no file"])
+def test_a_file_that_goes_away_is_no_unreadable_record(tiny, tmp_path, how):
+  """Its rows would count as bad records, up to a limit, and the run go on without them."""
+  shutil.copytree(tiny / "tiny", tmp_path / "tiny")
+  path = next((tmp_path / "tiny").rglob("tiny-train*"))
+  source, content = open_source(entry(), tmp_path), path.read_bytes()
+  if how == "emptied":
+    assert source[0]["id"]
+    os.truncate(path, 0)
+  else:
+    path.unlink()
+    if how == "no file":
+      path.mkdir()
+  with pytest.raises(StoreError, match=f"{path.name} went away .*Bring it back and start the same"):
+    [source[number] for number in range(len(source))]
+  if how == "no file":
+    path.rmdir()
+  path.write_bytes(content)
+  assert open_source(entry(), tmp_path).fingerprint == source.fingerprint
 
 
 def test_a_missing_or_truncated_file_is_named(tiny, tmp_path):

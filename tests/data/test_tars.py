@@ -19,6 +19,7 @@ from mmjax.data import tars
 from mmjax.data.media import bytes_key
 from mmjax.data.sources import open_source
 from mmjax.data.tars import TarSource, expand, index_tar
+from mmjax.errors import StoreError
 
 
 def jpeg(number: int) -> bytes:
@@ -190,8 +191,11 @@ def test_a_tar_that_shrinks_under_us_gives_an_error_not_garbage(tmp_path):
   path = write_tar(tmp_path / "a.tar", pairs(0, 5))
   source = TarSource(path)
   os.truncate(path, 1500)
-  with pytest.raises(UserError, match="changed"):
+  with pytest.raises(StoreError, match="a.tar went away .*4 is cut short"):
     source[4]
+  os.unlink(path)
+  with pytest.raises(StoreError, match="a.tar went away .*No such file"):
+    source[0]
 
 
 def test_captions_by_language(tmp_path):

@@ -156,6 +156,45 @@ def test_a_run_folder_that_vanishes(world, whole, tmp_path):
   run(*train(world, tmp_path / "run"), "--allow-change", code=None)
 
 
+TRUNCATES = """
+import os, pathlib
+from mmjax.data.pipeline import Pipeline
+
+make, data = Pipeline._make, pathlib.Path({data!r})
+
+def made(self, step):
+  if step == 11 and (data / "goes").exists():
+    os.truncate(next(data.glob("squares/*/*train*")), 0)
+  return make(self, step)
+
+Pipeline._make = made
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_goes_away_and_comes_back(world, whole, tmp_path, workers):
+  """While step 12 is read, and between that and the next start; in a worker process, too."""
+  data, away = tmp_path / "data", tmp_path / "away"
+  shutil.copytree(world / "data", data)
+  (data / "goes").touch()
+  (tmp_path / "sitecustomize.py").write_text(TRUNCATES.format(data=str(data)))
+  words = train(world, tmp_path / "run", f"data.workers={workers}", "data.prefetch=1")
+  env = {**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "MMJAX_DATA": str(data)}
+
+  def start_again(code: int) -> str:
+    done = subprocess.run(command(*words), env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+  assert "went away while it was read" in one_line(start_again(1))
+  assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+  data.rename(away)
+  assert "squares" in one_line(start_again(1)) and (tmp_path / "run" / "checkpoints" / "4").is_dir()
+  shutil.copytree(world / "data", data)
+  start_again(0)
+  same(tmp_path / "run", whole)
+
+
 def test_three_thousand_steps_grow_nothing(world, tmp_path):
   words = ("train.steps=3000", "evaluation.every=500", "checkpoint.every=100", "data.workers=0")
   process = start(*train(world, tmp_path, *words))
