@@ -49,6 +49,7 @@ from mmjax.ranges import INT32, Duration, Fields, Function, Range
 
 log = logging.getLogger("mmjax")
 _DEEPEST = 32  # levels of a config: the deepest key has six
+_MOST_BITS = 4096  # of a whole number; Python shows none of more than 4,300 digits
 
 
 def base() -> ConfigDict:
@@ -105,6 +106,10 @@ def load(
     return FrozenConfigDict(resolved)
   except ConfigError as error:
     raise type(error)(f"{path}: {error}") from error.__cause__
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # of the values' own methods
+    raise ConfigError(f"{path}: {what_happened(error)}") from error
 
 
 @contextlib.contextmanager
@@ -359,7 +364,7 @@ def _tree(node: typing.Any, path: str = "", above: tuple[int, ...] = ()) -> Any:
   string.
   """
   if not hasattr(node, "items") and not isinstance(node, (list, tuple)):
-    return node
+    return _value(node, path)
   if id(node) in above:
     raise ConfigError(f"{path} contains itself")
   if len(above) >= _DEEPEST:
@@ -377,6 +382,24 @@ def _tree(node: typing.Any, path: str = "", above: tuple[int, ...] = ()) -> Any:
       raise ConfigError(f"{path or 'the config'} has the key {name!r:.80}, but keys are words")
     tree[name] = _tree(value, f"{path}.{name}" if path else name, above)
   return tree
+
+
+def _value(value: Any, path: str) -> Any:
+  """A value as one of Python's own types, where it is of a type made of one, or a NumPy number.
+  Raises ConfigError: an array, or a number that could not even be shown.
+  """
+  if hasattr(value, "shape") and hasattr(value, "item"):
+    if value.shape:
+      raise ConfigError(f"{path} is an array ({type(value).__name__}). Write a tuple of numbers")
+    value = value.item()
+  if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+    raise ConfigError(
+      f"{path} is a whole number of {value.bit_length():,} bits, which no key takes"
+    )
+  for plain in (bool, int, float, str):
+    if isinstance(value, plain):
+      return value if type(value) is plain else getattr(plain, f"__{plain.__name__}__")(value)
+  return value
 
 
 def own_code(config: typing.Mapping) -> list[str]:

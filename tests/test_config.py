@@ -264,3 +264,47 @@ def test_classes_that_are_missing_are_said_before_any_work():
   c.evaluation.evaluators["classes/test"] = dict(kind="classification", source="mine")
   with pytest.raises(configs.ConfigError, match=r"classes/test classifies, but data\.label"):
     configs.resolve(c)
+
+
+class Odd(str):
+  def partition(self, sep):
+    raise SystemExit(0)
+
+
+class Broken:
+  def __repr__(self):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+  ("assignment", "expected"),
+  [
+    ("c.seed = np.int64(3)", ("seed", 3)),
+    ("c.optimizer.lr = np.float32(0.5)", ("optimizer.lr", 0.5)),
+    ("c.data.image.mean = tuple(np.ones(3, np.float32))", ("data.image.mean", (1.0, 1.0, 1.0))),
+    ("c.seed = enum.IntEnum('E', 'a b').b", ("seed", 2)),
+    ("c.data.dir = Odd('x')", ("data.dir", "x")),
+    ("c.data.image.mean = np.ones(3)", "data.image.mean is an array"),
+    ("c.optimizer.lr = np.ones(1)", "optimizer.lr is an array"),
+    ("c.seed = 10**5000", "seed is a whole number of 16,610 bits"),
+    ("c.data.sources.a = dict(name='x', weight=-10**5000)", "data.sources.a.weight is a whole"),
+    ("c.seed = Broken()", "ZeroDivisionError"),
+    ("c.model.name = Broken()", "ZeroDivisionError"),
+  ],
+)
+def test_values_of_odd_types_are_taken_as_what_they_stand_for_or_refused(
+  assignment, expected, tmp_path
+):
+  (tmp_path / "c.py").write_text(
+    "import enum\nimport mmjax\nimport numpy as np\nfrom tests.test_config import Broken, Odd\n"
+    "def get_config(arg=''):\n  c = mmjax.config.base()\n"
+    f"  c.model.encoders = dict(image=dict(kind='vit'))\n  {assignment}\n  return c\n"
+  )
+  if isinstance(expected, str):
+    with pytest.raises(configs.ConfigError, match=f"c.py: .*{expected}") as error:
+      configs.load(str(tmp_path / "c.py"))
+    assert "\n" not in str(error.value)
+    return
+  key, value = expected
+  found = dict(configs.flatten(configs.load(str(tmp_path / "c.py"))))[key]
+  assert found == value and type(found) is type(value)
