@@ -7,6 +7,8 @@ with the first attribute that needs them.
 
 from __future__ import annotations
 
+import mmjax.printing  # noqa: F401  what the logger says is harmless from here on
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "config", "load"]
 

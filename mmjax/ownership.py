@@ -18,6 +18,7 @@ that the next owner would write too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import logging
@@ -46,6 +47,7 @@ _BEAT, _LEASE = (
   60.0,
 )  # seconds between signs of life; without one for so long an owner elsewhere is dead
 _ENDED = "ended"
+_MOST = 2**16  # bytes of a claim or a beat
 _SETTLE = 2.0  # seconds until a store without conditional puts shows whose write came last
 
 
@@ -241,7 +243,9 @@ class _Other:
     if beat == _ENDED:
       return True
     if self._here:
-      self.lives = _started(self._claim["pid"]) == self._claim["process_start"]
+      pid = self._claim.get("pid")
+      start = _started(pid) if type(pid) is int else ""
+      self.lives = bool(start) and start == self._claim.get("process_start")
       return not self.lives
     if beat != self._beat:
       self._beat, self._since, self.lives = beat, time.monotonic(), True
@@ -292,7 +296,7 @@ def _numbers(folder: Any) -> list[int]:
   return [
     int(number)
     for number, _, ending in (name.partition(".") for name in names)
-    if number.isdigit() and ending == "json"
+    if number.isascii() and number.isdigit() and ending == "json"
   ]
 
 
@@ -301,25 +305,29 @@ def _read_claim(folder: Any, number: int) -> dict[str, Any]:
   try:
     claim = json.loads(_read(folder / f"{number}.json"))
     return claim if isinstance(claim, dict) else {}
-  except (FileNotFoundError, ValueError):
+  except (ValueError, RecursionError):
     return {}
 
 
 def _read_beat(folder: Any, number: int) -> str:
-  try:
-    return _read(folder / f"{number}.beat")
-  except FileNotFoundError:
-    return ""
+  return _read(folder / f"{number}.beat")
 
 
 def _read(path: Any) -> str:
   """The text of a file or object, which somebody may be writing anew: in a store, in one
-  request.
+  request. "" where there is none, or what no owner has written. Raises OSError.
   """
-  if not files.is_url(path):
-    return path.read_text()
-  fs, name = fsspec.core.url_to_fs(str(path))
-  return fs.cat_file(name).decode()
+  try:
+    if not files.is_url(path):
+      return files.read_file(path, _MOST).decode("utf-8", "replace")
+    fs, name = fsspec.core.url_to_fs(str(path))
+    return fs.cat_file(name).decode("utf-8", "replace")
+  except FileNotFoundError:
+    return ""
+  except OSError as error:
+    if error.errno in (errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EFBIG):  # a pipe, a folder
+      return ""
+    raise
 
 
 def _name(claim: dict[str, Any]) -> str:

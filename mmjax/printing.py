@@ -9,6 +9,7 @@ They are shown as \\u001b instead, which is also how JSON writes them.
 from __future__ import annotations
 
 import html
+import logging
 import re
 import sys
 from typing import Any, TextIO
@@ -31,6 +32,17 @@ def printable(text: Any, keep: str = "") -> str:
 def log(text: Any, file: TextIO | None = None) -> None:
   """Prints lines: escapes what would move the cursor, change colours or reverse the text."""
   print(printable(text, "\n\t"), file=file or sys.stdout, flush=True)
+
+
+class Harmless(logging.Filter):
+  """Makes what a logger says `printable`: names of files, hosts and parameters of anybody."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage(), "\n\t"), ()
+    return True
+
+
+logging.getLogger("mmjax").addFilter(Harmless())
 
 
 def in_html(text: Any) -> str:

@@ -170,3 +170,39 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="RUN cannot be written: Not a directory"):
     Owner(tmp_path / "file", "RUN")
+
+
+HOSTILE = {
+  "empty": "",
+  "no JSON": "{",
+  "a list": "[]",
+  "deep": "[" * 100_000,
+  "long": "9" * 1_000_000,
+  "no process": json.dumps({**ownership._myself(), "pid": None}),
+  "no start": json.dumps(
+    {k: v for k, v in ownership._myself().items() if k not in ("process_start", "pid")}
+  ),
+  "a path": json.dumps({**ownership._myself(), "pid": "../../etc/passwd"}),
+  "another time": json.dumps(dict(host="\x1b[31mh\u202e", machine="z", pid=1, started="2999")),
+  "binary": "\xff\x00",
+}
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "pipe", "folder", "loop", "²"])
+def test_claims_that_no_owner_has_written_give_way(name, tmp_path, monkeypatch, caplog, in_time):
+  monkeypatch.setattr(ownership, "_LEASE", 0.2)
+  claim = tmp_path / "owner" / ("²٣.json" if name == "²" else "1.json")
+  claim.parent.mkdir()
+  if name in HOSTILE:
+    claim.write_bytes(HOSTILE[name].encode("utf-8"))
+  elif name == "pipe":
+    os.mkfifo(claim)
+  elif name == "folder":
+    claim.mkdir()
+  else:
+    claim.symlink_to(claim.name)
+  if name != "²":
+    (claim.parent / "1.beat").mkdir()
+  with Owner(tmp_path, "RUN"):
+    pass
+  assert "\x1b" not in caplog.text and "\u202e" not in caplog.text

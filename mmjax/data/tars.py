@@ -56,7 +56,7 @@ _KINDS = {
 }
 _MEDIA = [_PARTS.index(name) for name in ("image", "audio", "video")]
 _TEXTS = [_PARTS.index(name) for name in ("txt", "json", "cls")]
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("mmjax")
 
 
 class BadSample(UserError):
