@@ -49,6 +49,7 @@ from mmjax.ranges import INT32, Duration, Fields, Function, Range
 
 log = logging.getLogger("mmjax")
 _DEEPEST = 32  # levels of a config: the deepest key has six
+_FLOAT32 = Range(2.0**-126, 2.0**128 - 2.0**104)  # what numbers become on devices
 _MOST_BITS = 4096  # of a whole number; Python shows none of more than 4,300 digits
 
 
@@ -564,6 +565,8 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
     value = float(value) if abs(value) < 1e300 else math.inf
   if plain is float and isinstance(value, float) and not math.isfinite(value):
     raise ConfigError(f"{path} is {value!r}, but must be a finite number")
+  if plain is float and isinstance(value, float) and not _FLOAT32.holds(abs(value) or 1.0):
+    raise ConfigError(f"{path} is {value!r}, which float32 takes for 0 or infinity")
   if plain is tuple and isinstance(value, (list, tuple)):
     if isinstance(default, tuple) and default and all(isinstance(d, (int, float)) for d in default):
       any_length = typing.get_args(kind)[1:] == (...,)
@@ -571,6 +574,8 @@ def _typed(value: Any, kind: Any, path: str, default: Any) -> Any:
       if not value or not numbers or (len(value) != len(default) and not any_length):
         wanted = "numbers" if any_length else f"{len(default)} numbers"
         raise ConfigError(f"{path} is {tuple(value)!r}, but must be {wanted}, such as {default!r}")
+    if typing.get_args(kind) == (str, ...) and not all(isinstance(v, str) for v in value):
+      raise ConfigError(f"{path} is {tuple(value)!r}, but must be a tuple of words, such as ('a',)")
     return _tuples(value)
   if plain is dict and isinstance(value, dict):
     return value

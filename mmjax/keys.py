@@ -144,7 +144,7 @@ KEYS = (
   Key(
     "allow_code",
     (),
-    tuple,
+    tuple[str, ...],
     "Modules outside this package whose code may run because a checkpoint that this run reads (a "
     "teacher) names it.",
   ),
@@ -161,7 +161,9 @@ KEYS = (
     "How sources mix by weight: 'examples' draws every row, 'steps' one source for all rows of a "
     "step.",
   ),
-  Key("data.modalities", (), tuple, "Modalities of a batch; () = those of model.encoders."),
+  Key(
+    "data.modalities", (), tuple[str, ...], "Modalities of a batch; () = those of model.encoders."
+  ),
   Key(
     "data.missing",
     "skip",
@@ -184,7 +186,7 @@ KEYS = (
   Key(
     "data.class_names",
     (),
-    tuple,
+    tuple[str, ...],
     "Classes in the order of their numbers, such as grades from the lowest on; () = all that the "
     "sources have, sorted.",
   ),
@@ -220,7 +222,7 @@ KEYS = (
   Key(
     "data.sources.*.languages",
     (),
-    tuple,
+    tuple[str, ...],
     "Languages that captions are drawn from; () = all that there are.",
   ),
   Key(
@@ -239,7 +241,7 @@ KEYS = (
   Key(
     "data.sources.*.modalities",
     (),
-    tuple,
+    tuple[str, ...],
     "For mix 'steps': modalities of this source's batches; () = data.modalities.",
   ),
   Key(
@@ -609,7 +611,7 @@ KEYS = (
   Key(
     "objectives.*.sources",
     (),
-    tuple,
+    tuple[str, ...],
     "For data.mix 'steps': sources whose steps this objective takes; () = all.",
   ),
   Key("optimizer.name", "adamw", str, "The update rule."),
@@ -675,7 +677,7 @@ KEYS = (
   Key(
     "lora.full",
     (),
-    tuple,
+    tuple[str, ...],
     "Regexes of parameters that are trained in full beside the factors, such as a new connector.",
   ),
   Key(

@@ -308,3 +308,23 @@ def test_values_of_odd_types_are_taken_as_what_they_stand_for_or_refused(
   key, value = expected
   found = dict(configs.flatten(configs.load(str(tmp_path / "c.py"))))[key]
   assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+  ("override", "words"),
+  [
+    ("data.class_names=(1, 2)", "data.class_names is (1, 2), but must be a tuple of words"),
+    ("data.modalities=[1]", "data.modalities is (1,), but must be a tuple of words"),
+    ("data.sources.a.languages=(1,)", "data.sources.a.languages is (1,), but must be a tuple of"),
+    ("objectives.align.between=(1, 2)", "objectives.align.between is (1, 2), but must be a tuple"),
+    ("objectives.align.sources=(None,)", "objectives.align.sources is (None,), but must be a"),
+    ("allow_code=(b'os',)", "allow_code is (b'os',), but must be a tuple of words"),
+    ("optimizer.lr=1e308", "optimizer.lr is 1e+308, which float32 takes for 0 or infinity"),
+    ("optimizer.weight_decay=1e39", "optimizer.weight_decay is 1e+39, which float32 takes"),
+    ("optimizer.eps=1e-320", "optimizer.eps is 1e-320, which float32 takes for 0 or infinity"),
+  ],
+)
+def test_words_are_words_and_numbers_are_those_of_float32(override, words):
+  with pytest.raises(configs.ConfigError) as error:
+    configs.resolve(small(), ["data.sources.a.name=x", override])
+  assert str(error.value).startswith(words)

@@ -18,7 +18,7 @@ def answers(
   *,
   source: str,
   split: str = "test",
-  modalities: tuple = ("image",),
+  modalities: tuple[str, ...] = ("image",),
   max_length: Count = 8,
   beams: Few = 1,
   length_penalty: Finite = 1.0,

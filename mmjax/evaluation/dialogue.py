@@ -37,7 +37,7 @@ def dialogue(
   *,
   source: str,
   split: str = "test",
-  modalities: tuple = ("image",),
+  modalities: tuple[str, ...] = ("image",),
   max_length: Size = 16,
   limit: Count = 0,
   examples: Count = 6,

@@ -28,7 +28,7 @@ def generated(
   source: str,
   split: str = "test",
   train_split: str = "train",
-  languages: tuple = (),
+  languages: tuple[str, ...] = (),
   seed: Seed = 0,
   examples: Count = 60,
 ) -> Result:

@@ -15,7 +15,7 @@ def likelihood(
   *,
   source: str,
   split: str = "test",
-  languages: tuple = (),
+  languages: tuple[str, ...] = (),
   text: str = "document",
 ) -> Result:
   """The likelihood of a split's targets under a language model.

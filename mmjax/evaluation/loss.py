@@ -11,9 +11,9 @@ def loss(
   *,
   source: str,
   split: str = "validation",
-  languages: tuple = (),
+  languages: tuple[str, ...] = (),
   text: str = "caption",
-  objectives: tuple = (),
+  objectives: tuple[str, ...] = (),
 ) -> Result:
   """The objectives on a split, without dropout, augmentation or updates, each row once.
 

@@ -18,9 +18,9 @@ def masked_words(
   *,
   source: str,
   split: str = "test",
-  languages: tuple = (),
-  context_modalities: tuple = (),
-  skip: tuple = ("a", "an", "the", "of", "to", "and", "is", "on", "in", "at", "it"),
+  languages: tuple[str, ...] = (),
+  context_modalities: tuple[str, ...] = (),
+  skip: tuple[str, ...] = ("a", "an", "the", "of", "to", "and", "is", "on", "in", "at", "it"),
 ) -> Result:
   """Hides one word of each caption at a time (every one once) and counts how often all its tokens
   are guessed.

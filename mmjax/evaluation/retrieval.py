@@ -34,8 +34,8 @@ def retrieval(
   *,
   source: str,
   split: str = "test",
-  languages: tuple = (),
-  between: tuple = ("image", "text"),
+  languages: tuple[str, ...] = (),
+  between: tuple[str, ...] = ("image", "text"),
   by: str = "",
   examples: Count = 8,
 ) -> Result:

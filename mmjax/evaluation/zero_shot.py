@@ -22,9 +22,9 @@ def zero_shot(
   source: str,
   split: str = "test",
   modality: str = "image",
-  languages: tuple = (),
-  classes: tuple = (),
-  templates: tuple = (),
+  languages: tuple[str, ...] = (),
+  classes: tuple[str, ...] = (),
+  templates: tuple[str, ...] = (),
 ) -> Result:
   """Accuracy of classification by prompts, without any training on the classes.
 

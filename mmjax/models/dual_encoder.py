@@ -74,7 +74,7 @@ def dual_encoder(
   precision: Mapping[str, Any],
   *,
   width: Width = 512,
-  unprojected: tuple = (),
+  unprojected: tuple[str, ...] = (),
   projection_bias: bool = False,
   projection_function: Between = "none",
   scale_init: Positive = 1 / 0.07,

@@ -408,7 +408,7 @@ def multitask(
   shared: bool = False,
   joint: bool = True,
   ordinal: bool = False,
-  unprojected: tuple = (),
+  unprojected: tuple[str, ...] = (),
   projection_bias: bool = False,
   scale_init: Positive = 1 / 0.07,
   scale_max: Positive = 100.0,

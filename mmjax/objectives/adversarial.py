@@ -16,7 +16,7 @@ def modality_adversary(
   batch: dict,
   rng: Array,
   *,
-  between: tuple = ("image", "text"),
+  between: tuple[str, ...] = ("image", "text"),
   group: str = "adversary",
 ) -> Losses:
   """The minimax game of Ganin and Lempitsky 2015 (arXiv:1409.7495, equation 1) over modalities in

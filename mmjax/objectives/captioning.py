@@ -25,7 +25,7 @@ def captioning(
   batch: dict,
   rng: Array,
   *,
-  source: tuple = ("image",),
+  source: tuple[str, ...] = ("image",),
   label_smoothing: Dropout = 0.0,
   ctc: NonNegative = 0.0,
   eos_id: Annotated[TokenId, Special(("eos",), needed=("eos",), when="ctc")] = -1,
@@ -95,7 +95,12 @@ def captioning(
 
 @objective(couples_examples=False, methods=("decode",))
 def autoregressive(
-  forward: Forward, batch: dict, rng: Array, *, source: tuple = (), label_smoothing: Dropout = 0.0
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  source: tuple[str, ...] = (),
+  label_smoothing: Dropout = 0.0,
 ) -> Losses:
   """Language modelling: cross-entropy of each token given those before it (Bengio et al. 2003). See
   `captioning`.

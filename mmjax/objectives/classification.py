@@ -40,7 +40,7 @@ def classification(
   batch: dict,
   rng: Array,
   *,
-  modalities: tuple = ("image",),
+  modalities: tuple[str, ...] = ("image",),
   label_smoothing: Dropout = 0.0,
   class_weights: ClassWeights = (),
   focal: NonNegative = 0.0,

@@ -28,7 +28,7 @@ def contrastive(
   batch: dict,
   rng: Array,
   *,
-  between: tuple = ("image", "text"),
+  between: tuple[str, ...] = ("image", "text"),
   loss: Literal["softmax", "sigmoid"] = "softmax",
   chunk: Size = 8,
 ) -> Losses:

@@ -16,7 +16,12 @@ Array = jax.Array
 
 @objective(couples_examples=False, mixup="always", methods=("embedding",))
 def embedding_distillation(
-  forward: Forward, batch: dict, rng: Array, *, teacher: str, modalities: tuple = ("image",)
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  teacher: str,
+  modalities: tuple[str, ...] = ("image",),
 ) -> Losses:
   """1 - cosine of one's own embedding and the teacher's, of each of the modalities (the feature
   distillation of CLIP-KD, Yang et al. 2024, arXiv:2307.12732, section 3.2, up to a factor:
@@ -43,7 +48,12 @@ def embedding_distillation(
 
 @objective(couples_examples=True, mixup="always", methods=("embedding",))
 def similarity_distillation(
-  forward: Forward, batch: dict, rng: Array, *, teacher: str, between: tuple = ("image", "text")
+  forward: Forward,
+  batch: dict,
+  rng: Array,
+  *,
+  teacher: str,
+  between: tuple[str, ...] = ("image", "text"),
 ) -> Losses:
   """Which rows of the other modality each row is near to, as the teacher sees it; the widths may
   differ.
@@ -76,7 +86,7 @@ def logit_distillation(
   rng: Array,
   *,
   teacher: str,
-  modalities: tuple = ("image",),
+  modalities: tuple[str, ...] = ("image",),
   temperature: Positive = 2.0,
 ) -> Losses:
   """T^2 KL(softmax(teacher / T) || softmax(own / T)) of the logits of a classifier (Hinton et al.

@@ -24,7 +24,7 @@ def masked_tokens(
   batch: dict,
   rng: Array,
   *,
-  context: tuple = (),
+  context: tuple[str, ...] = (),
   rate: Portion = 0.15,
   special: Annotated[tuple, Range(-1, INT32), Special(SPECIAL_TOKENS, needed=("mask",))] = (),
   label_smoothing: Dropout = 0.0,
@@ -112,7 +112,7 @@ def masked_patches(
   rng: Array,
   *,
   modality: str = "image",
-  context: tuple = (),
+  context: tuple[str, ...] = (),
   ratio: Part = 0.6,
   normalise: bool = True,
 ) -> Losses:

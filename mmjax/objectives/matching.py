@@ -24,7 +24,7 @@ def matching(
   batch: dict,
   rng: Array,
   *,
-  between: tuple = ("image", "text"),
+  between: tuple[str, ...] = ("image", "text"),
   negatives: Literal["sampled", "hardest"] = "sampled",
 ) -> Losses:
   """Image-text matching (ALBEF, Li et al. 2021, arXiv:2107.07651, section 3.2) of any two

@@ -19,7 +19,7 @@ def ordinal(
   batch: dict,
   rng: Array,
   *,
-  modalities: tuple = ("image",),
+  modalities: tuple[str, ...] = ("image",),
   loss: Literal["coral", "likelihood"] = "coral",
   class_weights: ClassWeights = (),
 ) -> Losses:

@@ -35,7 +35,7 @@ def regression(
   batch: dict,
   rng: Array,
   *,
-  modalities: tuple = ("image",),
+  modalities: tuple[str, ...] = ("image",),
   loss: Literal["l2", "l1", "huber"] = "l2",
   delta: Positive = 1.0,
   mean: tuple[Finite, ...] = (),
