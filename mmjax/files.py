@@ -362,7 +362,7 @@ def files_below(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path,
       raise UserError(f"{folder} cannot be read ({why}). Change its permissions, or name another")
     closed.append((place, why))
 
-  for place, _, names in os.walk(folder, onerror=note):
+  for place, _, names in os.walk(os.fspath(folder), onerror=note):
     found += [Path(place, name) for name in names]
   return sorted(found), sorted(closed)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -130,3 +133,71 @@ def test_only_the_store_of_a_url_is_blamed_and_only_for_its_own_errors(errors, t
   for mistake in (TypeError("x"), MemoryError(), KeyError("x")):
     assert told(mistake, "s3://bucket/run") is mistake
   assert "bucket" not in str(told(PermissionError(13, "Permission denied"), tmp_path))
+
+
+def test_where_a_file_can_go_is_known_before_it_is_written(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("old")
+  (tmp_path / "folder").mkdir()
+  for place, folder, words in (
+    (tmp_path / "folder", False, "is a folder. Give a file name"),
+    (tmp_path / "file" / "x.csv", False, "file is no folder"),
+    (tmp_path / "file" / "deep" / "x.csv", False, "file is no folder"),
+    (tmp_path / "file", True, "file is no folder"),
+  ):
+    with pytest.raises(UserError, match=words):
+      files.check_output(place, folder=folder)
+  for place in ("file", "new.csv", "no/folder/yet/x.csv"):
+    files.check_output(tmp_path / place)
+  for place in ("folder", "new", "no/folder/yet"):
+    files.check_output(tmp_path / place, folder=True)
+  files.check_output("s3://bucket/run", folder=True)
+  monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+  for place, folder in (("x.csv", False), ("new", True), ("no/folder/yet", True)):
+    with pytest.raises(UserError, match=f"you may not write in {tmp_path}"):
+      files.check_output(tmp_path / place, folder=folder)
+
+
+def test_what_belongs_to_others_in_a_folder_for_all_is_not_replaced(tmp_path, monkeypatch):
+  (tmp_path / "theirs.csv").write_text("")
+  tmp_path.chmod(0o1777)
+  files.check_output(tmp_path / "theirs.csv")
+  monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+  with pytest.raises(UserError, match="belongs to somebody else"):
+    files.check_output(tmp_path / "theirs.csv")
+  files.check_output(tmp_path / "mine.csv")
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path, in_time):
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  files.check_output(pipe)
+  with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as end:
+    files.write_whole(pipe, "text")
+    assert end.read() == b"text"
+  assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
+  for name in ("a.png", "closed/b.png", "open/c.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+  closed = close(monkeypatch, tmp_path / "closed")
+  found, unread = files.files_below(tmp_path)
+  assert [path.name for path in found] == ["a.png", "c.png"]
+  assert unread == [(closed, "Permission denied")]
+  close(monkeypatch, tmp_path)
+  with pytest.raises(UserError, match=rf"{tmp_path} cannot be read \(Permission denied\)"):
+    files.files_below(tmp_path)
+
+
+def close(monkeypatch, folder: Path) -> Path:
+  """Makes as if this process may not list `folder`; also where root runs the tests."""
+  listed = os.scandir
+
+  def scandir(path="."):
+    if Path(os.fspath(path)) == folder:
+      raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    return listed(path)
+
+  monkeypatch.setattr(os, "scandir", scandir)
+  return folder

@@ -24,7 +24,7 @@ from mmjax.data.preferences import SIDES, talks_of
 from mmjax.data.resample import resize_exact
 from mmjax.data.sequences import Sequences
 from mmjax.data.sources import Source, list_datasets, open_source
-from mmjax.files import write_whole
+from mmjax.files import check_output, write_whole
 
 # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
 THUMBNAIL = 320
@@ -48,6 +48,7 @@ def show_data_set(
 
   config: then also what it would cut. Raises UserError.
   """
+  check_output(out)
   tars = name.endswith(".tar") and name not in list_datasets(default_data_dir(data_dir or None))
   entry: dict[str, Any] = dict(name="tars", path=name) if tars else dict(name=name, split=split)
   root = os.fspath(data_dir) if data_dir else None

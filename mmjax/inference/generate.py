@@ -13,6 +13,7 @@ from typing import Any
 from mmjax import printing
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
+from mmjax.files import files_below
 from mmjax.inference.inputs import Item
 from mmjax.inference.predictor import Predictor, in_threads
 from mmjax.inference.transcribe import Segment
@@ -70,7 +71,7 @@ def generate(
     )
   elif not files:
     raise UserError("give files, or folders of them")
-  names = [name for file in files for name in _expand(file, predictor)]
+  names = [name for file in files for name in _expand(file, predictor, log)]
   modalities: list[str] = []
   for name in names:
     modality = modality_of(name)
@@ -111,16 +112,17 @@ def generate(
   return [(names[index], texts[index]) for index in sorted(texts)]
 
 
-def _expand(file: str | os.PathLike, predictor: Predictor) -> list[str]:
+def _expand(file: str | os.PathLike, predictor: Predictor, log: Callable[[str], None]) -> list[str]:
   """The file itself, or the files in a folder that the model takes. Raises UserError: a folder
   without any.
   """
   path = Path(file)
   if not path.is_dir():
     return [os.fspath(file)]
-  found = sorted(
-    str(p) for p in path.rglob("*") if not p.is_dir() and modality_of(p) in predictor.media
-  )
+  everything, closed = files_below(path)
+  for place, why in closed:
+    log(f"skipped {place}: {why}")
+  found = [str(p) for p in everything if modality_of(p) in predictor.media]
   if not found:
     raise UserError(f"{file} has no files of {', '.join(sorted(predictor.media))} in it")
   return found

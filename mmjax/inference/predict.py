@@ -95,6 +95,8 @@ def command(
   **settings: Any,
 ) -> list[Row]:
   """`mmjax predict`: rows of files, folders or tables; writes `out` (.csv, .json or .jsonl)."""
+  if out:
+    files.check_output(out)
   rows, names = rows_of(predictor, inputs, columns or {}, root)
   found = predict(predictor, rows, names, **settings)
   if out:
@@ -114,6 +116,8 @@ def zero_shot(
   """`mmjax classify`: "label", "probability" and "probability/LABEL" of files, by labels that the
   model was not trained on (`Predictor.classify`). Rows and errors as of `predict`.
   """
+  if out:
+    files.check_output(out)
   if "text" not in predictor.modalities or not predictor.joint:
     raise UserError(
       "this checkpoint has no shared space of media and texts to compare labels in: use `mmjax "
@@ -185,7 +189,10 @@ def _of_folder(
   predictor: Predictor, folder: Path, columns: Mapping[str, str], root: str | os.PathLike
 ) -> tuple[list[dict[str, Item] | UserError], list[str]]:
   """The rows of a folder and of those below it, and their names, as of `rows_of`."""
-  everything = sorted(path for path in folder.rglob("*") if path.is_file())
+  everything, closed = files.files_below(folder)
+  everything = [path for path in everything if path.is_file()]
+  unread: list[Any] = [UserError(f"{place} cannot be read ({why})") for place, why in closed]
+  unread_names = [os.fspath(place) for place, _ in closed]
   if _fuses(predictor):
     tables: dict[Path, Path] = {}  # of two in a folder the one that the converter reads
     for name in FOLDER_TABLES:
@@ -193,7 +200,8 @@ def _of_folder(
         if path.name == name:
           tables.setdefault(path.parent, path)
     if tables:
-      return rows_of(predictor, sorted(tables.values()), columns, root)
+      of_tables, table_names = rows_of(predictor, sorted(tables.values()), columns, root)
+      return of_tables + unread, table_names + unread_names
   rows: dict[tuple[Path, int], dict[str, Item]] = {}
   for path in everything:
     modality = _modality(predictor, path)
@@ -208,7 +216,8 @@ def _of_folder(
     rows.setdefault((stem, number), {})[modality] = path
   if not rows:
     raise UserError(f"{folder} has no files of {', '.join(sorted(predictor.media))} in it")
-  return [*rows.values()], [str(next(iter(row.values()))) for row in rows.values()]
+  names = [str(next(iter(row.values()))) for row in rows.values()]
+  return [*rows.values(), *unread], [*names, *unread_names]
 
 
 def write(found: Sequence[Row], out: str | os.PathLike) -> None:

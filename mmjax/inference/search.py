@@ -25,7 +25,7 @@ from mmjax.data.media import ENDINGS, WORDS, bytes_key, content_key
 from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
 from mmjax.evaluation import languages_of
-from mmjax.files import read_file
+from mmjax.files import check_output, files_below, read_file
 from mmjax.inference.predictor import Predictor, in_threads
 
 FILES = {
@@ -171,14 +171,15 @@ def embed_folder(
   root, endings, noun = Path(folder), FILES[modality], _NOUNS[modality]
   if not root.is_dir():
     raise UserError(f"{folder} is no folder. Give a folder of {noun}")
-  names = sorted(
-    path.relative_to(root).as_posix()
-    for path in root.rglob("*")
-    if path.suffix.lower() in endings and not path.is_dir()
-  )
+  everything, closed = files_below(root)
+  names = [p.relative_to(root).as_posix() for p in everything if p.suffix.lower() in endings]
+  for place, why in closed:
+    log(f"skipped {place}: {why}")
   if not names:
     raise UserError(f"{folder} has no {noun} ({' '.join(endings)})")
-  return _embed_media(predictor, modality, names, lambda name: _from_file(root, name), log)[0]
+  index = _embed_media(predictor, modality, names, lambda name: _from_file(root, name), log)[0]
+  folders = np.array([place.relative_to(root).as_posix() for place, _ in closed], str)
+  return {**index, "skipped": np.concatenate([index["skipped"], folders])}
 
 
 def embed_texts(predictor: Predictor, texts: Sequence[str]) -> Index:
@@ -370,9 +371,10 @@ def _text_keys(texts: Sequence[str]) -> np.ndarray:
 
 def _check_writable(out: Path) -> None:
   """Refuses, before any work, a place where `out` cannot go."""
-  if out.is_dir():
+  if os.path.isdir(out):
     raise UserError(f"{out} is a folder. Give a file name, such as {out / 'index.npz'}")
-  if not out.parent.is_dir():
+  if not os.path.isdir(out.parent):
     raise UserError(f"{out.parent} is no folder. Make it, or give another place for {out.name}")
-  if not os.access(out.parent, os.W_OK):
-    raise UserError(f"{out.parent} cannot be written. Give another place for {out.name}")
+  if os.path.exists(out) and not os.path.isfile(out):
+    raise UserError(f"{out} is no file. Give another place for the embeddings")
+  check_output(out)

@@ -8,9 +8,12 @@ number of processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,6 +29,7 @@ from mmjax.parallel.mesh import batch_shards
 from mmjax.parallel.rules import batch_sharding
 from mmjax.ranges import INT32, Range
 
+log = logging.getLogger("mmjax")
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 60
 
@@ -100,6 +104,33 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
       "jax_compilation_cache_dir",
       f"{shared}/compiled" if together else os.path.expanduser("~/.cache/mmjax/compiled"),
     )
+  if options.jax_enable_compilation_cache:
+    _check_cache(options.jax_compilation_cache_dir)
+
+
+@functools.cache
+def _check_cache(folder: str) -> None:
+  """Says in one line, where JAX says it in many, that compiled programs cannot be kept; what is
+  there is still read.
+  """
+  if "://" in folder:
+    return
+  try:
+    os.makedirs(folder, exist_ok=True)
+    why = "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+  except OSError as error:
+    why = error.strerror or str(error)
+  if not why:
+    return
+  if not os.access(folder, os.R_OK | os.X_OK) or not os.path.isdir(folder):
+    jax.config.update("jax_enable_compilation_cache", False)
+  warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+  log.warning(
+    "compiled programs are not kept: %s cannot be written (%s). The next start compiles them "
+    "again; set JAX_COMPILATION_CACHE_DIR to a folder of yours",
+    folder,
+    why,
+  )
 
 
 def tell(error: UserError) -> None:

@@ -32,6 +32,8 @@ def command(
   """Plans a config file, prints the figures and writes `out`. sweep_all: tries other settings too.
   apply: file for the overrides of the best of them, one a line. Raises UserError: none fits.
   """
+  for place in filter(None, (out, apply)):
+    files.check_output(place)
   topology.prepare()
   config = configs.load(file, overrides, allow_code)
   target = topology.parse(name)

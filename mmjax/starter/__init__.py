@@ -55,6 +55,7 @@ def init(
     raise UserError(f"{out}: exists. Choose another --out, or replace it with --force")
   if out.suffix != ".py":
     raise UserError(f"{out}: a config is a Python file: end its name in .py")
+  files.check_output(out)
   found = survey(source, split, data_dir)
   machine = machine or this_machine()
   begin = origin.open_origin(start, out, log) if start else None

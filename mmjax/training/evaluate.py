@@ -68,6 +68,10 @@ def evaluate(
   def open_mesh() -> Mesh:
     mesh = make_mesh(config)
     configs.check(config, jax.device_count())
+    if multihost.is_main():
+      files.check_output(out or run_folder(path), folder=True)
+      if judge_prompts:
+        files.check_output(judge_prompts)
     return mesh
 
   if judge_prompts or judge_scores:

@@ -505,3 +505,50 @@ def test_a_current_folder_that_was_deleted_is_named(mmjax, tmp_path, monkeypatch
   monkeypatch.chdir(tmp_path / "gone")
   (tmp_path / "gone").rmdir()
   refused(mmjax("data", "show", "openmoji"), 2, "the current folder is gone")
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("predict", "--checkpoint", "CHECKPOINT", "x.png"),
+    ("classify", "--checkpoint", "CHECKPOINT", "x.png", "--labels", "a,b"),
+    ("plan", "--config", "gone.py", "--topology", "v5e-4"),
+    ("plan", "--config", "gone.py", "--topology", "v5e-4", "--sweep", "--out", "x", "--apply"),
+    ("data", "show", "gone"),
+    ("init", "classification", "--source", "gone"),
+  ],
+)
+def test_where_results_cannot_go_is_said_before_the_work(mmjax, trained, tmp_path, words):
+  """The inputs are missing, too: of the two the output is looked at first."""
+  (tmp_path / "file").write_text("")
+  out = tmp_path / "file" / "out.py"
+  words = [trained if word == "CHECKPOINT" else word for word in words]
+  flag = () if words[-1] == "--apply" else ("--out",)
+  refused(mmjax(*words, *flag, out), 1, f"{out} cannot be written", "is no folder")
+
+
+def test_an_evaluation_that_could_not_be_written_is_not_made(mmjax, trained, tmp_path, monkeypatch):
+  from mmjax.evaluation import Evaluation
+
+  monkeypatch.setattr(Evaluation, "run", lambda *_, **__: pytest.fail("it was evaluated"))
+  (tmp_path / "file").write_text("")
+  out = tmp_path / "file" / "out"
+  refused(mmjax("eval", "--checkpoint", trained, "--out", out), 1, f"{out} cannot be written")
+
+
+def test_what_may_not_be_read_is_named_with_a_remedy(mmjax, tmp_path, monkeypatch):
+  def denied(*_, **__):
+    raise PermissionError(13, "Permission denied", str(tmp_path / "theirs"))
+
+  monkeypatch.setattr("mmjax.data.builders.build", denied)
+  refused(mmjax("data", "build", "openmoji"), 1, "theirs", "Permission denied. Change")
+
+
+def test_an_interpreter_that_cannot_be_started_again_goes_on_as_it_is(monkeypatch):
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+
+  def denied(*_):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr("os.execv", denied)
+  cli._use_huge_pages()

@@ -16,6 +16,7 @@ from mmjax.evaluation.retrieval import merge, ranks
 from mmjax.inference import search as searching
 from mmjax.inference.search import embed, load_index, search
 from tests.inference import tiny
+from tests.test_files import close
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +202,22 @@ def test_mistakes_are_one_clear_line(predictor, folder, tmp_path):
     assert "\n" not in str(error.value)
   assert not out.exists()
   assert load_index(tmp_path / "other.npz")["image_ids"].tolist() == ["a", "b"]
+
+
+def test_folders_that_cannot_be_listed_are_skipped_and_named(
+  predictor, folder, tmp_path, monkeypatch
+):
+  closed = close(monkeypatch, folder / "deep" / "er")
+  lines: list[str] = []
+  out = embed(predictor, tmp_path / "index.npz", images=str(folder), log=lines.append)
+  index = load_index(out, predictor)
+  assert list(index["image_ids"]) == ["b.png", "copy.png", "deep/a.PNG"]
+  assert "deep/er" in index["skipped"] and f"skipped {closed}: Permission denied" in lines
+  from mmjax.inference.predict import zero_shot
+
+  rows = zero_shot(predictor, [folder], ["red", "blue"], log=lines.append)
+  assert [row["file"] for row in rows if "error" in row] == [
+    str(folder / "broken.jpg"),
+    str(closed),
+  ]
+  assert f"{closed} cannot be read (Permission denied)" in rows[-1]["error"]

@@ -216,3 +216,18 @@ def test_two_processes_equal_one(devices, tmp_path):
     assert got["rows"] == list(range(8 * number, 8 * number + 8)) and got["shared_rows"] == list(
       range(8)
     )
+
+
+def test_a_cache_of_programs_that_cannot_be_written_is_said_once(tmp_path, caplog):
+  (tmp_path / "file").write_text("")
+  enabled = jax.config.jax_enable_compilation_cache
+  try:
+    multihost._check_cache(str(tmp_path / "new"))
+    assert (tmp_path / "new").is_dir() and not caplog.text
+    for _ in range(2):
+      multihost._check_cache(str(tmp_path / "file" / "cache"))
+    assert caplog.text.count("compiled programs are not kept") == 1
+    assert "JAX_COMPILATION_CACHE_DIR" in caplog.text
+    assert not jax.config.jax_enable_compilation_cache
+  finally:
+    jax.config.update("jax_enable_compilation_cache", enabled)

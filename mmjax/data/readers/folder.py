@@ -70,7 +70,7 @@ class FolderReader(ListedReader):
     files: list[tuple[str, str]] = []  # (file, its table)
     governing: dict[str, str] = {}  # folder -> table
     self.paths = []
-    for folder, names in _walk(self.root):
+    for folder, names in _walk(self.root, left):
       governing[folder] = governing.get(os.path.dirname(folder), "") if folder else ""
       if own := next((name for name in TABLES if name in names), ""):
         names.remove(own)
@@ -212,9 +212,21 @@ class FolderReader(ListedReader):
     ]
 
 
-def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-  """(folder below root, names of its files) in order; hidden ones are passed over."""
-  for folder, folders, files in os.walk(root):
+def _walk(root: str, left: list[Left]) -> Iterator[tuple[str, list[str]]]:
+  """(folder below root, names of its files) in order; hidden ones are passed over. left: gets the
+  folders that cannot be listed. Raises UserError: it is the root itself.
+  """
+
+  def note(error: OSError) -> None:
+    below = os.path.relpath(error.filename, root)
+    if below == ".":
+      raise UserError(
+        f"{error.filename} cannot be read ({error.strerror}). Change its permissions, or name "
+        "another"
+      )
+    left.append((os.path.join(below, ""), Skip("folder not read", error.strerror or str(error))))
+
+  for folder, folders, files in os.walk(root, onerror=note):
     folders[:] = sorted(name for name in folders if not name.startswith("."))
     below = os.path.relpath(folder, root)
     yield "" if below == "." else below, sorted(name for name in files if not name.startswith("."))

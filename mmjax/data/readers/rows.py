@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from mmjax.data.readers.cells import Annotation, Skip
 from mmjax.data.readers.columns import Part
 from mmjax.data.series import as_series, read_series
 from mmjax.data.tars import expand
-from mmjax.files import StoreError, is_object, is_url, read_file, read_object
+from mmjax.files import StoreError, files_below, is_object, is_url, read_file, read_object
 
 Record = dict[str, Any]
 
@@ -207,11 +206,10 @@ def read_inside(root: str, path: str) -> bytes | Skip:
 def find_files(source: str, endings: tuple[str, ...]) -> list[str]:
   """The files of a folder with these endings, or those that a pattern names. Raises UserError."""
   if os.path.isdir(source):
-    found = sorted(
-      str(path)
-      for path in Path(source).rglob("*")
-      if path.suffix.lower() in endings and path.is_file()
-    )
+    everything, closed = files_below(source)
+    for place, why in closed:
+      raise UserError(f"{place} cannot be read ({why}). Change its permissions, or move it away")
+    found = [str(p) for p in everything if p.suffix.lower() in endings and p.is_file()]
     if not found:
       raise UserError(f"{source}: no {' or '.join(endings)} file in this folder")
     return found

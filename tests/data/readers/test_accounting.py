@@ -22,6 +22,7 @@ from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text
 from tests.data.test_convert import picture
 from tests.data.test_tars import write_tar
+from tests.test_files import close
 
 PICTURE = picture(1)
 FILES = ("0.png", "1.png", "gone.png", "", "../0.png", "0.png\0", "no ending", "caf\udce9.png")
@@ -439,3 +440,17 @@ def test_damaged_files_end_in_rows_or_in_one_line(at, cut, form):
       )
     except UserError as error:
       assert "\n" not in str(error)
+
+
+def test_a_folder_that_cannot_be_listed_is_left_out_by_name(tmp_path, monkeypatch):
+  for name in ("0.png", "closed/1.png", "open/2.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(PICTURE)
+  close(monkeypatch, tmp_path / "closed")
+  rows, left = open_reader("folder", str(tmp_path)).rows()
+  assert len(rows) == 2 and left == [("closed/", Skip("folder not read", "Permission denied"))]
+  with pytest.raises(UserError, match=f"{tmp_path}/closed cannot be read"):
+    open_reader("csv", str(tmp_path))
+  close(monkeypatch, tmp_path)
+  with pytest.raises(UserError, match=f"{tmp_path}.* cannot be read"):
+    open_reader("folder", str(tmp_path)).rows()
