@@ -170,7 +170,10 @@ def from_json(text: str, allow_code: typing.Sequence[str] = ()) -> FrozenConfigD
   UntrustedCode, ConfigError, ValueError.
   """
   allow_code = (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
-  stored = json.loads(text)
+  try:
+    stored = json.loads(text)
+  except RecursionError as error:
+    raise ConfigError("a config is not nested as deep as this") from error
   if not isinstance(stored, dict):
     raise ConfigError(f"a config is an object of keys, not {stored!r:.80}")
   resolved = _resolve_tree(_tree(stored) | {"allow_code": allow_code}, allow_code)

@@ -42,6 +42,7 @@ log = logging.getLogger("mmjax")
 LARGEST = (
   2**31 - 2**20
 )  # bytes of a file that is read whole: a record of a data set cannot hold more
+_TEXT = 2**28  # bytes of a text that a run has written
 SMALL = 2**20  # bytes of an array that is worth no file
 _STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
@@ -162,11 +163,8 @@ def _is_special(path: Path) -> bool:
 
 def write_whole(path: Path, content: str | bytes) -> None:
   """Writes a file of this machine so that it is there whole or not at all: readers see the old one
-  or the new one. A pipe or a device is written to as it is, never replaced. Raises OSError.
+  or the new one. Raises OSError.
   """
-  if _is_special(path):
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
   try:
@@ -175,6 +173,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
+
+
+def write_output(path: str | os.PathLike, content: str | bytes) -> None:
+  """`write_whole` at a place that a user has named: a pipe or a device, such as /dev/stdout, is
+  written to as it is, never replaced. Raises OSError.
+  """
+  if _is_special(Path(path)):
+    Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+  else:
+    write_whole(Path(path), content)
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -347,6 +355,23 @@ def read_file(path: str | os.PathLike, most: int = LARGEST) -> bytes:
   if len(data) > most:  # it grew, or is one of those that do not know their size
     raise OSError(errno.EFBIG, f"more than {most / 2**20:.0f} MiB", os.fspath(path))
   return data
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """The text of a regular file, or of an object, that a run has written. Raises OSError: as
+  `read_file`; ValueError: it is no UTF-8.
+  """
+  if is_url(path):
+    return as_path(path).read_text()
+  return read_file(path, _TEXT).decode()
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """The JSON of `read_text`. Raises OSError; ValueError: it is none."""
+  try:
+    return json.loads(read_text(path))
+  except RecursionError as error:
+    raise ValueError(f"{path} is nested too deep") from error
 
 
 def files_below(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -23,6 +23,7 @@ import glob
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -204,7 +205,7 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
   temporary = out.with_name(f"{machine}-{me['pid']}-{me['process_start'].replace(' ', '_')}.tmp")
   for left in out.parent.glob(f"{glob.escape(machine)}-*-*.tmp*"):
     pid, start = left.name.removeprefix(f"{machine}-").split(".tmp")[0].split("-", 1)
-    if not pid.isdigit() or _started(int(pid)).replace(" ", "_") != start:
+    if not re.fullmatch("[0-9]{1,9}", pid) or _started(int(pid)).replace(" ", "_") != start:
       shutil.rmtree(left, ignore_errors=True)
   try:
     with files.disk_errors(out, f"{out} cannot be written"):

@@ -172,9 +172,11 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path, in_time):
   os.mkfifo(pipe)
   files.check_output(pipe)
   with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as end:
-    files.write_whole(pipe, "text")
+    files.write_output(pipe, "text")
     assert end.read() == b"text"
   assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+  files.write_whole(pipe, "text")  # a file of a run folder is a file
+  assert pipe.read_text() == "text" and not pipe.is_fifo()
 
 
 def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def finished_versions(names: Iterable[str]) -> list[str]:
   found = [
     folder
     for folder, available in folders.items()
-    if folder.replace(".", "").isdigit() and available.issuperset(_FINISHED)
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})*", folder) and available.issuperset(_FINISHED)
   ]
   return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 

@@ -24,7 +24,7 @@ from mmjax.data.preferences import SIDES, talks_of
 from mmjax.data.resample import resize_exact
 from mmjax.data.sequences import Sequences
 from mmjax.data.sources import Source, list_datasets, open_source
-from mmjax.files import check_output, write_whole
+from mmjax.files import check_output, write_output
 
 # pixels of the longer side; larger pictures are shrunk, so that a sheet stays a few megabytes
 THUMBNAIL = 320
@@ -182,7 +182,7 @@ def show(
     tiles="\n".join(tiles),
   )
   try:
-    write_whole(Path(out_html).absolute(), page.encode("utf-8"))
+    write_output(Path(out_html).absolute(), page.encode("utf-8"))
   except OSError as error:
     raise UserError(f"{out_html}: cannot be written ({error.strerror})") from error
   return Path(out_html)

@@ -366,7 +366,7 @@ def read_provenance(workdir: str | Path) -> dict[str, dict[str, Any]]:
 
 def _eval_json(workdir: str | Path) -> dict[str, dict[str, Any]]:
   try:
-    table = json.loads((files.as_path(workdir) / "eval.json").read_text())
+    table = files.read_json(files.as_path(workdir) / "eval.json")
   except (OSError, ValueError):
     return {}
   return {k: v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}

@@ -14,7 +14,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -57,7 +56,8 @@ def write_prompts(results: Mapping[str, Result], path: str | os.PathLike, model:
     lines.append(json.dumps(request, ensure_ascii=False) + "\n")
   if not lines:
     raise UserError(f"{path}: no evaluator of kind 'dialogue' was run, so a judge has none to read")
-  files.replace_file(Path(path), "".join(lines))
+  with files.disk_errors(path, f"{path} cannot be written"):
+    files.write_output(path, "".join(lines))
   return len(lines)
 
 

@@ -181,7 +181,7 @@ def _measured(workdir: Path) -> list[tuple[str, str]]:
     return [
       (
         "Measured",
-        str(json.loads((workdir / "summary.json").read_text())["text"]).removeprefix("measured: "),
+        str(files.read_json(workdir / "summary.json")["text"]).removeprefix("measured: "),
       )
     ]
   except (OSError, ValueError, KeyError, TypeError):
@@ -191,7 +191,7 @@ def _measured(workdir: Path) -> list[tuple[str, str]]:
 def _cut(workdir: Path) -> list[tuple[str, str]]:
   """What the config cuts of the training data, as the run said at its start."""
   try:
-    lines = json.loads((workdir / "cut.json").read_text())["cut"]
+    lines = files.read_json(workdir / "cut.json")["cut"]
     return [("Cut", str(line)) for line in lines]
   except (OSError, ValueError, KeyError, TypeError):
     return []

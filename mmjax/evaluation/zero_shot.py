@@ -23,7 +23,7 @@ def zero_shot(
   split: str = "test",
   modality: str = "image",
   languages: tuple[str, ...] = (),
-  classes: tuple[str, ...] = (),
+  classes: tuple = (),
   templates: tuple[str, ...] = (),
 ) -> Result:
   """Accuracy of classification by prompts, without any training on the classes.

@@ -20,7 +20,7 @@ from mmjax.data.parts import MEDIA, Span
 from mmjax.data.placeholders import Places, is_written
 from mmjax.data.templates import ASSET, ChatTemplate
 from mmjax.data.text import Tokenizer
-from mmjax.files import write_whole
+from mmjax.files import write_output
 from mmjax.inference.engine import decoding_of
 from mmjax.inference.language import Read
 from mmjax.inference.slots import Slots, Text
@@ -194,7 +194,7 @@ class Chat:
     ]
     line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
-      write_whole(Path(path), line)
+      write_output(Path(path), line)
     except OSError as error:
       raise UserError(f"{path}: {error.strerror or error}") from error
 

@@ -237,8 +237,7 @@ def write(found: Sequence[Row], out: str | os.PathLike) -> None:
     text = file.getvalue()
   target = Path(out)
   with files.disk_errors(target, f"{out} cannot be written"):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_file(target, text)
+    files.write_output(target, text)
 
 
 def _cell(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 OURS = ("MMJAX_COORDINATOR", "MMJAX_PROCESSES", "MMJAX_PROCESS_ID")
@@ -10,7 +11,7 @@ OURS = ("MMJAX_COORDINATOR", "MMJAX_PROCESSES", "MMJAX_PROCESS_ID")
 def cluster_processes(environment: Mapping[str, str]) -> int:
   """How many processes the scheduler started, as far as its variables tell."""
   for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-    if environment.get(name, "").isdigit():
+    if re.fullmatch("[0-9]{1,9}", environment.get(name, "")):
       return int(environment[name])
   if environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
     return 2

@@ -7,7 +7,6 @@ many cores it goes on.
 
 from __future__ import annotations
 
-import json
 import os
 
 from jax._src import xla_bridge
@@ -30,7 +29,7 @@ def recorded(workdir: str | os.PathLike) -> int:
   """
   with files.store_errors(workdir, f"{workdir} cannot be read"):
     try:
-      return int(json.loads((files.as_path(workdir) / FILE).read_text())["threads"])
+      return int(files.read_json(files.as_path(workdir) / FILE)["threads"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
       return 0
 

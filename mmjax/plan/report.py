@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mmjax import config as configs
@@ -54,7 +53,7 @@ def command(
     result["sweep"] = sweep(config, target.name, cache=cache, log=log)
   if out:
     with files.disk_errors(out, f"--out {out} cannot be written"):
-      files.write_whole(Path(out), json.dumps(result, indent=2) + "\n")
+      files.write_output(out, json.dumps(result, indent=2) + "\n")
   printing.log(json.dumps(result, indent=2) if as_json else describe(result))
   if apply:
     best = result["sweep"][0]
@@ -62,7 +61,7 @@ def command(
       raise UserError(f"--apply {apply}: none of the settings tried fits {target.name}")
     with files.disk_errors(apply, f"--apply {apply} cannot be written"):
       lines = [f"--config.{change}\n" for change in best["overrides"]]
-      files.write_whole(Path(apply), "".join(lines))
+      files.write_output(apply, "".join(lines))
   return 0
 
 

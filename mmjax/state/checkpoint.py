@@ -335,7 +335,7 @@ class Checkpointer:
       if (
         self._is_half_written(path)
         or path.name.endswith(DELETED)
-        or (path.name.isdigit() and int(path.name) not in keep)
+        or (_is_step(path) and int(path.name) not in keep)
       ):
         storage.delete(path)
     self._present = set(self._steps())
@@ -357,14 +357,14 @@ class Checkpointer:
     """Whether a save of this checkpoint was not finished."""
     if files.is_url(path):
       with disk_errors(self._root, f"cannot read {path}"):
-        return path.name.isdigit() and not (path / manifest.NAME).exists()
+        return _is_step(path) and not (path / manifest.NAME).exists()
     return path.name.endswith(TEMPORARY)
 
   def _steps(self) -> list[int]:
     return [
       int(path.name)
       for path in self._listing()
-      if path.name.isdigit() and int(path.name) not in self._bad and not self._is_half_written(path)
+      if _is_step(path) and int(path.name) not in self._bad and not self._is_half_written(path)
     ]
 
 
@@ -414,7 +414,7 @@ def _find_best(path: str | os.PathLike, run: epath.Path) -> epath.Path:
   known = {
     folder: _metrics_of(folder)[options["best"]]
     for folder in sorted(newest.parent.iterdir(), key=lambda p: p.name.zfill(20))
-    if folder.name.isdigit() and options["best"] in _metrics_of(folder)
+    if _is_step(folder) and options["best"] in _metrics_of(folder)
   }
   if not known:
     what = (
@@ -429,6 +429,13 @@ def _find_best(path: str | os.PathLike, run: epath.Path) -> epath.Path:
   )
 
 
+def _is_step(path: epath.Path) -> bool:
+  """Whether a path is a step's, as a run names it: no copy "0020", and no file or pipe."""
+  name = path.name
+  number = name.isascii() and name.isdecimal() and len(name) < 19 and str(int(name)) == name
+  return number and (files.is_url(path) or os.path.isdir(path))
+
+
 def _verified_or_error(folder: epath.Path) -> epath.Path:
   try:
     return _verified(folder)
@@ -438,11 +445,7 @@ def _verified_or_error(folder: epath.Path) -> epath.Path:
 
 def _find_checkpoint(path: str | os.PathLike, root: epath.Path) -> epath.Path:
   steps_root = next(
-    (
-      r
-      for r in (root / "checkpoints", root)
-      if r.is_dir() and any(p.name.isdigit() for p in r.iterdir())
-    ),
+    (r for r in (root / "checkpoints", root) if r.is_dir() and any(map(_is_step, r.iterdir()))),
     None,
   )
   if steps_root is None:
@@ -453,9 +456,7 @@ def _find_checkpoint(path: str | os.PathLike, root: epath.Path) -> epath.Path:
       )
     candidates = [root]
   else:
-    candidates = sorted(
-      (p for p in steps_root.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name)
-    )
+    candidates = sorted(filter(_is_step, steps_root.iterdir()), key=lambda p: -int(p.name))
   for folder in candidates:
     try:
       return _verified(folder)

@@ -72,7 +72,7 @@ def read(folder: epath.Path) -> dict[str, Any]:
     raise Corrupt(f"it was never finished ({NAME} is missing)") from error
   except OSError as error:
     raise Corrupt(f"{NAME} cannot be read ({error.strerror or error})") from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise Corrupt(f"{NAME} is damaged") from error
   return body
 

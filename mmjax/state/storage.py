@@ -217,7 +217,7 @@ def delete(path: epath.Path, *, patience: float = 0.0) -> None:
   with contextlib.suppress(Exception):
     if files.is_url(path):
       (path / manifest.NAME).unlink(missing_ok=True)
-    elif path.name.isdigit():
+    elif path.name.isascii() and path.name.isdecimal():
       path = path.rename(path.parent / (path.name + DELETED))
   while _exists(path):
     with contextlib.suppress(Exception):

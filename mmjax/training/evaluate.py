@@ -93,7 +93,7 @@ def evaluate(
     with files.Mirror(out or home) as mirror:
       mirror.fetch("metrics.jsonl", "eval.json", "summary.json")
       mirror.folder.mkdir(parents=True, exist_ok=True)
-      place = found.name if found.name.isdigit() else ""
+      place = found.name if found.name.isascii() and found.name.isdecimal() else ""
       named = f"checkpoints/{place}" if place and not out else os.fspath(found)
       marks = evaluators.check_sources(suite)
       about = evaluation.provenance(config, marks, named, int(place) if place else None)

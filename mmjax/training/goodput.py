@@ -172,7 +172,7 @@ class Clock:
 def _read(path: Path | None) -> dict[str, Any]:
   """What the process before wrote; {} where there is nothing usable."""
   try:
-    table = json.loads(path.read_text()) if path else {}
+    table = files.read_json(path) if path else {}
     return (
       table
       if isinstance(table.get("seconds"), dict) and math.isfinite(table["wall"] + table["seen"])

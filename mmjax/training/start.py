@@ -89,7 +89,7 @@ def own(workdir: str | os.PathLike, stop: StopSignal) -> Owner | contextlib.null
     if not multihost.is_main():
       return contextlib.nullcontext()
     text = os.environ.get("MMJAX_OWNER_SECONDS", "0")
-    if not text.isdigit():
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
       raise UserError(f"MMJAX_OWNER_SECONDS is {text!r}, but must be a whole number")
     return Owner(workdir, f"--workdir {workdir}", wait=int(text), stopped=stop.is_received)
 
@@ -122,7 +122,9 @@ def open_workdir(workdir: Path, config: FrozenConfigDict, allow_change: bool) ->
   if not written.exists():
     return
   try:
-    old = configs.from_json(written.read_text(), (*config.allow_code, *configs.own_code(config)))
+    old = configs.from_json(
+      files.read_text(written), (*config.allow_code, *configs.own_code(config))
+    )
   except configs.UntrustedCode as error:
     raise UserError(f"{written}: {error}") from error
   except (ValueError, UserError) as error:

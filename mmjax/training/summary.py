@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from mmjax import files
 from mmjax.files import replace_file
 from mmjax.training.memory import compiled_bytes, gib, state_bytes
 from mmjax.training.metrics import memory_in_use, utilisation
@@ -126,9 +127,7 @@ class Summary:
   def finished(self, folder: Path, step: int) -> None:
     """Notes, after all else that a run leaves, that it ended at `step`."""
     path = folder / NAME
-    replace_file(
-      path, json.dumps({**json.loads(path.read_text()), "finished": step}, indent=2) + "\n"
-    )
+    replace_file(path, json.dumps({**files.read_json(path), "finished": step}, indent=2) + "\n")
 
 
 def finished_step(folder: Path) -> int | None:
@@ -136,7 +135,7 @@ def finished_step(folder: Path) -> int | None:
   it has not.
   """
   try:
-    step = json.loads((folder / NAME).read_text())["finished"]
+    step = files.read_json(folder / NAME)["finished"]
   except (FileNotFoundError, ValueError, KeyError, TypeError):
     return None
   return step if isinstance(step, int) else None

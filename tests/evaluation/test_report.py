@@ -17,6 +17,7 @@ from mmjax.evaluation import (
   provenance,
   read_eval_json,
   read_provenance,
+  report,
   write_eval_json,
 )
 from mmjax.evaluation.examples import sound_uri
@@ -201,6 +202,26 @@ def test_eval_json_keeps_other_evaluators_and_survives_damage(tmp_path):
   assert read_eval_json(tmp_path) == {}
   assert flat_metrics({"a/b": Result({"c/d": 1.0}, {})}) == {"a/b/c/d": 1.0}
   assert sorted(os.listdir(tmp_path)) == ["eval.json"]
+
+
+@pytest.mark.parametrize("name", ["eval.json", "summary.json", "cut.json", "cpu_threads.json"])
+def test_what_is_no_file_of_a_run_neither_hangs_nor_ends_a_reader(tmp_path, name, in_time):
+  from mmjax.parallel import threads
+  from mmjax.training import goodput
+
+  def read():
+    assert read_eval_json(tmp_path) == {}
+    assert report._measured(tmp_path) == report._cut(tmp_path) == []
+    assert goodput._read(tmp_path / name) == {}
+
+  path = tmp_path / name
+  for content in (b"[" * 100_000, b"[1]", b"\xff\xfe", b'{"cut": 5}'):
+    path.write_bytes(content)
+    read()
+    assert threads.recorded(tmp_path) == 0
+  path.unlink()
+  os.mkfifo(path)
+  read()
 
 
 def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, config):

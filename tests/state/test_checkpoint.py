@@ -222,6 +222,24 @@ def test_the_run_goes_on_over_a_corrupt_checkpoint(tmp_path, open_run, make_stat
   same(restored, make_state(22))
 
 
+@pytest.mark.parametrize("name", ["²", "٣", "0009", "9" * 30, "9 ", "file", "pipe", "loop"])
+def test_what_is_not_called_as_steps_are_or_is_no_folder_is_no_step(
+  name, tmp_path, open_run, make_state, spec_on, in_time
+):
+  run = open_run(tmp_path / "run", every=1)
+  run.save(1, make_state(1))
+  run.close()
+  place = tmp_path / "run" / "checkpoints" / ("9" if name in ("file", "pipe", "loop") else name)
+  make = dict(file=place.touch, pipe=lambda: os.mkfifo(place), loop=lambda: place.symlink_to("9"))
+  make.get(name, place.mkdir)()
+  again = open_run(tmp_path / "run", every=1)
+  assert again.restore(spec_on(8))[2] == 1
+  assert checkpoint_lib.find_checkpoint(tmp_path / "run").name == "1"
+  assert again.save(2, make_state(2))
+  again.close()
+  assert os.path.lexists(place)
+
+
 def test_half_written_ones_are_named_and_removed(tmp_path, open_run, make_state, spec_on, caplog):
   run = open_run(every=1)
   run.save(1, make_state(1))
