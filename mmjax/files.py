@@ -42,6 +42,7 @@ log = logging.getLogger("mmjax")
 LARGEST = (
   2**31 - 2**20
 )  # bytes of a file that is read whole: a record of a data set cannot hold more
+_GROWTH = 2**24  # bytes that a file may have beyond its size, as those of /proc do
 _TEXT = 2**28  # bytes of a text that a run has written
 SMALL = 2**20  # bytes of an array that is worth no file
 _STORES = ("s3", "gs")
@@ -351,9 +352,12 @@ def read_file(path: str | os.PathLike, most: int = LARGEST) -> bytes:
       raise OSError(
         errno.EFBIG, f"{size / 2**20:.0f} MiB, more than {most / 2**20:.0f} MiB", os.fspath(path)
       )
-    data = file.read(most + 1)
-  if len(data) > most:  # it grew, or is one of those that do not know their size
-    raise OSError(errno.EFBIG, f"more than {most / 2**20:.0f} MiB", os.fspath(path))
+    room = min(most, size + _GROWTH)
+    data = file.read(room + 1)
+  if data is None:  # one of /proc that would make its reader wait
+    raise OSError(errno.EAGAIN, "nothing to read", os.fspath(path))
+  if len(data) > room:  # it grew, or is one of those that do not know their size
+    raise OSError(errno.EFBIG, f"more than {room / 2**20:.0f} MiB", os.fspath(path))
   return data
 
 

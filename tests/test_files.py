@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,16 @@ def close(monkeypatch, folder: Path) -> Path:
 
   monkeypatch.setattr(os, "scandir", scandir)
   return folder
+
+
+def test_files_that_do_not_know_their_size_are_read_within_bounds(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_GROWTH", 1000)
+  assert files.read_file("/proc/self/cmdline")
+  with pytest.raises(OSError, match="more than 0 MiB"):
+    files.read_file("/proc/self/pagemap")
+  ours, theirs = socket.socketpair()
+  monkeypatch.setattr(files, "open_file", lambda path: open(os.dup(ours.fileno()), "rb"))
+  with ours, theirs:
+    ours.setblocking(False)
+    with pytest.raises(OSError, match="nothing to read"):  # as /proc/kmsg of an idle machine
+      files.read_file("/proc/kmsg")

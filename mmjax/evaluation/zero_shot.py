@@ -59,7 +59,7 @@ def zero_shot(
   for language in languages or context.languages(source) or ("en",):
     prompt_sets = [
       [
-        t.format(name)
+        t.replace("{}", name)
         for name in own.get(label) or prompts.names(label, language)
         for t in templates or prompts.templates(language, modality)
       ]

@@ -86,6 +86,8 @@ def test_own_classes_and_templates():
   )  # only the clear animal is left
   with pytest.raises(UserError, match="names 'boats', which is no class"):
     evaluation(entry(classes=(("boats", ("boat",)),)), data()).run(1.0)
+  odd = entry(templates=("{} {0.__class__} {:>99999999}",))  # words, whoever writes the config
+  assert evaluation(odd, data()).run(1.0)["z"].metrics["accuracy"] >= 0
   with pytest.raises(UserError, match="has no {} for the name"):
     evaluation(entry(templates=("a picture",)), data()).run(1.0)
 
