@@ -190,7 +190,7 @@ def _of_folder(
 ) -> tuple[list[dict[str, Item] | UserError], list[str]]:
   """The rows of a folder and of those below it, and their names, as of `rows_of`."""
   everything, closed = files.files_below(folder)
-  everything = [path for path in everything if path.is_file()]
+  everything = [p for p in everything if p.is_file() or p.suffix.lower() not in TABLES]
   unread: list[Any] = [UserError(f"{place} cannot be read ({why})") for place, why in closed]
   unread_names = [os.fspath(place) for place, _ in closed]
   if _fuses(predictor):

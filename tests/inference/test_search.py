@@ -215,9 +215,11 @@ def test_folders_that_cannot_be_listed_are_skipped_and_named(
   assert "deep/er" in index["skipped"] and f"skipped {closed}: Permission denied" in lines
   from mmjax.inference.predict import zero_shot
 
+  (folder / "gone.png").symlink_to("nowhere.png")
   rows = zero_shot(predictor, [folder], ["red", "blue"], log=lines.append)
   assert [row["file"] for row in rows if "error" in row] == [
     str(folder / "broken.jpg"),
+    str(folder / "gone.png"),
     str(closed),
   ]
   assert f"{closed} cannot be read (Permission denied)" in rows[-1]["error"]
