@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ class AttentionMask:
     keys = jnp.ones((batch, length), bool) if self.keys is None else self.keys
     more = ((0, 0), (0, wanted - length))
     numbers = dict(segments=self.segments, trunks=self.trunks, blocks=self.blocks)
-    filled = {name: jnp.pad(x, more) for name, x in numbers.items() if x is not None}
+    filled: dict[str, Any] = {k: jnp.pad(x, more) for k, x in numbers.items() if x is not None}
     return dataclasses.replace(self, keys=jnp.pad(keys, more), **filled)
 
 
