@@ -5,7 +5,8 @@ mmjax data build emoji_scenes
 mmjax data build scene_dialogues
 mmjax data build scene_preferences
 mmjax data tokenizer --source emoji_scenes --name emoji_scenes --vocab-size 640
-mmjax train --config configs/scene_answers.py:captions --workdir runs/scene_answers_captions
+mmjax data tokenizer --source emoji_scenes --name scenes --vocab-size 1024 --model bpe --answers
+mmjax train --config configs/scene_captions.py --workdir runs/scene_captions
 mmjax train --config configs/scene_answers.py --workdir runs/scene_answers
 mmjax train --config configs/chat_scenes.py --workdir runs/chat_scenes
 mmjax train --config configs/chat_scenes.py:dpo --workdir runs/chat_scenes_dpo
@@ -25,6 +26,7 @@ TEMPLATE = """\
 def get_config(arg: str = ""):
   """arg: "" for conversations, "dpo" for judged answers after them."""
   c = scene_answers.scenes()
+  c.model.both_ways = "media"  # what was said before is not read anew with every question
   c.data.text.template = TEMPLATE
   if arg == "dpo":
     learn_from_judged_answers(c)
@@ -43,7 +45,7 @@ def get_config(arg: str = ""):
 def learn_from_conversations(c) -> None:
   """Of captions too, which name all that is there."""
   c.init["from"] = "runs/scene_answers"
-  c.train.steps = 600
+  c.train.steps = 1000
   c.train.batch_size = 12  # rows, of up to six pictures each
   c.data.sources.dialogues = dict(
     name="scene_dialogues", text="conversation", cache=True, weight=0.65
@@ -57,6 +59,7 @@ def learn_from_conversations(c) -> None:
   c.optimizer = dict(
     name="muon", lr=6e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
   )
+  c.optimizer.rates = ((r"image/.*", 0.0),)
   c.schedule = dict(name="cosine", warmup="5%", final=0.01)
 
 

@@ -1,33 +1,37 @@
-"""Questions about scenes and captions of them by a language model over picture tokens, in two
-commands: it learns to caption, then to do both.
+"""Questions about scenes and captions of them by a language model over picture tokens. It learns to
+caption with the encoder of scene_captions, then to do both with an encoder that stays as it is.
 
 mmjax data build emoji_scenes
 mmjax data tokenizer --source emoji_scenes --name emoji_scenes --vocab-size 640
+mmjax data tokenizer --source emoji_scenes --name scenes --vocab-size 1024 --model bpe --answers
+mmjax train --config configs/scene_captions.py --workdir runs/scene_captions
 mmjax train --config configs/scene_answers.py:captions --workdir runs/scene_answers_captions
 mmjax train --config configs/scene_answers.py --workdir runs/scene_answers
+mmjax train --config configs/scene_answers.py:lora --workdir runs/scene_answers_lora  # by adapters
 """
 
 import mmjax
 
 
 def get_config(arg: str = ""):
-  """arg: "captions" for the first command, "" for the second."""
-  both = arg != "captions"
+  """arg: "captions" for these alone, "" for questions and captions after them, "lora" for both by
+  adapters of low rank.
+  """
   c = scenes()
-  c.train.steps = 1000 if both else 900
+  c.train.steps = 700 if arg == "captions" else 4000
   c.train.batch_size = 16  # rows, of up to four pictures each
   c.data.mix = "steps"
-  c.data.sources.captions = dict(name="emoji_scenes", text="caption", captions=1, cache=True)
-  if both:
-    c.data.sources.questions = dict(name="emoji_scenes", text="question", cache=True)
-    c.init["from"] = "runs/scene_answers_captions"
-  c.data.text.per_example = 2  # questions about each picture, which is encoded once
-  c.data.sequence.length = 160 if both else 128
+  c.data.sources.captions = dict(
+    name="emoji_scenes", text="caption", captions=1, cache=True, weight=0.3
+  )
+  if arg != "captions":
+    c.data.sources.questions = dict(name="emoji_scenes", text="question", cache=True, weight=0.7)
+  c.data.sequence.length = 116
   c.data.sequence.slots = 4
   c.objectives.text = dict(kind="language_modelling")
   c.optimizer = dict(
     name="muon",
-    lr=7e-3 if both else 9e-3,
+    lr=7e-3,
     adam_rate=0.22,
     b2=0.98,
     weight_decay=0.1,
@@ -35,7 +39,16 @@ def get_config(arg: str = ""):
     clip=0.0,
     moments="source",
   )
-  c.schedule = dict(name="cosine", warmup="10%", final=0.01)
+  c.schedule = dict(name="cosine", warmup="5%", final=0.01)
+  if arg == "captions":
+    c.init["from"] = "runs/scene_captions"
+    c.init.map = ((r"image/.*", r"\g<0>"), (r".*", None))
+    c.optimizer.rates = ((r"image/.*", 0.1),)
+  else:
+    c.init["from"] = "runs/scene_answers_captions"
+    c.optimizer.rates = ((r"image/.*", 0.0),)
+  if arg == "lora":
+    c.lora = dict(params=r"layers/.*kernel", rank=8, alpha=16.0)
 
   captions = dict(
     kind="captions",
@@ -45,7 +58,7 @@ def get_config(arg: str = ""):
   )
   for split in ("validation", "test"):
     c.evaluation.evaluators[f"captions/{split}"] = dict(**captions, split=split)
-    if both:
+    if arg != "captions":
       answers = dict(kind="answers", source="emoji_scenes", split=split)
       c.evaluation.evaluators[f"answers/{split}"] = answers
   return c
@@ -55,8 +68,8 @@ def scenes():
   """The model and what it reads, which dialogues go on with (chat_scenes.py)."""
   c = mmjax.config.base()
   c.data.image.size = 64
-  c.data.text.tokenizer = "emoji_scenes"
-  c.data.text.vocab_size = 640
+  c.data.text.tokenizer = "scenes"
+  c.data.text.vocab_size = 1024
   c.data.sequence.image = 16
   c.model = dict(
     name="language_model",
@@ -64,8 +77,9 @@ def scenes():
     depth=3,
     heads=4,
     mlp=352,
+    both_ways="prompt",
     encoders=dict(image=dict(kind="vit", stem="convolution", patch=8, depth=2, heads=4)),
-    connectors=dict(image=dict(kind="mlp", fold=2)),
+    connectors=dict(image=dict(kind="mlp", fold=2, positions=True)),
   )
   c.precision.compute = "float32"
   return c

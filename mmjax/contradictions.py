@@ -78,6 +78,13 @@ def _check_sequences(c: dict) -> None:
         f"data.text.per_example is {c['data']['text']['per_example']}: questions side by side do "
         f"not go with {cannot}. Set it to 1"
       )
+  talks = any(entry["text"] == "conversation" for entry in c["data"]["sources"].values())
+  if talks and model["both_ways"] == "prompt" and c["data"]["text"]["loss"] != "last":
+    raise ConfigError(
+      "model.both_ways='prompt' reads all before an answer as one prompt, but with data.text.loss="
+      f"{c['data']['text']['loss']!r} only what is before the first answer is learned so. Set the "
+      "loss to 'last', or both_ways to 'media'"
+    )
   tiles = c["data"]["image"]["tiles"]
   if tiles["least"] > tiles["most"]:
     raise ConfigError(

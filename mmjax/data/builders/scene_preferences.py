@@ -14,16 +14,16 @@ from mmjax import printing
 from mmjax.data.builders import Record
 from mmjax.data.builders.emoji_scenes import CODE, TEXTS, build_scenes, draw, make_scene, record_of
 from mmjax.data.builders.openmoji import key_of
-from mmjax.data.builders.scene_dialogues import FOURTH, dialogue, turns_of
+from mmjax.data.builders.scene_dialogues import TURNS, dialogue, turns_of
 from mmjax.data.builders.scene_language import COLOURS, PLACES, with_article
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 SPLITS = {"train": 10_000, "validation": 500, "test": 1000}
 
 CARD = """\
 # scene_preferences
 
-Dialogues of one to four questions about the scenes of `emoji_scenes`, as in `scene_dialogues`,
+Dialogues of one to eight questions about the scenes of `emoji_scenes`, as in `scene_dialogues`,
 drawn anew. The last question has two answers: the right one and a wrong one of the same form, half
 of the time what is true of another thing in the scene.
 
@@ -65,7 +65,7 @@ def make_record(split: str, number: int) -> Record:
   rng = np.random.default_rng(key_of(f"scene_preferences/{split}/{number}".encode()))
   facts = make_scene(split, rng)
   picture = draw(facts)
-  talk = dialogue(facts, FOURTH + 1, rng)[: int(rng.integers(1, FOURTH + 2))]
+  talk = dialogue(facts, TURNS, rng)[: int(rng.integers(1, TURNS + 1))]
   _, answer, kind, ago = talk[-1]
   facts |= dict(kind=kind, ago=ago)
   rejected = wrong_answer(facts, [asked for asked, *_ in talk], answer, rng)
