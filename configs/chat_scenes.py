@@ -7,6 +7,7 @@ mmjax data build scene_preferences
 mmjax data tokenizer --source emoji_scenes --name emoji_scenes --vocab-size 640
 mmjax data tokenizer --source emoji_scenes --name scenes --vocab-size 1024 --model bpe --answers
 mmjax train --config configs/scene_captions.py --workdir runs/scene_captions
+mmjax train --config configs/scene_answers.py:captions --workdir runs/scene_answers_captions
 mmjax train --config configs/scene_answers.py --workdir runs/scene_answers
 mmjax train --config configs/chat_scenes.py --workdir runs/chat_scenes
 mmjax train --config configs/chat_scenes.py:dpo --workdir runs/chat_scenes_dpo

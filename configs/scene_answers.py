@@ -48,7 +48,7 @@ def get_config(arg: str = ""):
     c.init["from"] = "runs/scene_answers_captions"
     c.optimizer.rates = ((r"image/.*", 0.0),)
   if arg == "lora":
-    c.lora = dict(params=r"layers/.*kernel", rank=8, alpha=16.0)
+    c.lora = dict(params=r"layers/attention/.*kernel", rank=21, alpha=42.0)
 
   captions = dict(
     kind="captions",

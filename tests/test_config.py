@@ -219,6 +219,7 @@ ARGUMENTS = {
   "emoji_groups": ("linear", "scratch"),
   "multitask": ("captions", "questions", "names"),
   "quickstart": ("validation",),
+  "scene_answers": ("captions", "lora"),
   "scene_words": ("blind",),
   "video_text": ("mean",),
 }
