@@ -49,6 +49,7 @@ def get_config(arg: str = ""):
     c.optimizer.rates = ((r"image/.*", 0.0),)
   if arg == "lora":
     c.lora = dict(params=r"layers/attention/.*kernel", rank=21, alpha=42.0)
+    c.optimizer.clip = 1.0
 
   captions = dict(
     kind="captions",
