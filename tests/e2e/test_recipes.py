@@ -153,7 +153,7 @@ MADE_OF_OTHERS = {
   "speech_commands",
 }
 # Language models: in full with --all, by tests of their own where one starts from another.
-LANGUAGE_MODELS = ("chat_scenes", "chat_scenes:dpo", "clip_answers", "scene_answers", "words")
+LANGUAGE_MODELS = ("chat_scenes", "chat_scenes:dpo", "scene_answers", "words")
 BESIDE = {
   "speech_recognition": ("speech_text",)
 }  # shortened, it takes the tokenizer of that recipe

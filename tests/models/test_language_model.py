@@ -346,7 +346,8 @@ def test_questions_side_by_side_need_to_see_their_whole_trunk(settings, said):
 def test_a_model_that_reads_all_before_an_answer_as_one_prompt_learns_last_answers():
   c = mmjax.config.base()
   c.data.sources.it = dict(name="it", text="conversation")
-  c.data.text.template, c.data.sequence.length = "chatml", 16
+  c.data.text.update(tokenizer="it", template="chatml")
+  c.data.sequence.length = 16
   c.model = dict(name="language_model", width=32, heads=4, both_ways="prompt")
   c.objectives.words = dict(kind="language_modelling")
   with pytest.raises(configs.ConfigError, match="Set the loss to 'last', or both_ways to 'media'"):
