@@ -6,6 +6,8 @@ mmjax data tokenizer --source openmoji --split train+validation --languages en -
 mmjax train --config configs/image_audio.py --workdir runs/image_audio
 """  # noqa: E501
 
+import speech_text
+
 import mmjax
 
 
@@ -36,27 +38,13 @@ def get_config(arg: str = ""):
   c.data.text.length = 20
   c.data.text.lowercase = True
 
-  audio = dict(
-    kind="whisper",
-    mels=40,
-    strides=(2, 2),
-    normalisation="utterance",
-    depth=3,
-    heads=4,
-    time_masks=1,
-    time_width=12,
-    frequency_masks=1,
-    frequency_width=6,
-    time_warp=0.1,
-    frequency_warp=0.1,
-  )
   c.model = dict(
     name="dual_encoder",
     width=128,
     scale_init=10.0,
     encoders=dict(
       image=dict(kind="vit", stem="half_patch", patch=8, depth=3, heads=4),
-      audio=audio,
+      audio=speech_text.audio_encoder(),
       text=dict(kind="transformer", depth=2, heads=4, pooling="mean"),
     ),
   )

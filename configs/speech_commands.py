@@ -4,6 +4,8 @@ mmjax data build spoken_commands
 mmjax train --config configs/speech_commands.py --workdir runs/speech_commands
 """
 
+import speech_text
+
 import mmjax
 
 
@@ -18,21 +20,9 @@ def get_config(arg: str = ""):
   c.data.label = "label"
   c.data.classes = 20
 
-  audio = dict(
-    kind="whisper",
-    mels=40,
-    strides=(2, 2),
-    normalisation="utterance",
-    depth=3,
-    heads=4,
-    time_masks=1,
-    time_width=12,
-    frequency_masks=1,
-    frequency_width=6,
-    time_warp=0.1,
-    frequency_warp=0.1,
+  c.model = dict(
+    name="multitask", width=128, joint=False, encoders=dict(audio=speech_text.audio_encoder())
   )
-  c.model = dict(name="multitask", width=128, joint=False, encoders=dict(audio=audio))
   c.precision.compute = "float32"
   c.objectives.classify = dict(kind="classification", modalities=("audio",), label_smoothing=0.1)
   c.optimizer = dict(

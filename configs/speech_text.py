@@ -21,7 +21,32 @@ def get_config(arg: str = ""):
   c.data.text.vocab_size = 1024
   c.data.text.length = 24
 
-  audio = dict(
+  c.model = dict(
+    name="dual_encoder",
+    width=128,
+    scale_init=10.0,
+    encoders=dict(
+      audio=audio_encoder(), text=dict(kind="transformer", depth=2, heads=4, pooling="mean")
+    ),
+  )
+  c.precision.compute = "float32"
+  c.objectives.align = dict(kind="contrastive", between=("audio", "text"))
+  c.optimizer = dict(
+    name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
+  )
+  c.schedule = dict(name="cosine", warmup="10%", final=0.01)
+
+  retrieval = dict(kind="retrieval", source="spoken_emoji", between=("audio", "text"), by="voice")
+  c.evaluation.evaluators["retrieval/validation"] = dict(**retrieval, split="validation")
+  c.evaluation.evaluators["retrieval/test_voices"] = dict(**retrieval, split="test_voices")
+  return c
+
+
+def audio_encoder() -> dict:
+  """Whisper's encoder, small, whose spectrograms are masked and warped in training; of the other
+  recipes of speech too.
+  """
+  return dict(
     kind="whisper",
     mels=40,
     strides=(2, 2),
@@ -35,20 +60,3 @@ def get_config(arg: str = ""):
     time_warp=0.1,
     frequency_warp=0.1,
   )
-  c.model = dict(
-    name="dual_encoder",
-    width=128,
-    scale_init=10.0,
-    encoders=dict(audio=audio, text=dict(kind="transformer", depth=2, heads=4, pooling="mean")),
-  )
-  c.precision.compute = "float32"
-  c.objectives.align = dict(kind="contrastive", between=("audio", "text"))
-  c.optimizer = dict(
-    name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
-  )
-  c.schedule = dict(name="cosine", warmup="10%", final=0.01)
-
-  retrieval = dict(kind="retrieval", source="spoken_emoji", between=("audio", "text"), by="voice")
-  c.evaluation.evaluators["retrieval/validation"] = dict(**retrieval, split="validation")
-  c.evaluation.evaluators["retrieval/test_voices"] = dict(**retrieval, split="test_voices")
-  return c
