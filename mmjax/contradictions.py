@@ -34,6 +34,12 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   _check_sources(c["data"])
 
 
+def asks_side_by_side(data: Mapping[str, Any]) -> bool:
+  """Whether a language model's rows have several questions about one record. data: of a config."""
+  asks = any(entry.get("text") == "question" for entry in data["sources"].values())
+  return asks and data["text"]["per_example"] > 1
+
+
 def _check_sequences(c: dict) -> None:
   """A language model has rows of tokens, in which each medium has places; no other model has."""
   sequence, model = c["data"]["sequence"], c["model"]
@@ -69,8 +75,7 @@ def _check_sequences(c: dict) -> None:
         f"data.sequence.{modality} is 0: say how many tokens a medium takes, which is what "
         f"model.connectors.{modality} gives"
       )
-  asks = any(entry["text"] == "question" for entry in c["data"]["sources"].values())
-  if asks and c["data"]["text"]["per_example"] > 1:
+  if asks_side_by_side(c["data"]):
     windows = any((model.get("block") or {}).get("windows") or ())
     if windows or model["both_ways"] == "prompt":
       cannot = "blocks with windows" if windows else "model.both_ways='prompt'"

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.contradictions import asks_side_by_side
 from mmjax.data.builders import Record
 from mmjax.data.parts import Medium, Span
 from mmjax.data.placeholders import Places, axes_of, mixes_tokens, placeholders, positions_of
 from mmjax.data.preferences import SIDES, preference_spec
-from mmjax.data.sequences import Piece, Sequences, has_branches, media_of, medium_of
+from mmjax.data.sequences import Piece, Sequences, media_of, medium_of
 from mmjax.data.sources import Source
 from mmjax.data.tiles import Tiling, cut_into_tiles
 
@@ -29,7 +30,7 @@ def sequence_spec(
   length, slots = length or config.data.sequence.length, slots or config.data.sequence.slots
   modalities = media_of(config)
   names = dict(tokens=np.int32, positions=np.int32, segment_ids=np.int32, loss_mask=np.bool_)
-  if has_branches(config.data):
+  if asks_side_by_side(config.data):
     names["trunks"] = np.int32
   if modalities:
     names |= dict(media_index=np.int32, media_offset=np.int32)

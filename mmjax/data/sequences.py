@@ -312,12 +312,6 @@ class Sequences:
     return [most[name] * counts[name] for name in self.modalities]
 
 
-def has_branches(data: Mapping[str, Any]) -> bool:
-  """Whether rows hold several questions about one record side by side. data: of the config."""
-  asks = any(entry.get("text") == "question" for entry in data["sources"].values())
-  return asks and data["text"]["per_example"] > 1
-
-
 def questions_of(record: Record) -> list[tuple[str, str]]:
   """The questions of a record with their answers. Raises UserError: it has none."""
   pairs = record.get("questions") or []
