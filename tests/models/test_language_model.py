@@ -145,8 +145,10 @@ def test_packed_examples_are_as_if_alone_and_see_nothing_of_each_other(params, m
   assert not np.allclose(before[~first][:8], after[~first][:8])
 
 
-def test_branches_of_a_trunk_are_as_if_alone(params, gradient):
-  """Three texts about one picture, which stands there once, and another example beside them."""
+def test_branches_of_a_trunk_are_as_if_alone(params, model, gradient):
+  """Three texts about one picture, which stands there once, and another example beside them; what
+  one of them says changes no bit of the others.
+  """
   (first, _), (second, _), (third, _) = examples()
   alone = [row([(text, True)], PICTURES[:1])[0] for text in (first, second, third)]
   other = row([(second, True)], PICTURES[1:2])[0]
@@ -176,6 +178,14 @@ def test_branches_of_a_trunk_are_as_if_alone(params, gradient):
   assert together[1] == sum(x[1] for x in apart) == 5 + 4 + 2 + 5
   total = jax.tree.map(lambda *x: sum(x), *[x[2] for x in apart])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), together[2], total)
+
+  hidden = jax.jit(lambda batch: model.apply(params, batch, method="next_tokens")[0])
+  branch = s["segment_ids"] == 3
+  tokens = np.where(branch, s["tokens"] % 40 + 7, s["tokens"])[None]
+  changed = {**batch, "sequence": {**batch["sequence"], "tokens": tokens}}
+  before, after = np.asarray(hidden(batch))[0], np.asarray(hidden(changed))[0]
+  np.testing.assert_array_equal(before[~branch], after[~branch])
+  assert not np.allclose(before[branch], after[branch])
 
 
 def test_a_conversation_changes_no_bit_of_the_gradient_of_another(params, gradient):

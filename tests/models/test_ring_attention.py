@@ -159,12 +159,16 @@ def test_bfloat16_stays_close(devices):
     np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=0.05)
 
 
-def test_grouped_heads_soft_caps_and_segments(devices):
-  """Against the plain formula on one device; changing one segment changes no other's output."""
+@pytest.mark.parametrize("trunks", [False, True])
+def test_grouped_heads_soft_caps_and_segments(devices, trunks):
+  """Against the plain formula on one device; changing one segment changes no other's output.
+  trunks: the last segment goes on from the first.
+  """
   rng = np.random.default_rng(0)
   q, k, v = (rng.standard_normal((2, 8, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
-  segments = np.repeat(np.array([[0, 1, 2, 2]], np.int32), 2, 1).repeat(2, 0)
-  mask = AttentionMask(causal=True, segments=segments)
+  segments = np.repeat(np.array([[1, 2, 3, 3]], np.int32), 2, 1).repeat(2, 0)
+  trunk = (segments == 3).astype(np.int32) if trunks else None
+  mask = AttentionMask(causal=True, segments=segments, trunks=trunk)
 
   def value(q, k, v):
     return jax.value_and_grad(
@@ -172,13 +176,13 @@ def test_grouped_heads_soft_caps_and_segments(devices):
     )(q, k, v), attend(q, k, v, mask, soft_cap=2.0)
 
   want = value(q, k, v)
-  other = (segments == 1)[..., None, None]
+  other = (segments == 2)[..., None, None]
   with rules.use(mesh_of(tensor=2, context=4), rules.RULES["fsdp_tensor"]):
     run = jax.jit(value).lower(q, k, v).compile(QUICK)
     got = run(q, k, v)
     changed = run(*(np.where(other, 9 * x + 1, x) for x in (q, k, v)))[1]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
-  kept = segments != 1
+  kept = segments != 2
   np.testing.assert_array_equal(np.asarray(got[1])[kept], np.asarray(changed)[kept])
   assert not np.allclose(np.asarray(got[1])[~kept], np.asarray(changed)[~kept])
 
