@@ -57,11 +57,13 @@ def get_config(arg: str = ""):
     check="mmjax.data.builders.emoji_scenes:check_caption",
     max_length=48,
   )
+  answers = dict(
+    kind="answers", source="emoji_scenes", check="mmjax.data.builders.emoji_scenes:check_answer"
+  )
   for split in ("validation", "test"):
     c.evaluation.evaluators[f"captions/{split}"] = dict(**captions, split=split)
     if arg != "captions":
-      answers = dict(kind="answers", source="emoji_scenes", split=split)
-      c.evaluation.evaluators[f"answers/{split}"] = answers
+      c.evaluation.evaluators[f"answers/{split}"] = dict(**answers, split=split)
   return c
 
 

@@ -22,13 +22,14 @@ from mmjax.data.builders.openmoji import key_of, png, sprite
 from mmjax.data.builders.scene_language import (
   COLOURS,
   captions,
+  check_answer,
   check_caption,
   dialogue,
   questions,
   relations,
 )
 
-__all__ = ["build", "check_caption", "make_record", "make_scene"]
+__all__ = ["build", "check_answer", "check_caption", "make_record", "make_scene"]
 
 VERSION = "1.0.0"
 SIZE, GRID = 64, 3

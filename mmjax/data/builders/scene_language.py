@@ -78,6 +78,26 @@ def check_caption(facts: Facts, caption: str) -> bool:
   return len(named) == len(objects)
 
 
+# How a question begins -> its kind in `questions`, the two of relations apart.
+_KINDS = {
+  "is there": "existence",
+  "how many": "count",
+  "where is": "position",
+  "what colour": "colour",
+  "which is bigger": "comparison",
+  "what does the sign": "reading",
+  "what is": "relation/what",
+}
+
+
+def check_answer(facts: Facts, question: str, answer: str, text: str) -> dict[str, bool]:
+  """{kind of the question: whether a text is its answer}."""
+  del facts
+  other = "size" if question.endswith("big or small?") else "relation/whether"
+  kind = next((kind for start, kind in _KINDS.items() if question.startswith(start)), other)
+  return {kind: text.strip().lower() == answer}
+
+
 def _find(objects: Sequence[Facts], phrase: str) -> tuple[int, bool] | None:
   """(index of the object that a phrase names, whether it tells all: a sign its text), or None:
   there is no such.

@@ -16,6 +16,7 @@ from mmjax.data.builders.emoji_scenes import (
   FONT,
   SIZE,
   TEXTS,
+  check_answer,
   check_caption,
   draw_sign,
   make_record,
@@ -168,8 +169,11 @@ def test_answers_and_dialogues_are_true(which):
   record = make_record(*which)
   facts = record["facts"]
   assert 6 <= len(record["questions"]) == len(facts["kinds"]) <= 11
-  for question, said in record["questions"]:
+  for kind, (question, said) in zip(facts["kinds"], record["questions"], strict=True):
     assert answer(facts, question) == said, question
+    ((judged, right),) = check_answer(facts, question, said, f" {said.upper()}").items()
+    assert judged.split("/")[0] == kind and right
+    assert not any(check_answer(facts, question, said, "none of it").values())
   (where, first), (_, second), *more = facts["dialogue"]
   place, name = where.removeprefix("what is in the ").rstrip("?"), first.split()[-1]
   one = next(o for o in facts["objects"] if o["name"] == name)
