@@ -84,11 +84,11 @@ def _check_sequences(c: dict) -> None:
         f"not go with {cannot}. Set it to 1"
       )
   talks = any(entry["text"] == "conversation" for entry in c["data"]["sources"].values())
-  if talks and model["both_ways"] == "prompt" and c["data"]["text"]["loss"] != "last":
+  if talks and model["both_ways"] == "prompt" and c["data"]["text"]["loss"] == "every":
     raise ConfigError(
       "model.both_ways='prompt' reads all before an answer as one prompt, but with data.text.loss="
-      f"{c['data']['text']['loss']!r} only what is before the first answer is learned so. Set the "
-      "loss to 'last', or both_ways to 'media'"
+      "'every' only what is before the first answer is learned so. Set the loss to 'each' or "
+      "'last', or both_ways to 'media'"
     )
   tiles = c["data"]["image"]["tiles"]
   if tiles["least"] > tiles["most"]:
@@ -444,7 +444,12 @@ def _check_optimizers(c: dict, groups: dict) -> None:
   pairs = {f"{owner}.rates": entry["rates"] for owner, entry in owners.items()}
   for path, rules in (pairs | {"init.map": c["init"]["map"]}).items():
     for pair in rules:
-      if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+      other = path == "init.map" and isinstance(pair, (tuple, list)) and len(pair) == 3
+      if other and not (pair[2] and isinstance(pair[2], str)):
+        raise ConfigError(f"init.map: {pair!r} names no checkpoint as its third item")
+      if other and not c["init"]["from"]:
+        raise ConfigError(f"init.map names {pair[2]}, but init.from is empty: name the main one")
+      if not isinstance(pair, (tuple, list)) or not (len(pair) == 2 or other):
         raise ConfigError(f"{path} must be ((regex, value), ...), not {pair!r}")
       _check_regex(path, pair[0])
 

@@ -453,8 +453,8 @@ KEYS = (
   Key(
     "data.text.loss",
     "every",
-    Literal["every", "last"],
-    "Of conversations: the assistant's turns that are learned.",
+    Literal["every", "last", "each"],
+    "Of conversations: the assistant's turns that are learned; each: as an example of its own.",
   ),
   Key(
     "data.sequence.length",
@@ -760,7 +760,8 @@ KEYS = (
     "init.map",
     ((".*", r"\g<0>"),),
     tuple,
-    "((regex of a parameter here, its name there or None for new), ...): the first match decides.",
+    "((regex of a parameter here, its name there or None for new[, a checkpoint of its own]), "
+    "...): the first match decides.",
   ),
   Key(
     "init.tokenizer",

@@ -5,7 +5,8 @@ what has no room is left out and counted, what cannot be read is named.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -134,10 +135,12 @@ def _talks(
 ) -> list[tuple[Piece | None, int, list[int]]]:
   """`_fitting` of each conversation of a record; those that cannot be used take no place."""
   found, shown = [], [0] * len(sequences.modalities)
-  for part in range(len(record.get("conversations") or [None])):
+  each = sequences.text.loss == "each"
+  for part, talk in enumerate(record.get("conversations") or [[]]):
     try:
-      found.append(_fitting(sequences, record, index, part, targets))
-      shown = np.add(shown, found[-1][2]).tolist()
+      for stop in _answers(talk) if each else [0]:
+        found.append(_fitting(sequences, record, index, part, targets, stop))
+        shown = np.add(shown, found[-1][2]).tolist()
     except UserError as error:
       broken.append(f"{record['id']}: {error}")
       found.append((Piece(index, part), 0, [0] * len(sequences.modalities)))
@@ -148,25 +151,30 @@ def _talks(
 
 
 def _fitting(
-  sequences: Sequences, record: Record, index: int, part: int, targets: list[int]
+  sequences: Sequences, record: Record, index: int, part: int, targets: list[int], stop: int
 ) -> tuple[Piece | None, int, list[int]]:
   """(a conversation as an example, its places, its media), cut after the last answer that fits a
   row; None and its places where not even the first does. Its target tokens go into `targets`.
+  stop: turns up to the one answer that is learned; 0 = all, which may be cut.
   """
-  parts = sequences.conversation(record, part)
+  parts = sequences.conversation(record, part, stop)
   talk = record["conversations"][part]
-  stop, whole = 0, sequences.size(parts)
+  one, whole = stop > 0, sequences.size(parts)
   while True:
     counts, size = sequences.slots_of(parts), sequences.size(parts)
     if size <= sequences.length and max(counts, default=0) <= sequences.slots:
       targets.append(sum(len(p.tokens) for p in parts if isinstance(p, Span) and p.target))
       return Piece(index, part, 0, stop), size, counts
-    answers = [n for n, turn in enumerate(talk[: stop or None], 1) if turn["role"] == "assistant"]
-    ends = [n for n in answers if n < (stop or len(talk))]
-    if not ends:
+    ends = [n for n in _answers(talk) if n < (stop or len(talk))]
+    if one or not ends:
       return None, whole, counts
     stop = ends[-1]
     parts = sequences.conversation(record, part, stop)
+
+
+def _answers(talk: Sequence[Mapping[str, Any]]) -> list[int]:
+  """After how many turns each answer of the assistant ends."""
+  return [n for n, turn in enumerate(talk, 1) if turn["role"] == "assistant"]
 
 
 def _tell_of_conversations(
@@ -183,9 +191,11 @@ def _tell_of_conversations(
       f"{source.name}: no conversation has a target: no turn of an assistant that fits "
       f"data.sequence.length {sequences.length}{why}"
     )
-  cut = sum(piece.stop > 0 for piece in pieces)
+  each = sequences.text.loss == "each"
+  cut = 0 if each else sum(piece.stop > 0 for piece in pieces)
   lines = [
-    f"{source.name}: {len(targets):,} conversations, {np.mean(targets):.1f} target tokens each "
+    f"{source.name}: {len(targets):,} {'answers' if each else 'conversations'}, "
+    f"{np.mean(targets):.1f} target tokens each "
     f"(from {min(targets):,} to {max(targets):,})"
   ]
   if cut:
@@ -231,16 +241,16 @@ def table(sequences: Sequences, source: Source, packed: bool, seed: int) -> list
 
 def prompts(sequences: Sequences, source: Source) -> list[Piece]:
   """The prompts of an epoch that a model answers itself: all questions, or the end of every
-  conversation. Those that leave no room for an answer are left out and counted, with a line on
-  stderr; a record that cannot be read is one that fits. Raises UserError: none fits.
+  conversation, or (data.text.loss "each") each answer of it. Those that leave no room for an answer
+  are left out and counted, with a line on stderr; a record that cannot be read is one that fits.
+  Raises UserError: none fits.
   """
   pieces: list[Piece] = []
   sizes: list[int] = []
   long: list[int] = []
   broken: list[str] = []
-  kind = "questions" if source.text == "question" else "conversations"
   for index in range(len(source)):
-    for piece in (Piece(index, part) for part in range(_count(source, index, kind))):
+    for piece in _asked(sequences, source, index):
       try:
         parts = sequences.before_answer(source[index], source, piece)
       except UserError as error:
@@ -276,21 +286,37 @@ def prompts(sequences: Sequences, source: Source) -> list[Piece]:
   return pieces
 
 
+def _asked(sequences: Sequences, source: Source, index: int) -> list[Piece]:
+  """The prompts of a record; one where it has none, or is broken."""
+  if source.text == "question":
+    return [Piece(index, part) for part in range(_count(source, index))]
+  try:
+    talks = source[index].get("conversations") or [[]]
+  except UserError:
+    talks = [[]]
+  each = sequences.text.loss == "each"
+  return [
+    Piece(index, part, 0, stop)
+    for part, talk in enumerate(talks)
+    for stop in (each and _answers(talk)) or [0]
+  ]
+
+
 def in_order(sequences: Sequences, source: Source) -> list[Piece]:
   """The examples of an evaluation, in the order of the records; every question of each."""
   if source.text in ("document", "conversation", "preference"):
     return examples(sequences, source)[0]
   pieces = []
   for index in range(len(source)):
-    count = _count(source, index, "questions") if source.text == "question" else 1
+    count = _count(source, index) if source.text == "question" else 1
     pieces += [Piece(index, part) for part in range(count)]
   return pieces
 
 
-def _count(source: Source, index: int, kind: str) -> int:
-  """How many "questions" or "conversations" a record has; 1 where it has none, or is broken."""
+def _count(source: Source, index: int) -> int:
+  """How many questions a record has; 1 where it has none, or is broken."""
   try:
-    return len(source[index].get(kind) or ()) or 1
+    return len(source[index].get("questions") or ()) or 1
   except UserError:
     return 1
 

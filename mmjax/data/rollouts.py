@@ -46,9 +46,9 @@ def rollout_spec(entry: Mapping[str, Any], length: int) -> dict[str, Any]:
   return {"rollout": arrays}
 
 
-def asked_of(record: Record, text: str, part: int) -> Asked:
-  """The `part`-th question of a record, or the last answer of its `part`-th conversation. Raises
-  UserError: there is none.
+def asked_of(record: Record, text: str, part: int, stop: int = 0) -> Asked:
+  """The `part`-th question of a record, or the last answer of its `part`-th conversation up to turn
+  `stop` (0 = all of it). Raises UserError: there is none.
   """
   facts = record.get("facts") or {}
   if text == "question":
@@ -57,17 +57,17 @@ def asked_of(record: Record, text: str, part: int) -> Asked:
       raise UserError("it has no questions")
     question, answer = pairs[part]
     return Asked(question, answer, facts)
-  turns, last = answered(record, part)
+  turns, last = answered(record, part, stop)
   user = [turn["content"] for turn in turns[:last] if turn["role"] == "user"]
   return Asked(user[-1] if user else "", turns[last]["content"], facts)
 
 
-def answered(record: Record, part: int) -> tuple[list[Mapping[str, Any]], int]:
-  """(the turns of the `part`-th conversation of a record, which of them is the assistant's last).
-  Raises UserError: there is none.
+def answered(record: Record, part: int, stop: int = 0) -> tuple[list[Mapping[str, Any]], int]:
+  """(the turns of the `part`-th conversation of a record, the first `stop` or all; which of them is
+  the assistant's last). Raises UserError: there is none.
   """
   talks = record.get("conversations") or []
-  turns = list(talks[part]) if part < len(talks) else []
+  turns = list(talks[part])[: stop or None] if part < len(talks) else []
   answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
   if not answers:
     raise UserError("it has no conversation with an answer")

@@ -276,16 +276,16 @@ class Sequences:
 
   def before_answer(self, record: Record, source: Source, piece: Piece) -> list[Span | Medium]:
     """A prompt that the model answers itself while it trains. Raises UserError: there is none."""
-    asked_of(record, source.text, piece.part)
+    asked_of(record, source.text, piece.part, piece.stop)
     if source.text == "question":
       return self.prompt(record, source, piece)
-    turns, last = answered(record, piece.part)
+    turns, last = answered(record, piece.part, piece.stop)
     return self.turns(record, turns[:last], prompt=True)
 
   def asked(self, source: Source, piece: Piece) -> Asked | None:
     """The question of such a prompt, its answer and facts; None = it cannot be read."""
     try:
-      return asked_of(source[piece.record], source.text, piece.part)
+      return asked_of(source[piece.record], source.text, piece.part, piece.stop)
     except UserError:
       return None
 

@@ -121,7 +121,8 @@ class ChatTemplate:
 
     messages: [{"role": "system", "user", "assistant" or "tool", "content": text or a list of
     {"type": "text", "text": ...}, {"type": "image"}, "audio", "video", "series"}]. Target spans are
-    what the assistant writes in `every` turn or the `last`, with the token that ends the turn.
+    what the assistant writes, with the token that ends the turn: loss "every", of every turn, else
+    of the last ("last"; "each": the conversation up to each of its answers is an example).
     add_generation_prompt: the prompt of the assistant's next turn comes after them. Medium.number
     counts the media of a modality. Raises UserError: turns out of order, an empty one, a template
     that fails, leaves out a turn or does not end one.
@@ -134,7 +135,7 @@ class ChatTemplate:
     targets = [False] * len(bits)
     for turn in spoken:
       bits, targets = self._with_target(messages, bits, targets, turn, tokenizer)
-    if loss == "last" and spoken:
+    if loss != "every" and spoken:
       last = _of_turn(bits, spoken[-1])[0]
       while last and targets[last - 1]:
         last -= 1

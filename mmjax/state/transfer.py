@@ -2,8 +2,9 @@
 happened to each.
 
 Rules are ((regex of a name here, the name there or None), ...); the first that matches a name
-decides. The name there may use groups of the regex (r"\\1"); None leaves the new parameter as it
-was initialised. Nothing is dropped or filled in silently:
+decides. Those of init.map may name a checkpoint of their own as a third item (`rules_of`). The name
+there may use groups of the regex (r"\\1"); None leaves the new parameter as it was initialised.
+Nothing is dropped or filled in silently:
 a name that no rule covers, one that the checkpoint lacks, and shapes that differ are errors.
 Exceptions, each in the report:
 
@@ -115,6 +116,32 @@ def _taken(
   return map_named(lambda name, _: values[name], tree), lines["loaded"] + lines["resized"] + lines[
     "new"
   ] + left
+
+
+def others_of(rules: tuple) -> tuple[str, ...]:
+  """The checkpoints that rules of init.map name besides init.from, each once."""
+  return tuple(dict.fromkeys(rule[2] for rule in rules if len(rule) == 3))
+
+
+def rules_of(checkpoint: str, rules: tuple) -> tuple[tuple[str, str | None], ...]:
+  """The rules of init.map as they are for one checkpoint ("" = init.from): what comes from another
+  one is not loaded.
+  """
+  names = [rule[2] if len(rule) == 3 else "" for rule in rules]
+  return tuple(
+    (rule[0], rule[1] if name == checkpoint else None)
+    for rule, name in zip(rules, names, strict=True)
+  )
+
+
+def merged(lines: list[str], more: list[str], checkpoint: str) -> list[str]:
+  """The report of a start, with that of a further checkpoint: nothing is new that one of them had.
+  What the further one has left is not said: it was asked for some of its parameters.
+  """
+  found = [line for line in more if line.startswith(("loaded ", "resized "))]
+  known = {line.split()[1] for line in found}
+  kept = [line for line in lines if not (line.startswith("new ") and line.split()[1] in known)]
+  return [*(f"{line} of {checkpoint}" for line in found), *kept]
 
 
 def origin(name: str, rules: tuple, there: Mapping[str, Any]) -> str | None:

@@ -34,7 +34,7 @@ from mmjax.state import adapters, checkpoint, schedule
 from mmjax.state.optimizer import axes_by_name
 from mmjax.state.paths import by_name, map_named
 from mmjax.state.train_state import TrainState
-from mmjax.state.transfer import origin
+from mmjax.state.transfer import merged, origin, others_of, rules_of
 from mmjax.training.metrics import import_wandb, log
 from mmjax.training.program import Program
 from mmjax.training.statistics import with_statistics
@@ -191,8 +191,13 @@ def new_state(
     plain = plain_params(config, program, state.params)
     source = checkpoint.load_params(folder)
     params, model_state, lines = checkpoint.restore_into(
-      plain, folder, rules, state.model_state, source
+      plain, folder, rules_of("", rules), state.model_state, source
     )
+    for other in others_of(rules):
+      params, model_state, more = checkpoint.restore_into(
+        params, other, rules_of(other, rules), model_state
+      )
+      lines = merged(lines, more, other)
     if config.lora.base != "float32":
       for name, x in by_name(params).items():
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -207,7 +212,7 @@ def new_state(
   if saver and config.lora.params:
     shares = program.optimizer.shares
     shares = {adapters.plain_name(name): share for name, share in shares.items()}
-    saver.base = adapters.find_base(folder, source, plain, rules, shares)
+    saver.base = adapters.find_base(folder, source, plain, rules_of("", rules), shares)
   return state
 
 
@@ -253,28 +258,33 @@ def check_position(
 
 
 def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
-  """Rules for init.map that leave new what belongs to single tokens, where init.from was trained
+  """Rules for init.map that leave new what belongs to single tokens, where a checkpoint was trained
   with another tokenizer and init.tokenizer is "new"; () where the tokenizer is the checkpoint's, or
   nothing of that kind is loaded. Raises ConfigError: it is another one, and init.tokenizer is
   "same".
   """
-  folder = config.init["from"]
-  assets = checkpoint.load_assets(folder)
-  if not config.data.text.tokenizer or not Tokenizer.is_among(assets):
-    return ()
-  if Tokenizer.from_assets(assets).fingerprint == load_tokenizer(config.data).fingerprint:
+  if not config.data.text.tokenizer:
     return ()
   of_tokens = [name for name, axes in axes_by_name(program.axes).items() if "vocab" in axes]
-  there = checkpoint.names_and_shapes(folder)
-  loaded = [name for name in of_tokens if origin(name, config.init.map, there)]
-  if not loaded or config.init.tokenizer == "new":
-    return tuple((re.escape(name), None) for name in loaded)
-  raise configs.ConfigError(
-    f"data.text.tokenizer is {config.data.text.tokenizer!r}, but init.from {folder} was trained "
-    f"with another one: the embeddings that would be loaded ({', '.join(loaded)}) stand for other "
-    "pieces. Use its tokenizer (`mmjax init --from` does), or set init.tokenizer='new' to leave "
-    "them new"
-  )
+  new: list[tuple[str, None]] = []
+  for other in ("", *others_of(config.init.map)):
+    folder, rules = other or config.init["from"], rules_of(other, config.init.map)
+    assets = checkpoint.load_assets(folder)
+    if not Tokenizer.is_among(assets):
+      continue
+    if Tokenizer.from_assets(assets).fingerprint == load_tokenizer(config.data).fingerprint:
+      continue
+    there = checkpoint.names_and_shapes(folder)
+    loaded = [name for name in of_tokens if origin(name, rules, there)]
+    if loaded and config.init.tokenizer != "new":
+      raise configs.ConfigError(
+        f"data.text.tokenizer is {config.data.text.tokenizer!r}, but init.from {folder} was "
+        f"trained with another one: the embeddings that would be loaded ({', '.join(loaded)}) "
+        "stand for other pieces. Use its tokenizer (`mmjax init --from` does), or set "
+        "init.tokenizer='new' to leave them new"
+      )
+    new += [(re.escape(name), None) for name in loaded]
+  return tuple(new)
 
 
 def inference_assets(config, pipeline: Pipeline) -> dict[str, bytes]:

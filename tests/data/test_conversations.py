@@ -118,6 +118,38 @@ def test_targets_are_the_assistants_turns_and_media_stand_in_theirs(chat):
         assert np.abs(seen.astype(int) - transform(data)).mean() < 15
 
 
+def test_each_answer_is_an_example_of_its_own(chat, capfd):
+  """With all before it as its prompt, as the last answer of a conversation that ends there."""
+  c = resolved(chat, **{"data.text.loss": "each"})
+  tokenizer, pipeline = load_tokenizer(c.data), Pipeline(c)
+  wanted = [t["content"] for talk in TALKS for t in talk if t["role"] == "assistant"]
+  assert f"chat: {len(wanted)} answers, " in capfd.readouterr().err
+  found, step = [], 0
+  while len(found) < len(wanted):
+    batch = pipeline.batch(step)
+    found += [tokenizer.decode(targets[:-1]) for targets, _ in examples_of(batch)]
+    step += 1
+  assert set(found) == set(wanted)
+  assert sum(len(row) for row in pipeline.tables[0]) == len(wanted)
+  sequences = pipeline._examples.sequences
+  for row in pipeline.tables[0]:
+    for piece in row:
+      record = pipeline.sources[0][piece.record]
+      parts = sequences.parts(record, pipeline.sources[0], piece, None)
+      talk = record["conversations"][max(piece.part, 0)][: piece.stop]
+      assert parts == sequences.turns(record, talk, loss="last")
+  sizes = [
+    sequences.size(sequences.parts(pipeline.sources[0][p.record], pipeline.sources[0], p, None))
+    for row in pipeline.tables[0]
+    for p in row
+  ]
+  few = resolved(chat, length=sorted(sizes)[3], **{"data.text.loss": "each"})
+  kept = len([piece for row in Pipeline(few).tables[0] for piece in row])
+  said = capfd.readouterr().err
+  assert 0 < kept < len(wanted) and f"{kept} answers, " in said
+  assert f"{len(wanted) - kept} of " in said and "left out" in said
+
+
 def test_what_does_not_fit_loses_whole_exchanges_and_is_counted(chat, capfd):
   whole = Pipeline(resolved(chat, **{"data.sequence.pack": False}))
   assert "chat: 5 conversations, " in capfd.readouterr().err

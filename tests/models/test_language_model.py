@@ -360,10 +360,11 @@ def test_a_model_that_reads_all_before_an_answer_as_one_prompt_learns_last_answe
   c.data.sequence.length = 16
   c.model = dict(name="language_model", width=32, heads=4, both_ways="prompt")
   c.objectives.words = dict(kind="language_modelling")
-  with pytest.raises(configs.ConfigError, match="Set the loss to 'last', or both_ways to 'media'"):
+  with pytest.raises(configs.ConfigError, match="'each' or 'last', or both_ways to 'media'"):
     configs.resolve(c, special_tokens=SPECIAL)
-  c.data.text.loss = "last"
-  configs.resolve(c, special_tokens=SPECIAL)
+  for loss in ("last", "each"):
+    c.data.text.loss = loss
+    configs.resolve(c, special_tokens=SPECIAL)
 
 
 @pytest.mark.parametrize(

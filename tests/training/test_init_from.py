@@ -18,6 +18,7 @@ from mmjax.data.text import train_tokenizer
 from mmjax.interop.huggingface import import_hf
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.state import checkpoint
+from mmjax.state.paths import by_name
 from mmjax.training import loop, start
 from mmjax.training.program import Program
 from tests.data.conftest import COLOURS, record
@@ -129,3 +130,29 @@ def test_another_tokenizer_under_loaded_embeddings_is_refused_unless_asked_for(t
   # a text tower that starts anew may have any tokenizer
   anew = {"init.map": (("text.*", None), (".*", r"\g<0>"))}
   assert start.new_embeddings(*fine_tuned(saved, other, **anew)) == ()
+
+
+def test_parts_come_from_several_checkpoints(tmp_path):
+  """The picture tower of one and the rest of another, as a language model of two imports is
+  begun."""
+  first, second = tiny.save(tiny.config(), tmp_path), tmp_path / "second"
+  found = checkpoint.load_assets(first)
+  checkpoint.save_import(str(second), tiny.random_params(tiny.config(), 1), tiny.config(), found)
+  rules = ((r"image/.*", r"\g<0>", str(second)), (r".*", r"\g<0>"))
+  tokenizer = tmp_path / "tiny.model"
+  config, program = fine_tuned(first, tokenizer, **{"init.map": rules})
+  lines: list[str] = []
+  params = by_name(start.new_state(config, program, log=lines.append).params)
+  of = {"image": by_name(checkpoint.load_params(second))}
+  rest = by_name(checkpoint.load_params(first))
+  for name, value in params.items():
+    there = of.get(name.split("/")[0], rest)
+    np.testing.assert_array_equal(value, there[name])
+  assert any(line == f"loaded image/patch/kernel of {second}" for line in lines), lines
+  assert not any(line.startswith("new ") for line in lines)
+  assert any(not np.array_equal(of["image"][name], rest[name]) for name in rest)
+  nobody = ((r"image/.*", r"\g<0>", ""), (r".*", r"\g<0>"))
+  with pytest.raises(configs.ConfigError, match="names no checkpoint as its third item"):
+    fine_tuned(first, tokenizer, **{"init.map": nobody})
+  with pytest.raises(configs.ConfigError, match="init.map names .*, but init.from is empty"):
+    fine_tuned("", tokenizer, **{"init.map": rules})

@@ -127,6 +127,23 @@ def test_every_question_is_asked_once_an_epoch_and_conversations_at_their_end(ho
     assert text.endswith(f"{again} assistant:")
 
 
+def test_every_answer_of_a_conversation_is_asked_for_where_each_is_learned(home):
+  of_talks = ("data.sources.words.name=talks", "data.sources.words.text=conversation")
+  given = ("data.text.template=plain", "data.sequence.length=120", "data.text.loss=each")
+  pipeline = Pipeline(config(home, *of_talks, *given, "train.batch_size=32"))
+  asked, tokens = pipeline.asked(0), pipeline.batch(0)["sequence"]
+  want = sorted((q, a, n) for n in range(16) for q, a in questions(n))
+  assert pipeline.examples == 32
+  assert sorted((q, a, facts["n"]) for q, a, facts in asked) == want
+  tokenizer = load_tokenizer(config(home).data)
+  for row, (question, _, facts) in enumerate(asked):
+    text = tokenizer.decode(tokens["tokens"][row, : tokens["length"][row]].tolist())
+    assert text.endswith(f"{question} assistant:")
+    (first, _), (last, _) = questions(facts["n"])
+    turn = [first, last].index(question) + 1
+    assert text.count("user:") == turn or (first == last and text.count("user:") == 2)
+
+
 def test_advantages_are_those_within_a_group():
   rewards = np.random.default_rng(0).choice([0.0, 0.1, 1.0, 1.1], (50, 3))
   rewards[0], rewards[1] = 0.1, [0.3, 0.1 + 0.2, 0.3]

@@ -7,6 +7,7 @@ of twelve, to the left, to the right, up or down.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TO = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
 EMOJI = 40  # the first of moving_emoji's
 SPLITS = {"train": 6000, "validation": 200, "test": 500}
+_MOVE = re.compile(r"at ([0-9.]+) seconds the (.+) moves (.+?)")
 SMALL, LARGE, SHORTEST = 13, 17, 6  # pixels: of an emoji, from small to below large; of a move
 
 CARD = """\
@@ -99,17 +101,22 @@ def make_record(split: str, number: int, emoji: Catalogue, known: list[str]) -> 
     objects.append(dict(emoji=stem(one), name=name, way=way, start=start / FRAMES_A_SECOND))
   frames = draw(tracks, [find_picture(emoji.pictures[one]) for one in chosen], background)
   asked = questions(objects, rng)
-  moves = (f"at {o['start']:g} seconds the {o['name']} moves {TO[o['way']]}" for o in objects)
   return {
     "id": f"{split}-{number:05d}",
     "image": None,
-    "captions": {"en": [", then ".join(moves)]},
+    "captions": {"en": [caption_of(objects)]},
     "label": "",
     "image_key": key_of(frames.tobytes()),
     "video": to_video(frames, FRAMES_A_SECOND),
     "questions": [(question, answer) for _, question, answer in asked],
     "facts": dict(objects=objects, kinds=[kind for kind, _, _ in asked], background=background),
   }
+
+
+def caption_of(objects: list[dict[str, Any]]) -> str:
+  """The caption of objects in the order of their moves."""
+  moves = (f"at {o['start']:g} seconds the {o['name']} moves {TO[o['way']]}" for o in objects)
+  return ", then ".join(moves)
 
 
 def questions(
@@ -130,6 +137,18 @@ def questions(
     ("when", f"at which second does the {o['name']} start to move?", f"{o['start']:g}")
     for o in objects
   ]
+
+
+def check_caption(facts: dict[str, Any], text: str) -> dict[str, bool]:
+  """Whether a caption is right: {"right": all of it, "names", "ways", "starts"}."""
+  moves = [_MOVE.fullmatch(move) for move in text.strip().lower().split(", then ")]
+  said = [move.groups() if move else ("", "", "") for move in moves]
+  wanted = [(f"{o['start']:g}", o["name"], TO[o["way"]]) for o in facts["objects"]]
+  found = {
+    name: [one[place] for one in said] == [one[place] for one in wanted]
+    for place, name in enumerate(("starts", "names", "ways"))
+  }
+  return {"right": all(found.values()), **found}
 
 
 def check_answer(facts: dict[str, Any], question: str, answer: str, text: str) -> dict[str, bool]:

@@ -22,8 +22,9 @@ from mmjax.data.builders.openmoji import key_of
 from mmjax.data.builders.speech import RATE, Voice, speak, to_flac
 from mmjax.data.builders.spoken_emoji import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
 
-VERSION = "1.0.0"
-SPLITS = {"train": 7000, "validation": 300, "test": 600}
+VERSION = "1.1.0"
+SPLITS = {"train": 10_000, "validation": 300, "test": 600}
+HEARD = "what is asked?"  # of a record, besides the spoken question itself, which is ""
 
 CARD = """\
 # spoken_questions
@@ -38,9 +39,10 @@ Made by `mmjax data build spoken_questions` from the Python packages `espeakng-l
   pixels and arranged. What is made from them must name OpenMoji and be shared alike. espeak-ng is
   GPL-3; it is called as a separate library, and the sound that it makes is not covered by its
   licence.
-- Fields: `id`, `image` (PNG), `audio` (FLAC: the question), `captions` (the question and its
-  answer), `label` (empty), `image_key` (hash of the pixels), `facts`: those of the scene, and
-  `kind`, `question`, `answer`, `voice`, `speed` in words a minute, `pitch`, `seconds`.
+- Fields: `id`, `image` (PNG), `audio` (FLAC: the question), `captions` (the question as text),
+  `questions` (two: none in text, with the answer to the spoken one; "{heard}", with that),
+  `label` (empty), `image_key` (hash of the pixels), `facts`: those of the scene, and `kind`,
+  `question`, `answer`, `voice`, `speed` in words a minute, `pitch`, `seconds`.
 - Splits: {splits}. They share no arrangement of a scene and no variant of a voice; speed and pitch
   vary in `train`.
 - Test voices: {test_voices}. Report each voice by itself: some are hard.
@@ -53,13 +55,13 @@ def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   a package is missing or another version.
   """
   voices = ", ".join(voice.name for voice in TEST_VOICES)
-  card = CARD.format(voices=len(TRAIN_VOICES), test_voices=voices, splits="{splits}")
+  card = CARD.format(voices=len(TRAIN_VOICES), test_voices=voices, heard=HEARD, splits="{splits}")
   return emoji_scenes.build_scenes(
     "spoken_questions",
     VERSION,
     SPLITS,
     make_record,
-    ("image", "audio", "facts"),
+    ("image", "audio", "questions", "facts"),
     card,
     data_dir,
     log,
@@ -89,7 +91,8 @@ def make_record(split: str, number: int) -> Record:
     "id": f"{scene['id']}-{voice.name}",
     "image": scene["image"],
     "audio": to_flac(samples),
-    "captions": {"en": [f"{question} {answer}"]},
+    "captions": {"en": [question]},
+    "questions": [("", answer), (HEARD, question)],
     "label": "",
     "image_key": scene["image_key"],
     "facts": facts,
@@ -105,12 +108,12 @@ def choose_voice(split: str, number: int, rng: np.random.Generator) -> Voice:
   return voices[number % len(voices)]
 
 
-def check_answer(facts: dict[str, Any], text: str) -> dict[str, bool]:
-  """Whether a text, a question and what is said to it, has the question that was spoken and its
-  answer: {"question", "answer"}.
+def check_answer(facts: dict[str, Any], question: str, answer: str, text: str) -> dict[str, bool]:
+  """Whether a text is what was asked ("heard"), or answers it ("answer", and of its kind and
+  voice).
   """
-  question, _, answer = text.strip().lower().rpartition("?")
-  return {
-    "question": f"{question.strip()}?" == facts["question"],
-    "answer": answer.strip() == facts["answer"],
-  }
+  if question == HEARD:
+    return {"heard": " ".join(text.lower().split()) == answer}
+  right = emoji_scenes.check_answer(facts, facts["question"], answer, text)
+  (kind, correct), *_ = right.items()
+  return {"answer": correct, f"answer to {kind}": correct, f"answer to {facts['voice']}": correct}
