@@ -1,5 +1,5 @@
 """Dialogues about scenes, in which later questions refer back: tuned on conversations, then by
-judged answers (DPO).
+judged answers (DPO); or half as long, then by rewards of its own answers (GRPO).
 
 mmjax data build emoji_scenes
 mmjax data build scene_dialogues
@@ -11,6 +11,8 @@ mmjax train --config configs/scene_answers.py:captions --workdir runs/scene_answ
 mmjax train --config configs/scene_answers.py --workdir runs/scene_answers
 mmjax train --config configs/chat_scenes.py --workdir runs/chat_scenes
 mmjax train --config configs/chat_scenes.py:dpo --workdir runs/chat_scenes_dpo
+mmjax train --config configs/chat_scenes.py:half --workdir runs/chat_scenes_half
+mmjax train --config configs/chat_scenes.py:grpo --workdir runs/chat_scenes_grpo
 """
 
 import scene_answers
@@ -25,14 +27,19 @@ TEMPLATE = """\
 
 
 def get_config(arg: str = ""):
-  """arg: "" for conversations, "dpo" for judged answers after them."""
+  """arg: "" for conversations, "dpo" for judged answers after them; "half" for fewer steps, "grpo"
+  for rewards after these.
+  """
   c = scene_answers.scenes()
-  c.model.both_ways = "media"  # what was said before is not read anew with every question
   c.data.text.template = TEMPLATE
+  c.data.text.loss = "each"  # a question is read with all that was said before
   if arg == "dpo":
     learn_from_judged_answers(c)
+  elif arg == "grpo":
+    learn_from_rewards(c)
   else:
     learn_from_conversations(c)
+    c.train.steps = 250 if arg == "half" else 2000
   for split in ("validation", "test"):
     dialogue = dict(
       kind="dialogue", source="scene_dialogues", split=split, limit=250, max_length=32
@@ -46,16 +53,15 @@ def get_config(arg: str = ""):
 def learn_from_conversations(c) -> None:
   """Of captions too, which name all that is there."""
   c.init["from"] = "runs/scene_answers"
-  c.train.steps = 1000
-  c.train.batch_size = 12  # rows, of up to six pictures each
+  c.train.batch_size = 16  # rows, of up to four pictures each
   c.data.sources.dialogues = dict(
-    name="scene_dialogues", text="conversation", cache=True, weight=0.65
+    name="scene_dialogues", text="conversation", cache=True, weight=0.7
   )
   c.data.sources.captions = dict(
-    name="emoji_scenes", text="caption", captions=1, cache=True, weight=0.35
+    name="emoji_scenes", text="caption", captions=1, cache=True, weight=0.3
   )
-  c.data.sequence.length = 384
-  c.data.sequence.slots = 6
+  c.data.sequence.length = 224
+  c.data.sequence.slots = 4
   c.objectives.text = dict(kind="language_modelling")
   c.optimizer = dict(
     name="muon", lr=6e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
@@ -73,4 +79,17 @@ def learn_from_judged_answers(c) -> None:
   c.data.sequence.slots = 4
   c.objectives.judged = dict(kind="preference", form="dpo", beta=0.1)
   c.optimizer = dict(name="adamw", lr=3e-5, b2=0.98)
+  c.schedule = dict(name="cosine", warmup="5%", final=0.01)
+
+
+def learn_from_rewards(c) -> None:
+  c.init["from"] = "runs/chat_scenes_half"
+  c.train.steps = 300
+  c.train.batch_size = 16  # prompts, with eight answers each
+  c.data.sources.dialogues = dict(name="scene_dialogues", text="conversation", cache=True)
+  c.data.sequence.length = 128
+  c.data.sequence.slots = 1
+  c.objectives.reward = dict(kind="grpo", answers=8, max_length=10, exact=1.0)
+  c.optimizer = dict(name="adamw", lr=1e-4, b2=0.98)
+  c.optimizer.rates = ((r"image/.*", 0.0),)
   c.schedule = dict(name="cosine", warmup="5%", final=0.01)

@@ -208,7 +208,8 @@ def _talk(
         for turn in turns
       ]
     else:
-      parts = sequences.turns(record, turns, loss="last" if judged else "")
+      each = "every" if sequences.text.loss == "each" else ""  # all are learned, one by one
+      parts = sequences.turns(record, turns, loss="last" if judged else each)
       pieces = sequences.readable(parts)
   except UserError as error:
     return _framed(_fault(error))

@@ -23,6 +23,7 @@ from mmjax.data.builders import (
   scene_dialogues,
   scene_preferences,
   spoken_commands,
+  spoken_dialogues,
   spoken_emoji,
   spoken_questions,
 )
@@ -35,7 +36,7 @@ CLIPS = {"train": (30, 4), "validation": (10, 1), "test": (20, 1), "test_objects
 QUESTIONS = {"train": 1200, "validation": 20, "test": 80}  # pictures, with some ten questions each
 TWO_MOVES = {"train": 120, "validation": 10, "test": 20}  # clips of clip_questions
 TALKS = {"train": 120, "validation": 12, "test": 12}  # of scene_dialogues, scene_preferences
-SPOKEN = {"train": 120, "validation": 12, "test": 12}  # of spoken_questions
+SPOKEN = {"train": 120, "validation": 12, "test": 12}  # of spoken_questions, spoken_dialogues
 COMMANDS = {"train": 1, "validation": 1, "test": 1}  # times that a voice says a word
 MODULES = 30  # of the standard library, whose docstrings python_topics has
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
@@ -79,6 +80,7 @@ def smaller() -> Iterator[None]:
     mock.patch.object(spoken_emoji, "plan", few_utterances),
     mock.patch.object(spoken_commands, "TIMES", COMMANDS),
     mock.patch.object(spoken_questions, "SPLITS", SPOKEN),
+    mock.patch.object(spoken_dialogues, "SPLITS", SPOKEN),
     mock.patch.object(clip_questions, "SPLITS", TWO_MOVES),
     mock.patch.object(
       python_topics, "docstrings", lambda library: itertools.islice(docstrings(library), MODULES)

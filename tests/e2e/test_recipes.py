@@ -153,7 +153,15 @@ MADE_OF_OTHERS = {
   "speech_commands",
 }
 # Language models: in full with --all, by tests of their own where one starts from another.
-LANGUAGE_MODELS = ("chat_scenes", "chat_scenes:dpo", "scene_answers", "words")
+LANGUAGE_MODELS = (
+  "chat_scenes",
+  "chat_scenes:dpo",
+  "chat_voices",
+  "scene_answers",
+  "voice_answers",
+  "voice_answers:hearing",
+  "words",
+)
 BESIDE = {
   "speech_recognition": ("speech_text",)
 }  # shortened, it takes the tokenizer of that recipe
@@ -397,7 +405,9 @@ def test_words_are_predicted_better_than_by_ngrams_and_gzip(embedded_data, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*(row[0] for row in SHORT), "emoji_gan", *LANGUAGE_MODELS])
+@pytest.mark.parametrize(
+  "recipe", [*(row[0] for row in SHORT), "emoji_gan", "chat_scenes:grpo", *LANGUAGE_MODELS]
+)
 def test_a_killed_run_goes_on_bit_for_bit(recipe, small, tmp_path, monkeypatch):
   monkeypatch.setenv("MMJAX_DATA", str(small(recipe)))
   words = (
@@ -412,6 +422,7 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, small, tmp_path, monkeypatch):
     "--config.schedule.warmup=1",
     "--config.log.tensorboard=False",
     "--config.init.from=",
+    "--config.init.map=(('.*', r'\\g<0>'),)",
   )
   run(*words, "--workdir", str(tmp_path / "whole"))
   process = start(*words, "--workdir", str(tmp_path / "killed"))

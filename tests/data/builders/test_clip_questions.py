@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from mmjax.data.builders import clip_questions
-from mmjax.data.builders.clip_questions import FRAMES_A_SECOND, WAYS, check_answer, make_record
+from mmjax.data.builders.clip_questions import (
+  FRAMES_A_SECOND,
+  WAYS,
+  caption_of,
+  check_answer,
+  check_caption,
+  make_record,
+)
 from mmjax.data.builders.moving_emoji import choose
 from tests.data.builders.test_moving_emoji import decode
 
@@ -59,3 +66,22 @@ def test_a_time_may_be_a_frame_off_and_other_answers_may_not():
     "first": False
   }
   assert check_answer({}, "what moves to the left?", "dog", "a dog") == {"what": False}
+
+
+def test_a_caption_is_judged_by_its_parts():
+  moves = [dict(name="red apple", way="left", start=0.5), dict(name="cat", way="up", start=1.75)]
+  said = caption_of(moves)
+  assert (
+    said == "at 0.5 seconds the red apple moves to the left, then at 1.75 seconds the cat moves up"
+  )
+  for text, starts, names, ways in (
+    (said.upper(), True, True, True),
+    (said.replace("cat", "dog"), True, False, True),
+    (said.replace("0.5", "1"), False, True, True),
+    (said.replace("up", "down"), True, True, False),
+    (said.partition(",")[0], False, False, False),
+    ("a cat and an apple", False, False, False),
+  ):
+    right = starts and names and ways
+    want = dict(right=right, starts=starts, names=names, ways=ways)
+    assert check_caption(dict(objects=moves), text) == want, text

@@ -1,0 +1,59 @@
+"""Dialogues about scenes whose questions are spoken, by voices that were never heard: the model of
+voice_answers tuned on spoken and written conversations.
+
+mmjax data build emoji_scenes
+mmjax data build spoken_questions
+mmjax data build scene_dialogues
+mmjax data build spoken_dialogues
+mmjax data tokenizer --source emoji_scenes --name emoji_scenes --vocab-size 640
+mmjax data tokenizer --source emoji_scenes --name scenes --vocab-size 1024 --model bpe --answers
+mmjax train --config configs/scene_captions.py --workdir runs/scene_captions
+mmjax train --config configs/scene_answers.py:captions --workdir runs/scene_answers_captions
+mmjax train --config configs/scene_answers.py --workdir runs/scene_answers
+mmjax train --config configs/voice_answers.py:hearing --workdir runs/voice_hearing
+mmjax train --config configs/voice_answers.py --workdir runs/voice_answers
+mmjax train --config configs/chat_voices.py --workdir runs/chat_voices
+"""
+
+import chat_scenes
+import voice_answers
+
+
+def get_config(arg: str = ""):
+  c = voice_answers.scenes()
+  c.init["from"] = "runs/voice_answers"
+  c.train.steps = 1000
+  c.train.batch_size = 12  # rows, of up to eight sounds each
+  c.data.mix = "steps"
+  c.data.sources.spoken = dict(
+    name="spoken_dialogues", text="conversation", cache=True, weight=0.65
+  )
+  c.data.sources.dialogues = dict(
+    name="scene_dialogues", text="conversation", cache=True, weight=0.35
+  )
+  c.data.text.template = chat_scenes.TEMPLATE
+  c.data.text.loss = "each"
+  c.data.sequence.length = 240
+  c.data.sequence.slots = 8
+  c.objectives.text = dict(kind="language_modelling")
+  c.optimizer = dict(
+    name="muon",
+    lr=6e-3,
+    adam_rate=0.22,
+    b2=0.98,
+    weight_decay=0.1,
+    decay=r".*/kernel",
+    clip=0.0,
+    moments="source",
+    rates=((r"image/.*", 0.0), (r"audio/.*", 0.0)),
+  )
+  c.schedule = dict(name="cosine", warmup="5%", final=0.01)
+  for split in ("validation", "test"):
+    c.evaluation.evaluators[f"dialogue/{split}"] = dict(
+      kind="dialogue",
+      source="spoken_dialogues",
+      split=split,
+      modalities=("image", "audio"),
+      limit=252,
+    )
+  return c
