@@ -13,7 +13,7 @@ import binascii
 import contextlib
 import hmac
 import json
-import math
+import logging
 import secrets
 import threading
 import time
@@ -31,6 +31,8 @@ from mmjax.inference.batcher import Batcher, Busy, Job, News
 from mmjax.inference.chat import Conversations
 from mmjax.inference.engine import decoding_of
 from mmjax.inference.predictor import Predictor
+
+log = logging.getLogger("mmjax")
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SERVE = "pip install 'mmjax[serve]'"
@@ -154,8 +156,8 @@ class Server:
     messages = [self._message(n, m) for n, m in enumerate(_list(body, "messages"))]
     read = self.prompts.read(messages)
     room = self.prompts.window - self.prompts.language.size(read)
-    asked = body.get("max_completion_tokens") or body.get("max_tokens")
-    wanted = _number(dict(max_tokens=asked), "max_tokens", int, 1, 1 << 20)
+    wanted = _number(body, "max_tokens", int, 1, 1 << 20)
+    wanted = _number(body, "max_completion_tokens", int, 1, 1 << 20, wanted)
     if room < 1 or (wanted or 0) > room:
       raise Refused(
         400,
@@ -170,10 +172,13 @@ class Server:
       min_p=_number(body, "min_p", float, 0, 0.999),
       repetition_penalty=_number(body, "repetition_penalty", float, 0.01, 100),
     )
-    if (_number(body, "top_logprobs", int, 0, 20) or 0) > 5:
+    if _number(body, "top_logprobs", int, 0, 20, 0) > 5:
       raise Refused(400, "top_logprobs is at most 5 here")
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
+    for name, kind in dict(stream=bool, logprobs=bool, stream_options=dict).items():
+      if not isinstance(body.get(name), (kind, type(None))):
+        raise Refused(400, f"{name} must be {'an object' if kind is dict else 'true or false'}")
+    given = body.get("stop")
+    stop = [given] if isinstance(given, str) else [] if given is None else given
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) for s in stop):
       raise Refused(400, "stop must be a text or up to 16 of them")
     seed = _number(body, "seed", int, 0, 2**32 - 1)
@@ -200,7 +205,7 @@ class Server:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
       return {"type": "text", "text": part["text"]}
-    if kind not in PARTS:
+    if not isinstance(kind, str) or kind not in PARTS:
       raise Refused(400, f"{where} is of type {kind!r:.60}; parts are text, {', '.join(PARTS)}")
     given = part.get(kind)
     if kind == "input_audio" and isinstance(given, dict) and isinstance(given.get("data"), str):
@@ -231,12 +236,15 @@ class Server:
       return _decoded(where, data)
     if self.media_root is None or "://" in url.removeprefix("file://"):
       raise Refused(400, f"{where}: give media as data: URLs; files and addresses are not opened")
-    path = (self.media_root / url.removeprefix("file://").lstrip("/")).resolve()
-    if not path.is_relative_to(self.media_root) or not path.is_file():
-      raise Refused(400, f"{where}: no such file in the media folder")
-    if path.stat().st_size > self.largest:
-      raise Refused(413, f"{where}: the file is larger than {self.largest} bytes")
-    return path.read_bytes()
+    try:
+      path = (self.media_root / url.removeprefix("file://").lstrip("/")).resolve()
+      if path.is_relative_to(self.media_root) and path.is_file():
+        if path.stat().st_size > self.largest:
+          raise Refused(413, f"{where}: the file is larger than {self.largest} bytes")
+        return path.read_bytes()
+    except (OSError, ValueError):  # no name of a file, or one that may not be read
+      pass
+    raise Refused(400, f"{where}: no such file in the media folder")
 
   # -- Embeddings ----------------------------------------------------------------------------------
 
@@ -363,7 +371,8 @@ def _application(server: Server, hosts: tuple[str, ...]) -> Any:
     return JSONResponse({"error": said}, status_code=error.status)
 
   async def body_of(request: Request) -> dict[str, Any]:
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() != "application/json":
       raise Refused(415, "send application/json")
     content = bytearray()
     async for chunk in request.stream():
@@ -371,7 +380,7 @@ def _application(server: Server, hosts: tuple[str, ...]) -> Any:
       if len(content) > server.largest:
         raise Refused(413, f"the request is larger than {server.largest} bytes")
     try:
-      body = await run_in_threadpool(json.loads, bytes(content))
+      body = await run_in_threadpool(json.loads, bytes(content), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
       raise Refused(400, f"no JSON ({str(error)[:100]})") from error
     if not isinstance(body, dict):
@@ -416,6 +425,9 @@ def _application(server: Server, hosts: tuple[str, ...]) -> Any:
         return refused(Refused(408, f"it took longer than {server.seconds:g} s", "timeout_error"))
       except ClientDisconnect:
         return PlainTextResponse("", status_code=400)
+      except Exception as error:  # a fault of the program: told in the form of the API, and logged
+        log.exception("a request failed")
+        return refused(Refused(500, type(error).__name__, "server_error"))
 
     return answer
 
@@ -487,9 +499,8 @@ class _Answer:
   def __init__(self, server: Server, body: Mapping[str, Any], job: Job, news: asyncio.Queue):
     self.server, self.job, self.news = server, job, news
     self.logprobs = bool(body.get("logprobs"))
-    self.top = body.get("top_logprobs") or 0
-    options = body.get("stream_options") or {}
-    self.counted = bool(isinstance(options, dict) and options.get("include_usage"))
+    self.top = int(body.get("top_logprobs") or 0)
+    self.counted = bool((body.get("stream_options") or {}).get("include_usage"))
     self.about = dict(
       id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=server.name
     )
@@ -613,6 +624,15 @@ def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
     raise Refused(400, f"field {name!r:.60} is not known here")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object of JSON. Raises ValueError: it has a field twice, of which readers take either."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    raise ValueError(f"field {twice!r:.60} stands twice")
+  return found
+
+
 def _list(body: Mapping[str, Any], name: str) -> list:
   value = body.get(name)
   if not isinstance(value, list) or not value:
@@ -626,8 +646,8 @@ def _number(
   value = body.get(name)
   if value is None:
     return default
-  fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-  if not fine or (kind is int and value != int(value)) or not least <= value <= most:
+  fine = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+  if not fine or (kind is int and value != int(value)):
     raise Refused(
       400, f"{name} is {value!r:.40}, but must be {kind.__name__}, {least:g} to {most:g}"
     )

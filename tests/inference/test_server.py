@@ -288,6 +288,42 @@ CASES = {
   "roles": (400, dict(messages=[dict(role="assistant", content="x")]), "roles out of order"),
   "no role": (400, dict(messages=[dict(role="boss", content="x")]), "turn 1 is by 'boss'"),
   "an empty turn": (400, dict(messages=[dict(role="user", content=" ")]), "is empty"),
+  "a number that no float holds": (
+    400,
+    dict(messages=messages(0), temperature=10**400),
+    "but must be float, 0 to 100",
+  ),
+  "no tokens at all": (
+    400,
+    dict(messages=messages(0), max_completion_tokens=0, max_tokens=2),
+    "max_completion_tokens is 0",
+  ),
+  "a word for a switch": (
+    400,
+    dict(messages=messages(0), stream="false"),
+    "stream must be true or false",
+  ),
+  "a switch for an object": (
+    400,
+    dict(messages=messages(0), stream_options=True),
+    "stream_options must be an object",
+  ),
+  "no text to stop at": (400, dict(messages=messages(0), stop=0), "stop must be a text"),
+  "a part of no type": (
+    400,
+    dict(messages=[dict(role="user", content=[dict(type=["text"])])]),
+    "is of type ['text']",
+  ),
+  "a field twice": (
+    400,
+    b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+    "'content' stands twice",
+  ),
+  "control characters": (
+    400,
+    {"messages": messages(0), "\x1b[31m\n\ud800": 1},
+    r"field '\x1b[31m\n\ud800' is not known",
+  ),
 }
 MEDIA = {
   "a path": ("/etc/passwd", "no such file in the media folder"),
@@ -298,6 +334,9 @@ MEDIA = {
   "no base64": ("data:image/png;base64,???", "not base64"),
   "no picture": ("data:image/png;base64,AAAA", "not a JPEG"),
   "no url": (7, "has no url"),
+  "no name of a file": ("a\0.png", "no such file in the media folder"),
+  "half a character": ("\ud800.png", "no such file in the media folder"),
+  "too long a name": ("a" * 5000, "no such file in the media folder"),
 }
 
 
@@ -312,6 +351,24 @@ def test_what_it_refuses(served, case):
   got, said = post(served[1], "/v1/chat/completions", body)
   error = json.loads(said)["error"]["message"]
   assert got == status and words in error and "\n" not in error
+
+
+def test_whole_numbers_may_be_written_as_floats_and_types_in_capitals(served):
+  body = dict(messages=messages(0), logprobs=True, top_logprobs=2.0, max_tokens=2.0)
+  kind = {"Content-Type": "Application/JSON; charset=utf-8"}
+  status, said = post(served[1], "/v1/chat/completions", body, kind)
+  (choice,) = json.loads(said)["choices"]
+  assert status == 200 and len(choice["logprobs"]["content"][0]["top_logprobs"]) == 2
+
+
+def test_a_fault_of_the_program_is_told_as_the_api_tells_errors(served, monkeypatch, caplog):
+  def fail(*_):
+    raise RuntimeError("what no client should read")
+
+  monkeypatch.setattr(Server, "job", fail)
+  status, said = post(served[1], "/v1/chat/completions", dict(messages=messages(0)))
+  assert status == 500 and json.loads(said)["error"]["message"] == "RuntimeError"
+  assert "a request failed" in caplog.text
 
 
 def test_a_bomb_of_a_picture_is_refused(served):
