@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
+from mmjax import regexes
 from mmjax.errors import ConfigError
 from mmjax.kinds import kind_function
 
@@ -529,6 +530,6 @@ def _nearest_multiple(value: int, divisor: int) -> int:
 
 def _check_regex(path: str, pattern: Any) -> None:
   try:
-    re.compile(pattern)
+    regexes.compiled(pattern)
   except (re.error, TypeError) as error:
     raise ConfigError(f"{path}: {pattern!r} is no regular expression ({error})") from error

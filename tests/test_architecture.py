@@ -15,6 +15,7 @@ FLOORS = [
     "ranges",
     "keys",
     "errors",
+    "regexes",
     "kinds",
     "contradictions",
     "config",

@@ -20,7 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-_RANGE = re.compile(r"layers\\?\[(-?\d*)(:(-?\d*))?\\?\]")
+from mmjax import regexes
+from mmjax.regexes import Regex
+
+_RANGE = re.compile(r"layers\\?\[(-?\d{1,9})?(:(-?\d{1,9})?)?\\?\]")
 
 
 def name_of(keys: tuple) -> str:
@@ -46,7 +49,9 @@ def map_named(function, tree: Any, *rest: Any, is_leaf=None) -> Any:
 
 
 def matches(pattern: str, name: str, layers: int | None = None) -> np.ndarray:
-  """Which slices of a leaf a regex takes: bool [layers] for a stacked leaf, bool [] for another."""
+  """Which slices of a leaf a regex takes: bool [layers] for a stacked leaf, bool [] for another.
+  Raises UserError: the regex does not end.
+  """
   if layers is None:
     return np.array(bool(_compiled(pattern, 0).fullmatch(name)))
   regex = _compiled(pattern, layers)
@@ -63,7 +68,7 @@ def nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(pattern: str, layers: int) -> re.Pattern:
+def _compiled(pattern: str, layers: int) -> Regex:
   """The regex with `layers[a:b]` spelt out for a stack of so many layers."""
 
   def numbers(match: re.Match) -> str:
@@ -76,4 +81,4 @@ def _compiled(pattern: str, layers: int) -> re.Pattern:
       chosen = range(layers)[int(start) if start else None : int(stop) if stop else None]
     return rf"layers\[(?:{'|'.join(map(str, chosen)) or '(?!)'})\]"
 
-  return re.compile(_RANGE.sub(numbers, pattern))
+  return regexes.compiled(_RANGE.sub(numbers, pattern))

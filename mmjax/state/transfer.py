@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax import regexes
 from mmjax.config import UserError
 from mmjax.state.paths import by_name, map_named, nearest
 
@@ -44,7 +45,7 @@ def transfer(
   """
   here, given = by_name(params), by_name(source)
   for pattern, _ in rules:
-    if not any(re.fullmatch(pattern, name) for name in here):
+    if not any(regexes.compiled(pattern).fullmatch(name) for name in here):
       raise UserError(
         f"init.map: {pattern!r} matches no parameter of this model; the nearest is "
         f"{nearest(pattern, here)!r}"
@@ -149,10 +150,19 @@ def origin(name: str, rules: tuple, there: Mapping[str, Any]) -> str | None:
   None = they do not.
   """
   for pattern, target in rules:
-    if match := re.fullmatch(pattern, name):
-      found = None if target is None else match.expand(target)
+    if match := regexes.compiled(pattern).fullmatch(name):
+      found = None if target is None else _expanded(match, target)
       return found if found in there else None
   return None
+
+
+def _expanded(match: re.Match, target: str) -> str:
+  try:
+    return match.expand(target)
+  except (re.error, IndexError, TypeError) as error:
+    raise UserError(
+      f"init.map: {target!r} is no name with groups of {match.re.pattern!r} ({error})"
+    ) from error
 
 
 def resize_grid(table: np.ndarray, length: int) -> np.ndarray | None:
@@ -181,8 +191,8 @@ def _grid(length: int) -> tuple[int, int] | None:
 
 def _origin(name: str, rules: tuple, given: Mapping[str, Any], where: str) -> str | None:
   for pattern, target in rules:
-    if match := re.fullmatch(pattern, name):
-      origin = None if target is None else match.expand(target)
+    if match := regexes.compiled(pattern).fullmatch(name):
+      origin = None if target is None else _expanded(match, target)
       if origin is not None and origin not in given:
         raise UserError(
           f"init.map: {name} should come from {origin!r}, which {where} lacks; the nearest there "
