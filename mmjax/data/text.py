@@ -8,6 +8,7 @@ an unknown piece.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import io
@@ -19,7 +20,7 @@ import string
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -511,6 +512,19 @@ class _SentencePiece(Tokenizer):
     return [piece.startswith("\u2581") for piece in self._model.encode(text, out_type=str)]
 
 
+@contextlib.contextmanager
+def _failing_by_name(what: str = "fails") -> Iterator[None]:
+  """Raises UserError: the library fails. A panic of it (a regex that gives up, a table that lacks
+  what another names) is no Exception, and would end whatever runs.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+      raise
+    raise UserError(f"the tokenizer {what} ({' '.join(str(error).split())[:200]})") from error
+
+
 class _HuggingFace(Tokenizer):
   """A Hugging Face tokenizer.json. Which pieces are special stands in tokenizer_config.json;
   without it, usual names decide.
@@ -535,7 +549,8 @@ class _HuggingFace(Tokenizer):
     import tokenizers
 
     super().__init__({name: assets[name] for name in self.FILES if name in assets})
-    self._model = tokenizers.Tokenizer.from_str(assets["tokenizer.json"].decode())
+    with _failing_by_name("cannot be read"):
+      self._model = tokenizers.Tokenizer.from_str(assets["tokenizer.json"].decode())
     self._model.no_truncation()
     self._model.no_padding()
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
@@ -549,6 +564,10 @@ class _HuggingFace(Tokenizer):
     self._template = facts.get("chat_template") or ""
     if "chat_template.jinja" in assets:
       self._template = assets["chat_template.jinja"].decode()
+    if not isinstance(self._template, str):  # several, by their use
+      self._template = {t["name"]: t["template"] for t in self._template}.get("default", "")
+    if not isinstance(self._template, str):
+      raise UserError("chat_template is no text")
     self._make_plain(json.loads(assets["tokenizer.json"]))
     self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id = (
       self._special(role, facts) for role in self.USUAL
@@ -574,14 +593,15 @@ class _HuggingFace(Tokenizer):
 
   @property
   def chat_template(self) -> str:
-    if isinstance(self._template, str):
-      return self._template
-    named = {t["name"]: t["template"] for t in self._template}  # several, by their use
-    return named.get("default", "")
+    return self._template
 
   def _encode_plain(self, text: str) -> list[int]:
+    return self._encoded(self._plain, text).ids
+
+  def _encoded(self, model: Any, text: str) -> Any:
     check_texts([text])
-    return self._plain.encode(text, add_special_tokens=False).ids
+    with _failing_by_name():
+      return model.encode(text, add_special_tokens=False)
 
   def _special(self, role: str, facts: Mapping) -> int:
     stated = facts.get(f"{role}_token") or facts.get(self.ALSO.get(role, ""))
@@ -592,17 +612,17 @@ class _HuggingFace(Tokenizer):
     return -1
 
   def encode(self, text: str) -> list[int]:
-    check_texts([text])
-    return self._model.encode(text, add_special_tokens=False).ids
+    return self._encoded(self._model, text).ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    return self._model.decode([int(i) for i in ids])
+    with _failing_by_name():
+      return self._model.decode([int(i) for i in ids])
 
   def piece(self, number: int) -> str:
     return self._model.id_to_token(number) or ""
 
   def word_starts(self, text: str) -> list[bool]:
-    encoding = self._model.encode(text, add_special_tokens=False)
+    encoding = self._encoded(self._model, text)
     if self._continues:
       return [not piece.startswith(self._continues) for piece in encoding.tokens]
     # By the text, for pieces mark words in several ways, at either end: one begins with white

@@ -290,6 +290,25 @@ def test_damaged_tokenizers_are_named(config, tmp_path):
     Tokenizer.from_assets({"other": b""})
 
 
+def test_a_tokenizer_of_a_stranger_that_gives_up_is_named(hugging_face, capfd):
+  """The library panics, which is no Exception: a regex that backtracks without end."""
+  import tokenizers
+
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+  pattern = tokenizers.Regex(r"^(a|a|aa)*$")
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+  tokenizer = Tokenizer.from_assets({"tokenizer.json": model.to_str().encode()})
+  for use in (tokenizer.encode, tokenizer.encode_plain, tokenizer.word_starts):
+    with pytest.raises(UserError, match="the tokenizer fails .*retry-limit"):
+      use("a" * 40 + "!")
+  assert tokenizer.encode("a") == [0]
+  whole = {path.name: path.read_bytes() for path in hugging_face.iterdir()}
+  for template in (7, [1], [{"name": "default", "template": 7}]):
+    facts = json.dumps({"chat_template": template}).encode()
+    with pytest.raises(UserError, match="the tokenizer cannot be read|chat_template is no text"):
+      Tokenizer.from_assets(whole | {"tokenizer_config.json": facts})
+
+
 def test_settings_that_the_tokenizer_cannot_meet(config, hugging_face):
   c = config(**{"data.text.length": 1, "data.text.bos": True})
   with pytest.raises(UserError, match="no room"):
