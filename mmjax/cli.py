@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -54,6 +55,10 @@ def _end_peers(failure: Failure) -> None:
 
 def _main(argv: Sequence[str] | None) -> int:
   arguments = list(sys.argv[1:] if argv is None else argv)
+  # What a terminal cannot show, or sends broken, costs itself and not the command.
+  for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors=errors)
   try:
     os.getcwd()
   except FileNotFoundError:

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -136,6 +138,23 @@ def test_search_and_generate(tmp_path, capfd, monkeypatch):
   told, errors = capfd.readouterr()
   assert clean(told + errors) and "text \\u001b" in told and "1\\u001b" in told
   assert json.loads(told[told.index("[\n") :])[0]["text"] == f"text {EVIL}\nmore"
+
+
+def test_a_terminal_of_another_alphabet(tmp_path):
+  """Texts that it cannot show are shown as escapes; broken bytes that it sends cost their turn."""
+  code = (
+    "import sys\n"
+    "from mmjax import cli\n"
+    "def command(options):\n"
+    "  print(repr(sys.stdin.readline()), '\\u7ea2\\u5fc3')\n"
+    "cli.COMMANDS['chat'] = command\n"
+    "raise SystemExit(cli.main(['chat', '--checkpoint', 'x']))\n"
+  )
+  environment = dict(os.environ, PYTHONIOENCODING="ascii:strict", JAX_PLATFORMS="cpu")
+  done = subprocess.run(
+    [sys.executable, "-c", code], input=b"a\xff\n", capture_output=True, env=environment
+  )
+  assert done.stderr == b"" and done.stdout == b"'a\\udcff\\n' \\u7ea2\\u5fc3\n"
 
 
 def test_the_report(tmp_path):
