@@ -5,6 +5,7 @@ AutoProcessor and AutoModel give equal ids and equal outputs.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,12 @@ def test_the_nearest_to_a_classifier_of_several_heads_is_named():
   nearest = "nearest is ViTModel, but for model.name = 'multitask' .needs 'encoder'.*stem = 'conv"
   with pytest.raises(configs.UserError, match=nearest):
     check_export(configs.resolve(c), {})
+
+
+def test_the_nearest_to_a_language_model_reads_what_it_reads():
+  """Not a model of sounds for one of pictures, though that says no more than that."""
+  with pytest.raises(configs.UserError, match="nearest is Idefics3.*image.stem = 'convolution'"):
+    check_export(configs.load(str(Path(__file__).parents[2] / "configs/chat_scenes.py")), {})
 
 
 def test_a_model_that_transformers_cannot_express_is_told_or_refused(tmp_path, capsys):

@@ -55,6 +55,8 @@ WITH_MEDIA = (
   "llava_onevision",
   "qwen3_vl",
 )
+# What a family asks before all else: a model that lacks it was compared no further.
+ASKED_FIRST = ("model.encoders", "data.image.tiles.grids")
 LANGUAGE_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = {  # model_type -> the module of this package that reads and writes it
   **{
@@ -392,25 +394,27 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
       f"transformers has no model for this one; the nearest are {NEAREST.get(name, SINGLE)}. "
       "Export to safetensors or stablehlo"
     )
-  nearest: tuple[str, list[str]] = "", []
+  best: tuple[tuple[bool, int], str, list[str]] | None = None
   for name in candidates:
     family = _family(name, Path())
     try:
       refusals = family.refusals(config)
     except UserError:  # its config.json cannot even say this model's sizes
       continue
-    reasons = [
-      f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})"
+    lacks = [
+      (key, f"{key} = {value!r} (needs {' or '.join(map(repr, allowed))})")
       for key, value, allowed in (*other, *refusals, *sentences.refusals(config))
       if value not in allowed
     ]
-    if not reasons:
+    if not lacks:
       return family
-    if not nearest[1] or len(reasons) < len(nearest[1]):
-      nearest = family.ARCHITECTURE, reasons
+    distance = any(key in ASKED_FIRST for key, _ in lacks), len(lacks)
+    if best is None or distance < best[0]:
+      best = distance, family.ARCHITECTURE, [reason for _, reason in lacks]
+  _, nearest, why = best or ((), "", [])
   raise UserError(
-    f"transformers cannot express this model; nearest is {nearest[0]}, but for "
-    f"{', '.join(nearest[1])}. Export to safetensors or stablehlo"
+    f"transformers cannot express this model; nearest is {nearest}, but for "
+    f"{', '.join(why)}. Export to safetensors or stablehlo"
   )
 
 
