@@ -27,7 +27,7 @@ def rows(document: Mapping[str, Any], base: str) -> Iterator[tuple[str, dict[str
   together.
   """
   names = {
-    entry.get("id"): entry.get("name")
+    text_of(entry.get("id")): entry.get("name")
     for entry in document.get("categories") or ()
     if isinstance(entry, dict)
   }
@@ -46,7 +46,7 @@ def rows(document: Mapping[str, Any], base: str) -> Iterator[tuple[str, dict[str
     file = image.get("file_name", image.get("filename"))
     if isinstance(file, str) and isinstance(image.get("filepath"), str):
       file = os.path.join(image["filepath"], file)
-    said = about.pop(text_of(image.get("id")), [])
+    said = about.pop(text_of(image.get("id")), []) if text_of(image.get("id")) else []
     if image.get("sentences"):
       yield at, {"file_name": file, "caption": image["sentences"]}
     elif not said:
@@ -65,8 +65,7 @@ def _row(file: Any, entry: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[
     return {"file_name": file, "caption": entry["caption"]}
   if "category_id" in entry:
     number = entry["category_id"]
-    return {
-      "file_name": file,
-      "label": names.get(number, number) if isinstance(number, (int, str)) else None,
-    }
+    if names and text_of(number) not in names:
+      return Skip("broken row", f"no category has the id {number!r:.100}")
+    return {"file_name": file, "label": names.get(text_of(number), number)}
   return Skip("no caption", "neither a caption nor a category")

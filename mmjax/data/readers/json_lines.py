@@ -1,5 +1,5 @@
-"""JSON: an object a line, one array of objects, or a document: {"data": [...]}, COCO's, VQA's,
-{"a.jpg": "its caption"}, {"17": {"image": "a.jpg", ...}}.
+"""JSON: an object a line, one after the other, one array of objects, or a document: {"data":
+[...]}, COCO's, VQA's, {"a.jpg": "its caption"}, {"17": {"image": "a.jpg", ...}}.
 
 Objects name files of media relative to the file that they are in. Conversations (LLaVA, OpenAI) are
 objects too.
@@ -17,7 +17,7 @@ from mmjax.data.media import modality_of
 from mmjax.data.readers import coco, vqa
 from mmjax.data.readers.cells import Skip, printable, text_of
 from mmjax.data.readers.columns import COLUMNS, MEDIA, Part, cells_of, choose_columns, part_of
-from mmjax.data.readers.json_stream import values
+from mmjax.data.readers.json_stream import Several, Twice, as_object, objects, values
 from mmjax.data.readers.rows import Left, ListedReader
 from mmjax.data.readers.table import lines, open_text
 
@@ -73,16 +73,32 @@ def read_json(path: str, encoding: str = "") -> dict[str, Any] | Iterator[Object
     first = next(values(file, path), None)
   if first is None or first[0] is None:
     return _items(path, encoding, base)
+  try:
+    return _document(path, encoding)
+  except Several:
+    return _one_after_the_other(path, encoding, base)
+
+
+def _document(path: str, encoding: str) -> dict[str, Any]:
+  """The object that is all of a file, else raises Several."""
   document: dict[str, Any] = {}
+  last = None
   with open_text(path, encoding) as file:
     for name, value in values(file, path):
       key = name or ""
-      if isinstance(value, dict) and isinstance(document.get(key), list):
+      grows = key == last and isinstance(document[key], list)
+      if key in document and not grows:
+        raise UserError(
+          f"{path}: {printable(key)!r:.100} stands twice in one object, which would lose what the "
+          "first says. Write an object a line"
+        )
+      if grows and isinstance(value, dict):
         value = {name: what for name, what in value.items() if name not in _HEAVY}
-      if isinstance(document.get(key), list):
+      if grows:
         document[key].append(value)
       else:
         document[key] = value
+      last = key
   return document
 
 
@@ -129,24 +145,29 @@ def _lines(path: str, encoding: str) -> Iterator[Object]:
     for number, line in lines(file, path):
       at = f"{os.path.basename(path)}:{number}"
       try:
-        row = line if isinstance(line, Skip) else json.loads(line)
+        row = line if isinstance(line, Skip) else json.loads(line, object_pairs_hook=as_object)
       except (ValueError, RecursionError) as error:
         row = Skip("broken row", f"line {number}: {error}")
-      yield (
-        at,
-        row
-        if isinstance(row, (dict, Skip))
-        else Skip("broken row", f"line {number} is no JSON object"),
-      )
+      yield at, row if isinstance(row, Skip) else _row(row, f"line {number}")
+
+
+def _row(value: Any, where: str) -> dict[str, Any] | Skip:
+  """A value as a row."""
+  if isinstance(value, Twice):
+    return Skip("broken row", f"{where} has a key twice")
+  return value if isinstance(value, dict) else Skip("broken row", f"{where} is no JSON object")
 
 
 def _items(path: str, encoding: str, base: str) -> Iterator[Object]:
   with open_text(path, encoding) as file:
     for number, (_, item) in enumerate(values(file, path)):
-      yield (
-        f"{base}[{number}]",
-        item if isinstance(item, dict) else Skip("broken row", "no JSON object"),
-      )
+      yield f"{base}[{number}]", _row(item, "it")
+
+
+def _one_after_the_other(path: str, encoding: str, base: str) -> Iterator[Object]:
+  with open_text(path, encoding) as file:
+    for number, item in enumerate(objects(file, path)):
+      yield f"{base}[{number}]", _row(item, "it")
 
 
 def _is_lines(path: str, encoding: str) -> bool:
@@ -192,14 +213,15 @@ def objects_of(document: Mapping[str, Any], path: str) -> Iterator[Object]:
     *(name for role in MEDIA for name in COLUMNS[role] if isinstance(document.get(name), str)),
   }
   if document and not names & set(document) and all(isinstance(v, dict) for v in document.values()):
-    return ((f"{base}[{printable(key)}]", {"id": key, **value}) for key, value in document.items())
+    rows = ((key, _row(value, "it")) for key, value in document.items())
+    return (
+      (f"{base}[{printable(key)}]", row if isinstance(row, Skip) else {"id": key, **row})
+      for key, row in rows
+    )
   if not lists or names & set(document):
     return iter([(f"{base}[0]", dict(document))])
   if len(lists) > 1:
     raise UserError(
       f"{path}: which of {', '.join(lists)} are the rows? Keep one, or write an object a line"
     )
-  return (
-    (f"{base}[{number}]", item if isinstance(item, dict) else Skip("broken row", "no JSON object"))
-    for number, item in enumerate(document[lists[0]])
-  )
+  return ((f"{base}[{number}]", _row(item, "it")) for number, item in enumerate(document[lists[0]]))

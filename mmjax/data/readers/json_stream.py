@@ -9,20 +9,40 @@ from typing import IO, Any
 from mmjax.config import UserError
 
 _CHUNK = 1 << 20  # characters
-_DECODER = json.JSONDecoder()
+
+
+class Twice(dict):
+  """An object in which a key stands twice, so that a value of it is lost."""
+
+
+class Several(Exception):
+  """An object is not all of its file: another value follows."""
+
+
+def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object of JSON, as decoders take it for `object_pairs_hook`."""
+  found = dict(pairs)
+  return found if len(found) == len(pairs) else Twice(found)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=as_object)
 
 
 def values(file: IO[str], path: str) -> Iterator[tuple[str | None, Any]]:
-  """The items of the array that a document is, as (None, item); of an object (key, value), an array
-  item by item.
+  """The items of the array that a document is, or of the arrays that it is one after the other, as
+  (None, item); of an object (key, value), an array item by item.
 
-  Raises UserError: no JSON, or neither an array nor an object.
+  Raises UserError: no JSON, or neither an array nor an object. Raises Several, at the end: an
+  object, and more.
   """
   stream = _Stream(file)
   try:
     start = stream.take("[{")
     if start == "[":
       yield from ((None, item) for item in stream.items())
+      while stream.peek():
+        stream.take("[")
+        yield from ((None, item) for item in stream.items())
       return
     while stream.more("}"):
       key = stream.value()
@@ -33,10 +53,20 @@ def values(file: IO[str], path: str) -> Iterator[tuple[str | None, Any]]:
         yield from ((key, item) for item in stream.items())
       else:
         yield key, stream.value()
+    if stream.peek():
+      raise Several
   except (ValueError, RecursionError) as error:
-    raise UserError(
-      f"{path}: no readable JSON ({error}; about character {stream.before + stream.at:,})"
-    ) from error
+    raise stream.error(path, error) from error
+
+
+def objects(file: IO[str], path: str) -> Iterator[Any]:
+  """Values that stand one after the other. Raises UserError: no JSON."""
+  stream = _Stream(file)
+  try:
+    while stream.peek():
+      yield stream.value()
+  except (ValueError, RecursionError) as error:
+    raise stream.error(path, error) from error
 
 
 class _Stream:
@@ -44,6 +74,10 @@ class _Stream:
 
   def __init__(self, file: IO[str]):
     self.file, self.text, self.at, self.before, self.ended, self.first = file, "", 0, 0, False, True
+
+  def error(self, path: str, why: Exception) -> UserError:
+    where = f"about character {self.before + self.at:,}"
+    return UserError(f"{path}: no readable JSON ({why}; {where})")
 
   def peek(self) -> str:
     """The next character that is not white space, "" at the end."""

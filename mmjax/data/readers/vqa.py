@@ -59,12 +59,11 @@ def rows(questions: Documents, answers: Documents) -> Iterator[tuple[str, dict[s
       if not isinstance(entry, dict):
         yield at, Skip("broken row", "no JSON object")
         continue
-      _, answer = given.pop(text_of(entry.get("question_id")), ("", None))
+      name = text_of(entry.get("question_id"))
+      found = given.pop(name, None) if name else None
+      answer = found[1] if found else None
       if answers and answer is None:
-        yield (
-          at,
-          Skip("no answer", f"none has its question_id {text_of(entry.get('question_id'))!r}"),
-        )
+        yield (at, Skip("no answer", f"none has its question_id {name!r}"))
         continue
       answer = answer or entry
       yield (

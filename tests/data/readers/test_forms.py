@@ -338,6 +338,8 @@ ROWS = [dict(image=f"{n}.png", caption=f"thing {n}") for n in range(4)]
     "\n".join(map(json.dumps, ROWS)),
     json.dumps({row["image"]: row["caption"] for row in ROWS}),
     json.dumps({row["image"]: [row["caption"]] for row in ROWS}),
+    "\n".join(json.dumps(row, indent=1) for row in ROWS),
+    json.dumps(ROWS[:1]) + "\n" + json.dumps(ROWS[1:], indent=1),
     json.dumps(
       [
         {
@@ -363,13 +365,65 @@ def test_one_file_of_json_in_any_shape(tmp_path, photos, content, chunk, monkeyp
 
 
 @pytest.mark.parametrize(
-  "content", ["", "[", '[{"image": "0.png"', "[1, 2", "nonsense", '{"a": [}', "[" * 5000]
+  "content",
+  [
+    "",
+    "[",
+    '[{"image": "0.png"',
+    "[1, 2",
+    "nonsense",
+    '{"a": [}',
+    "[" * 5000,
+    '[{"image": "0.png", "caption": "a"}] x',
+  ],
 )
 def test_json_that_cannot_be_read_is_one_clear_line(tmp_path, photos, content):
   (photos / "a.json").write_text(content)
   with pytest.raises(UserError, match="a.json: no readable JSON") as error:
     run(tmp_path, "json", photos / "a.json")
   assert "\n" not in str(error.value)
+
+
+def test_what_stands_twice_is_never_dropped_in_silence(tmp_path, photos):
+  (photos / "a.jsonl").write_text(
+    '{"image": "0.png", "caption": "one", "caption": "uno"}\n{"image": "1.png", "caption": "two"}\n'
+  )
+  summary = run(tmp_path, "jsonl", photos / "a.jsonl", "lines")
+  assert summary.rows == 1 and summary.skipped == {"broken row": 1}
+  (photos / "a.json").write_text('{"0.png": "one", "1.png": "two", "0.png": "uno"}')
+  with pytest.raises(UserError, match="'0.png' stands twice in one object"):
+    run(tmp_path, "json", photos / "a.json")
+
+
+def test_what_has_no_id_is_not_joined_by_it(tmp_path, photos):
+  images = [dict(file_name=f"{n}.png") for n in range(2)] + [dict(id=2, file_name="2.png")]
+  said = [dict(caption="whose?"), dict(image_id="2", caption="two")]
+  (photos / "coco.json").write_text(json.dumps(dict(images=images, annotations=said)))
+  summary = run(tmp_path, "coco", photos / "coco.json", "coco")
+  assert summary.rows == 1 and summary.skipped == {"no caption": 2, "missing file": 1}
+  questions = [dict(question_id=7, image_id=2, question="r"), dict(image_id=1, question="q")]
+  answers = [dict(question_id=7, answers=["a"]), dict(question_id=None, answers=["whose?"])]
+  (photos / "q.json").write_text(json.dumps(dict(questions=questions)))
+  (photos / "a.json").write_text(json.dumps(dict(annotations=answers)))
+  summary = run(tmp_path, "vqa", photos, "vqa", media=photos)
+  assert {r["id"]: r["questions"] for r in records(tmp_path, "vqa").values()} == {
+    "2.png": [("r", "a")]
+  }
+  assert summary.skipped["no answer"] == summary.skipped["no question"] == 1
+
+
+def test_categories_by_numbers_that_are_texts_and_that_are_not_there(tmp_path, photos):
+  images = [dict(id=n, file_name=f"{n}.png") for n in range(3)]
+  boxes = [dict(image_id=0, category_id="5"), dict(image_id=1, category_id=5.0)]
+  boxes.append(dict(image_id=2, category_id=6))
+  document = dict(images=images, annotations=boxes, categories=[dict(id=5, name="dog")])
+  (photos / "coco.json").write_text(json.dumps(document))
+  summary = run(tmp_path, "coco", photos / "coco.json")
+  assert {name: r["label"] for name, r in records(tmp_path).items()} == {
+    "0.png": "dog",
+    "1.png": "dog",
+  }
+  assert summary.rows == 2 and summary.skipped == {"broken row": 1}
 
 
 def test_coco_captions_and_instances(tmp_path, photos):
