@@ -7,12 +7,15 @@ and the next is read on its own.
 
 from __future__ import annotations
 
+import ast
 import collections
 import csv
 import io
+import json
 import os
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 from mmjax.config import UserError
 from mmjax.data.media import modality_of
@@ -25,6 +28,8 @@ ENDINGS = (".csv", ".tsv")
 LONGEST = 1 << 26  # characters of a line
 _LARGEST = 1 << 24  # characters of a quoted cell
 _SPAN = 1000  # lines that a quoted cell may span
+_LISTED = ("caption", "question", "answer", "label", "labels")  # may be lists that were written out
+_LIST = 1 << 16  # characters of such a list
 
 
 class TableReader(ListedReader):
@@ -48,8 +53,29 @@ def table_parts(path: str, folder: str, options) -> Iterator[Part | Left]:
       continue
     if chosen is None:
       chosen = choose_columns(list(row), options.columns, path)
-    part = part_of(cells_of(row, chosen), at, folder, options)
+    cells = cells_of(row, chosen)
+    cells |= {role: _list_in(cells[role]) for role in _LISTED if role in cells}
+    part = part_of(cells, at, folder, options)
     yield part if isinstance(part, Part) else (row.get(chosen.get("id", ("",))[0]) or at, part)
+
+
+def _list_in(cell: Any) -> Any:
+  """The list that a cell is as JSON or as Python writes it (pandas does); any other as it is."""
+  if isinstance(cell, list):
+    return [_list_in(one) for one in cell]
+  text = (cell or "").strip()
+  if text[:1] + text[-1:] != "[]" or len(text) > _LIST:
+    return cell
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    pass
+  try:
+    found = ast.literal_eval(text)
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    return cell
+  # "['a' 'b']", as NumPy writes it, would be ['ab'].
+  return found if repr(found).replace(" ", "") == text.replace(" ", "") else cell
 
 
 def table_rows(path: str, encoding: str = "") -> Iterator[tuple[str, dict[str, str] | Skip]]:

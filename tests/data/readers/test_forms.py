@@ -291,6 +291,32 @@ def test_huge_cells_are_read_and_endless_lines_are_left_out(tmp_path, photos, mo
   )
 
 
+def test_lists_that_were_written_into_cells(tmp_path, photos):
+  """As Flickr30k's table has its captions, and as pandas writes lists."""
+  cells = {
+    '["one", "it\'s [1]"]': ["one", "it's [1]"],
+    str(["two", "it's"]): ["two", "it's"],
+    "['three','drei']": ["three", "drei"],
+    "['a' 'b']": ["['a' 'b']"],  # NumPy's, which Python would read as one text
+    "[laughs]": ["[laughs]"],
+    "[" * 3000 + "]": ["[" * 3000 + "]"],
+  }
+  with open(photos / "a.csv", "w", newline="") as file:
+    csv.writer(file).writerows(
+      [("image", "captions"), *((f"{n}.png", cell) for n, cell in enumerate(cells))]
+    )
+  assert run(tmp_path, "csv", photos / "a.csv").rows == 6
+  assert list(captions(tmp_path).values()) == list(cells.values())
+  with open(photos / "b.csv", "w", newline="") as file:
+    rows = [("0.png", "which?", ["x", "y", "x"], ["a", "b"]), ("1.png", "who?", "z", [])]
+    csv.writer(file).writerows([("image", "question", "answer", "tags"), *rows])
+  run(tmp_path, "csv", photos / "b.csv", "asked", columns=dict(labels="tags"))
+  assert [(r["questions"], r["label"]) for r in records(tmp_path, "asked").values()] == [
+    ([("which?", "x")], "a|b"),
+    ([("who?", "z")], ""),
+  ]
+
+
 def test_several_columns_of_captions(tmp_path, photos):
   rows = [
     dict(image="0.png", **{f"caption_{n}": f"way {n}" for n in range(5)}),
