@@ -188,6 +188,28 @@ def test_the_encoder_in_a_folder_of_its_own_lower_case_and_what_is_not_kept(tmp_
   np.testing.assert_array_equal(*predictor.encode_text(["DOG and Cat", "dog and cat"]))
 
 
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer.json"])
+def test_texts_that_are_cut_at_their_start_are_said(place, tmp_path):
+  folder_of(tmp_path / "st", pooling("mean_tokens"))
+  path = tmp_path / "st" / place
+  left = dict(max_length=5, direction="Left", strategy="LongestFirst", stride=0)
+  facts = (
+    dict(truncation_side="left") if place == "tokenizer_config.json" else dict(truncation=left)
+  )
+  path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+  lines = []
+  import_hf(tmp_path / "st", tmp_path / "mmjax", lines.append)
+  assert len(lines) == 1 and f"more than {LENGTH} tokens at their start" in lines[0]
+
+
+def test_modules_of_other_packages_are_not_taken_for_those_of_the_same_name(tmp_path):
+  folder_of(tmp_path / "st", pooling("mean_tokens"))
+  path = tmp_path / "st" / "modules.json"
+  path.write_text(path.read_text().replace("sentence_transformers.models.Tr", "custom_st.Tr"))
+  with pytest.raises(UserError, match="the module 'custom_st.Transformer' is code of its own"):
+    import_hf(tmp_path / "st", tmp_path / "mmjax")
+
+
 @pytest.mark.parametrize(
   "says, modules, more",
   [

@@ -222,7 +222,13 @@ def import_hf(
     config, params = peft.read(adapter, config, params, rules, family.PREFIX)
   state = {name: params.pop(name) for name in (mapping.STATISTICS,) if name in params}
   checkpoints.save_import(str(out), params, config, assets, state)
-  for note in (*found.get("notes", ()), *(around.notes if around else ())):
+  notes = [*found.get("notes", ()), *(around.notes if around else ())]
+  if "text" in c.model.encoders and preprocessing.cuts_the_start(assets):
+    notes.append(
+      f"its tokenizer cuts texts of more than {c.data.text.length} tokens at their start, but they "
+      "are cut at their end here: shorten them before"
+    )
+  for note in notes:
     log(f"{folder}: {note}")
 
 

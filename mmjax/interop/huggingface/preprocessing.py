@@ -392,6 +392,13 @@ def longest_text(assets: Mapping[str, bytes]) -> int:
   )  # larger: "no limit"
 
 
+def cuts_the_start(assets: Mapping[str, bytes]) -> bool:
+  """Whether transformers cuts a long text at its start, and keeps its end."""
+  stated = json.loads(assets.get("tokenizer_config.json", b"{}")).get("truncation_side")
+  usual = json.loads(assets.get("tokenizer.json", b"{}")).get("truncation") or {}
+  return str(stated or usual.get("direction")).lower() == "left"
+
+
 def _number(piece: int | None) -> int:
   return -1 if piece is None else piece
 

@@ -99,7 +99,13 @@ def _modules(path: Path) -> list[tuple[str, Path]]:
     inside = Path(str(entry.get("path", "")))
     if inside.is_absolute() or ".." in inside.parts:
       raise UserError(f"{path} names the folder {str(inside)!r}, which is not beside it")
-    found.append((str(entry.get("type")).rsplit(".", 1)[-1], path.parent / inside))
+    package, _, kind = str(entry.get("type")).rpartition(".")
+    if package.partition(".")[0] != "sentence_transformers":
+      raise UserError(
+        f"{path}: the module {str(entry.get('type'))!r} is code of its own, which is not run "
+        "here: only modules of sentence_transformers are supported"
+      )
+    found.append((kind, path.parent / inside))
   return found
 
 
