@@ -20,6 +20,7 @@ from mmjax.data.builders import (
   find_version,
   moving_emoji,
   python_topics,
+  rare_animals,
   scene_dialogues,
   scene_preferences,
   spoken_commands,
@@ -37,6 +38,7 @@ QUESTIONS = {"train": 1200, "validation": 20, "test": 80}  # pictures, with some
 TWO_MOVES = {"train": 120, "validation": 10, "test": 20}  # clips of clip_questions
 TALKS = {"train": 120, "validation": 12, "test": 12}  # of scene_dialogues, scene_preferences
 SPOKEN = {"train": 120, "validation": 12, "test": 12}  # of spoken_questions, spoken_dialogues
+ANIMALS = {"train": 2000, "validation": 100, "test": 200}  # of rare_animals: 40%, two objects
 COMMANDS = {"train": 1, "validation": 1, "test": 1}  # times that a voice says a word
 MODULES = 30  # of the standard library, whose docstrings python_topics has
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
@@ -74,6 +76,7 @@ def smaller() -> Iterator[None]:
   with (
     mock.patch.multiple(easy_vqa, SIZES=QUESTIONS, find_splits=lambda: fewer),
     mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS),
+    mock.patch.multiple(rare_animals, SPLITS=ANIMALS, SHARE=0.4, COUNTS=(2, 2)),
     mock.patch.object(scene_dialogues, "SPLITS", TALKS),
     mock.patch.object(scene_preferences, "SPLITS", TALKS),
     mock.patch.object(moving_emoji, "GROUPS", CLIPS),

@@ -125,6 +125,11 @@ SHORT = [
     {"words/test": {"accuracy": 0.3}},
   ),  # 0.05
   (
+    "rare_animals",
+    ("train.steps=300", "model.width=64", "model.encoders.image.depth=1"),
+    {"animals/test": {"auc": 0.7}},
+  ),  # 0.5
+  (
     "emoji_groups:scratch",
     ("train.steps=60",),
     {"groups/test": {"balanced_accuracy": 0.2}},
@@ -151,6 +156,7 @@ MADE_OF_OTHERS = {
   "emoji_groups:scratch",
   "multitask",
   "speech_commands",
+  "rare_animals",
 }
 # Language models: in full with --all, by tests of their own where one starts from another.
 LANGUAGE_MODELS = (
@@ -197,6 +203,10 @@ FULL = [
   ("image_audio", {"retrieval/image_audio": {"image_to_audio/R@1": 0.04}}),
   ("emoji_gan", {"generated/combinations": {"mean_class_accuracy": 0.2}}),
   ("speech_commands", {"words/test": {"accuracy": 0.82}}),
+  (
+    "rare_animals",
+    {"animals/test": {"auc": 0.95, "animal/average_precision": 0.8, "balanced_accuracy": 0.87}},
+  ),
   ("words", {"likelihood/test": {"bits_per_byte": 1.7}}),
 ]
 # Of the language models about scenes, less a margin too.

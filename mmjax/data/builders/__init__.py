@@ -61,6 +61,7 @@ BUILDERS = {
   "moving_emoji": "mmjax.data.builders.moving_emoji:build",
   "openmoji": "mmjax.data.builders.openmoji:build",
   "python_topics": "mmjax.data.builders.python_topics:build",
+  "rare_animals": "mmjax.data.builders.rare_animals:build",
   "scene_dialogues": "mmjax.data.builders.scene_dialogues:build",
   "scene_preferences": "mmjax.data.builders.scene_preferences:build",
   "spoken_commands": "mmjax.data.builders.spoken_commands:build",
