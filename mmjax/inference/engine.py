@@ -27,6 +27,7 @@ DecodeStep = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
 Rules = Callable[[Array, Array, Array], Array]
 Method = Literal["greedy", "sample", "beam"]
 LOW = -1e30
+LARGEST = 2**31  # of a setting: more than any vocabulary, and no float32 that ends in inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,15 @@ class Decoding:
 
 def settings_of_file(content: bytes) -> dict[str, float]:
   """How a generation_config.json wants texts decoded: settings of `Decoding`, temperature 0 where
-  they are not drawn. Raises UserError: a setting that is no number.
+  they are not drawn. Raises UserError: it is no object of JSON, or a setting is no number that
+  float32 holds.
   """
-  stated = json.loads(content)
+  try:
+    stated = json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"generation_config.json is no readable JSON ({error})") from error
+  if not isinstance(stated, dict):
+    raise UserError("generation_config.json is no object of JSON")
   usual = dict(repetition_penalty=1.0)
   if stated.get("do_sample"):
     usual |= dict(temperature=1.0, top_k=50, top_p=1.0, min_p=0.0)
@@ -83,8 +90,11 @@ def settings_of_file(content: bytes) -> dict[str, float]:
   for name, default in usual.items():
     value = stated.get(name)
     found[name] = default if value is None else value
-    if isinstance(value, bool) or not isinstance(found[name], (int, float)):
-      raise UserError(f"generation_config.json: {name} is {value!r}, but must be a number")
+    number = isinstance(found[name], (int, float)) and not isinstance(value, bool)
+    if not number or not abs(found[name]) < LARGEST:
+      raise UserError(f"generation_config.json: {name} is {value!r:.60}, but must be a number")
+    if name == "top_k" and found[name] != int(found[name]):
+      raise UserError(f"generation_config.json: top_k is {value!r:.60}, but must be whole")
   return found
 
 

@@ -104,9 +104,8 @@ class Predictor:
     self.writes = can_generate(self._model)
     self.classes_count = int(getattr(self._model, "classes", 0))
     self.values_count = int(getattr(self._model, "values", 0))
-    names = json.loads(self.assets.get("values.json", b"[]"))
-    self.value_names = tuple(names) or self._numbered_values()
-    self.class_names = tuple(json.loads(self.assets.get("classes.json", b"[]")))
+    self.value_names = _names(self.assets, "values.json") or self._numbered_values()
+    self.class_names = _names(self.assets, "classes.json")
     self.text_transform = (
       TextTransform(config.data.text, self.tokenizer) if "text" in self.modalities else None
     )
@@ -799,6 +798,19 @@ def _abstract(config) -> Any:
     return adapters.init_variables(make_model(config), config, jax.random.key(0), batch)["params"]
 
   return jax.eval_shape(init, batch_spec(config, 1))
+
+
+def _names(assets: Mapping[str, bytes], file: str) -> tuple[str, ...]:
+  """The names that a file of a checkpoint lists; () without it. Raises UserError: it is no list of
+  texts.
+  """
+  try:
+    names = json.loads(assets.get(file, b"[]"))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{file} of the checkpoint is no readable JSON ({error})") from error
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UserError(f"{file} of the checkpoint is no list of names")
+  return tuple(names)
 
 
 def _embed(model, variables: Any, modality: str, batch: dict) -> jax.Array:

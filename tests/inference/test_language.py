@@ -80,6 +80,18 @@ def test_texts_are_decoded_as_generation_config_says_unless_told_otherwise(model
   )
   with pytest.raises(UserError, match="generation_config.json: top_p is 'all'"):
     settings_of_file(b'{"do_sample": true, "top_p": "all"}')
+  for content, words in {
+    b"[]": "is no object of JSON",
+    b"{": "is no readable JSON",
+    b"\xff": "is no readable JSON",
+    b'{"do_sample": true, "top_k": 2.5}': "top_k is 2.5, but must be whole",
+    b'{"do_sample": true, "top_k": 1e30}': "top_k is 1e",
+    b'{"repetition_penalty": 1e400}': "repetition_penalty is inf",
+    b'{"do_sample": true, "temperature": 1%s}' % (b"0" * 400): "temperature is 1000",
+    b'{"do_sample": true, "temperature": NaN}': "temperature is nan",
+  }.items():
+    with pytest.raises(UserError, match=words):
+      settings_of_file(content)
 
 
 def test_an_int8_cache_holds_nearly_what_the_float_one_does(folder, model):

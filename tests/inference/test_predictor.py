@@ -153,6 +153,16 @@ def test_exif_orientation_of_a_pil_picture_is_honoured(predictor):
   assert np.abs(predictor.encode_image(opened) - predictor.encode_image(image)).max() > 0.02
 
 
+@pytest.mark.parametrize("content", [b'"cat"', b"5", b"[1]", b"{", b'{"a": 1}'])
+def test_names_of_classes_that_are_no_list_of_texts_are_refused(tmp_path, content):
+  for file in ("classes.json", "values.json"):
+    folder = tmp_path / file
+    folder.mkdir()
+    kept = tiny.assets(folder) | {file: content}
+    with pytest.raises(UserError, match=f"{file} of the checkpoint is no"):
+      mmjax.load(tiny.save(tiny.config(), folder, kept))
+
+
 def test_no_checkpoint_is_one_clear_line(tmp_path):
   with pytest.raises(UserError, match="no checkpoint"):
     mmjax.load(tmp_path)
