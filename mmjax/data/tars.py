@@ -37,11 +37,12 @@ from mmjax.config import UserError
 from mmjax.data import folders
 from mmjax.data.media import ENDINGS
 from mmjax.data.readers.cells import Skip, about_media, annotate, broken_text
+from mmjax.data.readers.json_stream import Twice, as_object
 from mmjax.data.readers.preferences import ROLES, given_in, is_judged
 from mmjax.printing import printable
 
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
-_VERSION = 4  # of the index files
+_VERSION = 5  # of the index files
 _PARTS = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.extents
 _NEAR = (
   1 << 16
@@ -99,7 +100,9 @@ class TarIndex:
     parts = self._parts(row)
     name = f"{Path(self.path).stem}/{self.keys[row]}"
     try:
-      facts = json.loads(parts["json"]) if parts["json"] else {}
+      facts = json.loads(parts["json"], object_pairs_hook=as_object) if parts["json"] else {}
+      if isinstance(facts, Twice):
+        raise ValueError("a key stands twice")
       text = parts["txt"].decode("utf-8-sig") if parts["txt"] is not None else None
       label = parts["cls"].decode().strip() if parts["cls"] else ""
     except (ValueError, RecursionError) as error:
@@ -414,7 +417,7 @@ def _dotted(member: str) -> bool:
 
 
 def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
-  """The members of a tar up to where it breaks off."""
+  """The members of a tar, or of several one after the other, up to where it breaks off."""
   count = 0
   while True:
     try:
@@ -424,11 +427,31 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
         raise
       skipped.append(("", "truncated tar"))
       return
-    if member is None:
-      return
+    if member is None:  # at its end, or at what is no header
+      after = _after_zeros(tar)
+      if after == tar.offset:
+        skipped.append(("", "truncated tar"))
+      if after in (None, tar.offset):
+        return
+      tar.offset = after  # type: ignore[assignment]
+      continue
     count += 1
     tar.members.clear()  # type: ignore[attr-defined]  # or all headers of a large tar stay in memory
     yield member
+
+
+def _after_zeros(tar: tarfile.TarFile) -> int | None:
+  """Where the first block that is not zero stands in what `tar` has not read, None = there is
+  none.
+  """
+  file: Any = tar.fileobj
+  place = tar.offset
+  file.seek(place)
+  while chunk := file.read(1 << 20):
+    if rest := chunk.lstrip(b"\0"):
+      return place + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    place += len(chunk)
+  return None
 
 
 def _braces(pattern: str) -> list[str]:

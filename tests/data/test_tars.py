@@ -187,6 +187,25 @@ def test_of_a_truncated_tar_the_whole_part_is_read(tmp_path):
   assert source[2]["image"] == jpeg(2)
 
 
+def test_what_follows_a_broken_header_or_another_tar_is_not_dropped_in_silence(tmp_path):
+  path = write_tar(tmp_path / "a.tar", pairs(0, 5))
+  whole = open(path, "rb").read()
+  with tarfile.open(path) as tar:
+    header = tar.getmember("000000003.jpg").offset
+  for content, count, skipped in (
+    (whole, 5, {}),
+    (whole[: header + 200], 3, {"truncated tar": 1}),
+    (whole[: header + 100] + b"\xff" * 100 + whole[header + 200 :], 3, {"truncated tar": 1}),
+    (whole + b"no header " * 300, 5, {"truncated tar": 1}),
+    (whole + open(write_tar(tmp_path / "b.tar", pairs(5, 3)), "rb").read(), 8, {}),
+    (whole + bytes(3 << 20), 5, {}),
+  ):
+    open(path, "wb").write(content)
+    source = TarSource(path)
+    assert (len(source), source.skipped) == (count, skipped)
+    assert source[count - 1]["image"] == jpeg(count - 1)
+
+
 def test_a_tar_that_shrinks_under_us_gives_an_error_not_garbage(tmp_path):
   path = write_tar(tmp_path / "a.tar", pairs(0, 5))
   source = TarSource(path)
