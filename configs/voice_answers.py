@@ -13,6 +13,7 @@ mmjax train --config configs/voice_answers.py --workdir runs/voice_answers
 """
 
 import scene_answers
+from chat_scenes import TEMPLATE
 
 
 def get_config(arg: str = ""):
@@ -27,8 +28,7 @@ def get_config(arg: str = ""):
     kind = dict(kind="captions", modalities=("audio",), by="voice")
   else:
     learn_to_answer(c)
-    check = "mmjax.data.builders.spoken_questions:check_answer"
-    kind = dict(kind="answers", modalities=("image", "audio"), check=check, max_length=24)
+    kind = dict(kind="dialogue", modalities=("image", "audio"), max_length=24)
   for split in ("validation", "test"):
     evaluator = dict(**kind, source="spoken_questions", split=split)
     c.evaluation.evaluators[f"{kind['kind']}/{split}"] = evaluator
@@ -82,11 +82,13 @@ def learn_to_answer(c) -> None:
     (r"audio_connector/.*", None),
     (r".*", r"\g<0>"),
   )
-  c.train.steps = 1600
+  c.train.steps = 1200
   c.train.batch_size = 16  # rows, of up to four pictures and sounds each
   c.data.mix = "steps"
-  c.data.sources.spoken = dict(name="spoken_questions", text="question", cache=True, weight=0.8)
+  c.data.sources.spoken = dict(name="spoken_questions", text="conversation", cache=True, weight=0.8)
   c.data.sources.questions = dict(name="emoji_scenes", text="question", cache=True, weight=0.2)
+  c.data.text.template = TEMPLATE
+  c.data.text.loss = "each"  # pictures see what was heard, when it is answered
   c.data.sequence.length = 216
   c.data.sequence.slots = 4
   c.objectives.text = dict(kind="language_modelling")

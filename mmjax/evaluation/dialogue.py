@@ -45,18 +45,19 @@ def dialogue(
   """A language model answers the questions of conversations, turn after turn.
 
   source: a data set whose records have conversations; facts["turns"] may say the `kind` of each
-  question, and how many turns `ago` what it refers to came up. split: which of its splits.
-  modalities: what the report shows beside a conversation. max_length: tokens of an answer at most.
-  limit: conversations that are used, evenly spread; 0 = all. examples: how many the report shows.
+  question, whose `voice` it is, and how many turns `ago` what it refers to came up. split: which
+  of its splits. modalities: what the report shows beside a conversation. max_length: tokens of an
+  answer at most. limit: conversations that are used, evenly spread; 0 = all. examples: how many
+  the report shows.
   Metrics, of exact answers (case and spaces aside): "accuracy", "accuracy/low" and "/high" (95%,
-  dialogues drawn again), "turnN", "ago/N", "kind/NAME", with the model's own answers as history;
-  "hidden/accuracy" and "hidden/turnN" without the history; "wrong/accuracy" with right earlier
-  answers but a wrong one to what the question refers to, and "right/accuracy", the same questions
-  without the wrong one; "returned/accuracy", of the last question of each that refers back: a turn
-  about the media of another conversation is put before it, after which the question that brought up
-  what it refers to is asked again; and "stayed/accuracy", the same questions without these two
-  turns; "consistency" (share of questions asked again that get the same answer); "dialogues",
-  "unreadable".
+  dialogues drawn again), "turnN", "ago/N", "kind/NAME", "voice/NAME", with the model's own
+  answers as history; "hidden/accuracy" and "hidden/turnN" without the history; "wrong/accuracy"
+  with right earlier answers but a wrong one to what the question refers to, and "right/accuracy",
+  the same questions without the wrong one; "returned/accuracy", of the last question of each that
+  refers back: a turn about the media of another conversation is put before it, after which the
+  question that brought up what it refers to is asked again; and "stayed/accuracy", the same
+  questions without these two turns; "consistency" (share of questions asked again that get the
+  same answer); "dialogues", "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   if not context.config.data.sequence.length:
@@ -250,7 +251,7 @@ def _by_facts(correct: Sequence[Sequence[bool]], talks: Sequence[_Talk]) -> dict
   groups: dict[str, list[bool]] = collections.defaultdict(list)
   for row, talk in zip(correct, talks, strict=True):
     for right, about in zip(row, talk.about, strict=False):
-      for name in ("ago", "kind"):
+      for name in ("ago", "kind", "voice"):
         if about.get(name) is not None:
           groups[f"{name}/{about[name]}"].append(right)
   return {name: float(np.mean(groups[name])) for name in sorted(groups)}

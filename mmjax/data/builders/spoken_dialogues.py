@@ -38,9 +38,10 @@ Made by `mmjax data build spoken_dialogues` from the Python packages `espeakng-l
   GPL-3; it is called as a separate library, and the sound that it makes is not covered by its
   licence.
 - Fields: `id`, `image` (PNG), `audio` (FLAC: the first question), `media` (the others),
-  `conversations` (one), `image_key` (hash of the pixels), `facts`: those of the scene, and `turns`
-  (of each question its `kind`, and how many turns `ago` what it refers to came up), `questions` (as
-  text), `voice`.
+  `conversations` (one: a spoken question, what was asked, "{go_on}", the answer; and so on),
+  `image_key` (hash of the pixels), `facts`: those of the scene, and `turns` (of each answer its
+  `kind`, its `voice`, and how many answers `ago` what it refers to came up), `questions` (as text),
+  `voice`.
 - Splits: {splits}. They share no arrangement of a scene and no variant of a voice; speed and pitch
   vary in `train`.
 - Limits: synthetic voices, no noise, no hesitation; questions from templates.
@@ -57,7 +58,9 @@ def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
     SPLITS,
     make_record,
     ("image", "audio", "conversations", "media", "facts"),
-    CARD.format(turns=TURNS, voices=len(TRAIN_VOICES), splits="{splits}"),
+    CARD.format(
+      turns=TURNS, voices=len(TRAIN_VOICES), go_on=spoken_questions.GO_ON, splits="{splits}"
+    ),
     data_dir,
     log,
     "speaking {} dialogues",
@@ -73,10 +76,21 @@ def make_record(split: str, number: int) -> Record:
   voice = spoken_questions.choose_voice(split, number, rng)
   sounds = [to_flac(speak(question, voice)) for question in questions]
   said: list[dict[str, Any]] = []
-  for n, turn in enumerate(turns[1::2]):
+  about: list[dict[str, Any]] = []
+  for n, (question, turn) in enumerate(zip(questions, turns[1::2], strict=True)):
     spoken = [{"type": "image"}, {"type": "audio"}] if n == 0 else [{"type": "audio"}]
-    said += [dict(role="user", content=spoken), turn]
-  facts = {**talk["facts"], "turns": talk["facts"]["turns"][:TURNS]}
+    said += [
+      dict(role="user", content=spoken),
+      dict(role="assistant", content=question),
+      dict(role="user", content=spoken_questions.GO_ON),
+      turn,
+    ]
+    told = talk["facts"]["turns"][n]
+    about += [
+      dict(kind="heard", ago=0, voice=f"{voice.name}/heard"),
+      dict(kind=told["kind"], ago=max(1, 2 * told["ago"]), voice=f"{voice.name}/answer"),
+    ]
+  facts = {**talk["facts"], "turns": about}
   return {
     **talk,
     "id": f"{talk['id']}-{voice.name}",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +21,9 @@ from mmjax.data.builders.openmoji import key_of
 from mmjax.data.builders.speech import RATE, Voice, speak, to_flac
 from mmjax.data.builders.spoken_emoji import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 SPLITS = {"train": 10_000, "validation": 300, "test": 600}
-HEARD = "what is asked?"  # of a record, besides the spoken question itself, which is ""
+GO_ON = "answer it."  # what the user says when the model has said what it heard
 
 CARD = """\
 # spoken_questions
@@ -40,9 +39,10 @@ Made by `mmjax data build spoken_questions` from the Python packages `espeakng-l
   GPL-3; it is called as a separate library, and the sound that it makes is not covered by its
   licence.
 - Fields: `id`, `image` (PNG), `audio` (FLAC: the question), `captions` (the question as text),
-  `questions` (two: none in text, with the answer to the spoken one; "{heard}", with that),
-  `label` (empty), `image_key` (hash of the pixels), `facts`: those of the scene, and `kind`,
-  `question`, `answer`, `voice`, `speed` in words a minute, `pitch`, `seconds`.
+  `conversations` (one: the spoken question, what was asked, "{go_on}", the answer), `label`
+  (empty), `image_key` (hash of the pixels), `facts`: those of the scene, and `kind`, `question`,
+  `answer`, `turns` (of both answers: `kind`, `voice`), `voice`, `speed` in words a minute, `pitch`,
+  `seconds`.
 - Splits: {splits}. They share no arrangement of a scene and no variant of a voice; speed and pitch
   vary in `train`.
 - Test voices: {test_voices}. Report each voice by itself: some are hard.
@@ -55,13 +55,13 @@ def build(data_dir: Path, log: Callable[[str], None] = printing.log) -> Path:
   a package is missing or another version.
   """
   voices = ", ".join(voice.name for voice in TEST_VOICES)
-  card = CARD.format(voices=len(TRAIN_VOICES), test_voices=voices, heard=HEARD, splits="{splits}")
+  card = CARD.format(voices=len(TRAIN_VOICES), test_voices=voices, go_on=GO_ON, splits="{splits}")
   return emoji_scenes.build_scenes(
     "spoken_questions",
     VERSION,
     SPLITS,
     make_record,
-    ("image", "audio", "questions", "facts"),
+    ("image", "audio", "conversations", "facts"),
     card,
     data_dir,
     log,
@@ -82,6 +82,10 @@ def make_record(split: str, number: int) -> Record:
     "kind": scene["facts"]["kinds"][asked],
     "question": question,
     "answer": answer,
+    "turns": [
+      dict(kind="heard", ago=0, voice=f"{voice.name}/heard"),
+      dict(kind=scene["facts"]["kinds"][asked], ago=1, voice=f"{voice.name}/answer"),
+    ],
     "voice": voice.name,
     "speed": voice.speed,
     "pitch": voice.pitch,
@@ -92,7 +96,14 @@ def make_record(split: str, number: int) -> Record:
     "image": scene["image"],
     "audio": to_flac(samples),
     "captions": {"en": [question]},
-    "questions": [("", answer), (HEARD, question)],
+    "conversations": [
+      [
+        dict(role="user", content=[{"type": "image"}, {"type": "audio"}]),
+        dict(role="assistant", content=question),
+        dict(role="user", content=GO_ON),
+        dict(role="assistant", content=answer),
+      ]
+    ],
     "label": "",
     "image_key": scene["image_key"],
     "facts": facts,
@@ -106,14 +117,3 @@ def choose_voice(split: str, number: int, rng: np.random.Generator) -> Voice:
     return Voice(name, int(rng.integers(135, 216)), int(rng.integers(30, 71)))
   voices = VALIDATION_VOICES if split == "validation" else TEST_VOICES
   return voices[number % len(voices)]
-
-
-def check_answer(facts: dict[str, Any], question: str, answer: str, text: str) -> dict[str, bool]:
-  """Whether a text is what was asked ("heard"), or answers it ("answer", and of its kind and
-  voice).
-  """
-  if question == HEARD:
-    return {"heard": " ".join(text.lower().split()) == answer}
-  right = emoji_scenes.check_answer(facts, facts["question"], answer, text)
-  (kind, correct), *_ = right.items()
-  return {"answer": correct, f"answer to {kind}": correct, f"answer to {facts['voice']}": correct}
