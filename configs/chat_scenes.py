@@ -78,6 +78,7 @@ def learn_from_judged_answers(c) -> None:
   c.data.sequence.length = 384
   c.data.sequence.slots = 4
   c.objectives.judged = dict(kind="preference", form="dpo", beta=0.1)
+  c.objectives.text = dict(kind="language_modelling")  # the preferred answers as texts
   c.optimizer = dict(name="adamw", lr=3e-5, b2=0.98)
   c.schedule = dict(name="cosine", warmup="5%", final=0.01)
 
