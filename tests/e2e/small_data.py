@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from unittest import mock
 
 from mmjax.data.builders import (
+  basket_prices,
   clip_questions,
   easy_vqa,
   emoji_scenes,
@@ -39,6 +40,7 @@ TWO_MOVES = {"train": 120, "validation": 10, "test": 20}  # clips of clip_questi
 TALKS = {"train": 120, "validation": 12, "test": 12}  # of scene_dialogues, scene_preferences
 SPOKEN = {"train": 120, "validation": 12, "test": 12}  # of spoken_questions, spoken_dialogues
 ANIMALS = {"train": 2000, "validation": 100, "test": 200}  # of rare_animals: 40%, two objects
+BASKETS = {"train": 1500, "validation": 50, "test": 200}
 COMMANDS = {"train": 1, "validation": 1, "test": 1}  # times that a voice says a word
 MODULES = 30  # of the standard library, whose docstrings python_topics has
 PHRASES = 40  # of spoken_emoji: by every training voice, and by every test voice
@@ -74,6 +76,7 @@ def smaller() -> Iterator[None]:
   fewer = {split: pictures[split][:count] for split, count in QUESTIONS.items()}
   docstrings = python_topics.docstrings
   with (
+    mock.patch.object(basket_prices, "SPLITS", BASKETS),
     mock.patch.multiple(easy_vqa, SIZES=QUESTIONS, find_splits=lambda: fewer),
     mock.patch.multiple(emoji_scenes, SPLITS=SCENES, COUNTS=COUNTS),
     mock.patch.multiple(rare_animals, SPLITS=ANIMALS, SHARE=0.4, COUNTS=(2, 2)),

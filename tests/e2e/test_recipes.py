@@ -19,10 +19,12 @@ import pytest
 
 from mmjax import config as configs
 from mmjax.data.pipeline import Pipeline
+from mmjax.data.statistics import Statistics
 from mmjax.evaluation import Evaluation
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training.program import Program
+from mmjax.training.statistics import with_statistics
 from tests.bench import ngram
 from tests.e2e import small_data
 from tests.e2e.commands import ROOT, metrics, parameters, read_until, run, start
@@ -130,6 +132,11 @@ SHORT = [
     {"animals/test": {"auc": 0.7}},
   ),  # 0.5
   (
+    "basket_prices",
+    ("train.steps=100", "model.width=64", "model.encoders.image.depth=1"),
+    {"price/test": {"r2": 0.45}},
+  ),  # the table alone: 0.40
+  (
     "emoji_groups:scratch",
     ("train.steps=60",),
     {"groups/test": {"balanced_accuracy": 0.2}},
@@ -157,6 +164,7 @@ MADE_OF_OTHERS = {
   "multitask",
   "speech_commands",
   "rare_animals",
+  "basket_prices",
 }
 # Language models: in full with --all, by tests of their own where one starts from another.
 LANGUAGE_MODELS = (
@@ -207,6 +215,7 @@ FULL = [
     "rare_animals",
     {"animals/test": {"auc": 0.95, "animal/average_precision": 0.8, "balanced_accuracy": 0.87}},
   ),
+  ("basket_prices", {"price/test": {"r2": 0.95}}),
   ("words", {"likelihood/test": {"bits_per_byte": 1.7}}),
 ]
 # Of the language models about scenes, less a margin too.
@@ -277,7 +286,7 @@ def test_a_tiny_version_takes_a_step_of_each_kind(recipe, small, monkeypatch):
   monkeypatch.setenv("MMJAX_DATA", str(small(recipe)))
   model = configs.load(config_of(recipe)).model
   parts = [f"encoders.{name}." for name in model.get("encoders", {})]
-  parts += [f"{name}." for name in ("decoder", "fusion") if model.get(name)]
+  parts += [f"{name}." for name in ("decoder", "fusion") if "depth" in (model.get(name) or {})]
   parts += [""] if "depth" in model else []
   config = configs.load(
     config_of(recipe),
@@ -290,6 +299,7 @@ def test_a_tiny_version_takes_a_step_of_each_kind(recipe, small, monkeypatch):
   )
   mesh = make_mesh(config, jax.devices()[:1])
   pipeline = Pipeline(config, rows=multihost.local_rows(mesh, config.train.batch_size))
+  config = with_statistics(config, Statistics(config, pipeline.sources))
   program = Program(config, mesh, examples=pipeline.examples)
   state = program.init(config.seed)
   first = jax.tree.map(np.asarray, state.params)

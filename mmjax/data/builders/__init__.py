@@ -55,6 +55,7 @@ _PATIENCE = 3600.0  # seconds that a build waits for another one of the same dat
 # Name -> "module:function"; the function takes (data_dir, log) and returns the folder of the
 # version that it built.
 BUILDERS = {
+  "basket_prices": "mmjax.data.builders.basket_prices:build",
   "clip_questions": "mmjax.data.builders.clip_questions:build",
   "easy_vqa": "mmjax.data.builders.easy_vqa:build",
   "emoji_scenes": "mmjax.data.builders.emoji_scenes:build",

@@ -174,10 +174,11 @@ def build_scenes(
   data_dir: Path,
   log: Callable[[str], None],
   doing: str,
+  metadata: Mapping[str, Any] | None = None,
 ) -> Path:
   """Builds data_dir/NAME/VERSION of `make_record(split, number)`, so many of each split, or finds
   it there. card: with {splits} in it. doing: what is logged, with {} for the number of records.
-  Raises UserError: a package is missing or another.
+  metadata: what metadata.json gets besides. Raises UserError: a package is missing or another.
   """
   if (built := find_version(data_dir, name)) and built.name == version:
     return built
@@ -196,6 +197,7 @@ def build_scenes(
     card=card.format(splits=", ".join(f"{split} {count:,}" for split, count in splits.items())),
     licence="CC BY-SA 4.0",
     homepage="https://openmoji.org",
+    metadata=metadata,
   )
 
 
