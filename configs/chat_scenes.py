@@ -85,12 +85,12 @@ def learn_from_judged_answers(c) -> None:
 
 def learn_from_rewards(c) -> None:
   c.init["from"] = "runs/chat_scenes_half"
-  c.train.steps = 300
-  c.train.batch_size = 16  # prompts, with eight answers each
+  c.train.steps = 500
+  c.train.batch_size = 32  # prompts, with four answers each
   c.data.sources.dialogues = dict(name="scene_dialogues", text="conversation", cache=True)
   c.data.sequence.length = 128
   c.data.sequence.slots = 1
-  c.objectives.reward = dict(kind="grpo", answers=8, max_length=10, exact=1.0)
-  c.optimizer = dict(name="adamw", lr=1e-4, b2=0.98)
+  c.objectives.reward = dict(kind="grpo", answers=4, max_length=10, exact=1.0)
+  c.optimizer = dict(name="adamw", lr=4e-4, b2=0.98)
   c.optimizer.rates = ((r"image/.*", 0.0),)
   c.schedule = dict(name="cosine", warmup="5%", final=0.01)
