@@ -73,7 +73,7 @@ class ChatTemplate:
     except UserError as error:
       raise UserError(f"{name}: {error}") from error
     self._forms: dict[type, bool] = {}
-    self._tails: dict[tuple[str, bool], str] = {}
+    self._tails: dict[tuple[str, bool, str], str] = {}
     self._known: _Known | None = None
 
   @classmethod
@@ -242,12 +242,13 @@ class ChatTemplate:
     asked = dict.fromkeys(MEDIA, 0)
     for turn, message in enumerate(messages):
       content = message["content"]
+      said = isinstance(content, str) or any(p.get("text", "").strip() for p in content)
       parts = [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
       for part in parts:
         if Medium(part["type"], asked[part["type"]]) not in there:
           raise UserError(f"{self.name} leaves out the {part['type']} of {_named(turn, message)}")
         asked[part["type"]] += 1
-      if turn not in there and len(parts) != (-1 if isinstance(content, str) else len(content)):
+      if turn not in there and said:
         raise UserError(f"{self.name} leaves out {_named(turn, message)}")
     pictures = [bit.medium for bit in bits if bit.medium]
     if len(pictures) != sum(asked.values()):
@@ -291,7 +292,7 @@ class ChatTemplate:
     """How much of the text before an answer is prompt: what the template writes itself when it asks
     for the answer.
     """
-    key = messages[-1]["role"], len(messages) == 1
+    key = messages[-1]["role"], len(messages) == 1, _ending(messages[-1]["content"])
     if key not in self._tails:
       last = self._bits(messages, tokenizer, True)[-1]
       self._tails[key] = "" if last.turn >= 0 or last.medium else last.text
@@ -376,6 +377,13 @@ def _check_content(turn: int, message: Message) -> None:
     raise UserError(f"{_named(turn, message)} is empty")
   if message["role"] == "assistant" and not any(p["type"] == "text" for p in parts):
     raise UserError(f"{_named(turn, message)} has no text to learn")
+
+
+def _ending(content: str | Sequence[Mapping[str, Any]]) -> str:
+  """The white space and media that end a content."""
+  parts = [dict(text=content)] if isinstance(content, str) else content
+  text = "".join(part.get("text", "\0") for part in parts)
+  return re.findall(r"[\s\0]*\Z", text)[0]
 
 
 def _named(turn: int, message: Message) -> str:

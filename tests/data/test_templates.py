@@ -254,6 +254,19 @@ def test_thoughts_are_learned_where_the_template_keeps_them(bpe):
   assert texts == ["A cat.", "<think>\nIt purrs.\n</think>\n\nYes."]
 
 
+def test_white_space_of_one_conversation_does_not_count_for_another(bpe):
+  """What is prompt before an answer is worked out once for conversations that are alike."""
+  template, alone = ChatTemplate.read(QWEN_3), ChatTemplate.read(QWEN_3)
+  thought = turn("assistant", "<think>\nIt purrs.\n</think>\n\nA cat.")
+  template.render([turn("user", "What?\n\n"), thought], bpe)
+  talk = [turn("user", "What?"), thought]
+  assert template.render(talk, bpe) == alone.render(talk, bpe)
+  zephyr, fresh = ChatTemplate.read("zephyr"), ChatTemplate.read("zephyr")
+  zephyr.render([turn("user", "What?\n"), turn("assistant", "A cat.")], bpe)
+  talk = [turn("user", "What?"), turn("assistant", "</think>A cat.")]
+  assert zephyr.render(talk, bpe) == fresh.render(talk, bpe)
+
+
 def test_a_template_may_read_the_parts_itself(bpe):
   talk = [*WITH_PICTURES[:2]]
   template = ChatTemplate.read(QWEN_2_VL)
@@ -355,6 +368,18 @@ def test_templates_that_are_none(source, message, bpe):
   with pytest.raises(UserError, match=message.replace("|", r"\|")) as caught:
     ChatTemplate.read(source).render(TALK[1:], bpe)
   assert "\n" not in str(caught.value)
+
+
+def test_an_empty_text_beside_a_medium_is_left_out(bpe):
+  """As of a turn that is spoken, or a picture alone."""
+  for name in ("plain", "chatml"):
+    template = ChatTemplate.read(name, bpe)
+    parts = [{"type": "image"}, {"type": "audio"}]
+    told = [
+      template.render([dict(role="user", content=content)], bpe, add_generation_prompt=True)
+      for content in (parts, [*parts, {"type": "text", "text": ""}])
+    ]
+    assert told[0] == told[1]
 
 
 BIG = "{% set ns = namespace(s='xxxxxxxx', l=[1]) %}"
