@@ -83,7 +83,8 @@ class Reader:
         split_key(content_key(record, self.modality)),
         self.decode(content),
       )
-    arrays, surplus = self.example(record.get(decoded, content), rng)
+    # Not by what a record has: a further medium of a conversation stands in a copy of its record.
+    arrays, surplus = self.example(record[decoded] if kept else content, rng)
     return (
       *arrays,
       record[key] if kept else split_key(content_key(record, self.modality)),

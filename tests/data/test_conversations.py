@@ -98,11 +98,13 @@ def examples_of(batch):
       yield s["tokens"][row][here & s["loss_mask"][row]], [pixels[row, slot] for slot in slots]
 
 
-def test_targets_are_the_assistants_turns_and_media_stand_in_theirs(chat):
+@pytest.mark.parametrize("cache", [False, True])
+def test_targets_are_the_assistants_turns_and_media_stand_in_theirs(cache, chat):
   c = resolved(chat)
   tokenizer, transform = load_tokenizer(c.data), ImageTransform(c.data.image, train=False)
   for loss in ("every", "last"):
-    batch = Pipeline(resolved(chat, **{"data.text.loss": loss})).batch(0)
+    changes = {"data.text.loss": loss, "data.sources.it.cache": cache}
+    batch = Pipeline(resolved(chat, **changes)).batch(0)
     found = {}
     for targets, pictures in examples_of(batch):
       said = " | ".join(map(tokenizer.decode, np.split(targets, 1 + np.flatnonzero(targets == 2))))
