@@ -1,15 +1,17 @@
 """Dialogues about scenes whose questions are spoken, by voices that were never heard: the model of
-voice_answers tuned on spoken and written conversations.
+chat_scenes with what hears of voice_answers, tuned on spoken and written conversations.
 
 mmjax data build emoji_scenes
 mmjax data build spoken_questions
 mmjax data build scene_dialogues
+mmjax data build scene_preferences
 mmjax data build spoken_dialogues
 mmjax data tokenizer --source emoji_scenes --name emoji_scenes --vocab-size 640
 mmjax data tokenizer --source emoji_scenes --name scenes --vocab-size 1024 --model bpe --answers
 mmjax train --config configs/scene_captions.py --workdir runs/scene_captions
 mmjax train --config configs/scene_answers.py:captions --workdir runs/scene_answers_captions
 mmjax train --config configs/scene_answers.py --workdir runs/scene_answers
+mmjax train --config configs/chat_scenes.py --workdir runs/chat_scenes
 mmjax train --config configs/voice_answers.py:hearing --workdir runs/voice_hearing
 mmjax train --config configs/voice_answers.py --workdir runs/voice_answers
 mmjax train --config configs/chat_voices.py --workdir runs/chat_voices
@@ -21,7 +23,8 @@ import voice_answers
 
 def get_config(arg: str = ""):
   c = voice_answers.scenes()
-  c.init["from"] = "runs/voice_answers"
+  c.init["from"] = "runs/chat_scenes"
+  c.init.map = ((r"audio(_connector)?/.*", r"\g<0>", "runs/voice_answers"), (r".*", r"\g<0>"))
   c.train.steps = 1000
   c.train.batch_size = 12  # rows, of up to eight sounds each
   c.data.mix = "steps"
