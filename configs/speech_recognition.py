@@ -6,6 +6,8 @@ mmjax data tokenizer --source spoken_emoji --name spoken_letters --vocab-size 38
 mmjax train --config configs/speech_recognition.py --workdir runs/speech_recognition
 """
 
+import speech_text
+
 import mmjax
 
 
@@ -22,20 +24,7 @@ def get_config(arg: str = ""):
   c.data.text.vocab_size = 384
   c.data.text.length = 42
 
-  audio = dict(
-    kind="whisper",
-    mels=40,
-    strides=(2, 2),
-    normalisation="utterance",
-    depth=3,
-    heads=4,
-    time_masks=1,
-    time_width=12,
-    frequency_masks=1,
-    frequency_width=6,
-    time_warp=0.1,
-    frequency_warp=0.15,
-  )
+  audio = speech_text.audio_encoder(frequency_warp=0.15)
   c.model = dict(
     name="captioner", width=128, encoders=dict(audio=audio), decoder=dict(depth=2, heads=4)
   )

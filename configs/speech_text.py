@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
   return c
 
 
-def audio_encoder() -> dict:
+def audio_encoder(frequency_warp: float = 0.1) -> dict:
   """Whisper's encoder, small, whose spectrograms are masked and warped in training; of the other
   recipes of speech too.
   """
@@ -58,5 +58,5 @@ def audio_encoder() -> dict:
     frequency_masks=1,
     frequency_width=6,
     time_warp=0.1,
-    frequency_warp=0.1,
+    frequency_warp=frequency_warp,
   )

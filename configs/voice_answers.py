@@ -12,8 +12,9 @@ mmjax train --config configs/voice_answers.py:hearing --workdir runs/voice_heari
 mmjax train --config configs/voice_answers.py --workdir runs/voice_answers
 """
 
+import chat_scenes
 import scene_answers
-from chat_scenes import TEMPLATE
+import speech_text
 
 
 def get_config(arg: str = ""):
@@ -42,20 +43,7 @@ def scenes():
   c.data.audio.augment.speed = (0.85, 1.3)
   c.data.audio.augment.noise = 0.05
   c.data.sequence.audio = 20
-  c.model.encoders.audio = dict(
-    kind="whisper",
-    mels=40,
-    strides=(2, 2),
-    normalisation="utterance",
-    depth=3,
-    heads=4,
-    time_masks=1,
-    time_width=12,
-    frequency_masks=1,
-    frequency_width=6,
-    time_warp=0.1,
-    frequency_warp=0.15,
-  )
+  c.model.encoders.audio = speech_text.audio_encoder(frequency_warp=0.15)
   c.model.connectors.audio = dict(kind="mlp", join=4, positions=True)
   return c
 
@@ -87,7 +75,7 @@ def learn_to_answer(c) -> None:
   c.data.mix = "steps"
   c.data.sources.spoken = dict(name="spoken_questions", text="conversation", cache=True, weight=0.8)
   c.data.sources.questions = dict(name="emoji_scenes", text="question", cache=True, weight=0.2)
-  c.data.text.template = TEMPLATE
+  c.data.text.template = chat_scenes.TEMPLATE
   c.data.text.loss = "each"  # pictures see what was heard, when it is answered
   c.data.sequence.length = 216
   c.data.sequence.slots = 4
