@@ -66,9 +66,9 @@ BUILDERS = {
   "scene_dialogues": "mmjax.data.builders.scene_dialogues:build",
   "scene_preferences": "mmjax.data.builders.scene_preferences:build",
   "spoken_commands": "mmjax.data.builders.spoken_commands:build",
-  "spoken_questions": "mmjax.data.builders.spoken_questions:build",
   "spoken_dialogues": "mmjax.data.builders.spoken_dialogues:build",
   "spoken_emoji": "mmjax.data.builders.spoken_emoji:build",
+  "spoken_questions": "mmjax.data.builders.spoken_questions:build",
 }
 
 

@@ -71,25 +71,18 @@ def make_record(split: str, number: int) -> Record:
   """Record `number` of a split, a function of the two alone."""
   talk = scene_dialogues.make_record(split, number)
   turns = talk["conversations"][0][: 2 * TURNS]
-  questions = [_text(turn["content"]) for turn in turns[::2]]
+  (_, first), *later = (turn["content"] for turn in turns[::2])  # the picture, then its question
+  questions = [first["text"], *later]
   rng = np.random.default_rng(key_of(f"spoken_dialogues/{split}/{number}".encode()))
   voice = spoken_questions.choose_voice(split, number, rng)
   sounds = [to_flac(speak(question, voice)) for question in questions]
   said: list[dict[str, Any]] = []
   about: list[dict[str, Any]] = []
   for n, (question, turn) in enumerate(zip(questions, turns[1::2], strict=True)):
-    spoken = [{"type": "image"}, {"type": "audio"}] if n == 0 else [{"type": "audio"}]
-    said += [
-      dict(role="user", content=spoken),
-      dict(role="assistant", content=question),
-      dict(role="user", content=spoken_questions.GO_ON),
-      turn,
-    ]
+    media = ("audio",) if n else ("image", "audio")
+    said += spoken_questions.exchange(media, question, turn["content"])
     told = talk["facts"]["turns"][n]
-    about += [
-      dict(kind="heard", ago=0, voice=f"{voice.name}/heard"),
-      dict(kind=told["kind"], ago=max(1, 2 * told["ago"]), voice=f"{voice.name}/answer"),
-    ]
+    about += spoken_questions.about(told["kind"], told["ago"], voice)
   facts = {**talk["facts"], "turns": about}
   return {
     **talk,
@@ -99,7 +92,3 @@ def make_record(split: str, number: int) -> Record:
     "conversations": [said],
     "facts": facts | dict(questions=questions, voice=voice.name),
   }
-
-
-def _text(content: str | list[dict[str, str]]) -> str:
-  return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)

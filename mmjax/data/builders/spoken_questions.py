@@ -10,8 +10,9 @@ The voices are those of spoken_emoji: no variant of espeak-ng speaks in two of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,10 +83,7 @@ def make_record(split: str, number: int) -> Record:
     "kind": scene["facts"]["kinds"][asked],
     "question": question,
     "answer": answer,
-    "turns": [
-      dict(kind="heard", ago=0, voice=f"{voice.name}/heard"),
-      dict(kind=scene["facts"]["kinds"][asked], ago=1, voice=f"{voice.name}/answer"),
-    ],
+    "turns": about(scene["facts"]["kinds"][asked], 0, voice),
     "voice": voice.name,
     "speed": voice.speed,
     "pitch": voice.pitch,
@@ -96,18 +94,31 @@ def make_record(split: str, number: int) -> Record:
     "image": scene["image"],
     "audio": to_flac(samples),
     "captions": {"en": [question]},
-    "conversations": [
-      [
-        dict(role="user", content=[{"type": "image"}, {"type": "audio"}]),
-        dict(role="assistant", content=question),
-        dict(role="user", content=GO_ON),
-        dict(role="assistant", content=answer),
-      ]
-    ],
+    "conversations": [exchange(("image", "audio"), question, answer)],
     "label": "",
     "image_key": scene["image_key"],
     "facts": facts,
   }
+
+
+def exchange(media: Sequence[str], question: str, answer: str) -> list[dict[str, Any]]:
+  """The turns in which a question is spoken, said to have been heard, and answered."""
+  return [
+    dict(role="user", content=[{"type": modality} for modality in media]),
+    dict(role="assistant", content=question),
+    dict(role="user", content=GO_ON),
+    dict(role="assistant", content=answer),
+  ]
+
+
+def about(kind: str, ago: int, voice: Voice) -> list[dict[str, Any]]:
+  """What facts["turns"] says of both answers of an exchange. ago: how many exchanges before it came
+  up what its question refers to.
+  """
+  return [
+    dict(kind="heard", ago=0, voice=f"{voice.name}/heard"),
+    dict(kind=kind, ago=max(1, 2 * ago), voice=f"{voice.name}/answer"),
+  ]
 
 
 def choose_voice(split: str, number: int, rng: np.random.Generator) -> Voice:
