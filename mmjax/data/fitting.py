@@ -289,7 +289,7 @@ def prompts(sequences: Sequences, source: Source) -> list[Piece]:
 def _asked(sequences: Sequences, source: Source, index: int) -> list[Piece]:
   """The prompts of a record; one where it has none, or is broken."""
   if source.text == "question":
-    return [Piece(index, part) for part in range(_count(source, index))]
+    return _questions(source, index)
   try:
     talks = source[index].get("conversations") or [[]]
   except UserError:
@@ -306,19 +306,18 @@ def in_order(sequences: Sequences, source: Source) -> list[Piece]:
   """The examples of an evaluation, in the order of the records; every question of each."""
   if source.text in ("document", "conversation", "preference"):
     return examples(sequences, source)[0]
-  pieces = []
-  for index in range(len(source)):
-    count = _count(source, index) if source.text == "question" else 1
-    pieces += [Piece(index, part) for part in range(count)]
-  return pieces
+  if source.text == "question":
+    return [piece for index in range(len(source)) for piece in _questions(source, index)]
+  return [Piece(index, 0) for index in range(len(source))]
 
 
-def _count(source: Source, index: int) -> int:
-  """How many questions a record has; 1 where it has none, or is broken."""
+def _questions(source: Source, index: int) -> list[Piece]:
+  """The questions of a record; one where it has none, or is broken."""
   try:
-    return len(source[index].get("questions") or ()) or 1
+    count = len(source[index].get("questions") or ()) or 1
   except UserError:
-    return 1
+    count = 1
+  return [Piece(index, part) for part in range(count)]
 
 
 def _say(source: Source, lines: Sequence[str], broken: Sequence[str] = ()) -> None:
