@@ -26,8 +26,8 @@ WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TO = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
 EMOJI = 40  # the first of moving_emoji's
 SPLITS = {"train": 6000, "validation": 200, "test": 500}
-_MOVE = re.compile(r"at ([0-9.]+) seconds the (.+) moves (.+?)")
 SMALL, LARGE, SHORTEST = 13, 17, 6  # pixels: of an emoji, from small to below large; of a move
+_MOVE = re.compile(r"at ([0-9.]+) seconds the (.+) moves (.+?)")  # as `caption_of` tells it
 
 CARD = """\
 # clip_questions
@@ -140,15 +140,14 @@ def questions(
 
 
 def check_caption(facts: dict[str, Any], text: str) -> dict[str, bool]:
-  """Whether a caption is right: {"right": all of it, "names", "ways", "starts"}."""
+  """What of a caption is right: {"starts", "names", "ways"}, each of both moves."""
   moves = [_MOVE.fullmatch(move) for move in text.strip().lower().split(", then ")]
   said = [move.groups() if move else ("", "", "") for move in moves]
   wanted = [(f"{o['start']:g}", o["name"], TO[o["way"]]) for o in facts["objects"]]
-  found = {
+  return {
     name: [one[place] for one in said] == [one[place] for one in wanted]
     for place, name in enumerate(("starts", "names", "ways"))
   }
-  return {"right": all(found.values()), **found}
 
 
 def check_answer(facts: dict[str, Any], question: str, answer: str, text: str) -> dict[str, bool]:
