@@ -1,5 +1,5 @@
 """Dialogues about scenes, in which later questions refer back: tuned on conversations, then by
-judged answers (DPO); or half as long, then by rewards of its own answers (GRPO).
+judged answers (DPO); or on fewer of them, then by rewards of its own answers (GRPO).
 
 mmjax data build emoji_scenes
 mmjax data build scene_dialogues
@@ -27,8 +27,8 @@ TEMPLATE = """\
 
 
 def get_config(arg: str = ""):
-  """arg: "" for conversations, "dpo" for judged answers after them; "half" for fewer steps, "grpo"
-  for rewards after these.
+  """arg: "" for conversations, "dpo" for judged answers after them; "half" for an eighth of the
+  steps, which is half trained, "grpo" for rewards after these.
   """
   c = scene_answers.scenes()
   c.data.text.template = TEMPLATE
@@ -85,7 +85,7 @@ def learn_from_judged_answers(c) -> None:
 
 def learn_from_rewards(c) -> None:
   c.init["from"] = "runs/chat_scenes_half"
-  c.train.steps = 500
+  c.train.steps = 300
   c.train.batch_size = 32  # prompts, with four answers each
   c.data.sources.dialogues = dict(name="scene_dialogues", text="conversation", cache=True)
   c.data.sequence.length = 128
