@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 
 import pytest
 
@@ -20,11 +19,9 @@ ENDLESS = "(.|.)*(.|.)*!"
 def test_what_takes_for_ever_is_cut_short_once_for_all_names(monkeypatch):
   monkeypatch.setattr(regexes, "SECONDS", 0.5)
   pattern = ENDLESS + "a"
-  start = time.monotonic()
   for name in (NAME, NAME + "s"):
     with pytest.raises(UserError, match="took more than 0.5 s for names such as 'text/layers"):
       regexes.compiled(pattern).fullmatch(name)
-  assert time.monotonic() - start < 5
   with pytest.raises(UserError, match="took more than"):
     matches(pattern, NAME)
   found = []

@@ -244,10 +244,12 @@ def test_packed_conversations_train_as_alone(chat):
   )
 
 
-def test_the_sample_sheet_colours_what_is_learned(chat, tmp_path, capfd):
-  config = resolved(chat, **{"data.text.template": "chatml", "model.end_ids": (6,)})
+@pytest.mark.parametrize("loss, counted", [("every", "5 conversations, "), ("each", "7 answers, ")])
+def test_the_sample_sheet_colours_what_is_learned(loss, counted, chat, tmp_path, capfd):
+  changes = {"data.text.template": "chatml", "model.end_ids": (6,), "data.text.loss": loss}
+  config = resolved(chat, **changes)
   page = show_data_set("chat", tmp_path / "s.html", config=config, data_dir=str(chat)).read_text()
-  assert "5 conversations, " in capfd.readouterr().err
+  assert counted in capfd.readouterr().err
   talks = re.findall(r'<pre class="talk">(.*?)</pre>', page, re.S)
   learned = [re.findall(r"<b>(.*?)</b>", talk) for talk in talks]
   assert ["thing 1 in blue", "&lt;|im_end|&gt;", "number 1", "&lt;|im_end|&gt;"] in learned

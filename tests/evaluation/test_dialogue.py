@@ -22,7 +22,7 @@ def talk(*pairs):
   ]
 
 
-TURNS = [dict(kind="name", ago=0), dict(kind="size", ago=1), dict(kind="again", ago=2)]
+TURNS = [dict(kind="name", ago=0, voice="f1"), dict(kind="size", ago=1), dict(kind="again", ago=2)]
 TALKS = [
   talk(("what?", "a cat"), ("big?", "yes"), ("what?", "a cat")),
   talk(("what?", "a dog"), ("big?", "no"), ("what?", "a dog")),
@@ -102,6 +102,7 @@ def test_what_is_right_by_turn_and_without_and_with_a_wrong_history(context):
   found = result.metrics
   # of its own: cat yes cat | cat(wrong) yes(wrong) dog | cat yes(wrong)
   assert found["turn1"] == 2 / 3 and found["turn2"] == 1 / 3 and found["turn3"] == 1
+  assert found["voice/f1"] == found["turn1"]
   assert found["accuracy"] == 5 / 8 and found["kind/size"] == 1 / 3 and found["ago/2"] == 1
   assert found["accuracy/low"] < 5 / 8 < found["accuracy/high"]
   # hidden: "big?" has no answer; "what?" alone is a cat
