@@ -210,7 +210,7 @@ def _add_runs(commands: Any) -> None:
   sub.add_argument(
     "--config",
     metavar="FILE",
-    help="take evaluators and data from this config instead of the checkpoint's",
+    help="take evaluators from this config instead of the checkpoint's",
   )
   sub.add_argument(
     "--suite", metavar="NAME", help="only the evaluators of this name (wildcards allowed)"
