@@ -208,9 +208,7 @@ def _add_runs(commands: Any) -> None:
     "--checkpoint", required=True, metavar="DIR", help="run folder, step folder or import folder"
   )
   sub.add_argument(
-    "--config",
-    metavar="FILE",
-    help="take evaluators from this config instead of the checkpoint's",
+    "--config", metavar="FILE", help="take evaluators from this config instead of the checkpoint's"
   )
   sub.add_argument(
     "--suite", metavar="NAME", help="only the evaluators of this name (wildcards allowed)"
