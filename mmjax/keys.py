@@ -868,6 +868,9 @@ KINDS: dict[str, dict[str, str]] = {
 # Functions of this package that settings of kinds name: a checkpoint's config may name these
 # besides KINDS.
 FUNCTIONS = (
+  "mmjax.data.builders.clip_questions:check_answer",
+  "mmjax.data.builders.clip_questions:check_caption",
+  "mmjax.data.builders.emoji_scenes:check_answer",
   "mmjax.data.builders.emoji_scenes:check_caption",
   "mmjax.data.builders.moving_emoji:check_caption",
   "mmjax.data.builders.moving_emoji:choices",

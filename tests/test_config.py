@@ -200,11 +200,14 @@ def test_shipped_configs_resolve_to_their_golden_copies(path):
   tests/golden/NAME.txt` renews the copy.
   """
   golden = pathlib.Path(__file__).parent / "golden" / f"{path.stem}.txt"
-  assert describe(configs.load(str(path))) + "\n" == golden.read_text()
+  config = configs.load(str(path))
+  assert describe(config) + "\n" == golden.read_text()
+  # A checkpoint of it names no code but this package's.
+  assert configs.from_json(configs.to_json(config)) == config
 
 
 ARGUMENTS = {
-  "chat_scenes": ("dpo",),
+  "chat_scenes": ("dpo", "half", "grpo"),
   "easy_vqa": (
     "cross_attention",
     "merged_attention",
@@ -222,6 +225,7 @@ ARGUMENTS = {
   "scene_answers": ("captions", "lora"),
   "scene_words": ("blind",),
   "video_text": ("mean",),
+  "voice_answers": ("hearing",),
 }
 
 
@@ -229,9 +233,9 @@ ARGUMENTS = {
   ("name", "arg"), [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 )
 def test_every_argument_of_a_shipped_config_names_a_model(name, arg):
-  assert make_model(
-    configs.load(str(pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py:{arg}"))
-  )
+  config = configs.load(str(pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py:{arg}"))
+  assert make_model(config)
+  assert configs.from_json(configs.to_json(config)) == config
 
 
 def test_a_config_may_import_the_files_beside_it_and_each_folder_has_its_own(tmp_path):
