@@ -19,6 +19,7 @@ from mmjax.models.encoders import spectrogram
 from mmjax.models.encoders.audio import around, overlapping
 from mmjax.models.encoders.sequence import stack_config
 from mmjax.models.encoders.spectrogram import SpecAugment, kaldi_mel, log_mel, mel_filters
+from mmjax.models.encoders.video import mean_places
 from mmjax.models.layers import Encoded
 from mmjax.models.stack import Stack
 from mmjax.parallel import rules as parallel
@@ -67,6 +68,13 @@ CASES = {
   "frames transformer": (
     "video",
     dict(kind="frames", stem="convolution", channels=(4, 8), **SMALL),
+    4,
+  ),
+  "frames points": (
+    "video",
+    dict(
+      kind="frames", stem="convolution", where="points", channels=(4, 8), strides=(2, 1), **SMALL
+    ),
     4,
   ),
   "tubelets": (
@@ -549,3 +557,19 @@ def test_eight_devices_give_the_same_and_exchange_no_activations(case, devices):
     )
   assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
   equal(Encoded(*(np.asarray(x) for x in got[:3])), run(variables, batch), atol=1e-4)
+
+
+def test_places_of_channels_are_means_by_their_values():
+  x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+  sharpness = np.array([0.0, 1.0, 3.0, 200.0], np.float32)
+  points = mean_places(x, sharpness)
+  assert points.shape == (2, 2, 4)
+  for n, c in np.ndindex(2, 4):
+    weights = np.exp(sharpness[c] * (x[n, :, :, c] - x[n, :, :, c].max()))
+    weights /= weights.sum()
+    rows, columns = np.linspace(-1, 1, 3), np.linspace(-1, 1, 5)
+    expected = weights.sum(1) @ rows, weights.sum(0) @ columns
+    np.testing.assert_allclose(points[n, :, c], expected, atol=1e-6)
+  np.testing.assert_allclose(points[:, :, 0], 0, atol=1e-6)  # everywhere alike: the middle
+  row, column = divmod(int(x[0, :, :, 3].argmax()), 5)
+  np.testing.assert_allclose(points[0, :, 3], (row - 1, column / 2 - 1), atol=1e-3)

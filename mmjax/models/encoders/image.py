@@ -261,14 +261,14 @@ def patchify(pixels: Array, patch: int) -> Array:
   return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
-def neighbours(x: Array) -> Array:
-  """[B, H, W, C] -> [B, H/2, W/2, 9 * C]: the 3x3 surroundings of every second pixel, zeros
-  outside.
+def neighbours(x: Array, stride: int = 2) -> Array:
+  """[B, H, W, C] -> [B, H / stride, W / stride, 9 * C]: the 3x3 surroundings of every
+  `stride`-th pixel, zeros outside.
   """
   h, w = x.shape[1], x.shape[2]
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   return jnp.concatenate(
-    [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)], axis=-1
+    [x[:, i : i + h : stride, j : j + w : stride] for i in range(3) for j in range(3)], axis=-1
   )
 
 

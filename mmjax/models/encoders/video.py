@@ -4,6 +4,7 @@ tubelets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -41,12 +42,15 @@ from mmjax.ranges import (
   Means,
   Side,
   Size,
+  Sizes,
   Width,
   Widths,
 )
 
 Array = jax.Array
 Temporal = Literal["mean", "transformer"]
+Where = Literal["flat", "points"]
+SHARPNESS = 3.0  # of the softmax over places, at first
 MIDDLE = (0.5, 0.5, 0.5)  # mean and standard deviation that bring pixels to -1 .. 1
 
 
@@ -92,41 +96,44 @@ class FrameEncoder(nn.Module):
 
 
 class ConvolutionFrame(nn.Module):
-  """3x3 convolutions of stride 2, and of what is left: all of it flattened, which tells where a
-  thing is, plus each channel's maximum, which tells what it is wherever it is; a linear layer each.
-  For small frames.
+  """3x3 convolutions, and of what is left: where things are, plus each channel's
+  maximum, which tells what is there wherever it is; a linear layer each. For small frames.
 
-  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by 2 to the number of
-  convolutions.
+  where: "flat" is all that is left in one row, which learns few clips by heart; "points" is the
+  place of each channel, the mean of all places weighted by a softmax of its values (Finn et al.
+  2015, arXiv:1509.06113, section IV-B), times its maximum.
+
+  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by the product of the
+  strides.
   """
 
   width: int
   channels: tuple[int, ...]
+  strides: tuple[int, ...]
   pixel_mean: tuple[float, ...]
   pixel_std: tuple[float, ...]
   activation: str
   eps: float
   dtype: jnp.dtype
+  where: Where = "flat"
 
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Array:
-    x, whole = (
-      normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype),
-      2 ** len(self.channels),
-    )
+    x = normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype)
+    whole = math.prod(self.strides)
     if x.shape[1] % whole or x.shape[2] % whole:
       raise UserError(
-        f"{len(self.channels)} convolutions of stride 2 need frames whose sides {whole} divides, "
-        f"not {x.shape[2]}x{x.shape[1]}"
+        f"convolutions of strides {', '.join(map(str, self.strides))} need frames whose sides "
+        f"{whole} divides, not {x.shape[2]}x{x.shape[1]}"
       )
-    for i, channels in enumerate(self.channels):
+    for i, (channels, stride) in enumerate(zip(self.channels, self.strides, strict=True)):
       x = Dense(
         (channels,),
         ("patch", "mlp"),
         self.dtype,
         nn.initializers.he_normal(),
         name=f"convolution_{i}",
-      )(neighbours(x))
+      )(neighbours(x, stride))
       x = activate(self.activation, LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
 
     def linear(name):
@@ -134,7 +141,25 @@ class ConvolutionFrame(nn.Module):
         (self.width,), ("patch", "embed"), self.dtype, nn.initializers.lecun_normal(), name=name
       )
 
-    return linear("where")(x.reshape(x.shape[0], -1)) + linear("what")(x.max(axis=(1, 2)))
+    what = x.max(axis=(1, 2))
+    if self.where == "flat":
+      where = x
+    else:
+      init = with_axes(nn.initializers.constant(SHARPNESS), ("mlp",))
+      sharpness = self.param("sharpness", init, (x.shape[-1],), jnp.float32)
+      where = mean_places(x, sharpness) * what[:, None]
+    return linear("where")(where.reshape(x.shape[0], -1)) + linear("what")(what)
+
+
+def mean_places(x: Array, sharpness: Array) -> Array:
+  """Where each channel of x [N, H, W, C] is, [N, 2, C], from -1 (upper, left edge) to 1: the mean
+  of all places by a softmax of its values times its sharpness [C].
+  """
+  heat = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
+  heat = jax.nn.softmax(sharpness * heat, axis=1)
+  axes = [jnp.linspace(-1, 1, side) for side in x.shape[1:3]]
+  grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+  return jnp.einsum("npc,pd->ndc", heat, grid).astype(x.dtype)
 
 
 class TubeletTransformer(nn.Module):
@@ -219,6 +244,8 @@ def frames(
   frame_pooling: ImagePooling = "mean",
   positions: Positions = "learned",
   channels: Widths = (16, 24, 64),
+  strides: Sizes = (),
+  where: Where = "flat",
   mean: Means = MIDDLE,
   std: Deviations = MIDDLE,
   width: Width = 0,
@@ -235,11 +262,13 @@ def frames(
 ) -> FrameEncoder:
   """Every frame a vector, then time (reads batch["video"]).
 
-  stem: of a frame: vit, or convolution (some of stride 2, flattened and pooled: for small frames).
+  stem: of a frame: vit, or convolution (for small frames).
   temporal: mean (order is not seen) or transformer over the frames.
   patch, frame_depth, frame_stem, frame_pooling, positions: of the frame's vit, as the kind "vit"
   has them.
-  channels: of the convolutions, one after the other.
+  channels: of the convolutions, one after the other. strides: theirs; () = 2 of each.
+  where: how they tell where things are: all that is left (flat), or the place of each channel
+  (points), which needs fewer clips.
   mean, std: of pixels in [0, 1], per channel.
   width: channels; 0 = the model's width.
   depth: blocks over time.
@@ -266,8 +295,14 @@ def frames(
     scan_unroll=scan_unroll,
   )
   if stem == "convolution":
+    strides = tuple(strides) or (2,) * len(channels)
+    if len(strides) != len(channels):
+      raise UserError(
+        f"model.encoders.video has {len(channels)} channels, but {len(strides)} strides. Give one "
+        "to each convolution"
+      )
     frame: nn.Module = ConvolutionFrame(
-      width, tuple(channels), tuple(mean), tuple(std), activation, eps, config.dtype
+      width, tuple(channels), strides, tuple(mean), tuple(std), activation, eps, config.dtype, where
     )
   else:
     if size % patch:
