@@ -301,9 +301,7 @@ def _estimated(
   """
   with rules.use(step.mesh, step.rules):
     update = functools.partial(step.step.update, source=source)
-    jaxpr = jax.make_jaxpr(update)(
-      step.state_spec, step.batch_spec_of(source), step.teachers_spec
-    ).jaxpr
+    jaxpr = jax.make_jaxpr(update)(*step.inputs_spec(source)).jaxpr
   state = sum(count for part, count in state_bytes(step).items() if part != "batch")
   products = jaxpr_flops(jaxpr) / chips / chip.peak
   moved = (jaxpr_bytes(jaxpr) / chips + 2 * state) / chip.bandwidth
@@ -328,11 +326,7 @@ def _spent(
   if "tpu_custom_call" in text:
     with rules.use(step.mesh, step.rules):
       update = functools.partial(step.step.update, source=source)
-      kernels = kernels_of(
-        jax.make_jaxpr(update)(
-          step.state_spec, step.batch_spec_of(source), step.teachers_spec
-        ).jaxpr
-      )
+      kernels = kernels_of(jax.make_jaxpr(update)(*step.inputs_spec(source)).jaxpr)
   return cost.cost(module, chip, kernels, schedules)
 
 

@@ -49,9 +49,9 @@ StateDtype = Literal["float32", "bfloat16"]
 
 
 class Optimizer(NamedTuple):
-  """tx: `init(params)`, `update(gradients, state, params, *, step=None, source="") -> (updates,
-  state)`; apply with `optax.apply_updates`. Without `step` the schedule follows the number of
-  updates made. source: whose moments are used.
+  """tx: `init(params)`, `update(gradients, state, params, *, rate=None, source="") -> (updates,
+  state)`; apply with `optax.apply_updates`. rate: the learning rate; None = that of the schedule
+  after so many updates as were made. source: whose moments are used.
   schedule: step -> the learning rate (peak times factor) that `update` applies where no rule
   changes it.
   trained: tree of bool like the parameters; False where no slice of the leaf is ever changed.
@@ -66,8 +66,8 @@ class Optimizer(NamedTuple):
 class Optimizers(NamedTuple):
   """The optimizers of a run by group of parameters, "main" first; each parameter belongs to one.
 
-  init(params) -> {group: state}; update(gradients, states, params, *, step, source) -> (updates,
-  states).
+  init(params) -> {group: state}; update(gradients, states, params, *, rates, source) -> (updates,
+  states), by the learning rates {group: rate}.
   trained, shares: as of an Optimizer, of all groups together."""
 
   groups: dict[str, Optimizer]
@@ -83,11 +83,11 @@ class Optimizers(NamedTuple):
     states: Mapping[str, Any],
     params: Any,
     *,
-    step: Any = None,
+    rates: Mapping[str, Any],
     source: str = "",
   ) -> tuple[Any, dict[str, Any]]:
     results = {
-      name: optimizer.tx.update(gradients, states[name], params, step=step, source=source)
+      name: optimizer.tx.update(gradients, states[name], params, rate=rates[name], source=source)
       for name, optimizer in self.groups.items()
     }
     updates = jax.tree.map(
@@ -398,14 +398,14 @@ def make_optimizer(
       jnp.zeros((), jnp.int32), {source: new() for source in own} if own else new()
     )
 
-  def update(gradients, state, params, *, step=None, source="", **unused):
+  def update(gradients, state, params, *, rate=None, source="", **unused):
     del unused
     kept = view(params)
     updates, rule_state = rule.update(
       view(gradients), state.rule[source] if own else state.rule, kept
     )
     rule_state = {**state.rule, source: rule_state} if own else rule_state
-    rate = -schedule(state.count if step is None else step)
+    rate = schedule(state.count) if rate is None else rate
 
     def scale(name, update, param):
       chosen = trained[name]
@@ -415,7 +415,7 @@ def make_optimizer(
 
       if np.any(decays[name]):
         update = update + entry.weight_decay * shaped(decays[name]) * param
-      return (rate * shaped(multipliers[name]) * update).astype(param.dtype)
+      return (-rate * shaped(multipliers[name]) * update).astype(param.dtype)
 
     updates = scatter(map_named(scale, updates, kept), gradients)
     return updates, OptimizerState(optax.safe_increment(state.count), rule_state)

@@ -164,7 +164,7 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
       return STOPPED
 
     # -- The loop ----------------------------------------------------------------------------------
-    program.teachers_variables  # noqa: B018  read now: the loop moves nothing but batches
+    program.teachers_variables, program.rates  # noqa: B018  now: the loop moves nothing but batches
     hooks.open(summary)
     ends.callback(hooks.close)
     results = None

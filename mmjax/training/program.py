@@ -107,20 +107,45 @@ class Program:
   def optimizer(self) -> Optimizers:
     """The optimizers of the config. Raises UserError: a regex of it matches no parameter, or the
     length is in epochs and `examples` is not known."""
-    steps = self._steps or in_steps(
+    return make_optimizers(
+      self.config,
+      self.axes,
+      self.params_spec,
+      steps=self.steps,
+      examples=self._examples,
+      sources=self.sources,
+    )
+
+  @functools.cached_property
+  def steps(self) -> int:
+    """The length of the run. Raises UserError: it is in epochs and `examples` is not known."""
+    return self._steps or in_steps(
       self.config.train.steps,
       steps=None,
       batch_size=self.config.train.batch_size,
       examples=self._examples,
     )
-    return make_optimizers(
-      self.config,
-      self.axes,
-      self.params_spec,
-      steps=steps,
-      examples=self._examples,
-      sources=self.sources,
-    )
+
+  @property
+  def rates_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """{group: its learning rate at every step, float32}: an input of a step, so that another rate,
+    schedule or length, up to the next power of two, compiles nothing.
+    """
+    places = max(1024, 1 << (self.steps - 1).bit_length())
+    spec = jax.ShapeDtypeStruct((places,), jnp.float32, sharding=rules.replicated(self.mesh))
+    return dict.fromkeys(self.optimizer.groups, spec)
+
+  @functools.cached_property
+  def rates(self) -> dict[str, Array]:
+    """The learning rates of the run, as `rates_spec` describes them."""
+
+    def table() -> dict[str, Array]:
+      return {
+        group: optimizer.schedule(jnp.arange(self.rates_spec[group].shape[0]))
+        for group, optimizer in self.optimizer.groups.items()
+      }
+
+    return self.in_mesh(jax.jit(table, out_shardings=rules.replicated(self.mesh)))()
 
   @functools.cached_property
   def teachers(self) -> dict[str, Teacher]:
@@ -226,7 +251,7 @@ class Program:
     source: where data.mix is "steps", the entry of data.sources that the batch comes from.
     """
     executable = self._executable(jax.tree.map(_spec_of, batch), source)
-    return executable(state, batch, self.teachers_variables)
+    return executable(state, batch, self.teachers_variables, self.rates)
 
   def compile(self) -> list[jax.stages.Compiled]:
     """The executables for the batches of the config, one a kind of step; made once, ahead of the
@@ -241,15 +266,20 @@ class Program:
   def lower(self, batch_spec: Any = None, source: str = "") -> jax.stages.Lowered:
     """The step as the compiler gets it; needs neither data nor state."""
     # Made before the mesh is in use: its devices may not be there to make a key on.
-    state = self.state_spec
-    source = source or self.sources[0]
+    state, batch, *rest = self.inputs_spec(source)
     step = jax.jit(
-      functools.partial(self.step.update, source=source),
+      functools.partial(self.step.update, source=source or self.sources[0]),
       donate_argnums=0,
       out_shardings=(shardings_of(state), rules.replicated(self.mesh)),
     )
-    batch_spec = self._batch_specs[source] if batch_spec is None else batch_spec
-    return self.in_mesh(step.lower)(state, batch_spec, self.teachers_spec)
+    return self.in_mesh(step.lower)(state, batch if batch_spec is None else batch_spec, *rest)
+
+  def inputs_spec(self, source: str = "") -> tuple[TrainState, Any, dict, dict]:
+    """What `TrainStep.update` takes: the state, a batch of this kind of step ("" = the first, or
+    only, one), the teachers' variables, the learning rates; trees of ShapeDtypeStruct with
+    shardings.
+    """
+    return self.state_spec, self.batch_spec_of(source), self.teachers_spec, self.rates_spec
 
   def compiled(self, lowered: jax.stages.Lowered, *, dump: str = "") -> jax.stages.Compiled:
     """The executable of `lower`, with the compiler options of the config. dump: folder where the

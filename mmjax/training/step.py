@@ -72,10 +72,15 @@ class TrainStep:
   teachers: Mapping[str, Teacher]
 
   def update(
-    self, state: TrainState, batch: dict, teachers: Any, source: str = ""
+    self,
+    state: TrainState,
+    batch: dict,
+    teachers: Any,
+    rates: Mapping[str, Array],
+    source: str = "",
   ) -> tuple[TrainState, dict[str, Array]]:
     """The next state, and metrics as float32 scalars. teachers: {folder: variables of the teacher}.
-    source: the kind of step.
+    rates: {group of parameters: learning rates float32 [steps]}. source: the kind of step.
     """
     train, objectives = self.config.train, self.objectives_of(source)
     rng = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
@@ -93,8 +98,9 @@ class TrainStep:
       return train.ema * old + (1 - train.ema) * new
 
     # The next parameters, each group by its own optimizer.
+    rates = {group: table[state.step] for group, table in rates.items()}
     updates, opt_states = self.optimizer.update(
-      gradients, state.opt_states, state.params, step=state.step, source=source
+      gradients, state.opt_states, state.params, rates=rates, source=source
     )
     if len(self.sources) > 1:  # what these objectives do not use stays as it is, moments and all
       used = self.used_params(batch, objectives, teachers)
@@ -127,8 +133,8 @@ class TrainStep:
       update_norm=optax.tree.norm(updates),
       skipped=~finite,
     )
-    for group, optimizer in self.optimizer.groups.items():
-      metrics["lr" if group == "main" else f"{group}/lr"] = optimizer.schedule(state.step)
+    for group, rate in rates.items():
+      metrics["lr" if group == "main" else f"{group}/lr"] = rate
     if is_shared(self.model, "temperature"):
       metrics["scale"] = self.model.apply({"params": state.params}, method="temperature")[0]
     return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}

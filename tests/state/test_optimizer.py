@@ -283,13 +283,13 @@ def test_refusals(make_config, settings, message):
   assert "\n" not in str(error.value)
 
 
-def test_schedule_follows_the_given_step(make_config):
+def test_a_given_rate_goes_before_the_schedule(make_config):
   optimizer = optimizer_for(make_config, "lion", warmup=10, clip=0.0)
   params = random_tree(0)
   state = optimizer.tx.init(params)
   gradients = random_tree(1)
-  for step, expected in ((None, 1e-3), (5, 6e-3), (None, 3e-3)):
-    updates, state = optimizer.tx.update(gradients, state, params, step=step)
+  for rate, expected in ((None, 1e-3), (6e-3, 6e-3), (None, 3e-3)):
+    updates, state = optimizer.tx.update(gradients, state, params, rate=rate)
     np.testing.assert_allclose(abs(updates["log_scale"]), expected, rtol=1e-6)
   np.testing.assert_allclose(optimizer.schedule(5), 6e-3, rtol=1e-6)
 

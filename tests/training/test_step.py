@@ -247,6 +247,24 @@ def test_a_step_learns_and_reports(fsdp):
   assert step.flops_per_step() > 0
 
 
+def test_another_rate_compiles_nothing():
+  """Nor another schedule, nor a longer run: all are inputs of one program."""
+
+  def made(*overrides, steps=100):
+    config = make_config("optimizer.weight_decay=0.1", *overrides)
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch() | {"id": {}})
+    mesh = make_mesh(config, jax.devices()[:1])
+    return Program(config, mesh, steps=steps, batch_spec=spec)
+
+  first = made("optimizer.lr=0.001", "schedule.name=cosine", "schedule.warmup=10")
+  other = made("optimizer.lr=0.5", "schedule.name=cooldown", "schedule.warmup=7", steps=900)
+  assert first.lower().as_text() == other.lower().as_text()
+  for program in (first, other):
+    np.testing.assert_allclose(
+      program.rates["main"][:99], program.optimizer.groups["main"].schedule(np.arange(99)), 1e-6
+    )
+
+
 def test_the_average_follows_the_parameters(fsdp):
   step, _ = fsdp
   state = step.init(0)
