@@ -22,8 +22,8 @@ def __getattr__(name: str):
 
 
 def load(checkpoint: str, **settings):
-  """Opens a run folder, a step folder or an import folder as a
-  `mmjax.inference.predictor.Predictor`.
+  """Opens a run folder, a step folder, an import folder or what `mmjax export --to safetensors`
+  wrote as a `mmjax.inference.predictor.Predictor`.
   """
   from mmjax.inference.predictor import Predictor
 

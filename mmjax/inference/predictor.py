@@ -142,8 +142,8 @@ class Predictor:
     merged: bool = False,
     cache: str = "float",
   ) -> Predictor:
-    """Opens a run folder, a step folder or an import folder. The parameters are the moving average
-    where the run kept one.
+    """Opens a run folder, a step folder, an import folder, or what `mmjax export --to safetensors`
+    wrote. The parameters are the moving average where the run kept one.
 
     mesh: devices to run on; default all of this process, each with whole parameters. allow_code:
     modules outside this package that the checkpoint may run code of, such as ("my_encoder",).
@@ -153,8 +153,13 @@ class Predictor:
     bfloat16: half) of the memory.
     Raises UserError: no checkpoint there, or not a whole one.
     """
+    from mmjax.inference import exported
     from mmjax.state import checkpoint as checkpoints
 
+    if exported.is_exported(checkpoint):
+      config, tensors, assets = exported.read(checkpoint, allow_code)
+      params, state = exported.divide(checkpoint, tensors, param_spec(config))
+      return cls(config, params, assets, mesh, batch_size, state, cache)
     folder = checkpoints.find_checkpoint(checkpoint)
     config = checkpoints.load_config(folder, allow_code)
     if merged:

@@ -34,6 +34,7 @@ import numpy as np
 
 from mmjax import __version__
 from mmjax.config import UserError
+from mmjax.inference import exported
 from mmjax.inference.predictor import Predictor
 from mmjax.interop.functions import functions, lower
 from mmjax.ownership import check_free, new_folder
@@ -74,20 +75,21 @@ def export(
 
 def write_safetensors(predictor: Predictor, folder: Path) -> None:
   """model.safetensors (parameters under their names, "image/layers/..."), config.json,
-  preprocessing.json and the tokenizer's files.
+  preprocessing.json and the tokenizer's files: what `mmjax.load` reads, and others can.
   """
   from safetensors.numpy import save_file
 
   save_file(
     {
-      name: np.ascontiguousarray(x)
+      name: np.array(x, order="C")  # which keeps scalars scalars
       for name, x in flat_params({**predictor.params, **predictor.model_state}).items()
     },
     folder / "model.safetensors",
     metadata={"format": "mmjax"},  # of several, safetensors writes the order at random
   )
   (folder / "config.json").write_text(json.dumps(predictor.config.to_dict(), indent=2))
-  (folder / "preprocessing.json").write_text(json.dumps(preprocessing(predictor), indent=2))
+  facts = dict(preprocessing(predictor), files=sorted(Path(name).name for name in predictor.assets))
+  (folder / exported.FACTS).write_text(json.dumps(facts, indent=2))
   _write_assets(predictor, folder)
 
 

@@ -528,11 +528,18 @@ def load_config(path: str, allow_code: Sequence[str] = ()) -> FrozenConfigDict:
   stranger: its kinds are those of this package, or of the modules in `allow_code`. Raises
   UserError: it names others, or is no config of this version."""
   folder = find_checkpoint(path)
+  return read_config(folder, json.dumps(storage.read_json(folder / "config")), allow_code)
+
+
+def read_config(
+  folder: str | os.PathLike, text: str, allow_code: Sequence[str] = ()
+) -> FrozenConfigDict:
+  """The resolved config that was stored as `text` in the checkpoint `folder`; as `load_config`."""
   try:
-    return from_json(json.dumps(storage.read_json(folder / "config")), allow_code)
+    return from_json(text, allow_code)
   except UntrustedCode as error:
     raise UntrustedCode(f"checkpoint {folder}: {error}") from error
-  except UserError as error:
+  except (UserError, ValueError) as error:
     raise UserError(f"checkpoint {folder}: its config is none of this version ({error})") from error
 
 

@@ -112,7 +112,7 @@ def read_arrays(folder: epath.Path, spec: Any, only: str = "") -> Any:
   """
   stored = {name: leaf for name, leaf in stored_leaves(folder).items() if name.startswith(only)}
   if spec is not None:
-    _check_same(folder, stored, by_name(spec))
+    check_same(folder, stored, by_name(spec))
   wanted = stored if spec is None else by_name(spec)
   restore_args = {
     name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
@@ -174,7 +174,9 @@ def damage(folder: str | os.PathLike) -> Iterator[None]:
     ) from error
 
 
-def _check_same(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same(
+  folder: str | os.PathLike, stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
   """Raises UserError unless names, shapes and dtypes agree: nothing is dropped, filled in or cast
   silently.
   """

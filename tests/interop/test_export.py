@@ -194,6 +194,65 @@ def test_safetensors_hold_every_parameter_and_what_goes_with_them(checkpoint, tm
   assert json.loads((out / "preprocessing.json").read_text())["image"]["shape"] == [16, 16, 3]
 
 
+def classifier_of_two(modalities, **encoders):
+  """A config of three classes and two values."""
+  return tiny.media_config(
+    "encoder",
+    modalities,
+    **{
+      "data.label": "label",
+      "data.classes": 3,
+      "data.values": 2,
+      "model.classes": 3,
+      "objectives.state": dict(kind="classification", modalities=modalities),
+      "objectives.wear": dict(kind="regression", modalities=modalities, mean=(9, -5), std=(10, 2)),
+      **encoders,
+    },
+  )
+
+
+def test_what_safetensors_hold_is_read_again_to_the_bit(checkpoint, tmp_path):
+  folder = export(checkpoint, "safetensors", tmp_path / "weights")
+  before, again = mmjax.load(checkpoint), mmjax.load(folder)
+  pictures, texts = tiny.pixels(3, size=16), ["a red heart", "Unsinn"]
+  np.testing.assert_array_equal(again.encode_image(pictures), before.encode_image(pictures))
+  np.testing.assert_array_equal(again.encode_text(texts), before.encode_text(texts))
+  assert (again.scale, again.bias, again.assets) == (before.scale, before.bias, before.assets)
+
+
+def test_labels_values_and_batch_statistics_are_read_again(tmp_path):
+  resnet = dict(kind="resnet", layers=18, blocks=(1, 1), multiplier=0.125, stem="imagenet")
+  config = classifier_of_two(("image",), **{"model.encoders": dict(image=resnet)})
+  names = {"classes.json": b'["idle", "ok", "broken"]', "values.json": b'["heat", "wear"]'}
+  (tmp_path / "saved").mkdir()
+  saved = tiny.save(config, tmp_path / "saved", names, tiny.random_statistics(config))
+  folder = export(saved, "safetensors", tmp_path / "weights")
+  pictures = tiny.pixels(3)
+  said = mmjax.load(folder).predict(image=pictures)
+  assert said == mmjax.load(saved).predict(image=pictures)
+  assert said[0]["label"] in ("idle", "ok", "broken") and "wear" in said[0]
+
+
+@pytest.mark.parametrize(
+  "name, change, says",
+  [
+    ("preprocessing.json", lambda text: text.replace("tokenizer.model", "../x"), "does not name"),
+    ("preprocessing.json", lambda text: "{}", "does not name"),
+    ("config.json", lambda text: text.replace('"width": 16', '"width": 32'), "of another model"),
+    ("config.json", lambda text: text.replace('"vit"', '"os:system"'), "os"),
+    ("config.json", lambda text: "[" * 9999, "its config is none of this version"),
+  ],
+)
+def test_an_export_of_a_stranger_is_refused_in_one_line(name, change, says, checkpoint, tmp_path):
+  folder = export(checkpoint, "safetensors", tmp_path / "weights")
+  text = (folder / name).read_text()
+  assert change(text) != text
+  (folder / name).write_text(change(text))
+  with pytest.raises(UserError, match=says) as error:
+    mmjax.load(folder)
+  assert "\n" not in str(error.value)
+
+
 def test_unwritable_places_are_one_clear_line_and_leave_nothing(checkpoint, tmp_path, monkeypatch):
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "mine").write_text("x")
