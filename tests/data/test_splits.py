@@ -131,6 +131,80 @@ def test_folders_called_as_splits_become_splits(tmp_path):
   }
 
 
+def test_a_folder_beside_those_of_splits_puts_all_into_one_and_is_named(tmp_path):
+  root = roots(tmp_path, "train/cat", "val/dog", "more/cat")
+  summary = run(tmp_path, root)
+  assert (summary.split, summary.examples, summary.others) == ("train", 3, ())
+  assert any(
+    "the folders train, val are put into one split, 'train', since more/cat/a.png lies beside" in x
+    for x in summary.notes
+  )
+  (root / "more/cat/a.png").rename(root / "more/cat/a.docx")  # nothing that is read
+  again = run(tmp_path, root, name="again")
+  assert {one.split for one in (again, *again.others)} == {"train", "validation"}
+
+
+def test_classes_that_are_called_as_splits_stay_classes(tmp_path):
+  run(tmp_path, roots(tmp_path, "train", "plane", "test"))
+  source = open_source(dict(name="mine", split="train"), str(tmp_path / "data"))
+  assert source.labels == ("plane", "test", "train")
+
+
+def test_two_folders_of_one_split_and_a_lone_one(tmp_path):
+  summary = run(tmp_path, roots(tmp_path, "train/cat", "training/dog", "test/cat"))
+  sizes = {one.split: one.examples for one in (summary, *summary.others)}
+  assert sizes == {"test": 1, "train": 2}
+  (tmp_path / "lone" / "val" / "cat").mkdir(parents=True)
+  (tmp_path / "lone" / "val" / "cat" / "a.png").write_bytes(picture(0))
+  assert run(tmp_path, tmp_path / "lone", name="lone").split == "validation"
+
+
+def table_of(tmp_path, splits):
+  root = roots(tmp_path, "pics")
+  lines = ["image,label,split"]
+  for number, split in enumerate(splits):
+    (root / f"{number}.png").write_bytes(picture(number))
+    lines.append(f"{number}.png,{number % 2},{split}")
+  (root / "t.csv").write_text("\n".join(lines))
+  return root / "t.csv"
+
+
+def test_a_column_of_splits_is_kept(tmp_path):
+  table = table_of(tmp_path, ("train", "Val", "train", "test"))
+  summary = run(tmp_path, table, "csv")
+  sizes = {one.split: one.examples for one in (summary, *summary.others)}
+  assert sizes == {"test": 1, "train": 2, "validation": 1}
+  assert "the rows name their splits: test, train, validation" in " ".join(summary.notes)
+  assert ids(tmp_path, "test") == ["3.png"]
+  whole = run(tmp_path, table, "csv", name="whole", split="all")
+  assert whole.examples == 4 and "put into one, 'all'" in " ".join(whole.notes)
+  shared = run(tmp_path, table, "csv", name="shared", split="train:1,test:1")
+  assert sum(one.examples for one in (shared, *shared.others)) == 4
+  moved = run(
+    tmp_path, table, "csv", name="moved", columns={"split": "label", "label": "split"}, split="a"
+  )
+  assert moved.examples == 4
+
+
+def test_a_column_of_splits_with_gaps_or_odd_names(tmp_path):
+  summary = run(tmp_path, table_of(tmp_path, ("train", "", "test")), "csv")
+  assert summary.examples == 3 and "since 1.png has none" in " ".join(summary.notes)
+  with pytest.raises(UserError, match="cannot be called 'Fold 1'.*--split NAME"):
+    run(tmp_path, table_of(tmp_path, ("Fold 1", "b")), "csv", name="odd")
+
+
+def test_rows_of_one_medium_in_two_splits_are_left_out(tmp_path):
+  root = roots(tmp_path, "pics")
+  (root / "a.png").write_bytes(picture(0))
+  (root / "b.png").write_bytes(picture(1))
+  rows = [("a", "x", "train"), ("a", "y", "test"), ("b", "x", "test")]
+  lines = [json.dumps(dict(image=f"{p}.png", caption=c, split=s)) for p, c, s in rows]
+  (root / "t.jsonl").write_text("\n".join(lines))
+  summary = run(tmp_path, root / "t.jsonl", "jsonl")
+  assert {one.split: one.examples for one in (summary, *summary.others)} == {"test": 1, "train": 1}
+  assert summary.skipped == {"another split": 1}
+
+
 def test_a_named_split_takes_all_folders_and_says_so(tmp_path):
   root = roots(tmp_path, "train/cat", "val/cat")
   summary = run(tmp_path, root, split="all")

@@ -47,7 +47,8 @@ from mmjax.data.folders import local_data_dir
 from mmjax.data.image import Unreadable
 from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text, printable
-from mmjax.data.readers.rows import OUTSIDE, Options, Row
+from mmjax.data.readers.folder import SPLITS
+from mmjax.data.readers.rows import OUTSIDE, Options, Row, Where
 from mmjax.files import check_name, write_whole
 from mmjax.ownership import Owner
 
@@ -122,8 +123,8 @@ def convert(
   """Converts `source` into data set NAME under `data_dir` ('' or None: the default folder).
 
   `split`: a name, None = "train", or where the folders of a folder are called as splits are (train,
-  val, test), these; or shares, "train:80,test:20" (splits.py). Of several splits the Summary is of
-  the first, with the others in `others`.
+  val, test) or a column names them, these; or shares, "train:80,test:20" (splits.py). Of several
+  splits the Summary is of the first, with the others in `others`.
 
   `language`: of captions that do not say. `columns`: {role: column}, the roles being those of
   readers.columns.COLUMNS.
@@ -199,10 +200,13 @@ def _parts(
   nothing tells.
   """
   folders = getattr(reader, "splits", {})
+  named = [] if shares else [_named_split(row) for row in rows]
   if shares:
     divided = splits.divide(reader, rows, shares)
     first = next(iter(divided))
     return {name: (part, skipped if name == first else []) for name, part in divided.items()}
+  if any(named):
+    return _by_column(reader, rows, skipped, split, named)
   if not folders:
     return {split or "train": (rows, skipped)}
   there = ", ".join(folders)
@@ -219,8 +223,8 @@ def _parts(
     )
     return {split: (rows, skipped)}
   reader.notes.append(
-    f"the folders {there} become the splits {', '.join(folders.values())}; --split NAME puts all "
-    "into one"
+    f"the folders {there} become the splits {', '.join(dict.fromkeys(folders.values()))}; --split "
+    "NAME puts all into one"
   )
   parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in folders.values()}
   first = next(iter(parts))
@@ -229,6 +233,40 @@ def _parts(
   for entry in skipped:
     parts[folders.get(_first_folder(entry[0]), first)][1].append(entry)
   return {name: part for name, part in parts.items() if part[0]}
+
+
+def _by_column(
+  reader, rows: list[Row], skipped: list[Entry], split: str | None, named: Sequence[str]
+) -> dict[str, tuple[list[Row], list[Entry]]]:
+  """As `_parts`, of rows that name their splits. Raises UserError: a name that none can have."""
+  there = ", ".join(sorted(set(named) - {""}))
+  if split or not all(named):
+    why = "without --split each is one" if split else f"since {rows[named.index('')].name} has none"
+    reader.notes.append(
+      f"the splits {there} of the rows are put into one, {split or 'train'!r}, {why}"
+    )
+    return {split or "train": (rows, skipped)}
+  parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in sorted(set(named))}
+  for name in parts:
+    try:
+      check_name("a split", name)
+    except UserError as error:
+      raise UserError(
+        f"rows name their splits, but {error}; or put all into --split NAME"
+      ) from None
+  if len(parts) > 1:
+    reader.notes.append(f"the rows name their splits: {there}; --split NAME puts all into one")
+  for row, name in zip(rows, named, strict=True):
+    parts[name][0].append(row)
+  next(iter(parts.values()))[1].extend(skipped)
+  return parts
+
+
+def _named_split(row: Row) -> str:
+  """The split that a row says itself, by its usual name; "" = none."""
+  said = row.where.said if isinstance(row.where, Where) else None
+  name = said.split if said else ""
+  return SPLITS.get(name.lower(), name)
 
 
 def _path(row: Row) -> str:

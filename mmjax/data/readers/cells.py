@@ -48,7 +48,7 @@ class Question(NamedTuple):
 
 class Annotation(NamedTuple):
   """What is said of a medium: captions by language, labels, questions, conversations (lists of
-  turns), values (NaN = none), preferences (preferences.py).
+  turns), values (NaN = none), preferences (preferences.py); and the split that it is meant for.
   """
 
   captions: dict[str, list[str]]
@@ -58,9 +58,10 @@ class Annotation(NamedTuple):
   values: tuple[float, ...] = ()
   groups: tuple[str, ...] = ()  # that must not be divided among splits
   preferences: tuple[Preference, ...] = ()
+  split: str = ""
 
   def joined(self, other: Annotation) -> Annotation:
-    """Both, about one medium, which must not differ in their values (`other_values`)."""
+    """Both, about one medium, of which there is one value and one split (`other_values`)."""
     captions = {language: list(texts) for language, texts in self.captions.items()}
     for language, texts in other.captions.items():
       captions.setdefault(language, []).extend(texts)
@@ -72,10 +73,13 @@ class Annotation(NamedTuple):
       self.values or other.values,
       tuple(dict.fromkeys(self.groups + other.groups)),
       self.preferences + other.preferences,
+      self.split or other.split,
     )
 
   def other_values(self, other: Annotation) -> Skip | None:
-    """Why both cannot be said of one medium: it has one value of a kind."""
+    """Why both cannot be said of one medium: it has one value of a kind, and one split."""
+    if self.split and other.split and self.split != other.split:
+      return Skip("another split", f"{other.split!r} after {self.split!r} of the same medium")
     if not (self.values and other.values) or repr(self.values) == repr(other.values):
       return None
     return Skip("another value", f"{other.values} after {self.values} of the same medium")
@@ -136,7 +140,7 @@ def annotate(
   separator: str = ",",
 ) -> Annotation | Skip:
   """The annotation in `cells`: caption, question, answer, chosen_answer, label, labels, value,
-  group, language, conversation, preference (`preferences.Given`).
+  group, split, language, conversation, preference (`preferences.Given`).
 
   `language`: of captions that do not say. `label_names`: of labels that are numbers. `separator`:
   of a text of several `labels`, of which there may be none. A row that has captions by its form (a
@@ -165,8 +169,9 @@ def annotate(
     return Skip("broken row", str(error))
   group = text_of(cells.get("group"))
   groups = (group,) if group else ()
+  split = text_of(cells.get("split"))
   annotation = Annotation(
-    captions, labels, tuple(questions), conversations, values, groups, preferences
+    captions, labels, tuple(questions), conversations, values, groups, preferences, split
   )
   if bad := broken_text(annotation):
     return Skip("broken text", bad)

@@ -66,6 +66,7 @@ COLUMNS = {  # what a column may be called, in small letters, most likely first
   "labels": (),  # several, of which there may be none; by name alone
   "value": (),  # numbers to predict; by name alone
   "group": (),  # of rows that stay in one split; by name alone
+  "split": ("split",),
   "language": ("language", "lang"),
   "conversation": ("conversations", "messages", "conversation"),
   "prompt": ("prompt", "input"),

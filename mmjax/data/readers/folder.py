@@ -117,12 +117,15 @@ class FolderReader(ListedReader):
       yield from (os.path.join(self.root, text) for text, _ in row.where.texts)
 
   def _find_splits(self) -> None:
-    """`splits` {folder: split}, where all folders of the root are called as splits are."""
-    folders = next(os.walk(self.root), ("", [], []))[1]
-    folders = sorted(name for name in folders if not name.startswith("."))
-    splits = [SPLITS.get(name.lower(), "") for name in folders]
-    several = len(folders) > 1 and all(splits) and len(set(splits)) == len(splits)
-    self.splits = dict(zip(folders, splits, strict=True)) if several else {}
+    """`splits` {folder: split}, of the folders of the root that are called as splits are: of two
+    splits or more, or with folders in them; `only_splits`: there are no others.
+    """
+    folders = _folders_in(self.root)
+    found = {name: SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
+    self.only_splits = len(found) == len(folders)
+    several = len(set(found.values())) > 1
+    deep = self.only_splits and any(_folders_in(os.path.join(self.root, name)) for name in found)
+    self.splits = found if several or deep else {}
 
   def _kind(self, folder: str, name: str) -> str | None:
     """The modality of a file; a table that holds nothing but numbers is a series."""
@@ -197,7 +200,8 @@ class FolderReader(ListedReader):
     if self.paths or any(row.where.texts for row in rows):
       return rows
     folders = [os.path.dirname(next(iter(row.where.media.values()))) for row in rows]
-    labels = ["" if folder in self.splits else os.path.basename(folder) for folder in folders]
+    none = self.splits if self.only_splits else {}
+    labels = ["" if folder in none else os.path.basename(folder) for folder in folders]
     names = sorted(set(labels) - {""})
     if names:
       shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -210,6 +214,11 @@ class FolderReader(ListedReader):
       else row
       for row, label in zip(rows, labels, strict=True)
     ]
+
+
+def _folders_in(folder: str) -> list[str]:
+  found = next(os.walk(folder), ("", [], []))[1]
+  return sorted(name for name in found if not name.startswith("."))
 
 
 def _walk(root: str, left: list[Left]) -> Iterator[tuple[str, list[str]]]:
