@@ -80,13 +80,26 @@ def init(
   if data_dir:
     draft.set("data.dir", data_dir)
   _fill(draft, found, made, parts, machine, begin, name, spoken, hf)
-  text = draft.file(_docstring(task, source, out, start, machine))
+  command = _command(
+    ("init", task),
+    source=source,
+    out=out.name,
+    split=split,
+    modality=",".join(modalities),
+    languages=",".join(languages),
+    start=start,
+    tokenizer=tokenizer,
+    hf=hf,
+    data_dir=data_dir,
+  )
+  docstring = _docstring(task, source, out, command, machine)
+  text = draft.file(docstring)
   with files.disk_errors(out.parent, f"{out} cannot be written"):
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(out, text)
   config = configs.load(str(out))  # what was written is a config, or this says what is not
   if begin and begin.add_map(draft, config):
-    files.write_whole(out, draft.file(_docstring(task, source, out, start, machine)))
+    files.write_whole(out, draft.file(docstring))
     configs.load(str(out))
   log(f"wrote {out}: {task} on {found.name} ({found.rows:,} rows), for {machine}")
   if not found.held_out:
@@ -298,11 +311,19 @@ def _evaluators(draft: Draft, found: Survey, made: Task, languages: tuple[str, .
       draft.set("checkpoint.best_mode", "min")
 
 
-def _docstring(task: str, source: str, out: Path, start: str, machine: Machine) -> str:
-  more = f" --from {start}" if start else ""
+def _command(words: Sequence[str], *, start: str, hf: bool, **options: str) -> str:
+  """The command line that asks for this config."""
+  words = ["mmjax", *words]
+  for name, value in (options | {"from": start}).items():
+    if value:
+      words += [f"--{name.replace('_', '-')}", value]
+  return shlex.join([*words, "--hf"] if hf else words)
+
+
+def _docstring(task: str, source: str, out: Path, command: str, machine: Machine) -> str:
   return (
     f"{task.capitalize()} on {source}, written by\n\n"
-    f"mmjax init {task} --source {source}{more} --out {out.name}\n\n"
+    f"{command}\n\n"
     f"for {machine}. `mmjax config show {out.name} --docs` says what each setting means.\n\n"
     f"mmjax train --config {out.name} --workdir runs/{out.stem}"
   )

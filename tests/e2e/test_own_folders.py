@@ -1,57 +1,98 @@
 """The road of the guide for folders of every kind of data that users have: convert, show, init,
-train, eval, predict, export, and the run read again in Python. No key is looked up.
+train, eval, predict, export, and what was exported read again: by transformers where it has a class
+for it, else by mmjax. No key is looked up.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.signal
+import soundfile
+import torch
+import transformers
+from PIL import Image
 
 import mmjax
 from mmjax import cli
 from mmjax.data.media import modality_of
 from tests.e2e import own_folders
 
-# folder: (task, records, more options of convert, metric of the test split, at least)
+Rows = list[dict[str, str]]  # of predictions.csv
+
+
+class Road(NamedTuple):
+  """folder: a function of own_folders; count: its records; least: of `metric` on the test split.
+  hf: the model shall be one of transformers. convert: more options.
+  """
+
+  folder: str
+  task: str
+  count: int
+  metric: str
+  least: float
+  convert: tuple[str, ...] = ()
+  hf: bool = False
+
+
 ROADS = {
-  "pictures_with_labels": ("classification", 240, (), "accuracy", 0.8),
-  "pictures_with_captions": ("captioning", 360, (), "exact", 0.6),
-  "speech": ("speech-recognition", 320, (), "exact", 0.8),
-  "clips": ("classification", 240, (), "accuracy", 0.8),
-  "series_with_labels": ("classification", 240, (), "accuracy", 0.8),
-  "series_with_values": ("regression", 240, ("--value", "cycles"), "r2", 0.5),
-  "several_media": ("classification", 360, (), "accuracy", 0.8),
+  "pictures with labels": Road("pictures_with_labels", "classification", 240, "accuracy", 0.8),
+  "pictures with captions": Road("pictures_with_captions", "captioning", 360, "exact", 0.6),
+  "speech": Road("speech", "speech-recognition", 320, "exact", 0.8),
+  "clips": Road("clips", "classification", 240, "accuracy", 0.8),
+  "series with labels": Road("series_with_labels", "classification", 240, "accuracy", 0.8),
+  "series with values": Road(
+    "series_with_values", "regression", 240, "r2", 0.5, ("--value", "cycles")
+  ),
+  "several media": Road("several_media", "classification", 360, "accuracy", 0.8),
+  "a ViT": Road("pictures_with_labels", "classification", 240, "accuracy", 0.6, hf=True),
+  "a CLIP": Road("pictures_with_captions", "retrieval", 360, "image_to_text/R@5", 0.5, hf=True),
+  "a Whisper": Road("speech", "speech-recognition", 320, "exact", 0.5, hf=True),
 }
 
 
-def travel(kind: str, steps: str = "") -> tuple[dict[str, float], list[dict[str, str]]]:
-  """(scores of the test split, rows of predictions.csv) of a folder in the current one."""
-  task, count, more, *_ = ROADS[kind]
-  make = getattr(own_folders, kind)
-  make(pathlib.Path("mine"), count, np.random.default_rng(0))
+def travel(road: Road, steps: str = "") -> dict[str, float]:
+  """The scores of the test split; leaves run/, exported/ and predictions.csv in the current folder,
+  or found.npz of a model that only finds.
+  """
+  make = getattr(own_folders, road.folder)
+  make(pathlib.Path("mine"), road.count, np.random.default_rng(0))
   settings = [f"--config.train.steps={steps}"] if steps else []
-  for line in (
-    ["data", "convert", "folder", "mine", "--name", "mine", *more]
-    + ["--split", "train:80,validation:10,test:10"],
+  shares = ("--split", "train:80,validation:10,test:10")
+  used = ["predict", "--checkpoint", "run", "mine", "--out", "predictions.csv"]
+  if road.task == "retrieval":
+    used = ["embed", "--checkpoint", "run", "--images", "mine", "--out", "found.npz"]
+  to = "hf" if road.hf else "safetensors"
+  lines: tuple[Sequence[str], ...] = (
+    ["data", "convert", "folder", "mine", "--name", "mine", *road.convert, *shares],
     ["data", "show", "mine", "--out", "mine.html"],
-    ["init", task, "--source", "mine", "--out", "mine.py"],
+    ["init", road.task, "--source", "mine", "--out", "mine.py", *(["--hf"] if road.hf else [])],
     ["train", "--config", "mine.py", "--workdir", "run", *settings],
     ["eval", "--checkpoint", "run"],
-    ["predict", "--checkpoint", "run", "mine", "--out", "predictions.csv"],
-    ["export", "--checkpoint", "run", "--to", "safetensors", "--out", "exported"],
-  ):
-    assert cli.main(line) == 0, line
+    used,
+    ["export", "--checkpoint", "run", "--to", to, "--out", "exported"],
+  )
+  assert len(lines) <= 8
+  for line in lines:
+    assert cli.main([*line]) == 0, line
+  assert pathlib.Path("run/report.html").stat().st_size
+  return json.loads(pathlib.Path("run/eval.json").read_text())[f"{road.task}/test"]
+
+
+def predictions(count: int) -> Rows:
   with open("predictions.csv", newline="") as file:
     rows = list(csv.DictReader(file))
   assert len(rows) == count and not any(row.get("error") for row in rows)
-  assert pathlib.Path("run/report.html").stat().st_size and list(pathlib.Path("exported").iterdir())
-  return json.loads(pathlib.Path("run/eval.json").read_text())[f"{task}/test"], rows
+  return rows
 
 
 @pytest.fixture
@@ -61,37 +102,91 @@ def place(tmp_path, monkeypatch):
     yield tmp_path
 
 
-def read_again(rows: list[dict[str, str]]) -> None:
-  """The first row of predictions.csv is what the run says in Python of the same files."""
-  path = pathlib.Path(rows[0]["file"])
-  path = path if path.exists() else "mine" / path
-  files = {modality_of(p) or "series": [p] for p in path.parent.glob(f"{path.stem}.*")}
-  files.pop("text", None)
-  model = mmjax.load("run")
-  (again,) = model.predict(**{m: file for m, file in files.items() if m in model.media})
-  for name, value in again.items():
-    if name != "file":
-      number = isinstance(value, float)
-      assert (
-        float(rows[0][name]) == pytest.approx(value, rel=1e-3, abs=1e-6)
-        if number
-        else rows[0][name] == value
-      )
+def path_of(row: dict[str, str]) -> pathlib.Path:
+  path = pathlib.Path(row["file"])
+  return path if path.exists() else "mine" / path
+
+
+def read_again(rows: Rows) -> None:
+  """What was exported says in Python of the same files what stands in predictions.csv."""
+  model = mmjax.load("exported")
+  for row in rows[::40]:
+    files: dict[str, list] = {}
+    for path in path_of(row).parent.glob(f"{path_of(row).stem}.*"):
+      files[modality_of(path) or "series"] = [path]
+    (again,) = model.predict(**{name: file for name, file in files.items() if name in model.media})
+    assert set(again) <= set(row)
+    for name, value in again.items():
+      if isinstance(value, float):
+        assert float(row[name]) == pytest.approx(value, rel=1e-3, abs=1e-5)
+      elif name != "file":
+        assert row[name] == value
+
+
+def read_by_vit(rows: Rows) -> None:
+  """Labels by their names, as surely."""
+  processor = transformers.AutoImageProcessor.from_pretrained("exported")
+  model = transformers.AutoModelForImageClassification.from_pretrained("exported").eval()
+  pictures = [Image.open(path_of(row)).convert("RGB") for row in rows]
+  with torch.no_grad():
+    odds = torch.softmax(model(**processor(pictures, return_tensors="pt")).logits, -1).numpy()
+  for row, some in zip(rows, odds, strict=True):
+    for number, name in model.config.id2label.items():
+      assert float(row[f"probability/{name}"]) == pytest.approx(some[number], abs=0.02)
+    assert row["label"] == model.config.id2label[int(some.argmax())] or some.max() < 0.52
+
+
+def read_by_whisper(rows: Rows) -> None:
+  """The same transcripts, but for a few: sounds are resampled in another way."""
+  processor = transformers.AutoProcessor.from_pretrained("exported")
+  model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained("exported").eval()
+  rate, sounds = 16_000, []
+  for row in rows:
+    sound, own = soundfile.read(path_of(row), dtype="float32")
+    divisor = math.gcd(rate, own)
+    sounds.append(scipy.signal.resample_poly(sound, rate // divisor, own // divisor))
+  inputs = processor(sounds, sampling_rate=rate, return_tensors="pt")
+  with torch.no_grad():
+    tokens = model.generate(inputs["input_features"], max_new_tokens=8, do_sample=False)
+  texts = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+  assert np.mean([row["text"] == text for row, text in zip(rows, texts, strict=True)]) > 0.95
+
+
+def read_by_clip() -> None:
+  """Pictures and captions are as near to each other."""
+  processor = transformers.AutoProcessor.from_pretrained("exported")
+  model = transformers.AutoModel.from_pretrained("exported").eval()
+  found = np.load("found.npz")
+  texts = [f"a {colour} {shape}" for colour in own_folders.COLOURS for shape in own_folders.SHAPES]
+  pictures = [Image.open(f"mine/{name}").convert("RGB") for name in found["image_ids"]]
+  inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+  with torch.no_grad():
+    there = model(**inputs)
+  here = mmjax.load("run").encode_text(texts)
+  np.testing.assert_allclose(there.text_embeds, here, atol=1e-4)
+  likeness = (there.image_embeds.numpy() * found["image"]).sum(1)
+  assert likeness.min() > 0.99
 
 
 def test_values_of_series_are_learned_and_predicted(place):
   """One road in the suite, and short; the others are run whole behind --all."""
-  scores, rows = travel("series_with_values", steps="60")
+  road = ROADS["series with values"]
+  scores = travel(road, steps="60")
   assert scores["examples"] > 10 and scores["r2"] > 0.2
-  read_again(rows)
+  read_again(predictions(road.count))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ROADS)
-def test_every_kind_of_folder_ends_in_a_prediction(kind, place):
-  *_, metric, least = ROADS[kind]
-  scores, rows = travel(kind)
-  assert scores[metric] >= least > scores.get("majority", 0)
-  name = {"regression": "cycles", "classification": "label"}.get(ROADS[kind][0], "text")
-  assert len({row[name] for row in rows}) > 1
-  read_again(rows)
+@pytest.mark.parametrize("name", ROADS)
+def test_every_kind_of_folder_ends_in_a_prediction(name, place):
+  road = ROADS[name]
+  scores = travel(road)
+  print(name, road.metric, scores[road.metric])
+  assert scores[road.metric] >= road.least > scores.get("majority", 0)
+  if road.task == "retrieval":
+    return read_by_clip()
+  rows = predictions(road.count)
+  said = {"regression": "cycles", "classification": "label"}.get(road.task, "text")
+  assert len({row[said] for row in rows}) > 1
+  readers = {"a ViT": read_by_vit, "a Whisper": read_by_whisper}
+  readers.get(name, read_again)(rows)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 
 import numpy as np
@@ -208,6 +209,17 @@ def test_the_command_writes_a_file_once(data, tmp_path, capsys):
   assert f"mmjax train --config {out} --workdir runs/photos" in capsys.readouterr().out
   assert cli.main(words.split()) == 1 and "--force" in capsys.readouterr().err
   assert cli.main([*words.split(), "--force"]) == 0
+
+
+def test_the_command_that_stands_in_a_config_writes_the_same(data, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  options = "--modality image,text --languages fr --split train[:90%] --hf"
+  words = f"init retrieval --source all {options} --out a.py --data-dir {data}"
+  assert cli.main(words.split()) == 0
+  text = (tmp_path / "a.py").read_text()
+  (line,) = [line for line in text.splitlines() if line.startswith("mmjax init ")]
+  assert cli.main([*shlex.split(line)[1:], "--force"]) == 0
+  assert (tmp_path / "a.py").read_text() == text and "c.export.hf = True" in text
 
 
 def test_a_value_from_the_data_cannot_break_out_of_its_place():
