@@ -6,15 +6,20 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmjax import cli
 from mmjax import config as configs
+from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
+from mmjax.data.builders.convert import convert
 from mmjax.data.cuts import cut_lines, fits, measure_for
 from mmjax.data.examples import Examples, Row
 from mmjax.data.sources import open_source
+from mmjax.data.text import train_tokenizer
 from tests.data.conftest import record
 from tests.data.test_audio import encode, tone
 
@@ -98,6 +103,106 @@ def test_every_text_sound_and_series_is_kept_cut_or_left_out(
       fit for fit in fits(wider, entry, measure_for(wider, entry)) if fit.what == "captions"
     )
     assert fit.cut == 0 and fit.kept == texts.kept + texts.cut
+
+
+WORDS = ("red", "thing", "Blüte", "twenty-one")
+SOUNDS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
+LIMIT = 0.5  # seconds
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of(tmp_path_factory):
+  """{kind: (file, its own way from a text to pieces)}: two that mmjax trains, and one of others."""
+  folder, texts = tmp_path_factory.mktemp("tokenizers"), [" ".join(WORDS), *WORDS] * 8
+  found = {}
+  for model in ("unigram", "bpe"):
+    path = train_tokenizer(texts, folder / f"{model}.model", 360, model)
+    found[model] = path, sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+  other = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+  other.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+  other.train_from_iterator(texts, tokenizers.trainers.WordLevelTrainer(special_tokens=special))
+  other.save(str(folder / "tokenizer.json"))
+  names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+  (folder / "tokenizer_config.json").write_text(json.dumps(names))
+  found["words"] = folder / "tokenizer.json", lambda text: other.encode(text).ids
+  return found
+
+
+@given(
+  files=st.lists(
+    st.tuples(
+      st.sampled_from((*SOUNDS, ".xyz", "")),
+      st.sampled_from((0.25, 0.5, 0.75)),
+      st.lists(st.sampled_from(WORDS), max_size=9),
+    ),
+    min_size=6,
+    max_size=12,
+  ),
+  split=st.sampled_from((None, "all", "train:1,test:1")),
+  tokenizer=st.sampled_from(("unigram", "bpe", "words")),
+  ends=st.sampled_from(((False, True), (True, True))),
+  lowercase=st.booleans(),
+  length=st.integers(3, 16),
+  part=st.integers(1, 99),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_all_of_a_folder_is_kept_cut_or_left_out(
+  tokenizers_of, tmp_path_factory, files, split, tokenizer, ends, lowercase, length, part
+):
+  """From files of any ending to what a run reads of them, in every split and in parts of it."""
+  root = tmp_path_factory.mktemp("folder")
+  (root / "in").mkdir()
+  texts, alone = {}, 0
+  for number, (ending, seconds, words) in enumerate(files):
+    (root / "in" / f"{number}{ending}").write_bytes(
+      encode(tone(seconds, 8000, 300 + 50 * number), 8000, SOUNDS.get(ending, "WAV"))
+    )
+    if words:
+      (root / "in" / f"{number}.txt").write_text(" ".join(words))
+    if words and ending in SOUNDS:
+      texts[f"{number}{ending}"] = " ".join(words), seconds
+    else:  # a file without a text, or with one that is left out as well
+      alone += 1 + (bool(words) and ending not in SOUNDS)
+  try:
+    first = convert("folder", root / "in", "mine", root, split=split, log=lambda line: None)
+  except UserError as error:  # nothing is left, or nothing falls into a split
+    assert not texts or "falls into split" in str(error), error
+    return
+  every = (first, *first.others)
+  left_out = [count for one in every for count in one.skipped.values()]
+  by_ending = [n for one in every for found in one.endings.values() for n in found.values()]
+  assert sum(one.examples for one in every) == len(texts)
+  assert sum(left_out) == sum(by_ending) == alone
+  path, pieces = tokenizers_of[tokenizer]
+  c = configs.base()
+  c.data.dir, c.data.text.vocab_size, c.data.text.length = str(root), 512, length
+  c.data.text.tokenizer, c.data.text.lowercase = str(path), lowercase
+  c.data.text.bos, c.data.text.eos = ends
+  c.data.audio.seconds, c.data.audio.rate = LIMIT, 8000
+  c.data.modalities = ("text", "audio")
+  c.data.sources.mine = dict(name="mine")
+  c.model = dict(name="multitask", encoders=dict(text=dict(kind="transformer")))
+  c.model.encoders.audio = dict(kind="whisper")
+  config, seen = configs.resolve(c), []
+  for one in every:
+    at = round(one.examples * part / 100)
+    parts = (f"[:{at}]", f"[{at}:]") if 0 < at < one.examples else ("",)
+    for some in parts:
+      entry = dict(config.data.sources.mine, split=f"{one.split}{some}")
+      source = open_source(entry, config)
+      names = [source[i]["id"] for i in range(len(source))]
+      said = [texts[name][0].lower() if lowercase else texts[name][0] for name in names]
+      over = sum(len(pieces(text)) + sum(ends) > length for text in said)
+      long = sum(texts[name][1] > LIMIT for name in names)
+      counted = {
+        fit.what: (fit.kept, fit.cut, fit.left_out)
+        for fit in fits(config, entry, measure_for(config, entry))
+      }
+      assert counted["captions"] == (len(names) - over, over, 0)
+      assert counted["sounds"] == (len(names) - long, long, 0)
+      seen += names
+  assert sorted(seen) == sorted(texts)
 
 
 def test_a_large_source_is_sampled_and_says_so(config):
