@@ -21,6 +21,7 @@ from mmjax.models.attention import AttentionMask, attend
 from mmjax.models.attention.attend import packed_attention
 from mmjax.models.layers import Dense, LayerNorm, RMSNorm, activate, constrain, with_axes, xavier
 from mmjax.models.positions import Rotary, rotate
+from mmjax.models.products import Products
 from mmjax.ranges import Fields, Heads, NonNegative, Width, Windows
 
 Array = jax.Array
@@ -85,7 +86,8 @@ class BlockConfig:
   layer_scale: a learned factor a channel of what each part adds, at the start; 0 = none
   (arXiv:2103.17239). kernel: of attention. remat: what backward passes keep (stack.py REMAT).
   scan_unroll: blocks a trip of the loop; 0 = all of a short stack on CPUs, 1 elsewhere; changes
-  speed only.
+  speed only. products: of the dense layers, forward and for their inputs' gradients, in eight bits
+  or in full (products.py).
   """
 
   width: int
@@ -116,6 +118,7 @@ class BlockConfig:
   windows: Windows = ()
   rotary: Annotated[Rotary | None, Fields(Rotary)] = None
   local_rotary: Annotated[Rotary | None, Fields(Rotary)] = None
+  products: Products = "full"
 
   def __post_init__(self):
     if not self.head_size and self.width % self.heads:
@@ -218,7 +221,7 @@ class Mlp(nn.Module):
   def __call__(self, x: Array) -> Array:
     c = self.config
     gated = c.gated or c.activation in GATED
-    dense = functools.partial(Dense, dtype=c.dtype, use_bias=c.has_bias("mlp"))
+    dense = functools.partial(Dense, dtype=c.dtype, use_bias=c.has_bias("mlp"), products=c.products)
     up = dense((c.mlp * (1 + gated),), ("embed", "mlp"), parts=1 + gated, label="hidden", name="up")
     h = up(x)
     if gated:
@@ -240,7 +243,9 @@ class Attention(nn.Module):
   def setup(self) -> None:
     c = self.config
     init = xavier(c.width, c.heads * c.channels)
-    dense = functools.partial(Dense, dtype=c.dtype, kernel_init=init, use_bias=c.has_bias("qkv"))
+    dense = functools.partial(
+      Dense, dtype=c.dtype, kernel_init=init, use_bias=c.has_bias("qkv"), products=c.products
+    )
     axes = ("embed", "qkv", "heads", "kv")
     if c.shares_qkv:
       self.qkv = dense((3, c.heads, c.channels), axes, parts=3)
@@ -257,6 +262,7 @@ class Attention(nn.Module):
       xavier(c.heads * c.channels, c.width),
       c.has_bias("out"),
       input_label="attended",
+      products=c.products,
     )
 
   def __call__(

@@ -31,7 +31,7 @@ def einsum(equation: str, *operands: Array, **settings: Any) -> Array:
   return barrier(jnp.einsum(equation, *map(barrier, operands), **settings))
 
 
-def matmul(x: Array, kernel: Array, bias: Array | None) -> Array:
+def matmul(x: Array, kernel: Array, bias: Array | None = None) -> Array:
   """x [N, I] @ kernel [I, O] + bias [O]. Dense layers call it with all dimensions flattened to
   matrices: the backend transposes whole activations in memory for the kernel's gradient when it has
   to contract over several dimensions.

@@ -17,6 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from mmjax.models import cpu
 from mmjax.models.platform import on_lone_cpu, platform
+from mmjax.models.products import Products, multiply
 from mmjax.models.quantised import LEAVES as QUANTISED
 from mmjax.models.quantised import dequantise
 from mmjax.parallel.rules import partition_spec
@@ -80,6 +81,7 @@ class Dense(nn.Module):
   parts: projections that the kernel holds, side by side in the first of its features; each has
   low-rank factors of its own, where there are any beside the kernel (lora.py). Leaves of a kernel
   in few bits may stand in its place (quantised.py).
+  products: of the kernel in eight bits (products.py); low-rank factors multiply in full.
   """
 
   features: tuple[int, ...]
@@ -90,6 +92,7 @@ class Dense(nn.Module):
   parts: int = 1
   label: str = "dense"
   input_label: str = ""
+  products: Products = "full"
 
   @nn.compact
   def __call__(self, x: Array, part: slice = slice(None), *, apart: bool = False) -> Any:
@@ -108,7 +111,8 @@ class Dense(nn.Module):
 
     def product(x: Array, kernel: Array) -> Array:
       kernel = kernel[(slice(None),) * n + (part,)].astype(self.dtype)
-      return affine(x, kernel, None if apart else bias, n, axes, self.label, self.input_label)
+      added = None if apart else bias
+      return affine(x, kernel, added, n, axes, self.label, self.input_label, self.products)
 
     def quantised_product(x: Array, leaves: dict[str, Array]) -> Array:
       return product(x, dequantise(leaves, shape, self.dtype))
@@ -153,10 +157,11 @@ def affine(
   axes: tuple[str | None, ...],
   label: str = "dense",
   input_label: str = "",
+  products: Products = "full",
 ) -> Array:
   """x [..., *inputs] times kernel [*inputs, *features] over the `n` dimensions of inputs, plus bias
   [*features]: [..., *features].
-  axes: logical names of the features. label, input_label: as of `Dense`.
+  axes: logical names of the features. label, input_label, products: as of `Dense`.
 
   On a lone CPU device all are flattened to matrices first (cpu.py). So are rows [N, ...] on TPUs,
   where no device axis splits the features: the result then has the one layout that kernels read
@@ -171,18 +176,28 @@ def affine(
   if input_label and not whole:
     x = checkpoint_name(x, input_label)
   if not (whole or on_lone_cpu()):
-    contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
-    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+    y = multiply(products, functools.partial(_dot, n), n, x, kernel)
     y = checkpoint_name(y if bias is None else y + bias, label)
     return cpu.barrier(y, forward=False)
   x, kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(columns))
   bias = None if bias is None else bias.reshape(-1)
-  y = _row_major(input_label, x, kernel, bias) if whole else cpu.matmul(x, kernel, bias)
+  if products == "full":
+    y = _row_major(input_label, x, kernel, bias) if whole else cpu.matmul(x, kernel, bias)
+  else:
+    plain = functools.partial(_row_major, "") if whole else cpu.matmul
+    y = multiply(products, plain, 1, x, kernel, input_label if whole else "")
+    y = y if bias is None else y + bias
   return cpu.barrier(checkpoint_name(y, label).reshape(*rows, *columns), forward=False)
 
 
+def _dot(n: int, x: Array, kernel: Array) -> Array:
+  """x [..., *inputs] times kernel [*inputs, *features] over `n` dimensions."""
+  contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+  return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_major(label: str, x: Array, kernel: Array, bias: Array | None) -> Array:
+def _row_major(label: str, x: Array, kernel: Array, bias: Array | None = None) -> Array:
   """x [N, I] @ kernel [I, O] + bias [O] on TPUs. The kernel's gradient is asked for row by row: in
   the layout of a parameter such as [D, 3, H, K], which the compiler stores with D innermost, it
   would have the cotangent of all rows transposed in memory.

@@ -68,6 +68,7 @@ FREE: tuple[str, ...] = (
   "kernel",
   "remat",
   "scan_unroll",
+  "products",
 )
 FREE += ("length", "eos_id", "pad_id", "end_ids", "media_ids", "places", "clips", "int8_cache")
 KEYS = dict(config="block")  # field -> the key of its settings
