@@ -137,8 +137,8 @@ KEYS = (
     "train.compiler",
     "auto",
     Literal["auto", "none", "data", "fsdp", "tiles"],
-    "Options of the TPU compiler: auto = by the sharding, none, or those for data parallelism, for "
-    "FSDP or for products in tiles.",
+    "Options of the compiler of TPUs and GPUs: auto = by the sharding, none, or those for data "
+    "parallelism, for FSDP or, on TPUs, for products in tiles.",
   ),
   Key("train.on_restart", 10, Count, "Restarts after exit code 1 that a launcher may make."),
   Key(

@@ -122,7 +122,7 @@ def test_commands_parse(guide):
       assert all(f'"{extra}": ' in (ROOT / "setup.py").read_text() for extra in extras), command
     elif words:
       script = next(word for word in words if word.startswith("launch/"))
-      assert words[0] in ("bash", "sbatch") and (ROOT / script).exists(), command
+      assert words[0] in ("bash", "sbatch", ".") and (ROOT / script).exists(), command
 
 
 @pytest.mark.parametrize("guide", GUIDES)

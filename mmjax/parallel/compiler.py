@@ -1,5 +1,5 @@
-"""Options of the compiler: on TPUs named presets, on GPUs deterministic kernels. On other platforms
-they mean nothing.
+"""Options of the compiler: named presets for TPUs and for GPUs. On other platforms they mean
+nothing.
 """
 
 from __future__ import annotations
@@ -38,18 +38,47 @@ PRESETS: dict[str, dict[str, str | bool]] = {
 }
 
 
+# Those of GPUs are off in XLA by themselves (jaxlib 0.10.2), and none is deprecated. Asynchronous
+# collectives on a stream of high priority and pipelined reduce-scatters are on without them. The
+# sizes up to which collectives are joined stay XLA's own: with one given, it would no longer join
+# pipelined collectives by the memory that is left.
+# Products are put between the start of a collective and its end. Without it XLA orders operations
+# by memory alone, and what a collective fetches is waited for.
+_GPU_SCHEDULER = {"xla_gpu_enable_latency_hiding_scheduler": True}
+# The gradients of a layer are summed over devices while the layer before it is computed.
+_GPU_GRADIENTS = {"xla_gpu_enable_pipelined_all_reduce": True}
+# The parameters of a layer are gathered while the layer before it is computed. Two layers a trip of
+# the loop, so that one can be gathered into memory that the other does not use.
+_GPU_LAYERS = {
+  "xla_gpu_enable_pipelined_all_gather": True,
+  "xla_gpu_enable_while_loop_double_buffering": True,
+}
+# Kernels that give the same numbers every time, chosen without timing them. It goes with every
+# preset: they move operations and change none.
+_GPU_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+
+GPU_PRESETS: dict[str, dict[str, str | bool]] = {
+  "none": {},
+  "data": {**_GPU_SCHEDULER, **_GPU_GRADIENTS},
+  "fsdp": {**_GPU_SCHEDULER, **_GPU_GRADIENTS, **_GPU_LAYERS},
+  "tiles": {**_GPU_SCHEDULER, **_GPU_GRADIENTS, **_GPU_LAYERS},  # no tiles to set: as "fsdp"
+}
+
+
 def options(config: FrozenConfigDict, mesh: Mesh) -> dict[str, str | bool] | None:
-  """What `jax.stages.Lowered.compile` takes for this run: on TPUs the preset `train.compiler`
-  ("auto" is chosen by the sharding), on GPUs kernels that give the same numbers every time, chosen
-  without timing them, where `train.deterministic`."""
-  device = mesh.devices.flat[0]
-  if device.platform == "gpu":
-    return {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
-  if device.platform != "tpu":
-    return None
-  name = config.train.compiler
+  """What `jax.stages.Lowered.compile` takes for this run: the preset `train.compiler`, "auto" by
+  the sharding (one GPU has nothing to wait for: none), on GPUs with deterministic kernels where
+  `train.deterministic`.
+  """
+  device, name = mesh.devices.flat[0], config.train.compiler
   if name == "auto":
     name = "data" if config.sharding == "replicated" else "fsdp"
+    if device.platform == "gpu" and mesh.devices.size == 1:
+      name = "none"
+  if device.platform == "gpu":
+    return (GPU_PRESETS[name] | (_GPU_DETERMINISTIC if config.train.deterministic else {})) or None
+  if device.platform != "tpu":
+    return None
   without = {"TPU v5 lite": {}, "TPU v5e": {}, "TPU v6 lite": _LAYERS, "TPU v6e": _LAYERS}.get(
     device.device_kind, {**_LAYERS, **_TILES}
   )

@@ -95,3 +95,31 @@ def test_a_process_that_has_a_node_for_itself_takes_all_its_gpus(cluster, tmp_pa
 def test_submitted_from_elsewhere_it_says_so(cluster, tmp_path):
   cluster.environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
   assert "from the repository's root" in cluster.run("slurm.sbatch", *TRAIN, code=2)
+
+
+PRINTS = 'env | grep -E "^(XLA|CUDA_DEVICE|NCCL)" | sort | tr "\\n" " "'
+
+
+@pytest.mark.parametrize(
+  "capability, set_before, want",
+  [
+    ("9.0", {}, "CUDA_DEVICE_MAX_CONNECTIONS=1 NCCL_DEBUG=WARN XLA_CLIENT_MEM_FRACTION=0.9"),
+    ("10.0", {}, "NCCL_DEBUG=WARN XLA_CLIENT_MEM_FRACTION=0.9"),
+    (None, {}, "NCCL_DEBUG=WARN XLA_CLIENT_MEM_FRACTION=0.9"),
+    (
+      "8.0",
+      dict(
+        XLA_PYTHON_CLIENT_MEM_FRACTION="0.5", NCCL_DEBUG="INFO", CUDA_DEVICE_MAX_CONNECTIONS="8"
+      ),
+      "CUDA_DEVICE_MAX_CONNECTIONS=8 NCCL_DEBUG=INFO XLA_PYTHON_CLIENT_MEM_FRACTION=0.5",
+    ),
+  ],
+)
+def test_a_run_gets_the_settings_of_its_gpus(cluster, tmp_path, capability, set_before, want):
+  """JAX refuses both names of its share of memory at once."""
+  names = ("XLA_", "NCCL_", "CUDA_")
+  kept = {k: v for k, v in cluster.environment.items() if not k.startswith(names)}
+  cluster.environment = kept | set_before
+  cluster.add("nvidia-smi", f"echo {capability}; echo {capability}" if capability else "exit 1")
+  (tmp_path / "run").write_text(PRINTS)
+  assert want in cluster.run("slurm.sbatch", *TRAIN)
