@@ -4,6 +4,10 @@ nothing.
 
 from __future__ import annotations
 
+import functools
+import threading
+
+import jax.monitoring
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
@@ -84,3 +88,21 @@ def options(config: FrozenConfigDict, mesh: Mesh) -> dict[str, str | bool] | Non
   )
   chosen = {key: value for key, value in PRESETS[name].items() if key not in without}
   return chosen or None
+
+
+def seconds() -> float:
+  """What this process has spent on tracing and compiling since this was first called."""
+  return _stopwatch()[0]
+
+
+@functools.cache
+def _stopwatch() -> list[float]:
+  total, lock = [0.0], threading.Lock()
+
+  def add(event: str, duration: float, **_) -> None:
+    if event.startswith("/jax/core/compile/"):
+      with lock:
+        total[0] += duration
+
+  jax.monitoring.register_event_duration_secs_listener(add)
+  return total

@@ -16,7 +16,7 @@ import jax
 
 from mmjax import evaluation
 from mmjax.config import UserError
-from mmjax.parallel import multihost
+from mmjax.parallel import compiler, multihost
 from mmjax.state.checkpoint import Checkpointer
 from mmjax.state.train_state import TrainState
 from mmjax.training.goodput import Clock
@@ -74,7 +74,7 @@ class Hooks:
     self.progress: Progress | None = None
     if multihost.is_main():
       self.outputs = Outputs(self.run.mirror, self.start, self.config, self.run.owner)
-      self.progress = Progress(self.start, self.steps)
+      self.progress = Progress(self.start, self.steps, evaluate_every=self.evaluate_every)
     self._assets = inference_assets(self.config, self.run.pipeline)
 
   def close(self) -> None:
@@ -166,9 +166,12 @@ class Hooks:
   def evaluate(self, at: int, state: TrainState) -> dict[str, evaluation.Result]:
     """Runs the evaluators and writes what they found."""
     self.read_metrics()
+    begin, compiled = time.monotonic(), compiler.seconds()
     with self.clock.measure("evaluation", at):
       variables = self.program.evaluation_variables(state)
       results = self.evaluators.run(variables) if self.evaluators else {}
+    if self.progress:
+      self.progress.evaluated(time.monotonic() - begin, compiler.seconds() - compiled)
     self.patience.see(at, evaluation.flat_metrics(results), self.config)
     if self.outputs and self.progress:
       self.outputs.evaluated(at, results)

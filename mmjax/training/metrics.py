@@ -172,10 +172,13 @@ class Progress:
   """A progress bar with ETA on a terminal; a plain line at every logged step elsewhere, from the
   second on with the time left."""
 
-  def __init__(self, start: int, total: int, out=None):
+  def __init__(self, start: int, total: int, out=None, evaluate_every: int = 0):
+    """evaluate_every: steps from an evaluation to the next; 0 = there is one after the last."""
     self._out = out or sys.stderr
     self.total, self._bar = total, None
     self._from: tuple[int, float] | None = None  # the first step that was logged, and when
+    self._evaluate_every = evaluate_every or total
+    self._evaluation = self._evaluating = 0.0  # seconds of one, and of all since `_from`
     if self._out.isatty():
       from rich.progress import (
         BarColumn,
@@ -214,14 +217,24 @@ class Progress:
       return
     self.log_line(f"step {step}/{self.total}  {text}{self._left(step)}")
 
+  def evaluated(self, seconds: float, compiling: float) -> None:
+    """After an evaluation, of which `compiling` seconds do not come again."""
+    self._evaluation = max(0.0, seconds - compiling)
+    if self._from:
+      self._evaluating += seconds
+
   def _left(self, step: int) -> str:
-    """The time left by the pace since the first logged step, whose own time warms up; "" before."""
+    """The time left by the pace since the first logged step, whose own time warms up, and by the
+    last evaluation; "" before.
+    """
     now = time.monotonic()
     if self._from is None:
       self._from = (step, now)
       return ""
     first, begin = self._from
-    left = (now - begin) / max(1, step - first) * (self.total - step)
+    left = (now - begin - self._evaluating) / max(1, step - first) * (self.total - step)
+    every = self._evaluate_every  # that of this step is still to come
+    left += (-(-self.total // every) - (step - 1) // every) * self._evaluation
     return f"  left {int(left) // 60}:{int(left) % 60:02d}"
 
   def log_line(self, text: str) -> None:

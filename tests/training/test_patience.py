@@ -8,6 +8,7 @@ import io
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ import mmjax
 from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.evaluation import Result
+from mmjax.parallel import compiler
 from mmjax.state import checkpoint
 from mmjax.training import evaluate, loop
 from mmjax.training.hooks import Hooks, score_lines
@@ -136,6 +138,30 @@ def test_the_time_left_is_right_from_the_second_logged_step_on(monkeypatch):
   lines = out.getvalue().splitlines()
   assert "left" not in lines[0]
   assert [re.search(r"left (\S+)", line)[1] for line in lines[1:]] == ["1:20", "0:00"]
+
+
+def test_the_time_left_counts_evaluations_but_not_what_they_compile(monkeypatch):
+  """Steps of 2 s; after every 20 an evaluation of 10 s, the first of which compiles for 90 more."""
+  out, now = io.StringIO(), [100.0]
+  monkeypatch.setattr("time.monotonic", lambda: now[0])
+  progress = Progress(0, 50, out, evaluate_every=20)
+  for step in range(1, 51):
+    now[0] += 2
+    if step in (1, 10, 20, 30, 40, 50):
+      progress.log(dict(step=step, loss=1.0, lr=0.1))
+    if step in (20, 40):
+      seconds = 100.0 if step == 20 else 10.0
+      now[0] += seconds
+      progress.evaluated(seconds, seconds - 10)
+  lines = out.getvalue().splitlines()
+  # After step 20 are 20 s of evaluations left, at 40 that of this step as well, and one at the end.
+  assert [re.search(r"left (\S+)", line)[1] for line in lines[3:]] == ["1:00", "0:40", "0:10"]
+
+
+def test_compiling_is_measured():
+  before = compiler.seconds()
+  jax.jit(lambda x: x * 3 + before)(2.0).block_until_ready()
+  assert compiler.seconds() > before
 
 
 def test_the_metric_that_checkpoints_are_kept_by_is_said_first():
