@@ -42,7 +42,8 @@ TEXTS = {  # in the order in which they are run
   ),
   "mmjax/README.md": read("mmjax/README.md").split("\n## Adding your own\n")[0],
   "mmjax/data/README.md": read("mmjax/data/README.md"),
-  "launch/README.md": read("launch/README.md", "## Train, stop, resume"),
+  "launch/README.md": read("launch/README.md", "## Train, stop, resume")
+  + read("launch/README.md", "## See what a run does"),
 }
 COMMANDS = [
   command for text in TEXTS.values() for command in commands(text) if command.startswith("mmjax ")
@@ -264,7 +265,8 @@ def place(tmp_path_factory, embedded_data):
       if words[0] in APART:
         done[line] = APART[words[0]](words)
       else:
-        done[line] = cli.main([*words, *(small if words[0] == "train" else [])])
+        traced = ["--config.train.steps=13"] if "--profile" in words else []
+        done[line] = cli.main([*words, *([*small, *traced] if words[0] == "train" else [])])
     yield folder, done
   finally:
     os.chdir(before)

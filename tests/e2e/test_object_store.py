@@ -16,6 +16,7 @@ from mmjax.training import evaluate, loop
 from mmjax.training.metrics import MetricsFile
 from tests.e2e.commands import (
   QUICKSTART,
+  ROOT,
   SMALL,
   example_ids,
   metrics,
@@ -25,6 +26,7 @@ from tests.e2e.commands import (
   run_processes,
   start,
 )
+from tests.guides import commands, read
 
 FEW = [word.removeprefix("--") for word in SMALL] + [
   "config.train.steps=6",
@@ -111,6 +113,20 @@ def test_a_bucket_that_cannot_be_written_is_one_line(object_store, embedded_data
     refused("s3://bucket/run", "Forbidden")
   finally:
     requests.post(f"{object_store}/moto-api/reset-auth", data="inf", timeout=10)
+
+
+def test_the_commands_of_the_guide_run(data, monkeypatch):
+  """As they stand there but for the folder of the run, by a smaller model."""
+  monkeypatch.chdir(ROOT)
+  lines = commands(read("launch/README.md", "## Object stores"))
+  assert len(lines) == 3 and lines[0].startswith("pip install ")
+  for line in lines[1:]:
+    variables, _, words = line.replace("runs/a", "runs/guide").partition("mmjax ")
+    for variable in variables.split():
+      monkeypatch.setenv(*variable.split("=", 1))
+    more = [*SMALL, *(f"--{word}" for word in FEW)] if words.startswith("train") else []
+    assert cli.main([*words.split(), *more]) == 0, line
+  assert (files.as_path("s3://bucket/runs/guide") / "eval.json").exists()
 
 
 @pytest.mark.slow
