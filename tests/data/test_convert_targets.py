@@ -269,3 +269,30 @@ def test_what_is_left_out_is_counted_by_ending_too(tmp_path):
     assert sum(counts.values()) == summary.skipped[reason]
   files = [path for path in root.iterdir() if path.suffix != ".txt"]
   assert summary.rows + sum(summary.skipped.values()) == len(files) + 1  # the stray text
+
+
+@pytest.mark.parametrize("form", ("csv", "jsonl"))
+def test_texts_with_labels_need_no_media(form, tmp_path):
+  rows = [("a red heart", "x", 1), ("", "y", 2), ("a blue one", "y", 3), ("a red heart", "x", 4)]
+  objects = [dict(text=text, label=label, stars=stars) for text, label, stars in rows]
+  if form == "csv":
+    lines = ["text,label,stars", *(",".join(map(str, row)) for row in rows)]
+  else:
+    lines = [json.dumps(one) for one in objects]
+  (tmp_path / f"t.{form}").write_text("\n".join(lines))
+  summary = run(tmp_path, tmp_path / f"t.{form}", form, columns={"value": "stars"})
+  assert summary.examples == 3 and summary.skipped == {"no caption": 1}
+  _, records = read(tmp_path / "data")
+  assert [(r["captions"]["en"], r["label"], r["value"].item()) for r in records] == [
+    (["a red heart"], "x", 1), (["a blue one"], "y", 3), (["a red heart"], "x", 4)
+  ]  # fmt: skip
+  keys = [r["image_key"] for r in records]  # equal texts stay in one split
+  assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_row_that_lacks_its_picture_is_no_text_alone(tmp_path):
+  root = folder_of(tmp_path / "in", 1)
+  rows = [dict(image="p000.png", text="a", label="x"), dict(text="b", label="y")]
+  (root / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  summary = run(tmp_path, root / "t.jsonl", "jsonl")
+  assert (summary.examples, summary.skipped) == (1, {"broken row": 1})

@@ -23,6 +23,11 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 150, 60), "blue": (40, 70, 200)}
 SHAPES = ("circle", "cross", "square")
 SIZE = (40, 32)
 WORDS = ("yes", "no", "stop", "go")
+THINGS = ("film", "book", "song", "room", "meal", "walk", "trip")
+WORDS_OF = {
+  "well": ("lovely", "warm", "bright", "great", "fine", "happy"),
+  "ill": ("cold", "dull", "poor", "sad", "awful", "bleak"),
+}
 VOICES = ("en-us", "en-gb", "en-us+f2", "en-gb+m3", "en-029", "en-us+m1", "en-gb+f4", "en-us+Annie")
 MOVES = {"left": (-3, 0), "right": (3, 0), "up": (0, -3), "down": (0, 3)}
 RATE = 16_000
@@ -124,6 +129,18 @@ def series_with_values(folder: pathlib.Path, count: int, rng: np.random.Generato
       cycles = rng.uniform(1, 9)
       write_series(folder / f"{i}.csv", wave(cycles, rng))
       rows.writerow([f"{i}.csv", f"{cycles:.3f}"])
+
+
+def texts_with_labels(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
+  """A table of texts without media, `metadata.csv`: what is said of things, well or ill."""
+  folder.mkdir()
+  with open(folder / "metadata.csv", "w", newline="") as file:
+    rows = csv.writer(file)
+    rows.writerow(["text", "label"])
+    for i in range(count):
+      kind = list(WORDS_OF)[i % 2]
+      said = rng.choice(WORDS_OF[kind], int(rng.integers(1, 4)))
+      rows.writerow([f"The {rng.choice(THINGS)} was {' and '.join(said)}.", kind])
 
 
 def several_media(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:

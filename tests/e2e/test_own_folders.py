@@ -56,6 +56,7 @@ ROADS = {
   "several media": Road("several_media", "classification", 360, "accuracy", 0.8),
   "a ViT": Road("pictures_with_labels", "classification", 240, "accuracy", 0.6, hf=True),
   "a CLIP": Road("pictures_with_captions", "retrieval", 360, "image_to_text/R@5", 0.5, hf=True),
+  "a BERT": Road("texts_with_labels", "classification", 300, "accuracy", 0.8, hf=True),
   "a Whisper": Road("speech", "speech-recognition", 320, "exact", 0.5, hf=True),
 }
 
@@ -68,7 +69,8 @@ def travel(road: Road, steps: str = "") -> dict[str, float]:
   make(pathlib.Path("mine"), road.count, np.random.default_rng(0))
   settings = [f"--config.train.steps={steps}"] if steps else []
   shares = ("--split", "train:80,validation:10,test:10")
-  used = ["predict", "--checkpoint", "run", "mine", "--out", "predictions.csv"]
+  shown = "mine/metadata.csv" if road.folder == "texts_with_labels" else "mine"
+  used = ["predict", "--checkpoint", "run", shown, "--out", "predictions.csv"]
   if road.task == "retrieval":
     used = ["embed", "--checkpoint", "run", "--images", "mine", "--out", "found.npz"]
   to = "hf" if road.hf else "safetensors"
@@ -136,6 +138,20 @@ def read_by_vit(rows: Rows) -> None:
     assert row["label"] == model.config.id2label[int(some.argmax())] or some.max() < 0.52
 
 
+def read_by_bert(rows: Rows) -> None:
+  """Labels by their names, as surely, of the texts of the table."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
+  model = transformers.AutoModelForSequenceClassification.from_pretrained("exported").eval()
+  with open("mine/metadata.csv", newline="") as file:
+    texts = [row["text"] for row in csv.DictReader(file)]
+  inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+  with torch.no_grad():
+    odds = torch.softmax(model(**inputs).logits, -1).numpy()
+  for row, some in zip(rows, odds, strict=True):
+    for number, name in model.config.id2label.items():
+      assert float(row[f"probability/{name}"]) == pytest.approx(some[number], abs=1e-4)
+
+
 def read_by_whisper(rows: Rows) -> None:
   """The same transcripts, but for a few: sounds are resampled in another way."""
   processor = transformers.AutoProcessor.from_pretrained("exported")
@@ -188,5 +204,5 @@ def test_every_kind_of_folder_ends_in_a_prediction(name, place):
   rows = predictions(road.count)
   said = {"regression": "cycles", "classification": "label"}.get(road.task, "text")
   assert len({row[said] for row in rows}) > 1
-  readers = {"a ViT": read_by_vit, "a Whisper": read_by_whisper}
+  readers = {"a ViT": read_by_vit, "a BERT": read_by_bert, "a Whisper": read_by_whisper}
   readers.get(name, read_again)(rows)

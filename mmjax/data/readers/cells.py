@@ -114,6 +114,8 @@ class Annotation(NamedTuple):
       record["preferences"] = list(self.preferences)
     if (talks := self.conversations + self.preferences) and not media:
       record["image_key"] = bytes_key(json.dumps(talks).encode())
+    elif self.captions and not media:
+      record["image_key"] = bytes_key(json.dumps(self.captions).encode())
     facts: dict[str, list] = {}
     if any(one.answers for one in self.questions):
       facts["answers"] = [list(one.answers or (one.answer,)) for one in self.questions]

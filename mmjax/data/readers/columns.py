@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 from mmjax.config import UserError
 from mmjax.data.image import Unreadable
 from mmjax.data.media import modality_in_column
-from mmjax.data.readers.cells import Annotation, Skip, about_media, annotate, broken_text, text_of
+from mmjax.data.readers.cells import (
+  Annotation,
+  Skip,
+  about_media,
+  annotate,
+  broken_text,
+  captions_of,
+  text_of,
+)
 from mmjax.data.readers.conversations import media_in
 from mmjax.data.readers.preferences import ROLES, given_in, is_judged
 from mmjax.data.series import inline_series
@@ -77,6 +85,7 @@ COLUMNS = {  # what a column may be called, in small letters, most likely first
 MEDIA = ("image", "audio", "video", "series")  # columns of these hold media
 # at least one of these is needed
 TEXTS = ("caption", "question", "label", "labels", "value", "conversation", "chosen", "completion")
+TARGETS = ("label", "labels", "value")
 _ALSO = (
   r"captions?([ _/-]?\d+)?|alt_?text",
   r"(text|sentence|description)s?[ _/-]?\d+",
@@ -96,10 +105,10 @@ class Part(NamedTuple):
 
 
 def choose_columns(
-  present: Iterable[str], named: Mapping[str, str], path: str
+  present: Iterable[str], named: Mapping[str, str], path: str, *, alone: bool = False
 ) -> dict[str, tuple[str, ...]]:
-  """{role: columns}, from `named` ("a+b" = both) or by the usual names. Raises UserError: no column
-  for media or for what is said.
+  """{role: columns}, from `named` ("a+b" = both) or by the usual names. alone: texts with labels or
+  values need no media. Raises UserError: no column for media or for what is said.
   """
   present = list(present)
   chosen: dict[str, tuple[str, ...]] = {}
@@ -126,6 +135,7 @@ def choose_columns(
     chosen.pop("caption", None)  # a "text" beside a conversation is its template
   if "labels" in chosen:
     chosen.pop("label", None)
+  without = talks or (alone and is_text_alone(chosen))
   for looks, needed, example in (
     ("a picture, sound, video or series", MEDIA, "--columns image=COLUMN"),
     (
@@ -134,7 +144,7 @@ def choose_columns(
       "--columns caption=COLUMN, or --value COLUMN for numbers to predict",
     ),
   ):
-    if not any(role in chosen for role in needed) and not (needed == MEDIA and talks):
+    if not any(role in chosen for role in needed) and not (needed == MEDIA and without):
       raise UserError(
         f"{path} has no column that looks like {looks}; it has: {', '.join(present)}. Name it: "
         f"{example}"
@@ -164,6 +174,12 @@ def _turns_in(cell: str) -> Any:
   except (ValueError, RecursionError):
     return cell
   return found if isinstance(found, list) else cell
+
+
+def is_text_alone(roles: Iterable[str]) -> bool:
+  """Whether columns of these roles say something of a text, and of no medium."""
+  found = set(roles)
+  return "caption" in found and bool(found & set(TARGETS)) and not found & set(MEDIA)
 
 
 def talks_in(cells: Mapping[str, Any]) -> Any:
@@ -249,6 +265,8 @@ def media_of(cells: Mapping[str, Any]) -> dict[str, str] | Skip:
       media[f"{modality}:{number}" if number else modality] = file
   if not media and talks_in(cells):
     return media
+  if is_text_alone(cells):
+    return media if captions_of(cells["caption"]) else Skip("no caption", "its text is empty")
   return media or Skip("missing file", "names no picture, sound, video or series")
 
 

@@ -16,7 +16,15 @@ from mmjax.config import UserError
 from mmjax.data.media import modality_of
 from mmjax.data.readers import coco, vqa
 from mmjax.data.readers.cells import Skip, printable, text_of
-from mmjax.data.readers.columns import COLUMNS, MEDIA, Part, cells_of, choose_columns, part_of
+from mmjax.data.readers.columns import (
+  COLUMNS,
+  MEDIA,
+  Part,
+  cells_of,
+  choose_columns,
+  is_text_alone,
+  part_of,
+)
 from mmjax.data.readers.json_stream import Several, Twice, as_object, objects, values
 from mmjax.data.readers.rows import Left, ListedReader
 from mmjax.data.readers.table import lines, open_text
@@ -126,7 +134,8 @@ def object_parts(
         if not chosen or name in row or set(name.split("+")) <= set(row)
       }
       try:
-        chosen[present] = choose_columns(row, named, path)
+        alone = all(map(is_text_alone, chosen.values()))  # as the first is
+        chosen[present] = choose_columns(row, named, path, alone=alone)
       except UserError as error:
         if not chosen:
           raise

@@ -52,7 +52,7 @@ def table_parts(path: str, folder: str, options) -> Iterator[Part | Left]:
       yield at, row
       continue
     if chosen is None:
-      chosen = choose_columns(list(row), options.columns, path)
+      chosen = choose_columns(list(row), options.columns, path, alone=True)
     cells = cells_of(row, chosen)
     cells |= {role: _list_in(cells[role]) for role in _LISTED if role in cells}
     part = part_of(cells, at, folder, options)
