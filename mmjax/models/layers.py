@@ -186,7 +186,8 @@ def affine(
   else:
     plain = functools.partial(_row_major, "") if whole else cpu.matmul
     y = multiply(products, plain, 1, x, kernel, input_label if whole else "")
-    y = y if bias is None else y + bias
+    if bias is not None:  # its gradient is a sum of float32
+      y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
   return cpu.barrier(checkpoint_name(y, label).reshape(*rows, *columns), forward=False)
 
 

@@ -308,8 +308,14 @@ def test_a_step_counts_the_flops_of_the_full_one(kind):
   assert make_program(products=kind).flops_per_step() == make_program().flops_per_step()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_train_step_is_the_same_on_every_mesh(kind):
+FSDP = ("mesh.data=1", "mesh.fsdp=4", "sharding=fsdp")
+TENSOR = ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "sharding=fsdp_tensor")
+
+
+@pytest.mark.parametrize(
+  "kind, meshes", [("int8", ((), TENSOR, ("train.microbatches=4", *FSDP))), ("fp8", (TENSOR,))]
+)
+def test_a_train_step_is_the_same_on_every_mesh(kind, meshes):
   """Up to codes that a last bit of their number sends the other way."""
   rng = np.random.default_rng(8)
   batch = dict(
@@ -319,13 +325,10 @@ def test_a_train_step_is_the_same_on_every_mesh(kind):
   )
   for medium in ("image", "text"):
     batch[medium]["key"] = rng.integers(0, 99, (16, 2)).astype(np.uint32)
-  start = None
+  alone = make_program(products=kind)
+  start = jax.tree.map(np.asarray, alone.init(3).params)
 
-  def norm(program):
-    nonlocal start
-    if start is None:
-      start = jax.tree.map(np.asarray, program.init(3).params)
-
+  def gradients(program):
     def function(params, batch):
       return program.step.gradients(params, {}, batch, jax.random.key(0), program.objectives)[:2]
 
@@ -333,16 +336,21 @@ def test_a_train_step_is_the_same_on_every_mesh(kind):
       lambda x, spec: jax.device_put(x, spec.sharding), start, program.params_spec
     )
     loss, found = program.in_mesh(jax.jit(function))(params, batch)
-    leaves = [np.ravel(x) for x in jax.tree.leaves(found)]
-    return float(loss), np.concatenate(leaves)
+    return float(loss), np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
 
-  want_loss, want = norm(make_program(products=kind))
-  fsdp = ("mesh.data=1", "mesh.fsdp=4", "sharding=fsdp")
-  tensor = ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "sharding=fsdp_tensor")
-  for overrides in ((), fsdp, tensor, ("train.microbatches=4", *fsdp)):
-    loss, found = norm(make_program(*overrides, devices=4, products=kind))
+  want_loss, want = gradients(alone)
+  for overrides in meshes:
+    loss, found = gradients(make_program(*overrides, devices=4, products=kind))
     assert abs(loss - want_loss) < 2e-3 * want_loss
     assert np.linalg.norm(found - want) < 0.02 * np.linalg.norm(want)
+
+
+def test_parameters_that_are_split_travel_in_eight_bits():
+  """FSDP gathers the codes of the kernels, not the kernels."""
+  text = make_program(*FSDP, devices=4, products="int8").lower().compile().as_text()
+  gathered = re.findall(r"= (\w+)\[(\d+),(\d+)\]\S* all-gather", text)
+  kernels = [kind for kind, rows, columns in gathered if {rows, columns} == {"32", "128"}]
+  assert kernels.count("s8") >= 16 and kernels.count("f32") <= 1, gathered
 
 
 def test_another_word_is_refused():
