@@ -34,21 +34,33 @@ class Failure(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse with one-line errors, for which "" names no file, folder or data set."""
+  """argparse with one-line errors, for which "" names no file, folder or data set, unless it is the
+  default.
+  """
 
   def add_argument(self, *names, **settings):
-    if settings.get("metavar") in ("DIR", "FILE", "SRC", "NAME") and settings.get("default") != "":
-      settings.setdefault("type", _not_empty)
+    if settings.get("metavar") in ("DIR", "FILE", "FOLDER", "SRC", "NAME"):
+      settings.setdefault("type", _name_or_none if settings.get("default") == "" else _name)
     return super().add_argument(*names, **settings)
 
   def error(self, message: str):
     raise Failure(EXIT_USAGE, f"{message}. See `{self.prog} --help`")
 
 
-def _not_empty(text: str) -> str:
+def _name(text: str) -> str:
   if not text.strip():
     raise argparse.ArgumentTypeError("it is empty: give a name")
+  try:
+    nul = b"\0" in os.fsencode(text)
+  except UnicodeEncodeError:
+    nul = True
+  if nul:
+    raise argparse.ArgumentTypeError(f"no file can be called {text!r:.200}")
   return text
+
+
+def _name_or_none(text: str) -> str:
+  return text and _name(text)
 
 
 def _number(annotation: typing.Any) -> Callable[[str], float]:

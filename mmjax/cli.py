@@ -24,6 +24,7 @@ _DISK_HINTS = {
   errno.EROFS: ". Name one on a disk that can be written",
   errno.ENOSPC: ". Free space, or name one on another disk",
   errno.EDQUOT: ". Free space, or name one on another disk",
+  errno.ENAMETOOLONG: ". Give a shorter name",
 }
 
 
@@ -113,9 +114,9 @@ def _complain(what: object) -> None:
   """One line on stderr, whatever names and texts it holds; none where nobody reads."""
   if sys.stderr.closed:
     return
-  from mmjax.printing import printable
+  from mmjax.printing import printable, shorten
 
-  line = " ".join(printable(what, keep="\n\t").split())
+  line = " ".join(shorten(word, 300) for word in printable(what, keep="\n\t").split())
   print(f"mmjax: {line if len(line) < 2000 else line[:2000] + ' ...'}", file=sys.stderr)
 
 

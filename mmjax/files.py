@@ -36,6 +36,7 @@ from etils import epath
 
 from mmjax.config import UserError
 from mmjax.errors import StoreError
+from mmjax.printing import shorten
 
 log = logging.getLogger("mmjax")
 
@@ -44,6 +45,7 @@ LARGEST = (
 )  # bytes of a file that is read whole: a record of a data set cannot hold more
 _GROWTH = 2**24  # bytes that a file may have beyond its size, as those of /proc do
 _TEXT = 2**28  # bytes of a text that a run has written
+_LONGEST = 255  # bytes of a name
 SMALL = 2**20  # bytes of an array that is worth no file
 _STORES = ("s3", "gs")
 _SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
@@ -82,11 +84,11 @@ def is_object(path: str) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
-  """An absolute path of this machine, or a URL as it is. Raises UserError: a store that is not
-  known.
+  """An absolute path of this machine, or a URL as it is. Raises UserError: no path, or a store that
+  is not known.
   """
   if not is_url(path):
-    return epath.Path(path).expanduser().absolute()
+    return epath.Path(local_path(path)).absolute()
   protocol = os.fspath(path).split("://")[0]
   if protocol not in _STORES:
     raise UserError(
@@ -97,6 +99,43 @@ def as_path(path: str | os.PathLike) -> epath.Path:
     # other processes, and TensorStore in this one, write too: a listing that is remembered is wrong
     fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
   return epath.Path(path)
+
+
+def local_path(path: str | os.PathLike) -> Path:
+  """A path of this machine, with ~ as the home folder. Raises UserError: no file could have it."""
+  text = os.path.expanduser(os.fspath(path))
+  try:
+    os.lstat(text)
+  except ValueError as error:  # a NUL, or what no name of a file is made of
+    raise UserError(f"{path!r:.200} cannot be a path: it holds {_stray(text)!r}") from error
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG or any(
+      len(os.fsencode(part)) > _LONGEST for part in text.split(os.sep)
+    ):  # the system says so only where the folders above are there
+      raise UserError(f"{shorten(path)} cannot be a path: it is too long") from error
+  return Path(text)
+
+
+def check_local(path: str | os.PathLike) -> None:
+  """Raises UserError: `path` is no path, or a URL, where only runs and evaluations are written."""
+  if is_url(path):
+    raise UserError(
+      f"{shorten(path)}: this is written on this machine: name a place here, and copy it to a "
+      "store then"
+    )
+  local_path(path)
+
+
+def _stray(text: str) -> str:
+  """The first character that no path can have."""
+  for character in text:
+    try:
+      if b"\0" not in os.fsencode(character):
+        continue
+    except UnicodeEncodeError:
+      pass
+    return character
+  return text
 
 
 def make_folder(path: Path | epath.Path) -> None:
@@ -120,9 +159,11 @@ def check_name(what: str, name: str) -> None:
 def check_output(path: str | os.PathLike, *, folder: bool = False) -> None:
   """Raises UserError: no file (or `folder` to write files in) can be made at `path`, or replaced.
   To be asked before the work whose results go there; folders that are missing count as made.
+  Of URLs only `folder` may be one, which a `Mirror` writes.
   """
-  if is_url(path):
+  if is_url(path) and folder:
     return
+  check_local(path)
   path = Path(path).absolute()
   if not folder and _is_special(path) and os.access(path, os.W_OK):
     return
@@ -479,7 +520,7 @@ def array_on_disk(beside: str | os.PathLike, shape: tuple[int, ...], dtype: Any)
 
 def cache_dir() -> Path:
   """Where this machine keeps what belongs to URLs."""
-  return Path(os.environ.get("MMJAX_CACHE") or "~/.cache/mmjax").expanduser()
+  return local_path(os.environ.get("MMJAX_CACHE") or "~/.cache/mmjax")
 
 
 # -- What a run writes -----------------------------------------------------------------------------

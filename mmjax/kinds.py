@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 
 from mmjax.errors import ConfigError, nearest
 from mmjax.keys import KINDS
+from mmjax.printing import shorten
 
 FUNCTION = r"[\w.]+:\w+"
 
@@ -74,4 +75,6 @@ def load_function(target: str, what: str = "kind") -> Callable:
 def what_happened(error: BaseException) -> str:
   if isinstance(error, SystemExit):
     return f"it called sys.exit({error.code!r:.80}) while it was read"
+  if isinstance(error, OSError) and error.filename and error.strerror:
+    return f"{shorten(error.filename)}: {error.strerror}"
   return f"{type(error).__name__}: {error!s:.600}"

@@ -198,8 +198,8 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
   Raises UserError: `out` exists and is not empty (now, or when another process was faster), or
   cannot be written.
   """
-  out = Path(out).absolute()
   check_free(out)
+  out = Path(out).absolute()
   me = _myself()
   machine = f".{out.name}.{zlib.crc32(me['machine'].encode()):08x}"
   temporary = out.with_name(f"{machine}-{me['pid']}-{me['process_start'].replace(' ', '_')}.tmp")
@@ -216,9 +216,11 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_free(out: Path) -> None:
-  """Raises UserError unless `out` can become a new folder: absent or empty, in a folder that can be
-  written."""
+def check_free(out: str | os.PathLike) -> None:
+  """Raises UserError unless `out` can become a new folder of this machine: absent or empty, in a
+  folder that can be written."""
+  files.check_local(out)
+  out = Path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"{out}: exists and is not empty. Choose another folder, or delete it")
   parent = next(p for p in (out.absolute().parent, *out.absolute().parents) if p.exists())

@@ -29,6 +29,12 @@ def printable(text: Any, keep: str = "") -> str:
   )
 
 
+def shorten(text: Any, most: int = 200) -> str:
+  """The text with its middle left out where it is longer than `most`."""
+  text = str(text)
+  return text if len(text) <= most else f"{text[: most * 3 // 4]}...{text[-most // 4 :]}"
+
+
 def log(text: Any, file: TextIO | None = None) -> None:
   """Prints lines: escapes what would move the cursor, change colours or reverse the text."""
   print(printable(text, "\n\t"), file=file or sys.stdout, flush=True)

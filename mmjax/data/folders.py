@@ -20,11 +20,22 @@ def data_dir(config=None) -> Path:
 
   `config`: a config, its `data` part, a path, or None. For a URL (s3://bucket/data) it is the
   folder of this machine to which data sets and tokenizers are copied when they are opened.
+  Raises UserError: no folder could be called so.
   """
   if config is not None and not isinstance(config, (str, os.PathLike)):
     config = config.get("data", config).get("dir", "")
   place = config or os.environ.get("MMJAX_DATA") or "~/.cache/mmjax"
-  return files.cached(place) if files.is_url(place) else Path(place).expanduser()
+  if files.is_url(place):
+    return files.cached(place)
+  path = files.local_path(place)
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"{place!r:.200}: data sets cannot lie in a folder whose name is not UTF-8. Rename it, or "
+      "choose another"
+    ) from error
+  return path
 
 
 def local_data_dir(config=None) -> Path:

@@ -313,6 +313,8 @@ def expand(path: str | os.PathLike | Sequence[str]) -> list[str]:
       found = files.find(pattern if pattern.endswith(".tar") else f"{pattern.rstrip('/')}/*.tar")
     else:
       pattern = os.path.expanduser(pattern)
+      if not glob.has_magic(pattern):
+        files.local_path(pattern)
       found = sorted(
         glob.glob(
           os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern

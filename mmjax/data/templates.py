@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.parts import MEDIA, Medium, Span
 from mmjax.data.readers.cells import printable
@@ -95,7 +95,8 @@ class ChatTemplate:
       return cls(given)
     if given.endswith((".jinja", ".jinja2", ".j2")):
       try:
-        return cls(Path(given).expanduser().read_text("utf-8"), f"chat template {given}")
+        text = files.read_file(files.local_path(given)).decode()
+        return cls(re.sub(r"\r\n?", "\n", text), f"chat template {given}")
       except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat template {given} cannot be read ({error})") from error
     raise UserError(

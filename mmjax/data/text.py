@@ -643,9 +643,9 @@ def _find_tokenizer(name: str, root: Path) -> Path:
   if files.origin(folder):
     folder = files.bring(folder)
   own = (folder / f"{name}.model", folder / f"{name}.json", folder / name)
-  for path in (*own, Path(name).expanduser()):
-    if name and path.exists():
-      return path
+  for path in (*own, name):
+    if name and (place := files.local_path(path)).exists():
+      return place
   if not name:
     raise UserError(
       "data.text.tokenizer is empty. Make one with `mmjax data tokenizer --source DATASET --name "

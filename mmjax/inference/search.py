@@ -57,6 +57,7 @@ def embed(
   skipped and counted.
   Raises UserError: nothing to embed, or `out` cannot be written.
   """
+  check_output(out)
   out = Path(out)
   folders = {
     name: folder
@@ -377,4 +378,3 @@ def _check_writable(out: Path) -> None:
     raise UserError(f"{out.parent} is no folder. Make it, or give another place for {out.name}")
   if os.path.exists(out) and not os.path.isfile(out):
     raise UserError(f"{out} is no file. Give another place for the embeddings")
-  check_output(out)

@@ -57,7 +57,7 @@ def export(
   """
   if to not in FORMATS:
     raise UserError(f"cannot export to {to!r}; there are: {', '.join(FORMATS)}")
-  check_free(Path(out))
+  check_free(out)
   if to == "hf":
     from mmjax.interop import huggingface
 

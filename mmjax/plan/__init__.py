@@ -69,10 +69,11 @@ def plan(
     config = configs.resolve(config, changes)
   configs.check(config, target.device_count)
   path = Path(cache).expanduser() / f"{_key(config, target)}.json" if cache else None
-  if path and path.exists() and not dump_hlo:
-    result = json.loads(path.read_text())
-    if result["fits"] or result.get("tried") or not remedies:
-      return {**result, "cached": True}
+  if path and not dump_hlo:
+    with contextlib.suppress(OSError, ValueError):  # none, or one that is damaged: planned anew
+      result = files.read_json(path)
+      if result["fits"] or result.get("tried") or not remedies:
+        return {**result, "cached": True}
   result = _compile(config, target, dump_hlo, log)
   result["changes"] = list(changes)
   if not result["fits"] and remedies:
@@ -220,7 +221,8 @@ def analyse(
   )
   text = _text(compiled) if text is None else text
   if dump_hlo:
-    Path(dump_hlo).write_text(text)
+    with files.disk_errors(dump_hlo, f"--dump-hlo {dump_hlo} cannot be written"):
+      files.write_output(dump_hlo, text)
   module = hlo.parse(text)
   found = cost.collectives(module)
   result["collectives"] = found

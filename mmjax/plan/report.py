@@ -31,7 +31,7 @@ def command(
   """Plans a config file, prints the figures and writes `out`. sweep_all: tries other settings too.
   apply: file for the overrides of the best of them, one a line. Raises UserError: none fits.
   """
-  for place in filter(None, (out, apply)):
+  for place in filter(None, (out, apply, dump_hlo)):
     files.check_output(place)
   topology.prepare()
   config = configs.load(file, overrides, allow_code)
