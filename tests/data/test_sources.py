@@ -16,6 +16,7 @@ from mmjax.data.folders import data_dir
 from mmjax.data.sources import list_datasets, list_tokenizers, open_source
 from mmjax.errors import StoreError
 from tests.data.conftest import record
+from tests.e2e import squares
 
 
 def entry(**changes):
@@ -207,3 +208,11 @@ def test_the_folder_of_the_data(monkeypatch, tiny, config):
     "tiny"
   ]
   assert sources.list_datasets(tiny / "nowhere") == []
+
+
+def test_a_data_set_that_is_written_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+  (tmp_path / "temporary").mkdir()
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+  squares.build(tmp_path / "data", count=3)
+  assert len(open_source(dict(name="squares", split="train"), str(tmp_path / "data"))) == 3
+  assert list((tmp_path / "temporary").iterdir()) == []

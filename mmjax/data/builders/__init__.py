@@ -135,13 +135,17 @@ def write_dataset(
   content = hashlib.blake2b(digest_size=16)
   facts = tfds.core.MetadataDict(metadata or {})
 
+  class Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+      """TFDS would ask its own store about this data set, and leave a temporary folder behind."""
+
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     VERSION = tfds.core.Version(version)
     pkg_dir_path = Path(__file__).parent
 
     def _info(self):
       description = card.strip().split("\n\n")[0] or name
-      return tfds.core.DatasetInfo(
+      return Info(
         builder=self,
         features=features(fields),
         description=description,
