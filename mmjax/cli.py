@@ -105,7 +105,9 @@ def _main(argv: Sequence[str] | None) -> int:
     if options.debug:
       raise
     why = f"{type(error).__name__}: {error!s:.600} (--debug shows where)"
-    if isinstance(error, OSError) and error.filename:  # the disk said no; Python knows where
+    if str(error).startswith("Unable to initialize backend"):  # JAX_PLATFORMS, or a driver
+      why = str(error)
+    elif isinstance(error, OSError) and error.filename:  # the disk said no; Python knows where
       why = f"{error.filename!s:.300}: {error.strerror}{_DISK_HINTS.get(error.errno or 0, '')}"
     raise Failure(EXIT_FAILED, why) from error
 

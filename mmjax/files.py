@@ -102,8 +102,23 @@ def as_path(path: str | os.PathLike) -> epath.Path:
 
 
 def local_path(path: str | os.PathLike) -> Path:
-  """A path of this machine, with ~ as the home folder. Raises UserError: no file could have it."""
+  """A path of this machine, with ~ as the home folder. Raises UserError: no file could have it, or
+  there is no such home.
+  """
   text = os.path.expanduser(os.fspath(path))
+  if text.startswith("~"):
+    home = text.split(os.sep)[0]
+    raise UserError(
+      f"{shorten(path)}: no home folder is known for {home}. Write the path in full, or ./{home} "
+      "for a file of that name"
+    )
+  _check_path(text)
+  return Path(text)
+
+
+def _check_path(path: str | os.PathLike) -> None:
+  """Raises UserError: no file could have this path."""
+  text = os.fspath(path)
   try:
     os.lstat(text)
   except ValueError as error:  # a NUL, or what no name of a file is made of
@@ -113,7 +128,6 @@ def local_path(path: str | os.PathLike) -> Path:
       len(os.fsencode(part)) > _LONGEST for part in text.split(os.sep)
     ):  # the system says so only where the folders above are there
       raise UserError(f"{shorten(path)} cannot be a path: it is too long") from error
-  return Path(text)
 
 
 def check_local(path: str | os.PathLike) -> None:
@@ -123,7 +137,7 @@ def check_local(path: str | os.PathLike) -> None:
       f"{shorten(path)}: this is written on this machine: name a place here, and copy it to a "
       "store then"
     )
-  local_path(path)
+  _check_path(path)
 
 
 def _stray(text: str) -> str:

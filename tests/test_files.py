@@ -217,3 +217,12 @@ def test_files_that_do_not_know_their_size_are_read_within_bounds(tmp_path, monk
     ours.setblocking(False)
     with pytest.raises(OSError, match="nothing to read"):  # as /proc/kmsg of an idle machine
       files.read_file("/proc/kmsg")
+
+
+@pytest.mark.parametrize("path", ["~", "~/data", "~nobody_here/data"])
+def test_a_home_that_nobody_has_is_named(path, monkeypatch):
+  monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, and no such user
+  with pytest.raises(UserError, match="no home folder is known for ~"):
+    files.local_path(path)
+  with pytest.raises(UserError, match="no home folder is known for ~"):
+    files.as_path(path)

@@ -32,6 +32,7 @@ from mmjax.ranges import INT32, Range
 log = logging.getLogger("mmjax")
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 60
+_SIMULATED = 1024  # devices of a process, of which each takes four threads
 
 
 def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> None:
@@ -59,7 +60,7 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
       "jax_persistent_cache_min_compile_time_secs", 0.1
     )  # JAX's 1 s leaves out evaluators
   if devices := environment.get("MMJAX_CPU_DEVICES"):
-    jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices))
+    jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices, most=_SIMULATED))
   options: Any = jax.config  # whose attributes are declared at run time
   if options.jax_num_cpu_devices > 1:
     # XLA's CPU devices share one pool, in which every waiting collective holds a thread. With as
@@ -312,8 +313,8 @@ def _join(**settings: Any) -> None:
     ) from error
 
 
-def _count(name: str, text: str, *, least: int = 1) -> int:
-  bounds = Range(least, INT32)
+def _count(name: str, text: str, *, least: int = 1, most: int = INT32) -> int:
+  bounds = Range(least, most)
   if not text.isdecimal() or not bounds.holds(int(text[:20])):
     raise UserError(f"{name} is {text!r:.40}, but must be a whole number, {bounds}")
   return int(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
 import tarfile
 import zlib
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mmjax import cli
-from tests.e2e.commands import QUICKSTART, SMALL, run
+from tests.e2e.commands import QUICKSTART, SMALL, command, environment, run
 
 
 @pytest.fixture
@@ -552,3 +553,19 @@ def test_an_interpreter_that_cannot_be_started_again_goes_on_as_it_is(monkeypatc
 
   monkeypatch.setattr("os.execv", denied)
   cli._use_huge_pages()
+
+
+@pytest.mark.parametrize(
+  ("variable", "value", "expected"),
+  [
+    ("JAX_PLATFORMS", "zzz", ["Unable to initialize backend 'zzz'"]),
+    ("MMJAX_CPU_DEVICES", "100000", ["MMJAX_CPU_DEVICES", "at most 1_024"]),
+    ("MMJAX_CPU_DEVICES", "many", ["MMJAX_CPU_DEVICES", "whole number"]),
+  ],
+)
+def test_a_variable_that_cannot_be_is_one_line(embedded_data, tmp_path, variable, value, expected):
+  words = command("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *SMALL)
+  env = environment() | {variable: value}
+  done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+  refused((done.returncode, done.stderr), 1, *expected)
+  assert "--debug" not in done.stderr
