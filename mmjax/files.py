@@ -427,10 +427,15 @@ def read_text(path: str | os.PathLike) -> str:
 
 def read_json(path: str | os.PathLike) -> Any:
   """The JSON of `read_text`. Raises OSError; ValueError: it is none."""
+  return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> Any:
+  """What a JSON text says. Raises ValueError: it is none, or nested too deep."""
   try:
-    return json.loads(read_text(path))
+    return json.loads(text)
   except RecursionError as error:
-    raise ValueError(f"{path} is nested too deep") from error
+    raise ValueError("JSON that is nested too deep") from error
 
 
 def files_below(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import io
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -105,9 +104,9 @@ def read_metrics(path: str | Path | None) -> list[dict[str, Any]]:
   rows: list[dict[str, Any]] = []
   if path is None or not Path(path).is_file():
     return rows
-  for line in Path(path).read_text(errors="replace").splitlines():
+  for line in files.read_file(path).decode(errors="replace").splitlines():
     try:
-      row = json.loads(line)
+      row = files.parse_json(line)
     except ValueError:
       continue
     if isinstance(row, dict) and isinstance(row.get("step"), int):

@@ -47,17 +47,17 @@ class MetricsFile:
 
   def __init__(self, folder: Path, step: int):
     self.path = folder / "metrics.jsonl"
+    self.last: dict[str, Any] = {}
     kept = []
-    if self.path.exists():
-      for line in self.path.read_text(errors="replace").splitlines():
-        try:
-          row = json.loads(line)
-        except ValueError:
-          continue
-        if isinstance(row, dict) and row.get("step", step + 1) <= step:
-          kept.append(line)
+    for line in _lines(self.path):
+      try:
+        row = files.parse_json(line)
+      except ValueError:
+        continue
+      if isinstance(row, dict) and type(row.get("step")) is int and row["step"] <= step:
+        kept.append(line)
+        self.last = row
     files.write_whole(self.path, "".join(line + "\n" for line in kept))
-    self.last = {k: v for k, v in json.loads(kept[-1]).items()} if kept else {}
     self._file = open(self.path, "a")
 
   def write(self, row: Mapping[str, Any]) -> None:
@@ -76,6 +76,18 @@ class MetricsFile:
   def close(self) -> None:
     self.sync()
     self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+  """Those of a file; none where there is none. Raises UserError: what is there is no file."""
+  try:
+    return files.read_file(path).decode(errors="replace").splitlines()
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    raise UserError(
+      f"{path}: cannot be read ({error.strerror}). Move it away, or choose another --workdir"
+    ) from error
 
 
 class TensorBoard:

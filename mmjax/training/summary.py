@@ -127,7 +127,12 @@ class Summary:
   def finished(self, folder: Path, step: int) -> None:
     """Notes, after all else that a run leaves, that it ended at `step`."""
     path = folder / NAME
-    replace_file(path, json.dumps({**files.read_json(path), "finished": step}, indent=2) + "\n")
+    try:
+      told = files.read_json(path)
+    except (OSError, ValueError):  # a disk that lost it
+      told = {}
+    told = told if isinstance(told, dict) else {}
+    replace_file(path, json.dumps({**told, "finished": step}, indent=2) + "\n")
 
 
 def finished_step(folder: Path) -> int | None:

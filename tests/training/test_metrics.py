@@ -4,12 +4,17 @@ content, checksum).
 
 from __future__ import annotations
 
+import json
+import os
 import struct
 import sys
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from mmjax.training.metrics import TensorBoard
+from mmjax.config import UserError
+from mmjax.evaluation.report import read_metrics
+from mmjax.training.metrics import MetricsFile, TensorBoard
 
 
 def events(folder):
@@ -40,3 +45,30 @@ def test_numbers_become_events_and_what_is_past_the_restored_step_is_purged(tmp_
     "skipped_total": 1.0,
   }
   assert [event.step for event in events(tmp_path)] == [0, 4, 4, 5]
+
+
+DAMAGED = ("", "\0\0", "[]", "null", "7", '{"step": "a"}', '{"step": null}', '{"step": [1]}',
+  '{"loss": 1.0}', '{"step": true}', "[" * 100_000, '{"a":' * 50_000, '{"step": 3, "l')  # fmt: skip
+
+
+def test_lines_that_a_disk_has_damaged_cost_themselves(tmp_path):
+  rows = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 9, "loss": 0.9}]
+  lines = [x for row in rows for x in (*DAMAGED, json.dumps(row))]
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b"\xff\xfe\n" + "\n".join([*lines, *DAMAGED]).encode())
+  assert [row["loss"] for row in read_metrics(path) if row["step"] is not True] == [0.1, 0.2, 0.9]
+  file = MetricsFile(tmp_path, step=2)
+  file.write({"step": 3, "loss": 0.3})
+  file.close()
+  assert file.last == rows[1]
+  assert [json.loads(line) for line in path.read_text().splitlines()] == [
+    *rows[:2],
+    {"step": 3, "loss": 0.3},
+  ]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_named(make, tmp_path, in_time):
+  make(tmp_path / "metrics.jsonl")
+  with pytest.raises(UserError, match="metrics.jsonl: cannot be read .*Move it away"):
+    MetricsFile(tmp_path, step=2)

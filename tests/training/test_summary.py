@@ -76,3 +76,10 @@ def test_without_an_estimate_or_rows_it_says_what_there_is(devices, tmp_path):
   assert told.compare(None, tmp_path).startswith(
     "measured: memory "
   ) and "of the whole process (planned 4.00 GiB a device)" in told.compare(None, tmp_path)
+
+
+@pytest.mark.parametrize("told", ["", "[]", "[" * 100_000, '{"text": "measured"}'])
+def test_that_a_run_ended_is_noted_whatever_became_of_its_summary(told, tmp_path):
+  (tmp_path / summary.NAME).write_text(told)
+  Summary.finished(SimpleNamespace(), tmp_path, 7)
+  assert summary.finished_step(tmp_path) == 7
