@@ -1,5 +1,6 @@
 """Dialogues about scenes whose questions are spoken, by voices that were never heard: the model of
-chat_scenes with what hears of voice_answers, tuned on spoken and written conversations.
+chat_scenes with what hears of voice_answers, tuned on spoken and written conversations, spoken
+questions and captions.
 
 mmjax data build emoji_scenes
 mmjax data build spoken_questions
@@ -25,14 +26,19 @@ def get_config(arg: str = ""):
   c = voice_answers.scenes()
   c.init["from"] = "runs/chat_scenes"
   c.init.map = ((r"audio(_connector)?/.*", r"\g<0>", "runs/voice_answers"), (r".*", r"\g<0>"))
-  c.train.steps = 1000
+  c.train.steps = 1700
   c.train.batch_size = 12  # rows, of up to eight sounds each
   c.data.mix = "steps"
-  c.data.sources.spoken = dict(
-    name="spoken_dialogues", text="conversation", cache=True, weight=0.65
-  )
+  c.data.sources.spoken = dict(name="spoken_dialogues", text="conversation", cache=True, weight=0.4)
   c.data.sources.dialogues = dict(
-    name="scene_dialogues", text="conversation", cache=True, weight=0.35
+    name="scene_dialogues", text="conversation", cache=True, weight=0.2
+  )
+  # What dialogues ask seldom, such as colours, is said anew here, and forgotten without these.
+  c.data.sources.questions = dict(
+    name="spoken_questions", text="conversation", cache=True, weight=0.27
+  )
+  c.data.sources.captions = dict(
+    name="emoji_scenes", text="caption", captions=1, cache=True, weight=0.13
   )
   c.data.text.template = chat_scenes.TEMPLATE
   c.data.text.loss = "each"
@@ -41,7 +47,7 @@ def get_config(arg: str = ""):
   c.objectives.text = dict(kind="language_modelling")
   c.optimizer = dict(
     name="muon",
-    lr=6e-3,
+    lr=5e-3,
     adam_rate=0.22,
     b2=0.98,
     weight_decay=0.1,
