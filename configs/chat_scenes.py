@@ -79,7 +79,8 @@ def learn_from_judged_answers(c) -> None:
   c.data.sequence.slots = 4
   c.objectives.judged = dict(kind="preference", form="dpo", beta=0.1)
   c.objectives.text = dict(kind="language_modelling")  # the preferred answers as texts
-  c.optimizer = dict(name="adamw", lr=3e-5, b2=0.98)
+  c.optimizer = dict(name="adamw", lr=1.5e-5, b2=0.98)
+  c.optimizer.rates = ((r"image/.*", 0.0),)
   c.schedule = dict(name="cosine", warmup="5%", final=0.01)
 
 
