@@ -382,9 +382,12 @@ def open_binary(path: str | os.PathLike) -> io.BufferedReader | _Object:
 
 def open_file(path: str | os.PathLike) -> io.BufferedReader:
   """A regular file of this machine, links followed. Raises OSError: also for a pipe, socket or
-  device, which could block for good.
+  device, which could block for good, and for what no file can be called.
   """
-  descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  try:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  except ValueError as error:  # a NUL, or half a character
+    raise OSError(errno.EINVAL, "no file can be called so", repr(path)) from error
   try:
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISDIR(mode):

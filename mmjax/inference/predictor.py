@@ -619,9 +619,8 @@ class Predictor:
         f"classify needs labels, and templates with {{}} for the label, not {list(labels)!r} and "
         f"{list(templates)!r}"
       )
-    classes = class_embeddings(
-      self.encode_text, [[t.replace("{}", label) for t in templates] for label in labels]
-    )
+    texts = [[t.replace("{}", _text(label)) for t in templates] for label in labels]
+    classes = class_embeddings(self.encode_text, texts)
     logits = self.scale * (self.encode(modality, items).astype(np.float64) @ classes.T)
     if self._pairwise(modality):
       return (1 / (1 + np.exp(-logits - self.bias))).astype(np.float32)
@@ -650,8 +649,7 @@ class Predictor:
   def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """{"tokens" int32 [N, L], "mask" bool [N, L], "key" uint32 [N, 2]} as the model takes them."""
     for text in texts:
-      if not isinstance(text, str):
-        raise UserError(f"{text!r} ({type(text).__name__}) is no text: give strings")
+      _text(text)
     if self.text_transform is None:
       raise self._no_encoder("text")
     return self.text_transform(list(texts))
@@ -840,6 +838,13 @@ def _local_mesh(config) -> Mesh:
 def _texts(given: Any) -> Iterable[str]:
   """Several texts, of one or of several; `Predictor.tokens` refuses what is no text."""
   return [given] if isinstance(given, str) else given
+
+
+def _text(given: Any) -> str:
+  """What is given as a text. Raises UserError: it is none."""
+  if not isinstance(given, str):
+    raise UserError(f"{given!r:.200} ({type(given).__name__}) is no text: give strings")
+  return given
 
 
 def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

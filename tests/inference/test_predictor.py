@@ -14,7 +14,7 @@ from PIL import Image
 import mmjax
 from mmjax import config as configs
 from mmjax.config import UserError
-from mmjax.data.image import ImageTransform
+from mmjax.data.image import ImageTransform, Unreadable
 from mmjax.inference.predictor import Predictor
 from mmjax.models import make_model
 from mmjax.parallel.mesh import make_mesh, single_device_mesh
@@ -138,6 +138,18 @@ def test_bad_inputs_are_named(predictor, tmp_path):
     assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="no text"):
     predictor.encode_text([3])
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "a\ud83d.png", "x" * 300])
+def test_what_no_file_can_be_called_is_unreadable(predictor, name):
+  with pytest.raises(Unreadable, match="cannot be opened"):
+    predictor.encode_image([name])
+
+
+@pytest.mark.parametrize("label", [None, 7, b"red"])
+def test_a_label_that_is_no_text_is_named(predictor, label):
+  with pytest.raises(UserError, match="is no text: give strings"):
+    predictor.classify([np.zeros((8, 8, 3), np.uint8)], labels=["red", label])
 
 
 def test_exif_orientation_of_a_pil_picture_is_honoured(predictor):
