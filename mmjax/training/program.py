@@ -31,6 +31,7 @@ from mmjax.training.step import TrainStep, make_objectives
 from mmjax.training.teacher import Teacher
 
 Array = jax.Array
+LONGEST_TABLE = 2**22  # steps whose learning rates are kept: 16 MiB
 
 
 class Program:
@@ -129,9 +130,12 @@ class Program:
   @property
   def rates_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """{group: its learning rate at every step, float32}: an input of a step, so that another rate,
-    schedule or length, up to the next power of two, compiles nothing.
+    schedule or length, up to the next power of two, compiles nothing. Empty for a run that is too
+    long for a table: its schedule is part of the program.
     """
     places = max(1024, 1 << (self.steps - 1).bit_length())
+    if places > LONGEST_TABLE:
+      return {}
     spec = jax.ShapeDtypeStruct((places,), jnp.float32, sharding=rules.replicated(self.mesh))
     return dict.fromkeys(self.optimizer.groups, spec)
 
@@ -141,8 +145,8 @@ class Program:
 
     def table() -> dict[str, Array]:
       return {
-        group: optimizer.schedule(jnp.arange(self.rates_spec[group].shape[0]))
-        for group, optimizer in self.optimizer.groups.items()
+        group: self.optimizer.groups[group].schedule(jnp.arange(spec.shape[0]))
+        for group, spec in self.rates_spec.items()
       }
 
     return self.in_mesh(jax.jit(table, out_shardings=rules.replicated(self.mesh)))()

@@ -80,7 +80,8 @@ class TrainStep:
     source: str = "",
   ) -> tuple[TrainState, dict[str, Array]]:
     """The next state, and metrics as float32 scalars. teachers: {folder: variables of the teacher}.
-    rates: {group of parameters: learning rates float32 [steps]}. source: the kind of step.
+    rates: {group of parameters: learning rates float32 [steps]}; empty = those of the schedules.
+    source: the kind of step.
     """
     train, objectives = self.config.train, self.objectives_of(source)
     rng = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
@@ -98,9 +99,12 @@ class TrainStep:
       return train.ema * old + (1 - train.ema) * new
 
     # The next parameters, each group by its own optimizer.
-    rates = {group: table[state.step] for group, table in rates.items()}
+    now = {
+      group: rates[group][state.step] if rates else optimizer.schedule(state.step)
+      for group, optimizer in self.optimizer.groups.items()
+    }
     updates, opt_states = self.optimizer.update(
-      gradients, state.opt_states, state.params, rates=rates, source=source
+      gradients, state.opt_states, state.params, rates=now, source=source
     )
     if len(self.sources) > 1:  # what these objectives do not use stays as it is, moments and all
       used = self.used_params(batch, objectives, teachers)
@@ -133,7 +137,7 @@ class TrainStep:
       update_norm=optax.tree.norm(updates),
       skipped=~finite,
     )
-    for group, rate in rates.items():
+    for group, rate in now.items():
       metrics["lr" if group == "main" else f"{group}/lr"] = rate
     if is_shared(self.model, "temperature"):
       metrics["scale"] = self.model.apply({"params": state.params}, method="temperature")[0]

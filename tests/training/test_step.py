@@ -265,6 +265,20 @@ def test_another_rate_compiles_nothing():
     )
 
 
+def test_a_run_too_long_for_a_table_takes_its_rates_from_the_schedule():
+  runs = [make_step("optimizer.lr=0.01", "schedule.warmup=2", devices=1) for _ in range(2)]
+  runs[1]._steps = 10**9
+  assert runs[0].rates and not runs[1].rates
+  batch = make_batch()
+  rates = []
+  for run in runs:
+    state = run.init(0)
+    for _ in range(3):
+      state, metrics = run.train(state, multihost.to_device(batch, run.mesh))
+      rates.append(float(metrics["lr"]))
+  np.testing.assert_allclose(rates, [0.005, 0.01, 0.01] * 2, rtol=1e-2)
+
+
 def test_the_average_follows_the_parameters(fsdp):
   step, _ = fsdp
   state = step.init(0)
