@@ -99,10 +99,10 @@ def seconds() -> float:
 def _stopwatch() -> list[float]:
   total, lock = [0.0], threading.Lock()
 
-  def add(event: str, duration: float, **_) -> None:
+  def add(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith("/jax/core/compile/"):
       with lock:
-        total[0] += duration
+        total[0] += duration_secs
 
   jax.monitoring.register_event_duration_secs_listener(add)
   return total
