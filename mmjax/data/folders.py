@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import collections
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from mmjax import files
 from mmjax.config import UserError
 
+_MOST = 2**40  # examples of a file
 _FINISHED = ("dataset_info.json", "features.json")  # TFDS writes them last
 
 
@@ -90,8 +91,60 @@ def is_complete(folder: Path) -> bool:
 
 
 def split_sizes(folder: Path) -> dict[str, int]:
-  """{split: number of examples} of the data set in `folder`."""
-  info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-  return {
-    split["name"]: sum(int(length) for length in split["shardLengths"]) for split in info["splits"]
-  }
+  """{split: number of examples} of the data set in `folder`. Raises UserError."""
+  return {name: sum(lengths) for name, lengths in shard_lengths(folder).items()}
+
+
+def shard_lengths(folder: Path) -> dict[str, list[int]]:
+  """{split: examples of each of its files} of the data set in `folder`. Raises UserError: what says
+  so is damaged.
+  """
+  info = read_info(folder)
+  return {split["name"]: [int(n) for n in split["shardLengths"]] for split in info["splits"]}
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+  """dataset_info.json of the data set in `folder`: its `name`, and `splits` with `name` and
+  `shardLengths` each. Raises UserError: it is damaged.
+  """
+
+  def check(info: dict[str, Any]) -> None:
+    for part in (info, *info["splits"]):
+      if not re.fullmatch(r"[\w.-]+", part["name"]):
+        raise ValueError(f"{part['name']!r:.80} is no name")
+    if any(not 0 <= int(n) < _MOST for split in info["splits"] for n in split["shardLengths"]):
+      raise ValueError("a file of so many examples")
+
+  return _read_json(folder, "dataset_info.json", check)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+  """metadata.json of the data set in `folder`, see `write_dataset`. Raises UserError: it is
+  damaged, or of another program.
+  """
+
+  def check(facts: dict[str, Any]) -> None:
+    for name in (
+      "labels",
+      "languages",
+      *(n for n in ("answers", "values", "fields") if n in facts),
+    ):
+      if not isinstance(facts[name], list) or not all(isinstance(x, str) for x in facts[name]):
+        raise ValueError(f"{name} is no list of texts")
+    if not isinstance(facts["content"], str):
+      raise ValueError("content is no text")
+
+  return _read_json(folder, "metadata.json", check)
+
+
+def _read_json(folder: Path, name: str, check: Callable[[dict], None]) -> dict[str, Any]:
+  try:
+    found = files.read_json(folder / name)
+    check(found)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    raise UserError(
+      f"{folder / name} is damaged, or not one of mmjax ({why:.200}). Delete {folder} and make the "
+      "data set again, with `mmjax data build` or `mmjax data convert`"
+    ) from error
+  return found

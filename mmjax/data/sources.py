@@ -24,7 +24,14 @@ from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.builders import BUILDERS
 from mmjax.data.builders.schema import Record, example_class, parse_record
-from mmjax.data.folders import data_dir, find_version, finished_versions, split_sizes
+from mmjax.data.folders import (
+  data_dir,
+  find_version,
+  finished_versions,
+  read_facts,
+  read_info,
+  split_sizes,
+)
 from mmjax.data.media import bytes_key
 from mmjax.data.order import permute
 from mmjax.data.parts import MEDIA
@@ -146,17 +153,10 @@ class ArrayRecordSource:
         f"no data set {name!r} under {files.origin(root) or root}{_how_to_get(root, name)}"
       )
     self.name, self._languages = name, tuple(languages)
-    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-    try:
-      facts = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-      self.labels, available, content = tuple(facts["labels"]), facts["languages"], facts["content"]
-      self.answers = tuple(facts.get("answers", ()))
-      self.values = tuple(facts.get("values", ()))
-    except (OSError, ValueError, KeyError) as error:
-      raise UserError(
-        f"{folder} is a TFDS data set, but not one of mmjax (metadata.json: {error}). Make it "
-        "with `mmjax data convert`"
-      ) from error
+    info, facts = read_info(folder), read_facts(folder)
+    self.labels, available, content = tuple(facts["labels"]), facts["languages"], facts["content"]
+    self.answers = tuple(facts.get("answers", ()))
+    self.values = tuple(facts.get("values", ()))
     for language in languages:
       if available and language not in available:  # without captions, none is drawn from
         raise UserError(

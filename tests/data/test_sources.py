@@ -141,6 +141,47 @@ def test_a_missing_or_truncated_file_is_named(tiny, tmp_path):
     open_source(entry(), tmp_path)
 
 
+INFO = {
+  "no JSON": "{",
+  "deep": "[" * 100_000,
+  "a list": "[]",
+  "no splits": '{"name": "tiny"}',
+  "another place": '{"name": "../tiny", "splits": []}',
+  "lengths that are none": '{"name": "tiny", "splits": [{"name": "train", "shardLengths": ["x"]}]}',
+  "below zero": '{"name": "tiny", "splits": [{"name": "train", "shardLengths": ["-1"]}]}',
+  "no numbers": '{"name": "tiny", "splits": [{"name": "train", "shardLengths": 7}]}',
+  "splits without names": '{"name": "tiny", "splits": [{"shardLengths": ["37"]}]}',
+}
+FACTS = {
+  "no JSON": "{",
+  "null": "null",
+  "labels that are none": '{"labels": 7, "languages": [], "content": ""}',
+  "labels of labels": '{"labels": [["a"]], "languages": [], "content": ""}',
+  "no content": '{"labels": [], "languages": []}',
+  "values": '{"labels": [], "languages": [], "content": "", "values": {"a": 1}}',
+}
+TOLD = [("dataset_info.json", text) for text in INFO.values()]
+TOLD += [("metadata.json", text) for text in FACTS.values()]
+
+
+@pytest.mark.parametrize(("name", "text"), TOLD, ids=[*INFO, *FACTS])
+def test_what_says_how_a_data_set_is_may_be_damaged_or_forged(tiny, tmp_path, name, text):
+  shutil.copytree(tiny / "tiny", tmp_path / "tiny")
+  (tmp_path / "tiny" / "1.0.0" / name).write_text(text)
+  with pytest.raises(UserError, match=f"{name} is damaged") as error:
+    open_source(entry(), tmp_path)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "metadata.json"])
+def test_what_says_so_may_be_a_pipe(tiny, tmp_path, name, in_time):
+  shutil.copytree(tiny / "tiny", tmp_path / "tiny")
+  (tmp_path / "tiny" / "1.0.0" / name).unlink()
+  os.mkfifo(tmp_path / "tiny" / "1.0.0" / name)
+  with pytest.raises(UserError, match="not a regular file"):
+    open_source(entry(), tmp_path)
+
+
 def test_a_folder_of_another_program_is_refused(tiny, tmp_path):
   shutil.copytree(tiny / "tiny", tmp_path / "tiny")
   (tmp_path / "tiny" / "1.0.0" / "metadata.json").unlink()

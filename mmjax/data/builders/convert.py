@@ -43,7 +43,7 @@ from mmjax.data.builders import (
   to_example,
 )
 from mmjax.data.builders.schema import check_fields
-from mmjax.data.folders import local_data_dir
+from mmjax.data.folders import local_data_dir, read_facts, read_info, split_sizes
 from mmjax.data.image import Unreadable
 from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text, printable
@@ -557,9 +557,7 @@ def _assemble(
   if before:
     major, minor, _ = before.name.split(".")
     version = f"{major}.{int(minor) + 1}.0"
-    meta |= dict(fields=["image"]) | json.loads(
-      (before / "metadata.json").read_text(encoding="utf-8")
-    )
+    meta |= dict(fields=["image"]) | read_facts(before)
   meta |= _targets(name, meta, facts, options)
   folder, new = root / version, root / f"{version}.incomplete-converting"
   shutil.rmtree(new, ignore_errors=True)
@@ -572,8 +570,7 @@ def _assemble(
     )
   splits = {}
   if before:
-    info = json.loads((before / "dataset_info.json").read_text(encoding="utf-8"))
-    for old in info["splits"]:
+    for old in read_info(before)["splits"]:
       splits[old["name"]] = (
         [int(length) for length in old["shardLengths"]],
         int(old.get("numBytes", 0)),
@@ -666,8 +663,8 @@ def _ordered_classes(root: Path) -> tuple[str, ...]:
   """The classes that were given, in their order, when the data set in `root` was converted."""
   folder = find_version(root.parent, root.name)
   try:
-    meta = json.loads((folder / "metadata.json").read_bytes()) if folder else {}
-  except (OSError, ValueError):
+    meta = read_facts(folder) if folder else {}
+  except UserError:
     return ()
   return tuple(meta["labels"]) if meta.get("ordered") else ()
 
@@ -703,15 +700,8 @@ def _already(data_dir: Path, name: str, split: str, plan: str, source) -> Summar
   folder = find_version(data_dir, name)
   if folder is None:
     return None
-  try:
-    meta = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    splits = [
-      part["name"]
-      for part in json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["splits"]
-    ]
-  except (OSError, ValueError) as error:
-    raise UserError(f"{folder} is no data set of mmjax ({error}). Choose another name") from error
-  if split not in splits:
+  meta = read_facts(folder)
+  if split not in split_sizes(folder):
     return None
   facts = meta.get("converted", {}).get(split, {})
   if facts.get("plan") != plan:
