@@ -180,7 +180,7 @@ def read_by_clip() -> None:
     there = model(**inputs)
   here = mmjax.load("run").encode_text(texts)
   np.testing.assert_allclose(there.text_embeds, here, atol=1e-4)
-  likeness = (there.image_embeds.numpy() * found["image"]).sum(1)
+  likeness = (there.image_embeds.numpy() * found["image_embeddings"]).sum(1)
   assert likeness.min() > 0.99
 
 
