@@ -49,7 +49,7 @@ class MediaInputs:
 
   def __call__(self, item: Item, name: str = "") -> dict[str, np.ndarray]:
     if isinstance(item, dict):
-      return item
+      return self._checked(item, name)
     try:
       if self.tiled:
         pixels = self.reader.decode(self._content(item))
@@ -88,7 +88,7 @@ class MediaInputs:
     stays. Raises Unreadable.
     """
     if isinstance(item, dict):
-      return item
+      return self._checked(item, name)
     from mmjax.data.audio import decode_audio
 
     try:
@@ -99,6 +99,17 @@ class MediaInputs:
       return sound
     except Unreadable as error:
       raise Unreadable(f"{name or self._name(item)}: {error}") from error
+
+  def _checked(self, arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """What is already arrays, as it is. Raises Unreadable: there are others than those wanted."""
+    wanted = dict.fromkeys((*self.arrays, "pixels", "features"))
+    if not any(isinstance(arrays.get(one), np.ndarray) for one in wanted):
+      given = ", ".join(map(repr, arrays)) or "nothing"
+      raise Unreadable(
+        f"{name or 'a dict'}: has {given:.200}, but of arrays it must have one of "
+        f"{', '.join(wanted)}"
+      )
+    return arrays
 
   def items(self, given: Item | Iterable[Item]) -> Iterable[Item]:
     """Several items, of one or of several."""

@@ -152,6 +152,13 @@ def test_a_label_that_is_no_text_is_named(predictor, label):
     predictor.classify([np.zeros((8, 8, 3), np.uint8)], labels=["red", label])
 
 
+@pytest.mark.parametrize("given", [{}, {"a": 1}, {"pixels": None}])
+def test_a_dict_without_the_arrays_of_a_picture_is_unreadable(predictor, given):
+  with pytest.raises(UserError, match="must have one of pixels") as error:
+    predictor.encode_image([given])
+  assert "\n" not in str(error.value)
+
+
 def test_exif_orientation_of_a_pil_picture_is_honoured(predictor):
   image = Image.fromarray(tiny.pixels(1)[0])
   exif = Image.Exif()
