@@ -430,10 +430,11 @@ def _check_code(
     return
   module = target.partition(":")[0]
   if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in allow_code):
+    own = module.split(".")[0] == "mmjax"
     raise UntrustedCode(
       f"{path} is {target!r}: the checkpoint wants to run code of the module {module!r}, which is "
-      f"not of this package. If you trust that code, allow it with --allow-code {module} (in "
-      f"Python: allow_code=({module!r},))"
+      f"not {'for checkpoints to name' if own else 'of this package'}. If you trust that code, "
+      f"allow it with --allow-code {module} (in Python: allow_code=({module!r},))"
     )
 
 

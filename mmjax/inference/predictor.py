@@ -153,7 +153,7 @@ class Predictor:
     bfloat16: half) of the memory.
     Raises UserError: no checkpoint there, or not a whole one.
     """
-    from mmjax.inference import exported
+    from mmjax.interop import exported
     from mmjax.state import checkpoint as checkpoints
 
     if exported.is_exported(checkpoint):

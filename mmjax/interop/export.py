@@ -34,8 +34,8 @@ import numpy as np
 
 from mmjax import __version__
 from mmjax.config import UserError
-from mmjax.inference import exported
 from mmjax.inference.predictor import Predictor
+from mmjax.interop import exported
 from mmjax.interop.functions import functions, lower
 from mmjax.ownership import check_free, new_folder
 from mmjax.parallel.mesh import single_device_mesh
