@@ -22,7 +22,8 @@ SMALL = {
   "generation": "--rows 1 --prompt 4 --tokens 4 --pairs 1",
   "serving": "--requests 2 --clients 2 --checkpoint answers",
 }
-ELSEWHERE = ("ngram", "baselines")  # need data that take minutes to make; test_recipes.py, README
+# Need data that take minutes to make, or libtpu; test_recipes.py, README
+ELSEWHERE = ("ngram", "baselines", "products")
 SHOWN = [
   (words, pathlib.Path(words[1]).stem)
   for words in map(shlex.split, commands(read("tests/bench/README.md")))
