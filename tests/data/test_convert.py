@@ -352,7 +352,9 @@ def test_everything_left_out_is_an_error_that_says_why(tmp_path):
   (tmp_path / "in").mkdir()
   for n in range(3):
     (tmp_path / "in" / f"{n}.png").write_bytes(picture(n))
-  with pytest.raises(UserError, match="all 3 rows were left out .3 no caption, such as 0.png"):
+  with pytest.raises(
+    UserError, match="all 3 rows of split .train. were left out .3 no caption, such as 0.png"
+  ):
     run(tmp_path, "folder", tmp_path / "in")
   assert [path.name for path in (tmp_path / "data" / "mine").iterdir()] == ["owner"]
 

@@ -183,7 +183,6 @@ def conversations(draw):
 @settings(
   max_examples=15,
   deadline=None,
-  derandomize=True,
   suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(messages=conversations())

@@ -314,7 +314,8 @@ def _convert_split(
       if not sum(fact["count"] for fact in facts):
         shutil.rmtree(staging)
         count = sum(row.count for row in rows)
-        raise UserError(f"{source}: all {count:,} rows were left out{_reasons(skipped)}")
+        left = f"all {count:,} rows of split {split!r} were left out"
+        raise UserError(f"{source}: {left}{_reasons(skipped)}")
       columns = reader.options.columns
       for role in {"labels", "value"} & set(columns):
         if not any(fact["labels" if role == "labels" else "widths"] for fact in facts):

@@ -44,9 +44,7 @@ def often(**drawn):
 
   def decorate(test):
     def run(count):
-      quick = settings(
-        max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-      )
+      quick = settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
       quick(given(**drawn)(test))()
 
     return pytest.mark.parametrize("count", [25, pytest.param(400, marks=pytest.mark.slow)])(run)
