@@ -10,6 +10,7 @@ import csv
 import itertools
 import math
 import pathlib
+from collections.abc import Iterable, Sequence
 
 import av
 import numpy as np
@@ -119,42 +120,45 @@ def series_with_labels(folder: pathlib.Path, count: int, rng: np.random.Generato
     write_series(folder / kind / f"{i}.csv", wave(kinds[kind], rng))
 
 
+def write_table(folder: pathlib.Path, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+  """`metadata.csv` in a folder."""
+  with open(folder / "metadata.csv", "w", newline="") as file:
+    csv.writer(file).writerows([names, *rows])
+
+
 def series_with_values(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
   """.csv files and a table of them, `metadata.csv`, with the cycles of each as its value."""
   folder.mkdir()
-  with open(folder / "metadata.csv", "w", newline="") as file:
-    rows = csv.writer(file)
-    rows.writerow(["file_name", "cycles"])
-    for i in range(count):
-      cycles = rng.uniform(1, 9)
-      write_series(folder / f"{i}.csv", wave(cycles, rng))
-      rows.writerow([f"{i}.csv", f"{cycles:.3f}"])
+  rows = []
+  for i in range(count):
+    cycles = rng.uniform(1, 9)
+    write_series(folder / f"{i}.csv", wave(cycles, rng))
+    rows.append([f"{i}.csv", f"{cycles:.3f}"])
+  write_table(folder, ["file_name", "cycles"], rows)
 
 
 def texts_with_labels(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
   """A table of texts without media, `metadata.csv`: what is said of things, well or ill."""
   folder.mkdir()
-  with open(folder / "metadata.csv", "w", newline="") as file:
-    rows = csv.writer(file)
-    rows.writerow(["text", "label"])
-    for i in range(count):
-      kind = list(WORDS_OF)[i % 2]
-      said = rng.choice(WORDS_OF[kind], int(rng.integers(1, 4)))
-      rows.writerow([f"The {rng.choice(THINGS)} was {' and '.join(said)}.", kind])
+  rows = []
+  for i in range(count):
+    kind = list(WORDS_OF)[i % 2]
+    said = rng.choice(WORDS_OF[kind], int(rng.integers(1, 4)))
+    rows.append([f"The {rng.choice(THINGS)} was {' and '.join(said)}.", kind])
+  write_table(folder, ["text", "label"], rows)
 
 
 def several_media(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
   """A table of a picture, a sound and a series a row. The label takes the picture and the sound."""
   folder.mkdir()
   kinds = list(itertools.product(COLOURS, HERTZ))
-  with open(folder / "metadata.csv", "w", newline="") as file:
-    rows = csv.writer(file)
-    rows.writerow(["image", "audio", "series", "label"])
-    for i in range(count):
-      colour, pitch = kinds[i % len(kinds)]
-      draw(SHAPES[i // 6 % 3], COLOURS[colour], rng).save(folder / f"{i}.png")
-      hertz = HERTZ[pitch] * rng.uniform(0.8, 1.25)
-      tone = 0.3 * np.sin(2 * math.pi * hertz * np.arange(RATE // 2) / RATE)
-      soundfile.write(folder / f"{i}.wav", tone + 0.02 * rng.normal(size=tone.size), RATE)
-      write_series(folder / f"{i}.csv", wave(3, rng))
-      rows.writerow([f"{i}.png", f"{i}.wav", f"{i}.csv", f"{colour} {pitch}"])
+  rows = []
+  for i in range(count):
+    colour, pitch = kinds[i % len(kinds)]
+    draw(SHAPES[i // 6 % 3], COLOURS[colour], rng).save(folder / f"{i}.png")
+    hertz = HERTZ[pitch] * rng.uniform(0.8, 1.25)
+    tone = 0.3 * np.sin(2 * math.pi * hertz * np.arange(RATE // 2) / RATE)
+    soundfile.write(folder / f"{i}.wav", tone + 0.02 * rng.normal(size=tone.size), RATE)
+    write_series(folder / f"{i}.csv", wave(3, rng))
+    rows.append([f"{i}.png", f"{i}.wav", f"{i}.csv", f"{colour} {pitch}"])
+  write_table(folder, ["image", "audio", "series", "label"], rows)

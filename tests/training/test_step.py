@@ -68,14 +68,14 @@ def make_batch(seed=0):
   )
 
 
-def make_step(*overrides, devices=8, **objectives):
+def make_step(*overrides, devices=8, steps=100, **objectives):
   config = make_config(*overrides, **objectives)
 
   def spec(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
   batch = {name: jax.tree.map(spec, value) for name, value in make_batch().items() if name != "id"}
-  return Program(config, make_mesh(config, jax.devices()[:devices]), steps=100, batch_spec=batch)
+  return Program(config, make_mesh(config, jax.devices()[:devices]), steps=steps, batch_spec=batch)
 
 
 def gradients(step, params, batch):
@@ -250,14 +250,9 @@ def test_a_step_learns_and_reports(fsdp):
 def test_another_rate_compiles_nothing():
   """Nor another schedule, nor a longer run: all are inputs of one program."""
 
-  def made(*overrides, steps=100):
-    config = make_config("optimizer.weight_decay=0.1", *overrides)
-    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch() | {"id": {}})
-    mesh = make_mesh(config, jax.devices()[:1])
-    return Program(config, mesh, steps=steps, batch_spec=spec)
-
-  first = made("optimizer.lr=0.001", "schedule.name=cosine", "schedule.warmup=10")
-  other = made("optimizer.lr=0.5", "schedule.name=cooldown", "schedule.warmup=7", steps=900)
+  first = make_step("optimizer.lr=0.001", "schedule.name=cosine", "schedule.warmup=10", devices=1)
+  changes = "optimizer.lr=0.5", "schedule.name=cooldown", "schedule.warmup=7"
+  other = make_step(*changes, devices=1, steps=900)
   assert first.lower().as_text() == other.lower().as_text()
   for program in (first, other):
     np.testing.assert_allclose(
@@ -266,11 +261,10 @@ def test_another_rate_compiles_nothing():
 
 
 def test_a_run_too_long_for_a_table_takes_its_rates_from_the_schedule():
-  runs = [make_step("optimizer.lr=0.01", "schedule.warmup=2", devices=1) for _ in range(2)]
-  runs[1]._steps = 10**9
+  changes = "optimizer.lr=0.01", "schedule.warmup=2"
+  runs = [make_step(*changes, devices=1, steps=steps) for steps in (100, 10**9)]
   assert runs[0].rates and not runs[1].rates
-  batch = make_batch()
-  rates = []
+  batch, rates = make_batch(), []
   for run in runs:
     state = run.init(0)
     for _ in range(3):

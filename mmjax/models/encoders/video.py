@@ -96,12 +96,12 @@ class FrameEncoder(nn.Module):
 
 
 class ConvolutionFrame(nn.Module):
-  """3x3 convolutions, and of what is left: where things are, plus each channel's
-  maximum, which tells what is there wherever it is; a linear layer each. For small frames.
+  """3x3 convolutions, and of what is left: where things are, plus each channel's maximum, which
+  tells what is there wherever it is; a linear layer each. For small frames.
 
-  where: "flat" is all that is left in one row, which learns few clips by heart; "points" is the
-  place of each channel, the mean of all places weighted by a softmax of its values (Finn et al.
-  2015, arXiv:1509.06113, section IV-B), times its maximum.
+  where: "flat" is all that is left in one row, by which few clips are learned by heart; "points" is
+  the place of each channel, the mean of all places weighted by a softmax of its values (Finn et al.
+  2015, arXiv:1509.06113), times its maximum.
 
   Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by the product of the
   strides.
