@@ -35,10 +35,14 @@ def check(config: dict | FrozenConfigDict, device_count: int | None = None) -> N
   _check_sources(c["data"])
 
 
-def asks_side_by_side(data: Mapping[str, Any]) -> bool:
-  """Whether a language model's rows have several questions about one record. data: of a config."""
-  asks = any(entry.get("text") == "question" for entry in data["sources"].values())
-  return asks and data["text"]["per_example"] > 1
+def asks_side_by_side(c: Mapping[str, Any]) -> bool:
+  """Whether several questions of a language model's rows follow the tokens of one medium. Where
+  these see the question too, or tokens only what is near, each question has its own.
+  """
+  asks = any(entry.get("text") == "question" for entry in c["data"]["sources"].values())
+  windows = any((c["model"].get("block") or {}).get("windows") or ())
+  apart = windows or c["model"].get("both_ways") == "prompt"
+  return asks and c["data"]["text"]["per_example"] > 1 and not apart
 
 
 def _check_sequences(c: dict) -> None:
@@ -75,14 +79,6 @@ def _check_sequences(c: dict) -> None:
       raise ConfigError(
         f"data.sequence.{modality} is 0: say how many tokens a medium takes, which is what "
         f"model.connectors.{modality} gives"
-      )
-  if asks_side_by_side(c["data"]):
-    windows = any((model.get("block") or {}).get("windows") or ())
-    if windows or model["both_ways"] == "prompt":
-      cannot = "blocks with windows" if windows else "model.both_ways='prompt'"
-      raise ConfigError(
-        f"data.text.per_example is {c['data']['text']['per_example']}: questions side by side do "
-        f"not go with {cannot}. Set it to 1"
       )
   talks = any(entry["text"] == "conversation" for entry in c["data"]["sources"].values())
   if talks and model["both_ways"] == "prompt" and c["data"]["text"]["loss"] == "every":

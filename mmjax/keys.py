@@ -436,7 +436,7 @@ KEYS = (
     1,
     Size,
     "Texts a row: several questions about one picture, which is then encoded once. Of a language "
-    "model: questions an example in training, side by side: none sees another.",
+    "model: questions an example in training, of which none sees another.",
   ),
   Key(
     "data.text.drop_words",

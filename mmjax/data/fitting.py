@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.contradictions import asks_side_by_side
 from mmjax.data.builders import Record
 from mmjax.data.media import WORDS
 from mmjax.data.packing import filling, pack
@@ -212,6 +213,8 @@ def _most(sequences: Sequences, record: Record, source: Source) -> int:
   s = sequences.config.data.sequence
   if source.text == "question":
     pairs, each = questions_of(record), sequences.text.per_example
+    if not asks_side_by_side(sequences.config):
+      fixed *= min(each, len(pairs))
   else:
     pairs, each = [("", text) for text in sequences.captions(record, source)], 1
   sizes = [len(sequences.encode(prompted(s, q))) + len(sequences.encode(a)) + 1 for q, a in pairs]

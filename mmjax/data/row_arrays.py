@@ -30,7 +30,7 @@ def sequence_spec(
   length, slots = length or config.data.sequence.length, slots or config.data.sequence.slots
   modalities = media_of(config)
   names = dict(tokens=np.int32, positions=np.int32, segment_ids=np.int32, loss_mask=np.bool_)
-  if asks_side_by_side(config.data):
+  if asks_side_by_side(config):
     names["trunks"] = np.int32
   if modalities:
     names |= dict(media_index=np.int32, media_offset=np.int32)
@@ -121,6 +121,10 @@ def fill(
         continue
       parts, branches = sequences.branches(record, source, piece, rng)
       _check_room(sequences, [*parts, *itertools.chain(*branches)], at)
+      if not parts:
+        at = _write_apart(sequences, batch, row, at, trunk, branches, record, source, used, rng)
+        trunk += len(branches)
+        continue
       start, at = at, _write(sequences, batch, row, at, trunk, parts, record, source, used, rng)
       ahead = 1 + int(batch["sequence"]["positions"][row, start:at].max(initial=-1))
       for segment, branch in enumerate(branches, trunk + 1):
@@ -158,6 +162,28 @@ def _write(
   """
   read = _read(sequences, parts, record, source, rng)
   return _place(sequences, batch, row, at, number, parts, read, used)
+
+
+def _write_apart(
+  sequences: Sequences,
+  batch: dict[str, Any],
+  row: int,
+  at: int,
+  number: int,
+  examples: Sequence[Sequence[Span | Medium]],
+  record: Record,
+  source: Source,
+  used: dict[str, int],
+  rng: np.random.Generator | None,
+) -> int:
+  """Writes whole examples from segment `number` on, which share the slots of their media; returns
+  the place after them.
+  """
+  read, first = _read(sequences, examples[0], record, source, rng), dict(used)
+  for segment, parts in enumerate(examples, number):
+    used.update(first)
+    at = _place(sequences, batch, row, at, segment, parts, read, used)
+  return at
 
 
 def _write_answers(

@@ -6,8 +6,8 @@ as many places as the config gives them. What a source's texts are says how:
   document  the text, all of it a target; longer ones are cut into pieces that fill a row
   caption   the media, then a caption, which is the target
   question  the media and a question, then its answer, which is the target; in training
-            data.text.per_example of them side by side: they share the media, and do not see each
-            other
+            data.text.per_example of them: they share the media, which are encoded once, and do
+            not see each other
   conversation  turns by data.text.template, with the media where they stand in them; targets are
             the assistant's turns. One that is longer than a row loses whole exchanges at its end
   preference  a prompt with each of its judged answers, which are the targets, as conversations side
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.config import UserError
+from mmjax.contradictions import asks_side_by_side
 from mmjax.data.builders import Record
 from mmjax.data.media import WORDS, bytes_key
 from mmjax.data.parts import MEDIA, Medium, Span
@@ -118,14 +119,19 @@ class Sequences:
     self, record: Record, source: Source, piece: Piece, rng: np.random.Generator | None
   ) -> tuple[list[Span | Medium], list[list[Span | Medium]]]:
     """The parts of an example, and those of texts that go on from it and do not see each other: of
-    several questions in training the media, and each question. Raises UserError: as `parts`.
+    several questions in training the media, and each question; or nothing, and each question with
+    the media. Raises UserError: as `parts`.
     """
     if source.text != "question" or piece.part >= 0 or rng is None or self.text.per_example == 1:
       return self.parts(record, source, piece, rng), []
     pairs = questions_of(record)
     each = min(self.text.per_example, len(pairs))
     drawn = rng.choice(len(pairs), each, replace=False)
-    return [*self._start(), *self.media(record)], [self._answered(*pairs[i]) for i in drawn]
+    shared = [*self._start(), *self.media(record)]
+    asked = [self._answered(*pairs[i]) for i in drawn]
+    if asks_side_by_side(self.config):
+      return shared, asked
+    return [], [[*shared, *parts] for parts in asked]
 
   def parts(
     self, record: Record, source: Source, piece: Piece, rng: np.random.Generator | None

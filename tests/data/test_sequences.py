@@ -148,6 +148,31 @@ def test_several_questions_share_a_picture_in_training_and_none_in_evaluation(as
   assert len(EvaluationData(c, entry, 8).items) == 24  # one question each
 
 
+@pytest.mark.parametrize("change", ({"both_ways": "prompt"}, {"block.windows": (8, 0)}))
+def test_questions_that_their_picture_sees_have_its_tokens_each_and_share_its_slot(asked, change):
+  """As examples of their own would be, but that the picture is read once."""
+  model = {f"model.{name}": value for name, value in change.items()}
+  c = resolved(asked, "asked", "question", **{"data.text.per_example": 2}, **model)
+  tokenizer, seen = load_tokenizer(c.data), 0
+  for step in range(3):
+    batch = Pipeline(c).batch(step)
+    assert "trunks" not in batch["sequence"]
+    for row in range(4):
+      asks = {}
+      for targets, rest, media in examples_of(batch, row):
+        assert len(media) == PLACES and len(set(media)) == 1
+        question = tokenizer.decode(rest.tolist())
+        *answer, end = targets.tolist()
+        assert end == tokenizer.eos_id
+        assert tokenizer.decode(answer).startswith("thing") == (question == "what is it?")
+        asks.setdefault(media[0], []).append(question)
+      slots = np.flatnonzero(batch["media"]["image"]["present"][row]).tolist()
+      assert sorted(asks) == slots
+      assert all(sorted(of) == ["is it red?", "what is it?"] for of in asks.values())
+      seen += len(asks)
+  assert seen >= 11
+
+
 def test_pictures_in_tiles_fill_a_slot_each(asked):
   settings = {"data.image.tiles.most": 2, "data.image.tiles.least": 2}
   with pytest.raises(UserError, match="slots is 2, but data.image.tiles.most is 2.*fill 3"):

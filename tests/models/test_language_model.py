@@ -335,24 +335,6 @@ def test_targets_are_the_next_tokens_of_the_same_example():
   assert (np.asarray(next_targets(batch)) == -1).all()
 
 
-@pytest.mark.parametrize(
-  "settings, said",
-  [
-    (dict(both_ways="prompt"), "model.both_ways='prompt'"),
-    (dict(block=dict(windows=(8, 0))), "blocks with windows"),
-  ],
-)
-def test_questions_side_by_side_need_to_see_their_whole_trunk(settings, said):
-  c = mmjax.config.base()
-  c.data.sources.it = dict(name="it", text="question")
-  c.data.text.per_example = 2
-  c.data.sequence.length = 16
-  c.model = dict(name="language_model", width=32, heads=4, **settings)
-  c.objectives.words = dict(kind="language_modelling")
-  with pytest.raises(configs.ConfigError, match=f"side by side do not go with {said}. Set it to 1"):
-    configs.resolve(c, special_tokens=SPECIAL)
-
-
 def test_a_model_that_reads_all_before_an_answer_as_one_prompt_learns_last_answers():
   c = mmjax.config.base()
   c.data.sources.it = dict(name="it", text="conversation")
