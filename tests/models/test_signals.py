@@ -19,7 +19,7 @@ from mmjax.models.encoders import spectrogram
 from mmjax.models.encoders.audio import around, overlapping
 from mmjax.models.encoders.sequence import stack_config
 from mmjax.models.encoders.spectrogram import SpecAugment, kaldi_mel, log_mel, mel_filters
-from mmjax.models.encoders.video import mean_places
+from mmjax.models.encoders.video import FrameEncoder, mean_places
 from mmjax.models.layers import Encoded
 from mmjax.models.stack import Stack
 from mmjax.parallel import rules as parallel
@@ -75,6 +75,11 @@ CASES = {
     dict(
       kind="frames", stem="convolution", where="points", channels=(4, 8), strides=(2, 1), **SMALL
     ),
+    4,
+  ),
+  "frames changes": (
+    "video",
+    dict(kind="frames", stem="convolution", changes=True, channels=(4, 8), **SMALL),
     4,
   ),
   "tubelets": (
@@ -507,6 +512,7 @@ def test_sound_video_and_series_may_share_one_transformer():
       dict(kind="frames", stem="convolution", channels=(4, 8), strides=(2,)),
       "model.encoders.video has 2 channels, but 1 strides",
     ),
+    (dict(kind="frames", patch=4, changes=True), "changes needs stem='convolution'"),
     (
       dict(kind="series", patch=5),
       "data.series.length 12 is not divisible by model.encoders.series.patch 5",
@@ -561,6 +567,24 @@ def test_eight_devices_give_the_same_and_exchange_no_activations(case, devices):
     )
   assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
   equal(Encoded(*(np.asarray(x) for x in got[:3])), run(variables, batch), atol=1e-4)
+
+
+def test_frames_are_shown_with_their_change_from_the_one_before():
+  class Changes(nn.Module):
+    """The mean change of each frame, in both channels."""
+
+    def __call__(self, batch, *, train=False):
+      return jnp.repeat(batch["changes"].mean(axis=(1, 2, 3))[:, None], 2, axis=1)
+
+  frames = inputs("video", [4, 4, 4])["frames"]
+  c = make("frames changes").config
+  module = FrameEncoder(c, Changes(), length=4, temporal="mean", changes=True)
+  mask = np.ones(frames.shape[:2], bool)
+  out = module.apply({}, dict(frames=frames, mask=mask))
+  means = frames.mean(axis=(2, 3, 4)) / 255
+  expected = np.diff(means, axis=1, prepend=means[:, :1])
+  np.testing.assert_allclose(out.tokens[..., 0], expected, atol=1e-6)
+  assert np.abs(expected[:, 1:]).min() > 1e-4
 
 
 def test_places_of_channels_are_means_by_their_values():

@@ -61,7 +61,9 @@ class FrameEncoder(nn.Module):
   width D, a token a frame.
   "mean" stops there ("meanP"); "transformer" adds positions of time, the stack and the frames' own
   vectors again ("seqTransf").
-  `frame` sees {"pixels" [B * T, H, W, 3]} and gives [B * T, D]. trunk: a transformer over time
+  `frame` sees {"pixels" [B * T, H, W, 3]} and gives [B * T, D]; with `changes` also {"changes"
+  [B * T, H, W, 3]}, from -1 to 1 how each frame differs from the one before, which tells what moves
+  (RGB difference, Wang et al. 2016, arXiv:1608.00859, section 3.2). trunk: a transformer over time
   shared with other encoders.
   """
 
@@ -70,6 +72,7 @@ class FrameEncoder(nn.Module):
   length: int
   temporal: Temporal = "mean"
   pooling: SequencePooling = "mean"
+  changes: bool = False
   trunk: nn.Module | None = None
 
   @nn.compact
@@ -77,7 +80,11 @@ class FrameEncoder(nn.Module):
     c, frames = self.config, batch["frames"]
     rows, length = frames.shape[:2]
     mask = real(_mask(batch), batch)
-    x = self.frame(dict(pixels=frames.reshape(rows * length, *frames.shape[2:])), train=train)
+    shown = dict(pixels=frames.reshape(rows * length, *frames.shape[2:]))
+    if self.changes:
+      changes = jnp.diff(frames.astype(jnp.float32) / 255, axis=1, prepend=frames[:, :1] / 255)
+      shown["changes"] = changes.reshape(shown["pixels"].shape).astype(c.dtype)
+    x = self.frame(shown, train=train)
     x = x.pooled if isinstance(x, Encoded) else x
     x = jnp.where(mask[:, :, None], x.reshape(rows, length, -1).astype(c.dtype), 0)
     if self.temporal == "mean":
@@ -103,8 +110,8 @@ class ConvolutionFrame(nn.Module):
   the place of each channel, the mean of all places weighted by a softmax of its values (Finn et al.
   2015, arXiv:1509.06113), times its maximum.
 
-  Call: {"pixels" uint8 [N, H, W, 3]} -> [N, D]; height and width divisible by the product of the
-  strides.
+  Call: {"pixels" uint8 [N, H, W, 3], "changes" [N, H, W, 3]?} -> [N, D]; height and width divisible
+  by the product of the strides.
   """
 
   width: int
@@ -120,6 +127,8 @@ class ConvolutionFrame(nn.Module):
   @nn.compact
   def __call__(self, batch: Mapping[str, Array], *, train: bool = False) -> Array:
     x = normalise(batch["pixels"], self.pixel_mean, self.pixel_std, self.dtype)
+    if "changes" in batch:
+      x = jnp.concatenate([x, batch["changes"]], axis=-1)
     whole = math.prod(self.strides)
     if x.shape[1] % whole or x.shape[2] % whole:
       raise UserError(
@@ -246,6 +255,7 @@ def frames(
   channels: Widths = (16, 24, 64),
   strides: Sizes = (),
   where: Where = "flat",
+  changes: bool = False,
   mean: Means = MIDDLE,
   std: Deviations = MIDDLE,
   width: Width = 0,
@@ -269,6 +279,7 @@ def frames(
   channels: of the convolutions, one after the other. strides: theirs; () = 2 of each.
   where: how they tell where things are: all that is left (flat), or the place of each channel
   (points), which needs fewer clips.
+  changes: convolutions also see how each frame differs from the one before.
   mean, std: of pixels in [0, 1], per channel.
   width: channels; 0 = the model's width.
   depth: blocks over time.
@@ -331,7 +342,18 @@ def frames(
       positions=positions,
       stem=frame_stem,
     )
-  return FrameEncoder(config, frame, length=video["frames"], temporal=temporal, pooling=pooling)
+    if changes:
+      raise UserError(
+        "model.encoders.video.changes needs stem='convolution'. Set it, or leave changes out"
+      )
+  return FrameEncoder(
+    config,
+    frame,
+    length=video["frames"],
+    temporal=temporal,
+    pooling=pooling,
+    changes=changes,
+  )
 
 
 @with_block
