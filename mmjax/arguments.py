@@ -168,8 +168,13 @@ def _add_runs(commands: Any) -> None:
   )
   sub.add_argument(
     "--hf",
-    action="store_true",
-    help="a model that `mmjax export --to hf` can write: CLIP, ViT, BERT or Whisper",
+    nargs="?",
+    const="usual",
+    default="",
+    choices=("usual", "clip", "siglip", "vit", "resnet", "bert", "whisper", "llama"),
+    metavar="FAMILY",
+    help="a model that `mmjax export --to hf` can write: clip or siglip, vit or resnet, bert, "
+    "whisper, llama; default FAMILY: the first that fits",
   )
   sub.add_argument("--force", action="store_true", help="replace FILE")
   _data_dir(sub)

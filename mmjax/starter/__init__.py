@@ -14,7 +14,7 @@ from mmjax import config as configs
 from mmjax import files, printing
 from mmjax.config import UserError
 from mmjax.data.text import Tokenizer
-from mmjax.starter import origin, rows, sizes, tokens
+from mmjax.starter import origin, rows, sizes, tasks, tokens
 from mmjax.starter.machine import Machine, this_machine
 from mmjax.starter.origin import Origin
 from mmjax.starter.parts import PARTS, Part
@@ -35,7 +35,7 @@ def init(
   languages: Sequence[str] = (),
   start: str = "",
   tokenizer: str = "",
-  hf: bool = False,
+  hf: str = "",
   force: bool = False,
   data_dir: str = "",
   machine: Machine | None = None,
@@ -46,8 +46,9 @@ def init(
 
   split: to train on; "" = train. modalities: to read; () = all that there are. languages: of the
   captions; () = all. start: a run, step or import folder, or one of Hugging Face, to start from.
-  tokenizer: the name of one that is there already. hf: transformers shall be able to express the
-  model. force: replace `out`. machine: None = this one.
+  tokenizer: the name of one that is there already. hf: a family of transformers (of
+  tasks.FAMILIES) that shall be able to express the model, or "usual". force: replace `out`.
+  machine: None = this one.
   Raises UserError: the data set lacks what the task needs, or `out` exists.
   """
   out = Path(out)
@@ -60,8 +61,9 @@ def init(
   machine = machine or this_machine()
   begin = origin.open_origin(start, out, log) if start else None
   chosen = _modalities(task, found, modalities, begin)
+  family = tasks.family(task, chosen, hf) if hf else ""
   size = begin.sizes if begin else sizes.model(found.rows, machine)
-  parts = _parts(task, found, machine, size, [m for m in chosen if m != "text"], hf)
+  parts = _parts(task, found, machine, size, [m for m in chosen if m != "text"], family)
   encoders = {name: begin.encoder(name) if begin else None for name in parts}
   ask = Ask(
     found,
@@ -69,7 +71,7 @@ def init(
     size,
     chosen,
     {name: encoders[name] or part.encoder() for name, part in parts.items()},
-    hf,
+    family,
   )
   made = TASKS[task](ask)
   if begin:
@@ -79,7 +81,9 @@ def init(
   draft = Draft()
   if data_dir:
     draft.set("data.dir", data_dir)
-  _fill(draft, found, made, parts, machine, begin, name, spoken, hf)
+  _fill(draft, found, made, parts, machine, begin, name, spoken, bool(hf))
+  if hf:
+    _check_export(draft, name[1] if name else None)
   command = _command(
     ("init", task),
     source=source,
@@ -141,12 +145,12 @@ def _modalities(
 
 
 def _parts(
-  task: str, found: Survey, machine: Machine, size: sizes.Model, media: Sequence[str], hf: bool
+  task: str, found: Survey, machine: Machine, size: sizes.Model, media: Sequence[str], family: str
 ) -> dict[str, Part]:
   """{medium: its part of the config}."""
   more: dict[str, dict[str, Any]] = dict(
-    image=dict(plain=hf, fold=FOLD if task == "dialogue" else 1),
-    audio=dict(speech=bool(found.languages), plain=hf and task == "speech-recognition"),
+    image=dict(family=family, fold=FOLD if task == "dialogue" else 1),
+    audio=dict(speech=bool(found.languages), plain=family == "whisper"),
   )
   parts: dict[str, Part] = {}
   for name in media:
@@ -311,13 +315,26 @@ def _evaluators(draft: Draft, found: Survey, made: Task, languages: tuple[str, .
       draft.set("checkpoint.best_mode", "min")
 
 
-def _command(words: Sequence[str], *, start: str, hf: bool, **options: str) -> str:
+def _check_export(draft: Draft, tokenizer: Tokenizer | None) -> None:
+  """Raises UserError: transformers cannot express the model, such as one of a checkpoint."""
+  from mmjax.interop.huggingface import check_export
+
+  assets = tokenizer.to_assets() if tokenizer else {}
+  try:
+    check_export(configs.resolve(draft.config()), assets)
+  except UserError as error:
+    raise UserError(f"--hf: {error}") from error
+
+
+def _command(words: Sequence[str], *, start: str, hf: str, **options: str) -> str:
   """The command line that asks for this config."""
   words = ["mmjax", *words]
   for name, value in (options | {"from": start}).items():
     if value:
       words += [f"--{name.replace('_', '-')}", value]
-  return shlex.join([*words, "--hf"] if hf else words)
+  if hf:
+    words += ["--hf", *([hf] if hf != tasks.USUAL else [])]
+  return shlex.join(words)
 
 
 def _docstring(task: str, source: str, out: Path, command: str, machine: Machine) -> str:

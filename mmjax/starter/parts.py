@@ -5,6 +5,7 @@ that it reads.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,14 @@ class Part:
 
 
 class Pictures(Part):
-  """`plain`: the shape of a ViT that transformers knows. `fold`: side of the squares of patches
-  that have to come out even."""
+  """`family`: of transformers, in whose shape the encoder is; "" = any. `fold`: side of the squares
+  of patches that have to come out even."""
 
   def __init__(
-    self, survey: Survey, machine: Machine, sizes: Model, plain: bool = False, fold: int = 1
+    self, survey: Survey, machine: Machine, sizes: Model, family: str = "", fold: int = 1
   ):
     super().__init__(survey, machine, sizes)
-    self.plain = plain
+    self.family = family
     self.heights, self.widths = (survey.media_values("image", side) for side in ("height", "width"))
     self.shortest = float(np.median(np.minimum(self.heights, self.widths)))
     most = 224 if machine.accelerated else 64
@@ -65,10 +66,26 @@ class Pictures(Part):
     draft.set("data.image.augment.rotate", 10.0, "degrees; also: augment.flip = 0.5 for mirroring")
 
   def encoder(self) -> dict[str, Any]:
+    if self.family == "resnet":
+      return _resnet(self.machine, self.sizes)
     entry: dict[str, Any] = dict(kind="vit", patch=self.patch)
-    if not self.plain and not self.machine.accelerated:
+    if not self.family and not self.machine.accelerated:
       entry["stem"] = "convolution"
-    return dict(entry, depth=self.sizes.depth + (2 if self.plain else 0), heads=self.sizes.heads)
+    return dict(entry, depth=self.sizes.depth + (2 if self.family else 0), heads=self.sizes.heads)
+
+
+def _resnet(machine: Machine, sizes: Model) -> dict[str, Any]:
+  """The settings of a ResNet: on CPUs one of three blocks, else of 18 or 50 layers."""
+  if not machine.accelerated:
+    return dict(kind="resnet", layers=18, blocks=(1, 1, 1), multiplier=0.5)
+  return dict(kind="resnet", layers=18 if sizes.depth <= 8 else 50)
+
+
+def resnet_width(entry: Mapping[str, Any]) -> int:
+  """The channels of the last stage of a ResNet with these settings."""
+  layers, blocks = entry.get("layers", 50), entry.get("blocks") or (1, 1, 1, 1)
+  channels = round(64 * entry.get("multiplier", 1.0)) * 2 ** (len(blocks) - 1)
+  return channels * (1 if layers < 50 else 4)
 
 
 class Sounds(Part):

@@ -1,7 +1,6 @@
 """What a config of each task has: model, objectives, evaluators.
 
-A task is a function `(survey, parts, sizes, exportable) -> Task`; adding one is one function and
-one line of TASKS.
+A task is a function `(ask) -> Task`; adding one is one function and one line of TASKS.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 from mmjax.config import UserError
 from mmjax.starter.machine import Machine
+from mmjax.starter.parts import resnet_width
 from mmjax.starter.sizes import Model
 from mmjax.starter.survey import Survey
 
@@ -21,6 +21,17 @@ MUON = dict(
 FOLD = 2  # side of the squares of tokens of a picture that a language model reads as one
 SKEWED = 3  # times as many rows of the commonest class as of the rarest: then classes are weighted
 CONVERT = "See mmjax/data/README.md for how `mmjax data convert` is told"
+USUAL = "usual"  # what --hf says that names no family
+FAMILIES: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {
+  # (task, modalities by name): families of transformers that a model may be like, the usual first
+  ("retrieval", ("image", "text")): ("clip", "siglip"),
+  ("classification", ("image",)): ("vit", "resnet"),
+  ("classification", ("text",)): ("bert",),
+  ("multi-label", ("image",)): ("vit", "resnet"),
+  ("multi-label", ("text",)): ("bert",),
+  ("speech-recognition", ("audio",)): ("whisper",),
+  ("dialogue", ()): ("llama",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +39,8 @@ class Task:
   """model: the entry, its encoders as settings. label, classes, values: of data.
   text: which texts of a record are read, "caption", "question", "conversation" or "" = none;
   `pieces`: how large their vocabulary may be. batch: examples wanted. evaluator: its settings but
-  for source, split and languages. best: the metric that a checkpoint is kept by."""
+  for source, split and languages. best: the metric that a checkpoint is kept by. text_settings: of
+  data.text, beside those that are measured."""
 
   name: str
   model: dict[str, Any]
@@ -42,19 +54,21 @@ class Task:
   pieces: int = 8192
   batch: int = 64
   optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  text_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
   """What a task is made for. modalities: those that the model reads, texts among them where it
-  reads them. encoders: of the media. exportable: transformers has to know the model."""
+  reads them. encoders: of the media. family: of transformers, which has to know the model; "" =
+  none."""
 
   survey: Survey
   machine: Machine
   sizes: Model
   modalities: tuple[str, ...]
   encoders: dict[str, dict[str, Any]]
-  exportable: bool
+  family: str
 
   @property
   def media(self) -> tuple[str, ...]:
@@ -84,21 +98,27 @@ def retrieval(ask: Ask) -> Task:
     )
   hub = "text" if "text" in modalities else modalities[0]
   others = [name for name in modalities if name != hub]
-  clip = ask.exportable and set(modalities) == {"image", "text"}
   encoders = dict(ask.encoders)
   model = dict(name="dual_encoder", width=ask.sizes.width, scale_init=10.0)
   if hub == "text":
     encoders["text"] = ask.text_encoder(**dict(pooling="mean"))
-  if clip:  # as CLIP has them
-    encoders["image"].update(pooling="class", input_norm=True, patch_bias=False)
+  contrastive: dict[str, Any] = dict(kind="contrastive")
+  text_settings: dict[str, Any] = {}
+  if ask.family == "clip":
+    encoders["image"] = dict(encoders["image"], pooling="class", input_norm=True, patch_bias=False)
     encoders["text"] = ask.text_encoder(pooling="eos", causal=True)
+  elif ask.family == "siglip":
+    encoders["image"] = dict(encoders["image"], pooling="attention")
+    encoders["text"] = ask.text_encoder(pooling="final")
+    model.update(unprojected=("image",), projection_bias=True, bias=True, bias_init=-10.0)
+    contrastive["loss"], text_settings["mask_padding"] = "sigmoid", False
   pairs = {(name, hub): f"{name}_{hub}" for name in others}
   first = others[0]
   return Task(
     "retrieval",
     dict(model, encoders=encoders),
     {
-      "align" if len(pairs) == 1 else name: dict(kind="contrastive", between=pair)
+      "align" if len(pairs) == 1 else name: dict(contrastive, between=pair)
       for pair, name in pairs.items()
     },
     dict(kind="retrieval", between=(first, hub)),
@@ -106,6 +126,7 @@ def retrieval(ask: Ask) -> Task:
     text="caption" if hub == "text" else "",
     batch=128,
     optimizer=ask.quick,
+    text_settings=text_settings,
   )
 
 
@@ -171,7 +192,7 @@ def speech_recognition(ask: Ask) -> Task:
   task = _writer(ask, "speech-recognition", "transcribe", ("audio",), best="word_error_rate")
   task.objectives["transcribe"].update(label_smoothing=0.05, ctc=0.5)
   task.evaluator.update(beams=4, length_penalty=0.5)
-  if ask.exportable:  # as Whisper has them
+  if ask.family:  # as Whisper has them
     blocks = dict(activation="gelu", eps=1e-5)
     task.model["encoders"]["audio"].update(
       strides=(1, 2), normalisation="whisper", mask_padding=False, **blocks
@@ -226,7 +247,7 @@ def _classifier(ask: Ask, name: str, label: str, classes: int, best: str) -> Tas
     kind = "cross_attention" if label == "answer" else "concat"
     depth = dict(depth=2, heads=ask.sizes.heads) if label == "answer" else {}
     model["fusion"] = dict(kind=kind, **depth)
-  if ask.exportable:
+  if ask.family:
     model, encoders = _exportable_classifier(ask, classes, encoders)
   skewed = label in ("label", "labels") and ask.survey.skew > SKEWED
   weights = dict(class_weights="balanced") if skewed else {}
@@ -247,17 +268,17 @@ def _classifier(ask: Ask, name: str, label: str, classes: int, best: str) -> Tas
 def _exportable_classifier(
   ask: Ask, classes: int, encoders: dict[str, dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-  """(model, encoders) in the shape of a family of transformers: ViT or BERT."""
+  """(model, encoders) in the shape of a family of transformers: ViT, ResNet or BERT."""
   model = dict(name="encoder", width=ask.sizes.width, classes=classes)
-  if ask.modalities == ("image",):
-    return model, dict(image=dict(encoders["image"], pooling="class"))
-  if ask.modalities == ("text",):
+  if ask.family == "bert":
     text = dict(kind="bert", depth=ask.sizes.text, heads=ask.sizes.heads, pooling="pooler")
     return model, dict(text=text)
-  raise UserError(
-    "--hf: transformers has classifiers of pictures or of texts alone, not of "
-    f"{' and '.join(ask.modalities)}. Choose one with --modality, or leave --hf out"
-  )
+  image = dict(encoders["image"])
+  if image["kind"] == "resnet":
+    model["width"] = resnet_width(image)
+  else:
+    image["pooling"] = "class"
+  return model, dict(image=image)
 
 
 def _writer(ask: Ask, name: str, objective: str, source: tuple[str, ...], best: str) -> Task:
@@ -282,6 +303,27 @@ def _writer(ask: Ask, name: str, objective: str, source: tuple[str, ...], best: 
     best=best,
     text="caption",
     optimizer=ask.quick,
+  )
+
+
+def family(task: str, modalities: tuple[str, ...], wanted: str) -> str:
+  """The family of transformers that a model of this task is made like. wanted: USUAL, or its
+  name.
+
+  Raises UserError: there is none, or none of that name, which `mmjax export --to hf` writes.
+  """
+  there = FAMILIES.get((task, tuple(sorted(modalities))), ())
+  if wanted in there or (wanted == USUAL and there):
+    return there[0] if wanted == USUAL else wanted
+  which = f"{task} of {' and '.join(modalities) or 'nothing'}"
+  if there:
+    raise UserError(f"--hf {wanted}: for {which} there are {', '.join(there)}")
+  known = "; ".join(
+    f"{name} of {' and '.join(read)} ({', '.join(some)})" for (name, read), some in FAMILIES.items()
+  )
+  raise UserError(
+    f"--hf: transformers has no model for {which} that mmjax writes. There are: {known}. Choose "
+    "another --modality, or leave --hf out"
   )
 
 

@@ -82,6 +82,9 @@ def write(
   elif lowercase(made, begin):
     draft.set("data.text.lowercase", True)
     draft.set("data.text.drop_words", 0.1)
+  if not (begin and theirs):
+    for key, value in made.text_settings.items():
+      draft.set(f"data.text.{key}", value)
   if made.text == "question" and found.questions > 1:
     draft.set("data.text.per_example", min(4, found.questions), "questions about each encoded once")
 

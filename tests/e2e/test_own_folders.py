@@ -32,7 +32,7 @@ Rows = list[dict[str, str]]  # of predictions.csv
 
 class Road(NamedTuple):
   """folder: a function of own_folders; count: its records; least: of `metric` on the test split.
-  hf: the model shall be one of transformers. convert: more options.
+  hf: the family of transformers that the model shall be like. convert: more options.
   """
 
   folder: str
@@ -41,7 +41,7 @@ class Road(NamedTuple):
   metric: str
   least: float
   convert: tuple[str, ...] = ()
-  hf: bool = False
+  hf: str = ""
 
 
 ROADS = {
@@ -54,10 +54,14 @@ ROADS = {
     "series_with_values", "regression", 240, "r2", 0.5, ("--value", "cycles")
   ),
   "several media": Road("several_media", "classification", 360, "accuracy", 0.8),
-  "a ViT": Road("pictures_with_labels", "classification", 240, "accuracy", 0.6, hf=True),
-  "a CLIP": Road("pictures_with_captions", "retrieval", 360, "image_to_text/R@5", 0.5, hf=True),
-  "a BERT": Road("texts_with_labels", "classification", 300, "accuracy", 0.8, hf=True),
-  "a Whisper": Road("speech", "speech-recognition", 320, "exact", 0.5, hf=True),
+  "a ViT": Road("pictures_with_labels", "classification", 240, "accuracy", 0.6, hf="vit"),
+  "a ResNet": Road("pictures_with_labels", "classification", 240, "accuracy", 0.6, hf="resnet"),
+  "a CLIP": Road("pictures_with_captions", "retrieval", 360, "image_to_text/R@1", 0.5, hf="clip"),
+  "a SigLIP": Road(
+    "pictures_with_captions", "retrieval", 360, "image_to_text/R@1", 0.5, hf="siglip"
+  ),
+  "a BERT": Road("texts_with_labels", "classification", 300, "accuracy", 0.8, hf="bert"),
+  "a Whisper": Road("speech", "speech-recognition", 320, "exact", 0.5, hf="whisper"),
 }
 
 
@@ -73,11 +77,11 @@ def travel(road: Road, steps: str = "") -> dict[str, float]:
   used = ["predict", "--checkpoint", "run", shown, "--out", "predictions.csv"]
   if road.task == "retrieval":
     used = ["embed", "--checkpoint", "run", "--images", "mine", "--out", "found.npz"]
-  to = "hf" if road.hf else "safetensors"
+  to, chosen = ("hf", ["--hf", road.hf]) if road.hf else ("safetensors", [])
   lines: tuple[Sequence[str], ...] = (
     ["data", "convert", "folder", "mine", "--name", "mine", *road.convert, *shares],
     ["data", "show", "mine", "--out", "mine.html"],
-    ["init", road.task, "--source", "mine", "--out", "mine.py", *(["--hf"] if road.hf else [])],
+    ["init", road.task, "--source", "mine", "--out", "mine.py", *chosen],
     ["train", "--config", "mine.py", "--workdir", "run", *settings],
     ["eval", "--checkpoint", "run"],
     used,
@@ -125,9 +129,9 @@ def read_again(rows: Rows) -> None:
         assert row[name] == value
 
 
-def read_by_vit(rows: Rows) -> None:
-  """Labels by their names, as surely."""
-  processor = transformers.AutoImageProcessor.from_pretrained("exported")
+def read_by_classifier(rows: Rows) -> None:
+  """Labels of pictures by their names, as surely."""
+  processor = transformers.AutoProcessor.from_pretrained("exported")
   model = transformers.AutoModelForImageClassification.from_pretrained("exported").eval()
   pictures = [Image.open(path_of(row)).convert("RGB") for row in rows]
   with torch.no_grad():
@@ -168,14 +172,14 @@ def read_by_whisper(rows: Rows) -> None:
   assert np.mean([row["text"] == text for row, text in zip(rows, texts, strict=True)]) > 0.95
 
 
-def read_by_clip() -> None:
+def read_by_finder() -> None:
   """Pictures and captions are as near to each other."""
   processor = transformers.AutoProcessor.from_pretrained("exported")
   model = transformers.AutoModel.from_pretrained("exported").eval()
   found = np.load("found.npz")
   texts = [f"a {colour} {shape}" for colour in own_folders.COLOURS for shape in own_folders.SHAPES]
   pictures = [Image.open(f"mine/{name}").convert("RGB") for name in found["image_ids"]]
-  inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+  inputs = processor(text=texts, images=pictures, padding="max_length", return_tensors="pt")
   with torch.no_grad():
     there = model(**inputs)
   here = mmjax.load("run").encode_text(texts)
@@ -200,9 +204,10 @@ def test_every_kind_of_folder_ends_in_a_prediction(name, place):
   print(name, road.metric, scores[road.metric])
   assert scores[road.metric] >= road.least > scores.get("majority", 0)
   if road.task == "retrieval":
-    return read_by_clip()
+    return read_by_finder()
   rows = predictions(road.count)
   said = {"regression": "cycles", "classification": "label"}.get(road.task, "text")
   assert len({row[said] for row in rows}) > 1
-  readers = {"a ViT": read_by_vit, "a BERT": read_by_bert, "a Whisper": read_by_whisper}
+  readers = {"a BERT": read_by_bert, "a Whisper": read_by_whisper}
+  readers.update(dict.fromkeys(("a ViT", "a ResNet"), read_by_classifier))
   readers.get(name, read_again)(rows)

@@ -205,6 +205,19 @@ def test_the_nearest_to_a_classifier_of_several_heads_is_named():
     check_export(configs.resolve(c), {})
 
 
+@pytest.mark.parametrize(
+  "changes, why",
+  [
+    ({"data.values": 2}, r"ViTModel, but for data\.values = 2 .needs 0"),
+    ({"model.ordinal": True}, r"ViTModel, but for model\.ordinal = True"),
+  ],
+)
+def test_heads_that_transformers_lacks_are_told_before_training(changes, why):
+  config = configs.resolve(classifier("vit"), [f"{key}={value}" for key, value in changes.items()])
+  with pytest.raises(configs.UserError, match=why):
+    check_export(config, {})
+
+
 def test_the_nearest_to_a_language_model_reads_what_it_reads():
   """Not a model of sounds for one of pictures, though that says no more than that."""
   with pytest.raises(configs.UserError, match="nearest is Idefics3.*image.stem = 'convolution'"):

@@ -108,10 +108,18 @@ CASES = {
   "dialogues about pictures": dict(task="dialogue", source="talks"),
   "dialogues": dict(task="dialogue", source="written"),
   "on a slice": dict(task="retrieval", modalities=("image", "text"), machine=TPU),
-  "clip": dict(task="retrieval", modalities=("image", "text"), hf=True),
-  "vit": dict(task="classification", modalities=("image",), hf=True),
-  "bert": dict(task="classification", modalities=("text",), hf=True),
-  "whisper": dict(task="speech-recognition", hf=True),
+  "clip": dict(task="retrieval", modalities=("image", "text"), hf="usual"),
+  "vit": dict(task="classification", modalities=("image",), hf="usual"),
+  "bert": dict(task="classification", modalities=("text",), hf="usual"),
+  "siglip": dict(task="retrieval", modalities=("image", "text"), hf="siglip"),
+  "resnet": dict(task="classification", modalities=("image",), hf="resnet"),
+  "several labels of a resnet": dict(task="multi-label", source="many", hf="resnet"),
+  "siglip on a slice": dict(
+    task="retrieval", modalities=("image", "text"), hf="siglip", machine=TPU
+  ),
+  "resnet on a slice": dict(task="classification", modalities=("image",), hf="resnet", machine=TPU),
+  "llama": dict(task="dialogue", source="written", hf="llama"),
+  "whisper": dict(task="speech-recognition", hf="usual"),
 }
 
 
@@ -192,7 +200,13 @@ def test_a_data_set_of_one_split_is_warned_of(data, tmp_path, capsys):
     ("question-answering", dict(source="many"), "no questions with answers"),
     ("dialogue", dict(source="many"), "has no conversations"),
     ("retrieval", dict(languages=("en",)), "--languages en.*has fr, de"),
-    ("classification", dict(hf=True, modalities=("image", "series")), "--hf.*pictures or of texts"),
+    (
+      "classification",
+      dict(hf="usual", modalities=("image", "series")),
+      "--hf.*no model for classif",
+    ),
+    ("classification", dict(hf="bert", modalities=("image",)), "--hf bert: .* are vit, resnet"),
+    ("regression", dict(hf="usual", modalities=("image",)), "--hf.*no model for regression"),
     ("retrieval", dict(tokenizer="nothing"), "no tokenizer 'nothing'"),
   ],
 )

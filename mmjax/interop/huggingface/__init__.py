@@ -381,9 +381,11 @@ def _expressed_by(config: Mapping[str, Any]) -> ModuleType:
   candidates: Sequence[str] = ()
   other: list[tuple[str, Any, tuple]] = []  # what is wrong whatever the family
   if name == "multitask" and len(kinds) == 1 and not config["model"].get("decoder"):
-    other = [("model.name", name, ("encoder",)), ("data.values", config["data"]["values"], (0,))]
+    other = [("model.name", name, ("encoder",))]
     name, config = "encoder", _as_encoder(config)
   if name == "encoder":
+    other.append(("data.values", config["data"]["values"], (0,)))
+    other.append(("model.ordinal", config["model"]["ordinal"], (False,)))
     candidates = [family for kind in kinds.values() for family in ALONE.get(kind, ())]
   if name == "dual_encoder" and kinds == {"image": "vit", "text": "transformer"}:
     candidates = DUAL
