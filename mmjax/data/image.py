@@ -6,9 +6,11 @@ bytes say, whatever its ending: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC (
 pillow-heif). It becomes 8-bit RGB:
 
   orientation     as EXIF, TIFF and HEIF say, so that the picture stands upright
-  transparency    composited on white: alpha channels, transparent colours of palettes and of RGB
+  transparency    composited on white: alpha channels, transparent colours of palettes, grey and
+                  RGB; the alpha of a BMP counts where one pixel has any
   16 and 12 bits  scaled to 8 (v * 255 / 65535, rounded for grey, cut for RGB, as Pillow does); 32
-                  bits, floats and values with signs have no agreed white and are refused
+                  bits, floats and values with signs have no agreed white and are refused; so are
+                  uncompressed TIFFs of 16 bits in separate planes, which Pillow mixes up
   grey, CMYK      as Pillow converts them, colour profiles ignored
   several frames  the first frame of an animation, the first page of a TIFF
   bytes after it  ignored (a phone's video behind a JPEG)
@@ -53,6 +55,10 @@ _MAGIC = (
   (b"MM\0*", "TIFF"),
   (b"II+\0", "TIFF"),
   (b"MM\0+", "TIFF"),
+)
+_NO_WHITE = (
+  "a picture of 32 bits a channel or with signs ({}): which value is white? Save it with 8 or 16 "
+  "bits"
 )
 _AVIF = (b"avif", b"avis")  # brands of an ISO file
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -275,7 +281,8 @@ def _header(data: bytes) -> tuple[str, int, int]:
   except Unreadable:
     raise
   except Exception as error:  # a decoder may raise anything on bytes from anywhere
-    raise Unreadable(f"broken or cut {kind} header{_detail(error)}") from error
+    unknown = " or kind of TIFF that Pillow does not read" if kind == "TIFF" else ""
+    raise Unreadable(f"broken or cut {kind} header{unknown}{_detail(error)}") from error
   if height * width > MAX_PIXELS:
     raise Unreadable(
       f"{kind} of {width} x {height} = {height * width / 1e6:.0f} megapixels; "
@@ -315,12 +322,24 @@ def _open(data: bytes, kind: str) -> Image.Image:
   if kind == "AVIF":
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
   picture = Image.open(io.BytesIO(data), formats=[kind])
-  if (
-    isinstance(picture, TiffImagePlugin.TiffImageFile)
-    and picture.tag_v2.get(322, 0) * picture.tag_v2.get(323, 0) > MAX_PIXELS  # of a tile
-  ):
-    raise Unreadable(f"TIFF whose tiles have more than {MAX_PIXELS // 10**6} megapixels")
+  if isinstance(picture, TiffImagePlugin.TiffImageFile):
+    _check_tiff(picture)
   return picture
+
+
+def _check_tiff(picture: TiffImagePlugin.TiffImageFile) -> None:
+  """Raises Unreadable: huge tiles, and what Pillow opens but decodes to wrong values."""
+  tags = picture.tag_v2
+  if tags.get(322, 0) * tags.get(323, 0) > MAX_PIXELS:  # of a tile
+    raise Unreadable(f"TIFF whose tiles have more than {MAX_PIXELS // 10**6} megapixels")
+  if {2, 3} & set(tags.get(339, ())):  # the format of samples: integers with signs, floats
+    raise Unreadable(_NO_WHITE.format("TIFF"))
+  planes, raw = tags.get(284, 1) == 2, tags.get(259, 1) == 1
+  if planes and raw and max(tags.get(258, (1,))) > 8:
+    raise Unreadable(
+      "an uncompressed TIFF of 16 bits in separate planes, which Pillow mixes up. Save it "
+      "compressed, or with the channels of a pixel together"
+    )
 
 
 def _png_end(data: bytes) -> int:
@@ -376,6 +395,8 @@ def _decode_pillow(data: bytes, kind: str) -> tuple[np.ndarray, int]:
     image = _open(data, kind)
     image.load()
     orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    if kind == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getextrema()[1]:
+      image = image.convert("RGB")
     return to_rgb(image), orientation
   except Unreadable:
     raise
@@ -394,12 +415,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     grey = np.asarray(image).astype(np.uint32)
     if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF whose 0 is white
       grey = white - np.minimum(grey, white)
+    if "transparency" in image.info:  # of a PNG: one value
+      grey = np.where(grey == image.info["transparency"], white, grey)
     return np.repeat(((grey * 255 + white // 2) // white).astype(np.uint8)[..., None], 3, axis=2)
   if image.mode in ("I", "F"):
-    raise Unreadable(
-      f"a picture of 32 bits a channel or with signs ({image.mode}): which value is white? Save "
-      "it with 8 or 16 bits"
-    )
+    raise Unreadable(_NO_WHITE.format(image.mode))
   if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     white = Image.new("RGB", image.size, "white")

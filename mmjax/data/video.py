@@ -239,8 +239,8 @@ def _measure(data: bytes) -> _Measure:
     times, last = np.array([pts for pts, _ in packets]), packets[-1][1]
     if stream.duration:
       last = max(last, (stream.start_time or 0) + stream.duration - times[-1])
-    elif container.duration and len(container.streams) == 1:  # in microseconds
-      last = max(last, float(container.duration / (1_000_000 * tick)) + times[0] - times[-1])
+    elif container.duration and len(container.streams) == 1:  # microseconds, from 0 to the end
+      last = max(last, float(container.duration / (1_000_000 * tick)) - times[-1])
     shown, length = shown_frames(times, last)
     return _Measure(len(packets), height, width, shown, float(length * tick))
 

@@ -131,7 +131,39 @@ def test_sixteen_bit_colours_are_scaled_and_their_alpha_is_on_white():
     assert np.abs(image.decode(clear) - (DEEP / 257.0 * alpha + 255 * (1 - alpha))).max() < 2
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32, np.int16])
+def test_the_transparent_value_of_a_grey_png_of_sixteen_bits_is_white():
+  grey = DEEP[..., 0]
+  clear = int(grey[0, 0])
+  data = encode(Image.fromarray(grey), "PNG", transparency=clear)
+  expected = np.where(grey == clear, 65535, grey) / 257.0
+  assert (grey != clear).any() and expected[0, 0] == 255
+  assert np.abs(image.decode(data)[..., 0] - expected).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_separate_planes_of_a_tiff_are_read_right_or_refused(bits, compression):
+  pixels = DEEP if bits == 16 else (DEEP >> 8).astype(np.uint8)
+  planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+  data = tiff(planes, photometric="rgb", planarconfig="separate", compression=compression)
+  if bits == 16 and compression is None:  # Pillow takes the two bytes of a value for two values
+    with pytest.raises(image.Unreadable, match="separate planes"):
+      image.decode(data)
+  else:
+    assert np.abs(image.decode(data) - pixels / (257.0 if bits == 16 else 1)).max() < 1
+
+
+@pytest.mark.parametrize("alpha", [0, 128])
+def test_a_bmp_whose_alpha_is_zero_everywhere_does_not_use_it(alpha):
+  picture = SMALL.convert("RGBA")
+  picture.putalpha(alpha)
+  data = cv2.imencode(".bmp", np.asarray(picture)[..., [2, 1, 0, 3]])[1].tobytes()
+  assert Image.open(io.BytesIO(data)).mode == "RGBA"
+  expected = np.asarray(SMALL) if not alpha else reference(data)
+  assert difference(image.decode(data), expected) < 0.5
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.int16, np.int8])
 def test_a_picture_without_an_agreed_white_is_refused(kind):
   with pytest.raises(image.Unreadable, match="which value is white"):
     image.decode(tiff(DEEP[..., 0].astype(kind)))

@@ -143,6 +143,19 @@ def test_a_clip_of_variable_rate_is_sampled_by_time(container, codec, pixels):
   assert np.mean([sum(n < 10 for n in d) for d in drawn]) < 1  # by number it would be two of four
 
 
+@pytest.mark.parametrize(
+  "container, codec, pixels",
+  (("matroska", "ffv1", "bgr0"), ("mp4", "libx264rgb", "rgb24"), ("webm", "libvpx", "yuv420p")),
+)
+def test_a_clip_whose_clock_does_not_begin_at_zero_is_sampled_as_one_that_does(
+  container, codec, pixels
+):
+  late = timed([time + 5000 for time in SLOWER], 900, container, codec, pixels)
+  assert seconds_of(late) == pytest.approx(10.0, abs=0.01)
+  seen = numbers(transform()(late)[0])
+  assert seen == numbers(transform()(timed(SLOWER, 900, container, codec, pixels))[0])
+
+
 def test_a_frame_that_stays_is_repeated_and_a_jittering_clock_is_not_a_variable_rate():
   slides = timed([0, 1000, 2000, 3000, 27_000], 3000)
   assert numbers(transform(frames=6)(slides)[0]) == [2, 3, 3, 3, 3, 4]
