@@ -4,9 +4,10 @@ augmentation. NumPy, no JAX.
 `AudioTransform(config.data.audio, train)` is what the pipeline calls. Files are what libsndfile
 opens (WAV, FLAC, OGG, MP3, AIFF, ...), else the first sound track of what FFmpeg opens (M4A, AAC,
 WMA, a video), of any sample rate, depth and number of channels; channels are averaged. A WAV whose
-header was never filled in and an MP3 behind zeros are read. A file that is shorter than it says is
-`Unreadable` (see container.py). What is longer than `seconds` keeps its beginning. Augmentation, in
-this order, each with a draw of its own, so that switching one on leaves the others as they were:
+header was never filled in, an MP3 behind zeros and MP3s that were joined are read. A file that is
+shorter than it says is `Unreadable` (see container.py). What is longer than `seconds` keeps its
+beginning. Augmentation, in this order, each with a draw of its own, so that switching one on leaves
+the others as they were:
 
   1. speed   played faster by a factor from the range, pitch and all (Ko et al. 2015, Interspeech)
   2. shift   begins up to this many seconds later, after silence
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 import av
@@ -34,7 +36,14 @@ _BLOCK = 1 << 18
 _GUESSED = ("MP3",)  # formats whose headers do not say how long a file is
 _STREAMED_FRAMES = 1 << 31  # what a header says that was written before the end was known
 _MAX_RATE = 1_000_000
-_MP3_LENGTH = (b"Xing", b"Info", b"VBRI")  # in the first frame: then an MP3 says how long it is
+_MP3_LENGTH = re.compile(  # in the first frame: then an MP3 says how long it is
+  rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]..(?:.{9}|.{17}|.{32})(Xing|Info|VBRI)", re.DOTALL
+)
+_ENDLESS = b"\x7f\xff\xff\xff"  # frames
+
+
+class _Guessed(Exception):
+  """libsndfile stopped where it guessed that an MP3 without its length ends."""
 
 
 class AudioTransform:
@@ -80,7 +89,7 @@ def read_audio(data: bytes) -> tuple[np.ndarray, int]:
   check_whole(data)
   try:
     x, found = _by_libsndfile(data)
-  except soundfile.LibsndfileError as error:  # not a format that it knows
+  except (soundfile.LibsndfileError, _Guessed) as error:  # not a format that it knows
     try:
       x, found = _by_ffmpeg(data)
     except (av.error.FFmpegError, ValueError, IndexError, MemoryError) as other:
@@ -109,16 +118,34 @@ def audio_length(data: bytes) -> tuple[int, int]:
 
 
 def _start(data: bytes) -> bytes:
-  """The bytes of a file as libsndfile reads them: a streamed WAV with its size, without zeros in
-  front.
+  """The bytes of a file as libsndfile reads them: a streamed WAV with its size, an MP3 without
+  zeros in front, joined ones as one.
   """
   if data[:4] == b"RIFF":
     return _with_size(data)
-  return data.lstrip(b"\0") if data[:1] == b"\0" and not is_iso(data) else data
+  if data[:1] == b"\0" and not is_iso(data):
+    data = data.lstrip(b"\0")
+  if data[:3] == b"ID3" or data[:1] == b"\xff":
+    return _as_one(data)
+  return data
+
+
+def _as_one(data: bytes) -> bytes:
+  """MP3 files that were joined: the first one's length, which would be taken for that of all, is
+  set to no end.
+  """
+  found = _MP3_LENGTH.finditer(data)
+  first, second = next(found, None), next(found, None)
+  if first is None or second is None or first[1] == b"VBRI":
+    return data
+  at, size = first.end(), (len(data) - first.start()).to_bytes(4, "big")
+  if data[at + 3] & 3 == 3:  # frames and bytes
+    return data[: at + 4] + _ENDLESS + size + data[at + 12 :]
+  return data[: at + 4] + _ENDLESS + data[at + 8 :] if data[at + 3] & 1 else data
 
 
 def _by_libsndfile(data: bytes) -> tuple[np.ndarray, int]:
-  """As `read_audio`, by libsndfile. Raises LibsndfileError: it does not open the file;
+  """As `read_audio`, by libsndfile. Raises LibsndfileError: it does not open the file; _Guessed;
   Unreadable.
   """
   data = _start(data)
@@ -129,11 +156,13 @@ def _by_libsndfile(data: bytes) -> tuple[np.ndarray, int]:
       x = _joined(
         (block.mean(1) if channels > 1 else block[:, 0] for block in _blocks(file)), found, channels
       )
-      announced = (
-        file.frames
-        if file.format != "MP3" or any(mark in data[:8192] for mark in _MP3_LENGTH)
-        else 0
-      )
+      announced = file.frames
+      if file.format == "MP3" and not _MP3_LENGTH.search(data):
+        if len(x) >= announced:
+          raise _Guessed("an MP3 without its length")
+        announced = 0
+      if announced >= _STREAMED_FRAMES:
+        announced = 0
   except (
     soundfile.SoundFileError,
     RuntimeError,

@@ -16,6 +16,7 @@ from mmjax.data.audio import AudioTransform, decode_audio
 from mmjax.data.image import Unreadable
 
 RATE = 16_000
+RNG = np.random.default_rng(0)
 OFF = dict(speed=(1.0, 1.0), noise=0.0, shift=0.0, gain=(1.0, 1.0))
 
 
@@ -188,6 +189,46 @@ def test_a_wav_whose_header_was_never_filled_in_is_read(riff, size):
 def test_an_mp3_behind_zeros_is_the_mp3(zeros):
   data = encode(tone(2.0), kind="MP3")
   np.testing.assert_array_equal(decode_audio(b"\0" * zeros + data, RATE), decode_audio(data, RATE))
+
+
+def tagged(data):
+  """Behind an ID3 tag of 20,000 bytes, as one with a picture of its album."""
+  return b"ID3\4\0\0\0\1\x1c\x20" + b"\1" * 20_000 + data
+
+
+@pytest.mark.parametrize("between", (b"", b"TAG" + b"\0" * 125, tagged(b"")))
+def test_mp3s_that_were_joined_are_read_to_the_last(between):
+  x = chirp(2.0)
+  data = encode(x, kind="MP3")
+  got = decode_audio(data + between + data + between + data, RATE)
+  assert (
+    0 <= len(got) - 3 * len(x) <= 3 * 2304
+  )  # what encoders add, a frame in front and at the end
+  np.testing.assert_allclose(got[: len(x) - 999], decode_audio(data, RATE)[:-999], atol=2e-3)
+  last = np.correlate(got[-len(x) - 2304 :], x[2000:-2000], "valid").argmax()
+  end = got[-len(x) - 2304 :][last:][: len(x) - 4000]
+  assert np.corrcoef(end, x[2000:-2000])[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("bitrate", ("CONSTANT", "VARIABLE"))
+def test_an_mp3_that_does_not_say_how_long_it_is_is_read_to_its_end(bitrate):
+  x = np.concatenate([np.zeros(2 * RATE, np.float32), 0.4 * RNG.standard_normal(4 * RATE)])
+  out = io.BytesIO()
+  soundfile.write(out, x.astype(np.float32), RATE, format="MP3", bitrate_mode=bitrate)
+  whole = out.getvalue()
+  data = whole.replace(b"Xing", b"\0" * 4).replace(b"Info", b"\0" * 4)
+  assert data != whole
+  got = decode_audio(data, RATE)
+  assert 0 <= len(got) - len(x) <= 3 * 1152 and abs(len(decode_audio(whole, RATE)) - len(x)) < 2
+  assert np.square(got[-RATE:]).mean() > 0.5 * np.square(x[-RATE:]).mean()
+  assert audio.audio_length(data) == (len(got), RATE)
+
+
+def test_the_length_of_an_mp3_is_found_behind_its_album():
+  data = encode(np.concatenate([chirp()] * 9), kind="MP3")
+  np.testing.assert_array_equal(decode_audio(tagged(data), RATE), decode_audio(data, RATE))
+  with pytest.raises(Unreadable, match="cut within its data"):
+    decode_audio(tagged(data[: len(data) * 3 // 4]), RATE)
 
 
 def test_a_sound_cut_within_its_data_is_refused_where_its_header_tells():
