@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from mmjax.data.workers import cores
 from mmjax.ranges import (
   Count,
   Examples,
@@ -19,6 +20,7 @@ from mmjax.ranges import (
   Seed,
   Size,
   Vocabulary,
+  Workers,
 )
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -395,7 +397,7 @@ def _add_data(commands: Any) -> None:
     help="of texts that are not UTF-8 and have no byte order mark, e.g. cp1252",
   )
   sub.add_argument(
-    "--workers", type=_number(Few), default=os.cpu_count() or 1, metavar="N", help="processes"
+    "--workers", type=_number(Workers), default=cores(), metavar="N", help="processes"
   )
   sub.add_argument("--json", action="store_true", help="print the summary as JSON")
   _data_dir(sub)

@@ -191,7 +191,13 @@ KEYS = (
     "sources have, sorted.",
   ),
   Key("data.values", 0, Count, "Values of a record that a regression predicts; 0 = none."),
-  Key("data.workers", 0, Processes, "Data processes a host; 0 = threads of the main process."),
+  Key(
+    "data.workers",
+    0,
+    Processes,
+    "Data processes a host; 0 = threads of the main process. No more than four for each of its "
+    "cores are started, or eight.",
+  ),
   Key("data.threads", 2, Threads, "Reading threads a data process."),
   Key("data.prefetch", 4, Few, "Batches prepared ahead."),
   Key(

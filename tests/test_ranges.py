@@ -155,6 +155,8 @@ def test_a_setting_of_a_kind_outside_its_range_is_refused_by_name():
     ("log.every=-3", "log.every is -3"),
     ("evaluation.every=-1", "evaluation.every is -1, but must be at least 0"),
     ("data.workers=-1", "data.workers is -1"),
+    ("data.workers=1000", "data.workers is 1000, but must be at least 0 and at most 256"),
+    ("data.threads=1000", "data.threads is 1000, but must be at least 1 and at most 256"),
     ("train.max_skipped=-1", "train.max_skipped is -1"),
     ("objectives.align.weight=-1", "objectives.align.weight is -1.0"),
     ("data.sources.emoji.weight=-1", "data.sources.emoji.weight is -1.0"),

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data import fitting
+from mmjax.data import fitting, workers
 from mmjax.data.builders import Record
 from mmjax.data.examples import (
   MODALITIES,
@@ -244,20 +244,21 @@ class Pipeline:
       num_threads=max(1, data.threads), prefetch_buffer_size=max(1, data.prefetch)
     )
     batches = grain.MapDataset.range(start, stop).map(_Make(self)).to_iter_dataset(options)
-    if data.workers > 0:
+    processes = workers.at_most(data.workers, "data.workers")
+    if processes:
       _parse_flags()
       batches = grain.experimental.WithOptionsIterDataset(
         batches, grain.experimental.DatasetOptions(min_shm_size=1 << 16)
       )
-      each = -(-max(1, data.prefetch) // data.workers)
+      each = -(-max(1, data.prefetch) // processes)
       batches = batches.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=each),
+        grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=each),
         _start_worker,
       )
     iterator = iter(batches)
     try:
       for step in range(start, stop):
-        batch = self._report(_own(next(iterator)) if data.workers else next(iterator))
+        batch = self._report(_own(next(iterator)) if processes else next(iterator))
         if self.rows is None:
           self._remember(step, batch["id"])
         yield batch

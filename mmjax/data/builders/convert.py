@@ -49,6 +49,7 @@ from mmjax.data.readers import open_reader
 from mmjax.data.readers.cells import Skip, broken_text, printable
 from mmjax.data.readers.folder import SPLITS
 from mmjax.data.readers.rows import OUTSIDE, Options, Row, Where
+from mmjax.data.workers import at_most
 from mmjax.files import check_name, write_whole
 from mmjax.ownership import Owner
 
@@ -372,10 +373,9 @@ def _write_shards(
   if facts:
     log(f"going on: {len(facts)} of {len(parts)} shards are there already")
   missing = [number for number in range(len(parts)) if number not in facts]
+  processes = at_most(min(workers, len(missing)), "--workers")
   start, wrote, said = time.perf_counter(), 0, time.perf_counter()
-  for number, fact in _run(
-    reader, parts, missing, fields, split, staging, min(workers, len(missing))
-  ):
+  for number, fact in _run(reader, parts, missing, fields, split, staging, processes):
     facts[number] = fact
     wrote += len(parts[number])
     if time.perf_counter() - said > 5 or len(facts) == len(parts) > 1:
