@@ -1,4 +1,4 @@
-"""The `mmjax` command: each sub-command calls one function with its arguments (arguments.py); heavy
+"""The `mmjax` command: each sub-command calls one function with its arguments (arguments/); heavy
 imports stay inside.
 
 Exit codes: 0 done, 75 stopped early with a checkpoint saved (start again to go on), 1 failed, 2 bad
@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmjax.arguments import EXIT_FAILED, EXIT_USAGE, Failure, make_parser
+from mmjax.arguments import make_parser
+from mmjax.arguments.parser import EXIT_FAILED, EXIT_USAGE, Failure
 
 _DISK_HINTS = {
   errno.EACCES: ". Change the permissions of it and of the folders above it, or name another",
