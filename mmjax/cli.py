@@ -298,9 +298,9 @@ def _shown_config(options):
 
 
 def _data_tokenizer(options) -> None:
-  from mmjax.data import text
+  from mmjax.data import tokenizer_training
 
-  text.train_tokenizer_from_source(
+  tokenizer_training.train_tokenizer_from_source(
     options.source,
     split=options.split,
     languages=_words(options.languages),

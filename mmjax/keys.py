@@ -898,7 +898,7 @@ ENTRIES = {
   "evaluation.evaluators.*": ("evaluator", "kind"),
 }
 # (data) -> {role: id, -1 = none}: the special tokens of a config's tokenizer.
-TOKENIZER = "mmjax.data.text:special_tokens"
+TOKENIZER = "mmjax.data.tokenizers:special_tokens"
 COLLECTIONS = (
   "data.sources",
   "objectives",

@@ -24,7 +24,7 @@ from mmjax.data.builders.convert import convert
 from mmjax.data.examples import CutMedia
 from mmjax.data.sources import open_source
 from mmjax.data.tars import TarSource
-from mmjax.data.text import train_tokenizer_from_source
+from mmjax.data.tokenizer_training import train_tokenizer_from_source
 from mmjax.evaluation import Result
 from mmjax.evaluation.report import write_report
 from mmjax.printing import in_html, printable

@@ -12,7 +12,9 @@ import tokenizers
 from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
-from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer, train_tokenizer
+from mmjax.data.text import TextTransform
+from mmjax.data.tokenizer_training import train_tokenizer
+from mmjax.data.tokenizers import Tokenizer, load_tokenizer
 from mmjax.describe import describe
 from mmjax.evaluation import Evaluation
 from mmjax.models import make_model

@@ -17,7 +17,7 @@ from mmjax.data.examples import modalities_of
 from mmjax.data.folders import data_dir
 from mmjax.data.measure import Measured, measure
 from mmjax.data.sources import open_source
-from mmjax.data.text import load_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 
 SAMPLE = 20_000  # rows of a source that a start of training measures at most
 

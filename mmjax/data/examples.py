@@ -22,14 +22,8 @@ from mmjax.data.rollouts import sampling
 from mmjax.data.row_arrays import blank, fill, fill_prompt, sequence_spec
 from mmjax.data.sequences import Piece, Sequences
 from mmjax.data.sources import Source
-from mmjax.data.text import (
-  TextTransform,
-  Tokenizer,
-  check_texts,
-  drop_words,
-  load_tokenizer,
-  split_key,
-)
+from mmjax.data.text import TextTransform, drop_words, split_key
+from mmjax.data.tokenizers import Tokenizer, check_texts, load_tokenizer
 from mmjax.printing import printable
 
 Batch = dict[str, Any]

@@ -28,7 +28,8 @@ from mmjax.config import UserError
 from mmjax.data.folders import data_dir as default_data_dir
 from mmjax.data.image import Unreadable, picture_size
 from mmjax.data.sources import Source, open_source
-from mmjax.data.text import Tokenizer, prepared
+from mmjax.data.text import prepared
+from mmjax.data.tokenizers import Tokenizer
 
 _FORM = 1  # of the kept files: another number measures anew
 _CHUNK = 128  # records that a thread measures at once

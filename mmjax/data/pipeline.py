@@ -58,7 +58,8 @@ from mmjax.data.rollouts import Asked, rollout_spec, sampling
 from mmjax.data.sequences import Piece
 from mmjax.data.sources import Joined, Source, label_numbers, open_source
 from mmjax.data.templates import ChatTemplate
-from mmjax.data.text import Tokenizer, text_key
+from mmjax.data.text import text_key
+from mmjax.data.tokenizers import Tokenizer
 
 
 def batch_spec(config, batch_size: int | None = None, source: str = "") -> dict[str, Any]:

@@ -40,8 +40,8 @@ from mmjax.data.preferences import talks_of
 from mmjax.data.rollouts import Asked, answered, asked_of, sampling
 from mmjax.data.sources import Source
 from mmjax.data.templates import ChatTemplate
-from mmjax.data.text import Tokenizer, check_texts
 from mmjax.data.tiles import most_joined_tokens
+from mmjax.data.tokenizers import Tokenizer, check_texts
 
 
 class Piece(NamedTuple):

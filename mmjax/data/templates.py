@@ -19,7 +19,7 @@ from mmjax.data.parts import MEDIA, Medium, Span
 from mmjax.data.readers.cells import printable
 from mmjax.data.sandbox import Sandbox
 from mmjax.data.template_families import FAMILIES
-from mmjax.data.text import Tokenizer, check_texts
+from mmjax.data.tokenizers import Tokenizer, check_texts
 
 ROLES = ("system", "user", "assistant", "tool")
 ASSET = "conversation.jinja"  # the template of a run, in its checkpoints

@@ -29,7 +29,7 @@ from mmjax.config import UserError
 from mmjax.data.examples import modalities_of
 from mmjax.data.pipeline import EvaluationData
 from mmjax.data.sources import open_source
-from mmjax.data.text import Tokenizer, load_tokenizer
+from mmjax.data.tokenizers import Tokenizer, load_tokenizer
 from mmjax.parallel import multihost
 
 # (variables, method of the model, its arguments, batch on the devices) -> rows [B, ...]

@@ -7,7 +7,8 @@ import collections
 import numpy as np
 
 from mmjax.config import UserError, load_function
-from mmjax.data.text import decode, normalise_caption
+from mmjax.data.text import normalise_caption
+from mmjax.data.tokenizers import decode
 from mmjax.evaluation import Context, Result, sample_evenly
 from mmjax.evaluation.captions import inputs_of
 from mmjax.ranges import Count, Few, Finite, FunctionName

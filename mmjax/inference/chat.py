@@ -19,7 +19,7 @@ from mmjax.config import UserError
 from mmjax.data.parts import MEDIA, Span
 from mmjax.data.placeholders import Places, is_written
 from mmjax.data.templates import ASSET, ChatTemplate
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.files import write_output
 from mmjax.inference.engine import decoding_of
 from mmjax.inference.language import Read

@@ -26,7 +26,7 @@ from mmjax.data.placeholders import (
   positions_of,
   prompted,
 )
-from mmjax.data.text import Tokenizer, check_texts, decode
+from mmjax.data.tokenizers import Tokenizer, check_texts, decode
 from mmjax.inference.engine import Decoding, go_on_from_prompts, score
 from mmjax.inference.inputs import Item, MediaInputs
 

@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 
 from mmjax.config import UserError, base
 from mmjax.data.naflex import PatchSequence, picture_of
-from mmjax.data.text import TextTransform, Tokenizer, load_tokenizer
+from mmjax.data.text import TextTransform
+from mmjax.data.tokenizers import Tokenizer, load_tokenizer
 from mmjax.inference.engine import (
   can_generate,
   decoding_of,
@@ -256,7 +257,7 @@ class Predictor:
     Raises UserError: the model writes no text or has no such encoder, an item that cannot be read,
     or timestamps of what has none.
     """
-    from mmjax.data.text import decode
+    from mmjax.data.tokenizers import decode
 
     if self.language is not None:
       decoding = decoding_of(
@@ -427,7 +428,7 @@ class Predictor:
     length_penalty: float,
   ) -> list[list[Segment]]:
     """The segments of sounds of any length, window by window, those of several sounds at once."""
-    from mmjax.data.text import decode
+    from mmjax.data.tokenizers import decode
 
     waveforms = [sound for sound in sounds if isinstance(sound, np.ndarray)]
     if len(waveforms) < len(sounds):

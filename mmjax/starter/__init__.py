@@ -13,7 +13,7 @@ from typing import Any
 from mmjax import config as configs
 from mmjax import files, printing
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.starter import origin, rows, sizes, tasks, tokens
 from mmjax.starter.machine import Machine, this_machine
 from mmjax.starter.origin import Origin

@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from mmjax import config as configs
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.kinds import kind_function, kind_settings
 from mmjax.starter.sizes import Model
 from mmjax.starter.tasks import Task

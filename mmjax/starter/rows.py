@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mmjax import config as configs
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.starter.machine import Machine
 from mmjax.starter.origin import Origin
 from mmjax.starter.parts import Part

@@ -19,7 +19,7 @@ from mmjax.data.examples import Examples
 from mmjax.data.folders import data_dir, find_version, split_sizes
 from mmjax.data.measure import Measured, measure
 from mmjax.data.sources import open_source
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 
 MOST = 20_000  # records that are measured; of more, so many evenly spaced ones
 SAMPLE = 256  # records that are read for what is not measured

@@ -11,7 +11,8 @@ from pathlib import Path
 from mmjax import files
 from mmjax.config import UserError
 from mmjax.data.sources import open_source
-from mmjax.data.text import RESERVED, SPARE, Tokenizer, open_tokenizer, train_tokenizer, turns_of
+from mmjax.data.tokenizer_training import train_tokenizer, turns_of
+from mmjax.data.tokenizers import RESERVED, SPARE, Tokenizer, open_tokenizer
 from mmjax.starter.origin import Origin
 from mmjax.starter.survey import Survey, fit
 from mmjax.starter.tasks import Task

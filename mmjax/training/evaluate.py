@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mmjax import config as configs
 from mmjax import evaluation, files, printing
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.evaluation import judge, report
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh

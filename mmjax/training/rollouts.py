@@ -18,7 +18,8 @@ from ml_collections import FrozenConfigDict
 from mmjax.config import UserError, load_function
 from mmjax.data.pipeline import Pipeline, prompt_spec
 from mmjax.data.rollouts import Asked, rollout_spec, sampling
-from mmjax.data.text import decode, load_tokenizer, normalise_caption
+from mmjax.data.text import normalise_caption
+from mmjax.data.tokenizers import decode, load_tokenizer
 from mmjax.inference.engine import Decoding, read_prompts, run_of_prompts
 from mmjax.models.stack import with_layers_apart
 from mmjax.objectives.grpo import answer_log_probs

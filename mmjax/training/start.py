@@ -24,7 +24,7 @@ from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.statistics import Statistics
 from mmjax.data.templates import ASSET
-from mmjax.data.text import Tokenizer, load_tokenizer
+from mmjax.data.tokenizers import Tokenizer, load_tokenizer
 from mmjax.evaluation import report
 from mmjax.files import disk_errors
 from mmjax.ownership import Owner

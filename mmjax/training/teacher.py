@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError
 from mmjax.data.pipeline import batch_spec
-from mmjax.data.text import load_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 from mmjax.models import make_model
 from mmjax.parallel import rules
 from mmjax.state import adapters, checkpoint

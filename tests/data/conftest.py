@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmjax import config as configs
 from mmjax.data.builders import write_dataset
-from mmjax.data.text import train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink")
 

@@ -17,7 +17,7 @@ from mmjax.data.builders import write_dataset
 from mmjax.data.image import ImageTransform
 from mmjax.data.pipeline import EvaluationData, Pipeline
 from mmjax.data.show import show_data_set
-from mmjax.data.text import load_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 from mmjax.models import make_model
 from mmjax.objectives.language_modelling import language_modelling
 from tests.data.conftest import picture, record

@@ -218,7 +218,7 @@ def test_what_was_converted_trains(tmp_path, config):
 
 
 def tokenizer(tmp_path):
-  from mmjax.data.text import train_tokenizer
+  from mmjax.data.tokenizer_training import train_tokenizer
 
   return train_tokenizer(["a red thing and more words"] * 20, tmp_path / "t.model", 360)
 

@@ -20,7 +20,7 @@ from mmjax.data.builders.convert import convert
 from mmjax.data.cuts import cut_lines, fits, measure_for
 from mmjax.data.examples import Examples, Row
 from mmjax.data.sources import open_source
-from mmjax.data.text import train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
 from tests.data.conftest import record
 from tests.data.test_audio import encode, tone
 

@@ -10,7 +10,7 @@ from mmjax.data.audio import audio_length, read_audio
 from mmjax.data.builders import write_dataset
 from mmjax.data.measure import measure
 from mmjax.data.sources import open_source
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from tests.data.conftest import record
 from tests.data.test_audio import encode, tone
 from tests.data.test_video import clip

@@ -15,7 +15,7 @@ from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
 from mmjax.data.order import Order
 from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
-from mmjax.data.text import train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
 from tests.data.conftest import picture
 
 WORDS = "red blue green apple house river stone bird"

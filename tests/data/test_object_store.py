@@ -16,7 +16,7 @@ from mmjax.data.builders import convert
 from mmjax.data.folders import data_dir, local_data_dir
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.sources import list_datasets, open_source
-from mmjax.data.text import load_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 from tests.data.test_convert import picture
 from tests.data.test_tars import pairs, write_tar
 

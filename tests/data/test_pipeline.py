@@ -15,7 +15,8 @@ from mmjax.config import UserError
 from mmjax.data.examples import streams
 from mmjax.data.image import ImageTransform
 from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
-from mmjax.data.text import load_tokenizer, text_key
+from mmjax.data.text import text_key
+from mmjax.data.tokenizers import load_tokenizer
 from tests.data.conftest import picture, record
 
 

@@ -12,7 +12,7 @@ from mmjax.config import ConfigError, UserError
 from mmjax.data.builders import write_dataset
 from mmjax.data.pipeline import EvaluationData, Pipeline
 from mmjax.data.show import show_data_set
-from mmjax.data.text import load_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 from mmjax.objectives.language_modelling import language_modelling
 from mmjax.objectives.preference import preference
 from tests.data.conftest import picture, record

@@ -12,8 +12,8 @@ from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
 from mmjax.data.image import ImageTransform, decode
 from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
-from mmjax.data.text import load_tokenizer
 from mmjax.data.tiles import cut_into_tiles
+from mmjax.data.tokenizers import load_tokenizer
 from tests.data.conftest import picture, record
 from tests.data.test_pipeline import assert_equal
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mmjax.config import UserError
 from mmjax.data.parts import MEDIA, Medium, Span
 from mmjax.data.templates import FAMILIES, ChatTemplate
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 
 SPECIAL = (
   "<s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "

@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
-from mmjax.data.text import (
-  TextTransform,
-  Tokenizer,
-  drop_words,
-  load_tokenizer,
-  normalise_caption,
-  split_key,
-  text_key,
-  train_tokenizer,
-  train_tokenizer_from_source,
-)
+from mmjax.data.text import TextTransform, drop_words, normalise_caption, split_key, text_key
+from mmjax.data.tokenizer_training import train_tokenizer, train_tokenizer_from_source
+from mmjax.data.tokenizers import Tokenizer, load_tokenizer
 from tests.data.conftest import record
 
 

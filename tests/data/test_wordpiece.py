@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer as Ours
-from mmjax.data.text import _read_assets
+from mmjax.data.tokenizers import Tokenizer as Ours
+from mmjax.data.tokenizers import read_assets
 from mmjax.data.wordpiece import tokenizer_json
 
 PIECES = (
@@ -60,7 +60,7 @@ def test_ids_are_those_of_transformers(facts, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(dict(model_type="bert")))
   theirs, ours = (
     transformers.BertTokenizer.from_pretrained(tmp_path),
-    Ours.from_assets(_read_assets(tmp_path)),
+    Ours.from_assets(read_assets(tmp_path)),
   )
   for text in TEXTS:
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text

@@ -16,7 +16,7 @@ from mmjax import cli
 from mmjax import config as configs
 from mmjax.data.builders import write_dataset
 from mmjax.data.pipeline import batch_spec
-from mmjax.data.text import train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
 from mmjax.models import make_model
 from mmjax.objectives.captioning import captioning
 from tests.data.test_audio import encode as sound

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mmjax.data.sequences import Piece
-from mmjax.data.text import Tokenizer, train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.evaluation.answers import answers
 
 PAIRS = [("when?", "1"), ("what?", "a cat"), ("when?", "3"), ("what?", "a cat"), ("what?", "a dog")]

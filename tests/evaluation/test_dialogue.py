@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer, train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.evaluation import judge
 from mmjax.evaluation.dialogue import dialogue, interval
 

@@ -10,7 +10,8 @@ import pytest
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
-from mmjax.data.text import load_tokenizer, train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 from mmjax.evaluation import Evaluation
 from mmjax.parallel.mesh import make_mesh
 from tests.data.conftest import picture

@@ -13,7 +13,7 @@ import soundfile
 
 from mmjax import cli
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.inference import predict
 from mmjax.inference.predictor import Predictor
 from tests.inference import tiny

@@ -16,7 +16,9 @@ from PIL import Image
 
 import mmjax
 from mmjax import config as configs
-from mmjax.data.text import TextTransform, Tokenizer, train_tokenizer
+from mmjax.data.text import TextTransform
+from mmjax.data.tokenizer_training import train_tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.interop.huggingface import check_export, export_hf, own_tokenizer
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.state.checkpoint import load_assets

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.inference.engine import without_repeats
 from mmjax.inference.predictor import Predictor
 from mmjax.interop import safetensors

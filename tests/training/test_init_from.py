@@ -14,7 +14,7 @@ import mmjax
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
-from mmjax.data.text import train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
 from mmjax.interop.huggingface import import_hf
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.state import checkpoint

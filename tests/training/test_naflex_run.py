@@ -10,7 +10,7 @@ import pytest
 import mmjax
 from mmjax import config as configs
 from mmjax.data.builders import write_dataset
-from mmjax.data.text import train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.training import loop, start
 from mmjax.training.program import Program

@@ -17,7 +17,8 @@ from mmjax import evaluation
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
 from mmjax.data.pipeline import Pipeline
-from mmjax.data.text import load_tokenizer, train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import checkpoint

@@ -16,7 +16,8 @@ from mmjax.config import ConfigError, UserError
 from mmjax.data.builders import write_dataset
 from mmjax.data.pipeline import Pipeline, batch_spec, prompt_spec
 from mmjax.data.rollouts import Asked
-from mmjax.data.text import load_tokenizer, train_tokenizer
+from mmjax.data.tokenizer_training import train_tokenizer
+from mmjax.data.tokenizers import load_tokenizer
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training import find_lr, loop

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.interop.huggingface import mapping, preprocessing, single
 from mmjax.interop.huggingface.mapping import Rule
 from mmjax.models import make_model

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.placeholders import HERE
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.interop.huggingface import clip, decoders, mapping, preprocessing, single, with_media
 from mmjax.interop.huggingface.mapping import Rule
 from mmjax.interop.huggingface.with_media import BESIDE as BESIDE

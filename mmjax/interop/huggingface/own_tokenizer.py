@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.text import RESERVED, SPARE
+from mmjax.data.tokenizers import RESERVED, SPARE
 from mmjax.interop.huggingface.clip import LEGACY_EOS
 from mmjax.keys import SPECIAL_TOKENS
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmjax.config import UserError
 from mmjax.data import wordpiece
-from mmjax.data.text import LARGEST, Tokenizer
+from mmjax.data.tokenizers import LARGEST, Tokenizer
 from mmjax.interop.huggingface import own_tokenizer
 from mmjax.interop.huggingface.clip import square
 from mmjax.interop.safetensors import read_bytes, read_json

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.placeholders import HERE
-from mmjax.data.text import Tokenizer
+from mmjax.data.tokenizers import Tokenizer
 from mmjax.interop.huggingface import clip, clips, decoders, mapping, single, with_media
 from mmjax.interop.huggingface.mapping import Rule
 from mmjax.interop.huggingface.preprocessing import PROCESSORS

@@ -816,7 +816,7 @@ def test_half_an_emoji_in_a_tar_costs_its_row_in_training_and_in_a_tokenizer(
   tmp_path, config, monkeypatch
 ):
   from mmjax.data.pipeline import Pipeline
-  from mmjax.data.text import train_tokenizer, train_tokenizer_from_source
+  from mmjax.data.tokenizer_training import train_tokenizer, train_tokenizer_from_source
 
   monkeypatch.setenv("MMJAX_DATA", str(tmp_path / "data"))
   path = write_tar(
@@ -848,7 +848,7 @@ def test_half_an_emoji_in_a_tar_costs_its_row_in_training_and_in_a_tokenizer(
 
 
 def test_a_tokenizer_refuses_half_an_emoji_in_one_line(config):
-  from mmjax.data.text import load_tokenizer
+  from mmjax.data.tokenizers import load_tokenizer
 
   with pytest.raises(UserError, match=r"broken text: 'half \\+ud83d'"):
     load_tokenizer(config().data).encode("half \ud83d")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mmjax.data.sources import open_source
-from mmjax.data.text import turns_of
+from mmjax.data.tokenizer_training import turns_of
 from tests.data.readers.test_forms import photos, records  # noqa: F401
 from tests.data.test_convert import run
 from tests.data.test_tars import write_tar
