@@ -1,18 +1,15 @@
 """Paths of this machine and URLs of object stores (gs://, s3://), behind one door.
 
 An object store knows whole objects: no folders, no appending, no renaming. What needs those is done
-in a folder of this machine:
-`Mirror` copies a run's small files to their URL, `bring` copies data from its URL. Everything else
-goes to the URL directly, through etils and fsspec (extras `s3` and `gcs`), which find endpoint and
-credentials as the stores' own tools do (AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, ~/.aws,
-GOOGLE_APPLICATION_CREDENTIALS, ...).
+in a folder of this machine, see remote.py. Everything else goes to the URL directly, through etils
+and fsspec (extras `s3` and `gcs`), which find endpoint and credentials as the stores' own tools do
+(AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import fnmatch
 import glob
 import hashlib
@@ -22,13 +19,12 @@ import logging
 import math
 import os
 import re
-import shutil
 import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -48,7 +44,6 @@ _TEXT = 2**28  # bytes of a text that a run has written
 _LONGEST = 255  # bytes of a name
 SMALL = 2**20  # bytes of an array that is worth no file
 _STORES = ("s3", "gs")
-_SECONDS = 30.0  # between copies of what a run writes, besides those that a checkpoint asks for
 _BUGS = (
   TypeError,
   AttributeError,
@@ -58,7 +53,6 @@ _BUGS = (
   AssertionError,
   MemoryError,
 )  # no store is to blame
-_origins: dict[Path, epath.Path] = {}  # folders of this machine that stand for a URL
 _DISK_ERROR = re.compile(
   r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS "
   r"error"
@@ -331,10 +325,10 @@ def reason(error: Exception) -> str:
 
 def sizes(folder: str | os.PathLike) -> dict[str, int]:
   """{name relative to `folder`: bytes} of every file below it, sorted; {} where there is none."""
-  return {name: size for name, (size, _) in _listing(folder).items()}
+  return {name: size for name, (size, _) in listing(folder).items()}
 
 
-def _listing(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
+def listing(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
   """{name: (bytes, mark)}, see `size_and_mark`."""
   with _asking(folder):
     fs, root = fsspec.core.url_to_fs(str(as_path(folder)))
@@ -540,197 +534,4 @@ def array_on_disk(beside: str | os.PathLike, shape: tuple[int, ...], dtype: Any)
     return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
 
 
-def cache_dir() -> Path:
-  """Where this machine keeps what belongs to URLs."""
-  return local_path(os.environ.get("MMJAX_CACHE") or "~/.cache/mmjax")
-
-
-# -- What a run writes -----------------------------------------------------------------------------
-
-
-class Mirror:
-  """`folder`: where to write the files of a place. The place itself, or for a URL a folder of this
-  machine that is copied there.
-
-  `upload` copies what has changed, and so does a thread from time to time; leaving `with`
-  uploads for the last time. Each has a folder of its own, for several may write to one place (a
-  run and `mmjax eval` of it); what a killed one left goes with the next.
-  active: False = this process writes nothing. check: called before files are copied; what it
-  raises, `upload` raises.
-  """
-
-  def __init__(
-    self, place: str | os.PathLike, *, active: bool = True, check: Callable[[], None] | None = None
-  ):
-    self._check = check or (lambda: None)
-    self.place = as_path(place) if is_url(place) else Path(place)
-    self.folder, self._remote = Path(place), is_url(place) and active
-    self._uploaded: dict[Path, tuple[int, int]] = {}
-    self._lock, self._over = threading.Lock(), threading.Event()
-    self._thread: threading.Thread | None = None
-    self._alive: BinaryIO | None = None  # locked as long as the folder is in use
-
-  def __enter__(self) -> Mirror:
-    return self
-
-  def __exit__(self, kind, *_) -> None:
-    if self._thread is None:
-      return
-    self._over.set()
-    self._thread.join(timeout=10)
-    with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
-      self.upload()
-      shutil.rmtree(self.folder.parent, ignore_errors=True)
-      if self._alive:
-        self._alive.close()
-
-  def fetch(self, *names: str) -> None:
-    """Brings the files of these names that the place has: first of all, and again those that others
-    write too.
-
-    Raises UserError: the store cannot be read.
-    """
-    if not self._remote:
-      return
-    if self._thread is None:
-      self._make_folder()
-      self._thread = threading.Thread(target=self._upload_often, name="mirror", daemon=True)
-      self._thread.start()
-    with self._lock, store_errors(self.place, f"{self.place} cannot be read"):
-      for name in names:
-        if (self.place / name).exists():
-          write_whole(self.folder / name, (self.place / name).read_bytes())
-          self._uploaded[self.folder / name] = _stamp(self.folder / name)
-
-  def _make_folder(self) -> None:
-    root = cache_dir() / "runs" / _key(self.place)
-    try:
-      root.mkdir(parents=True, exist_ok=True)
-      with open(root / ".lock", "w") as making:
-        fcntl.flock(making, fcntl.LOCK_EX)
-        for left in root.glob("*/.alive"):
-          with open(left) as other, contextlib.suppress(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
-        self.folder = Path(tempfile.mkdtemp(dir=root)) / self.place.name
-        self.folder.mkdir()
-        self._alive = open(self.folder.parent / ".alive", "wb")
-        fcntl.flock(self._alive, fcntl.LOCK_EX)
-    except OSError as error:
-      raise UserError(
-        f"{root}: cannot be written ({error.strerror}), where files for {self.place} are made. "
-        "Set MMJAX_CACHE to another folder"
-      ) from error
-
-  def upload(self) -> None:
-    """Copies what is new or has changed; returns when the store has it. Raises UserError."""
-    if self._thread is None:
-      return
-    self._check()
-    with self._lock, store_errors(self.place, f"{self.place} cannot be written"):
-      fs = fsspec.core.url_to_fs(str(self.place))[0]
-      for path in sorted(self.folder.rglob("*")):
-        if path.name.startswith(".") or path.name.endswith(".tmp") or not path.is_file():
-          continue
-        stamp = _stamp(path)  # before the copy: what is added meanwhile goes with the next
-        if self._uploaded.get(path) != stamp:
-          fs.put_file(str(path), str(self.place / path.relative_to(self.folder).as_posix()))
-          self._uploaded[path] = stamp
-
-  def name(self, path: str | os.PathLike) -> str:
-    """A path in the folder as the user knows it."""
-    return (
-      str(self.place / Path(path).relative_to(self.folder).as_posix())
-      if self._remote
-      else str(path)
-    )
-
-  def _upload_often(self) -> None:
-    while not self._over.wait(_SECONDS):
-      with contextlib.suppress(
-        UserError, OSError
-      ):  # a store that stays away ends the run at the next checkpoint
-        self.upload()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-  stat = path.stat()
-  return stat.st_size, stat.st_mtime_ns
-
-
 # -- Data ------------------------------------------------------------------------------------------
-
-
-def cached(url: str) -> Path:
-  """The folder of this machine that stands for a URL with data; `bring` fills it."""
-  place = as_path(url)
-  root = cache_dir() / "remote" / f"{place.name}-{_key(place)}"
-  _origins[root] = place
-  return root
-
-
-def origin(path: str | os.PathLike) -> epath.Path | None:
-  """The URL that a path below a folder of `cached` stands for; None for any other path."""
-  path = Path(path)
-  return next(
-    (
-      url / path.relative_to(root).as_posix()
-      for root, url in _origins.items()
-      if path.is_relative_to(root)
-    ),
-    None,
-  )
-
-
-def bring(folder: Path) -> Path:
-  """The folder of this machine with what the URL of a folder below one of `cached` holds; copied
-  once a machine.
-
-  It is named by content: what a process reads stays as it is when the URL gets other files. Returns
-  `folder` where the URL has none.
-  Raises UserError: the store cannot be read, or the disk not be written.
-  """
-  url = origin(folder)
-  if url is None:
-    return folder
-  with store_errors(url, f"{url} cannot be read"):
-    listed = _listing(url)
-  if not listed:
-    return folder
-  root = folder.parent / hashlib.blake2b(json.dumps(listed).encode(), digest_size=6).hexdigest()
-  copy, partial = root / folder.name, root.with_name(f".{root.name}.partial")
-  try:
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with open(
-      root.with_name(f".{root.name}.lock"), "w"
-    ) as lock:  # of several processes of a machine one copies
-      fcntl.flock(lock, fcntl.LOCK_EX)
-      if copy.is_dir():
-        return copy
-      shutil.rmtree(partial, ignore_errors=True)
-      log.info(
-        "copying %s (%.1f MB) to %s", url, sum(size for size, _ in listed.values()) / 1e6, copy
-      )
-      targets = {name: partial / folder.name / name for name in listed}
-      for place in targets.values():
-        place.parent.mkdir(parents=True, exist_ok=True)
-      with store_errors(url, f"{url} cannot be copied to {copy}"):
-        fs, path = fsspec.core.url_to_fs(str(url))
-        fs.get(
-          [f"{path.rstrip('/')}/{name}" for name in listed],
-          [str(place) for place in targets.values()],
-        )
-      for name, (size, _) in listed.items():
-        if targets[name].stat().st_size != size:
-          raise UserError(f"{url}/{name}: changed while it was copied. Start again")
-      os.replace(partial, root)
-  except OSError as error:
-    raise UserError(
-      f"{copy}: cannot be written ({error.strerror}). Free space or set MMJAX_CACHE to another "
-      "folder"
-    ) from error
-  return copy
-
-
-def _key(path: epath.Path) -> str:
-  return hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()

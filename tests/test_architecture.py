@@ -22,6 +22,7 @@ FLOORS = [
     "describe",
     "reference",
     "files",
+    "remote",
     "ownership",
   ),
   ("parallel",),

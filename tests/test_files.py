@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from mmjax import files
+from mmjax import files, remote
 from mmjax.config import UserError
 from mmjax.files import disk_errors
 
 
 def test_a_mirror_of_a_folder_is_the_folder(tmp_path):
-  with files.Mirror(tmp_path) as mirror:
+  with remote.Mirror(tmp_path) as mirror:
     mirror.fetch("a")
     assert mirror.folder == mirror.place == tmp_path
     mirror.upload()
@@ -28,7 +28,7 @@ def test_a_mirror_of_a_folder_is_the_folder(tmp_path):
 
 def test_a_mirror_copies_what_changed_and_goes_on_with_what_was_there(object_store):
   url = "s3://bucket/mirror/run"
-  with files.Mirror(url) as mirror:
+  with remote.Mirror(url) as mirror:
     mirror.fetch("metrics.jsonl")
     (mirror.folder / "metrics.jsonl").write_text("1\n")
     (mirror.folder / "metrics.jsonl.tmp").write_text("half")
@@ -39,7 +39,7 @@ def test_a_mirror_copies_what_changed_and_goes_on_with_what_was_there(object_sto
     (mirror.folder / "metrics.jsonl").write_text("1\n2\n")
   assert (files.as_path(url) / "metrics.jsonl").read_text() == "1\n2\n"
   assert not mirror.folder.exists()
-  with files.Mirror(url) as mirror:
+  with remote.Mirror(url) as mirror:
     mirror.fetch("metrics.jsonl", "eval.json")
     assert (mirror.folder / "metrics.jsonl").read_text() == "1\n2\n" and not (
       mirror.folder / "eval.json"
@@ -49,11 +49,11 @@ def test_a_mirror_copies_what_changed_and_goes_on_with_what_was_there(object_sto
 
 def test_mirrors_of_one_place_leave_each_other_alone(object_store):
   url = "s3://bucket/shared/run"
-  with files.Mirror(url) as run:
+  with remote.Mirror(url) as run:
     run.fetch()
     (run.folder / "metrics.jsonl").write_text("1\n")
     run.upload()
-    with files.Mirror(url) as evaluation:
+    with remote.Mirror(url) as evaluation:
       evaluation.fetch("metrics.jsonl")
       (evaluation.folder / "eval.json").write_text("{}")
     assert (run.folder / "metrics.jsonl").read_text() == "1\n"
@@ -66,18 +66,18 @@ def test_what_a_killed_mirror_left_goes_with_the_next(object_store, tmp_path, mo
   monkeypatch.setenv("MMJAX_CACHE", str(tmp_path))
   code = (
     "import os, signal\nfrom mmjax import "
-    "files\nfiles.Mirror('s3://bucket/killed/run').fetch()\nos.kill(os.getpid(), signal.SIGKILL)"
+    "remote\nremote.Mirror('s3://bucket/killed/run').fetch()\nos.kill(os.getpid(), signal.SIGKILL)"
   )
   assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
   (left,) = (tmp_path / "runs").glob("*/*/run")
-  with files.Mirror("s3://bucket/killed/run") as mirror:
+  with remote.Mirror("s3://bucket/killed/run") as mirror:
     mirror.fetch()
     assert mirror.folder.is_dir() and not left.exists()
 
 
-def test_a_mirror_pushes_by_itself(object_store, monkeypatch):
-  monkeypatch.setattr(files, "_SECONDS", 0.05)
-  with files.Mirror("s3://bucket/often/run") as mirror:
+def test_a_mirror_uploads_by_itself(object_store, monkeypatch):
+  monkeypatch.setattr(remote, "_SECONDS", 0.05)
+  with remote.Mirror("s3://bucket/often/run") as mirror:
     mirror.fetch()
     (mirror.folder / "goodput.json").write_text("{}")
     for _ in range(200):
@@ -88,14 +88,14 @@ def test_a_mirror_pushes_by_itself(object_store, monkeypatch):
 
 
 def test_an_error_of_the_run_is_not_hidden_by_one_of_the_store(object_store):
-  with pytest.raises(ZeroDivisionError), files.Mirror("s3://nobody/run") as mirror:
+  with pytest.raises(ZeroDivisionError), remote.Mirror("s3://nobody/run") as mirror:
     mirror.fetch()
     (mirror.folder / "a").write_text("")
     raise ZeroDivisionError
   told = pytest.raises(
     UserError, match="s3://nobody/run cannot be written: The specified bucket does not exist"
   )
-  with told, files.Mirror("s3://nobody/run") as mirror:
+  with told, remote.Mirror("s3://nobody/run") as mirror:
     mirror.fetch()
     (mirror.folder / "a").write_text("")
 
@@ -103,19 +103,19 @@ def test_an_error_of_the_run_is_not_hidden_by_one_of_the_store(object_store):
 def test_data_is_copied_once_and_again_when_it_changes(object_store, monkeypatch):
   url = files.as_path("s3://bucket/brought/data")
   (url / "set" / "1.0.0" / "a").write_bytes(b"one")
-  root = files.cached(str(url))
-  assert files.origin(root / "set") == url / "set" and files.origin("/tmp") is None
-  first = files.bring(root / "set")
+  root = remote.cached(str(url))
+  assert remote.origin(root / "set") == url / "set" and remote.origin("/tmp") is None
+  first = remote.bring(root / "set")
   assert first.name == "set" and (first / "1.0.0" / "a").read_bytes() == b"one"
   (first / "mark").touch()
-  assert files.bring(root / "set") == first and (first / "mark").exists()
+  assert remote.bring(root / "set") == first and (first / "mark").exists()
   (url / "set" / "1.0.0" / "a").write_bytes(b"two")
-  second = files.bring(root / "set")
+  second = remote.bring(root / "set")
   assert (second / "1.0.0" / "a").read_bytes() == b"two"
   assert (first / "1.0.0" / "a").read_bytes() == b"one"  # somebody may be reading it
-  assert not files.bring(root / "absent").exists()
+  assert not remote.bring(root / "absent").exists()
   with pytest.raises(UserError, match="no such kind of store"):
-    files.cached("hdfs://a/b")
+    remote.cached("hdfs://a/b")
 
 
 @pytest.mark.parametrize("errors", [files.store_errors, disk_errors])

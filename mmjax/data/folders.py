@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mmjax import files
+from mmjax import files, remote
 from mmjax.config import UserError
 
 _MOST = 2**40  # examples of a file
@@ -27,7 +27,7 @@ def data_dir(config=None) -> Path:
     config = config.get("data", config).get("dir", "")
   place = config or os.environ.get("MMJAX_DATA") or "~/.cache/mmjax"
   if files.is_url(place):
-    return files.cached(place)
+    return remote.cached(place)
   path = files.local_path(place)
   try:
     os.fspath(path).encode()
@@ -42,7 +42,7 @@ def data_dir(config=None) -> Path:
 def local_data_dir(config=None) -> Path:
   """`data_dir`, to write data sets in. Raises UserError: it is a URL."""
   root = data_dir(config)
-  if url := files.origin(root):
+  if url := remote.origin(root):
     raise UserError(
       f"{url}: data sets are made on this machine and copied to a store then: name a local folder "
       f"with --data-dir, and copy what is made there, as with `aws s3 cp --recursive FOLDER {url}`"
@@ -55,7 +55,7 @@ def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
   to this machine.
   """
   root = Path(data_dir) / name
-  url = files.origin(root) if name else None
+  url = remote.origin(root) if name else None
   if url:
     with files.store_errors(url, f"{url} cannot be read"):
       names = list(files.sizes(url))
@@ -64,7 +64,7 @@ def find_version(data_dir: str | os.PathLike, name: str) -> Path | None:
   versions = finished_versions(names)
   if not versions:
     return None
-  return files.bring(root / versions[-1]) if url else root / versions[-1]
+  return remote.bring(root / versions[-1]) if url else root / versions[-1]
 
 
 def finished_versions(names: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmjax import files
+from mmjax import files, remote
 from mmjax.config import UserError
 from mmjax.data.builders import BUILDERS
 from mmjax.data.builders.schema import Record, example_class, parse_record
@@ -108,7 +108,7 @@ def label_numbers(source: Source) -> np.ndarray:
 def list_datasets(root: str | os.PathLike) -> list[str]:
   """Names of the finished data sets under `root`, sorted."""
   root = Path(root)
-  if url := files.origin(root):
+  if url := remote.origin(root):
     with files.store_errors(url, f"{url} cannot be read"):
       available = collections.defaultdict(list)
       for path in files.sizes(url):
@@ -150,7 +150,7 @@ class ArrayRecordSource:
     folder = find_version(root, name)
     if folder is None:
       raise UserError(
-        f"no data set {name!r} under {files.origin(root) or root}{_how_to_get(root, name)}"
+        f"no data set {name!r} under {remote.origin(root) or root}{_how_to_get(root, name)}"
       )
     self.name, self._languages = name, tuple(languages)
     info, facts = read_info(folder), read_facts(folder)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax import files
+from mmjax import files, remote
 from mmjax.config import UserError
 from mmjax.data import wordpiece
 from mmjax.data.folders import data_dir
@@ -422,8 +422,8 @@ class _Characters(Tokenizer):
 def _find_tokenizer(name: str, root: Path) -> Path:
   """The file (or folder) of a tokenizer, by path or by name. Raises UserError."""
   folder = root / "tokenizers"
-  if files.origin(folder):
-    folder = files.bring(folder)
+  if remote.origin(folder):
+    folder = remote.bring(folder)
   own = (folder / f"{name}.model", folder / f"{name}.json", folder / name)
   for path in (*own, name):
     if name and (place := files.local_path(path)).exists():
@@ -442,7 +442,7 @@ def _find_tokenizer(name: str, root: Path) -> Path:
     else f" `mmjax data tokenizer --source DATASET --name {name}` makes one"
   )
   raise UserError(
-    f"data.text.tokenizer: no tokenizer {name!r} under {files.origin(root) or root}/tokenizers "
+    f"data.text.tokenizer: no tokenizer {name!r} under {remote.origin(root) or root}/tokenizers "
     f"(there: {', '.join(available) or 'none'}).{hint}{make}"
   )
 

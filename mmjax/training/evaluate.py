@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from mmjax import config as configs
-from mmjax import evaluation, files, printing
+from mmjax import evaluation, files, printing, remote
 from mmjax.config import UserError
 from mmjax.data.tokenizers import Tokenizer
 from mmjax.evaluation import judge, report
@@ -90,7 +90,7 @@ def evaluate(
     results = judge.with_scores(results, scores, judge_scores)
   if multihost.is_main():
     home = run_folder(path)
-    with files.Mirror(out or home) as mirror:
+    with remote.Mirror(out or home) as mirror:
       mirror.fetch("metrics.jsonl", "eval.json", "summary.json")
       mirror.folder.mkdir(parents=True, exist_ok=True)
       place = found.name if found.name.isascii() and found.name.isdecimal() else ""

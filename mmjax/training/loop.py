@@ -17,7 +17,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from mmjax import config as configs
-from mmjax import evaluation, files
+from mmjax import evaluation, remote
 from mmjax.config import UserError
 from mmjax.parallel import multihost, threads
 from mmjax.state import adapters, checkpoint
@@ -83,7 +83,7 @@ def train(
   with StopSignal() as stop, watchdog, contextlib.ExitStack() as ends:
     config, mesh, pipeline = multihost.together(functools.partial(open_data, config))
     owner = ends.enter_context(own(workdir, stop))
-    mirror = files.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check)
+    mirror = remote.Mirror(workdir, active=multihost.is_main(), check=owner and owner.check)
     ends.enter_context(mirror)
     run = Run(config, mesh, pipeline, mirror, owner, stop, watchdog, begin)
     return _train(run, allow_change, profile, estimate)

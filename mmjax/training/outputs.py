@@ -8,7 +8,7 @@ import time
 
 from ml_collections import FrozenConfigDict
 
-from mmjax import evaluation, files
+from mmjax import evaluation, remote
 from mmjax.evaluation import report
 from mmjax.files import disk_errors
 from mmjax.ownership import Owner
@@ -19,7 +19,7 @@ class Outputs:
   """Everything that the main process writes into the run folder while training."""
 
   def __init__(
-    self, mirror: files.Mirror, step: int, config: FrozenConfigDict, owner: Owner | None = None
+    self, mirror: remote.Mirror, step: int, config: FrozenConfigDict, owner: Owner | None = None
   ):
     self._mirror, self._owner = mirror, owner
     if owner:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from mmjax import config as configs
-from mmjax import evaluation, files
+from mmjax import evaluation, files, remote
 from mmjax.config import UserError
 from mmjax.data.examples import class_names
 from mmjax.data.pipeline import Pipeline
@@ -51,7 +51,7 @@ class Run(NamedTuple):
   config: FrozenConfigDict
   mesh: Mesh
   pipeline: Pipeline
-  mirror: files.Mirror
+  mirror: remote.Mirror
   owner: Owner | None
   stop: StopSignal
   watchdog: Watchdog

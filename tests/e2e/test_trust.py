@@ -76,7 +76,7 @@ HOSTILE = [
   ("model/encoders/image/kind", "trap_module:vit"),
   ("model/encoders/image/kind", "os:system"),
   ("model/encoders/image/kind", "mmjax.config:os"),
-  ("model/encoders/image/kind", "mmjax.files:shutil"),
+  ("model/encoders/image/kind", "mmjax.remote:shutil"),
   ("model/encoders/image/kind", "mmjax.state.storage:delete"),
   ("model/name", "trap_module:vit"),
   ("optimizer/name", "os:system"),

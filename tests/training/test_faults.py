@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from mmjax import config as configs
-from mmjax import evaluation, files
+from mmjax import evaluation, remote
 from mmjax.config import ConfigError, UserError
 from mmjax.data.pipeline import Pipeline
 from mmjax.evaluation import report
-from mmjax.files import Mirror
 from mmjax.ownership import Owner
 from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
+from mmjax.remote import Mirror
 from mmjax.state import checkpoint
 from mmjax.training import loop, start
 from mmjax.training.outputs import Outputs
@@ -288,7 +288,7 @@ def test_weights_and_biases(tmp_path, monkeypatch, config):
   monkeypatch.syspath_prepend(tmp_path / "modules")
   for _ in range(2):  # a run that is started again goes on with the same one
     outputs = Outputs(
-      files.Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"])
+      remote.Mirror(tmp_path), 0, configs.load(QUICKSTART, [*OVERRIDES, "config.log.wandb=mine"])
     )
     outputs.write(dict(step=3, time=1.0, loss=2.5, mfu=None))
     outputs.close()
