@@ -17,7 +17,7 @@ import jax
 from mmjax import evaluation
 from mmjax.config import UserError
 from mmjax.parallel import compiler, multihost
-from mmjax.state.checkpoint import Checkpointer
+from mmjax.state.checkpointer import Checkpointer
 from mmjax.state.train_state import TrainState
 from mmjax.training.goodput import Clock
 from mmjax.training.metrics import Progress, log, memory_in_use

@@ -20,7 +20,8 @@ from mmjax import config as configs
 from mmjax import evaluation, remote
 from mmjax.config import UserError
 from mmjax.parallel import multihost, threads
-from mmjax.state import adapters, checkpoint
+from mmjax.state import adapters
+from mmjax.state.checkpointer import Checkpointer
 from mmjax.training import agreement, reference
 from mmjax.training.hooks import Hooks
 from mmjax.training.metrics import log
@@ -106,7 +107,7 @@ def _train(run: Run, allow_change: bool, profile: str, estimate: Estimate | None
     agreement.check(agreement.facts(config, pipeline, evaluated))
   run.watchdog.start(workdir)
   with contextlib.ExitStack() as ends:
-    saver = checkpoint.Checkpointer(
+    saver = Checkpointer(
       workdir,
       config,
       steps=steps,

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError
-from mmjax.state.checkpoint import Checkpointer
+from mmjax.state.checkpointer import Checkpointer
 from mmjax.state.train_state import TrainState
 
 

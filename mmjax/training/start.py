@@ -31,6 +31,7 @@ from mmjax.ownership import Owner
 from mmjax.parallel import multihost, threads
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import adapters, checkpoint, schedule
+from mmjax.state.checkpointer import Checkpointer
 from mmjax.state.optimizer import axes_by_name
 from mmjax.state.paths import by_name, map_named
 from mmjax.state.train_state import TrainState
@@ -153,7 +154,7 @@ def is_finished(workdir: Path, step: int, config: FrozenConfigDict | None) -> bo
 
 
 def first_state(
-  run: Run, program: Program, saver: checkpoint.Checkpointer, allow_change: bool
+  run: Run, program: Program, saver: Checkpointer, allow_change: bool
 ) -> tuple[TrainState, dict, int]:
   """(state, `data` of its checkpoint, steps done): of the newest checkpoint, of init.from, or
   new.
@@ -172,7 +173,7 @@ def new_state(
   config: FrozenConfigDict,
   program: Program,
   log: Callable[[str], None] = log,
-  saver: checkpoint.Checkpointer | None = None,
+  saver: Checkpointer | None = None,
 ) -> TrainState:
   """The state before the first step: initialised, or of init.from. log: takes a line for each
   parameter that is loaded, resized, new or left. saver: of the run's checkpoints, which will leave

@@ -95,7 +95,7 @@ def main() -> None:
   import jax.numpy as jnp
 
   import mmjax.config
-  from mmjax.state.checkpoint import Checkpointer
+  from mmjax.state.checkpointer import Checkpointer
 
   c = mmjax.config.base()
   c.checkpoint.keep = 1

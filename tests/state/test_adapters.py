@@ -18,13 +18,8 @@ from mmjax.models.lora import merge
 from mmjax.models.quantised import LEVELS, dequantise, quantise
 from mmjax.parallel.mesh import make_mesh
 from mmjax.state import adapters, manifest, storage
-from mmjax.state.checkpoint import (
-  Checkpointer,
-  load_params,
-  names_and_shapes,
-  restore_into,
-  save_import,
-)
+from mmjax.state.checkpoint import load_params, names_and_shapes, restore_into, save_import
+from mmjax.state.checkpointer import Checkpointer
 from mmjax.state.paths import by_name, map_named
 from mmjax.training.program import Program
 from mmjax.training.start import new_state

@@ -25,15 +25,14 @@ from mmjax.config import UserError
 from mmjax.state import checkpoint as checkpoint_lib
 from mmjax.state import manifest
 from mmjax.state.checkpoint import (
-  Checkpointer,
   find_checkpoint,
-  kept,
   load_assets,
   load_config,
   load_params,
   names_and_shapes,
   save_import,
 )
+from mmjax.state.checkpointer import Checkpointer, kept
 
 ASSETS = {"tokenizer.model": bytes(range(256)), "preprocessing.json": b"{}"}
 
@@ -408,7 +407,7 @@ PREAMBLE = """
   import sys, jax, numpy as np
   from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
   from mmjax import config as config_lib
-  from mmjax.state.checkpoint import Checkpointer
+  from mmjax.state.checkpointer import Checkpointer
   from mmjax.state.train_state import TrainState
   def state_of(value, mesh):
     def put(x, *axes):

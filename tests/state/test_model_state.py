@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mmjax.config import UserError
-from mmjax.state.checkpoint import Checkpointer, load_model_state, load_params, save_import
+from mmjax.state.checkpoint import load_model_state, load_params, save_import
+from mmjax.state.checkpointer import Checkpointer
 
 STATE = {"batch_stats": {"image": {"norm": {"mean": np.arange(4, dtype=np.float32)}}}}
 

@@ -16,6 +16,7 @@ from mmjax import config as configs
 from mmjax import files
 from mmjax.config import UserError
 from mmjax.state import checkpoint, manifest
+from mmjax.state.checkpointer import Checkpointer
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def saver(object_store, request):
     c = configs.base()
     c.checkpoint.every, c.checkpoint.keep = 0, 2
     config = configs.resolve(c, [f"{path}={value!r}" for path, value in changes.items()])
-    return checkpoint.Checkpointer(f"s3://bucket/{request.node.name}", config, steps=100)
+    return Checkpointer(f"s3://bucket/{request.node.name}", config, steps=100)
 
   make.url = f"s3://bucket/{request.node.name}"
   return make
@@ -130,7 +131,7 @@ def test_a_bucket_that_is_missing_is_one_line(object_store):
     UserError,
     match="s3://nobody/run/checkpoints: The specified bucket does not exist. Check the bucket's",
   ):
-    checkpoint.Checkpointer("s3://nobody/run", configs.resolve(configs.base()), steps=10)
+    Checkpointer("s3://nobody/run", configs.resolve(configs.base()), steps=10)
   with pytest.raises(UserError, match="no checkpoint here"):
     checkpoint.find_checkpoint("s3://nobody/run")
   with pytest.raises(UserError, match="ftp://nobody/run: no such kind of store"):

@@ -28,6 +28,7 @@ from mmjax.parallel import multihost
 from mmjax.parallel.mesh import make_mesh
 from mmjax.remote import Mirror
 from mmjax.state import checkpoint
+from mmjax.state.checkpointer import Checkpointer
 from mmjax.training import loop, start
 from mmjax.training.outputs import Outputs
 from mmjax.training.profile import parse
@@ -363,7 +364,7 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_is_finished_by_the_next_
   assert told["finished"] == 8 and told["planned"]["flops"] > 0 and told["measured"]["seconds"] > 0
   capsys.readouterr()
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint.Checkpointer, "restore", kill)  # nothing is read or computed again
+    patch.setattr(Checkpointer, "restore", kill)  # nothing is read or computed again
     patch.setattr(Program, "compile", kill)
     assert loop.train(tiny(), tmp_path) == loop.DONE
   assert "is complete: 8 of 8 steps" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from mmjax.config import UserError
 from mmjax.objectives import objective
 from mmjax.parallel import multihost
 from mmjax.state import checkpoint
+from mmjax.state.checkpointer import Checkpointer
 from mmjax.state.paths import by_name
 from tests.training.test_step import assert_close, gradients, make_batch, make_config, make_step, on
 
@@ -142,7 +143,7 @@ def test_the_state_is_saved_and_restored(player, tmp_path):
   state, _ = step.train(
     step.with_params(step.init(0), params), multihost.to_device(make_batch(), step.mesh)
   )
-  saver = checkpoint.Checkpointer(str(tmp_path), step.config, steps=10)
+  saver = Checkpointer(str(tmp_path), step.config, steps=10)
   saver.save(1, state, config=step.config, force=True)
   saver.wait()
   restored, _, at = saver.restore(step.state_spec)
