@@ -31,21 +31,20 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from mmjax.contradictions import check
 from mmjax.errors import ConfigError, UntrustedCode, UserError, nearest
-from mmjax.keys import (
-  COLLECTIONS,
+from mmjax.keys import COLLECTIONS, FREE_ON_RESUME, KEYS, Key
+from mmjax.kinds import (
   COLLECTIONS_OF_KINDS,
   ENTRIES,
-  FREE_ON_RESUME,
+  FUNCTION,
   FUNCTIONS,
-  KEYS,
   KINDS,
-  SPECIAL_TOKENS,
-  TOKENIZER,
-  Key,
-  Special,
+  entry_at,
+  kind_function,
+  kind_settings,
+  what_happened,
 )
-from mmjax.kinds import FUNCTION, kind_function, kind_settings, load_function, what_happened
 from mmjax.ranges import INT32, Duration, Fields, Function, Range
+from mmjax.special_tokens import SPECIAL_TOKENS, fill_special_tokens, special_settings, token_ids
 
 log = logging.getLogger("mmjax")
 _DEEPEST = 32  # levels of a config: the deepest key has six
@@ -60,7 +59,7 @@ def base() -> ConfigDict:
     if "*" not in key.path:
       _set(tree, key.path.split("."), key.default if not isinstance(key.default, dict) else {})
   for path in COLLECTIONS:
-    if path.count(".") and _get(tree, path.split(".")) is None:
+    if path.count(".") and entry_at(tree, path.split(".")) is None:
       _set(tree, path.split("."), {})
   return ConfigDict(tree, type_safe=False)
 
@@ -155,7 +154,7 @@ def resolve(
       raise ConfigError(f"override {override!r}: write --config.KEY=VALUE")
     _set_override(raw, path, _parse(text))
   resolved = _resolve_tree(raw)
-  _fill_special_tokens(resolved, special_tokens)
+  fill_special_tokens(resolved, special_tokens)
   check(resolved)
   return FrozenConfigDict(resolved)
 
@@ -177,9 +176,9 @@ def from_json(text: str, allow_code: typing.Sequence[str] = ()) -> FrozenConfigD
   if not isinstance(stored, dict):
     raise ConfigError(f"a config is an object of keys, not {stored!r:.80}")
   resolved = _resolve_tree(_tree(stored) | {"allow_code": allow_code}, allow_code)
-  for path, entry, name, special in _special_settings(resolved):
-    if name not in (_get(stored, path) or {}) or entry[name] == ():
-      entry[name] = _ids(
+  for path, entry, name, special in special_settings(resolved):
+    if name not in (entry_at(stored, path) or {}) or entry[name] == ():
+      entry[name] = token_ids(
         special, dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True)), entry[name]
       )
   return FrozenConfigDict(resolved)
@@ -263,101 +262,6 @@ def flatten(config: typing.Mapping, prefix: str = "") -> list[tuple[str, Any]]:
     else:
       rows.append((prefix + name, value))
   return rows
-
-
-# -- special tokens --------------------------------------------------------------------------------
-
-
-def _fill_special_tokens(tree: dict, known: typing.Mapping[str, int] | None) -> None:
-  """Writes the ids of the tokenizer's special tokens (those that are `known`) into the settings
-  that are left to it.
-
-  Raises ConfigError: the tokenizer is damaged or too large, or lacks a token that an entry needs.
-  Warns of a setting that names another token than the tokenizer.
-  """
-  found, text = list(_special_settings(tree)), tree["data"]["text"]
-  if not found and not _reads_text(tree):
-    return
-  try:
-    ids = dict(known or load_function(TOKENIZER)(FrozenConfigDict(tree["data"])))
-  except ConfigError:
-    raise
-  except UserError as error:
-    raise ConfigError(str(error)) from error
-  if text["pad_id"] >= 0:
-    ids["pad"] = text["pad_id"]
-  elif ids["pad"] < 0 and tree["data"]["sources"] and _reads_text(tree):
-    raise _no_token("data.text.pad_id", "pad", text["tokenizer"])
-  for path, entry, name, special in found:
-    where, given, theirs = ".".join((*path, name)), entry[name], _ids(special, ids, entry[name])
-    if given in (-1, ()):
-      entry[name] = theirs
-    if not _is_on(special.when, entry):
-      continue
-    if given in (-1, ()):
-      for role in special.needed:
-        if ids[role] < 0:
-          raise _no_token("data.text.pad_id" if role == "pad" else where, role, text["tokenizer"])
-    elif special.warns and any(
-      b not in (-1, a) for a, b in zip(_several(given), _several(theirs), strict=False)
-    ):
-      log.warning(
-        "%s is %r, but tokenizer %r has %r. Leave the key out to use the tokenizer's",
-        where,
-        given,
-        text["tokenizer"],
-        theirs,
-      )
-
-
-def _no_token(where: str, role: str, tokenizer: str) -> ConfigError:
-  return ConfigError(
-    f"tokenizer {tokenizer!r} has no <{role}>, which {where} stands for. Set {where} to the id of "
-    "a token that can take its place, or use a tokenizer that has one, as those of `mmjax data "
-    "tokenizer`"
-  )
-
-
-def _reads_text(tree: dict) -> bool:
-  return bool(tree["data"]["sequence"]["length"]) or "text" in (
-    tree["data"]["modalities"] or tree["model"].get("encoders", {})
-  )
-
-
-def _special_settings(tree: dict) -> typing.Iterator[tuple[list[str], dict, str, Special]]:
-  """(keys of the entry, the entry, setting, what it is) of each setting of a resolved config that
-  is special tokens.
-  """
-  for pattern, (group, _) in ENTRIES.items():
-    above, _, last = pattern.rpartition(".")
-    parent = _get(tree, above.split(".")) if above else tree
-    names = (parent or {}) if last == "*" else [last]
-    for name in names:
-      entry = (parent or {}).get(name)
-      if not entry:
-        continue
-      for setting, parameter in kind_settings(kind_function(entry, group)).items():
-        for special in getattr(parameter.annotation, "__metadata__", ()):
-          if isinstance(special, Special):
-            yield [*filter(None, above.split(".")), name], entry, setting, special
-
-
-def _ids(special: Special, ids: typing.Mapping[str, int], like: Any) -> Any:
-  """The ids of the roles of a setting: one, or a tuple where its value is one; -1 = there is no
-  such token.
-  """
-  found = tuple(ids[role] for role in special.roles)
-  return found if isinstance(like, tuple) else found[0]
-
-
-def _several(value: int | tuple) -> tuple:
-  return value if isinstance(value, tuple) else (value,)
-
-
-def _is_on(when: str | tuple[str, Any], entry: typing.Mapping) -> bool:
-  if isinstance(when, tuple):
-    return entry[when[0]] == when[1]
-  return not when or bool(entry[when])
 
 
 # -- resolution ------------------------------------------------------------------------------------
@@ -647,13 +551,6 @@ def _set(tree: dict, keys: list[str], value: Any) -> None:
   for key in keys[:-1]:
     tree = tree.setdefault(key, {})
   tree[keys[-1]] = value
-
-
-def _get(tree: dict, keys: list[str]) -> Any:
-  node: Any = tree
-  for key in keys:
-    node = node.get(key) if isinstance(node, dict) else None
-  return node
 
 
 def _plain(node: Any) -> Any:

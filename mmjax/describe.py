@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmjax.config import flatten, kind_function, kind_settings
-from mmjax.keys import ENTRIES, KEYS, KINDS
+from mmjax.config import flatten
+from mmjax.keys import KEYS
+from mmjax.kinds import ENTRIES, KINDS, kind_function, kind_settings
 from mmjax.ranges import in_words
 
 

@@ -1,8 +1,6 @@
-"""Every key of a config and every kind that an entry of it can name: the tables that config.py
-resolves with.
+"""Every key of a config, except the settings of kinds: the table that config.py resolves with.
 
-A new key is one line of `KEYS`; a new encoder, fusion, objective, ... is one line of `KINDS` (see
-kinds.py for what a kind is).
+A new key is one line. The settings of a kind stand in its own function (kinds.py).
 """
 
 from __future__ import annotations
@@ -53,28 +51,6 @@ class Key(NamedTuple):
   default: Any
   type: Any
   doc: str
-
-
-# Tokenizers that the project trains have these, in this order from 0.
-SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "mask")
-
-
-class Special(NamedTuple):
-  """Marks a setting of a kind as special tokens: -1, or () for several, stands for the tokenizer's
-  own (config.py).
-
-  roles: which, of SPECIAL_TOKENS. needed: those without which the kind cannot work. when: the
-  setting of the same entry that must be on for that, or (the setting, its value); "" = always.
-  warns: another token than the tokenizer's is a mistake.
-  """
-
-  roles: tuple[str, ...]
-  needed: tuple[str, ...]
-  when: str | tuple[str, Any] = ""
-  warns: bool = True
-
-  def __str__(self) -> str:
-    return f"the tokenizer's {' '.join(f'<{role}>' for role in self.roles)} unless stated"
 
 
 # Every key of a config, except the settings of a kind: those stand in the kind's own function (see
@@ -778,127 +754,7 @@ KEYS = (
   ),
 )
 
-# One line a kind: group -> name -> "module:function". The function's keyword-only parameters are
-# the settings.
-KINDS: dict[str, dict[str, str]] = {
-  "model": {
-    "dual_encoder": "mmjax.models.dual_encoder:dual_encoder",
-    "fusion_encoder": "mmjax.models.multimodal:fusion_encoder",
-    "captioner": "mmjax.models.multimodal:captioner",
-    "multitask": "mmjax.models.multimodal:multitask",
-    "encoder": "mmjax.models.single_encoder:encoder",
-    "text_to_image_gan": "mmjax.models.gan:text_to_image_gan",
-    "language_model": "mmjax.models.language_model:language_model",
-  },
-  "fusion": {
-    "concat": "mmjax.models.fusion:concat",
-    "weighted_sum": "mmjax.models.fusion:weighted_sum",
-    "gated": "mmjax.models.fusion:gated",
-    "average": "mmjax.models.fusion:average",
-    "cross_attention": "mmjax.models.fusion:cross_attention",
-    "merged_attention": "mmjax.models.fusion:merged_attention",
-    "perceiver": "mmjax.models.fusion:perceiver",
-    "decision": "mmjax.models.fusion:decision",
-  },
-  "encoder": {
-    "vit": "mmjax.models.encoders.image:vit",
-    "naflex": "mmjax.models.encoders.naflex:naflex",
-    "resnet": "mmjax.models.encoders.resnet:resnet",
-    "swin": "mmjax.models.encoders.swin:swin",
-    "transformer": "mmjax.models.encoders.text:transformer",
-    "bert": "mmjax.models.encoders.bert:bert",
-    "whisper": "mmjax.models.encoders.audio:whisper",
-    "ast": "mmjax.models.encoders.audio:ast",
-    "htsat": "mmjax.models.encoders.htsat:htsat",
-    "wav2vec2": "mmjax.models.encoders.wav2vec2:wav2vec2",
-    "hubert": "mmjax.models.encoders.wav2vec2:wav2vec2",
-    "frames": "mmjax.models.encoders.video:frames",
-    "tubelets": "mmjax.models.encoders.video:tubelets",
-    "series": "mmjax.models.encoders.series:series",
-  },
-  "decoder": {"decoder": "mmjax.models.decoder:decoder"},
-  "connector": {
-    "mlp": "mmjax.models.connectors:mlp",
-    "resampler": "mmjax.models.connectors:resampler",
-  },
-  "objective": {
-    "contrastive": "mmjax.objectives.contrastive:contrastive",
-    "matching": "mmjax.objectives.matching:matching",
-    "classification": "mmjax.objectives.classification:classification",
-    "ordinal": "mmjax.objectives.ordinal:ordinal",
-    "regression": "mmjax.objectives.regression:regression",
-    "masked_tokens": "mmjax.objectives.masked:masked_tokens",
-    "masked_patches": "mmjax.objectives.masked:masked_patches",
-    "captioning": "mmjax.objectives.captioning:captioning",
-    "autoregressive": "mmjax.objectives.captioning:autoregressive",
-    "language_modelling": "mmjax.objectives.language_modelling:language_modelling",
-    "preference": "mmjax.objectives.preference:preference",
-    "grpo": "mmjax.objectives.grpo:grpo",
-    "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
-    "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
-    "logit_distillation": "mmjax.objectives.distillation:logit_distillation",
-    "modality_adversary": "mmjax.objectives.adversarial:modality_adversary",
-    "gan": "mmjax.objectives.gan:gan",
-  },
-  "optimizer": {
-    "adamw": "mmjax.state.optimizer:adamw",
-    "adafactor": "mmjax.state.optimizer:adafactor",
-    "lion": "mmjax.state.optimizer:lion",
-    "muon": "mmjax.state.muon:muon",
-  },
-  "schedule": {
-    "cosine": "mmjax.state.schedule:cosine",
-    "rsqrt": "mmjax.state.schedule:rsqrt",
-    "cooldown": "mmjax.state.schedule:cooldown",
-    "constant": "mmjax.state.schedule:constant",
-    "exponential": "mmjax.state.schedule:exponential",
-  },
-  "evaluator": {
-    "retrieval": "mmjax.evaluation.retrieval:retrieval",
-    "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
-    "loss": "mmjax.evaluation.loss:loss",
-    "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
-    "classification": "mmjax.evaluation.classification:classification",
-    "regression": "mmjax.evaluation.regression:regression",
-    "captions": "mmjax.evaluation.captions:captions",
-    "masked_words": "mmjax.evaluation.masked:masked_words",
-    "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
-    "generated": "mmjax.evaluation.generated:generated",
-    "likelihood": "mmjax.evaluation.likelihood:likelihood",
-    "preference": "mmjax.evaluation.preference:preference",
-    "answers": "mmjax.evaluation.answers:answers",
-    "dialogue": "mmjax.evaluation.dialogue:dialogue",
-  },
-}
 
-# Functions of this package that settings of kinds name: a checkpoint's config may name these
-# besides KINDS.
-FUNCTIONS = (
-  "mmjax.data.builders.clip_questions:check_answer",
-  "mmjax.data.builders.clip_questions:check_caption",
-  "mmjax.data.builders.emoji_scenes:check_answer",
-  "mmjax.data.builders.emoji_scenes:check_caption",
-  "mmjax.data.builders.moving_emoji:check_caption",
-  "mmjax.data.builders.moving_emoji:choices",
-)
-
-# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for
-# one named as its group).
-# An entry that is a setting of another kind (model.fusion) may be None: that model then has none.
-ENTRIES = {
-  "model": ("model", "name"),
-  "model.fusion": ("fusion", "kind"),
-  "model.encoders.*": ("encoder", "kind"),
-  "model.decoder": ("decoder", "kind"),
-  "model.connectors.*": ("connector", "kind"),
-  "objectives.*": ("objective", "kind"),
-  "optimizer": ("optimizer", "name"),
-  "optimizers.*": ("optimizer", "name"),
-  "schedule": ("schedule", "name"),
-  "evaluation.evaluators.*": ("evaluator", "kind"),
-}
-# (data) -> {role: id, -1 = none}: the special tokens of a config's tokenizer.
-TOKENIZER = "mmjax.data.tokenizers:special_tokens"
 COLLECTIONS = (
   "data.sources",
   "objectives",
@@ -906,8 +762,6 @@ COLLECTIONS = (
   "model.encoders",
   "evaluation.evaluators",
 )
-# Such collections that are settings of a kind, which other kinds lack.
-COLLECTIONS_OF_KINDS = ("model.connectors",)
 
 # Keys that a resumed run may change, because they do not alter the numbers of training.
 FREE_ON_RESUME = (

@@ -2,7 +2,7 @@
 
 A *kind* (an encoder, an objective, an optimizer, ...) is a function whose keyword-only parameters
 are its settings: their annotations are the types, their defaults the defaults, the docstring the
-documentation. `keys.KINDS` has one line for each; `kind="my_package.my_file:my_function"` uses one
+documentation. `KINDS` has one line for each; `kind="my_package.my_file:my_function"` uses one
 of your own without a line here.
 """
 
@@ -14,12 +14,132 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from mmjax.errors import ConfigError, nearest
-from mmjax.keys import KINDS
 from mmjax.printing import shorten
 
 FUNCTION = r"[\w.]+:\w+"
+
+# One line a kind: group -> name -> "module:function". The function's keyword-only parameters are
+# the settings.
+KINDS: dict[str, dict[str, str]] = {
+  "model": {
+    "dual_encoder": "mmjax.models.dual_encoder:dual_encoder",
+    "fusion_encoder": "mmjax.models.multimodal:fusion_encoder",
+    "captioner": "mmjax.models.multimodal:captioner",
+    "multitask": "mmjax.models.multimodal:multitask",
+    "encoder": "mmjax.models.single_encoder:encoder",
+    "text_to_image_gan": "mmjax.models.gan:text_to_image_gan",
+    "language_model": "mmjax.models.language_model:language_model",
+  },
+  "fusion": {
+    "concat": "mmjax.models.fusion:concat",
+    "weighted_sum": "mmjax.models.fusion:weighted_sum",
+    "gated": "mmjax.models.fusion:gated",
+    "average": "mmjax.models.fusion:average",
+    "cross_attention": "mmjax.models.fusion:cross_attention",
+    "merged_attention": "mmjax.models.fusion:merged_attention",
+    "perceiver": "mmjax.models.fusion:perceiver",
+    "decision": "mmjax.models.fusion:decision",
+  },
+  "encoder": {
+    "vit": "mmjax.models.encoders.image:vit",
+    "naflex": "mmjax.models.encoders.naflex:naflex",
+    "resnet": "mmjax.models.encoders.resnet:resnet",
+    "swin": "mmjax.models.encoders.swin:swin",
+    "transformer": "mmjax.models.encoders.text:transformer",
+    "bert": "mmjax.models.encoders.bert:bert",
+    "whisper": "mmjax.models.encoders.audio:whisper",
+    "ast": "mmjax.models.encoders.audio:ast",
+    "htsat": "mmjax.models.encoders.htsat:htsat",
+    "wav2vec2": "mmjax.models.encoders.wav2vec2:wav2vec2",
+    "hubert": "mmjax.models.encoders.wav2vec2:wav2vec2",
+    "frames": "mmjax.models.encoders.video:frames",
+    "tubelets": "mmjax.models.encoders.video:tubelets",
+    "series": "mmjax.models.encoders.series:series",
+  },
+  "decoder": {"decoder": "mmjax.models.decoder:decoder"},
+  "connector": {
+    "mlp": "mmjax.models.connectors:mlp",
+    "resampler": "mmjax.models.connectors:resampler",
+  },
+  "objective": {
+    "contrastive": "mmjax.objectives.contrastive:contrastive",
+    "matching": "mmjax.objectives.matching:matching",
+    "classification": "mmjax.objectives.classification:classification",
+    "ordinal": "mmjax.objectives.ordinal:ordinal",
+    "regression": "mmjax.objectives.regression:regression",
+    "masked_tokens": "mmjax.objectives.masked:masked_tokens",
+    "masked_patches": "mmjax.objectives.masked:masked_patches",
+    "captioning": "mmjax.objectives.captioning:captioning",
+    "autoregressive": "mmjax.objectives.captioning:autoregressive",
+    "language_modelling": "mmjax.objectives.language_modelling:language_modelling",
+    "preference": "mmjax.objectives.preference:preference",
+    "grpo": "mmjax.objectives.grpo:grpo",
+    "embedding_distillation": "mmjax.objectives.distillation:embedding_distillation",
+    "similarity_distillation": "mmjax.objectives.distillation:similarity_distillation",
+    "logit_distillation": "mmjax.objectives.distillation:logit_distillation",
+    "modality_adversary": "mmjax.objectives.adversarial:modality_adversary",
+    "gan": "mmjax.objectives.gan:gan",
+  },
+  "optimizer": {
+    "adamw": "mmjax.state.optimizer:adamw",
+    "adafactor": "mmjax.state.optimizer:adafactor",
+    "lion": "mmjax.state.optimizer:lion",
+    "muon": "mmjax.state.muon:muon",
+  },
+  "schedule": {
+    "cosine": "mmjax.state.schedule:cosine",
+    "rsqrt": "mmjax.state.schedule:rsqrt",
+    "cooldown": "mmjax.state.schedule:cooldown",
+    "constant": "mmjax.state.schedule:constant",
+    "exponential": "mmjax.state.schedule:exponential",
+  },
+  "evaluator": {
+    "retrieval": "mmjax.evaluation.retrieval:retrieval",
+    "zero_shot": "mmjax.evaluation.zero_shot:zero_shot",
+    "loss": "mmjax.evaluation.loss:loss",
+    "linear_probe": "mmjax.evaluation.linear_probe:linear_probe",
+    "classification": "mmjax.evaluation.classification:classification",
+    "regression": "mmjax.evaluation.regression:regression",
+    "captions": "mmjax.evaluation.captions:captions",
+    "masked_words": "mmjax.evaluation.masked:masked_words",
+    "multiple_choice": "mmjax.evaluation.choices:multiple_choice",
+    "generated": "mmjax.evaluation.generated:generated",
+    "likelihood": "mmjax.evaluation.likelihood:likelihood",
+    "preference": "mmjax.evaluation.preference:preference",
+    "answers": "mmjax.evaluation.answers:answers",
+    "dialogue": "mmjax.evaluation.dialogue:dialogue",
+  },
+}
+# Functions of this package that settings of kinds name: a checkpoint's config may name these
+# besides KINDS.
+FUNCTIONS = (
+  "mmjax.data.builders.clip_questions:check_answer",
+  "mmjax.data.builders.clip_questions:check_caption",
+  "mmjax.data.builders.emoji_scenes:check_answer",
+  "mmjax.data.builders.emoji_scenes:check_caption",
+  "mmjax.data.builders.moving_emoji:check_caption",
+  "mmjax.data.builders.moving_emoji:choices",
+)
+# Where kinds stand in a config: path pattern -> (group, the key that names the kind; not needed for
+# one named as its group).
+# An entry that is a setting of another kind (model.fusion) may be None: that model then has none.
+ENTRIES = {
+  "model": ("model", "name"),
+  "model.fusion": ("fusion", "kind"),
+  "model.encoders.*": ("encoder", "kind"),
+  "model.decoder": ("decoder", "kind"),
+  "model.connectors.*": ("connector", "kind"),
+  "objectives.*": ("objective", "kind"),
+  "optimizer": ("optimizer", "name"),
+  "optimizers.*": ("optimizer", "name"),
+  "schedule": ("schedule", "name"),
+  "evaluation.evaluators.*": ("evaluator", "kind"),
+}
+# Such collections that are settings of a kind, which other kinds lack.
+COLLECTIONS_OF_KINDS = ("model.connectors",)
 
 
 def kind_function(entry: Mapping, group: str | None = None) -> Callable:
@@ -78,3 +198,11 @@ def what_happened(error: BaseException) -> str:
   if isinstance(error, OSError) and error.filename and error.strerror:
     return f"{shorten(error.filename)}: {error.strerror}"
   return f"{type(error).__name__}: {error!s:.600}"
+
+
+def entry_at(tree: dict, keys: list[str]) -> Any:
+  """What stands at a path of a config; None where nothing does."""
+  node: Any = tree
+  for key in keys:
+    node = node.get(key) if isinstance(node, dict) else None
+  return node

@@ -14,9 +14,10 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmjax.config import ConfigError, kind_settings, load_function
+from mmjax.config import ConfigError
 from mmjax.describe import meaning
-from mmjax.keys import ENTRIES, KEYS, KINDS
+from mmjax.keys import KEYS
+from mmjax.kinds import ENTRIES, KINDS, kind_settings, load_function
 from mmjax.ranges import in_words
 
 Row = dict[str, Any]

@@ -17,6 +17,7 @@ FLOORS = [
     "errors",
     "regexes",
     "kinds",
+    "special_tokens",
     "contradictions",
     "config",
     "describe",

@@ -13,7 +13,7 @@ from mmjax import arguments, reference
 from mmjax.data.builders import BUILDERS
 from mmjax.data.readers import FORMATS
 from mmjax.data.readers.columns import COLUMNS
-from mmjax.keys import KINDS
+from mmjax.kinds import KINDS
 from tests import guides
 from tests.e2e import test_recipes
 from tests.guides import GUIDES, ROOT, blocks, cells, commands, read

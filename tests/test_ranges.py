@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmjax import config as configs
-from mmjax.config import kind_function, kind_settings
 from mmjax.describe import explain
-from mmjax.keys import ENTRIES, KEYS, KINDS
+from mmjax.keys import KEYS
+from mmjax.kinds import ENTRIES, KINDS, kind_function, kind_settings
 from mmjax.ranges import Duration, Range
 from tests.test_config import small
 

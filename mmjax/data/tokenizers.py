@@ -26,7 +26,7 @@ from mmjax.data import wordpiece
 from mmjax.data.folders import data_dir
 from mmjax.data.readers.cells import broken_text
 from mmjax.data.sources import list_tokenizers
-from mmjax.keys import SPECIAL_TOKENS
+from mmjax.special_tokens import SPECIAL_TOKENS
 
 RESERVED = tuple(f"<{role}>" for role in SPECIAL_TOKENS)
 SPARE = tuple(f"<spare_{number}>" for number in range(64))

@@ -2,7 +2,7 @@
 
 An evaluator is a kind (see mmjax.config): `evaluator(context, *, settings...) -> Result`. It asks
 its `Context` for data and for rows of any method of the model and never sees parameters, a model or
-a device mesh's axes, so a new one is one file and one line of `keys.KINDS`.
+a device mesh's axes, so a new one is one file and one line of `kinds.KINDS`.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ import collections
 
 import numpy as np
 
-from mmjax.config import UserError, load_function
+from mmjax.config import UserError
 from mmjax.data.text import normalise_caption
 from mmjax.data.tokenizers import decode
 from mmjax.evaluation import Context, Result, sample_evenly
 from mmjax.evaluation.captions import inputs_of
+from mmjax.kinds import load_function
 from mmjax.ranges import Count, Few, Finite, FunctionName
 
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmjax.config import UserError, load_function
+from mmjax.config import UserError
 from mmjax.evaluation import Context, Result
 from mmjax.evaluation.zero_shot import confusion
+from mmjax.kinds import load_function
 from mmjax.ranges import FunctionName
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import flax.linen as nn
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import UserError, kind_function, settings
+from mmjax.config import UserError, settings
+from mmjax.kinds import kind_function
 
 NESTED = ("fusion", "decoder")  # entries of config.model that name a kind of their own
 

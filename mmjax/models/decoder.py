@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.keys import Special
 from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.encoders.text import enough_positions
 from mmjax.models.layers import Dense, constrain, normal, with_axes
 from mmjax.models.positions import sinusoids
 from mmjax.models.stack import Cache, Memory, Stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, TokenId, TokenIds, Width
+from mmjax.special_tokens import Special
 
 Array = jax.Array
 

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.keys import Special
 from mmjax.models.attention import AttentionMask
 from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.layers import constrain, normal, with_axes
@@ -41,6 +40,7 @@ from mmjax.ranges import (
   TokenIds,
   Width,
 )
+from mmjax.special_tokens import Special
 
 Array = jax.Array
 Batch = Mapping[str, Any]

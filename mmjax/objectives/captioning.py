@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.keys import Special
 from mmjax.objectives import Forward, Losses, objective
 from mmjax.objectives.alignment import ctc as alignment_loss
 from mmjax.objectives.cross_entropy import row_cross_entropy
 from mmjax.ranges import Dropout, NonNegative, TokenId
+from mmjax.special_tokens import Special
 
 Array = jax.Array
 

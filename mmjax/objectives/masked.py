@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.keys import SPECIAL_TOKENS, Special
 from mmjax.objectives import Forward, Losses, example_mask, objective
 from mmjax.objectives.cross_entropy import token_cross_entropy
 from mmjax.ranges import INT32, Dropout, Part, Portion, Range
+from mmjax.special_tokens import SPECIAL_TOKENS, Special
 
 Array = jax.Array
 

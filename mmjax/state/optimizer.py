@@ -34,7 +34,8 @@ import optax
 from jax.sharding import PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import UserError, flatten, kind_function, settings
+from mmjax.config import UserError, flatten, settings
+from mmjax.kinds import kind_function
 from mmjax.ranges import Decay, Epsilon, NonNegative, Share, Size
 from mmjax.state import adapters
 from mmjax.state.paths import by_name, map_named, matches, nearest

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import ConfigError, in_steps, kind_function, settings
+from mmjax.config import ConfigError, in_steps, settings
+from mmjax.kinds import kind_function
 from mmjax.ranges import Duration, Portion, Share, Steps, StepsOrNever, is_duration
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]

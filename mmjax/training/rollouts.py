@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import UserError, load_function
+from mmjax.config import UserError
 from mmjax.data.pipeline import Pipeline, prompt_spec
 from mmjax.data.rollouts import Asked, rollout_spec, sampling
 from mmjax.data.text import normalise_caption
 from mmjax.data.tokenizers import decode, load_tokenizer
 from mmjax.inference.engine import Decoding, read_prompts, run_of_prompts
+from mmjax.kinds import load_function
 from mmjax.models.stack import with_layers_apart
 from mmjax.objectives.grpo import answer_log_probs
 from mmjax.parallel import multihost, rules

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import UserError, kind_function
+from mmjax.config import UserError
 from mmjax.data.statistics import Statistics
+from mmjax.kinds import kind_function
 
 
 def with_statistics(

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import FrozenConfigDict
 
-from mmjax.config import kind_function, settings
+from mmjax.config import settings
+from mmjax.kinds import kind_function
 from mmjax.models import methods
 from mmjax.objectives import MINIMISED, Losses
 from mmjax.parallel import rules

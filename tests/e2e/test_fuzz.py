@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.keys import KEYS, KINDS
+from mmjax.keys import KEYS
+from mmjax.kinds import KINDS
 from tests.data.test_audio import encode as sound
 from tests.data.test_audio import tone
 from tests.data.test_video import clip

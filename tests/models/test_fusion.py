@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mmjax.config import UserError, kind_function
+from mmjax.config import UserError
+from mmjax.kinds import kind_function
 from mmjax.models.attention import AttentionMask
 from mmjax.models.block import Block, BlockConfig
 from mmjax.models.layers import Encoded

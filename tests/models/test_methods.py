@@ -8,8 +8,8 @@ import re
 import pytest
 
 import mmjax.config
-from mmjax.config import UserError, kind_function
-from mmjax.keys import KINDS
+from mmjax.config import UserError
+from mmjax.kinds import KINDS, kind_function
 from mmjax.models import make_model
 from mmjax.models.gan import TextToImageGan
 from mmjax.models.language_model import LanguageModel

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import files, printing
-from mmjax.config import UserError, load_function
+from mmjax.config import UserError
 from mmjax.data.builders.schema import (
   Record,
   canonical,
@@ -33,6 +33,7 @@ from mmjax.data.builders.schema import (
   to_example,
 )
 from mmjax.data.folders import find_version, is_complete, local_data_dir, split_sizes
+from mmjax.kinds import load_function
 from mmjax.ownership import Owner
 
 __all__ = [

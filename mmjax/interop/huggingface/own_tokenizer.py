@@ -13,7 +13,7 @@ import numpy as np
 from mmjax.config import UserError
 from mmjax.data.tokenizers import RESERVED, SPARE
 from mmjax.interop.huggingface.clip import LEGACY_EOS
-from mmjax.keys import SPECIAL_TOKENS
+from mmjax.special_tokens import SPECIAL_TOKENS
 
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type of sentencepiece
 NEVER = -1e4  # score of pieces that text must not become; the likeliest of any text are far above

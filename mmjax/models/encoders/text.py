@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import UserError
-from mmjax.keys import Special
 from mmjax.models import pooling as pool
 from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.layers import Encoded, constrain, normal, with_axes
 from mmjax.models.stack import run_stack
 from mmjax.ranges import Count, Depth, Dropout, Epsilon, Heads, TokenId, Width
+from mmjax.special_tokens import Special
 
 Array = jax.Array
 TextPooling = Literal["last", "final", "eos", "highest", "class", "mean", "attention"]
