@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmjax.config import UserError
 from mmjax.data.builders import convert as module
+from mmjax.data.builders import shards
 from mmjax.data.builders.convert import convert
 from mmjax.data.media import bytes_key
 from mmjax.data.sources import open_source
@@ -263,7 +264,7 @@ def test_the_same_command_again_does_nothing_and_another_source_is_refused(tmp_p
 
 def test_finished_shards_are_kept_and_half_written_ones_are_not(tmp_path, monkeypatch):
   root = folder_of(tmp_path / "in", 12)
-  written, original = [], module._write_shard
+  written, original = [], shards._write_shard
 
   def three_then_stop(reader, rows, fields, split, staging, number):
     if len(written) == 3:
@@ -271,7 +272,7 @@ def test_finished_shards_are_kept_and_half_written_ones_are_not(tmp_path, monkey
     written.append(number)
     return original(reader, rows, fields, split, staging, number)
 
-  monkeypatch.setattr(module, "_write_shard", three_then_stop)
+  monkeypatch.setattr(shards, "_write_shard", three_then_stop)
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path, "folder", root, shard_rows=2)
   staging = tmp_path / "data" / "mine" / "converting-train"
@@ -281,7 +282,7 @@ def test_finished_shards_are_kept_and_half_written_ones_are_not(tmp_path, monkey
   (staging / "shard-00002.json").unlink()
   (staging / "shard-00003.tmp").write_bytes(b"half")
   written.clear()
-  monkeypatch.setattr(module, "_write_shard", lambda *a: written.append(a[-1]) or original(*a))
+  monkeypatch.setattr(shards, "_write_shard", lambda *a: written.append(a[-1]) or original(*a))
   assert run(tmp_path, "folder", root, shard_rows=2).examples == 12
   assert written == [1, 2, 3, 4, 5]
   whole = run(tmp_path, "folder", root, "whole", shard_rows=2)
@@ -293,12 +294,12 @@ def test_finished_shards_are_kept_and_half_written_ones_are_not(tmp_path, monkey
 
 def test_a_changed_source_starts_anew(tmp_path, monkeypatch):
   root = folder_of(tmp_path / "in", 4)
-  original = module._assemble
-  monkeypatch.setattr(module, "_assemble", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+  original = module.assemble
+  monkeypatch.setattr(module, "assemble", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path, "folder", root, shard_rows=2)
   (root / "p000.txt").write_text("changed\n")
-  monkeypatch.setattr(module, "_assemble", original)
+  monkeypatch.setattr(module, "assemble", original)
   run(tmp_path, "folder", root, shard_rows=2)
   assert source(tmp_path)[0]["captions"] == {"en": ["changed"]}
 

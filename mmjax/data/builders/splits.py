@@ -1,10 +1,10 @@
-"""Which split a row of a source goes into, when one conversion makes several: by shares of the
-content, "train:80,validation:10,test:10".
+"""Which split a row of a source goes into: by its folder, by what it says itself, or by shares of
+the content, "train:80,validation:10,test:10".
 
-The split of a record is a function of its content alone (a hash of its media, or of the text of a
-document), so that the same files fall the same way again. Records that share a medium or a group,
-and pictures that are nearly equal (scaled, compressed again), are kept together: they follow the
-smallest hash among them.
+By shares, the split of a record is a function of its content alone (a hash of its media, or of the
+text of a document), so that the same files fall the same way again. Records that share a medium or
+a group, and pictures that are nearly equal (scaled, compressed again), are kept together: they
+follow the smallest hash among them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data import image
+from mmjax.data.builders.summary import Entry
 from mmjax.data.image import Unreadable
 from mmjax.data.media import content_key
 from mmjax.data.readers.cells import Skip
 from mmjax.data.readers.columns import MEDIA
-from mmjax.data.readers.rows import Row
+from mmjax.data.readers.folder import SPLITS
+from mmjax.data.readers.rows import Row, Where
 from mmjax.files import check_name
 
 _CHUNK = 64  # rows that a thread reads at once
@@ -161,3 +163,88 @@ def _near_duplicates(thumbnails: Mapping[int, np.ndarray]) -> Iterable[tuple[int
 
 def _hash(key: Any) -> int:
   return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+
+
+def parts_of(
+  reader, rows: list[Row], skipped: list[Entry], split: str | None, shares: Mapping[str, float]
+) -> dict[str, tuple[list[Row], list[Entry]]]:
+  """{split: (its rows, what is left out of it already)}; that belongs to the first split where
+  nothing tells.
+  """
+  folders = getattr(reader, "splits", {})
+  named = [] if shares else [_named_split(row) for row in rows]
+  if shares:
+    divided = divide(reader, rows, shares)
+    first = next(iter(divided))
+    return {name: (part, skipped if name == first else []) for name, part in divided.items()}
+  if any(named):
+    return _by_column(reader, rows, skipped, split, named)
+  if not folders:
+    return {split or "train": (rows, skipped)}
+  there = ", ".join(folders)
+  beside = [path for row in rows if _first_folder(path := _path(row)) not in folders]
+  if beside:
+    reader.notes.append(
+      f"the folders {there} are put into one split, {split or 'train'!r}, since {beside[0]} lies "
+      "beside them; move it into one of them to make each a split"
+    )
+    return {split or "train": (rows, skipped)}
+  if split:
+    reader.notes.append(
+      f"the folders {there} are put into one split, {split!r}; without --split each is one"
+    )
+    return {split: (rows, skipped)}
+  reader.notes.append(
+    f"the folders {there} become the splits {', '.join(dict.fromkeys(folders.values()))}; --split "
+    "NAME puts all into one"
+  )
+  parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in folders.values()}
+  first = next(iter(parts))
+  for row in rows:
+    parts[folders[_first_folder(_path(row))]][0].append(row)
+  for entry in skipped:
+    parts[folders.get(_first_folder(entry[0]), first)][1].append(entry)
+  return {name: part for name, part in parts.items() if part[0]}
+
+
+def _by_column(
+  reader, rows: list[Row], skipped: list[Entry], split: str | None, named: Sequence[str]
+) -> dict[str, tuple[list[Row], list[Entry]]]:
+  """As `parts_of`, of rows that name their splits. Raises UserError: a name that none can have."""
+  there = ", ".join(sorted(set(named) - {""}))
+  if split or not all(named):
+    why = "without --split each is one" if split else f"since {rows[named.index('')].name} has none"
+    reader.notes.append(
+      f"the splits {there} of the rows are put into one, {split or 'train'!r}, {why}"
+    )
+    return {split or "train": (rows, skipped)}
+  parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in sorted(set(named))}
+  for name in parts:
+    try:
+      check_name("a split", name)
+    except UserError as error:
+      raise UserError(
+        f"rows name their splits, but {error}; or put all into --split NAME"
+      ) from None
+  if len(parts) > 1:
+    reader.notes.append(f"the rows name their splits: {there}; --split NAME puts all into one")
+  for row, name in zip(rows, named, strict=True):
+    parts[name][0].append(row)
+  next(iter(parts.values()))[1].extend(skipped)
+  return parts
+
+
+def _named_split(row: Row) -> str:
+  """The split that a row says itself, by its usual name; "" = none."""
+  said = row.where.said if isinstance(row.where, Where) else None
+  name = said.split if said else ""
+  return SPLITS.get(name.lower(), name)
+
+
+def _path(row: Row) -> str:
+  """Of the first file of a row of a folder."""
+  return next(iter(row.where.media.values()))
+
+
+def _first_folder(path: str) -> str:
+  return os.path.normpath(path).split(os.sep)[0]
