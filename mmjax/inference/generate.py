@@ -15,7 +15,8 @@ from mmjax.config import UserError
 from mmjax.data.media import modality_of
 from mmjax.files import files_below
 from mmjax.inference.inputs import Item
-from mmjax.inference.predictor import Predictor, in_threads
+from mmjax.inference.predictor import Predictor
+from mmjax.inference.programs import in_threads
 from mmjax.inference.transcribe import Segment
 
 

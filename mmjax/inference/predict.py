@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,13 +23,16 @@ from mmjax.data.readers.cells import Skip
 from mmjax.data.readers.columns import COLUMNS
 from mmjax.data.readers.folder import TABLES as FOLDER_TABLES
 from mmjax.inference.inputs import Item
+from mmjax.inference.transcribe import windows_of
+
+if TYPE_CHECKING:  # which calls this module
+  from mmjax.inference.predictor import Predictor
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 MEDIA = ("image", "audio", "video", "series")
 SHOWN = 50  # classes that a row has the probability of each of; of more only the likeliest
 CHUNK = 256  # rows that are read, predicted and forgotten at once
 Row = dict[str, Any]
-Predictor = Any  # that of predictor.py, which calls this module
 
 
 def predict(
@@ -349,10 +352,17 @@ def _texts(
       return [dict(text=text) for text in predictor.generate(beams=beams, **inputs)]
     written: list[Any] = predictor.generate(beams=beams, timestamps=True, **inputs)
     return [_timed([(s.start, s.end, s.text) for s in segments]) for segments in written]
-  windows = [predictor.windows(item["audio"], quiet=True) for item in items]
+  windows = [_windows(predictor, item["audio"], quiet=True) for item in items]
   texts: Any = iter(predictor.generate(beams=beams, audio=[x for of in windows for _, _, x in of]))
   spoken = [_timed([(start, end, next(texts)) for start, end, _ in of]) for of in windows]
   return spoken if timestamps else [dict(text=row["text"]) for row in spoken]
+
+
+def _windows(
+  predictor: Predictor, sound: Item, quiet: bool = False
+) -> list[tuple[float, float, Any]]:
+  waveform = predictor.media["audio"].sound(sound)
+  return windows_of(waveform, predictor.config.data.audio, quiet=quiet)
 
 
 def _timed(segments: Sequence[tuple[float, float, str]]) -> Row:
@@ -370,7 +380,7 @@ def _means(
   """[N, *] of a head; of a sound in several windows the mean over them."""
   if "audio" not in given:
     return head(**{m: [item[m] for item in items] for m in given})
-  windows = [predictor.windows(item["audio"]) for item in items]
+  windows = [_windows(predictor, item["audio"]) for item in items]
   owner = np.repeat(np.arange(len(items)), [len(of) for of in windows])
   inputs = {m: [items[i][m] for i in owner.tolist()] for m in given if m != "audio"}
   rows = head(**inputs, audio=[sound for of in windows for _, _, sound in of])

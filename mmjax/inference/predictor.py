@@ -6,14 +6,12 @@ and runs on any mesh.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import itertools
 import json
-import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,36 +23,21 @@ from mmjax.config import UserError, base
 from mmjax.data.naflex import PatchSequence, picture_of
 from mmjax.data.text import TextTransform
 from mmjax.data.tokenizers import Tokenizer, load_tokenizer
-from mmjax.inference.engine import (
-  can_generate,
-  decoding_of,
-  generate_text,
-  generate_timed_text,
-  is_language_model,
-  settings_of_file,
-)
+from mmjax.inference.engine import can_generate, decoding_of, is_language_model, settings_of_file
 from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.inference.language import LanguageGenerator
-from mmjax.inference.transcribe import Segment, Windows, detect_language, start_tokens
+from mmjax.inference.parameters import local_mesh, param_shardings, param_spec
+from mmjax.inference.programs import Programs, chunks, in_threads, stack
+from mmjax.inference.transcribe import Segment
+from mmjax.inference.writer import ROWS, Writer, knows_times
 from mmjax.models import make_model
 from mmjax.models.lora import merge
 from mmjax.parallel import rules
-from mmjax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
-from mmjax.state import adapters
 
 if TYPE_CHECKING:
   from mmjax.inference.chat import Chat
   from mmjax.inference.slots import Slots, Text
 
-log = logging.getLogger("mmjax")
-
-BUCKETS = (
-  1,
-  8,
-  32,
-  128,
-  512,
-)  # batches are filled up to one of these, so that a handful of programs serve every size
 CACHES = ("float", "int8")
 WRITING = 32  # the most rows that texts are written for at once, times beams
 
@@ -86,7 +69,7 @@ class Predictor:
     batch_size: the most examples that go through the model at once. model_state: what the model
     keeps besides parameters (batch statistics), {collection: nested dict}. cache: see `load`."""
     self.config, self.assets = config, dict(assets)
-    self.mesh = _local_mesh(config) if mesh is None else mesh
+    self.mesh = local_mesh(config) if mesh is None else mesh
     self._model = make_model(config)
     if cache not in CACHES:
       raise UserError(f"cache {cache!r} is unknown; there are: {', '.join(CACHES)}")
@@ -94,14 +77,12 @@ class Predictor:
       raise UserError("cache 'int8' is for language models; this checkpoint is none")
     self.params = jax.device_put(params, param_shardings(config, self.mesh))
     self.model_state = jax.device_put(dict(model_state or {}), rules.replicated(self.mesh))
-    shards = batch_shards(self.mesh)
-    sizes = [b for b in BUCKETS if b < batch_size] + [batch_size]
-    self._buckets = sorted({-(-size // shards) * shards for size in sizes})
+    variables = {"params": self.params, **self.model_state}
+    self._programs = programs = Programs(config, variables, self.mesh, batch_size)
     self.modalities = tuple(config.model.encoders)
     read = dict.fromkeys((*self.modalities, *(("video",) if config.data.video.group else ())))
     self.media = {name: MediaInputs(config, name) for name in read if name != "text"}
     self.joint = bool(getattr(self._model, "joint", True))
-    self._decoder = getattr(self._model, "decoder", None)
     self.writes = can_generate(self._model)
     self.classes_count = int(getattr(self._model, "classes", 0))
     self.values_count = int(getattr(self._model, "values", 0))
@@ -115,19 +96,14 @@ class Predictor:
       if self.joint:
         temperature: Any = self._model.apply({"params": self.params}, method="temperature")
         self.scale, self.bias = (float(x) for x in temperature)
-      jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
-      self._embed = jit(functools.partial(_embed, self._model), static_argnums=1)
-      self._regress = jit(functools.partial(_regress, self._model), static_argnums=1)
-      self._classify = jit(functools.partial(_classify, self._model), static_argnums=1)
-      self._generate = jit(
-        functools.partial(generate_text, self._model), static_argnums=(1, 2, 3, 4)
-      )
+      self._embed = programs.jit(functools.partial(_embed, self._model), 1)
+      self._regress = programs.jit(functools.partial(_regress, self._model), 1)
+      self._classify = programs.jit(functools.partial(_classify, self._model), 1)
     self.width = int(config.model.width)
     self.language = None
     self.usual_decoding: dict[str, float] = {}
     if is_language_model(self._model):
-      variables = {"params": self.params, **self.model_state}
-      rows = [size for size in self._buckets if size <= WRITING] or self._buckets[:1]
+      rows = [size for size in programs.sizes if size <= ROWS] or programs.sizes[:1]
       writer = self._model.clone(int8_cache=cache == "int8")
       self.language = LanguageGenerator(config, writer, variables, self.tokenizer, self.media, rows)
       self.usual_decoding = settings_of_file(self.assets.get("generation_config.json", b"{}"))
@@ -166,7 +142,7 @@ class Predictor:
     if merged:
       tree = config.to_dict()
       config = type(config)({**tree, "lora": {**tree["lora"], "base": "float32"}})
-    mesh = _local_mesh(config) if mesh is None else mesh
+    mesh = local_mesh(config) if mesh is None else mesh
     shapes, shardings = param_spec(config), param_shardings(config, mesh)
     spec = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -209,7 +185,7 @@ class Predictor:
     """
     self._needs("text", joint=True)
     return self._embedded(
-      "text", (self.tokens(chunk) for chunk in _chunks(_texts(texts), self._buckets[-1]))
+      "text", (self.tokens(chunk) for chunk in chunks(_texts(texts), self._programs.most))
     )
 
   def encode(self, modality: str, items: Item | Iterable[Item]) -> np.ndarray:
@@ -218,7 +194,7 @@ class Predictor:
       return self.encode_text(_texts(items))
     self._needs(modality, joint=True)
     examples = in_threads(self.media[modality], self.media[modality].items(items))
-    return self._embedded(modality, map(_stack, _chunks(examples, self._buckets[-1])))
+    return self._embedded(modality, map(stack, chunks(examples, self._programs.most)))
 
   def generate(
     self,
@@ -257,8 +233,6 @@ class Predictor:
     Raises UserError: the model writes no text or has no such encoder, an item that cannot be read,
     or timestamps of what has none.
     """
-    from mmjax.data.tokenizers import decode
-
     if self.language is not None:
       decoding = decoding_of(
         self.usual_decoding,
@@ -289,71 +263,13 @@ class Predictor:
         "this checkpoint has neither a decoder nor a CTC head and writes no text: generate with a "
         "captioner (model.decoder) or a recogniser (model.spelling), or use `classify`"
       )
-    if beams > 1 and not self._decoder:
-      raise UserError(
-        f"beams is {beams}, but a CTC head takes the likeliest token of each frame: beams=1"
-      )
-    limit = self.config.data.text.length
-    if not 0 <= max_length <= limit or beams < 1:
-      raise UserError(
-        f"max_length is {max_length} and beams {beams}; give 0 to {limit} (what the model was "
-        "trained with) and at least 1"
-      )
-    if "text" in media:
-      raise UserError(
-        "text is written about other media: give image=, audio=, video= or series=, not text="
-      )
-    rows = max(1, WRITING // beams)
-    if timestamps and not (self.knows_times and tuple(media) == ("audio",)):
-      raise UserError(
-        "timestamps need audio= alone, and a decoder with tokens for times "
-        "(model.decoder.time_tokens), as Whisper has"
-      )
-    if tuple(media) == ("audio",):
-      sounds = list(
-        in_threads(self.media["audio"].sound, self.media["audio"].items(media["audio"]))
-      )
-      long = [i for i, sound in enumerate(sounds) if timestamps or self._is_long(sound)]
-      if long and self.knows_times:
-        written = self._transcribe([sounds[i] for i in long], max_length, beams, length_penalty)
-        if timestamps:
-          return written
-        short = [sound for i, sound in enumerate(sounds) if i not in set(long)]
-        texts: Iterator[Any] = iter(())
-        if short:
-          texts = iter(
-            self.generate(
-              max_length=max_length, beams=beams, length_penalty=length_penalty, audio=short
-            )
-          )
-        joined = {
-          i: [t for s in segments for t in s.tokens if t < self._model.decoder.time_tokens]
-          for i, segments in zip(long, written, strict=True)
-        }
-        return [
-          decode(self.tokenizer, joined[i], self._model.decoder.eos_id)
-          if i in joined
-          else next(texts)
-          for i in range(len(sounds))
-        ]
-      for i in long:
-        log.warning(
-          "sound %d of %d is %.1f s long; the model reads the first %g (data.audio.seconds)",
-          i + 1,
-          len(sounds),
-          len(sounds[i]) / self.config.data.audio.rate,
-          self.config.data.audio.seconds,
-        )
-      media = dict(audio=sounds)
-    tokens = self._run(
-      self._generate,
-      (tuple(media), max_length or limit, beams, length_penalty),
-      self._batches(media, rows),
-      rows,
+    return self._writer.generate(
+      media,
+      max_length=max_length,
+      beams=beams,
+      length_penalty=length_penalty,
+      timestamps=timestamps,
     )
-    return [
-      decode(self.tokenizer, row, self._decoder.eos_id if self._decoder else -1) for row in tokens
-    ]
 
   def stream(self, prompt: str, *, max_length: int = 64, **settings: Any) -> Iterator[str]:
     """The text that a language model writes after a prompt, piece by piece. settings: as of
@@ -409,85 +325,13 @@ class Predictor:
   @property
   def knows_times(self) -> bool:
     """Whether it writes the times of what is said in sounds of any length (Whisper)."""
-    encoder = self.config.model.encoders.get("audio", {})
-    return (
-      self.writes
-      and getattr(self._decoder, "time_tokens", -1) >= 0
-      and encoder.get("normalisation") == "whisper"
-    )
-
-  def _is_long(self, sound: np.ndarray | dict[str, np.ndarray]) -> bool:
-    audio = self.config.data.audio
-    return not isinstance(sound, dict) and len(sound) > round(audio.rate * audio.seconds)
-
-  def _transcribe(
-    self,
-    sounds: Sequence[np.ndarray | dict[str, np.ndarray]],
-    max_length: int,
-    beams: int,
-    length_penalty: float,
-  ) -> list[list[Segment]]:
-    """The segments of sounds of any length, window by window, those of several sounds at once."""
-    from mmjax.data.tokenizers import decode
-
-    waveforms = [sound for sound in sounds if isinstance(sound, np.ndarray)]
-    if len(waveforms) < len(sounds):
-      raise UserError("timestamps need whole sounds: give paths, bytes or waveforms")
-    whole, most = self._model.decoder, self.config.data.text.length
-    start = start_tokens(whole.prompt, whole.time_tokens)
-    if most >= whole.length - len(
-      whole.prompt
-    ):  # as many as there are places for: one more without the token that is left out
-      most = whole.length - len(start)
-    windows = Windows(self.config.model.encoders.audio, self.config.data.audio, whole.time_tokens)
-    (timed, detect), rows, source = self._timed_programs, max(1, WRITING // beams), ("audio",)
-    features, ends = zip(*map(windows.features, waveforms), strict=True)
-    seeks = [0] * len(sounds)
-    found: list[list[Segment]] = [[] for _ in sounds]
-
-    def cut(i: int) -> np.ndarray:
-      return windows.cut(features[i], ends[i], seeks[i])
-
-    def text(tokens: Sequence[int]) -> str:
-      return decode(self.tokenizer, tokens, whole.eos_id)
-
-    prompts = np.tile(np.asarray(start, np.int32), (len(sounds), 1))
-    if whole.languages:
-      first = (
-        {"audio": {"features": np.stack([cut(i) for i in part])}}
-        for part in _chunks(range(len(sounds)), rows)
-      )
-      prompts[:, 1] = self._run(detect, (source,), first, rows)
-    while going := [i for i in range(len(sounds)) if seeks[i] < ends[i]]:
-      batches = (
-        {
-          "audio": {"features": np.stack([cut(i) for i in part])},
-          "prompt": {"tokens": prompts[part]},
-        }
-        for part in _chunks(going, rows)
-      )
-      written = self._run(timed, (source, max_length or most, beams, length_penalty), batches, rows)
-      for i, row in zip(going, written.tolist(), strict=True):
-        tokens = list(itertools.takewhile(lambda token: token != whole.eos_id, row))
-        segments, step = windows.segments(
-          tokens, seeks[i], min(ends[i] - seeks[i], windows.frames), text
-        )
-        found[i] += segments
-        seeks[i] += max(step, windows.stride)
-    return found
+    return self.writes and knows_times(self.config, getattr(self._model, "decoder", None))
 
   @functools.cached_property
-  def _timed_programs(self) -> tuple[Callable, Callable]:
-    """(`generate_timed_text`, `detect_language`) of the model whose prompt has room for times."""
-    decoder = self._model.decoder
-    model = self._model.clone(
-      decoder=decoder.clone(prompt=start_tokens(decoder.prompt, decoder.time_tokens))
-    )
-    jit = functools.partial(jax.jit, out_shardings=rules.batch_sharding(self.mesh))
-    return (
-      jit(functools.partial(generate_timed_text, model), static_argnums=(1, 2, 3, 4)),
-      jit(functools.partial(detect_language, model), static_argnums=1),
-    )
+  def _writer(self) -> Writer:
+    audio = self.media.get("audio")
+    programs, tokenizer = self._programs, self.tokenizer
+    return Writer(self.config, self._model, programs, tokenizer, self._batches, audio)
 
   def classes(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
     """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of
@@ -553,32 +397,6 @@ class Predictor:
     found = (tuple(entry.modalities) for entry in entries if entry.get("kind") in kinds)
     return next(found, self.modalities)
 
-  def windows(self, sound: Item, *, quiet: bool = False) -> list[tuple[float, float, Any]]:
-    """(start, end in seconds, waveform float32 [n]) of a sound of any length, in windows of at most
-    data.audio.seconds. quiet: they end where the last fifth of a window is most quiet, so that few
-    words are cut; else the last window is a full one.
-    """
-    waveform = self.media["audio"].sound(sound)
-    audio = self.config.data.audio
-    most = round(audio.rate * audio.seconds)
-    if isinstance(waveform, dict) or len(waveform) <= most:
-      length = 0.0 if isinstance(waveform, dict) else len(waveform) / audio.rate
-      return [(0.0, length, waveform)]
-    edges = [0]
-    while len(waveform) - edges[-1] > most:
-      stop = edges[-1] + most
-      if quiet:
-        frame = max(1, audio.rate // 50)
-        tail = waveform[stop - most // 5 : stop]
-        energy = np.square(tail[: len(tail) // frame * frame]).reshape(-1, frame).sum(1)
-        if len(energy):
-          stop -= len(tail) - int(energy.argmin()) * frame - frame // 2
-      edges.append(stop)
-    bounds = list(zip(edges, [*edges[1:], len(waveform)], strict=True))
-    if not quiet:
-      bounds[-1] = (len(waveform) - most, len(waveform))
-    return [(a / audio.rate, b / audio.rate, waveform[a:b]) for a, b in bounds]
-
   def _head(
     self, program: Callable, inputs: Mapping[str, Item | Iterable[Item]], *kinds: str
   ) -> np.ndarray:
@@ -591,8 +409,8 @@ class Predictor:
       ),
       tuple(inputs),
     )
-    most = self._buckets[-1]
-    return self._run(program, (order,), self._batches(inputs, most), most)
+    batches = self._batches(inputs, self._programs.most)
+    return self._programs.run(program, (order,), batches)
 
   def _numbered_values(self) -> tuple[str, ...]:
     count = self.values_count
@@ -681,9 +499,8 @@ class Predictor:
     return mark.hexdigest()
 
   def _embedded(self, modality: str, batches: Iterable[dict[str, np.ndarray]]) -> np.ndarray:
-    rows = self._run(
-      self._embed, (modality,), ({modality: batch} for batch in batches), self._buckets[-1]
-    )
+    of_modality = ({modality: batch} for batch in batches)
+    rows = self._programs.run(self._embed, (modality,), of_modality)
     return rows if len(rows) else np.zeros((0, self.width), np.float32)
 
   def _batches(
@@ -705,46 +522,17 @@ class Predictor:
         f"{', '.join(f'{len(items)} of {m}' for m, items in given.items())}"
       )
     parts = [
-      map(self.tokens, _chunks(items, rows))
+      map(self.tokens, chunks(items, rows))
       if m == "text"
-      else map(_stack, _chunks(in_threads(self.media[m], items), rows))
+      else map(stack, chunks(in_threads(self.media[m], items), rows))
       for m, items in given.items()
     ]
     for batch in zip(*parts, strict=True):
       yield dict(zip(given, batch, strict=True))
 
-  def _run(
-    self, program: Callable, arguments: tuple, batches: Iterable[dict], limit: int
-  ) -> np.ndarray:
-    """Rows of `program(variables, *arguments, batch)` for batches of at most `limit` examples, each
-    filled up to a bucket; the next one is prepared while the devices work on the last."""
-    waiting, rows = None, []
-    variables = {"params": self.params, **self.model_state}
-    shards = batch_shards(self.mesh)
-    buckets = sorted({*(b for b in self._buckets if b < limit), -(-limit // shards) * shards})
-    with self.in_use():
-      for batch in batches:
-        for part in batch.values():
-          part.pop("key", None)
-        count = len(jax.tree.leaves(batch)[0])
-        size = next(bucket for bucket in buckets if bucket >= count)
-        filled = jax.tree.map(
-          lambda x, extra=size - count: np.concatenate([x, np.repeat(x[:1], extra, axis=0)]), batch
-        )
-        result = (
-          program(variables, *arguments, jax.device_put(filled, rules.batch_sharding(self.mesh))),
-          count,
-        )
-        if waiting:
-          rows.append(np.asarray(waiting[0])[: waiting[1]])
-        waiting = result
-      if waiting:
-        rows.append(np.asarray(waiting[0])[: waiting[1]])
-    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
-
-  def in_use(self):
+  def in_use(self) -> contextlib.AbstractContextManager:
     """A context in which programs of the model run on its mesh."""
-    return rules.use(self.mesh, rules.logical_rules(self.config))
+    return self._programs.in_use()
 
   def _no_encoder(self, modality: str) -> UserError:
     return UserError(
@@ -774,36 +562,6 @@ def probabilities(config) -> str:
   )
 
 
-def in_threads(function: Callable, items: Iterable, ahead: int = 64) -> Iterator:
-  """`function` of each item, in order, worked out by threads at most `ahead` items before it is
-  asked for.
-  """
-  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    for chunk in _chunks(items, ahead):
-      yield from pool.map(function, chunk)
-
-
-def param_spec(config) -> Any:
-  """Shapes and dtypes of a config's parameters: nested dict of ShapeDtypeStruct. Runs nothing."""
-  import flax.linen as nn
-
-  return nn.unbox(_abstract(config))
-
-
-def param_shardings(config, mesh: Mesh) -> Any:
-  """Where each parameter lies on `mesh` by the config's `sharding`."""
-  return rules.param_shardings(_abstract(config), mesh, rules.logical_rules(config))
-
-
-def _abstract(config) -> Any:
-  from mmjax.data.pipeline import batch_spec
-
-  def init(batch: dict) -> Any:
-    return adapters.init_variables(make_model(config), config, jax.random.key(0), batch)["params"]
-
-  return jax.eval_shape(init, batch_spec(config, 1))
-
-
 def _names(assets: Mapping[str, bytes], file: str) -> tuple[str, ...]:
   """The names that a file of a checkpoint lists; () without it. Raises UserError: it is no list of
   texts.
@@ -829,13 +587,6 @@ def _regress(model, variables: Any, modalities: tuple[str, ...], batch: dict) ->
   return model.apply(variables, modalities, batch, method="regress").astype(jnp.float32)
 
 
-def _local_mesh(config) -> Mesh:
-  """Every device of this process side by side, whatever mesh the checkpoint was trained on."""
-  tree = config.to_dict()
-  tree["mesh"] = {axis: -1 if axis == BATCH_AXES[-2] else 1 for axis in tree["mesh"]}
-  return make_mesh(type(config)(tree), jax.local_devices())
-
-
 def _texts(given: Any) -> Iterable[str]:
   """Several texts, of one or of several; `Predictor.tokens` refuses what is no text."""
   return [given] if isinstance(given, str) else given
@@ -846,18 +597,3 @@ def _text(given: Any) -> str:
   if not isinstance(given, str):
     raise UserError(f"{given!r:.200} ({type(given).__name__}) is no text: give strings")
   return given
-
-
-def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-  chunk = []
-  for item in items:
-    chunk.append(item)
-    if len(chunk) == size:
-      yield chunk
-      chunk = []
-  if chunk:
-    yield chunk

@@ -26,7 +26,8 @@ from mmjax.data.sources import open_source
 from mmjax.data.text import text_key
 from mmjax.evaluation import languages_of
 from mmjax.files import check_output, files_below, read_file
-from mmjax.inference.predictor import Predictor, in_threads
+from mmjax.inference.predictor import Predictor
+from mmjax.inference.programs import in_threads
 
 FILES = {
   modality: tuple(f".{ending}" for ending in endings) for modality, endings in ENDINGS.items()

@@ -1,12 +1,12 @@
-"""Long sounds in windows that follow the times which the model writes (Radford et al. 2022,
-arXiv:2212.04356, section 4.5).
+"""Long sounds in windows: those that follow the times which the model writes (Radford et al. 2022,
+arXiv:2212.04356, section 4.5), and those of one length for other models.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,8 @@ class Windows:
       times = [token - self.begin for token in tokens if token >= self.begin]
       return [segment(0, (times and times[-1]) or frames // self.stride, tokens)], frames
     alone = is_time[-2:] == [False, True]
-    stops = (
-      [*pairs, len(tokens)] if alone else [*pairs[:-1], pairs[-1] + 1]
-    )  # with the second time of the last pair
+    # A text that ends in a pair of times ends with the second of them.
+    stops = [*pairs, len(tokens)] if alone else [*pairs[:-1], pairs[-1] + 1]
     found, start = [], 0
     for stop in stops:
       part = tokens[start:stop]
@@ -116,3 +115,30 @@ def detect_language(model, variables, source: tuple[str, ...], batch: dict) -> j
   """int32 [B]: the decoder's language of each row."""
   memory = model.apply(variables, source, batch, method="init_memory")
   return model.apply(variables, memory, method="detect_language")
+
+
+def windows_of(
+  waveform: np.ndarray | dict[str, np.ndarray], audio, *, quiet: bool = False
+) -> list[tuple[float, float, Any]]:
+  """(start, end in seconds, waveform float32 [n]) of a sound of any length, in windows of at most
+  `seconds`. audio: data.audio of the config. quiet: they end where the last fifth of a window is
+  most quiet, so that few words are cut; else the last window is a full one.
+  """
+  most = round(audio.rate * audio.seconds)
+  if isinstance(waveform, dict) or len(waveform) <= most:
+    length = 0.0 if isinstance(waveform, dict) else len(waveform) / audio.rate
+    return [(0.0, length, waveform)]
+  edges = [0]
+  while len(waveform) - edges[-1] > most:
+    stop = edges[-1] + most
+    if quiet:
+      frame = max(1, audio.rate // 50)
+      tail = waveform[stop - most // 5 : stop]
+      energy = np.square(tail[: len(tail) // frame * frame]).reshape(-1, frame).sum(1)
+      if len(energy):
+        stop -= len(tail) - int(energy.argmin()) * frame - frame // 2
+    edges.append(stop)
+  bounds = list(zip(edges, [*edges[1:], len(waveform)], strict=True))
+  if not quiet:
+    bounds[-1] = (len(waveform) - most, len(waveform))
+  return [(a / audio.rate, b / audio.rate, waveform[a:b]) for a, b in bounds]

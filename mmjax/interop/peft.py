@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError
-from mmjax.inference.predictor import param_spec
+from mmjax.inference.parameters import param_spec
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, single
 from mmjax.interop.huggingface.mapping import Rule

@@ -147,7 +147,7 @@ class Origin:
     """Writes init.map and optimizer.rates: the parts of the model that the checkpoint has are
     loaded and learn slowly, others are new. False = it has them all. Raises UserError: it has none.
     """
-    from mmjax.inference.predictor import param_spec
+    from mmjax.inference.parameters import param_spec
     from mmjax.state.paths import by_name
 
     fits: dict[str, bool] = {}

@@ -14,7 +14,7 @@ from PIL import Image
 from mmjax import config as configs
 from mmjax.data.pipeline import batch_spec
 from mmjax.data.tokenizer_training import train_tokenizer
-from mmjax.inference.predictor import param_spec
+from mmjax.inference.parameters import param_spec
 from mmjax.models import make_model
 from mmjax.state.checkpoint import save_import
 

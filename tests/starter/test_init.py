@@ -20,7 +20,7 @@ from mmjax.data.builders import write_dataset
 from mmjax.data.examples import Examples
 from mmjax.data.sources import open_source
 from mmjax.data.tokenizers import Tokenizer
-from mmjax.inference.predictor import param_spec
+from mmjax.inference.parameters import param_spec
 from mmjax.starter import sizes
 from mmjax.starter.machine import Machine
 from mmjax.starter.survey import fit
