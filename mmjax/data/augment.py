@@ -26,13 +26,14 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mmjax.data.resample import antialias
 
+# Of the 64.
 _CROP, _WARP, _FLIP, _JITTER, _ERASE = (
   slice(0, 40),
   slice(40, 44),
   44,
   slice(45, 53),
   slice(53, 60),
-)  # of the 64
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,12 +63,10 @@ _NO_WHITE = (
 _AVIF = (b"avif", b"avis")  # brands of an ISO file
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-warnings.filterwarnings(
-  "ignore", category=Image.DecompressionBombWarning
-)  # Pillow warns from 89 megapixels on
-cv2.setNumThreads(
-  0
-)  # pictures run in parallel, one a thread or process: threads of OpenCV would get in the way
+# Pillow warns from 89 megapixels on.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pictures run in parallel, one a thread or process: threads of OpenCV would get in the way.
+cv2.setNumThreads(0)
 
 
 class Unreadable(UserError):

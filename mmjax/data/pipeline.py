@@ -552,9 +552,8 @@ class EvaluationData:
     asks, each = self.source.text == "question", self.config.data.text.per_example
     self.labels = np.full(len(self), -1, np.int32)
     self.values = np.full((len(self), len(self.source.values)), np.nan, np.float32)
-    absent = np.arange(
-      2**63, 2**63 + len(self), dtype=np.uint64
-    )  # equal to no other; such a row is not valid
+    # Equal to no other; such a row is not valid.
+    absent = np.arange(2**63, 2**63 + len(self), dtype=np.uint64)
     self.media_keys = {name: absent.copy() for name in MODALITIES if name != "text"}
     for i in range(len(self)):
       try:

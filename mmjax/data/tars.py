@@ -44,9 +44,8 @@ from mmjax.printing import printable
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 _VERSION = 5  # of the index files
 _PARTS = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.extents
-_NEAR = (
-  1 << 16
-)  # bytes between members of a key that are read in vain rather than asked for one by one
+# Bytes between members of a key that are read in vain rather than asked for one by one.
+_NEAR = 1 << 16
 _MOST_NAMES = 1_000_000  # of one pattern
 _BRACE = r"\{([^{}]*)\}"
 _KINDS = {

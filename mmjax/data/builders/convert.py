@@ -155,9 +155,8 @@ def _convert_split(
   try:
     root.mkdir(parents=True, exist_ok=True)
     with Owner(root, f"data set {name!r} in {root.parent}"):
-      if done := _already(
-        root.parent, name, split, plan, source
-      ):  # by a process that has just ended
+      # By a process that has just ended.
+      if done := _already(root.parent, name, split, plan, source):
         return done
       staging.mkdir(exist_ok=True)
       fields = check_fields(reader.fields(rows))

@@ -129,8 +129,7 @@ def find_attribute(questions: list[tuple[str, str]], options: tuple[str, ...]) -
     if answer in ("yes", "no"):
       (true if (answer == "yes") != bool({"no", "not"} & set(words)) else false).update(said)
     else:
-      true |= said | {answer} & set(
-        options
-      )  # "what color is the circle?" says that there is a circle
+      # "what color is the circle?" says that there is a circle.
+      true |= said | {answer} & set(options)
   left = true or set(options) - false
   return left.pop() if len(left) == 1 else ""

@@ -132,9 +132,8 @@ def _write_shard(
         skipped.append(entry_of(name, fault, joined))
         continue
       data = serializer.serialize_example(schema.encode_example(to_example(record, fields)))
-      data = Example.FromString(data).SerializeToString(
-        deterministic=True
-      )  # else fields come in the order of a map
+      # Else fields come in the order of a map.
+      data = Example.FromString(data).SerializeToString(deterministic=True)
       writer.write(data)
       content.update(canonical(split, record, fields))
       labels.add(record["label"])
@@ -160,9 +159,8 @@ def _write_shard(
     widths=sorted(widths),
     skipped=skipped,
   )
-  write_whole(
-    staging / f"shard-{number:05d}.json", json.dumps(facts).encode()
-  )  # last: now the shard counts
+  # Last: now the shard counts.
+  write_whole(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())
   return facts
 
 

@@ -17,12 +17,8 @@ import numpy as np
 from mmjax.config import UserError
 
 RATE = 16000  # of the sound that is returned
-_SYNCHRONOUS, _UTF8, _SPEED, _PITCH = (
-  2,
-  1,
-  1,
-  3,
-)  # AUDIO_OUTPUT_SYNCHRONOUS, espeakCHARS_UTF8, espeakRATE, espeakPITCH
+# AUDIO_OUTPUT_SYNCHRONOUS, espeakCHARS_UTF8, espeakRATE, espeakPITCH.
+_SYNCHRONOUS, _UTF8, _SPEED, _PITCH = (2, 1, 1, 3)
 _LANGUAGES = {"en-gb": "en"}  # ours -> espeak's, where they differ
 
 _Callback = ctypes.CFUNCTYPE(
@@ -72,9 +68,8 @@ def speak(text: str, voice: Voice) -> np.ndarray:
     library.espeak_ng_SetRandSeed(1)
     library.espeak_SetSynthCallback(callback)
     name = "+".join(filter(None, (_LANGUAGES.get(voice.language, voice.language), voice.variant)))
-    known = (
-      not voice.variant or (Path(data) / "voices" / "!v" / voice.variant).is_file()
-    )  # espeak takes any variant
+    # Espeak takes any variant.
+    known = not voice.variant or (Path(data) / "voices" / "!v" / voice.variant).is_file()
     if rate <= 0 or not known or library.espeak_SetVoiceByName(name.encode()):
       raise UserError(f"espeak-ng has no voice {voice.name!r}. Install espeakng-loader==0.2.4")
     library.espeak_SetParameter(_SPEED, voice.speed, 0)

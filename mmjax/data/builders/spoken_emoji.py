@@ -108,16 +108,11 @@ TRAIN_VARIANTS = (
 TRAIN_VOICES = tuple(
   f"{LANGUAGES[i % 8]}+{variant}".rstrip("+") for i, variant in enumerate(TRAIN_VARIANTS)
 ) + ("en-gb",)
-MULTILINGUAL = {
-  "de": ("f1", "m1", "Lee"),
-  "es": ("f2", "m2", "Marco"),
-  "fr": ("f3", "m4", "paul"),
-}  # espeak language -> variants
+# Espeak language -> variants.
+MULTILINGUAL = {"de": ("f1", "m1", "Lee"), "es": ("f2", "m2", "Marco"), "fr": ("f3", "m4", "paul")}
 
-VOICES_A_NAME, VOICES_A_TONE = (
-  5,
-  1,
-)  # a tone: a name that says a skin tone; these are most names and little else
+# A tone: a name that says a skin tone; these are most names and little else.
+VOICES_A_NAME, VOICES_A_TONE = 5, 1
 COMBINATIONS, COMBINATION_WORDS = 4000, (2, 3)
 HEARD, VALIDATION, TRANSLATED = 200, 300, 200
 
@@ -197,9 +192,10 @@ def plan(emoji: Catalogue) -> dict[str, list[Utterance]]:
   english = {split: _phrases(emoji.names, ones, "en") for split, ones in emoji.splits.items()}
   tested = set(english["test_combinations"].values()) | set(english["test_concepts"].values())
   unheard = tested | set(english["validation"].values())
+  # Each text once.
   names = {
     text: one for one, text in sorted(english["train"].items(), reverse=True) if text not in unheard
-  }  # each text once
+  }
   ranked = sorted(
     (text for text in names if "skin tone" not in text), key=lambda text: _rank("heard", text)
   )

@@ -18,13 +18,14 @@ from mmjax.data.media import bytes_key, media_key
 from mmjax.data.readers.conversations import conversation_of, questions_in, with_media
 from mmjax.data.readers.preferences import NoPreference, Preference, preference_of
 
+# UTF-32 first: its mark begins as that of UTF-16 does.
 _BOMS = (
   (codecs.BOM_UTF8, "utf-8-sig"),
   (codecs.BOM_UTF32_LE, "utf-32"),
   (codecs.BOM_UTF32_BE, "utf-32"),
   (codecs.BOM_UTF16_LE, "utf-16"),
   (codecs.BOM_UTF16_BE, "utf-16"),
-)  # UTF-32 first: its mark begins as that of UTF-16 does
+)
 _NO_LABEL = ("", "-1", "nan", "NaN")
 
 

@@ -86,10 +86,8 @@ MEDIA = ("image", "audio", "video", "series")  # columns of these hold media
 # at least one of these is needed
 TEXTS = ("caption", "question", "label", "labels", "value", "conversation", "chosen", "completion")
 TARGETS = ("label", "labels", "value")
-_ALSO = (
-  r"captions?([ _/-]?\d+)?|alt_?text",
-  r"(text|sentence|description)s?[ _/-]?\d+",
-)  # several columns of captions
+# Several columns of captions.
+_ALSO = (r"captions?([ _/-]?\d+)?|alt_?text", r"(text|sentence|description)s?[ _/-]?\d+")
 
 
 class Part(NamedTuple):
