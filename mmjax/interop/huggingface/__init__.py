@@ -186,9 +186,8 @@ def import_hf(
   if "text" in c.model.encoders or "decoder" in c.model:
     c.data.modalities = tuple(dict.fromkeys((*c.model.encoders, "text")))
     text: dict[str, Any] = {}
-    if "text" in c.model.encoders or preprocessing.has_tokenizer(
-      folder
-    ):  # a decoder also writes without one
+    # A decoder also writes without one.
+    if "text" in c.model.encoders or preprocessing.has_tokenizer(folder):
       text, assets = preprocessing.text_settings(folder, family)
       text["tokenizer"] = str(folder.resolve())
     c.data.text.update(

@@ -19,12 +19,8 @@ from mmjax.interop.huggingface import clip, mapping
 from mmjax.interop.huggingface.mapping import Rule
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS, PREFIX = (
-  "CLIPTokenizer",
-  "",
-  "",
-  "text.",
-)  # of models with `custom_text`
+# Of models with `custom_text`.
+TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS, PREFIX = "CLIPTokenizer", "", "", "text."
 ARCHITECTURE, PAD, MASK_PADDING = "CLIP of open_clip", clip.PAD, clip.MASK_PADDING
 EPS = 1e-5
 
@@ -194,9 +190,8 @@ def _check(
   """
   for key, value in given.items():
     if key in FIXED[where]:
-      if value != FIXED[where][key] and (
-        value or FIXED[where][key]
-      ):  # None, False and "" mean the same
+      # None, False and "" mean the same.
+      if value != FIXED[where][key] and (value or FIXED[where][key]):
         raise UserError(f"{where}.{key} is {value!r}, but only {FIXED[where][key]!r} is supported")
     elif key not in (known or {}) and key not in FREE[where]:
       raise UserError(f"{where}.{key} is {value!r}: such a model is not known here")

@@ -164,9 +164,8 @@ def image_settings(folder: Path, family: ModuleType, found: Mapping[str, Any]) -
     raise UserError(
       f"{path}: size is {size}, but only a shortest_edge, or height and width, are supported"
     )
-  to_shortest = (
-    name in SHORTEST if name else facts["do_center_crop"]
-  )  # of a size that is one number
+  # Of a size that is one number.
+  to_shortest = name in SHORTEST if name else facts["do_center_crop"]
   shortest = (
     size.get("shortest_edge") if isinstance(size, Mapping) else size if to_shortest else None
   )
@@ -356,13 +355,14 @@ def text_settings(folder: Path, family: ModuleType) -> tuple[dict[str, Any], dic
     _check_tokenizer(folder / SENTENCEPIECE, assets)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
     known = pieces.id_to_piece(pieces.piece_to_id(pad)) == pad
+    # The rest is what SiglipTokenizer does in Python.
     settings = dict(
       bos=False,
       eos=True,
       pad_id=pieces.piece_to_id(pad) if known else -1,
       punctuation=False,
       lowercase=bool(facts.get("do_lower_case", True)),
-    )  # the rest is what SiglipTokenizer does in Python
+    )
   else:
     raise UserError(
       f"{folder}: no tokenizer.json, no {wordpiece.VOCABULARY} of BERT and no {SENTENCEPIECE}. "
@@ -387,9 +387,8 @@ def longest_text(assets: Mapping[str, bytes]) -> int:
   say.
   """
   limit = json.loads(assets.get("tokenizer_config.json", b"{}")).get("model_max_length")
-  return (
-    int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 0
-  )  # larger: "no limit"
+  # Larger: "no limit".
+  return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 0
 
 
 def cuts_the_start(assets: Mapping[str, bytes]) -> bool:

@@ -16,6 +16,7 @@ from mmjax.interop.huggingface.clip import ACTIVATIONS, square
 from mmjax.interop.huggingface.mapping import Rule
 
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+# Names that never carry the encoder's prefix.
 HEADS = (
   "classifier.",
   "cls.",
@@ -26,7 +27,7 @@ HEADS = (
   "pre_classifier.",
   "projector.",
   "vocab_",
-)  # names that never carry the encoder's prefix
+)
 RENAMED = {  # what files of long ago call a tensor -> its present name
   r"LayerNorm\.gamma$": "LayerNorm.weight",
   r"LayerNorm\.beta$": "LayerNorm.bias",

@@ -18,10 +18,8 @@ from mmjax.interop.huggingface.mapping import Rule
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "", "", "wav2vec2."
 ARCHITECTURE = "Wav2Vec2Model"
 TOKENIZER_FILES = ("vocab.json", "tokenizer_config.json")
-BESIDE = (
-  "preprocessor_config.json",
-  *TOKENIZER_FILES,
-)  # read with config.json; the first has to be there
+# Read with config.json; the first has to be there.
+BESIDE = ("preprocessor_config.json", *TOKENIZER_FILES)
 SECONDS = (
   15.625  # of a sound: what the base model was trained on; transformers reads sounds of any length
 )
@@ -210,10 +208,8 @@ def _unfolded(kernel: np.ndarray) -> list[np.ndarray]:
   length = np.sqrt(np.square(weight.astype(np.float64)).sum((0, 1), keepdims=True)).astype(
     np.float32
   )
-  return [
-    length,
-    np.where(length == 0, np.float32(1), weight),
-  ]  # a direction of length 0 would be NaN in PyTorch
+  # A direction of length 0 would be NaN in PyTorch.
+  return [length, np.where(length == 0, np.float32(1), weight)]
 
 
 def block_rules(audio: Mapping[str, Any]) -> list[Rule]:

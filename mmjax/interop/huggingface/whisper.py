@@ -22,10 +22,8 @@ from mmjax.models.positions import sinusoids
 TOKENIZER_CLASS, PROCESSOR_CLASS, PREFIX = "WhisperTokenizer", "WhisperProcessor", ""
 ARCHITECTURE, PAD = "WhisperForConditionalGeneration", "<|endoftext|>"
 MASK_PADDING = True
-BESIDE = (
-  "preprocessor_config.json",
-  "generation_config.json",
-)  # read with config.json; the first has to be there
+# Read with config.json; the first has to be there.
+BESIDE = ("preprocessor_config.json", "generation_config.json")
 
 # What transformers assumes where config.json and preprocessor_config.json are silent.
 ENCODER = dict(
@@ -261,9 +259,8 @@ def take_positions(
   """
   rest = dict(tensors)
   table = np.asarray(rest.pop(name, np.zeros((0, 2))), np.float32)
-  if (
-    not len(table) or np.abs(table - sinusoids(*table.shape)).max() > 5e-3
-  ):  # float16 files are 5e-4 off, bfloat16 ones 4e-3
+  # Float16 files are 5e-4 off, bfloat16 ones 4e-3.
+  if not len(table) or np.abs(table - sinusoids(*table.shape)).max() > 5e-3:
     raise UserError(
       f"{name} is {'not the table of sines that Whisper has' if len(table) else 'missing'}: such "
       "an encoder is not supported"

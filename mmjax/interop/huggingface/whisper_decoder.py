@@ -287,9 +287,8 @@ def generation_facts(
     if key not in ("language", "task", "no_timestamps_token_id")
   }
   prompt = tuple(decoder["prompt"])
-  if (
-    known.get("no_timestamps_token_id") in prompt
-  ):  # transformers adds it to every prompt that lacks it
+  # transformers adds it to every prompt that lacks it.
+  if known.get("no_timestamps_token_id") in prompt:
     rest["no_timestamps_token_id"] = known["no_timestamps_token_id"]
   if decoder["languages"]:
     rest.setdefault("lang_to_id", {f"<|{token}|>": token for token in decoder["languages"]})
