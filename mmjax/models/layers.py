@@ -118,9 +118,8 @@ class Dense(nn.Module):
       return product(x, dequantise(leaves, shape, self.dtype))
 
     x = x.astype(self.dtype)
-    if (
-      kernel is None
-    ):  # the backward pass makes the kernel again, or it would be kept whole until then
+    # The backward pass makes the kernel again, or it would be kept whole until then.
+    if kernel is None:
       y = jax.checkpoint(quantised_product)(x, few_bits)
     else:
       y = product(x, kernel)
@@ -333,9 +332,8 @@ def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
 def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
   if ACTIVATIONS[name] is ACTIVATIONS["gelu_tanh"] and platform() == "tpu":
     return ((cotangent * _gelu_tanh_derivative(x.astype(jnp.float32))).astype(x.dtype),)
-  x = cpu.barrier(
-    x
-  )  # or the CPU compiler would keep the forward pass's intermediates, several times the size of x
+  # Or the CPU compiler would keep the forward pass's intermediates, several times the size of x.
+  x = cpu.barrier(x)
   _, derivative = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
   return (cpu.barrier(cotangent * derivative),)
 

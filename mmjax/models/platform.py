@@ -9,12 +9,13 @@ from __future__ import annotations
 import jax
 
 Array = jax.Array
+# v5e and v6e: 128 MiB.
 _VECTOR_MEMORY = {
   "TPU v4": 16 * 2**20,
   "TPU v5": 64 * 2**20,
   "TPU v5p": 64 * 2**20,
   "TPU7x": 64 * 2**20,
-}  # v5e and v6e: 128 MiB
+}
 
 
 def platform() -> str:
