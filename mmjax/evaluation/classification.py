@@ -80,10 +80,8 @@ def classification(
 
   data, rows, logits, labels, valid = read(split)
   held = read(threshold_split)[2:4] if threshold_split else None
-  names = [
-    *data.class_names,
-    *map(str, range(len(data.class_names), logits.shape[1])),
-  ]  # data.classes may leave room
+  # data.classes may leave room.
+  names = [*data.class_names, *map(str, range(len(data.class_names), logits.shape[1]))]
   if labels.dtype == bool:
     result, figures = _several(logits, labels, names, held)
     said = [[names[c] for c in np.flatnonzero(row)] or ["(none)"] for row in logits > 0]

@@ -151,14 +151,8 @@ def _backward(loss: str, ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
       (False, False, True),
     )
     dx, dy, dscale = function(cotangent, x, y, scale, rows, columns, row_norms, column_norms)
-    return (
-      dx,
-      dy,
-      dscale,
-      jnp.zeros_like(bias),
-      None,
-      None,
-    )  # adding a constant to every logit changes nothing
+    # Adding a constant to every logit changes nothing.
+    return (dx, dy, dscale, jnp.zeros_like(bias), None, None)
   function = per_device(
     ring,
     functools.partial(_sigmoid_gradients, ring),
@@ -269,9 +263,8 @@ def _sigmoid_sums(
     total, *nearest = row_sums
     logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
     share = jnp.minimum(positives, 1)
-    losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(
-      logits
-    )  # no counting pair: 0 * 1e30 + 1 * 0
+    # No counting pair: 0 * 1e30 + 1 * 0.
+    losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)
     return (total + losses.sum(1), *_nearest(logits, positives, *nearest)), column_sums
 
   own, others = pad_rows((_where(rows, x), rows)), pad_rows((_where(columns, y), columns))
