@@ -25,9 +25,8 @@ class StoreError(Exception):
   without it.
   Not an OSError, which is caught where files may be missing or broken. why: the reason alone."""
 
-  def __init__(
-    self, text: str, why: str = ""
-  ):  # of the text alone when it comes from another process
+  # Of the text alone when it comes from another process.
+  def __init__(self, text: str, why: str = ""):
     super().__init__(text)
     self.why = why or text
 

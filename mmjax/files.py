@@ -36,14 +36,14 @@ from mmjax.printing import shorten
 
 log = logging.getLogger("mmjax")
 
-LARGEST = (
-  2**31 - 2**20
-)  # bytes of a file that is read whole: a record of a data set cannot hold more
+# Bytes of a file that is read whole: a record of a data set cannot hold more.
+LARGEST = 2**31 - 2**20
 _GROWTH = 2**24  # bytes that a file may have beyond its size, as those of /proc do
 _TEXT = 2**28  # bytes of a text that a run has written
 _LONGEST = 255  # bytes of a name
 SMALL = 2**20  # bytes of an array that is worth no file
 _STORES = ("s3", "gs")
+# No store is to blame.
 _BUGS = (
   TypeError,
   AttributeError,
@@ -52,7 +52,7 @@ _BUGS = (
   ArithmeticError,
   AssertionError,
   MemoryError,
-)  # no store is to blame
+)
 _DISK_ERROR = re.compile(
   r"No space left|Disk quota|File too large|Permission denied|Read-only file|Not a directory|OS "
   r"error"
@@ -118,9 +118,10 @@ def _check_path(path: str | os.PathLike) -> None:
   except ValueError as error:  # a NUL, or what no name of a file is made of
     raise UserError(f"{path!r:.200} cannot be a path: it holds {_stray(text)!r}") from error
   except OSError as error:
+    # The system says so only where the folders above are there.
     if error.errno == errno.ENAMETOOLONG or any(
       len(os.fsencode(part)) > _LONGEST for part in text.split(os.sep)
-    ):  # the system says so only where the folders above are there
+    ):
       raise UserError(f"{shorten(path)} cannot be a path: it is too long") from error
 
 

@@ -43,10 +43,8 @@ from mmjax.config import UserError
 log = logging.getLogger("mmjax")
 
 FOLDER = "owner"
-_BEAT, _LEASE = (
-  10.0,
-  60.0,
-)  # seconds between signs of life; without one for so long an owner elsewhere is dead
+# Seconds between signs of life; without one for so long an owner elsewhere is dead.
+_BEAT, _LEASE = 10.0, 60.0
 _ENDED = "ended"
 _MOST = 2**16  # bytes of a claim or a beat
 _SETTLE = 2.0  # seconds until a store without conditional puts shows whose write came last
@@ -171,9 +169,8 @@ class Owner:
     )
 
   def _look(self) -> None:
-    with contextlib.suppress(
-      Exception
-    ):  # a disk or store that fails shows where something is written
+    # A disk or store that fails shows where something is written.
+    with contextlib.suppress(Exception):
       if not self._lost and not self._is_mine():
         self._lost = _name(_read_claim(self._folder, self._newest()))
 

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
 INT32 = 2**31 - 1
-Duration = typing.NewType(
-  "Duration", object
-)  # 1000, "5%" (of train.steps), "2 epochs", "1e6 examples"
+# 1000, "5%" (of train.steps), "2 epochs", "1e6 examples".
+Duration = typing.NewType("Duration", object)
 
 
 class Range(NamedTuple):
@@ -140,9 +139,8 @@ TokenId = Annotated[int, Range(-1, INT32)]  # -1 = the tokenizer's own
 Width = Annotated[int, Range(0, 262_144)]  # channels or hidden units; 0 = by the model
 Depth = Annotated[int, Range(1, 1_000)]  # blocks
 Heads = Annotated[int, Range(0, 4_096)]  # 0 = width / 64
-Side = Annotated[
-  int, Range(1, 16_384)
-]  # pixels of a picture, a frame or a patch, steps of a patch of time
+# Pixels of a picture, a frame or a patch, steps of a patch of time.
+Side = Annotated[int, Range(1, 16_384)]
 Length = Annotated[int, Range(1, 1_048_576)]  # tokens or time steps of a row
 Vocabulary = Annotated[int, Range(1, 16_777_216)]
 Batch = Annotated[int, Range(1, 16_777_216)]
@@ -179,9 +177,8 @@ Sizes = Annotated[tuple, Range(1, INT32)]
 Windows = Annotated[tuple, Range(0, INT32)]  # 0 = all that there is
 TokenIds = Annotated[tuple, Range(0, INT32)]
 Widths = Annotated[tuple[int, ...], Range(1, 262_144)]  # one or more
-Kernels = Annotated[
-  tuple[int, ...], Range(1, 65_536)
-]  # sizes or strides of one or more convolutions
+# Sizes or strides of one or more convolutions.
+Kernels = Annotated[tuple[int, ...], Range(1, 65_536)]
 Strengths = Annotated[tuple, Range(0)]
 Means = Annotated[tuple, Range()]
 Deviations = Annotated[tuple, Range(above=0)]

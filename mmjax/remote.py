@@ -129,9 +129,8 @@ class Mirror:
 
   def _upload_often(self) -> None:
     while not self._over.wait(_SECONDS):
-      with contextlib.suppress(
-        UserError, OSError
-      ):  # a store that stays away ends the run at the next checkpoint
+      # A store that stays away ends the run at the next checkpoint.
+      with contextlib.suppress(UserError, OSError):
         self.upload()
 
 
@@ -180,9 +179,8 @@ def bring(folder: Path) -> Path:
   copy, partial = root / folder.name, root.with_name(f".{root.name}.partial")
   try:
     root.parent.mkdir(parents=True, exist_ok=True)
-    with open(
-      root.with_name(f".{root.name}.lock"), "w"
-    ) as lock:  # of several processes of a machine one copies
+    # Of several processes of a machine one copies.
+    with open(root.with_name(f".{root.name}.lock"), "w") as lock:
       fcntl.flock(lock, fcntl.LOCK_EX)
       if copy.is_dir():
         return copy

@@ -56,9 +56,8 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
     return
   environment = os.environ
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
-    jax.config.update(
-      "jax_persistent_cache_min_compile_time_secs", 0.1
-    )  # JAX's 1 s leaves out evaluators
+    # JAX's 1 s leaves out evaluators.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices, most=_SIMULATED))
   options: Any = jax.config  # whose attributes are declared at run time
@@ -299,9 +298,8 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _join(**settings: Any) -> None:
-  jax.config.update(
-    "jax_cpu_collectives_implementation", "gloo"
-  )  # XLA refuses them else; other platforms ignore it
+  # XLA refuses them else; other platforms ignore it.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
   heartbeat = silence_allowed()
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, **settings)

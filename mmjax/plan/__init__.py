@@ -35,6 +35,7 @@ from mmjax.training.statistics import with_statistics
 
 Log = Callable[[str], None]
 CACHE = "~/.cache/mmjax/plans"
+# Remat policies, each keeps less than the one before.
 LEAST_MEMORY = (
   "none",
   "dots",
@@ -46,7 +47,7 @@ LEAST_MEMORY = (
   "offload_dense",
   "full",
   "offload",
-)  # remat policies, each keeps less than the one before
+)
 
 
 def plan(

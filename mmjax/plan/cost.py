@@ -24,6 +24,7 @@ KINDS = (
   "collective-broadcast",
 )
 PASSES = {"all-reduce": 2.0}  # how often the bytes of a collective cross a chip's links, at most
+# Custom calls that move nothing.
 FREE = (
   "AllocateBuffer",
   "ConcatBitcast",
@@ -34,7 +35,7 @@ FREE = (
   "SPMDShardToFullShape",
   "LayoutConstraint",
   "AssumeGatherIndicesInBound",
-)  # custom calls that move nothing
+)
 _NO_WORK = (
   "parameter",
   "constant",

@@ -138,13 +138,8 @@ GPUS = {
   )
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
-_FAMILIES = {
-  "v4": "v4",
-  "v5e": "v5e",
-  "v5p": "v5p",
-  "v6e": "v6e",
-  "7x": "tpu7x",
-}  # as libtpu spells them
+# As libtpu spells them.
+_FAMILIES = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}
 
 
 class Slice(NamedTuple):

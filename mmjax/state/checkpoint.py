@@ -150,9 +150,8 @@ def load_params(path: str, spec: Any = None, *, average: bool = True) -> Any:
     params = storage.read_arrays(folder / "params", own)
   if base:
     params = adapters.composed(params, read_base(folder, base, spec), spec)
-  return clamped(
-    params, storage.read_json(folder / "config")
-  )  # older runs clipped where the scale is used
+  # Older runs clipped where the scale is used.
+  return clamped(params, storage.read_json(folder / "config"))
 
 
 def load_model_state(path: str, spec: Any = None) -> Any:

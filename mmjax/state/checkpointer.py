@@ -61,9 +61,8 @@ class Checkpointer:
     self._writer: storage.Writer | None = None
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
-    self._bad: set[int] = (
-      set()
-    )  # found unusable; they count for nothing and are overwritten or deleted
+    # Found unusable; they count for nothing and are overwritten or deleted.
+    self._bad: set[int] = set()
     self._saved_at = time.monotonic()
     self._present: set[int] = set()  # as this process last left them
     self.protected = 0  # a step that is never deleted, 0 = none

@@ -135,9 +135,8 @@ def _put(folder: epath.Path, content: dict[str, Any]) -> None:
 def _sum(path: epath.Path) -> list[int]:
   """[size, CRC-32] of a file."""
   size = crc = 0
-  buffer = memoryview(
-    bytearray(_CHUNK)
-  )  # one for the whole file: memory that is new for each part costs more than its sum
+  # One for the whole file: memory that is new for each part costs more than its sum.
+  buffer = memoryview(bytearray(_CHUNK))
   with _opened(path) as file:
     while count := file.readinto(buffer):
       size, crc = size + count, zlib.crc32(buffer[:count], crc)

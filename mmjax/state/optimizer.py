@@ -91,9 +91,10 @@ class Optimizers(NamedTuple):
       name: optimizer.tx.update(gradients, states[name], params, rate=rates[name], source=source)
       for name, optimizer in self.groups.items()
     }
+    # Zero but of one.
     updates = jax.tree.map(
       lambda *parts: functools.reduce(jnp.add, parts), *(part for part, _ in results.values())
-    )  # zero but of one
+    )
     return updates, {name: state for name, (_, state) in results.items()}
 
 
@@ -474,9 +475,8 @@ def _owner(name: str, parameters: Mapping[str, Any]) -> str:
 
 def _reduced_axes(shape: tuple, axes: tuple, reduced: tuple, from_right: bool) -> tuple:
   """Axes of an array that has the dimensions `shape` less some; (None, ...) if it is not that."""
-  stack = (
-    axes[:1] == ("layers",) and len(reduced) > 0
-  )  # partly frozen stacks have fewer layers in the state
+  # Partly frozen stacks have fewer layers in the state.
+  stack = axes[:1] == ("layers",) and len(reduced) > 0
   body, names, rest = (shape[1:], axes[1:], reduced[1:]) if stack else (shape, axes, reduced)
   pairs, found = list(zip(body, names, strict=True)), []
   for size in reversed(rest) if from_right else rest:

@@ -31,9 +31,8 @@ from mmjax.state import manifest
 from mmjax.state.paths import by_name, map_named
 
 TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted"
-_PATIENCE = (
-  30 * 24 * 3600
-)  # seconds; Orbax's 20 minutes go by the wall clock, which may jump. The watchdog bounds a save.
+# Seconds; Orbax's 20 minutes go by the wall clock, which may jump. The watchdog bounds a save.
+_PATIENCE = 30 * 24 * 3600
 
 
 class Writer(ocp.AsyncCheckpointer):

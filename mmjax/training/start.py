@@ -240,9 +240,8 @@ def check_position(
   if allow_change:
     return
   now, then = json.loads(json.dumps(pipeline.fingerprint())), data["fingerprint"]
-  differ = [
-    f"{k}: {then[k]!r} -> {now[k]!r}" for k in now if k in then and then[k] != now[k]
-  ]  # older ones have no tokenizer
+  # Older ones have no tokenizer.
+  differ = [f"{k}: {then[k]!r} -> {now[k]!r}" for k in now if k in then and then[k] != now[k]]
   if differ:
     raise UserError(
       f"the data is not what the checkpoint was trained on ({'; '.join(differ)}). Restore it, or "

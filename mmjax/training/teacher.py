@@ -28,12 +28,13 @@ SAME = {
   "video": ("video.size",),
   "series": ("series.channels",),
 }
+# At most the teacher's.
 LONGEST = {
   "text": "text.length",
   "audio": "audio.seconds",
   "video": "video.frames",
   "series": "series.length",
-}  # at most the teacher's
+}
 
 
 class Teacher:
@@ -46,9 +47,8 @@ class Teacher:
   """
 
   def __init__(self, path: str, config: FrozenConfigDict, mesh: Mesh, batch: Mapping[str, Any]):
-    self.path = checkpoint.find_checkpoint(
-      path
-    )  # once: a run that goes on may save a newer one meanwhile
+    # Once: a run that goes on may save a newer one meanwhile.
+    self.path = checkpoint.find_checkpoint(path)
     self.config = checkpoint.load_config(self.path, config.allow_code)
     self.model = make_model(self.config)
     self._check(config, [modality for modality in self.config.model.encoders if modality in batch])

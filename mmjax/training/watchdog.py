@@ -23,10 +23,8 @@ from collections.abc import Callable, Mapping
 
 from mmjax import files
 
-PATIENCE = {
-  "the compiler": 4,
-  "start-up (opening data, restoring)": 4,
-}  # times the bound, for what may well take long
+# Times the bound, for what may well take long.
+PATIENCE = {"the compiler": 4, "start-up (opening data, restoring)": 4}
 _BEAT = 10.0  # seconds between heartbeats, at most
 
 
@@ -96,16 +94,14 @@ class Watchdog:
       now, current = time.monotonic(), self._now
       if current is not watched:
         watched, excused = current, 0.0
-      if (
-        now - before > 3 * tick
-      ):  # this whole process was stopped, or its machine asleep: nobody waited
+      # This whole process was stopped, or its machine asleep: nobody waited.
+      if now - before > 3 * tick:
         excused += now - before
       before = now
       what, since = watched
       self._waiting = max(0.0, now - since - excused)
-      patience = PATIENCE.get(
-        what, 1
-      )  # a process that starts late has an old heartbeat in the folder until then
+      # A process that starts late has an old heartbeat in the folder until then.
+      patience = PATIENCE.get(what, 1)
       silent = self.silent(now) if self._waiting >= self._quiet * patience else {}
       if silent or self._waiting >= self._seconds * patience:
         self._over.set()
