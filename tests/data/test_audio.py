@@ -314,9 +314,8 @@ def test_shift_gain_and_noise_do_what_they_say():
     waveform, _ = transform(train=True, noise=0.2)(x, rng())
     added = waveform[:8000] / 32768 - x
     assert 0 < added.std() <= 0.21 * np.sqrt(np.square(x).mean())
-  assert (
-    transform(train=True, shift=9.0)(tone(0.01), np.random.default_rng(1))[1] == RATE
-  )  # at most `seconds`
+  # At most `seconds`.
+  assert transform(train=True, shift=9.0)(tone(0.01), np.random.default_rng(1))[1] == RATE
 
 
 def test_augmentation_is_a_function_of_the_stream_and_evaluation_needs_none():

@@ -314,9 +314,8 @@ def test_more_than_100_megapixels_are_refused_from_the_header(monkeypatch):
   webp[26:30] = gif[6:10] = (12000).to_bytes(2, "little") * 2
   bmp[18:26] = (12000).to_bytes(4, "little") * 2
   tif, avif = bytearray(FORMATS["tiff"]), bytearray(FORMATS["avif"])
-  heic = bytearray(
-    encode(SMALL.resize((64, 64)), "HEIF")
-  )  # other sizes are cut out of a multiple of 64
+  # Other sizes are cut out of a multiple of 64.
+  heic = bytearray(encode(SMALL.resize((64, 64)), "HEIF"))
   for tag in (256, 257):  # width and height
     at = tif.index(tag.to_bytes(2, "little") + (4).to_bytes(2, "little")) + 8
     tif[at : at + 4] = (12000).to_bytes(4, "little")
@@ -361,9 +360,8 @@ def test_random_crops_of_jpegs_are_within_2_of_255_of_pillow(name, width, height
 
 
 def test_shrinking_does_not_alias():
-  checks = (
-    np.indices((512, 512)).sum(0) % 2 * 255
-  )  # the finest pattern there is: any honest filter gives even grey
+  # The finest pattern there is: any honest filter gives even grey.
+  checks = np.indices((512, 512)).sum(0) % 2 * 255
   pixels = np.repeat(checks[..., None], 3, 2).astype(np.uint8)
   for size in (48, 100, 224):
     assert resize_fast(pixels, (size, size), "bicubic")[2:-2, 2:-2].std() < 3
@@ -472,9 +470,8 @@ def test_switching_one_operation_on_leaves_the_draws_of_the_others():
 def test_warp_moves_turns_and_zooms():
   pixels = np.zeros((9, 9, 3), np.uint8)
   pixels[4, 6] = 255
-  assert (
-    augment.warp(pixels, 90, 1, (0, 0), 7)[2, 4].tolist() == [255] * 3
-  )  # counter-clockwise: right goes up
+  # Counter-clockwise: right goes up.
+  assert augment.warp(pixels, 90, 1, (0, 0), 7)[2, 4].tolist() == [255] * 3
   assert augment.warp(pixels, 0, 1, (1 / 9, 0), 7)[4, 7].tolist() == [255] * 3
   assert (augment.warp(pixels, 0, 1, (1 / 9, 0), 7)[:, 0] == 7).all()
   assert augment.warp(pixels, 0, 2, (0, 0), 7)[4, 8].tolist() == [255] * 3

@@ -159,9 +159,8 @@ def test_labels_are_those_of_the_records(folder):
     Pipeline(
       make(folder, **{"data.label": "answer", "data.classes": 2, "data.sources.many.name": "plain"})
     )
-  with pytest.raises(
-    UserError, match="no source has such classes"
-  ):  # its texts are captions: nobody answers
+  # Its texts are captions: nobody answers.
+  with pytest.raises(UserError, match="no source has such classes"):
     Pipeline(make(folder, **{"data.label": "answer", "data.classes": 2}))
 
 

@@ -54,9 +54,8 @@ def test_the_newest_whole_version_is_taken_and_a_change_is_seen(remote, tiny):
   url = files.as_path(remote)
   for path in (tiny / "tiny" / "1.0.0").iterdir():
     (url / "changing" / "1.0.0" / path.name).write_bytes(path.read_bytes())
-  (url / "changing" / "1.1.0" / "dataset_info.json").write_text(
-    "{}"
-  )  # not finished: no features.json
+  # Not finished: no features.json.
+  (url / "changing" / "1.1.0" / "dataset_info.json").write_text("{}")
   folder = builders.find_version(data_dir(remote), "changing")
   assert folder.name == "1.0.0"
   assert {p.name for p in folder.iterdir() if p.name[0] != "."} == set(

@@ -134,9 +134,8 @@ def test_it_is_built_once_and_says_so(built):
     "test_concepts": 314,
   }
   facts = json.loads((folder / "metadata.json").read_text())
-  assert (
-    facts["content"] == "50f864906d6d24e053b168a599fb887c"
-  )  # runs that were trained on it go on with it
+  # Runs that were trained on it go on with it.
+  assert facts["content"] == "50f864906d6d24e053b168a599fb887c"
 
 
 def test_other_packages_are_refused_before_anything_is_written(tmp_path, monkeypatch):

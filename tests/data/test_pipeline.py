@@ -68,9 +68,8 @@ def test_a_batch_holds_the_records_of_its_ids(config):
         if real
       ]
     )
-    assert any(
-      caption.startswith(text.rstrip("⁇ ").rstrip()) for caption in captions
-    )  # perhaps cut
+    # Perhaps cut.
+    assert any(caption.startswith(text.rstrip("⁇ ").rstrip()) for caption in captions)
     assert tuple(batch["text"]["key"][row]) in [text_key(caption) for caption in captions]
     assert batch["image"]["key"][row].tolist() == [2**32 - 1, 2**32 - 1 - i]
     assert np.abs(batch["image"]["pixels"][row].astype(int) - evaluate(picture(i))).mean() < 12
@@ -122,9 +121,8 @@ def test_threads_prefetch_and_cache_change_nothing(config, changes):
 def test_the_seed_changes_order_captions_and_augmentation(config):
   a, b = Pipeline(config()).batch(0), Pipeline(config(seed=1)).batch(0)
   assert a["id"] != b["id"]
-  first, second = (
-    Pipeline(config(**{"train.batch_size": 37})).batch(step) for step in (0, 1)
-  )  # two epochs
+  # Two epochs.
+  first, second = (Pipeline(config(**{"train.batch_size": 37})).batch(step) for step in (0, 1))
   assert sorted(first["id"]) == sorted(second["id"]) and first["id"] != second["id"]
   place = [second["id"].index(name) for name in first["id"]]
   assert (first["image"]["pixels"] != second["image"]["pixels"][place]).any(

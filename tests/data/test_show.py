@@ -167,9 +167,8 @@ def test_sound_video_series_and_questions(tmp_path):
     "videos of 1.2 s",
   ):
     assert text in sheet.text, text
-  words = re.sub(
-    r'"data:[^"]*"', "", page.partition("<main>")[2]
-  )  # encoded bytes can spell anything
+  # Encoded bytes can spell anything.
+  words = re.sub(r'"data:[^"]*"', "", page.partition("<main>")[2])
   assert (
     page.count("<svg") == 4 and "nan" not in words and not re.search(r'(src|href)="(?!data:)', page)
   )

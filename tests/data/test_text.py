@@ -196,10 +196,8 @@ def test_equal_captions_have_equal_keys(text):
 def test_keys_tell_captions_apart():
   assert text_key("Red  Apple") == text_key("red apple") == text_key("ｒｅｄ apple")
   assert text_key("red apple") != text_key("red apples")
-  assert text_key("") == (
-    3836125271,
-    1954132660,
-  )  # a change of the hash would be felt in stored data
+  # A change of the hash would be felt in stored data.
+  assert text_key("") == (3836125271, 1954132660)
 
 
 @settings(max_examples=60, deadline=None)

@@ -111,10 +111,8 @@ def test_uniform_takes_the_middle_of_equal_parts_and_short_clips_are_masked():
   np.testing.assert_array_equal(got[:3], frames[:3])
 
 
-SLOWER = [
-  *range(0, 1000, 100),
-  *range(1000, 10_000, 900),
-]  # ten frames in a second, then ten in nine
+# Ten frames in a second, then ten in nine.
+SLOWER = [*range(0, 1000, 100), *range(1000, 10_000, 900)]
 
 
 def seen_at(times, milliseconds):

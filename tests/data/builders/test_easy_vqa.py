@@ -56,11 +56,8 @@ def test_records(splits):
     for question, answer in record["questions"]:
       assert question != "what color is the shape?" or answer == facts["colour"]
       assert question != "what shape is in the image?" or answer == facts["shape"]
-    if facts["colour"] in (
-      "red",
-      "green",
-      "blue",
-    ):  # the shape is what differs from the paler background
+    # The shape is what differs from the paler background.
+    if facts["colour"] in ("red", "green", "blue"):
       shape = pixels[np.abs(pixels - pixels[0, 0]).sum(-1) > 60].mean(0)
       assert ("red", "green", "blue")[int(shape.argmax())] == facts["colour"]
     assert record["captions"] == (

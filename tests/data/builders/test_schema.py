@@ -167,12 +167,13 @@ def test_only_the_named_fields_are_stored(tmp_path):
 
 
 def test_the_content_counts_what_is_stored_and_nothing_else():
+  # As before there were other fields.
   assert (
     canonical("train", plain(audio=b"x", facts={"k": 1}))
     == json.dumps(
       ["train", "a", {"de": ["eins"], "en": ["one", "two"]}, "x", 2**64 - 3], sort_keys=True
     ).encode()
-  )  # as before there were other fields
+  )
   records = [
     plain(),
     plain(audio=b"x"),
