@@ -117,9 +117,8 @@ def test_a_model_with_a_sigmoid_loss_gives_each_label_a_probability_of_its_own(p
   logits = other.scale * other.encode_image(pictures) @ other.encode_text(labels).T + other.bias
   out = other.classify(pictures, labels)
   np.testing.assert_allclose(out, 1 / (1 + np.exp(-logits)), rtol=1e-3, atol=1e-6)
-  np.testing.assert_allclose(
-    other.classify(pictures, labels[:1]), out[:, :1], rtol=1e-3
-  )  # whatever else is asked
+  # Whatever else is asked.
+  np.testing.assert_allclose(other.classify(pictures, labels[:1]), out[:, :1], rtol=1e-3)
 
 
 def test_bad_inputs_are_named(predictor, tmp_path):

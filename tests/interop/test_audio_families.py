@@ -181,9 +181,10 @@ def test_whisper_positions_equal_transformers_at_full_length():
       decoder_start_token_id=1,
     )
   )
+  # Float32 angles of up to 1499.
   np.testing.assert_allclose(
     positions.sinusoids(1500, 384), model.encoder.embed_positions.weight, atol=2e-4
-  )  # float32 angles of up to 1499
+  )
 
 
 def test_whisper_folders_that_do_not_fit_are_refused(whisper_folder):

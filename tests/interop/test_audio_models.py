@@ -243,9 +243,8 @@ def test_prompt_and_length_are_those_of_transformers_and_go_back(tmp_path):
 
   def written(generation):
     net.generation_config = transformers.GenerationConfig(**generation)
-    out = net.generate(
-      inputs, return_dict_in_generate=True, force_unique_generate_call=True
-    )  # with the prompt
+    # With the prompt.
+    out = net.generate(inputs, return_dict_in_generate=True, force_unique_generate_call=True)
     return json.loads(net.generation_config.to_json_string()), out.sequences
 
   for generation in GENERATIONS:

@@ -12,9 +12,10 @@ import transformers
 from mmjax.interop.huggingface import export_hf, import_hf
 from tests.interop.test_single_encoders import PIXELS, loaded, outputs, randomise, reference
 
+# 4x4 patches seen, 10x10 learned.
 SMALL = dict(
   hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=7, image_size=70
-)  # 4x4 patches seen, 10x10 learned
+)
 CASES = {
   "Dinov2Model": dict(SMALL, mlp_ratio=3, layerscale_value=0.5, image_size=21),
   "Dinov2ForImageClassification": dict(SMALL, use_swiglu_ffn=True, num_labels=3),

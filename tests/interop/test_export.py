@@ -127,9 +127,8 @@ def test_stablehlo_without_mmjax_gives_the_predictors_output(checkpoint, exporte
     tokens=tokens["tokens"],
     mask=tokens["mask"],
   )
-  loader = textwrap.dedent(
-    exports.__doc__.partition("not mmjax:\n\n")[2]
-  )  # the ten lines that users copy
+  # The ten lines that users copy.
+  loader = textwrap.dedent(exports.__doc__.partition("not mmjax:\n\n")[2])
   printed, out = apart(CONSUMER.replace("LOADER", loader), exported, tmp_path)
   meta = json.loads(printed)
   for n in (1, 3, 17):

@@ -181,9 +181,8 @@ def test_what_another_model_does_not_hear_is_said(tmp_path, caplog):
       tmp_path,
     )
   )
-  x = (
-    np.random.default_rng(0).normal(size=6000).astype(np.float32) * 0.1
-  )  # a quarter of a second is 2000 samples
+  # A quarter of a second is 2000 samples.
+  x = np.random.default_rng(0).normal(size=6000).astype(np.float32) * 0.1
   with caplog.at_level(logging.WARNING, "mmjax"):
     assert predictor.generate(audio=[x[:2000], x]) == predictor.generate(audio=[x[:2000]]) * 2
   assert "sound 2 of 2 is 0.8 s long; the model reads the first 0.25" in caplog.text

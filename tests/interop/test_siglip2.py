@@ -106,9 +106,8 @@ def test_equal_outputs_after_import_and_after_export(inputs, tmp_path):
   ) == ("naflex", 20, 4)
   image, text = predictor.encode_image(PICTURES), predictor.encode_text(TEXTS)
   np.testing.assert_allclose(text, want[1], atol=1e-4)
-  np.testing.assert_allclose(
-    image, want[0], atol=1e-2
-  )  # bytes here, and there floats between resizing and the model
+  # Bytes here, and there floats between resizing and the model.
+  np.testing.assert_allclose(image, want[0], atol=1e-2)
   pictures, ours = prepared(tmp_path / "hf"), [predictor.media["image"](p) for p in PICTURES]
   np.testing.assert_array_equal(pictures["spatial_shapes"], [x["grid"] for x in ours])
   pictures["pixel_values"] = torch.tensor(

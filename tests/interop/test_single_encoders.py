@@ -284,9 +284,8 @@ def test_an_imported_resnet_embeds_prepared_pictures(tmp_path):
   )
   np.testing.assert_allclose(exported.call(params, predictor.pixels(picture)[None]), got, atol=1e-5)
   for want in outs:
-    np.testing.assert_allclose(
-      got, want, atol=0.02
-    )  # pictures are rounded between resizing and cropping there
+    # Pictures are rounded between resizing and cropping there.
+    np.testing.assert_allclose(got, want, atol=0.02)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

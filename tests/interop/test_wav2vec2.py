@@ -33,12 +33,10 @@ BATCH = {
     length=LENGTHS,
   )
 }
-LARGE = dict(
-  feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True
-)  # as the large models have it
-COARSE = dict(
-  LARGE, conv_stride=(10, 4, 4), conv_kernel=(20, 4, 4)
-)  # few tokens, for sounds as long as an import reads
+# As the large models have it.
+LARGE = dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True)
+# Few tokens, for sounds as long as an import reads.
+COARSE = dict(LARGE, conv_stride=(10, 4, 4), conv_kernel=(20, 4, 4))
 CASES = {  # name -> (class, settings of its config)
   "base": ("Wav2Vec2Model", {}),
   "large": ("Wav2Vec2Model", LARGE),

@@ -151,9 +151,8 @@ def test_generation_is_equal(theirs, ours, beams, penalty):
   )
 
   def until_end(row):
-    return (
-      row.tolist()[: row.tolist().index(4) + 1] if 4 in row else row.tolist()
-    )  # they fill up with another token
+    # They fill up with another token.
+    return row.tolist()[: row.tolist().index(4) + 1] if 4 in row else row.tolist()
 
   found = [until_end(row) for row in out.sequences[:, 1:].numpy()]
   assert [until_end(row) for row in np.asarray(tokens)] == found
