@@ -7,11 +7,8 @@ mmjax train --config configs/easy_vqa.py:cross_attention --workdir runs/easy_vqa
 
 import mmjax
 
-ATTENDING = (
-  "cross_attention",
-  "merged_attention",
-  "perceiver",
-)  # the others: concat, gated, weighted_sum, average, decision
+# The others: concat, gated, weighted_sum, average, decision.
+ATTENDING = ("cross_attention", "merged_attention", "perceiver")
 
 
 def get_config(arg: str = "cross_attention"):

@@ -12,9 +12,8 @@ def get_config(arg: str = ""):
   c = mmjax.config.base()
   c.train.steps = 1600
   c.train.batch_size = 64
-  c.data.sources.scenes = dict(
-    name="rare_animals", balance=True, cache=True
-  )  # half of a batch has an animal
+  # Half of a batch has an animal.
+  c.data.sources.scenes = dict(name="rare_animals", balance=True, cache=True)
   c.data.image.size = 48
   c.data.image.augment.flip = 0.5
   c.data.image.augment.shift = 0.1

@@ -13,9 +13,8 @@ def get_config(arg: str = ""):
   c = mmjax.config.base()
   c.train.steps = 900
   c.train.batch_size = 64
-  c.data.sources.scenes = dict(
-    name="emoji_scenes", captions=1, cache=True
-  )  # the one in reading order
+  # The one in reading order.
+  c.data.sources.scenes = dict(name="emoji_scenes", captions=1, cache=True)
   c.data.image.size = 64
   c.data.text.tokenizer = "emoji_scenes"
   c.data.text.vocab_size = 640

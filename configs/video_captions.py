@@ -17,10 +17,8 @@ def get_config(arg: str = ""):
   c.data.modalities = ("video", "text")
   c.data.video.size = 48
   c.data.video.frames = 12
-  c.data.video.augment.crop = (
-    0.5,
-    1.0,
-  )  # one for all frames: else the few clips of each emoji are learned by heart
+  # One for all frames: else the few clips of each emoji are learned by heart.
+  c.data.video.augment.crop = (0.5, 1.0)
   c.data.text.tokenizer = "moving_emoji"
   c.data.text.vocab_size = 1024
   c.data.text.length = 20

@@ -11,9 +11,8 @@ import tempfile
 
 SHARED = pathlib.Path(tempfile.gettempdir()) / f"mmjax-tests-{os.getuid()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault(
-  "NPROC", "32"
-)  # threads for the collectives of simulated devices, as multihost.initialize sets it
+# Threads for the collectives of simulated devices, as multihost.initialize sets it.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(SHARED / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 

@@ -177,9 +177,8 @@ def test_stored_configs_keep_the_ids_that_they_had(tmp_path):
 def test_a_checkpoints_own_tokenizer_stands_for_the_one_in_the_data_folder(tmp_path):
   folder = save(tmp_path / "bert", BERT)
   config, own = multitask(folder), load_tokenizer(multitask(folder).data).special_tokens
-  save(
-    tmp_path / "bert", {f"w{i}": i for i in range(500)} | {"[UNK]": 500}
-  )  # another one by now, without any of them
+  # Another one by now, without any of them.
+  save(tmp_path / "bert", {f"w{i}": i for i in range(500)} | {"[UNK]": 500})
   again = configs.resolve(config.to_dict(), ["evaluation.batch_size=8"], own)
   assert ids_of(again) == ids_of(config) and again.evaluation.batch_size == 8
   with pytest.raises(ConfigError, match="vocab_size is 400, but .* has 501 pieces"):

@@ -82,9 +82,8 @@ def main() -> None:
   seed, end = 0, time.perf_counter() + options.seconds
   while time.perf_counter() < end:
     for name, transform in sides.items():
-      start = (
-        time.process_time()
-      )  # the processor's time of this process: other programs on the core do not count
+      # The processor's time of this process: other programs on the core do not count.
+      start = time.process_time()
       for n in range(TURN):
         transform(pictures[n % len(pictures)], options.size, augment, seed + n)
       times[name].append((time.process_time() - start) / TURN)

@@ -33,14 +33,8 @@ SMALL = [
     "log.tensorboard=False",
   )
 ]
-TIMING = {
-  "time",
-  "examples_per_second",
-  "mfu",
-  "data_wait_fraction",
-  "memory",
-  "goodput",
-}  # and all time/..., lost/...
+# And all time/..., lost/...
+TIMING = {"time", "examples_per_second", "mfu", "data_wait_fraction", "memory", "goodput"}
 
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:

@@ -106,9 +106,8 @@ def test_a_bucket_that_cannot_be_written_is_one_line(object_store, embedded_data
     ), line
 
   refused("s3://nobody/run", "bucket does not exist")
-  requests.post(
-    f"{object_store}/moto-api/reset-auth", data="0", timeout=10
-  )  # from now on credentials count, and nobody knows these
+  # From now on credentials count, and nobody knows these.
+  requests.post(f"{object_store}/moto-api/reset-auth", data="0", timeout=10)
   try:
     refused("s3://bucket/run", "Forbidden")
   finally:

@@ -176,9 +176,8 @@ LANGUAGE_MODELS = (
   "voice_answers:hearing",
   "words",
 )
-BESIDE = {
-  "speech_recognition": ("speech_text",)
-}  # shortened, it takes the tokenizer of that recipe
+# Shortened, it takes the tokenizer of that recipe.
+BESIDE = {"speech_recognition": ("speech_text",)}
 # In full: what was measured (configs/README.md), less a margin for other machines.
 FULL = [
   (

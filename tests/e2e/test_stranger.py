@@ -25,9 +25,8 @@ COLOURS = dict(
 )
 SHAPES = dict(circle="ellipse", square="rectangle", triangle="polygon", ring="arc")
 SIDES = dict(left=4, middle=22, right=40)
-CAPTIONS = [
-  (colour, shape, side) for colour in COLOURS for shape in SHAPES for side in SIDES
-]  # 60, of which a picture shows one
+# 60, of which a picture shows one.
+CAPTIONS = [(colour, shape, side) for colour in COLOURS for shape in SHAPES for side in SIDES]
 
 
 def draw(colour: str, shape: str, side: str, rng: np.random.Generator) -> Image.Image:

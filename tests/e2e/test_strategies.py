@@ -62,9 +62,8 @@ STRATEGIES = {
     8: ("mesh.data=1", "mesh.fsdp=2", "mesh.context=4", "sharding=fsdp"),
   },
 }
-QUICK = dict(
-  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
-)  # compiling takes longer than the steps
+# Compiling takes longer than the steps.
+QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
 # relative, float32; one device against eight differs by 2e-6 at most after 200 steps, whatever
 # splits the sums
 WITHIN = 1e-5

@@ -34,9 +34,8 @@ def metrics(checkpoint):
 
 
 def test_metrics_are_whole(metrics):
-  assert (
-    metrics["retrieval/en/images"] == 21 and metrics["retrieval/en/unreadable"] == 1
-  )  # 23, two identical, one broken
+  # 23, two identical, one broken.
+  assert metrics["retrieval/en/images"] == 21 and metrics["retrieval/en/unreadable"] == 1
   assert metrics["retrieval/en/texts"] == 44 and metrics["retrieval/both/texts"] == 66
   assert (
     metrics["zero/examples"] == 22

@@ -144,12 +144,8 @@ def test_captions_are_decoded_and_compared(world):
   texts = [caption(i) if i % 3 else "the stone house" for i in range(COUNT)]
   table = np.zeros((COUNT, 16), np.int32)
   for i, text in enumerate(texts):
-    ids = [
-      *world.tokenizer.encode(text),
-      world.tokenizer.eos_id,
-      7,
-      7,
-    ]  # what comes after the end does not count
+    # What comes after the end does not count.
+    ids = [*world.tokenizer.encode(text), world.tokenizer.eos_id, 7, 7]
     table[i, : len(ids)] = ids
   result = world(
     lambda method, batch, table: table[number(batch)],
@@ -202,9 +198,8 @@ def test_every_word_is_hidden_once(world):
 def test_multiple_choice_picks_the_nearest(world):
   first = [world.tokenizer.encode(word)[0] for word in WORDS]
   assert len(set(first)) == 4
-  aim = np.array(
-    [first[i % 4] if i % 3 else first[(i + 1) % 4] for i in range(COUNT)], np.int32
-  )  # wrong for each third
+  # Wrong for each third.
+  aim = np.array([first[i % 4] if i % 3 else first[(i + 1) % 4] for i in range(COUNT)], np.int32)
 
   def embed(method, batch, aim):
     return jax.nn.one_hot(

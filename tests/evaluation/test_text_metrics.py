@@ -128,9 +128,8 @@ def test_word_error_rate_is_jiwer_on_normalised_text():
   want = jiwer.process_words(
     *([theirs(t).strip() for i, t in enumerate(side) if i != 2] for side in (references, texts))
   )
-  edits = (
-    want.substitutions + want.deletions + want.insertions + 1
-  )  # the word said where nothing was
+  # The word said where nothing was.
+  edits = want.substitutions + want.deletions + want.insertions + 1
   count = sum(len(theirs(t).split()) for t in references)
   assert word_error_rate(references, texts) == pytest.approx(edits / count)
   assert word_error_rate(["A b"], ["a b"], english=False) == 0.5

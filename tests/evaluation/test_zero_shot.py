@@ -81,9 +81,8 @@ def test_sounds_clips_and_series_are_classified_as_pictures_are(modality, kind):
 
 def test_own_classes_and_templates():
   own = entry(classes=(("flags", ("drink",)), ("food-drink", ("flag",))), templates=("a {}",))
-  assert (
-    evaluation(own, data()).run(1.0)["z"].metrics["accuracy"] == 0.2
-  )  # only the clear animal is left
+  # Only the clear animal is left.
+  assert evaluation(own, data()).run(1.0)["z"].metrics["accuracy"] == 0.2
   with pytest.raises(UserError, match="names 'boats', which is no class"):
     evaluation(entry(classes=(("boats", ("boat",)),)), data()).run(1.0)
   odd = entry(templates=("{} {0.__class__} {:>99999999}",))  # words, whoever writes the config

@@ -22,9 +22,8 @@ from mmjax.models.attention.fused import fused_attention
 from mmjax.models.attention.plain import plain, sdpa
 from mmjax.models.block import Attention, BlockConfig
 
-QUICK = dict(
-  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
-)  # the compiler takes longer than all runs
+# The compiler takes longer than all runs.
+QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
 B, L, H, G, K = 3, 8, 4, 2, 8
 SCALE = K**-0.5
 

@@ -19,9 +19,8 @@ from mmjax.models.block import BlockConfig
 from mmjax.models.positions import Rotary, rotate
 from mmjax.models.stack import Stack
 
-QUICK = dict(
-  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
-)  # the compiler takes longer than all runs
+# The compiler takes longer than all runs.
+QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
 LENGTH = 12
 SMALL = dict(
   hidden_size=16,

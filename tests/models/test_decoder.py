@@ -73,9 +73,8 @@ def test_looks_neither_ahead_nor_at_padding(run):
   np.testing.assert_allclose(run(later, MASK, MEMORY, SEEN)[:, :3], base[:, :3], atol=1e-6)
   np.testing.assert_allclose(run(outside, MASK, unseen, SEEN)[MASK], base[MASK], atol=1e-6)
   assert not np.allclose(run(later, MASK, MEMORY, SEEN)[:, 3:], base[:, 3:], atol=1e-3)
-  np.testing.assert_allclose(
-    run(TOKENS, MASK, None, None)[2], base[2], atol=1e-6
-  )  # an empty memory is none
+  # An empty memory is none.
+  np.testing.assert_allclose(run(TOKENS, MASK, None, None)[2], base[2], atol=1e-6)
 
 
 def test_a_prompt_read_at_once_and_tokens_after_it_equal_the_whole_text(run, params):

@@ -102,9 +102,8 @@ def test_embeddings_are_unit_float32_and_the_temperature_is_clipped():
   scale, bias = model.apply(variables, method="temperature")
   np.testing.assert_allclose((scale, bias), (10, -3), rtol=1e-5)
   gradient = jax.grad(lambda v: model.apply(v, method="temperature")[0])(variables)
-  np.testing.assert_allclose(
-    gradient["params"]["log_scale"], 10, rtol=1e-5
-  )  # a scale at its limit can come down again
+  # A scale at its limit can come down again.
+  np.testing.assert_allclose(gradient["params"]["log_scale"], 10, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,8 @@ def test_a_transformer_gives_what_it_gives_on_cpus(monkeypatch):
     return (model.apply(params, x, mask) ** 2).sum()
 
   def value():
-    return jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1)))(
-      params, x
-    )  # traced anew each time
+    # Traced anew each time.
+    return jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1)))(params, x)
 
   want = value()
   for module in (kernels, layers, platform):

@@ -169,11 +169,8 @@ def test_hidden_patches_do_not_reach_the_model_and_targets_are_the_pixels():
   )
   assert real.all()
   built = build(**ALL, image=dict(pooling="class"))
-  assert apply("reconstruct", "image", view(pixels), built=built).shape == (
-    3,
-    4,
-    192,
-  )  # without the class token
+  # Without the class token.
+  assert apply("reconstruct", "image", view(pixels), built=built).shape == (3, 4, 192)
 
 
 def test_several_texts_a_row_are_rows_beside_repeated_pictures():

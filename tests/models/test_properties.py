@@ -24,9 +24,8 @@ from mmjax.parallel import rules as parallel
 from mmjax.parallel.mesh import make_mesh
 
 ROWS = 8
-QUICK = dict(
-  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
-)  # the compiler takes longer than all runs
+# The compiler takes longer than all runs.
+QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
 BLOCK = dict(depth=1, heads=2)
 ENCODERS = {
   "vit": ("image", dict(kind="vit", patch=8, **BLOCK)),

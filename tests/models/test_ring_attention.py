@@ -22,9 +22,8 @@ from mmjax.parallel import rules
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training.flops import count_flops
 
-QUICK = dict(
-  xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
-)  # the compiler takes longer than all runs
+# The compiler takes longer than all runs.
+QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
 
 
 def mesh_of(**sizes):
@@ -57,9 +56,8 @@ def cases(draw):
       [dict(context=2), dict(data=2, context=4), dict(tensor=2, context=2), dict(fsdp=1, context=8)]
     )
   )
-  length = st.integers(1, 3).map(lambda n: n * sizes["context"]) | st.integers(
-    1, 9
-  )  # the latter may not divide: nothing travels then
+  # The latter may not divide: nothing travels then.
+  length = st.integers(1, 3).map(lambda n: n * sizes["context"]) | st.integers(1, 9)
   return (
     sizes,
     draw(length),
@@ -142,9 +140,8 @@ def long():
 def test_nothing_is_gathered_and_logits_are_of_one_block(long):
   text, temporaries, flops = long
   assert not re.search(r"\b(all-gather|all-to-all|all-reduce)\(", text)
-  assert (
-    temporaries < 4 * 4 * 512**2 < 4 * 4096**2
-  )  # a few blocks of 512 queries by 512 keys in float32, not all logits
+  # A few blocks of 512 queries by 512 keys in float32, not all logits.
+  assert temporaries < 4 * 4 * 512**2 < 4 * 4096**2
   assert flops == 2 * 2 * 4096**2 * 8  # the work of the plain formula
 
 

@@ -137,9 +137,8 @@ def encoder(case):
       nn.unbox(jax.eval_shape(module.init, jax.random.key(0), batch)),
       np.random.default_rng(1),
     )
-    variables = jax.tree.map(
-      lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes
-    )  # no compilation, no zeros
+    # No compilation, no zeros.
+    variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
     ENCODERS[case] = module, variables, jax.jit(module.apply)
   return ENCODERS[case]
 

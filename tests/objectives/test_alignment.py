@@ -19,9 +19,8 @@ WIDTH, VOCABULARY = 6, 9
 def arguments(rows, times, length, seed):
   rng = np.random.default_rng(seed)
   count, heard = rng.integers(0, length + 1, rows), rng.integers(1, times + 1, rows)
-  labels = rng.integers(1, 4 if seed % 2 else VOCABULARY, (rows, length)).astype(
-    np.int32
-  )  # few: equal neighbours
+  # Few: equal neighbours.
+  labels = rng.integers(1, 4 if seed % 2 else VOCABULARY, (rows, length)).astype(np.int32)
   frames, table = (
     rng.normal(size=(rows, times, WIDTH)).astype(np.float32),
     rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32),

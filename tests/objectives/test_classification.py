@@ -166,8 +166,7 @@ def test_several_questions_a_row():
     ],
     rtol=1e-5,
   )
-  with_text = run(
-    batch, logits, modalities=("image", "text")
-  )  # the text is there where the picture is not
+  # The text is there where the picture is not.
+  with_text = run(batch, logits, modalities=("image", "text"))
   every = np.repeat(batch["valid"], 2) & (batch["label"].reshape(-1) >= 0)
   assert with_text[1] == every.sum()

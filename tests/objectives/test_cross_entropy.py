@@ -114,9 +114,8 @@ def test_rows_and_vocabulary_split_over_devices_change_nothing(devices, sizes):
     compiled = run.lower(*inputs).compile()
     got = compiled(*inputs)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
-  assert (
-    "f32[24,8]" in compiled.as_text() and "f32[48,8]" not in compiled.as_text()
-  )  # no device ever holds the whole table
+  # No device ever holds the whole table.
+  assert "f32[24,8]" in compiled.as_text() and "f32[48,8]" not in compiled.as_text()
 
 
 def test_memory_grows_with_the_chunk_and_not_with_the_rows():

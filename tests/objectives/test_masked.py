@@ -79,9 +79,8 @@ def test_whole_words_are_hidden_together():
   tokens, mask = texts(500, 32)
   tokens = np.maximum(tokens, 5)
   rng = np.random.default_rng(2)
-  words = (
-    np.cumsum(rng.random(tokens.shape) < 0.5, -1).astype(np.int32) - 1
-  )  # the first tokens may be no word
+  # The first tokens may be no word.
+  words = np.cumsum(rng.random(tokens.shape) < 0.5, -1).astype(np.int32) - 1
   words = np.minimum(words, 31)
   _, targets = hide_tokens(
     tokens, mask, words, jax.random.key(3), rate=0.15, special=SPECIAL, vocabulary=VOCABULARY

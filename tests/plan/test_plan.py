@@ -60,9 +60,8 @@ def test_without_libtpu_memory_is_planned_on_simulated_devices(
   step = Program(config, make_mesh(config, jax.devices()[:4]), steps=1)
   assert result["model"]["parameters"] == sum(x.size for x in jax.tree.leaves(step.params_spec))
   whole = 4 * result["model"]["parameters"]
-  assert (
-    whole / 4 <= result["memory"]["parameters"] < whole / 2
-  )  # a quarter, and what is too small to split
+  # A quarter, and what is too small to split.
+  assert whole / 4 <= result["memory"]["parameters"] < whole / 2
   assert result["memory"]["optimizer"] == pytest.approx(
     2 * result["memory"]["parameters"], rel=0.01
   )

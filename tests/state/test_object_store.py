@@ -145,9 +145,8 @@ def test_a_store_that_refuses_in_the_middle_leaves_what_was_saved(
   writer.save(1, make_state(1), force=True)
   writer.wait()
   writer.save(2, make_state(2), force=True)
-  requests.post(
-    f"{object_store}/moto-api/reset-auth", data="0", timeout=10
-  )  # from now on credentials count, and nobody knows these
+  # From now on credentials count, and nobody knows these.
+  requests.post(f"{object_store}/moto-api/reset-auth", data="0", timeout=10)
   try:
     with pytest.raises(
       UserError,

@@ -45,9 +45,8 @@ def test_formulas():
   np.testing.assert_allclose(
     cosine(100, 0, final=0.1)(np.array([0, 50, 100])), [1, 0.55, 0.1], rtol=1e-6
   )
-  np.testing.assert_allclose(
-    rsqrt(10**6, 10, timescale=20)(70), 0.5, rtol=1e-6
-  )  # sqrt(20 / (20 + 60))
+  # sqrt(20 / (20 + 60)).
+  np.testing.assert_allclose(rsqrt(10**6, 10, timescale=20)(70), 0.5, rtol=1e-6)
   np.testing.assert_allclose(ALL["cooldown"](85), 0.5, rtol=1e-6)
   np.testing.assert_allclose(ALL["sqrt cooldown"](85), 1 - np.sqrt(0.5), rtol=1e-6)
 

@@ -119,9 +119,8 @@ def assert_microbatches_change_nothing(image, **settings):
     got,
     (loss, slopes, sums, state),
   )
-  assert all(
-    np.abs(np.asarray(x) - 1).max() > 1e-3 for x in jax.tree.leaves(state)
-  )  # they did move
+  # They did move.
+  assert all(np.abs(np.asarray(x) - 1).max() > 1e-3 for x in jax.tree.leaves(state))
   return state
 
 
@@ -236,6 +235,5 @@ def test_matching_drops_the_same_in_both_passes():
     match=dict(kind="matching", negatives="hardest"),
     fusion=dict(kind="cross_attention", **BLOCKS, **dropping),
   )
-  assert_slopes_are_those_of_the_loss(
-    step, ("fusion", "matcher")
-  )  # what comes after the embeddings that choose the negatives
+  # What comes after the embeddings that choose the negatives.
+  assert_slopes_are_those_of_the_loss(step, ("fusion", "matcher"))

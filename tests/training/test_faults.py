@@ -213,9 +213,8 @@ def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(
   monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
 
   def train(self, state, batch, source=""):
-    ahead[0] = (
-      -1e5 if int(state.step) % 4 else 1e5
-    )  # two days forth when a checkpoint has begun to be written, then back
+    # Two days forth when a checkpoint has begun to be written, then back.
+    ahead[0] = -1e5 if int(state.step) % 4 else 1e5
     if int(state.step) == 7:  # the checkpoint of step 4 is written, the one of step 8 is not begun
       for thread in threading.enumerate():
         thread.name == "checkpoint" and thread.join()
@@ -228,10 +227,8 @@ def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(
     "checkpoint 4 is no longer there, though this run did not delete it; the next save is whole "
     "again" in caplog.text
   )
-  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [
-    8,
-    12,
-  ]  # and none by the clock
+  # And none by the clock.
+  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [8, 12]
   assert [row["step"] for row in metrics(tmp_path)] == list(
     range(1, 13)
   ) and checkpoint.load_params(str(tmp_path))
@@ -247,9 +244,8 @@ def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path
   outputs.write(dict(step=1, time=0.0, **row))
   outputs.sync()
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(
-    resource.RLIMIT_FSIZE, (3000, limits[1])
-  )  # every longer file fails to be written
+  # Every longer file fails to be written.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
   try:
     with pytest.raises(
       UserError,
@@ -261,9 +257,10 @@ def test_a_disk_that_fills_up_under_the_metrics_is_named(embedded_data, tmp_path
       outputs.close()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  # The unfinished line goes.
   outputs = Outputs(
     Mirror(tmp_path), 1, configs.load(QUICKSTART, [*OVERRIDES, "config.log.tensorboard=True"])
-  )  # the unfinished line goes
+  )
   outputs.write(dict(step=2, time=0.0, **row))
   outputs.close()
   assert metrics(tmp_path) == [dict(step=1, **row), dict(step=2, **row)]

@@ -73,9 +73,8 @@ def test_every_second_has_a_cause(now, tmp_path):
   clock.finished(False)
   spend(clock, now, "evaluation", 6)
   again = clock.row(4, 16, 0.0)
-  assert (
-    again["examples_per_second"] == pytest.approx(16 / 4) and again["time/compute"] == 4
-  )  # evaluation left out
+  # Evaluation left out.
+  assert again["examples_per_second"] == pytest.approx(16 / 4) and again["time/compute"] == 4
 
 
 def test_steps_that_no_checkpoint_has_are_lost(now, tmp_path):

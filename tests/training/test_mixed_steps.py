@@ -127,13 +127,10 @@ def test_with_moments_of_its_own_no_source_drowns_another():
       assert {name.split("/")[2] for name in moved if "/rule/" in name} == {source}
     return {name: np.asarray(x) for name, x in by_name(state.params).items()}
 
-  one, other = (
-    trained(1.0),
-    trained(1024.0),
-  )  # a power of two: gradients are scaled without rounding
-  assert (
-    max(np.abs(one[name] - other[name]).max() for name in one) < 1e-4
-  )  # with shared moments more than 1e-2
+  # A power of two: gradients are scaled without rounding.
+  one, other = (trained(1.0), trained(1024.0))
+  # With shared moments more than 1e-2.
+  assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-4
 
 
 def test_rows_that_do_not_count_are_not_present_for_batch_statistics():

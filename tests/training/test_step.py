@@ -312,9 +312,8 @@ def test_other_parameters_are_copied_into_the_state(fsdp):
   step, _ = fsdp
   state, other = step.init(0), jax.tree.map(np.asarray, step.init(1).params)
   state = step.with_params(state, other)
-  state, metrics = step.train(
-    state, multihost.to_device(make_batch(), step.mesh)
-  )  # both copies can be donated
+  # Both copies can be donated.
+  state, metrics = step.train(state, multihost.to_device(make_batch(), step.mesh))
   assert float(metrics["skipped"]) == 0
 
 
