@@ -79,7 +79,7 @@ def _tell_of_long(sequences: Sequences, source: Source, long: Sequence[int], tot
       f"{source.name}: {len(long):,} of {total:,} examples are longer than data.sequence.length "
       f"{sequences.length} and left out; the longest has {max(long)} tokens"
     )
-    _say(source, [line])
+    _print(source, [line])
 
 
 def _judged(sequences: Sequences, source: Source) -> tuple[list[Piece], np.ndarray, np.ndarray]:
@@ -121,7 +121,7 @@ def _judged(sequences: Sequences, source: Source) -> tuple[list[Piece], np.ndarr
     f"{source.name}: {len(fitting):,} preferences with {len(targets):,} answers, "
     f"{np.mean(targets):.1f} target tokens each (from {min(targets):,} to {max(targets):,})"
   )
-  _say(source, [line], broken)
+  _print(source, [line], broken)
   _tell_of_long(sequences, source, long, len(places))
   pieces, lengths, media = (list(column) for column in zip(*fitting, strict=True))
   return (
@@ -204,7 +204,7 @@ def _tell_of_conversations(
       f"{source.name}: {cut:,} conversations are longer than a row (data.sequence.length "
       f"{sequences.length}, slots {sequences.slots}) and end after the last answer that fits"
     )
-  _say(source, lines, broken)
+  _print(source, lines, broken)
 
 
 def _most(sequences: Sequences, record: Record, source: Source) -> int:
@@ -238,7 +238,7 @@ def table(sequences: Sequences, source: Source, packed: bool, seed: int) -> list
       f"{source.name}: {len(pieces):,} examples in {len(rows):,} rows of {sequences.length} "
       f"tokens, {padding:.1f}% of them padding"
     )
-    _say(source, [line])
+    _print(source, [line])
   return [[pieces[i] for i in row] for row in rows]
 
 
@@ -285,7 +285,7 @@ def prompts(sequences: Sequences, source: Source) -> list[Piece]:
       f"{source.name}: {len(long):,} prompts are too long, the longest {max(long):,} tokens, and "
       "left out"
     )
-  _say(source, lines, broken)
+  _print(source, lines, broken)
   return pieces
 
 
@@ -323,7 +323,7 @@ def _questions(source: Source, index: int) -> list[Piece]:
   return [Piece(index, part) for part in range(count)]
 
 
-def _say(source: Source, lines: Sequence[str], broken: Sequence[str] = ()) -> None:
+def _print(source: Source, lines: Sequence[str], broken: Sequence[str] = ()) -> None:
   """Prints lines about a source, and how many faults it has."""
   faults = f"{source.name}: {len(broken):,} faults, such as {broken[0]}" if broken else ""
   for line in filter(None, (*lines, faults)):

@@ -239,17 +239,17 @@ class ChatTemplate:
     return self._forms[form]
 
   def _check_all_there(self, messages: Sequence[Message], bits: list[_Bit]) -> None:
-    there = {bit.turn for bit in bits} | {b.medium for b in bits if b.medium}
+    rendered = {bit.turn for bit in bits} | {b.medium for b in bits if b.medium}
     asked = dict.fromkeys(MEDIA, 0)
     for turn, message in enumerate(messages):
       content = message["content"]
       said = isinstance(content, str) or any(p.get("text", "").strip() for p in content)
       parts = [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
       for part in parts:
-        if Medium(part["type"], asked[part["type"]]) not in there:
+        if Medium(part["type"], asked[part["type"]]) not in rendered:
           raise UserError(f"{self.name} leaves out the {part['type']} of {_named(turn, message)}")
         asked[part["type"]] += 1
-      if turn not in there and said:
+      if turn not in rendered and said:
         raise UserError(f"{self.name} leaves out {_named(turn, message)}")
     pictures = [bit.medium for bit in bits if bit.medium]
     if len(pictures) != sum(asked.values()):

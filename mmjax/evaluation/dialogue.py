@@ -120,13 +120,13 @@ def dialogue(
 
 
 def interval(correct: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-  """The 95% interval of the share of right answers: dialogues are drawn again with replacement
+  """The 95% interval of the share of exact answers: dialogues are drawn again with replacement
   (Efron 1979), for the answers of one are not independent.
   """
-  right = np.array([sum(row) for row in correct], float)
+  exact = np.array([sum(row) for row in correct], float)
   count = np.array([len(row) for row in correct], float)
-  drawn = np.random.default_rng(seed).integers(len(right), size=(RESAMPLES, len(right)))
-  shares = right[drawn].sum(1) / np.maximum(count[drawn].sum(1), 1)
+  drawn = np.random.default_rng(seed).integers(len(exact), size=(RESAMPLES, len(exact)))
+  shares = exact[drawn].sum(1) / np.maximum(count[drawn].sum(1), 1)
   low, high = np.quantile(shares, (0.025, 0.975))
   return float(low), float(high)
 
@@ -251,10 +251,10 @@ def _by_turn(correct: Sequence[Sequence[bool]], prefix: str) -> dict[str, float]
 def _by_facts(correct: Sequence[Sequence[bool]], talks: Sequence[_Talk]) -> dict[str, float]:
   groups: dict[str, list[bool]] = collections.defaultdict(list)
   for row, talk in zip(correct, talks, strict=True):
-    for right, about in zip(row, talk.about, strict=False):
+    for is_exact, about in zip(row, talk.about, strict=False):
       for name in ("ago", "kind", "voice"):
         if about.get(name) is not None:
-          groups[f"{name}/{about[name]}"].append(right)
+          groups[f"{name}/{about[name]}"].append(is_exact)
   return {name: float(np.mean(groups[name])) for name in sorted(groups)}
 
 
@@ -264,7 +264,7 @@ def _of_later(texts: Sequence[str], talks: Sequence[_Talk], name: str) -> dict[s
     by_turn[k].append(_equal(text, talk.turns[talk.answers[k]]["content"]))
   if not by_turn:
     return {}
-  every = [right for rights in by_turn.values() for right in rights]
+  every = [exact for of_turn in by_turn.values() for exact in of_turn]
   found = {f"{name}/accuracy": float(np.mean(every))}
   return found | {f"{name}/turn{k + 1}": float(np.mean(by_turn[k])) for k in sorted(by_turn)}
 
@@ -283,8 +283,8 @@ def _with_wrong_answers(ask: _Asking, talks: Sequence[_Talk]) -> dict[str, float
       continue
     at = talk.answers[k - ago]
     kind = talk.about[k - ago].get("kind")
-    right = _text(talk.turns[at]["content"])
-    wrong = [text for text in dict.fromkeys(others[kind]) if not _equal(text, right)]
+    correct = _text(talk.turns[at]["content"])
+    wrong = [text for text in dict.fromkeys(others[kind]) if not _equal(text, correct)]
     if wrong:
       asked.append((talk, _history(talk, k, {at: wrong[int(rng.integers(len(wrong)))]})))
       plain.append((talk, _history(talk, k, {})))

@@ -24,27 +24,27 @@ def preference(context: Context, *, source: str, split: str = "test") -> Result:
   data = context.data(source, split, (), "preference")
   judged, valid = context.apply(JUDGED, (1,), data.batches(()))
   log_probs, tokens = np.moveaxis(np.asarray(judged[valid][:, 0, :2], np.float64), -1, 0)
-  there = tokens > 0
-  pair = there.all(1)
+  has_answer = tokens > 0
+  pair = has_answer.all(1)
   chosen, rejected = log_probs[pair].T
   each = np.divide(log_probs[pair], tokens[pair])
   metrics: dict[str, float] = {}
   if pair.any():
-    right = chosen > rejected
-    low, high = wilson(int(right.sum()), len(right))
-    metrics |= {"preferred": float(right.mean()), "preferred/low": low, "preferred/high": high}
+    preferred = chosen > rejected
+    low, high = wilson(int(preferred.sum()), len(preferred))
+    metrics |= {"preferred": float(preferred.mean()), "preferred/low": low, "preferred/high": high}
     metrics["preferred_per_token"] = float((each[:, 0] > each[:, 1]).mean())
     metrics["margin"] = float((chosen - rejected).mean())
   for side, name in enumerate(("chosen", "rejected")):
-    if there[:, side].any():
-      metrics[name] = float(log_probs[there[:, side], side].mean())
-  metrics |= dict(pairs=float(pair.sum()), answers=float(there.sum()))
+    if has_answer[:, side].any():
+      metrics[name] = float(log_probs[has_answer[:, side], side].mean())
+  metrics |= dict(pairs=float(pair.sum()), answers=float(has_answer.sum()))
   metrics["unreadable"] = float(data.unreadable)
   return Result(metrics, {})
 
 
-def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
   """The interval of a share, 95% by default (Wilson 1927, score interval)."""
-  share, weight = hits / count, z * z / count
+  share, weight = successes / count, z * z / count
   middle, half = share + weight / 2, z * np.sqrt(share * (1 - share) / count + weight / count / 4)
   return float((middle - half) / (1 + weight)), float((middle + half) / (1 + weight))

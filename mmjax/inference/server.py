@@ -500,7 +500,7 @@ class _Answer:
     self.server, self.job, self.news = server, job, news
     self.logprobs = bool(body.get("logprobs"))
     self.top = int(body.get("top_logprobs") or 0)
-    self.counted = bool((body.get("stream_options") or {}).get("include_usage"))
+    self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
     self.about = dict(
       id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=server.name
     )
@@ -552,7 +552,7 @@ class _Answer:
           yield self._event(dict(content=news.piece), None, scores)
         if news.last:
           yield self._event({}, _finish(news), [])
-          if self.counted:
+          if self.with_usage:
             usage = dict(self.about, object="chat.completion.chunk", choices=[])
             yield f"data: {json.dumps(dict(usage, usage=self._usage(news)))}\n\n"
           break

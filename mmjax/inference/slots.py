@@ -26,7 +26,7 @@ FEWEST = 32  # tokens that are read at once: shorter prompts need no programs of
 TOP = 5  # alternatives that are kept of each token
 # What stands in a place of a prompt: a token, or (modality, digest of its slots of media, which of
 # their tokens, how many places after the first of its run).
-Place = int | tuple[str, bytes, bytes, int]
+Content = int | tuple[str, bytes, bytes, int]
 
 
 class Rows(NamedTuple):
@@ -137,7 +137,7 @@ class Slots:
       known=jnp.zeros((n, model.vocab_size), bool),
     )
     self.texts: list[Text | None] = [None] * n  # under way
-    self._held: list[list[Place]] = [[] for _ in range(n)]  # what the cache has in each place
+    self._held: list[list[Content]] = [[] for _ in range(n)]  # what the cache has in each place
 
   @property
   def free(self) -> int:
@@ -233,7 +233,7 @@ class Slots:
       if not text.ended and len(text.tokens) >= text.most:
         self.end(text, "length")
 
-  def _row(self, held: list[Place]) -> tuple[int, int]:
+  def _row(self, held: list[Content]) -> tuple[int, int]:
     """(a free row, how many places of a prompt its cache holds)."""
     free = [row for row, text in enumerate(self.texts) if text is None]
     if not free:
@@ -352,9 +352,9 @@ def _choose(rows: Rows, logits: Array, ends: Iterable[int]) -> tuple[Rows, Made]
   ), made
 
 
-def _places(read: Read) -> list[Place]:
+def _places(read: Read) -> list[Content]:
   digests = [(modality, _digest(arrays)) for modality, arrays in read.media]
-  places: list[Place] = []
+  places: list[Content] = []
   for part in read.parts:
     if isinstance(part, Places):
       of_modality = [digest for modality, digest in digests if modality == part.modality]
@@ -375,7 +375,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
   return digest.digest()
 
 
-def _shared(held: list[Place], wanted: list[Place]) -> int:
+def _shared(held: list[Content], wanted: list[Content]) -> int:
   """How many places a prompt begins with that the cache holds: fewer than all, whole runs of media
   only.
   """
@@ -410,12 +410,12 @@ def _after(read: Read, start: int) -> Read:
   }
   media: list[tuple[str, dict[str, np.ndarray]]] = []
   numbers: dict[tuple[str, int], int] = {}
-  seen = dict.fromkeys((modality for modality, _ in read.media), 0)
+  slots = dict.fromkeys((modality for modality, _ in read.media), 0)
   for modality, arrays in read.media:
-    if (slot := (modality, seen[modality])) in used:
+    if (slot := (modality, slots[modality])) in used:
       numbers[slot] = sum(name == modality for name, _ in media)
       media.append((modality, arrays))
-    seen[modality] += 1
+    slots[modality] += 1
   return Read(
     [
       part._replace(slot=numbers[part.modality, part.slot]) if isinstance(part, Places) else part

@@ -31,7 +31,7 @@ class Terminal:
     self.chat, self._read, self._write = chat, read, write
     self._media: dict[str, list[str]] = {}
     self._seed = 0
-    chat.note = lambda text: self._say(f"[{text}]")
+    chat.note = lambda text: self._print(f"[{text}]")
 
   def run(self) -> None:
     """Until the end of the input, or /exit."""
@@ -42,7 +42,7 @@ class Terminal:
         self._write("\n")
         return
       except KeyboardInterrupt:
-        self._say("")
+        self._print("")
         continue
       if line in ("/exit", "/quit"):
         return
@@ -52,7 +52,7 @@ class Terminal:
         elif line or self._media:
           self._turn(line.strip())
       except UserError as error:
-        self._say(f"mmjax: {error}")
+        self._print(f"mmjax: {error}")
 
   def _turn(self, line: str) -> None:
     media: dict[str, Any] = dict(self._media)
@@ -80,25 +80,25 @@ class Terminal:
         raise UserError(f"name a file: /{name} FILE")
       self.chat.prompts.media[name](file)  # so that one that cannot be read is said now
       self._media.setdefault(name, []).append(file)
-      self._say(f"[{name} of the next message: {file}]")
+      self._print(f"[{name} of the next message: {file}]")
     elif name == "undo":
       taken = self.chat.undo()
-      self._say(f"[taken back: {taken}]" if taken else "[there is no turn to take back]")
+      self._print(f"[taken back: {taken}]" if taken else "[there is no turn to take back]")
     elif name == "reset":
       self.chat.reset()
       self._media = {}
-      self._say("[a new conversation]")
+      self._print("[a new conversation]")
     elif name == "save":
       if not rest:
         raise UserError("name a file: /save FILE")
       self.chat.save(_unquoted(rest))
-      self._say(f"[saved {_unquoted(rest)}]")
+      self._print(f"[saved {_unquoted(rest)}]")
     elif name == "help":
-      self._say(HELP)
+      self._print(HELP)
     else:
       raise UserError(f"no command /{name}; /help lists them. To send it, put a space before it")
 
-  def _say(self, text: str) -> None:
+  def _print(self, text: str) -> None:
     self._write(printable(text, keep="\n\t") + "\n")
 
 

@@ -119,8 +119,8 @@ class Resampler(nn.Module):
     x = jnp.broadcast_to(queries.astype(c.dtype), (tokens.shape[0], *queries.shape))
     for number in range(c.depth):
       y = c.make_norm(f"attention_norm{number + 1}")(x)
-      seen = AttentionMask(keys=mask)
-      x = x + Attention(c, name=f"attention{number + 1}")(y, seen, context=memory)
+      real = AttentionMask(keys=mask)
+      x = x + Attention(c, name=f"attention{number + 1}")(y, real, context=memory)
       y = c.make_norm(f"mlp_norm{number + 1}")(x)
       x = x + Mlp(c, name=f"mlp{number + 1}")(y)
     return c.make_norm("norm")(x)

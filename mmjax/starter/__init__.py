@@ -81,7 +81,7 @@ def init(
   draft = Draft()
   if data_dir:
     draft.set("data.dir", data_dir)
-  _fill(draft, found, made, parts, machine, begin, name, spoken, bool(hf))
+  _write_settings(draft, found, made, parts, machine, begin, name, spoken, bool(hf))
   if hf:
     _check_export(draft, name[1] if name else None)
   command = _command(
@@ -175,7 +175,7 @@ def _languages(found: Survey, made: Task, wanted: Sequence[str]) -> tuple[str, .
   return tuple(wanted) or found.languages
 
 
-def _fill(
+def _write_settings(
   draft: Draft,
   found: Survey,
   made: Task,
@@ -187,25 +187,25 @@ def _fill(
   hf: bool,
 ) -> None:
   """Writes the settings of the config, in the order in which those of configs/ stand."""
-  counted = (
+  measured = (
     found.with_tokenizer(tokenizer[1], tokens.lowercase(made, begin)) if tokenizer else found
   )
   before, several, places = len(draft.lines), 1.0, 0
-  _source(draft, counted, made, parts, machine, languages)
+  _source(draft, measured, made, parts, machine, languages)
   for name, part in parts.items():
     if begin and begin.data(draft, name):
       continue
     part.data(draft)
   if tokenizer:
-    tokens.write(draft, counted, made, tokenizer, begin)
+    tokens.write(draft, measured, made, tokenizer, begin)
     if made.text == "conversation":
       several, places = rows.write(draft, found, made, parts, machine, begin, tokenizer[1])
   first = Draft()
-  _length_of_run(first, counted, made, parts, machine, begin, several, places)
+  _length_of_run(first, measured, made, parts, machine, begin, several, places)
   draft.lines[before:before] = first.lines
   if made.label != "none":
     draft.set("data.label", made.label)
-    draft.set("data.classes", made.classes, _classes(counted, made))
+    draft.set("data.classes", made.classes, _classes(measured, made))
   if made.values:
     names = ", ".join(found.measured.value_names)
     draft.set("data.values", made.values, f"standardised by those of {found.train}: {names}")

@@ -183,7 +183,7 @@ class Base(NamedTuple):
     given = by_name(merge(source) if self.merged else source)
     lacks = [name for name in self.names.values() if name not in given]
     if not lacks and digest(given, self.names.values()) == self.digest:
-      return {name: given[there] for name, there in self.names.items()}
+      return {name: given[origin] for name, origin in self.names.items()}
     why = f"it has no {lacks[0]}" if lacks else "its parameters have another digest"
     raise UserError(
       f"{checkpoint} is an adapter of {self.folder}, but {self.place()} is another model ({why}). "
@@ -195,16 +195,16 @@ def find_base(
   folder: epath.Path, source: Any, params_spec: Any, rules: tuple, shares: Mapping[str, float]
 ) -> Base:
   """The base of a run that starts from the parameters `source` of the checkpoint `folder`: what it
-  takes from there as it is, and does not train.
+  takes from source_name as it is, and does not train.
   """
   fitting, rules = fitted(source, params_spec, rules)
   given, names = by_name(fitting), {}
   for name, leaf in by_name(params_spec).items():
-    there = origin(name, rules, given)
-    if there is not None and not shares[name]:
-      value = given[there]
+    source_name = origin(name, rules, given)
+    if source_name is not None and not shares[name]:
+      value = given[source_name]
       if value.shape == leaf.shape and value.dtype == leaf.dtype:
-        names[name] = there
+        names[name] = source_name
   place = str(folder) if files.is_url(folder) else os.path.abspath(folder)
   return Base(place, digest(given, names.values()), names, fitting is not source)
 

@@ -270,8 +270,8 @@ def names_and_shapes(path: str) -> dict[str, jax.ShapeDtypeStruct]:
   held = storage.stored_leaves(folder / "params")
   base = adapters.Base.of(manifest.read(folder))
   if base:
-    there = names_and_shapes(_base_folder(folder, base))
-    held |= {name: there[origin] for name, origin in base.names.items() if origin in there}
+    of_base = names_and_shapes(_base_folder(folder, base))
+    held |= {name: of_base[origin] for name, origin in base.names.items() if origin in of_base}
   return held
 
 
@@ -295,11 +295,11 @@ def _base_folder(folder: epath.Path, base: adapters.Base) -> str:
   """
   try:
     found = at = find_checkpoint(base.place())
-    seen = {str(folder)}
+    visited = {str(folder)}
     while above := adapters.Base.of(manifest.read(at)):  # an adapter may be a base itself
-      if str(at) in seen:
+      if str(at) in visited:
         raise UserError(f"{at} is its own base")
-      seen.add(str(at))
+      visited.add(str(at))
       at = find_checkpoint(above.place())
     return str(found)
   except UserError as error:

@@ -145,14 +145,14 @@ def merged(lines: list[str], more: list[str], checkpoint: str) -> list[str]:
   return [*(f"{line} of {checkpoint}" for line in found), *kept]
 
 
-def origin(name: str, rules: tuple, there: Mapping[str, Any]) -> str | None:
-  """The name from which the rules take this parameter of a checkpoint that has the names `there`;
+def origin(name: str, rules: tuple, stored: Mapping[str, Any]) -> str | None:
+  """The name from which the rules take this parameter of a checkpoint that has the names `stored`;
   None = they do not.
   """
   for pattern, target in rules:
     if match := regexes.compiled(pattern).fullmatch(name):
       found = None if target is None else _expanded(match, target)
-      return found if found in there else None
+      return found if found in stored else None
   return None
 
 

@@ -274,8 +274,8 @@ def new_embeddings(config, program: Program) -> tuple[tuple[str, None], ...]:
       continue
     if Tokenizer.from_assets(assets).fingerprint == load_tokenizer(config.data).fingerprint:
       continue
-    there = checkpoint.names_and_shapes(folder)
-    loaded = [name for name in of_tokens if origin(name, rules, there)]
+    stored = checkpoint.names_and_shapes(folder)
+    loaded = [name for name in of_tokens if origin(name, rules, stored)]
     if loaded and config.init.tokenizer != "new":
       raise configs.ConfigError(
         f"data.text.tokenizer is {config.data.text.tokenizer!r}, but init.from {folder} was "

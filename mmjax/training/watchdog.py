@@ -132,7 +132,7 @@ class Watchdog:
     """{process: seconds} of those that were looked at and have given no sign of life for several
     heartbeats.
     """
-    quiet = {peer: now - seen for peer, (_, seen) in sorted(dict(self._peers).items())}
+    quiet = {peer: now - last for peer, (_, last) in sorted(dict(self._peers).items())}
     return {
       peer: seconds
       for peer, seconds in quiet.items()

@@ -182,12 +182,12 @@ def split_pictures(keys: Mapping[str, int]) -> dict[str, list[str]]:
   concepts = unite({one: base_concept(one) for one in keys}, renders.values())
   ranked = sorted(set(concepts.values()), key=lambda concept: _rank("concept", concept))
   unseen = set(ranked[: int(len(ranked) * CONCEPT_SHARE)])
-  seen = [group for group in renders.values() if concepts[group[0]] not in unseen]
-  seen.sort(key=lambda group: _rank("combination", min(map(stem, group))))
+  known = [group for group in renders.values() if concepts[group[0]] not in unseen]
+  known.sort(key=lambda group: _rank("combination", min(map(stem, group))))
   groups = {
-    "train": seen[COMBINATIONS + VALIDATION :],
-    "validation": seen[COMBINATIONS : COMBINATIONS + VALIDATION],
-    "test_combinations": seen[:COMBINATIONS],
+    "train": known[COMBINATIONS + VALIDATION :],
+    "validation": known[COMBINATIONS : COMBINATIONS + VALIDATION],
+    "test_combinations": known[:COMBINATIONS],
     "test_concepts": [group for group in renders.values() if concepts[group[0]] in unseen],
   }
   return {name: sorted(one for group in chosen for one in group) for name, chosen in groups.items()}

@@ -181,21 +181,21 @@ def parts_of(
     return _by_column(reader, rows, skipped, split, named)
   if not folders:
     return {split or "train": (rows, skipped)}
-  there = ", ".join(folders)
+  names = ", ".join(folders)
   beside = [path for row in rows if _first_folder(path := _path(row)) not in folders]
   if beside:
     reader.notes.append(
-      f"the folders {there} are put into one split, {split or 'train'!r}, since {beside[0]} lies "
+      f"the folders {names} are put into one split, {split or 'train'!r}, since {beside[0]} lies "
       "beside them; move it into one of them to make each a split"
     )
     return {split or "train": (rows, skipped)}
   if split:
     reader.notes.append(
-      f"the folders {there} are put into one split, {split!r}; without --split each is one"
+      f"the folders {names} are put into one split, {split!r}; without --split each is one"
     )
     return {split: (rows, skipped)}
   reader.notes.append(
-    f"the folders {there} become the splits {', '.join(dict.fromkeys(folders.values()))}; --split "
+    f"the folders {names} become the splits {', '.join(dict.fromkeys(folders.values()))}; --split "
     "NAME puts all into one"
   )
   parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in folders.values()}
@@ -211,11 +211,11 @@ def _by_column(
   reader, rows: list[Row], skipped: list[Entry], split: str | None, named: Sequence[str]
 ) -> dict[str, tuple[list[Row], list[Entry]]]:
   """As `parts_of`, of rows that name their splits. Raises UserError: a name that none can have."""
-  there = ", ".join(sorted(set(named) - {""}))
+  names = ", ".join(sorted(set(named) - {""}))
   if split or not all(named):
     why = "without --split each is one" if split else f"since {rows[named.index('')].name} has none"
     reader.notes.append(
-      f"the splits {there} of the rows are put into one, {split or 'train'!r}, {why}"
+      f"the splits {names} of the rows are put into one, {split or 'train'!r}, {why}"
     )
     return {split or "train": (rows, skipped)}
   parts: dict[str, tuple[list[Row], list[Entry]]] = {name: ([], []) for name in sorted(set(named))}
@@ -227,7 +227,7 @@ def _by_column(
         f"rows name their splits, but {error}; or put all into --split NAME"
       ) from None
   if len(parts) > 1:
-    reader.notes.append(f"the rows name their splits: {there}; --split NAME puts all into one")
+    reader.notes.append(f"the rows name their splits: {names}; --split NAME puts all into one")
   for row, name in zip(rows, named, strict=True):
     parts[name][0].append(row)
   next(iter(parts.values()))[1].extend(skipped)

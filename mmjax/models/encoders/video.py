@@ -347,12 +347,7 @@ def frames(
         "model.encoders.video.changes needs stem='convolution'. Set it, or leave changes out"
       )
   return FrameEncoder(
-    config,
-    frame,
-    length=video["frames"],
-    temporal=temporal,
-    pooling=pooling,
-    changes=changes,
+    config, frame, length=video["frames"], temporal=temporal, pooling=pooling, changes=changes
   )
 
 
