@@ -23,13 +23,13 @@ from mmjax.config import UserError, base
 from mmjax.data.naflex import PatchSequence, picture_of
 from mmjax.data.text import TextTransform
 from mmjax.data.tokenizers import Tokenizer, load_tokenizer
+from mmjax.inference.captions import ROWS, CaptionGenerator, knows_times
 from mmjax.inference.engine import can_generate, decoding_of, is_language_model, settings_of_file
 from mmjax.inference.inputs import Item, MediaInputs
 from mmjax.inference.language import LanguageGenerator
 from mmjax.inference.parameters import local_mesh, param_shardings, param_spec
 from mmjax.inference.programs import Programs, chunks, in_threads, stack
 from mmjax.inference.transcribe import Segment
-from mmjax.inference.writer import ROWS, Writer, knows_times
 from mmjax.models import make_model
 from mmjax.models.lora import merge
 from mmjax.parallel import rules
@@ -263,7 +263,7 @@ class Predictor:
         "this checkpoint has neither a decoder nor a CTC head and writes no text: generate with a "
         "captioner (model.decoder) or a recogniser (model.spelling), or use `classify`"
       )
-    return self._writer.generate(
+    return self._captions.generate(
       media,
       max_length=max_length,
       beams=beams,
@@ -328,10 +328,10 @@ class Predictor:
     return self.writes and knows_times(self.config, getattr(self._model, "decoder", None))
 
   @functools.cached_property
-  def _writer(self) -> Writer:
+  def _captions(self) -> CaptionGenerator:
     audio = self.media.get("audio")
     programs, tokenizer = self._programs, self.tokenizer
-    return Writer(self.config, self._model, programs, tokenizer, self._batches, audio)
+    return CaptionGenerator(self.config, self._model, programs, tokenizer, self._batches, audio)
 
   def classes(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
     """Probabilities float32 [N, classes] of the model's own classifier (`classify` takes labels of

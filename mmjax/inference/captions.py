@@ -1,5 +1,5 @@
-"""Texts that a decoder or a CTC head writes about media: captions, and transcripts of sounds of any
-length.
+"""Captions and transcripts: texts that a decoder or a CTC head generates about media, sounds of any
+length among them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mmjax.inference.transcribe import Segment, Windows, detect_language, start_
 
 log = logging.getLogger("mmjax")
 
-ROWS = 32  # the most that texts are written for at once, times beams
+ROWS = 32  # the most that texts are generated for at once, times beams
 Sound = np.ndarray | dict[str, np.ndarray]
 Batches = Callable[[Mapping[str, Any], int], Iterator[dict[str, dict[str, np.ndarray]]]]
 
 
-class Writer:
-  """Writes with a model that has a decoder or a CTC head.
+class CaptionGenerator:
+  """Generates texts about media with a model that has a decoder or a CTC head.
 
   batches: (items by modality, rows) -> batches of at most so many examples. audio: reads sounds;
   None where the model does not hear.
