@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mmjax.config import UserError
 from mmjax.models.layers import Dense
+from mmjax.models.parts import unbound
 from mmjax.ranges import Size, Sizes, Width
 
 Array = jax.Array
@@ -41,7 +42,7 @@ class TextToImageGan(nn.Module):
   joint = False  # it gives no embeddings
 
   def setup(self) -> None:
-    self.text = self.encoders["text"].clone(parent=None)
+    self.text = unbound(self.encoders["text"])
     self.generator = Generator(self.channels, self.size, self.dtype)
     self.discriminator = Discriminator(self.discriminator_channels, self.dtype)
 

@@ -26,6 +26,7 @@ from mmjax.config import UserError
 from mmjax.models.attention import AttentionMask
 from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.layers import constrain, normal, with_axes
+from mmjax.models.parts import adopt, unbound
 from mmjax.models.positions import Rotary
 from mmjax.models.stack import Cache, Stack
 from mmjax.ranges import (
@@ -92,10 +93,9 @@ class LanguageModel(nn.Module):
   )
 
   def setup(self) -> None:
-    for modality, encoder in self.encoders.items():
-      setattr(self, modality, encoder.clone(parent=None))
+    adopt(self, self.encoders)
     for modality, connector in self.connectors.items():
-      setattr(self, f"{modality}_connector", connector.clone(parent=None))
+      setattr(self, f"{modality}_connector", unbound(connector))
     c = self.config
 
     def table(name: str, rows: int, axis: str, scale: float) -> Array:

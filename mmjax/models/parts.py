@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,20 @@ def adopt(model: nn.Module, encoders: Mapping[str, nn.Module], **given: Any) -> 
   parameters of "image" are image/..., not encoders_image/...
   """
   for modality, encoder in encoders.items():
-    setattr(model, modality, encoder.clone(parent=None, **given))
+    setattr(model, modality, unbound(encoder, **given))
+
+
+def unbound(module: nn.Module, **given: Any) -> nn.Module:
+  """A copy that belongs to no model yet, and so do the modules among its fields: else these would
+  stay parts of what holds the original. `given`: fields that it then has.
+  """
+  fields = {field.name: getattr(module, field.name, None) for field in dataclasses.fields(module)}
+  own: dict[str, Any] = {
+    name: unbound(value)
+    for name, value in fields.items()
+    if isinstance(value, nn.Module) and name not in {"parent", *given}
+  }
+  return module.clone(parent=None, **own, **given)
 
 
 def encode(model: nn.Module, modality: str, batch: Mapping[str, Any], train: bool) -> Encoded:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +190,23 @@ def close(got, want, atol=3e-5):
 def test_every_encoder_is_here():
   functions = KINDS["encoder"]  # "hubert" is "wav2vec2" under another name
   assert {functions[kind] for kind in ENCODERS} == set(functions.values())
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_all_parameters_of_an_encoder_are_under_its_modality(kind):
+  """So that a rule for "video/.*" freezes all of it, and loads all of it."""
+  modality, entry = ENCODERS[kind]
+  model, rng = make_model(config({modality: entry})), np.random.default_rng(0)
+  batch = dict(inputs(kind, rng, rng), present=np.ones(ROWS, bool))
+
+  def names(module, batch):
+    params = jax.eval_shape(module.init, jax.random.key(0), batch)["params"]
+    return set(flatten_dict(params, sep="/"))
+
+  alone = names(model.encoders[modality], batch)
+  inside = names(model, {modality: batch})
+  assert inside >= {f"{modality}/{name}" for name in alone}
+  assert not [name for name in inside if name.startswith("encoders")]
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
