@@ -46,6 +46,7 @@ HEADLINES = (
   "word_error_rate",
   "character_error_rate",
 )
+MAGNITUDES = ("mae", "rmse", "loss", "perplexity", "bits_per_byte", "median_rank", "cider_d")
 COUNTS = ("images", "texts", "examples", "train_examples", "unreadable")
 PICTURE = 128  # pixels of the longest side of a picture in the page
 
@@ -208,37 +209,25 @@ def _duration(seconds: float) -> str:
 
 
 def _tile(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-  heads = [
-    (
-      m.replace("image_to_text", "image → text")
-      .replace("text_to_image", "text → image")
-      .replace("/", " ")
-      .replace("_", " "),
-      float(metrics[m]),
-    )
-    for m in HEADLINES
-    if isinstance(metrics.get(m), (int, float))
-  ]
-  if not heads:
-    heads = [
-      (m, float(v)) for m, v in metrics.items() if isinstance(v, (int, float)) and m not in COUNTS
-    ][:4]
+  """The first metrics of an evaluator, each with a bar if it is a share."""
+  numbers = {m: float(v) for m, v in metrics.items() if isinstance(v, (int, float))}
+  shown = [m for m in HEADLINES if m in numbers] or [m for m in numbers if m not in COUNTS]
   counts = ", ".join(
     f"{number(metrics[m])} {m.replace('_', ' ')}"
     for m in COUNTS
     if metrics.get(m) and not (m == "unreadable" and not metrics[m])
   )
+  return dict(name=name, heads=[_head(m, numbers[m]) for m in shown[:4]], counts=counts)
+
+
+def _head(metric: str, value: float) -> dict[str, Any]:
+  label = metric.replace("image_to_text", "image → text").replace("text_to_image", "text → image")
   return dict(
-    name=name,
-    heads=[
-      dict(
-        label=label,
-        text=f"{value:.3f}" if abs(value) < 10 else number(value),
-        share=min(max(value, 0.0), 1.0) * 100,
-      )
-      for label, value in heads[:4]
-    ],
-    counts=counts,
+    label=label.replace("/", " ").replace("_", " "),
+    text=f"{value:.3f}" if abs(value) < 10 else number(value),
+    bar=None
+    if metric.rpartition("/")[2] in MAGNITUDES
+    else f"{min(max(value, 0.0), 1.0) * 100:.1f}%",
   )
 
 

@@ -87,7 +87,7 @@ footer { margin-top: 50px; color: var(--faint); font-size: 12.5px; }
 {% if tiles %}<h2>Scores</h2><div class="grid-cards">{% for tile in tiles %}
 <div class="card tile"><div class="name">{{ tile.name }}</div><div class="counts">{{ tile.counts or " " }}</div>
 <div class="heads">{% for head in tile.heads %}<div class="head"><div class="value">{{ head.text }}</div><div class="label">{{ head.label }}</div>
-<div class="bar"><i style="width: {{ "%.1f" | format(head.share) }}%"></i></div></div>{% endfor %}</div></div>{% endfor %}</div>
+{% if head.bar %}<div class="bar"><i style="width: {{ head.bar }}"></i></div>{% endif %}</div>{% endfor %}</div></div>{% endfor %}</div>
 <details class="block"><summary>All metrics</summary><div class="grid-cards card">{% for name, metrics in tables %}
 <div><h3>{{ name }}</h3><table class="plain">{% for metric, value in metrics %}<tr><td>{{ metric }}</td><td>{{ value }}</td></tr>{% endfor %}</table></div>{% endfor %}</div></details>{% endif %}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -108,6 +109,8 @@ def test_mistakes_classes_values_and_provenance_are_shown(tmp_path, config):
     "(nothing)",
   ):
     assert words in page.text or words in text, words
+  bars = re.findall(r'class="label">([\w ]+)</div>\s*<div class="bar"', text)
+  assert bars == ["accuracy", "majority", "word error rate"], "an error has no share of anything"
   stored = json.loads((tmp_path / "eval.json").read_text())
   assert stored["provenance"]["labels"]["step"] == 24 and stored["values"] == {"mae": 2.0}
   assert set(read_eval_json(tmp_path)) == {"labels", "values", "speech"}
