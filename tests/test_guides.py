@@ -15,8 +15,12 @@ from mmjax.data.readers import FORMATS
 from mmjax.data.readers.columns import COLUMNS
 from mmjax.kinds import KINDS
 from tests import guides
-from tests.e2e import test_recipes
+from tests.bench import test_programs
+from tests.e2e import small_data, test_extending, test_init, test_recipes, test_stranger
+from tests.e2e import test_guides as e2e_guides
 from tests.guides import GUIDES, ROOT, blocks, cells, commands, read
+from tests.launch import test_scripts
+from tests.plan import test_guide as plan_guide
 
 RECIPES = [  # (name, score, time) of the README
   (re.match(r"\[(\w+)\]", row[0])[1], row[2], row[3])
@@ -123,6 +127,48 @@ def test_commands_parse(guide):
     elif words:
       script = next(word for word in words if word.startswith("launch/"))
       assert words[0] in ("bash", "sbatch", ".") and (ROOT / script).exists(), command
+
+
+# Scripts that set a machine up. What they run on it is run by tests: the commands of the quickstart
+# by test_recipes.py, the options of gpu_env.sh by tests/launch.
+SET_UP = {"bash launch/quickstart.sh", "bash launch/test.sh", ". launch/gpu_env.sh"}
+
+
+def run_by_tests() -> set[str]:
+  """The commands of the guides that tests take from there and run."""
+  stores = commands(read("launch/README.md", "## Object stores"))
+  taken = [*e2e_guides.COMMANDS, *commands(test_init.SECTION), *test_stranger.COMMANDS, *stores]
+  taken += [*test_extending.COMMANDS, *plan_guide.COMMANDS, *test_scripts.COMMANDS]
+  return {*taken, *(shlex.join(words) for words, _ in test_programs.SHOWN)}
+
+
+def recipes_of_tests() -> set[str]:
+  """The recipes, with their arguments, that test_recipes.py trains."""
+  names = [*(row[0] for row in test_recipes.SHORT), *test_recipes.LANGUAGE_MODELS]
+  names += [*test_recipes.VARIANTS, *test_recipes.MADE_OF_OTHERS, "emoji_gan", "quickstart"]
+  names += [recipe for recipe, _ in test_recipes.FULL]
+  source = (ROOT / "tests/e2e/test_recipes.py").read_text()
+  names += re.findall(r'(?:learn|learn_to_hear|config_of)\("([\w:]+)"', source)
+  names += ["emoji_groups:full", "emoji_groups:linear", "multitask:captions"]  # in loops
+  names += ["video_text"] if "video_text:transformer" in names else []  # the usual argument
+  return set(names)
+
+
+def test_every_command_is_run_by_a_test():
+  taken, recipes = run_by_tests(), recipes_of_tests()
+  built = {shlex.join(words) for name in CONFIGS for words in small_data.commands(name)}
+  for guide in GUIDES:
+    for line in commands(read(guide)):
+      for one in [line] if line in taken else line.split(" && "):
+        words = shlex.split(one)
+        if words[:2] == ["mmjax", "train"] and words[3].startswith("configs/"):
+          recipe = words[3].removeprefix("configs/").replace(".py", "")
+          if recipe in recipes:
+            continue
+        known = one in taken or shlex.join(words) in taken or shlex.join(words[1:]) in built
+        assert known or one in SET_UP or one.startswith(("pip install", "bash launch/check_gpu")), (
+          f"{guide}: no test runs `{one}`"
+        )
 
 
 @pytest.mark.parametrize("guide", GUIDES)

@@ -167,6 +167,8 @@ MADE_OF_OTHERS = {
   "basket_prices",
 }
 # Language models: in full with --all, by tests of their own where one starts from another.
+# What the guide compares recipes with, which no other test trains.
+VARIANTS = ("video_text:mean", "scene_words:blind", "basket_prices:series")
 LANGUAGE_MODELS = (
   "chat_scenes",
   "chat_scenes:dpo",
@@ -276,6 +278,16 @@ def test_a_short_run_learns(recipe, changes, bars, small, tmp_path, monkeypatch)
     "--config.log.tensorboard=False",
   )
   check(tmp_path / "run", bars)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", VARIANTS)
+def test_what_a_recipe_is_compared_with_takes_its_first_steps(recipe, small, tmp_path, monkeypatch):
+  monkeypatch.setenv("MMJAX_DATA", str(small(recipe)))
+  short = ("train.steps=2", "train.batch_size=14", "log.every=1", "evaluation.every=0")
+  changes = [f"--config.{setting}" for setting in (*short, "log.tensorboard=False")]
+  run("train", "--config", config_of(recipe), "--workdir", str(tmp_path), *changes)
+  assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path) if "loss" in row)
 
 
 @pytest.mark.parametrize("recipe", sorted({*MADE_OF_OTHERS, "emoji_gan", *LANGUAGE_MODELS}))
