@@ -75,7 +75,7 @@ def test_files_that_are_named_exist(guide):
 def test_lines_are_short(guide):
   text = guides.FENCED.sub("", guides.PRINTED.sub("", read(guide)))
   for line in text.splitlines():
-    assert len(line) <= 110 or line.startswith("|") or "](" in line, f"{guide}: {line}"
+    assert len(line) <= 100 or line.startswith("|") or "](" in line, f"{guide}: {line}"
 
 
 @pytest.mark.parametrize("guide", [guide for guide in GUIDES if "<!-- begin" in read(guide)])
