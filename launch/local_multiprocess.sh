@@ -5,16 +5,20 @@ set -euo pipefail
 usage() {
   cat <<'END'
 Usage: bash launch/local_multiprocess.sh N [OPTIONS] --config FILE --workdir DIR [--config.k=v ...]
-Starts N processes of `mmjax train`; what follows the options goes to it. Each line of output starts with the process's number.
-SIGTERM and Ctrl-C go to all processes: they save one step and exit 75. When a process fails, the others are ended too.
-The exit code is the job's: that of the first process that failed, else 75 if it stopped early, else 0.
+Starts N processes of `mmjax train`; what follows the options goes to it. Each line of output starts
+with the process's number. SIGTERM and Ctrl-C go to all processes: they save one step and exit 75.
+When a process fails, the others are ended too. The exit code is the job's: that of the first
+process that failed, else 75 if it stopped early, else 0.
   --devices D        simulated CPU devices a process; default 1
-  --max-restarts R   runs of the job again after exit code 1 or a killed process; default: train.on_restart of the config
+  --max-restarts R   runs of the job again after exit code 1 or a killed process; default:
+                     train.on_restart of the config
   --backoff S        seconds before the first of them; default 5
   --restart          run again after exit code 75, too
-  --grace S          seconds between SIGTERM and SIGKILL for the processes that outlive a failed one; default 10
+  --grace S          seconds between SIGTERM and SIGKILL for the processes that outlive a failed
+                     one; default 10
   --dry-run          print the commands, start nothing
-Example: bash launch/local_multiprocess.sh 2 --devices 2 --config configs/quickstart.py --workdir runs/two
+Example: bash launch/local_multiprocess.sh 2 --devices 2 \
+           --config configs/quickstart.py --workdir runs/two
 END
 }
 
@@ -54,10 +58,14 @@ fi
 if [ $once = 0 ]; then
   here=$(cd "$(dirname "$0")" && pwd)
   exec bash "$here/restart.sh" ${rule[@]+"${rule[@]}"} -- \
-    bash "$here/local_multiprocess.sh" "$processes" --once --devices "$devices" --grace "$grace" "$@"
+    bash "$here/local_multiprocess.sh" "$processes" --once --devices "$devices" --grace "$grace" \
+    "$@"
 fi
 
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'; }
+free_port() {
+  python3 -c \
+    'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
+}
 
 # Reads on to the end of the output, whatever signal the terminal sends.
 numbered() {
@@ -65,7 +73,9 @@ numbered() {
   while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
-set -m  # a process group for each process: a terminal's Ctrl-C comes here only, and SIGKILL reaches data workers as well
+# A process group for each process: a terminal's Ctrl-C comes here only, and SIGKILL reaches data
+# workers as well.
+set -m
 export MMJAX_PROCESSES=$processes MMJAX_CPU_DEVICES=$devices JAX_PLATFORMS=cpu
 MMJAX_COORDINATOR=localhost:$(free_port)
 export MMJAX_COORDINATOR
@@ -73,7 +83,11 @@ ids=()
 to_all() {
   local signal=$1 id
   for id in ${ids[@]+"${ids[@]}"}; do
-    if [ "$signal" = KILL ]; then kill -KILL -- "-$id" 2>/dev/null || true; else kill "-$signal" "$id" 2>/dev/null || true; fi
+    if [ "$signal" = KILL ]; then
+      kill -KILL -- "-$id" 2>/dev/null || true
+    else
+      kill "-$signal" "$id" 2>/dev/null || true
+    fi
   done
 }
 stopping=0

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained, evaluated and exported image-text model on real pictures, in minutes on two cores.
+# From a fresh clone to a trained, evaluated and exported image-text model on real pictures, in
+# minutes on two cores.
 #   bash launch/quickstart.sh [RUN_FOLDER]        default: runs/quickstart
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +10,8 @@ EXTRAS=demo
 
 echo "== data: OpenMoji pictures with captions in 14 languages"
 mmjax data build openmoji
-mmjax data tokenizer --source openmoji --split train+validation --languages en --vocab-size 1024 --name quickstart
+mmjax data tokenizer --source openmoji --split train+validation --languages en \
+  --vocab-size 1024 --name quickstart
 echo "== train"
 mmjax train --config configs/quickstart.py --workdir "$run"
 echo "== evaluate"

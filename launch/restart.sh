@@ -10,9 +10,12 @@ Runs COMMAND and looks at its exit code:
   75                stopped with a checkpoint saved: run it again (with --keep-75: exit 75)
   1, or a signal    failed: run it again, at most --max-restarts times, waiting longer each time
   anything else     (2: bad usage) running it again would not help: exit with that code
-SIGTERM and Ctrl-C go to COMMAND as SIGTERM; it is then not run again, and its exit code is this script's.
-  --max-restarts N  default: train.on_restart of the config that COMMAND names with --config, else 10
-  --backoff S       seconds before the first restart after a failure, doubled each time up to 5 minutes; default 5
+SIGTERM and Ctrl-C go to COMMAND as SIGTERM; it is then not run again, and its exit code is this
+script's.
+  --max-restarts N  default: train.on_restart of the config that COMMAND names with --config, else
+                    10
+  --backoff S       seconds before the first restart after a failure, doubled each time up to 5
+                    minutes; default 5
   --keep-75         do not run again after 75
   --stop WORDS      on SIGTERM run this instead of sending SIGTERM to COMMAND
   --dry-run         print what would be run, run nothing
@@ -41,7 +44,8 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || { usage >&2; exit 2; }
 
-# train.on_restart as the command's own config and overrides set it. Asked only when something has failed.
+# train.on_restart as the command's own config and overrides set it. Asked only when something has
+# failed.
 limit_of_config() {
   local words=() config='' found
   while [ $# -gt 0 ]; do
@@ -59,11 +63,13 @@ limit_of_config() {
 
 if [ $dry = 1 ]; then
   echo "would run: $(printf '%q ' "$@")"
-  echo "again after 75: $([ $keep = 1 ] && echo no || echo yes); after 1 or a signal: at most ${limit:-train.on_restart} times"
+  again=$([ $keep = 1 ] && echo no || echo yes)
+  echo "again after 75: $again; after 1 or a signal: at most ${limit:-train.on_restart} times"
   exit 0
 fi
 
-# The command gets a process group of its own (set -m), so that a terminal's Ctrl-C reaches it once, as SIGTERM from here.
+# The command gets a process group of its own (set -m), so that a terminal's Ctrl-C reaches it once,
+# as SIGTERM from here.
 set -m
 stopping=0 caught=0 child=''
 on_signal() {
@@ -75,7 +81,8 @@ trap on_signal TERM INT HUP
 
 failures=0 starts=0 delay=$backoff
 while :; do
-  # A process of the start before may still be saving: a start that follows another waits for it to leave the run folder.
+  # A process of the start before may still be saving: a start that follows another waits for it to
+  # leave the run folder.
   [ "$starts" = 0 ] || export MMJAX_OWNER_SECONDS=${MMJAX_OWNER_SECONDS:-300}
   starts=$((starts + 1))
   code=0
@@ -98,7 +105,9 @@ while :; do
       [ "$code" = 1 ] || [ "$code" -gt 128 ] || exit "$code"
       limit=${limit:-$(limit_of_config "$@")}
       failures=$((failures + 1))
-      [ $failures -le "$limit" ] || { say "exit code $code; $limit restarts were allowed, giving up"; exit "$code"; }
+      [ $failures -le "$limit" ] || {
+        say "exit code $code; $limit restarts were allowed, giving up"
+        exit "$code"; }
       say "exit code $code; restart $failures of $limit in $delay s"
       sleep "$delay" &
       wait $! || true

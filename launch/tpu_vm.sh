@@ -1,31 +1,37 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM or pod slice: finds or creates it, copies this repository to every host, installs, runs, follows.
+# Trains on a Cloud TPU VM or pod slice: finds or creates it, copies this repository to every host,
+# installs, runs, follows.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-Usage: bash launch/tpu_vm.sh NAME --zone ZONE [OPTIONS] [--] --config FILE --workdir DIR [--config.k=v ...]
-Runs `mmjax train` on every host of the TPU VM NAME, under the rule of launch/restart.sh, apart from this terminal: when the
-connection is lost, or after Ctrl-C here, the same command follows the run that goes on. Needs gcloud, logged in.
-DIR has to be a folder that all hosts share.
+Usage: bash launch/tpu_vm.sh NAME --zone ZONE [OPTIONS] [--] --config FILE --workdir DIR
+         [--config.k=v ...]
+Runs `mmjax train` on every host of the TPU VM NAME, under the rule of launch/restart.sh, apart from
+this terminal: when the connection is lost, or after Ctrl-C here, the same command follows the run
+that goes on. Needs gcloud, logged in. DIR has to be a folder that all hosts share.
   --project P        project; default: gcloud's
-  --create TYPE      create it if there is none, for example v5litepod-16 or v6e-16; needs --version. A preempted one is
-                     deleted and created again, and the run goes on from its last checkpoint
-  --version V        runtime version: v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e, tpu-ubuntu2204-base (v4)
+  --create TYPE      create it if there is none, for example v5litepod-16 or v6e-16; needs
+                     --version. A preempted one is deleted and created again, and the run goes on
+                     from its last checkpoint
+  --version V        runtime version: v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p),
+                     v2-alpha-tpuv6e, tpu-ubuntu2204-base (v4)
   --spot             create it as a spot VM: cheaper, may be preempted at any time
   --queue            create it as a queued resource: waits until there is capacity
   --env K=V          an environment variable of the run, such as MMJAX_DATA=DIR; may be repeated
   --max-restarts N   restarts after a failure; default: train.on_restart of the config
   --stop             stop the run: every host saves the same step (exit code 75); the TPU VM stays
   --dry-run          print the commands, run nothing
-Example: bash launch/tpu_vm.sh pod --zone us-west4-a --create v5litepod-16 --version v2-alpha-tpuv5-lite --spot \
+Example: bash launch/tpu_vm.sh pod --zone us-west4-a --create v5litepod-16 \
+           --version v2-alpha-tpuv5-lite --spot \
            --config configs/quickstart.py --workdir /mnt/share/runs/quickstart
 END
 }
 
 say() { echo "tpu_vm: $*" >&2; }
 
-name='' place=() type='' version='' spot=() queue=0 exports='MMJAX_COORDINATOR=auto' rule='' stop=0 dry=0
+name='' place=() type='' version='' spot=() queue=0
+exports='MMJAX_COORDINATOR=auto' rule='' stop=0 dry=0
 while [ $# -gt 0 ]; do
   case $1 in
     --zone | --project | --create | --version | --env | --max-restarts)
@@ -50,25 +56,33 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ -n $name && " ${place[*]:-}" = *' --zone='* ]] || { usage >&2; exit 2; }
-[ $stop = 1 ] || [ $# -gt 0 ] || { say 'no --config and --workdir for mmjax train; see --help'; exit 2; }
+[ $stop = 1 ] || [ $# -gt 0 ] || {
+  say 'no --config and --workdir for mmjax train; see --help'
+  exit 2; }
 [ -z "$type" ] || [ -n "$version" ] || { say '--create needs --version; see --help'; exit 2; }
 cd "$(dirname "$0")/.."
 
 show() {
   local word
   printf 'would run:'
-  for word in "$@"; do if [[ $word = *[!a-zA-Z0-9_./:=@,-]* ]]; then printf ' %s' "${word@Q}"; else printf ' %s' "$word"; fi; done
+  for word in "$@"; do
+    if [[ $word = *[!a-zA-Z0-9_./:=@,-]* ]]; then printf ' %s' "${word@Q}"; else printf ' %s' "$word"; fi
+  done
   echo
 }
 cloud() { if [ $dry = 1 ]; then show gcloud compute tpus "$@"; else gcloud compute tpus "$@"; fi; }
 on_all() { cloud tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"; }
-state() { gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2>/dev/null || true; }
+state() {
+  gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2>/dev/null || true
+}
 
 create() {
   if [ $queue = 1 ]; then
-    cloud queued-resources create "$name" --node-id="$name" "${place[@]}" --accelerator-type="$type" --runtime-version="$version" "${spot[@]}"
+    cloud queued-resources create "$name" --node-id="$name" "${place[@]}" \
+      --accelerator-type="$type" --runtime-version="$version" "${spot[@]}"
   else
-    cloud tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" --version="$version" "${spot[@]}"
+    cloud tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" --version="$version" \
+      "${spot[@]}"
   fi
 }
 
@@ -89,7 +103,9 @@ await_ready() {
       READY) return ;;
       '')
         if [ $asked = 0 ]; then
-          [ -n "$type" ] || { say "there is no TPU VM $name here; --create TYPE makes one"; exit 1; }
+          [ -n "$type" ] || {
+            say "there is no TPU VM $name here; --create TYPE makes one"
+            exit 1; }
           create
           asked=1
         fi ;;
@@ -105,7 +121,8 @@ await_ready() {
   done
 }
 
-# A host whose run goes on is left as it is. mmjax needs Python 3.11 or later; the images of v4 to v6e bring 3.10.
+# A host whose run goes on is left as it is. mmjax needs Python 3.11 or later; the images of v4 to
+# v6e bring 3.10.
 install="! kill -0 \$(cat mmjax/train.pid 2>/dev/null) 2>/dev/null || exit 0; mkdir -p mmjax && tar xzf mmjax.tgz -C mmjax && cd mmjax && \
 for v in 3.13 3.12 3.11; do command -v python\$v >/dev/null && break; done; \
 command -v python\$v >/dev/null || sudo apt-get -qq install -y python3.11 python3.11-venv >/dev/null; \
@@ -116,7 +133,8 @@ if ! kill -0 \$(cat train.pid 2>/dev/null) 2>/dev/null; then rm -f train.code; :
 setsid bash -c $(printf '%q' "$train & echo \$! > train.pid; wait \$!; echo \$? > train.code") > train.log 2>&1 < /dev/null & sleep 2; fi; \
 tail -n +1 -F --pid=\$(cat train.pid) train.log"
 halt="kill -TERM \$(cat mmjax/train.pid)"
-# What each host's run ended with, a line each; a host that is still running, or cannot be asked, says so.
+# What each host's run ended with, a line each; a host that is still running, or cannot be asked,
+# says so.
 outcome="sleep 2; cat mmjax/train.code 2>/dev/null || echo running"
 
 if [ $stop = 1 ]; then on_all "$halt"; exit; fi
