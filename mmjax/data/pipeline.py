@@ -6,15 +6,18 @@ row, and a random generator keyed by (seed, step, row) draws the caption, the wo
 augmentation of the picture. So hosts, worker processes and threads only decide who does the work, a
 process can make just its own rows, and any step can be made first.
 
-A batch: {"image": {"pixels" uint8 [B, H, W, 3], "key" uint32 [B, 2]}, "text": {"tokens" int32 [B,
-L], "mask" bool [B, L], "key" uint32 [B, 2]}, "audio": {"waveform" int16 [B, S], "length" int32 [B],
-"key"}, "video": {"frames" uint8 [B, T, H, W, 3], "mask" bool [B, T], "key"}, "series": {"values"
-float32 [B, T, C], "mask" bool [B, T], "key"}, "label" int32 [B] (-1 = none; of data.label "labels"
-bool [B, classes]), "value" float32 [B, K] (NaN = none), "valid" bool [B], "id": list of str}, with
-the modalities that the config asks for; equal keys are equal texts or media. Where
-data.image.resize is "naflex", the image is {"patches" uint8 [B, N, p * p * 3], "positions" int32
-[B, N, 2], "mask" bool [B, N], "grid" int32 [B, 2], "key"} (naflex.py). Where data.text.per_example
-is K > 1, texts are [B, K, ...].
+A batch is a dict of arrays by modality, of those that the config asks for (B rows):
+
+  image   pixels uint8 [B, H, W, 3]; or, of data.image.resize "naflex", patches (naflex.py)
+  text    tokens int32 [B, L], mask bool [B, L]; [B, K, ...] of K = data.text.per_example texts
+  audio   waveform int16 [B, S], length int32 [B]
+  video   frames uint8 [B, T, H, W, 3], mask bool [B, T]
+  series  values float32 [B, T, C], mask bool [B, T]
+  label   int32 [B], -1 = none; of data.label "labels" bool [B, classes]
+  value   float32 [B, K], NaN = none
+  valid   bool [B]; id: a list of texts
+
+Each modality has a `key` uint32 [B, 2] besides: equal keys are equal texts or media.
 """
 
 from __future__ import annotations

@@ -50,15 +50,17 @@ def dialogue(
   of its splits. modalities: what the report shows beside a conversation. max_length: tokens of an
   answer at most. limit: conversations that are used, evenly spread; 0 = all. examples: how many
   the report shows.
-  Metrics, of exact answers (case and spaces aside): "accuracy", "accuracy/low" and "/high" (95%,
-  dialogues drawn again), "turnN", "ago/N", "kind/NAME", "voice/NAME", with the model's own
-  answers as history; "hidden/accuracy" and "hidden/turnN" without the history; "wrong/accuracy"
-  with right earlier answers but a wrong one to what the question refers to, and "right/accuracy",
-  the same questions without the wrong one; "returned/accuracy", of the last question of each that
-  refers back: a turn about the media of another conversation is put before it, after which the
-  question that brought up what it refers to is asked again; and "stayed/accuracy", the same
-  questions without these two turns; "consistency" (share of questions asked again that get the
-  same answer); "dialogues", "unreadable".
+  Metrics are shares of exact answers, case and spaces aside.
+    With the model's own answers as history: "accuracy", "accuracy/low" and "/high" (95%, dialogues
+    drawn again), "turnN", "ago/N", "kind/NAME", "voice/NAME".
+    Without the history: "hidden/accuracy", "hidden/turnN".
+    With right earlier answers but a wrong one to what the question refers to: "wrong/accuracy";
+    the same questions without the wrong one: "right/accuracy".
+    Of the last question of each that refers back, after a turn about the media of another
+    conversation, and the question again that brought up what it refers to: "returned/accuracy";
+    without these two turns: "stayed/accuracy".
+  Besides: "consistency" (share of questions asked again that get the same answer), "dialogues",
+  "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   if not context.config.data.sequence.length:

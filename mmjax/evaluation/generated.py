@@ -38,14 +38,13 @@ def generated(
   the classifier is fitted to, and that drawn ones are compared with.
   languages: of the captions (() = those that data.sources reads of it, else all).
   seed: of the noise. examples: how many the report shows.
-  Metrics: "accuracy" and "mean_class_accuracy": share of drawn pictures that the classifier gives
-  the class of their caption's real picture; "real/accuracy", "real/mean_class_accuracy": the same
-  for the real pictures of `split`; "majority": what guessing gets;
-  "nearest_train": root mean square difference (of pixels in 0 to 1) to the nearest training
-  picture, averaged; "real/nearest_train":
-  the same for the real pictures of `split`; "copies": share of drawn pictures nearer to one than
-  0.02; "variety": the difference between the two drawn pictures of a caption; "examples",
-  "unreadable".
+  Metrics of drawn pictures, and of the real ones of `split` as "real/...":
+    "accuracy", "mean_class_accuracy": share that the classifier gives the class of their caption's
+    real picture. "nearest_train": root mean square difference (of pixels in 0 to 1) to the nearest
+    training picture, averaged.
+  Of drawn pictures alone: "copies" (share nearer to a training picture than 0.02), "variety" (the
+  difference between the two pictures of a caption).
+  Besides: "majority" (what guessing gets), "examples", "unreadable".
   """
   where = f"evaluation.evaluators.{context.name}"
   if split == train_split:
