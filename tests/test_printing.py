@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from mmjax import cli
 from mmjax import config as configs
 from mmjax.config import UserError
-from mmjax.data import examples
+from mmjax.data import faults
 from mmjax.data.builders import write_dataset
 from mmjax.data.builders.convert import convert
-from mmjax.data.examples import CutMedia
+from mmjax.data.faults import CutMedia
 from mmjax.data.sources import open_source
 from mmjax.data.tars import TarSource
 from mmjax.data.tokenizer_training import train_tokenizer_from_source
@@ -115,7 +115,7 @@ def test_tars_and_unreadable_records(tmp_path, caplog, capfd):
   with caplog.at_level(logging.WARNING):
     TarSource([path, tmp_path / f"b{EVIL}.tar"], data_dir=tmp_path / "data")
   assert "left out" in caplog.text and clean(caplog.text.replace("\n", ""))
-  examples.report_unreadable([(EVIL, f"why {EVIL}")], {}, 10)
+  faults.report_unreadable([(EVIL, f"why {EVIL}")], {}, 10)
   told = capfd.readouterr().err
   assert clean(told) and told.count("\n") == 1 and "\\u001b" in told
 

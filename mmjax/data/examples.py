@@ -1,34 +1,27 @@
-"""Records to the rows of a batch: media, texts, labels; random streams of rows; records that cannot
-be used.
-"""
+"""Records to the rows of a batch: media, texts, labels; random streams of rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmjax.config import UserError
 from mmjax.data.builders import Record
-from mmjax.data.image import ImageTransform, decode
-from mmjax.data.media import WORDS, content_key
-from mmjax.data.naflex import PatchSequence, SequenceTransform, picture_of
+from mmjax.data.labels import blank_labels, blank_values, class_names
+from mmjax.data.modality_readers import READERS, Absent, Reader
 from mmjax.data.parts import Medium, Span
 from mmjax.data.rollouts import sampling
 from mmjax.data.row_arrays import blank, fill, fill_prompt, sequence_spec
 from mmjax.data.sequences import Piece, Sequences
 from mmjax.data.sources import Source
-from mmjax.data.text import TextTransform, drop_words, split_key
+from mmjax.data.text import TextTransform, drop_words
 from mmjax.data.tokenizers import Tokenizer, check_texts, load_tokenizer
-from mmjax.printing import printable
 
 Batch = dict[str, Any]
-Arrays = dict[str, np.ndarray]
-_LENGTHS = {"audio": "data.audio.seconds", "series": "data.series.length"}  # what cuts them
 MODALITIES = ("image", "text", "audio", "video", "series")
 
 
@@ -41,156 +34,6 @@ class Row:
   source: Source
   index: int
   part: int = -1
-
-
-class Absent(UserError):
-  """The record lacks this modality."""
-
-
-class Reader:
-  """One modality: `shapes` of its arrays for one example, `read`, which gives them for a record,
-  and `example`, for a content.
-
-  The last array is "key" uint32 [2]: equal for equal content (see media.content_key).
-  """
-
-  modality = ""
-
-  def __init__(self, data, train: bool):
-    self.shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
-    self.transform: Callable[..., Any]
-
-  def blank(self, count: int) -> Arrays:
-    return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self.shapes.items()}
-
-  def read(
-    self, record: Record, kept: bool, rng: np.random.Generator | None
-  ) -> tuple[tuple[Any, ...], str]:
-    """(the arrays in the order of `shapes`, what of `example`). kept: the record stays in memory,
-    so what was decoded may be kept in it. Raises Absent, or UserError (Unreadable)."""
-    content = record.get(self.modality)
-    if content is None:
-      raise Absent(f"it has no {WORDS[self.modality]}")
-    key, decoded = f"{self.modality} key", f"decoded {self.modality}"
-    if kept and key not in record:
-      record[key], record[decoded] = (
-        split_key(content_key(record, self.modality)),
-        self.decode(content),
-      )
-    # Not by what a record has: a further medium of a conversation stands in a copy of its record.
-    arrays, surplus = self.example(record[decoded] if kept else content, rng)
-    return (
-      *arrays,
-      record[key] if kept else split_key(content_key(record, self.modality)),
-    ), surplus
-
-  def decode(self, content: Any) -> Any:
-    """What is kept of a record in memory: the decoded array, of bytes or of an array. Raises
-    Unreadable.
-    """
-    return content
-
-  def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
-    """(the arrays without "key", how long the content is where only its beginning is used, "" = all
-    of it is). Raises Unreadable.
-    """
-    views = self.transform(content, rng)
-    return views if isinstance(views, tuple) else (views,), ""
-
-
-class ImageReader(Reader):
-  modality = "image"
-
-  def __init__(self, data, train: bool):
-    image = data.image
-    if image.resize == "naflex":
-      self.transform = SequenceTransform(image, train=train)
-      self.shapes = {**self.transform.shapes, "key": ((2,), np.uint32)}
-    else:
-      self.transform = ImageTransform(image, train=train)
-      self.shapes = {"pixels": ((image.size, image.size, 3), np.uint8), "key": ((2,), np.uint32)}
-
-  def decode(self, content: Any) -> np.ndarray:
-    return decode(content) if isinstance(content, bytes) else content
-
-  def picture(self, content: bytes | np.ndarray) -> np.ndarray:
-    """A picture as the model sees it in evaluation, uint8 [H, W, 3]. Raises UserError
-    (Unreadable).
-    """
-    views = self.transform(content)
-    return picture_of(views) if isinstance(views, PatchSequence) else views
-
-
-class AudioReader(Reader):
-  modality = "audio"
-
-  def __init__(self, data, train: bool):
-    from mmjax.data.audio import AudioTransform
-
-    self.transform = self.sound = AudioTransform(data.audio, train)
-    self.seconds = data.audio.seconds
-    self.shapes = {
-      "waveform": ((self.sound.samples,), np.int16),
-      "length": ((), np.int32),
-      "key": ((2,), np.uint32),
-    }
-
-  def decode(self, content: Any) -> np.ndarray:
-    from mmjax.data.audio import decode_audio
-
-    return decode_audio(content, self.sound.rate) if isinstance(content, bytes) else content
-
-  def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
-    sound = self.decode(content)
-    surplus = ""
-    if len(sound) > self.sound.samples:
-      surplus = f"{len(sound) / self.sound.rate:.1f} of {self.seconds:g} s"
-    return self.sound(sound, rng), surplus
-
-
-class VideoReader(Reader):
-  modality = "video"
-
-  def __init__(self, data, train: bool):
-    from mmjax.data.video import VideoTransform
-
-    self.transform, video = VideoTransform(data.video, train), data.video
-    self.shapes = {
-      "frames": ((video.frames, video.size, video.size, 3), np.uint8),
-      "mask": ((video.frames,), np.bool_),
-      "key": ((2,), np.uint32),
-    }
-
-  def decode(self, content: Any) -> Any:
-    from mmjax.data.video import decode_clip
-
-    return decode_clip(content) if isinstance(content, bytes) else content
-
-
-class SeriesReader(Reader):
-  modality = "series"
-
-  def __init__(self, data, train: bool):
-    from mmjax.data.series import SeriesTransform
-
-    self.transform, self.length = SeriesTransform(data.series), data.series.length
-    self.shapes = {
-      "values": ((self.length, data.series.channels), np.float32),
-      "mask": ((self.length,), np.bool_),
-      "key": ((2,), np.uint32),
-    }
-
-  def example(self, content: Any, rng: np.random.Generator | None) -> tuple[tuple[Any, ...], str]:
-    surplus = f"{len(content)} of {self.length} steps" if len(content) > self.length else ""
-    return self.transform(content), surplus
-
-
-READERS: dict[str, type[Reader]] = {
-  "image": ImageReader,
-  "audio": AudioReader,
-  "video": VideoReader,
-  "series": SeriesReader,
-}
 
 
 class Examples:
@@ -412,105 +255,6 @@ class Examples:
     return self._numbers[id(source)]
 
 
-def check_classes(config, sources: Sequence[Source]) -> None:
-  """Raises UserError: the sources have other classes than each other, or more than data.classes."""
-  if config.data.label == "none":
-    return
-  labelled = [source for source in sources if class_names(source, config.data)]
-  if not labelled:
-    raise UserError(
-      f"data.label is {config.data.label!r}, but no source has such classes: "
-      f"{', '.join(source.name for source in sources)}. Set data.label='none' or choose another "
-      "source"
-    )
-  first = class_names(labelled[0], config.data)
-  for source in labelled:
-    names = class_names(source, config.data)
-    unknown = [name for name in _found(source, config.data.label) if name not in names]
-    if unknown:
-      raise UserError(
-        f"{source.name} has the label {unknown[0]!r}, which data.class_names does not name: "
-        f"{', '.join(names[:12])}"
-      )
-    if names != first:
-      raise UserError(
-        f"sources {labelled[0].name} and {source.name} have different classes; a classifier needs "
-        "one list of them"
-      )
-    if len(names) > config.data.classes:
-      raise UserError(
-        f"data.classes is {config.data.classes}, but {source.name} has {len(names)}: "
-        f"{', '.join(names[:12])}. Set data.classes to {len(names)}"
-      )
-
-
-def check_values(config, sources: Sequence[Source]) -> None:
-  """Raises UserError: no source has values, or not data.values of them, or others than another."""
-  count = config.data["values"]
-  having = [source for source in sources if source.values]
-  if not count:
-    return
-  if not having:
-    raise UserError(
-      f"data.values is {count}, but no source has values: "
-      f"{', '.join(source.name for source in sources)}. Convert with --value COLUMN, or set "
-      "data.values=0"
-    )
-  for source in having:
-    if len(source.values) != count:
-      raise UserError(
-        f"data.values is {count}, but {source.name} has {len(source.values)}: "
-        f"{', '.join(source.values[:12])}. Set data.values to {len(source.values)}"
-      )
-    if source.values != having[0].values:
-      raise UserError(
-        f"sources {having[0].name} and {source.name} have different values "
-        f"({', '.join(having[0].values[:6])}; {', '.join(source.values[:6])})"
-      )
-
-
-def class_names(source: Source, data: Mapping[str, Any]) -> tuple[str, ...]:
-  """The classes of a source in the order of their numbers: data.class_names, or else those that it
-  has, sorted; () = none.
-  """
-  found = _found(source, data["label"])
-  return tuple(data["class_names"]) or found if found else ()
-
-
-def _found(source: Source, label: str) -> tuple[str, ...]:
-  """The classes that a source has, for data.label `label`; answers only where its texts are
-  questions.
-  """
-  if label == "answer":
-    return (
-      tuple(getattr(source, "answers", ()))
-      if getattr(source, "text", "caption") == "question"
-      else ()
-    )
-  if label == "labels" and any("|" in names for names in source.labels):
-    return tuple(sorted({name for names in source.labels for name in names.split("|") if name}))
-  return tuple(source.labels)
-
-
-def blank_labels(config, count: int) -> np.ndarray | None:
-  """Labels of `count` rows that have none: int32 [count] or [count, K] of -1, bool [count,
-  classes], or None.
-  """
-  kind, each = config.data.label, config.data.text.per_example
-  if kind == "none":
-    return None
-  if kind == "labels":
-    return np.zeros((count, config.data.classes), bool)
-  return np.full((count, each) if kind == "answer" and each > 1 else count, -1, np.int32)
-
-
-def blank_values(config, count: int) -> np.ndarray | None:
-  """Values of `count` rows that have none: float32 [count, data.values] of NaN, or None."""
-  if not config.data["values"]:
-    return None
-  return np.full((count, config.data["values"]), np.nan, np.float32)
-
-
 def row_spec(config, modalities: Sequence[str], length: int = 0) -> dict[str, Any]:
   """{modality: {array: (shape of an example, dtype)}}, and "label" where the config has one.
   length: tokens; 0 = data.text.length.
@@ -607,68 +351,3 @@ def scatter_rows(batch: Batch, real: np.ndarray) -> Batch:
     return out
 
   return spread("", batch)
-
-
-class CutMedia:
-  """Counts and names sounds and series that are longer than the config takes: the first three by
-  name, then each tenfold number.
-  """
-
-  LIMIT = 10_000  # names that are kept
-
-  def __init__(self) -> None:
-    self.names: dict[str, set[str]] = {}
-    self._said: dict[str, int] = {}
-
-  def add(self, cut: Iterable[tuple[str, str, str]]) -> None:
-    """cut: (modality, name, how long it is) of each."""
-    for modality, name, surplus in cut:
-      names = self.names.setdefault(modality, set())
-      if name in names or len(names) >= self.LIMIT:
-        continue
-      names.add(name)
-      if len(names) <= 3:
-        self._warn(
-          f"only the beginning is used of a {WORDS[modality]}, {surplus} ({_LENGTHS[modality]}): "
-          f"{name}",
-          modality,
-        )
-      elif len(names) in (10, 100, 1000, self.LIMIT):
-        self.total()
-
-  def total(self) -> None:
-    """Says how many there are so far, unless that was said."""
-    for modality, names in self.names.items():
-      if len(names) > max(3, self._said.get(modality, 0)):
-        at_least = "at least " if len(names) >= self.LIMIT else ""
-        self._warn(
-          f"{at_least}{len(names):,} {WORDS[modality]}{'s' if modality == 'audio' else ''} exceed "
-          f"{_LENGTHS[modality]}; only their beginning is used",
-          modality,
-        )
-
-  def _warn(self, line: str, modality: str) -> None:
-    self._said[modality] = len(self.names[modality])
-    print(printable(line), file=sys.stderr, flush=True)
-
-
-def report_unreadable(
-  unreadable: Sequence[tuple[str, str]], known: dict[str, str], limit: int
-) -> None:
-  """Names each unusable record once on stderr; raises UserError when there are more than
-  `limit`.
-  """
-  for name, reason in unreadable:
-    if name not in known:
-      known[name] = reason
-      print(
-        printable(f"unreadable record, its row does not count: {name}: {reason}"),
-        file=sys.stderr,
-        flush=True,
-      )
-  if len(known) > limit:
-    last, reason = list(known.items())[-1]
-    raise UserError(
-      f"{len(known)} records could not be read (data.max_unreadable is {limit}); the last: "
-      f"{last}: {reason}. Repair or convert the data again, or raise data.max_unreadable"
-    )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.examples import class_names
+from mmjax.data.labels import class_names
 from mmjax.data.sources import Source
 
 

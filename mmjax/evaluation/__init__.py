@@ -26,8 +26,8 @@ import numpy as np
 from mmjax import config as config_lib
 from mmjax import files
 from mmjax.config import UserError
+from mmjax.data.evaluation_data import EvaluationData
 from mmjax.data.examples import modalities_of
-from mmjax.data.pipeline import EvaluationData
 from mmjax.data.sources import open_source
 from mmjax.data.tokenizers import Tokenizer, load_tokenizer
 from mmjax.parallel import multihost

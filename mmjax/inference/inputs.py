@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmjax.data.clips import ClipTransform
-from mmjax.data.examples import READERS, CutMedia
+from mmjax.data.faults import CutMedia
 from mmjax.data.image import Unreadable
 from mmjax.data.media import WORDS
+from mmjax.data.modality_readers import READERS
 from mmjax.data.placeholders import mixes_tokens
 from mmjax.data.series import read_series
 from mmjax.data.tiles import Tiling, cut_into_tiles

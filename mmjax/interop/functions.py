@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.config import UserError
-from mmjax.data.examples import READERS
+from mmjax.data.modality_readers import READERS
 from mmjax.inference.engine import can_generate, generate_text
 from mmjax.inference.predictor import probabilities
 from mmjax.models import make_model, with_plain_kernels

@@ -20,7 +20,7 @@ from ml_collections import FrozenConfigDict
 from mmjax import config as configs
 from mmjax import evaluation, files, remote
 from mmjax.config import UserError
-from mmjax.data.examples import class_names
+from mmjax.data.labels import class_names
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.statistics import Statistics
 from mmjax.data.templates import ASSET

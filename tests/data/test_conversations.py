@@ -14,8 +14,9 @@ from flax import linen as nn
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
+from mmjax.data.evaluation_data import EvaluationData
 from mmjax.data.image import ImageTransform
-from mmjax.data.pipeline import EvaluationData, Pipeline
+from mmjax.data.pipeline import Pipeline
 from mmjax.data.show import show_data_set
 from mmjax.data.tokenizers import load_tokenizer
 from mmjax.models import make_model

@@ -12,9 +12,10 @@ from mmjax import cli
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders.convert import convert
+from mmjax.data.evaluation_data import EvaluationData
 from mmjax.data.image import Unreadable
 from mmjax.data.measure import measure
-from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+from mmjax.data.pipeline import Pipeline, batch_spec
 from mmjax.data.series import read_series
 from mmjax.data.sources import open_source
 from tests.data.test_convert import folder_of

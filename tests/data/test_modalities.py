@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
+from mmjax.data.evaluation_data import EvaluationData
 from mmjax.data.order import Order
-from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+from mmjax.data.pipeline import Pipeline, batch_spec
 from mmjax.data.tokenizer_training import train_tokenizer
 from tests.data.conftest import picture
 

@@ -55,7 +55,8 @@ def test_what_is_no_picture_is_refused():
 
 def test_batches_are_sequences_of_every_aspect_ratio(config, tmp_path):
   from mmjax.data.builders import write_dataset
-  from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+  from mmjax.data.evaluation_data import EvaluationData
+  from mmjax.data.pipeline import Pipeline, batch_spec
   from tests.data.conftest import record
 
   shapes = [(20, 20), (12, 40), (33, 9), (1, 64), (1, 1), (64, 8)]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from mmjax.config import UserError
+from mmjax.data.evaluation_data import EvaluationData
 from mmjax.data.examples import streams
 from mmjax.data.image import ImageTransform
-from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+from mmjax.data.pipeline import Pipeline, batch_spec
 from mmjax.data.text import text_key
 from mmjax.data.tokenizers import load_tokenizer
 from tests.data.conftest import picture, record

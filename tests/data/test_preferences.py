@@ -10,7 +10,8 @@ import pytest
 from mmjax import config as configs
 from mmjax.config import ConfigError, UserError
 from mmjax.data.builders import write_dataset
-from mmjax.data.pipeline import EvaluationData, Pipeline
+from mmjax.data.evaluation_data import EvaluationData
+from mmjax.data.pipeline import Pipeline
 from mmjax.data.show import show_data_set
 from mmjax.data.tokenizers import load_tokenizer
 from mmjax.objectives.language_modelling import language_modelling

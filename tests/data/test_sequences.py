@@ -10,8 +10,9 @@ import pytest
 from mmjax import config as configs
 from mmjax.config import UserError
 from mmjax.data.builders import write_dataset
+from mmjax.data.evaluation_data import EvaluationData
 from mmjax.data.image import ImageTransform, decode
-from mmjax.data.pipeline import EvaluationData, Pipeline, batch_spec
+from mmjax.data.pipeline import Pipeline, batch_spec
 from mmjax.data.tiles import cut_into_tiles
 from mmjax.data.tokenizers import load_tokenizer
 from tests.data.conftest import picture, record
