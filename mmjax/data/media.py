@@ -65,40 +65,6 @@ ENDINGS = {  # small, without the dot; a GIF counts as a picture, of which its f
   ),
 }
 SERIES = (".npy", ".csv", ".tsv")  # of files of numbers, where a table is none
-UNREAD = {  # media that nothing here decodes: a file of these is left out, counted and named
-  "image": (
-    "svg",
-    "svgz",
-    "jxl",
-    "jp2",
-    "j2k",
-    "ico",
-    "icns",
-    "psd",
-    "xcf",
-    "eps",
-    "tga",
-    "dds",
-    "exr",
-    "hdr",
-    "ppm",
-    "pgm",
-    "pbm",
-    "pnm",
-    "dng",
-    "cr2",
-    "cr3",
-    "nef",
-    "arw",
-    "orf",
-    "rw2",
-    "raf",
-    "raw",
-    "dcm",
-  ),
-  "audio": ("mid", "midi", "amr", "ape", "wv", "spx", "ac3", "dsf", "ra", "sph"),
-  "video": ("ts", "vob", "rm", "rmvb", "mxf", "asf", "divx", "y4m", "swf"),
-}
 WORDS = {
   "image": "picture",
   "audio": "sound",
@@ -110,7 +76,8 @@ WORDS = {
 
 def modality_of(name: str | os.PathLike) -> str | None:
   """ "image", "audio" or "video" by the ending of a file name; None for any other."""
-  return _by_ending(name, ENDINGS)
+  ending = os.path.splitext(os.fspath(name))[1][1:].lower()
+  return next((modality for modality, endings in ENDINGS.items() if ending in endings), None)
 
 
 def modality_in_column(name: str | os.PathLike, column: str) -> str:
@@ -121,18 +88,6 @@ def modality_in_column(name: str | os.PathLike, column: str) -> str:
   if found is None and os.fspath(name).lower().endswith(SERIES):
     return "series"
   return column if found is None or (column, found) == ("audio", "video") else found
-
-
-def unread_modality_of(name: str | os.PathLike) -> str | None:
-  """What kind of media a file is, by an ending that is known but not read (.svg, .jxl, .mid); None
-  for any other.
-  """
-  return _by_ending(name, UNREAD)
-
-
-def _by_ending(name: str | os.PathLike, table: Mapping[str, tuple[str, ...]]) -> str | None:
-  ending = os.path.splitext(os.fspath(name))[1][1:].lower()
-  return next((modality for modality, endings in table.items() if ending in endings), None)
 
 
 def content_key(record: Mapping[str, Any], modality: str) -> int:
