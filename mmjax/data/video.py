@@ -150,11 +150,6 @@ def decode_clip(data: bytes) -> Clip:
   return _decode(data, None)
 
 
-def seconds_of(data: bytes) -> float:
-  """How long a video is that `decode_video` reads, by its timestamps."""
-  return _measure(data).seconds
-
-
 def clip_size(data: bytes) -> tuple[float, int, float, int, int]:
   """(seconds, frames, frames a second, height, width) by the packets of a file; nothing is decoded.
   Raises Unreadable.

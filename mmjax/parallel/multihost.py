@@ -221,16 +221,6 @@ def any_process(flag: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.asarray(bool(flag)))))
 
 
-def all_agree(value: int) -> bool:
-  """Whether every process passed the same 31-bit integer (a step, a crc32 shifted right). Every
-  process must call it.
-  """
-  if jax.process_count() == 1:
-    return True
-  values = np.asarray(multihost_utils.process_allgather(np.asarray(value & 0x7FFFFFFF, np.int32)))
-  return bool(np.all(values == values.flat[0]))
-
-
 def gather_texts(text: str) -> list[str]:
   """The texts of all processes, by process. Every process must call it, and at the same place."""
   if jax.process_count() == 1:
