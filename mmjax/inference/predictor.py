@@ -39,7 +39,6 @@ if TYPE_CHECKING:
   from mmjax.inference.slots import Slots, Text
 
 CACHES = ("float", "int8")
-WRITING = 32  # the most rows that texts are written for at once, times beams
 
 
 class Predictor:
@@ -352,10 +351,7 @@ class Predictor:
     kind = probabilities(self.config)
     if kind == "none":
       return logits
-    if kind == "sigmoid":
-      return np.asarray(1 / (1 + np.exp(-logits.astype(np.float64))), np.float32)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
+    return _sigmoid(logits) if kind == "sigmoid" else _softmax(logits)
 
   def values(self, **inputs: Item | Iterable[Item]) -> np.ndarray:
     """Values float64 [N, K] that the model predicts, in the units of its training data; columns are
@@ -441,10 +437,7 @@ class Predictor:
     texts = [[t.replace("{}", _text(label)) for t in templates] for label in labels]
     classes = class_embeddings(self.encode_text, texts)
     logits = self.scale * (self.encode(modality, items).astype(np.float64) @ classes.T)
-    if self._pairwise(modality):
-      return (1 / (1 + np.exp(-logits - self.bias))).astype(np.float32)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return _sigmoid(logits + self.bias) if self._pairwise(modality) else _softmax(logits)
 
   def _pairwise(self, modality: str) -> bool:
     """Whether a pair of this modality and a text has a probability of its own: by the loss between
@@ -560,6 +553,17 @@ def probabilities(config) -> str:
   return (
     "sigmoid" if config.data.label == "labels" else config.model.get("probabilities", "softmax")
   )
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+  """float32, each on its own."""
+  return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+  """float32 [N, C] from logits [N, C]."""
+  weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+  return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _names(assets: Mapping[str, bytes], file: str) -> tuple[str, ...]:
