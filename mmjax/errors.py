@@ -25,7 +25,7 @@ class StoreError(Exception):
   without it.
   Not an OSError, which is caught where files may be missing or broken. why: the reason alone."""
 
-  # Of the text alone when it comes from another process.
+  # An error that comes from another process is made of its text alone.
   def __init__(self, text: str, why: str = ""):
     super().__init__(text)
     self.why = why or text

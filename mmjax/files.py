@@ -43,7 +43,7 @@ _TEXT = 2**28  # bytes of a text that a run has written
 _LONGEST = 255  # bytes of a name
 SMALL = 2**20  # bytes of an array that is worth no file
 _STORES = ("s3", "gs")
-# No store is to blame.
+# Errors of a program, which no store is to blame for.
 _BUGS = (
   TypeError,
   AttributeError,

@@ -179,7 +179,7 @@ def bring(folder: Path) -> Path:
   copy, partial = root / folder.name, root.with_name(f".{root.name}.partial")
   try:
     root.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes of a machine one copies.
+    # One of several processes of a machine copies, the others wait.
     with open(root.with_name(f".{root.name}.lock"), "w") as lock:
       fcntl.flock(lock, fcntl.LOCK_EX)
       if copy.is_dir():

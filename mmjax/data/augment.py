@@ -26,7 +26,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mmjax.data.resample import antialias
 
-# Of the 64.
+# Which of a row's 64 random numbers each step takes.
 _CROP, _WARP, _FLIP, _JITTER, _ERASE = (
   slice(0, 40),
   slice(40, 44),

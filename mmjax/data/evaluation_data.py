@@ -239,7 +239,7 @@ class EvaluationData:
     asks, each = self.source.text == "question", self.config.data.text.per_example
     self.labels = np.full(len(self), -1, np.int32)
     self.values = np.full((len(self), len(self.source.values)), np.nan, np.float32)
-    # Equal to no other; such a row is not valid.
+    # A key that equals no other, until the record is read.
     absent = np.arange(2**63, 2**63 + len(self), dtype=np.uint64)
     self.media_keys = {name: absent.copy() for name in MODALITIES if name != "text"}
     for i in range(len(self)):

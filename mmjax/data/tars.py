@@ -44,7 +44,7 @@ from mmjax.printing import printable
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 _VERSION = 5  # of the index files
 _PARTS = ("image", "txt", "json", "cls", "audio", "video")  # columns of TarIndex.extents
-# Bytes between members of a key that are read in vain rather than asked for one by one.
+# Members of a key are read at once where at most so many bytes lie between them.
 _NEAR = 1 << 16
 _MOST_NAMES = 1_000_000  # of one pattern
 _BRACE = r"\{([^{}]*)\}"

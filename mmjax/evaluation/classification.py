@@ -80,7 +80,7 @@ def classification(
 
   data, rows, logits, labels, valid = read(split)
   held = read(threshold_split)[2:4] if threshold_split else None
-  # data.classes may leave room.
+  # data.classes may be more than there are names: the rest are numbered.
   names = [*data.class_names, *map(str, range(len(data.class_names), logits.shape[1]))]
   if labels.dtype == bool:
     result, figures = _several(logits, labels, names, held)

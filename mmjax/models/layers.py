@@ -332,7 +332,7 @@ def _activate_forward(name: str, x: Array) -> tuple[Array, Array]:
 def _activate_backward(name: str, x: Array, cotangent: Array) -> tuple[Array]:
   if ACTIVATIONS[name] is ACTIVATIONS["gelu_tanh"] and platform() == "tpu":
     return ((cotangent * _gelu_tanh_derivative(x.astype(jnp.float32))).astype(x.dtype),)
-  # Or the CPU compiler would keep the forward pass's intermediates, several times the size of x.
+  # Else the CPU compiler keeps the forward pass's intermediates, several times the size of x.
   x = cpu.barrier(x)
   _, derivative = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
   return (cpu.barrier(cotangent * derivative),)

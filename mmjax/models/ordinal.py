@@ -25,7 +25,7 @@ class OrdinalHead(nn.Module):
   def __call__(self, x: Array) -> Array:
     dense = Dense((1,), ("embed", None), jnp.float32, nn.initializers.lecun_normal(), name="score")
     score = dense(x)
-    # Together with steps of 1: classes 1 to 3 of 4 about equally likely at score 0.
+    # With steps of 1, classes 1 to 3 of 4 are about equally likely at score 0.
     first = self.param("first", with_axes(nn.initializers.constant(-1.0), ()), (), jnp.float32)
     steps = jax.nn.softplus(
       self.param(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 
 Array = jax.Array
-# v5e and v6e: 128 MiB.
+# Bytes; 128 MiB where a chip is not named (v5e and v6e).
 _VECTOR_MEMORY = {
   "TPU v4": 16 * 2**20,
   "TPU v5": 64 * 2**20,

@@ -263,7 +263,7 @@ def _sigmoid_sums(
     total, *nearest = row_sums
     logits, positives = _logits(rows, columns, scale, bias), positives_of(rows[1], columns[1])
     share = jnp.minimum(positives, 1)
-    # No counting pair: 0 * 1e30 + 1 * 0.
+    # A pair that does not count has logit -1e30, and adds 0 * 1e30 + 1 * 0.
     losses = share * jax.nn.softplus(-logits) + (1 - share) * jax.nn.softplus(logits)
     return (total + losses.sum(1), *_nearest(logits, positives, *nearest)), column_sums
 

@@ -91,7 +91,7 @@ def hide_tokens(
   draw = jax.random.uniform(choose, tokens.shape)
   if words is not None:
     open_ &= words >= 0
-    # One draw a word: words are numbered below L.
+    # The tokens of a word share one draw; words are numbered below L.
     draw = jnp.take_along_axis(draw, jnp.maximum(words, 0), axis=-1)
   chosen = open_ & (draw < rate)
   random = jax.random.randint(which, tokens.shape, 0, vocabulary - len(closed), tokens.dtype)

@@ -56,7 +56,7 @@ def initialize(config: FrozenConfigDict | None = None, *, shared: str = "") -> N
     return
   environment = os.environ
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
-    # JAX's 1 s leaves out evaluators.
+    # JAX keeps what takes 1 s to compile; evaluators take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   if devices := environment.get("MMJAX_CPU_DEVICES"):
     jax.config.update("jax_num_cpu_devices", _count("MMJAX_CPU_DEVICES", devices, most=_SIMULATED))
@@ -288,7 +288,7 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _join(**settings: Any) -> None:
-  # XLA refuses them else; other platforms ignore it.
+  # Without it XLA refuses collectives of several processes; other platforms ignore it.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   heartbeat = silence_allowed()
   try:

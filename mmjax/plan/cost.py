@@ -24,7 +24,7 @@ KINDS = (
   "collective-broadcast",
 )
 PASSES = {"all-reduce": 2.0}  # how often the bytes of a collective cross a chip's links, at most
-# Custom calls that move nothing.
+# Custom calls that move no bytes.
 FREE = (
   "AllocateBuffer",
   "ConcatBitcast",

@@ -138,7 +138,7 @@ GPUS = {
   )
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
-# As libtpu spells them.
+# Families as libtpu spells them.
 _FAMILIES = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}
 
 

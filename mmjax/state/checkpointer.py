@@ -61,7 +61,7 @@ class Checkpointer:
     self._writer: storage.Writer | None = None
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
-    # Found unusable; they count for nothing and are overwritten or deleted.
+    # Steps that were found unusable: they do not count, and are overwritten or deleted.
     self._bad: set[int] = set()
     self._saved_at = time.monotonic()
     self._present: set[int] = set()  # as this process last left them

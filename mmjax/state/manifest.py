@@ -135,7 +135,7 @@ def _put(folder: epath.Path, content: dict[str, Any]) -> None:
 def _sum(path: epath.Path) -> list[int]:
   """[size, CRC-32] of a file."""
   size = crc = 0
-  # One for the whole file: memory that is new for each part costs more than its sum.
+  # One buffer for the whole file: new memory for each part costs more than the checksum of it.
   buffer = memoryview(bytearray(_CHUNK))
   with _opened(path) as file:
     while count := file.readinto(buffer):

@@ -91,7 +91,7 @@ class Optimizers(NamedTuple):
       name: optimizer.tx.update(gradients, states[name], params, rate=rates[name], source=source)
       for name, optimizer in self.groups.items()
     }
-    # Zero but of one.
+    # Each leaf is updated by one group; the parts of the others are zero.
     updates = jax.tree.map(
       lambda *parts: functools.reduce(jnp.add, parts), *(part for part, _ in results.values())
     )

@@ -240,7 +240,7 @@ def check_position(
   if allow_change:
     return
   now, then = json.loads(json.dumps(pipeline.fingerprint())), data["fingerprint"]
-  # Older ones have no tokenizer.
+  # Checkpoints of older versions say nothing of the tokenizer.
   differ = [f"{k}: {then[k]!r} -> {now[k]!r}" for k in now if k in then and then[k] != now[k]]
   if differ:
     raise UserError(

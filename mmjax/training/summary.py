@@ -87,7 +87,7 @@ class Summary:
     """The last line; writes NAME in `folder`. seconds: of a step as measured, None if there were
     too few.
     """
-    # Of a run that had only its end left to do.
+    # Not counted yet where a run had only its end left to do.
     self.flops = self.flops or self._program.flops_per_step()
     planned: dict[str, Any] = dict(
       flops=self.flops,

@@ -28,7 +28,7 @@ SAME = {
   "video": ("video.size",),
   "series": ("series.channels",),
 }
-# At most the teacher's.
+# Settings of `data` by modality that may be at most the teacher's.
 LONGEST = {
   "text": "text.length",
   "audio": "audio.seconds",
@@ -47,7 +47,7 @@ class Teacher:
   """
 
   def __init__(self, path: str, config: FrozenConfigDict, mesh: Mesh, batch: Mapping[str, Any]):
-    # Once: a run that goes on may save a newer one meanwhile.
+    # Looked up once: a run that goes on may save a newer one meanwhile.
     self.path = checkpoint.find_checkpoint(path)
     self.config = checkpoint.load_config(self.path, config.allow_code)
     self.model = make_model(self.config)

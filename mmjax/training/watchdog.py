@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 
 from mmjax import files
 
-# Times the bound, for what may well take long.
+# What may well take longer than others: how many times train.hang_seconds.
 PATIENCE = {"the compiler": 4, "start-up (opening data, restoring)": 4}
 _BEAT = 10.0  # seconds between heartbeats, at most
 

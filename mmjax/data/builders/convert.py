@@ -155,7 +155,7 @@ def _convert_split(
   try:
     root.mkdir(parents=True, exist_ok=True)
     with Owner(root, f"data set {name!r} in {root.parent}"):
-      # By a process that has just ended.
+      # Another process may have converted it in the meantime.
       if done := _already(root.parent, name, split, plan, source):
         return done
       staging.mkdir(exist_ok=True)

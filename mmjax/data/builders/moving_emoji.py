@@ -51,12 +51,12 @@ WORDINGS = {
 KNOWN, NEW = 150, 40  # emoji of train, validation and test; of test_objects
 # Of 4 groups an emoji, captioners learned the pictures by heart: 0.76 of the captions of new clips
 # were right, of 8 0.87.
-# Split -> (emoji, groups an emoji).
+# {split: (emoji, groups of an emoji)}
 GROUPS = {"train": (KNOWN, 8), "validation": (50, 1), "test": (100, 1), "test_objects": (NEW, 2)}
 KINDS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 # Pixels: what sprites are scaled down from; the distractor, smaller than what moves.
 DRAWN, DISTRACTOR = 96, 8
-# Of the sensor, in parts of the frame: standard deviation, largest constant offset.
+# Of the sensor, as shares of the frame: standard deviation, largest constant offset.
 NOISE, OFFSET = 0.02, 0.1
 
 CARD = """\

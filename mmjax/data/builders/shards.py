@@ -132,7 +132,7 @@ def _write_shard(
         skipped.append(entry_of(name, fault, joined))
         continue
       data = serializer.serialize_example(schema.encode_example(to_example(record, fields)))
-      # Else fields come in the order of a map.
+      # Without it, fields come in the order of a map, which varies.
       data = Example.FromString(data).SerializeToString(deterministic=True)
       writer.write(data)
       content.update(canonical(split, record, fields))
@@ -159,7 +159,7 @@ def _write_shard(
     widths=sorted(widths),
     skipped=skipped,
   )
-  # Last: now the shard counts.
+  # Written last: a shard with facts is whole.
   write_whole(staging / f"shard-{number:05d}.json", json.dumps(facts).encode())
   return facts
 

@@ -68,7 +68,7 @@ def speak(text: str, voice: Voice) -> np.ndarray:
     library.espeak_ng_SetRandSeed(1)
     library.espeak_SetSynthCallback(callback)
     name = "+".join(filter(None, (_LANGUAGES.get(voice.language, voice.language), voice.variant)))
-    # Espeak takes any variant.
+    # espeak takes any variant, whether it has it or not.
     known = not voice.variant or (Path(data) / "voices" / "!v" / voice.variant).is_file()
     if rate <= 0 or not known or library.espeak_SetVoiceByName(name.encode()):
       raise UserError(f"espeak-ng has no voice {voice.name!r}. Install espeakng-loader==0.2.4")

@@ -108,7 +108,7 @@ TRAIN_VARIANTS = (
 TRAIN_VOICES = tuple(
   f"{LANGUAGES[i % 8]}+{variant}".rstrip("+") for i, variant in enumerate(TRAIN_VARIANTS)
 ) + ("en-gb",)
-# Espeak language -> variants.
+# {espeak's language: variants}
 MULTILINGUAL = {"de": ("f1", "m1", "Lee"), "es": ("f2", "m2", "Marco"), "fr": ("f3", "m4", "paul")}
 
 # A tone: a name that says a skin tone; these are most names and little else.
@@ -192,7 +192,7 @@ def plan(emoji: Catalogue) -> dict[str, list[Utterance]]:
   english = {split: _phrases(emoji.names, ones, "en") for split, ones in emoji.splits.items()}
   tested = set(english["test_combinations"].values()) | set(english["test_concepts"].values())
   unheard = tested | set(english["validation"].values())
-  # Each text once.
+  # Each text once, by the first of its emoji.
   names = {
     text: one for one, text in sorted(english["train"].items(), reverse=True) if text not in unheard
   }

@@ -86,7 +86,7 @@ MEDIA = ("image", "audio", "video", "series")  # columns of these hold media
 # at least one of these is needed
 TEXTS = ("caption", "question", "label", "labels", "value", "conversation", "chosen", "completion")
 TARGETS = ("label", "labels", "value")
-# Several columns of captions.
+# Names of columns of captions, of which a table may have several.
 _ALSO = (r"captions?([ _/-]?\d+)?|alt_?text", r"(text|sentence|description)s?[ _/-]?\d+")
 
 

@@ -19,7 +19,7 @@ from mmjax.interop.huggingface import clip, mapping
 from mmjax.interop.huggingface.mapping import Rule
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-# Of models with `custom_text`.
+# Names in files of models with `custom_text`.
 TOKENIZER_CLASS, PROCESSOR_CLASS, IMAGE_PROCESSOR_CLASS, PREFIX = "CLIPTokenizer", "", "", "text."
 ARCHITECTURE, PAD, MASK_PADDING = "CLIP of open_clip", clip.PAD, clip.MASK_PADDING
 EPS = 1e-5

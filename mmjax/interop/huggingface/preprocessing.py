@@ -164,7 +164,7 @@ def image_settings(folder: Path, family: ModuleType, found: Mapping[str, Any]) -
     raise UserError(
       f"{path}: size is {size}, but only a shortest_edge, or height and width, are supported"
     )
-  # Of a size that is one number.
+  # A size that is one number is of the shortest side, or of both.
   to_shortest = name in SHORTEST if name else facts["do_center_crop"]
   shortest = (
     size.get("shortest_edge") if isinstance(size, Mapping) else size if to_shortest else None
@@ -387,7 +387,7 @@ def longest_text(assets: Mapping[str, bytes]) -> int:
   say.
   """
   limit = json.loads(assets.get("tokenizer_config.json", b"{}")).get("model_max_length")
-  # Larger: "no limit".
+  # Larger numbers stand for "no limit".
   return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 10**9 else 0
 
 
