@@ -97,11 +97,17 @@ def command(
   out: str | os.PathLike = "",
   **settings: Any,
 ) -> list[Row]:
-  """`mmjax predict`: rows of files, folders or tables; writes `out` (.csv, .json or .jsonl)."""
+  """`mmjax predict`: rows of files, folders or tables; writes `out` (.csv, .json or .jsonl).
+  Answers have their "question" beside them: several may be about one file.
+  """
   if out:
     files.check_output(out)
   rows, names = rows_of(predictor, inputs, columns or {}, root)
   found = predict(predictor, rows, names, **settings)
+  if predictor.config.data.label == "answer":
+    for i, row in enumerate(rows):
+      if isinstance(row, dict) and "text" in row:
+        found[i] = {"file": found[i]["file"], "question": row["text"], **found[i]}
   if out:
     write(found, out)
   return found

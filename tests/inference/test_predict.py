@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from mmjax import cli
 from mmjax.config import UserError
@@ -149,6 +150,34 @@ def test_a_folder_of_several_media_has_the_rows_that_the_converter_reads(both, t
   (tmp_path / "metadata.csv").write_text("image,audio\na.png,b.wav\n")
   rows, _ = predict.rows_of(both, [tmp_path], {})
   assert rows == [dict(image=tmp_path / "lone.png", audio=tmp_path / "a.wav")]
+
+
+def test_answers_have_their_questions_beside_them(tmp_path):
+  """Several questions are about one picture, which alone would not tell them apart."""
+  config = tiny.media_config(
+    "multitask",
+    ("image", "text"),
+    **{
+      "data.label": "answer",
+      "data.classes": 2,
+      "model.joint": False,
+      "model.fusion": dict(kind="concat"),
+      "objectives.answers": dict(kind="classification", modalities=("image", "text")),
+    },
+  )
+  assets = {**tiny.assets(tmp_path), "classes.json": json.dumps(["no", "yes"]).encode()}
+  checkpoint = tmp_path / "checkpoint"
+  tiny.save_import(str(checkpoint), tiny.random_params(config), config, assets)
+  Image.fromarray(tiny.pixels(1)[0]).save(tmp_path / "a.png")
+  asked = ["is it red?", "is it a cat?"]
+  table = tmp_path / "asked.csv"
+  table.write_text("image,question\n" + "".join(f"a.png,{question}\n" for question in asked))
+  out = tmp_path / "answers.json"
+  words = ["predict", "--checkpoint", checkpoint, table, "--out", out]
+  assert cli.main(list(map(str, words))) == 0
+  rows = json.loads(out.read_text())
+  assert [list(row)[:3] for row in rows] == [["file", "question", "label"]] * 2
+  assert [(row["file"], row["question"]) for row in rows] == [("a.png", one) for one in asked]
 
 
 def test_files_of_one_name_are_rows_of_their_own_of_a_model_that_reads_one(machine, tmp_path):
