@@ -148,6 +148,22 @@ def texts_with_labels(folder: pathlib.Path, count: int, rng: np.random.Generator
   write_table(folder, ["text", "label"], rows)
 
 
+def pictures_with_questions(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
+  """A table of pictures, `metadata.csv`, with three questions about each: its colour, its shape,
+  and whether it has one of the three colours. Who sees nothing is right of a third of the first two
+  and of half of the last."""
+  folder.mkdir()
+  rows = []
+  for i in range(count):
+    colour, shape = list(COLOURS)[i % 3], SHAPES[i // 3 % 3]
+    draw(shape, COLOURS[colour], rng).save(folder / f"{i}.png")
+    asked = colour if rng.uniform() < 0.5 else list(COLOURS)[(i + 1) % 3]
+    rows.append([f"{i}.png", "what colour is it?", colour])
+    rows.append([f"{i}.png", "what shape is it?", shape])
+    rows.append([f"{i}.png", f"is it {asked}?", "yes" if asked == colour else "no"])
+  write_table(folder, ["image", "question", "answer"], rows)
+
+
 def several_media(folder: pathlib.Path, count: int, rng: np.random.Generator) -> None:
   """A table of a picture, a sound and a series a row. The label takes the picture and the sound."""
   folder.mkdir()
