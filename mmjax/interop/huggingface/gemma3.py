@@ -52,6 +52,7 @@ def settings(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     media_ids=dict(image=f.get("image_token_id", f["image_token_index"])),
     both_ways="media",
   )
+  found["model"]["logit_cap"] = 0.0  # this class of transformers leaves final_logit_softcapping out
   found["left_out"] += [name for name in tensors if name.startswith("vision_tower.head.")]
   return dict(found, image_size=size, places=dict(image=tokens**2))
 
