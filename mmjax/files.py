@@ -72,6 +72,11 @@ def is_url(path: str | os.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def no_folder(path: str | os.PathLike) -> str:
+  """What is said of a path that is not a folder."""
+  return f"{os.fspath(path)}: no such folder" + (" (it is a file)" if os.path.exists(path) else "")
+
+
 def is_object(path: str) -> bool:
   """Whether a path is the URL of an object of a known kind of store."""
   return path.partition("://")[0] in _STORES and is_url(path)

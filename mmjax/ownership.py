@@ -70,6 +70,7 @@ class Owner:
     self._folder = files.as_path(folder) / FOLDER
     self._what, self._claim = what, dict(_myself(), token=uuid.uuid4().hex)
     self._over, self._lost = threading.Event(), ""
+    self._made = not files.is_url(folder) and not self._folder.parent.exists()
     with _write_errors(self._folder, what):
       self._number = self._acquire(wait, stopped)
     self._beats = threading.Thread(target=self._go_on_beating, name="owner", daemon=True)
@@ -79,11 +80,17 @@ class Owner:
     return self
 
   def __exit__(self, *_) -> None:
-    """Gives the folder free; what cannot be written then is found dead by the next owner."""
+    """Gives the folder free; what cannot be written then is found dead by the next owner. A folder
+    that was made here and in which nothing was written vanishes again.
+    """
     self._over.set()
     self._beats.join(timeout=10)  # it may be writing to a disk that does not answer
     with contextlib.suppress(Exception):
       self._beat(_ENDED)
+      if self._made and [path.name for path in self._folder.parent.iterdir()] == [FOLDER]:
+        self._remove([self._number])
+        os.rmdir(self._folder)  # unless somebody claims it in this moment
+        os.rmdir(self._folder.parent)
 
   def check(self) -> None:
     """Raises UserError: another process has taken over, because this one gave no sign of life for
@@ -135,6 +142,7 @@ class Owner:
   def _claims(self, number: int) -> bool:
     """Makes the claim of this number, unless another process has it, or a higher one."""
     text = json.dumps(self._claim)
+    files.make_folder(self._folder)  # another owner may have left nothing
     if not _create(self._folder / f"{number}.json", text):
       return False
     self._number = number
@@ -374,5 +382,10 @@ def _write_errors(folder: Any, what: str) -> Iterator[None]:
   try:
     with files.store_errors(folder, f"{what} cannot be written", hint):
       yield
+  except (NotADirectoryError, FileExistsError) as error:
+    above = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+    raise UserError(
+      f"{what} cannot be written: {above} is no folder. Choose another folder"
+    ) from error
   except OSError as error:
     raise UserError(f"{what} cannot be written: {error.strerror or error}{hint}") from error

@@ -88,6 +88,40 @@ def test_one_that_ends_is_waited_for(tmp_path, holder):
     Owner(tmp_path, "RUN", wait=60, stopped=lambda: True)
 
 
+def test_a_folder_that_was_made_for_nothing_vanishes(tmp_path):
+  made, kept, own = (tmp_path / name for name in ("made", "kept", "own"))
+  own.mkdir()
+  with pytest.raises(UserError, match="a mistake"), Owner(made, "RUN"):
+    raise UserError("a mistake")
+  with Owner(kept, "RUN"):
+    (kept / "config.json").write_text("{}")
+  with Owner(own, "RUN"):
+    pass
+  assert not made.exists() and (kept / "owner" / "1.beat").read_text() == "ended"
+  assert own.exists()  # somebody made it before
+  with Owner(made, "RUN"):  # and the name can be used again
+    (made / "config.json").write_text("{}")
+  assert (made / "config.json").exists()
+
+
+def test_who_waits_for_an_owner_that_leaves_nothing_gets_the_folder(tmp_path):
+  folder, got = tmp_path / "run", []
+
+  def second():
+    with Owner(folder, "RUN", wait=60):
+      got.append(sorted(path.name for path in (folder / "owner").iterdir()))
+      (folder / "config.json").write_text("{}")
+
+  with Owner(folder, "RUN"):
+    waiter = threading.Thread(target=second)
+    waiter.start()
+    waiter.join(0.3)
+    assert not got
+  waiter.join(30)
+  assert len(got) == 1 and {"json", "beat"} == {name.partition(".")[2] for name in got[0]}
+  assert (folder / "config.json").exists()
+
+
 def test_a_process_number_that_is_used_again_deceives_nobody(tmp_path):
   elsewhere(tmp_path, **dict(ownership._myself(), process_start="long ago"))
   with Owner(tmp_path, "RUN") as owner:

@@ -21,7 +21,7 @@ def data_dir(config=None) -> Path:
 
   `config`: a config, its `data` part, a path, or None. For a URL (s3://bucket/data) it is the
   folder of this machine to which data sets and tokenizers are copied when they are opened.
-  Raises UserError: no folder could be called so.
+  Raises UserError: no folder could be called so, or a file is.
   """
   if config is not None and not isinstance(config, (str, os.PathLike)):
     config = config.get("data", config).get("dir", "")
@@ -29,6 +29,13 @@ def data_dir(config=None) -> Path:
   if files.is_url(place):
     return remote.cached(place)
   path = files.local_path(place)
+  there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+  if not there.is_dir():
+    what = "a file" if there.exists() else "a link to nothing"
+    raise UserError(
+      f"{path}: data sets lie in a folder, but {there} is {what}. Name a folder in data.dir, "
+      "--data-dir or $MMJAX_DATA"
+    )
   try:
     os.fspath(path).encode()
   except UnicodeEncodeError as error:

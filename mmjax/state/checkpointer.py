@@ -200,13 +200,16 @@ class Checkpointer:
       self.wait()
 
   def close(self) -> None:
-    """Waits, and frees what Orbax holds."""
+    """Waits, and frees what Orbax holds. A folder without one checkpoint vanishes."""
     try:
       self.wait()
     finally:
       if self._writer is not None:
         self._writer.close()
         self._writer = None
+      if jax.process_index() == 0 and not files.is_url(self._root):
+        with contextlib.suppress(OSError):
+          os.rmdir(self._root)
 
   def _read(self, folder: epath.Path, spec: TrainState) -> tuple[TrainState, dict]:
     self.base = adapters.Base.of(manifest.read(folder))

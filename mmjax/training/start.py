@@ -185,7 +185,10 @@ def new_state(
       "in init.from"
     )
   if folder:
-    folder = checkpoint.find_checkpoint(folder)  # once: its run may save a newer one meanwhile
+    try:
+      folder = checkpoint.find_checkpoint(folder)  # once: its run may save a newer one meanwhile
+    except UserError as error:
+      raise UserError(f"init.from {error}") from error
     rules = (*new_embeddings(config, program), *rules)
   state = program.init(config.seed)
   if folder:

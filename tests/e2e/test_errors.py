@@ -153,6 +153,7 @@ def test_a_config_that_fails_is_named_with_its_error(mmjax, tmp_path):
 def test_a_config_that_does_not_fit_its_tokenizer_or_its_model(mmjax, tmp_path, settings, expected):
   words = [*SMALL, *(f"--config.{s}" for s in settings)]
   refused(mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *words), 2, *expected)
+  assert list(tmp_path.iterdir()) == []
 
 
 # -- Data: exit code 1 -----------------------------------------------------------------------------
@@ -175,6 +176,26 @@ def test_a_config_that_does_not_fit_its_tokenizer_or_its_model(mmjax, tmp_path, 
 def test_training_on_what_is_not_there(mmjax, tmp_path, settings, expected):
   words = [*SMALL, *(f"--config.{s}" for s in settings)]
   refused(mmjax("train", "--config", QUICKSTART, "--workdir", tmp_path / "w", *words), 1, *expected)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_file_where_a_folder_should_be(mmjax, tmp_path, below):
+  file, out = tmp_path / "file", tmp_path / "out"
+  file.write_text("x")
+  place, train = file / below, ("train", "--config", QUICKSTART, *SMALL)
+  data = ("--config.data.dir=" + str(place), "--workdir", out)
+  for words, said in (
+    ((*train, *data), "data sets lie in a folder"),
+    (("data", "build", "openmoji", "--data-dir", place), "data sets lie in a folder"),
+    (("data", "show", "openmoji", "--data-dir", place), "data sets lie in a folder"),
+    ((*train, "--workdir", place), "cannot be written"),
+    ((*train, "--workdir", out, f"--config.init.from={place}"), "init.from"),
+    (("import", "--from", "hf", place, "--out", out), "no such folder"),
+    (("eval", "--checkpoint", place), "no checkpoint here"),
+  ):
+    refused(mmjax(*words), 1, said, str(file))
+  assert list(tmp_path.iterdir()) == [file] and file.read_text() == "x"
 
 
 def test_unknown_data_set(mmjax, tmp_path):

@@ -26,6 +26,7 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 
+from mmjax import files
 from mmjax.config import UserError
 
 # the modules are imported when they are needed: tars.py, which one of them imports, uses `cells`
@@ -67,7 +68,7 @@ def open_reader(
     if what not in COLUMNS:
       raise UserError(f"columns names {what!r}, but only {', '.join(COLUMNS)} can be named")
   if media and not os.path.isdir(media):
-    raise UserError(f"{os.fspath(media)}: no such folder of media")
+    raise UserError(f"{files.no_folder(media)}, in which media could be")
   try:
     "a".encode(encoding or "utf-8")
   except (LookupError, ValueError) as error:  # unknown, of bytes (base64), or never usable
@@ -76,7 +77,7 @@ def open_reader(
       "shift_jis"
     ) from error
   if root and not os.path.isdir(root):
-    raise UserError(f"{os.fspath(root)}: no such folder; --root holds all files that are named")
+    raise UserError(f"{files.no_folder(root)}; --root holds all files that are named")
   if root and format in ("folder", "webdataset", "documents"):
     raise UserError(f"--root is of tables and JSON: a {format} names no files elsewhere")
   options = Options(

@@ -30,7 +30,7 @@ from mmjax.data.readers.rows import (
   read_inside,
 )
 from mmjax.data.series import looks_like_series
-from mmjax.files import open_file
+from mmjax.files import no_folder, open_file
 
 TABLES = tuple(
   f"{name}{ending}"
@@ -58,9 +58,7 @@ _PEEK = 4096  # characters of a table that tell whether it holds a series
 class FolderReader(ListedReader):
   def find(self, source: str) -> list[str]:
     if not os.path.isdir(source):
-      raise UserError(
-        f"{source}: no such folder" + (" (it is a file)" if os.path.exists(source) else "")
-      )
+      raise UserError(no_folder(source))
     return [os.path.join(os.path.abspath(source), "")]  # the root is its folder
 
   def rows(self) -> tuple[list[Row], list[Left]]:

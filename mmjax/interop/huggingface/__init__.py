@@ -127,7 +127,7 @@ def import_hf(
   """
   folder = Path(folder)
   if not folder.is_dir():
-    raise UserError(f"{folder}: no such folder")
+    raise UserError(files_of.no_folder(folder))
   around = sentences.read(folder)
   if around:
     folder = around.encoder
