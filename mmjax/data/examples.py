@@ -53,7 +53,11 @@ class Examples:
     self._numbers: dict[int, dict[str, int]] = {}
     if train:
       for name in self.modalities:
-        self.text if name == "text" else self.reader(name)  # noqa: B018  a missing tokenizer shows at once
+        self._open(name)  # now, so that a missing tokenizer shows at once
+
+  def _open(self, modality: str) -> TextTransform | Reader:
+    """What reads a modality."""
+    return self.text if modality == "text" else self.reader(modality)
 
   @property
   def text(self) -> TextTransform:

@@ -333,5 +333,9 @@ def _environment() -> jinja2.Environment:
     finalize=_without_controls,
   )
   environment.filters.update(picture=picture_uri, number=number)
-  environment.tests["tree"] = lambda value: isinstance(value, Mapping) and bool(value)
+  environment.tests["tree"] = _is_tree
   return environment
+
+
+def _is_tree(value: Any) -> bool:
+  return isinstance(value, Mapping) and bool(value)

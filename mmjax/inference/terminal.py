@@ -31,7 +31,7 @@ class Terminal:
     self.chat, self._read, self._write = chat, read, write
     self._media: dict[str, list[str]] = {}
     self._seed = 0
-    chat.note = lambda text: self._print(f"[{text}]")
+    chat.note = self._note
 
   def run(self) -> None:
     """Until the end of the input, or /exit."""
@@ -80,23 +80,26 @@ class Terminal:
         raise UserError(f"name a file: /{name} FILE")
       self.chat.prompts.media[name](file)  # so that one that cannot be read is said now
       self._media.setdefault(name, []).append(file)
-      self._print(f"[{name} of the next message: {file}]")
+      self._note(f"{name} of the next message: {file}")
     elif name == "undo":
       taken = self.chat.undo()
       self._print(f"[taken back: {taken}]" if taken else "[there is no turn to take back]")
     elif name == "reset":
       self.chat.reset()
       self._media = {}
-      self._print("[a new conversation]")
+      self._note("a new conversation")
     elif name == "save":
       if not rest:
         raise UserError("name a file: /save FILE")
       self.chat.save(_unquoted(rest))
-      self._print(f"[saved {_unquoted(rest)}]")
+      self._note(f"saved {_unquoted(rest)}")
     elif name == "help":
       self._print(HELP)
     else:
       raise UserError(f"no command /{name}; /help lists them. To send it, put a space before it")
+
+  def _note(self, text: str) -> None:
+    self._print(f"[{text}]")
 
   def _print(self, text: str) -> None:
     self._write(printable(text, keep="\n\t") + "\n")

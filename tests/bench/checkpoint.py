@@ -150,9 +150,13 @@ def main() -> None:
   del state
   folder = workdir / "checkpoints" / "99"
   for turn in range(args.rounds):
-    drop(folder) if args.cold else read_all(folder)
+    if args.cold:
+      drop(folder)
+    else:
+      read_all(folder)
     count, plain = read_all(folder)
-    drop(folder) if args.cold else None
+    if args.cold:
+      drop(folder)
     begin, processor = time.perf_counter(), time.process_time()
     restored = jax.block_until_ready(saver.restore(spec)[0])
     seconds, processor = time.perf_counter() - begin, time.process_time() - processor

@@ -123,7 +123,8 @@ def test_a_file_that_goes_away_is_no_unreadable_record(tiny, tmp_path, how):
     if how == "no file":
       path.mkdir()
   with pytest.raises(StoreError, match=f"{path.name} went away .*Bring it back and start the same"):
-    [source[number] for number in range(len(source))]
+    for number in range(len(source)):
+      source[number]
   if how == "no file":
     path.rmdir()
   path.write_bytes(content)

@@ -140,7 +140,10 @@ def remove(path: pathlib.Path) -> Callable[[], None]:
   def forget() -> None:
     import shutil
 
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+      shutil.rmtree(path)
+    else:
+      path.unlink(missing_ok=True)
 
   return forget
 

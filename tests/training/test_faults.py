@@ -217,7 +217,8 @@ def test_clocks_that_jump_and_checkpoints_that_somebody_deletes(
     ahead[0] = -1e5 if int(state.step) % 4 else 1e5
     if int(state.step) == 7:  # the checkpoint of step 4 is written, the one of step 8 is not begun
       for thread in threading.enumerate():
-        thread.name == "checkpoint" and thread.join()
+        if thread.name == "checkpoint":
+          thread.join()
       shutil.rmtree(tmp_path / "checkpoints" / "4")
     return real(self, state, batch, source)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mmjax.data.builders.shards import is_known
 from mmjax.data.builders.summary import Entry, counts_of
 from mmjax.data.folders import read_facts, read_info
 from mmjax.data.readers.rows import Options
+
+Split = tuple[list[int], int]  # records of each shard, and bytes
 
 
 def assemble(
@@ -32,8 +35,6 @@ def assemble(
   """Makes root/VERSION from the shards and from the splits that the version before it has; it
   appears at once.
   """
-  import tensorflow_datasets as tfds
-
   before = find_version(root.parent, name)
   version = "1.0.0"
   meta: dict[str, Any] = dict(
@@ -47,22 +48,13 @@ def assemble(
   folder, new = root / version, root / f"{version}.incomplete-converting"
   shutil.rmtree(new, ignore_errors=True)
   new.mkdir()
+  splits = _take_over(before, new) if before else {}
   whole = [(number, fact) for number, fact in enumerate(facts) if fact["count"]]
   for at, (number, _) in enumerate(whole):
     _link(
       staging / f"shard-{number:05d}",
       new / f"{name}-{split}.array_record-{at:05d}-of-{len(whole):05d}",
     )
-  splits = {}
-  if before:
-    for old in read_info(before)["splits"]:
-      splits[old["name"]] = (
-        [int(length) for length in old["shardLengths"]],
-        int(old.get("numBytes", 0)),
-      )
-    for path in before.iterdir():
-      if ".array_record-" in path.name or path.name.startswith("skipped-"):
-        _link(path, new / path.name)
   splits[split] = ([fact["count"] for _, fact in whole], sum(fact["bytes"] for _, fact in whole))
   contents = "".join([meta["content"], *(fact["content"] for fact in facts)])
   counts = counts_of(skipped)
@@ -82,11 +74,34 @@ def assemble(
       line = dict(id=row, reason=reason, detail=detail) | ({"rows": count} if count > 1 else {})
       file.write(json.dumps(line, ensure_ascii=False) + "\n")
   (new / "README.md").write_text(_card(name, meta), encoding="utf-8")
+  _write_info(new, name, version, meta, splits)
+  os.rename(new, folder)
+  return folder
+
+
+def _take_over(before: Path, new: Path) -> dict[str, Split]:
+  """Puts the shards of the version before into the folder `new`; its splits."""
+  splits: dict[str, Split] = {}
+  for old in read_info(before)["splits"]:
+    lengths = [int(length) for length in old["shardLengths"]]
+    splits[old["name"]] = lengths, int(old.get("numBytes", 0))
+  for path in before.iterdir():
+    if ".array_record-" in path.name or path.name.startswith("skipped-"):
+      _link(path, new / path.name)
+  return splits
+
+
+def _write_info(
+  folder: Path, name: str, version: str, meta: dict[str, Any], splits: Mapping[str, Split]
+) -> None:
+  """Writes what TFDS reads besides the shards."""
+  import tensorflow_datasets as tfds
+
   with _quiet_tfds():
     identity = tfds.core.dataset_info.DatasetIdentity(
       name=name,
       version=tfds.core.Version(version),
-      data_dir=os.fspath(new),
+      data_dir=os.fspath(folder),
       module_name="mmjax.data.builders.convert",
     )
     info = tfds.core.DatasetInfo(
@@ -100,7 +115,7 @@ def assemble(
     parts = []
     for part, (lengths, size) in splits.items():
       template = tfds.core.ShardedFileTemplate(
-        dataset_name=name, data_dir=new, split=part, filetype_suffix="array_record"
+        dataset_name=name, data_dir=folder, split=part, filetype_suffix="array_record"
       )
       parts.append(
         tfds.core.SplitInfo(
@@ -108,9 +123,7 @@ def assemble(
         )
       )
     info.set_splits(tfds.core.splits.SplitDict(parts))
-    info.write_to_directory(new)
-  os.rename(new, folder)
-  return folder
+    info.write_to_directory(folder)
 
 
 def _targets(name: str, meta: dict, facts: list[dict], options: Options) -> dict[str, Any]:
