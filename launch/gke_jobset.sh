@@ -46,7 +46,8 @@ for number in CHIPS SLICES MAX_RESTARTS GRACE_SECONDS; do
   [[ ${!number} =~ ^[0-9]+$ ]] || { say "$number=${!number} is not a whole number"; exit 2; }
 done
 [ "$CHIPS" -gt 0 ] && [ $((${TOPOLOGY//x/*} % CHIPS)) = 0 ] || {
-  say "TOPOLOGY=$TOPOLOGY has $((${TOPOLOGY//x/*})) chips, which CHIPS=$CHIPS a host does not divide"
+  chips=$((${TOPOLOGY//x/*}))
+  say "TOPOLOGY=$TOPOLOGY has $chips chips, which CHIPS=$CHIPS a host does not divide"
   exit 2; }
 # shellcheck disable=SC2034  # read by its name below
 HOSTS=$((${TOPOLOGY//x/*} / CHIPS))

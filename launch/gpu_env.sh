@@ -11,11 +11,12 @@ fi
 # One queue of a GPU, so that collectives begin where the compiler put them; not from Blackwell on,
 # where NVIDIA advises against it.
 if command -v nvidia-smi > /dev/null; then
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) || capability=''
+  query=("--query-gpu=compute_cap" "--format=csv,noheader")
+  capability=$(nvidia-smi "${query[@]}" | head -n 1) || capability=''
   case ${capability%%.*} in
     7 | 8 | 9) export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" ;;
   esac
-  unset capability
+  unset capability query
 fi
 # Why a communicator failed stands in the log; NCCL is silent by itself.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

@@ -50,7 +50,8 @@ rule=(${keep[@]+"${keep[@]}"} ${rule[@]+"${rule[@]}"})
 if [ $dry = 1 ]; then
   echo "would run, again by the rule of launch/restart.sh ${rule[*]:-}:"
   for ((i = 0; i < processes; i++)); do
-    echo "MMJAX_COORDINATOR=localhost:PORT MMJAX_PROCESSES=$processes MMJAX_PROCESS_ID=$i MMJAX_CPU_DEVICES=$devices" \
+    echo "MMJAX_COORDINATOR=localhost:PORT MMJAX_PROCESSES=$processes MMJAX_PROCESS_ID=$i" \
+         "MMJAX_CPU_DEVICES=$devices" \
          "JAX_PLATFORMS=cpu mmjax train$(printf ' %q' "$@")"
   done
   exit 0
@@ -110,7 +111,9 @@ while [ "$left" -gt 0 ]; do
     case ${codes[i]} in
       0) ;;
       75) stopped=1 ;;
-      *) [ -n "$failed" ] || { failed=${codes[i]}; say "process $i ended with exit code $failed"; } ;;
+      *) [ -n "$failed" ] || {
+           failed=${codes[i]}
+           say "process $i ended with exit code $failed"; } ;;
     esac
   done
   if [ -n "$failed" ] && [ "$left" -gt 0 ]; then

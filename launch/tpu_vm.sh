@@ -66,14 +66,16 @@ show() {
   local word
   printf 'would run:'
   for word in "$@"; do
-    if [[ $word = *[!a-zA-Z0-9_./:=@,-]* ]]; then printf ' %s' "${word@Q}"; else printf ' %s' "$word"; fi
+    if [[ $word = *[!a-zA-Z0-9_./:=@,-]* ]]; then word=${word@Q}; fi
+    printf ' %s' "$word"
   done
   echo
 }
 cloud() { if [ $dry = 1 ]; then show gcloud compute tpus "$@"; else gcloud compute tpus "$@"; fi; }
 on_all() { cloud tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"; }
 state() {
-  gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2>/dev/null || true
+  gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' 2>/dev/null ||
+    true
 }
 
 create() {
@@ -139,7 +141,8 @@ outcome="sleep 2; cat mmjax/train.code 2>/dev/null || echo running"
 
 if [ $stop = 1 ]; then on_all "$halt"; exit; fi
 archive=${TMPDIR:-/tmp}/mmjax-$$.tgz
-pack=(tar czf "$archive" --exclude=__pycache__ setup.py pyproject.toml README.md mmjax configs launch)
+pack=(tar czf "$archive" --exclude=__pycache__ setup.py pyproject.toml README.md mmjax configs
+  launch)
 if [ $dry = 1 ]; then
   cloud tpu-vm describe "$name" "${place[@]}" --format='value(state)'
   if [ -n "$type" ]; then echo "unless it is READY:"; create; fi
