@@ -3,6 +3,7 @@ are named in one place.
 """
 
 import ast
+import functools
 import pathlib
 import re
 import subprocess
@@ -38,9 +39,15 @@ FLOORS = [
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 
+@functools.cache
+def nodes(path):
+  """Every node of a file's syntax tree."""
+  return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path):
   """Names of the parts of mmjax that a file imports."""
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in nodes(path):
     if isinstance(node, ast.Import):
       yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mmjax."))
     elif isinstance(node, ast.ImportFrom) and node.module == "mmjax":
@@ -84,7 +91,7 @@ def test_no_modules_import_each_other_in_a_circle():
   }
   graph = {}
   for name, path in paths.items():
-    found = set(modules_imported(ast.parse(path.read_text())))
+    found = set(modules_imported(nodes(path)[0]))
     found = {other if other in paths else other.rpartition(".")[0] for other in found}
     graph[name] = (found & paths.keys()) - {name}
   with_imports = graph.keys()
@@ -103,9 +110,7 @@ def test_only_parallel_names_mesh_axes():
     if path.relative_to(PACKAGE).parts[0] in ("parallel", "contradictions.py", "keys.py"):
       continue
     words = {
-      n.value
-      for n in ast.walk(ast.parse(path.read_text()))
-      if isinstance(n, ast.Constant) and isinstance(n.value, str)
+      n.value for n in nodes(path) if isinstance(n, ast.Constant) and isinstance(n.value, str)
     }
     if words & {"fsdp", "replica", "context", "tensor"}:
       wrong.append(str(path.relative_to(PACKAGE)))
@@ -122,12 +127,9 @@ def test_help_loads_nothing_heavy():
 
 def test_nothing_is_unpickled():
   for path in PACKAGE.rglob("*.py"):
-    names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    names = {n.attr for n in nodes(path) if isinstance(n, ast.Attribute)}
     modules = {
-      a.name
-      for n in ast.walk(ast.parse(path.read_text()))
-      if isinstance(n, (ast.Import, ast.ImportFrom))
-      for a in n.names
+      a.name for n in nodes(path) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names
     }
     assert "pickle" not in modules and "allow_pickle=True" not in path.read_text(), path
     assert not ({"loads"} & names and "marshal" in modules), path
