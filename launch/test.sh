@@ -14,7 +14,8 @@ quick=(tests/test_{architecture,config,kinds,special_tokens}.py tests/data/test_
   tests/models/test_transformer.py tests/objectives/test_contrastive.py
   tests/state/test_checkpoint.py tests/evaluation/test_text_metrics.py
   tests/training/test_summary.py tests/inference/test_search.py tests/interop/test_heads.py
-  tests/plan/test_cost.py tests/launch/test_scripts.py tests/e2e/test_trust.py)
+  tests/plan/test_cost.py tests/launch/test_scripts.py tests/e2e/test_trust.py
+  tests/starter/test_init.py::test_the_command_writes_a_file_once)
 case ${1:-} in
   --all) select=(); shift ;;
   --quick) select+=("${quick[@]}"); shift ;;
