@@ -7,7 +7,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
       found=$("$python" -V 2>&1)
-      echo "mmjax needs Python 3.11 to 3.13; $python is $found. Set MMJAX_PYTHON to another one." >&2
+      echo "mmjax needs Python 3.11 to 3.13; $python is $found. Set MMJAX_PYTHON to another." >&2
       exit 2; }
     echo "== set-up: virtual environment in .venv"
     "$python" -m venv .venv

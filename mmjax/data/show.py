@@ -102,7 +102,8 @@ def show(
   records.
 
   charts: HTML above them. sequences: then conversations are shown as a language model gets them,
-  with what it learns coloured; else by their turns. The same seed draws the same ones. A record that cannot be read gets a tile that says why.
+  with what it learns coloured; else by their turns. The same seed draws the same ones. A record
+  that cannot be read gets a tile that says why.
   Raises UserError: nothing to show, or `out_html` cannot be written.
   """
   total = len(source)

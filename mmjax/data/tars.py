@@ -437,7 +437,8 @@ def _members(tar: tarfile.TarFile, skipped: list[tuple[str, str]]) -> Iterator[t
       tar.offset = after  # type: ignore[assignment]
       continue
     count += 1
-    tar.members.clear()  # type: ignore[attr-defined]  # or all headers of a large tar stay in memory
+    # Else all headers of a large tar stay in memory.
+    tar.members.clear()  # type: ignore[attr-defined]
     yield member
 
 
