@@ -104,7 +104,7 @@ def commands(recipe: str) -> Iterator[list[str]]:
   text = (ROOT / "configs" / f"{recipe.partition(':')[0]}.py").read_text().split('"""')[1]
   if "launch/quickstart.sh" in text:
     text += (ROOT / "launch" / "quickstart.sh").read_text()
-  for line in text.splitlines():
+  for line in text.replace("\\\n", " ").splitlines():
     if line.strip().startswith("mmjax data "):
       for command in line.split(" && "):
         yield shlex.split(command, comments=True)[1:]
