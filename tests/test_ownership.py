@@ -202,7 +202,7 @@ def test_a_claim_that_somebody_deletes_is_made_again(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="RUN cannot be written: Not a directory"):
+  with pytest.raises(UserError, match="RUN cannot be written: .* is no folder"):
     Owner(tmp_path / "file", "RUN")
 
 

@@ -372,8 +372,9 @@ def test_bad_arguments_and_places(tmp_path):
     with pytest.raises(UserError):
       run(tmp_path, "folder", root, **options)
   (tmp_path / "data").write_text("a file")
-  with pytest.raises(UserError, match="cannot be written"):
+  with pytest.raises(UserError, match="data sets lie in a folder"):
     run(tmp_path, "folder", root)
+  (tmp_path / "data").unlink()
   (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
   with pytest.raises(UserError, match="not a readable parquet"):
     run(tmp_path, "parquet", tmp_path / "bad.parquet")
