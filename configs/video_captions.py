@@ -8,6 +8,18 @@ mmjax train --config configs/video_captions.py --workdir runs/video_captions
 
 import mmjax
 
+VIDEO = dict(
+  kind="frames",
+  stem="convolution",
+  channels=(24, 36, 96, 128),
+  strides=(2, 2, 2, 1),  # the last sees a whole emoji
+  where="points",
+  changes=True,
+  temporal="transformer",
+  depth=2,
+  heads=4,
+)
+
 
 def get_config(arg: str = ""):
   c = mmjax.config.base()
@@ -23,20 +35,10 @@ def get_config(arg: str = ""):
   c.data.text.vocab_size = 1024
   c.data.text.length = 20
 
-  video = dict(
-    kind="frames",
-    stem="convolution",
-    channels=(24, 36, 96, 128),
-    strides=(2, 2, 2, 1),  # the last sees a whole emoji
-    where="points",
-    temporal="transformer",
-    depth=2,
-    heads=4,
-  )
   c.model = dict(
     name="captioner",
     width=128,
-    encoders=dict(video=video),
+    encoders=dict(video=VIDEO),
     decoder=dict(depth=2, heads=4, memory_positions=True),
   )
   c.precision.compute = "float32"

@@ -19,14 +19,14 @@ from mmjax.data.builders import Record, find_version, write_dataset
 from mmjax.data.builders.moving_emoji import choose, find_picture, to_video
 from mmjax.data.builders.openmoji import Catalogue, caption, catalogue, key_of, stem
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 SIZE, FRAMES, FRAMES_A_SECOND = 48, 12, 4
 MOVE = 3  # frames that a move takes
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TO = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
 EMOJI = 40  # the first of moving_emoji's
-SPLITS = {"train": 6000, "validation": 200, "test": 500}
-SMALL, LARGE, SHORTEST = 13, 17, 6  # pixels: of an emoji, from small to below large; of a move
+SPLITS = {"train": 20_000, "validation": 200, "test": 500}
+SMALL, LARGE, SHORTEST = 16, 20, 5  # pixels: of an emoji, from small to below large; of a move
 _MOVE = re.compile(r"at ([0-9.]+) seconds the (.+) moves (.+?)")  # as `caption_of` tells it
 
 CARD = """\
