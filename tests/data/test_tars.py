@@ -124,7 +124,8 @@ def test_the_index_is_kept_and_made_again_when_the_tar_changes(tmp_path, monkeyp
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, data_dir):
-  data_dir.write_text("a file where the folder should be")
+  data_dir.mkdir()
+  (data_dir / "tar_index").write_text("a file where the folder should be")
   assert len(index_tar(write_tar(tmp_path / "a.tar", pairs(0, 2)))) == 2
 
 

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from mmjax.data import workers
-from mmjax.data.builders import convert
+from mmjax.data.builders import convert, shards
 from mmjax.data.pipeline import Pipeline
 
 
@@ -53,7 +53,7 @@ def test_a_conversion_that_asks_for_too_many_starts_few(tmp_path, monkeypatch):
       asked.append(count)
       raise KeyboardInterrupt  # no process is started here
 
-  monkeypatch.setattr(convert, "ProcessPoolExecutor", Pool)
+  monkeypatch.setattr(shards, "ProcessPoolExecutor", Pool)
   rows = [json.dumps(dict(text=f"text {i}", label="a")) for i in range(40)]
   (tmp_path / "rows.jsonl").write_text("\n".join(rows))
   with pytest.raises(KeyboardInterrupt):
