@@ -175,6 +175,8 @@ LANGUAGE_MODELS = (
   "chat_scenes",
   "chat_scenes:dpo",
   "chat_voices",
+  "clip_answers",
+  "clip_answers:captions",
   "scene_answers",
   "voice_answers",
   "voice_answers:hearing",
@@ -230,6 +232,7 @@ DIALOGUES = {
 REWARDED = 0.03  # more of the answers right, by rewards
 SPOKEN_ANSWERS = {"dialogue/test": {"turn1": 0.85, "turn2": 0.75}}
 SPOKEN_DIALOGUES = {"dialogue/test": {"accuracy": 0.82}}
+CLIP_ANSWERS = {"answers/test": {"exact": 0.65}}
 AT_MOST = ("word_error_rate", "bits_per_byte")  # bars of these are from above
 
 
@@ -445,6 +448,16 @@ def test_a_language_model_of_captions_learns_to_answer_and_to_converse(embedded_
   check(tmp_path / "voice_answers", SPOKEN_ANSWERS)
   learn_to_hear("chat_voices", chat, voices)
   check(tmp_path / "chat_voices", SPOKEN_DIALOGUES)
+
+
+@pytest.mark.slow
+def test_a_language_model_over_clips_learns_to_answer(embedded_data, tmp_path):
+  """In the order of the commands at the top of its config."""
+  small_data.build(embedded_data, ["clip_answers"], small=False)
+  start = train_in(tmp_path, "video_captions")
+  start = train_in(tmp_path, "clip_answers:captions", start)
+  train_in(tmp_path, "clip_answers", start)
+  check(tmp_path / "clip_answers", CLIP_ANSWERS)
 
 
 @pytest.mark.slow
