@@ -208,7 +208,8 @@ def test_every_kind_of_folder_ends_in_a_prediction(name, place):
   if road.task == "retrieval":
     return read_by_finder()
   rows = predictions(road.count * (3 if name == "questions" else 1))
-  said = {"regression": "cycles", "classification": "label"}.get(road.task, "text")
+  columns = {"regression": "cycles", "classification": "label", "question-answering": "label"}
+  said = columns.get(road.task, "text")
   assert len({row[said] for row in rows}) > 1
   readers = {"a BERT": read_by_bert, "a Whisper": read_by_whisper}
   readers.update(dict.fromkeys(("a ViT", "a ResNet"), read_by_classifier))
