@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,8 @@ def fill(
       parts, branches = sequences.branches(record, source, piece, rng)
       _check_room(sequences, [*parts, *itertools.chain(*branches)], at)
       if not parts:
-        at = _write_apart(sequences, batch, row, at, trunk, branches, record, source, used, rng)
+        read = _read(sequences, branches[0], record, source, rng)
+        at = _place_all(sequences, batch, row, at, dict(enumerate(branches, trunk)), read, used)
         trunk += len(branches)
         continue
       start, at = at, _write(sequences, batch, row, at, trunk, parts, record, source, used, rng)
@@ -164,28 +165,6 @@ def _write(
   return _place(sequences, batch, row, at, number, parts, read, used)
 
 
-def _write_apart(
-  sequences: Sequences,
-  batch: dict[str, Any],
-  row: int,
-  at: int,
-  number: int,
-  examples: Sequence[Sequence[Span | Medium]],
-  record: Record,
-  source: Source,
-  used: dict[str, int],
-  rng: np.random.Generator | None,
-) -> int:
-  """Writes whole examples from segment `number` on, which share the slots of their media; returns
-  the place after them.
-  """
-  read, first = _read(sequences, examples[0], record, source, rng), dict(used)
-  for segment, parts in enumerate(examples, number):
-    used.update(first)
-    at = _place(sequences, batch, row, at, segment, parts, read, used)
-  return at
-
-
 def _write_answers(
   sequences: Sequences,
   batch: dict[str, Any],
@@ -211,13 +190,12 @@ def _write_answers(
     raise UserError(
       f"its row has more preferences than its {sequences.length} tokens leave room for"
     )
+  first = len(SIDES) * (number - 1) + 1
+  for side, _ in answers:
+    preference["answers"][row, number - 1, side] = first + side
   read = _read(sequences, answers[0][1], record, source, None)
-  first = dict(used)
-  for side, parts in answers:
-    used.update(first)  # they share the slots of the media
-    segment = len(SIDES) * (number - 1) + side + 1
-    at = _place(sequences, batch, row, at, segment, parts, read, used)
-    preference["answers"][row, number - 1, side] = segment
+  segments = {first + side: parts for side, parts in answers}
+  at = _place_all(sequences, batch, row, at, segments, read, used)
   if known is not None:
     preference["reference"][row, number - 1] = known[piece.record, piece.part]
   return at
@@ -286,6 +264,23 @@ def _place(
   axes = axes_of(sequences.config.model)
   positions, _ = positions_of(written, axes)
   sequence["positions"][row, start:at] = positions if axes > 1 else positions[:, 0]
+  return at
+
+
+def _place_all(
+  sequences: Sequences,
+  batch: dict[str, Any],
+  row: int,
+  at: int,
+  examples: Mapping[int, Sequence[Span | Medium]],
+  read: Sequence[tuple[list[dict[str, Any]], Tiling]],
+  used: dict[str, int],
+) -> int:
+  """As `_place`, of {number: parts}: examples that share the slots of their media."""
+  first = dict(used)
+  for number, parts in examples.items():
+    used.update(first)
+    at = _place(sequences, batch, row, at, number, parts, read, used)
   return at
 
 
