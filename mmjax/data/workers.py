@@ -6,6 +6,8 @@ import functools
 import os
 import sys
 
+from mmjax.printing import log
+
 FEWEST = 8
 OF_A_CORE = 4
 
@@ -29,4 +31,4 @@ def at_most(asked: int, what: str) -> int:
 
 @functools.cache
 def _say(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
+  log(line, sys.stderr)
