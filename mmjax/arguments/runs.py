@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from mmjax.arguments.parser import allow_code, command, data_dir
@@ -86,12 +87,7 @@ def _train(commands: Any) -> None:
     overrides=True,
   )
   allow_code(sub)
-  sub.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE",
-    help="config file; FILE:ARG passes ARG to its get_config",
-  )
+  _config(sub)
   sub.add_argument("--workdir", required=True, metavar="DIR", help="run folder")
   sub.add_argument(
     "--allow-change",
@@ -159,12 +155,7 @@ def _plan(commands: Any) -> None:
     overrides=True,
   )
   allow_code(sub)
-  sub.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE",
-    help="config file; FILE:ARG passes ARG to its get_config",
-  )
+  _config(sub)
   sub.add_argument(
     "--topology",
     required=True,
@@ -194,3 +185,12 @@ def _plan(commands: Any) -> None:
     "--no-cache", action="store_true", help="compile although the same plan was made before"
   )
   sub.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _config(sub: argparse.ArgumentParser) -> None:
+  sub.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE",
+    help="config file; FILE:ARG passes ARG to its get_config",
+  )
