@@ -11,25 +11,15 @@ mmjax train --config configs/clip_answers.py:captions --workdir runs/clip_captio
 mmjax train --config configs/clip_answers.py --workdir runs/clip_answers
 """
 
-from video_captions import VIDEO
-
-import mmjax
+import video_captions
 
 
 def get_config(arg: str = ""):
   """arg: "captions" for these alone, by an encoder and a decoder; "" for questions and captions
   after them.
   """
-  c = mmjax.config.base()
+  c = video_captions.clips()
   c.data.text.tokenizer = "clips"
-  c.data.text.vocab_size = 1024
-  c.data.video.size = 48
-  c.data.video.frames = 12
-  c.precision.compute = "float32"
-  c.optimizer = dict(
-    name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
-  )
-  c.schedule = dict(name="cosine", warmup="5%", final=0.01)
   if arg == "captions":
     learn_to_caption(c)
     kind = dict(kind="captions", check="mmjax.data.builders.clip_questions:check_caption")
@@ -48,16 +38,9 @@ def learn_to_caption(c) -> None:
   c.train.steps = 1000
   c.train.batch_size = 64
   c.data.sources.clips = dict(name="clip_questions", cache=True)
-  c.data.modalities = ("video", "text")
   c.data.video.augment.crop = (0.8, 1.0)
   c.data.text.length = 32
-  c.model = dict(
-    name="captioner",
-    width=128,
-    encoders=dict(video=VIDEO),
-    decoder=dict(depth=2, heads=4, memory_positions=True),
-  )
-  c.objectives.caption = dict(kind="captioning", source=("video",))
+  video_captions.learn_to_caption(c)
   c.optimizer.rates = ((r"video/frame/.*", 0.1),)
 
 
@@ -81,7 +64,7 @@ def learn_to_answer(c) -> None:
     heads=4,
     mlp=352,
     both_ways="prompt",
-    encoders=dict(video=VIDEO),
+    encoders=dict(video=video_captions.VIDEO),
     connectors=dict(video=dict(kind="mlp", positions=True)),
   )
   c.objectives.text = dict(kind="language_modelling")

@@ -22,31 +22,16 @@ VIDEO = dict(
 
 
 def get_config(arg: str = ""):
-  c = mmjax.config.base()
+  c = clips()
   c.train.steps = 560
   c.train.batch_size = 96
   c.data.sources.clips = dict(name="moving_emoji", cache=True)
-  c.data.modalities = ("video", "text")
-  c.data.video.size = 48
-  c.data.video.frames = 12
   # One for all frames: else the few clips of each emoji are learned by heart.
   c.data.video.augment.crop = (0.5, 1.0)
   c.data.text.tokenizer = "moving_emoji"
-  c.data.text.vocab_size = 1024
   c.data.text.length = 20
-
-  c.model = dict(
-    name="captioner",
-    width=128,
-    encoders=dict(video=VIDEO),
-    decoder=dict(depth=2, heads=4, memory_positions=True),
-  )
-  c.precision.compute = "float32"
-  c.objectives.caption = dict(kind="captioning", source=("video",))
-  c.optimizer = dict(
-    name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
-  )
-  c.schedule = dict(name="cosine", warmup="10%", final=0.01)
+  learn_to_caption(c)
+  c.schedule.warmup = "10%"
 
   captions = dict(
     kind="captions",
@@ -58,3 +43,28 @@ def get_config(arg: str = ""):
   c.evaluation.evaluators["captions/test"] = dict(**captions, split="test")
   c.evaluation.evaluators["captions/new_objects"] = dict(**captions, split="test_objects")
   return c
+
+
+def clips():
+  """What is read of clips, and how it is learned, which clip_answers goes on with."""
+  c = mmjax.config.base()
+  c.data.video.size = 48
+  c.data.video.frames = 12
+  c.data.text.vocab_size = 1024
+  c.precision.compute = "float32"
+  c.optimizer = dict(
+    name="muon", lr=9e-3, adam_rate=0.22, b2=0.98, weight_decay=0.1, decay=r".*/kernel", clip=0.0
+  )
+  c.schedule = dict(name="cosine", warmup="5%", final=0.01)
+  return c
+
+
+def learn_to_caption(c) -> None:
+  c.data.modalities = ("video", "text")
+  c.model = dict(
+    name="captioner",
+    width=128,
+    encoders=dict(video=VIDEO),
+    decoder=dict(depth=2, heads=4, memory_positions=True),
+  )
+  c.objectives.caption = dict(kind="captioning", source=("video",))
