@@ -12,8 +12,9 @@ import pytest
 
 import mmjax
 from mmjax import config as configs
-from mmjax.config import ENTRIES, KEYS, KINDS, UserError
-from mmjax.kinds import kind_function
+from mmjax.config import UserError
+from mmjax.keys import KEYS
+from mmjax.kinds import ENTRIES, KINDS, kind_function
 
 ALL = [(group, name) for group, kinds in KINDS.items() for name in kinds]
 COMMON = {key.path.split(".")[-1] for key in KEYS}

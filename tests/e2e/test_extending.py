@@ -13,9 +13,9 @@ import pytest
 
 import mmjax
 from mmjax import cli
-from mmjax.config import KINDS, ConfigError, UserError
+from mmjax.config import ConfigError, UserError
 from mmjax.data.builders import build
-from mmjax.kinds import kind_function
+from mmjax.kinds import KINDS, kind_function
 from tests.guides import blocks, commands, read
 
 SECTION = read("mmjax/README.md", "## Adding your own")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax.config import KINDS, UserError
+from mmjax.config import UserError
 from mmjax.evaluation.captions import decode
 from mmjax.interop.export import export, flat_params
 from mmjax.interop.functions import functions, lower
+from mmjax.kinds import KINDS
 from mmjax.models import make_model
 from mmjax.parallel.mesh import single_device_mesh
 from mmjax.state.checkpoint import save_import

@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmjax.config
-from mmjax.config import KINDS
 from mmjax.data.naflex import patch_sequence
-from mmjax.kinds import kind_function
+from mmjax.kinds import KINDS, kind_function
 from mmjax.models import make_model
 from mmjax.parallel import rules as parallel
 from mmjax.parallel.mesh import make_mesh

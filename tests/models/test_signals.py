@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmjax.config
-from mmjax.config import KINDS, UserError
-from mmjax.kinds import kind_function
+from mmjax.config import UserError
+from mmjax.kinds import KINDS, kind_function
 from mmjax.models.encoders import spectrogram
 from mmjax.models.encoders.audio import around, overlapping
 from mmjax.models.encoders.sequence import stack_config
