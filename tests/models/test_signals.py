@@ -20,7 +20,7 @@ from mmjax.models.encoders import spectrogram
 from mmjax.models.encoders.audio import around, overlapping
 from mmjax.models.encoders.sequence import stack_config
 from mmjax.models.encoders.spectrogram import SpecAugment, kaldi_mel, log_mel, mel_filters
-from mmjax.models.encoders.video import FrameEncoder, mean_places
+from mmjax.models.encoders.video import FrameEncoder, mean_of_changes, mean_places
 from mmjax.models.layers import Encoded
 from mmjax.models.stack import Stack
 from mmjax.parallel import rules as parallel
@@ -601,3 +601,19 @@ def test_places_of_channels_are_means_by_their_values():
   np.testing.assert_allclose(points[:, :, 0], 0, atol=1e-6)  # everywhere alike: the middle
   row, column = divmod(int(x[0, :, :, 3].argmax()), 5)
   np.testing.assert_allclose(points[0, :, 3], (row - 1, column / 2 - 1), atol=1e-3)
+
+
+def test_what_changes_is_told_by_the_places_where_it_does():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3, 2, 3, 4)).astype(np.float32)
+  changes = np.zeros((3, 8, 6, 3), np.float32)
+  changes[0, 5, 4, 1] = -0.5  # in the cell 1, 2 alone
+  changes[1] = rng.uniform(-1, 1, changes[1].shape)
+  moves = mean_of_changes(x, changes)
+  np.testing.assert_allclose(moves[0], x[0, 1, 2], rtol=1e-4)
+  weights = np.zeros((2, 3))
+  for row, column in np.ndindex(8, 6):
+    weights[row // 4, column // 2] += np.abs(changes[1, row, column]).sum()
+  expected = (weights[..., None] * x[1]).sum(axis=(0, 1)) / weights.sum()
+  np.testing.assert_allclose(moves[1], expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(moves[2], 0)

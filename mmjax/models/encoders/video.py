@@ -51,6 +51,7 @@ Array = jax.Array
 Temporal = Literal["mean", "transformer"]
 Where = Literal["flat", "points"]
 SHARPNESS = 3.0  # of the softmax over places, at first
+LEAST_CHANGE = 1e-6  # of a frame, of 1: less is none
 MIDDLE = (0.5, 0.5, 0.5)  # mean and standard deviation that bring pixels to -1 .. 1
 
 
@@ -104,7 +105,8 @@ class FrameEncoder(nn.Module):
 
 class ConvolutionFrame(nn.Module):
   """3x3 convolutions, and of what is left: where things are, plus each channel's maximum, which
-  tells what is there wherever it is; a linear layer each. For small frames.
+  tells what is there wherever it is, plus the mean of what changes, which tells what moves among
+  what is there; a linear layer each. For small frames.
 
   where: "flat" is all that is left in one row, by which few clips are learned by heart; "points" is
   the place of each channel, the mean of all places weighted by a softmax of its values (Finn et al.
@@ -157,7 +159,21 @@ class ConvolutionFrame(nn.Module):
       init = with_axes(nn.initializers.constant(SHARPNESS), ("mlp",))
       sharpness = self.param("sharpness", init, (x.shape[-1],), jnp.float32)
       where = mean_places(x, sharpness) * what[:, None]
-    return linear("where")(where.reshape(x.shape[0], -1)) + linear("what")(what)
+    told = linear("where")(where.reshape(x.shape[0], -1)) + linear("what")(what)
+    if "changes" in batch:
+      told = told + linear("moves")(mean_of_changes(x, batch["changes"]))
+    return told
+
+
+def mean_of_changes(x: Array, changes: Array) -> Array:
+  """The mean of the places of x [N, H, W, C], [N, C], weighted by how much of the frame changes
+  there; 0 where nothing does. changes [N, H', W', 3]: H divides H', and W W'.
+  """
+  count, height, width, _ = x.shape
+  cells = changes.reshape(count, height, -1, width, changes.shape[2] // width, 3)
+  weights = jnp.abs(cells.astype(jnp.float32)).mean(axis=(2, 4, 5))
+  weights = weights / (weights.sum(axis=(1, 2), keepdims=True) + LEAST_CHANGE)
+  return jnp.einsum("nhw,nhwc->nc", weights.astype(x.dtype), x)
 
 
 def mean_places(x: Array, sharpness: Array) -> Array:
@@ -279,7 +295,8 @@ def frames(
   channels: of the convolutions, one after the other. strides: theirs; () = 2 of each.
   where: how they tell where things are: all that is left (flat), or the place of each channel
   (points), which needs fewer clips.
-  changes: convolutions also see how each frame differs from the one before.
+  changes: convolutions also see how each frame differs from the one before, and what moves is told
+  apart from what is there.
   mean, std: of pixels in [0, 1], per channel.
   width: channels; 0 = the model's width.
   depth: blocks over time.
