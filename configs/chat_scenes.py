@@ -41,9 +41,7 @@ def get_config(arg: str = ""):
     learn_from_conversations(c)
     c.train.steps = 250 if arg == "half" else 2000
   for split in ("validation", "test"):
-    dialogue = dict(
-      kind="dialogue", source="scene_dialogues", split=split, limit=250, max_length=32
-    )
+    dialogue = dict(kind="dialogue", source="scene_dialogues", split=split, max_length=32)
     c.evaluation.evaluators[f"dialogue/{split}"] = dialogue
     preference = dict(kind="preference", source="scene_preferences", split=split)
     c.evaluation.evaluators[f"preference/{split}"] = preference

@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
 def learn_to_caption(c) -> None:
   c.init["from"] = "runs/video_captions"
   c.init.map = ((r"video/.*", r"\g<0>"), (r".*", None))
-  c.train.steps = 1000
+  c.train.steps = 500
   c.train.batch_size = 64
   c.data.sources.clips = dict(name="clip_questions", cache=True)
   c.data.video.augment.crop = (0.8, 1.0)
@@ -48,7 +48,7 @@ def learn_to_answer(c) -> None:
   """Four questions about a clip, which see it and it them; it is encoded once."""
   c.init["from"] = "runs/clip_captions"
   c.init.map = ((r"video/.*", r"\g<0>"), (r".*", None))
-  c.train.steps = 1200
+  c.train.steps = 700
   c.train.batch_size = 24  # rows, of two clips each
   c.data.mix = "steps"
   c.data.sources.captions = dict(name="clip_questions", text="caption", cache=True, weight=0.2)

@@ -649,8 +649,8 @@ KEYS = (
     "lora.params",
     "",
     str,
-    "Regex of the kernels of dense layers that learn by low-rank factors beside them (LoRA), while "
-    "everything else is frozen; '' = all is trained.",
+    "Regex of the kernels of dense layers, and of a language model's tables of tokens, that learn "
+    "by low-rank factors beside them (LoRA), while everything else is frozen; '' = all is trained.",
   ),
   Key("lora.rank", 16, Size, "Rank of the factors."),
   Key("lora.alpha", 16.0, Positive, "The factors' product is multiplied by alpha / rank."),

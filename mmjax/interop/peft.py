@@ -24,7 +24,8 @@ from mmjax.inference.parameters import param_spec
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, single
 from mmjax.interop.huggingface.mapping import Rule
-from mmjax.models.lora import lora_scale
+from mmjax.models.language_model import LanguageModel
+from mmjax.models.lora import adapted_by, lora_scale
 from mmjax.state.adapters import trained_slices
 from mmjax.state.paths import by_name
 
@@ -139,9 +140,14 @@ def write(
   saved: list[str] = []
   for name in flat:
     layer, _, leaf = name.rpartition("/")
-    kernel = f"{layer}/kernel" if leaf == "lora_a" else name
+    kernel = adapted_by(name) if leaf == "lora_a" else name
     if not trained[name].any() or leaf == "lora_b":
       continue
+    if leaf == "lora_a" and kernel in LanguageModel.token_tables:
+      raise UserError(
+        f"PEFT adapts tables of tokens for inputs alone, but this adapter has factors of {kernel}: "
+        "export the whole model --to hf, with the factors added"
+      )
     if kernel not in by_ours:
       raise UserError(f"transformers has no place for {kernel}, which this run trains")
     rule = by_ours[kernel]

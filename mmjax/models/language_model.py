@@ -26,6 +26,7 @@ from mmjax.config import UserError
 from mmjax.models.attention import AttentionMask
 from mmjax.models.block import Activation, BlockConfig, Kernel, Remat, with_block
 from mmjax.models.layers import constrain, normal, with_axes
+from mmjax.models.lora import TokenTable
 from mmjax.models.parts import adopt, unbound
 from mmjax.models.positions import Rotary
 from mmjax.models.stack import Cache, Stack
@@ -81,6 +82,7 @@ class LanguageModel(nn.Module):
 
   shared_methods = ("table",)  # methods whose result does not depend on examples
   joint = False  # there is no shared space
+  token_tables = ("embedding", "output")  # that low-rank factors may adapt
   # The names of METHODS that it answers.
   methods = (
     "table",
@@ -102,11 +104,13 @@ class LanguageModel(nn.Module):
       init = with_axes(normal(scale), (axis, "embed"))
       return self.param(name, init, (rows, c.width), jnp.float32)
 
-    self.embedding = table("embedding", self.vocab_size, "vocab", 0.02)
+    embedding = table("embedding", self.vocab_size, "vocab", 0.02)
+    self.embedding = TokenTable.of(self, "embedding", embedding)
     if self.learned_positions:
       self.position = table("position", self.length, "position", 0.01)
     if not self.tied:
-      self.output = table("output", self.vocab_size, "vocab", 0.02)
+      output = table("output", self.vocab_size, "vocab", 0.02)
+      self.output = TokenTable.of(self, "output", output)
     self.stack = Stack(c, dropout="dropout")
     nn.share_scope(self, self.stack)  # its parameters are ours: layers/...
     self.norm = c.make_norm()
@@ -145,7 +149,7 @@ class LanguageModel(nn.Module):
     that are theirs; what the first blocks add of the media, [blocks, B, L, D], None = nothing).
     """
     c, s, added = self.config, batch["sequence"], None
-    x = jnp.take(self.embedding, s["tokens"], axis=0).astype(c.dtype)
+    x = self.embedding.rows(s["tokens"]).astype(c.dtype)
     if self.embedding_factor != 1:
       x = x * jnp.asarray(self.embedding_factor, c.dtype)
     if self.encoders and "media" in batch:
@@ -195,17 +199,14 @@ class LanguageModel(nn.Module):
 
   def table(self) -> Array:
     """float32 [V, D]: the output table."""
+    return self._output_table().whole()
+
+  def _output_table(self) -> TokenTable:
     return self.embedding if self.tied else self.output
 
   def logits(self, hidden: Array) -> Array:
     """float32 [..., V] of a few hidden states [..., D]."""
-    logits = jnp.einsum(
-      "...d,vd->...v",
-      hidden,
-      self.table().astype(hidden.dtype),
-      precision="highest",
-      preferred_element_type=jnp.float32,
-    )
+    logits = self._output_table().logits(hidden)
     return self.logit_cap * jnp.tanh(logits / self.logit_cap) if self.logit_cap else logits
 
   def target_scores(self, batch: Batch) -> Array:

@@ -5,6 +5,9 @@ The factors are leaves beside the kernel of a dense layer, which uses them where
 (layers.py):
   lora_a [*inputs, P, r], lora_b [P, r, *features of a part], lora_scale [] and, where the factors'
   input is dropped in training, lora_dropout [], its share.
+A table of tokens has them in TABLE_factors, such as embedding_factors/lora_a: its vectors are
+table + scale * A @ B, for words that the frozen table does not know. There A is zero at first, and
+P is 1.
 Of P projections that share one kernel (query, key and value; the two halves of a gated MLP) each
 has factors of its own, as each has where they are layers of their own. In a stack every leaf has
 the leading axis of layers.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -25,6 +28,7 @@ from mmjax.models.layers import Array, Dense, with_axes, xavier
 
 LEAVES = ("lora_a", "lora_b", "lora_scale", "lora_dropout")
 LEARNED = ("lora_a", "lora_b")
+OF_TABLE = "_factors"
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -67,15 +71,76 @@ def _make_factors(
       layer.param(name, with_axes(nn.initializers.constant(value), ()), (), jnp.float32)
 
 
+def table_factors(box: Any, rank: int, scale: float, key: Array) -> dict[str, Any]:
+  """Boxed factors of a boxed table [V, D] that change nothing yet: A zero, B normal."""
+  rows, width = box.value.shape
+  (vocab, embed), zeros = box.names, nn.initializers.zeros
+  a, b = with_axes(zeros, (vocab, None, None)), (None, None, embed)
+  normal, constant = nn.initializers.normal(1.0), nn.initializers.constant(scale)
+  return dict(
+    lora_a=a(key, (rows, 1, rank), jnp.float32),
+    lora_b=with_axes(normal, b)(key, (1, rank, width), jnp.float32),
+    lora_scale=with_axes(constant, ())(key, (), jnp.float32),
+  )
+
+
+class TokenTable(NamedTuple):
+  """A table of tokens [V, D], and its low-rank factors where it has any."""
+
+  weights: Array
+  factors: Mapping[str, Array] | None = None
+
+  @classmethod
+  def of(cls, module: nn.Module, name: str, weights: Array) -> TokenTable:
+    """The parameter `name` of a module, `weights`, and what stands beside it."""
+    factors = f"{name}{OF_TABLE}"
+    if not module.has_variable("params", factors):
+      return cls(weights)
+    return cls(weights, module.get_variable("params", factors))
+
+  def rows(self, tokens: Array) -> Array:
+    """float32 [..., D] of tokens int32 [...]."""
+    rows = jnp.take(self.weights, tokens, axis=0)
+    if self.factors is None:
+      return rows
+    a, b, scale = (self.factors[name] for name in LEAVES[:3])
+    return rows + scale * (jnp.take(a[:, 0], tokens, axis=0) @ b[0])
+
+  def whole(self) -> Array:
+    """float32 [V, D]."""
+    if self.factors is None:
+      return self.weights
+    return self.weights + product(*(self.factors[name] for name in LEAVES[:3]))[:, 0]
+
+  def logits(self, hidden: Array) -> Array:
+    """float32 [..., V] of hidden states [..., D]."""
+
+    def times(x: Array, y: Array) -> Array:
+      kinds = dict(precision="highest", preferred_element_type=jnp.float32)
+      return jnp.einsum("...d,vd->...v", x, y.astype(x.dtype), **kinds)
+
+    logits = times(hidden, self.weights)
+    if self.factors is None:
+      return logits
+    a, b, scale = (self.factors[name] for name in LEAVES[:3])
+    return logits + scale * times(times(hidden, b[0]), a[:, 0])
+
+
+def adapted_by(factor: str) -> str:
+  """The parameter that a factor adapts: its layer's kernel, or a table of tokens."""
+  layer = factor.rpartition("/")[0]
+  return layer.removesuffix(OF_TABLE) if layer.endswith(OF_TABLE) else f"{layer}/kernel"
+
+
 def merge(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Parameters (nested dict of arrays) whose factors are added into their kernels."""
+  """Parameters (nested dict of arrays) whose factors are added into kernels and tables."""
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   merged = {name: x for name, x in flat.items() if name.rpartition("/")[2] not in LEAVES}
   for name in flat:
     layer, _, leaf = name.rpartition("/")
     if leaf == "lora_a":
-      kernel, a, b, scale = (flat[f"{layer}/{x}"] for x in ("kernel", *LEAVES[:3]))
-      merged[f"{layer}/kernel"] = kernel + product(a, b, scale).reshape(kernel.shape)
+      adapted, factors = flat[adapted_by(name)], (flat[f"{layer}/{x}"] for x in LEAVES[:3])
+      merged[adapted_by(name)] = adapted + product(*factors).reshape(adapted.shape)
   return flax.traverse_util.unflatten_dict(merged, sep="/")
 
 

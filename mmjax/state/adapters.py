@@ -1,8 +1,8 @@
 """Adapters: what a run with config.lora trains of a model, and what it leaves as it was.
 
-Kernels that lora.params matches get low-rank factors beside them (models/lora.py); they and what
-lora.full matches are trained, the rest is frozen. Where lora.full matches a kernel too, it is
-trained in full, without factors.
+Kernels and tables of tokens that lora.params matches get low-rank factors beside them
+(models/lora.py); they and what lora.full matches are trained, the rest is frozen. Where lora.full
+matches one too, it is trained in full, without factors.
 
 Checkpoints of such a run hold what is trained, and what did not come from init.from as it is. The
 rest is its `Base`: named by the folder of that checkpoint, and recognised by a digest of its
@@ -27,7 +27,16 @@ from ml_collections import FrozenConfigDict
 
 from mmjax import files
 from mmjax.config import UserError
-from mmjax.models.lora import LEARNED, LEAVES, lora_scale, merge, with_factors
+from mmjax.models.lora import (
+  LEARNED,
+  LEAVES,
+  OF_TABLE,
+  adapted_by,
+  lora_scale,
+  merge,
+  table_factors,
+  with_factors,
+)
 from mmjax.models.quantised import LEAVES as QUANTISED
 from mmjax.models.quantised import quantise
 from mmjax.state.paths import by_name, map_named, matches, nearest
@@ -45,14 +54,15 @@ def init_variables(model: nn.Module, config: FrozenConfigDict, rngs: Any, batch:
   with with_factors(lora.rank, scale, lora.dropout):
     variables = dict(model.init(rngs, batch))
   flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
-  dense = [_kernel_of(name) for name in flat if name.endswith("/lora_a")]
-  layers = {name: _layers(flat[name]) for name in dense}
+  dense = [adapted_by(name) for name in flat if name.endswith("/lora_a")]
+  tables = [name for name in getattr(model, "token_tables", ()) if name in flat]
+  layers = {name: _layers(flat[name]) for name in (*dense, *tables)}
   plain = {name: _layers(x) for name, x in flat.items() if not _is_factor(name)}
-  adapted = {name for name in dense if matches(lora.params, name, layers[name]).any()}
+  adapted = {name for name in layers if matches(lora.params, name, layers[name]).any()}
   if not adapted:
     raise UserError(
-      f"lora.params: {lora.params!r} matches no kernel of a dense layer; the nearest is "
-      f"{nearest(lora.params, dense)!r}"
+      f"lora.params: {lora.params!r} matches no kernel of a dense layer and no table of tokens; "
+      f"the nearest is {nearest(lora.params, layers)!r}"
     )
   for pattern in lora.full:
     found = [name for name, count in plain.items() if matches(pattern, name, count).any()]
@@ -62,8 +72,13 @@ def init_variables(model: nn.Module, config: FrozenConfigDict, rngs: Any, batch:
       )
     adapted -= set(found)
   if not adapted:
-    raise UserError("lora.full matches every kernel that lora.params does: nothing is adapted")
-  kept = {name: x for name, x in flat.items() if name in plain or _kernel_of(name) in adapted}
+    raise UserError("lora.full matches all that lora.params does: nothing is adapted")
+  drawn_by = rngs["params"] if isinstance(rngs, Mapping) else rngs
+  for number, name in enumerate(tables):
+    key = jax.random.fold_in(drawn_by, number)
+    factors = table_factors(flat[name], lora.rank, scale, key)
+    flat |= {f"{name}{OF_TABLE}/{leaf}": x for leaf, x in factors.items()}
+  kept = {name: x for name, x in flat.items() if name in plain or adapted_by(name) in adapted}
   if lora.base != "float32":
     for name in dense:
       full = any(matches(pattern, name, layers[name]).any() for pattern in lora.full)
@@ -124,7 +139,7 @@ def trained_slices(
       return np.ones(count or (), bool)
     if _is_factor(name):
       learned = name.rpartition("/")[2] in LEARNED
-      return learned & matches(lora.params, _kernel_of(name), count)
+      return learned & matches(lora.params, adapted_by(name), count)
     full = [matches(pattern, name, count) for pattern in lora.full]
     return np.any([np.zeros(count or (), bool), *full], axis=0)
 
@@ -133,7 +148,7 @@ def trained_slices(
 
 def fitted(source: Any, params: Any, rules: tuple) -> tuple[Any, tuple]:
   """(source, rules) for `transfer` of the parameters of another checkpoint into `params`: factors
-  that it has and `params` do not take are added into its kernels; factors that it lacks are new.
+  that it has and `params` do not take are added to what they adapt; factors that it lacks are new.
   """
   given, here = by_name(source), [name for name in by_name(params) if _is_factor(name)]
   taken = {origin(name, rules, given) for name in here}
@@ -253,7 +268,7 @@ def table(shares: Mapping[str, float], params_spec: Any) -> str:
   for name, leaf in by_name(params_spec).items():
     if shares[name]:
       factor = _is_factor(name)
-      part = name.rpartition("/")[0] if factor else name.partition("/")[0]
+      part = adapted_by(name).removesuffix("/kernel") if factor else name.partition("/")[0]
       row = part, "low rank" if factor else "in full"
       counts[row] = counts.get(row, 0) + round(shares[name] * leaf.size)
   whole = sum(leaf.size for leaf in jax.tree.leaves(params_spec))
@@ -271,11 +286,6 @@ def table(shares: Mapping[str, float], params_spec: Any) -> str:
 
 def _is_factor(name: str) -> bool:
   return name.rpartition("/")[2] in LEAVES
-
-
-def _kernel_of(name: str) -> str:
-  """The kernel that a factor stands beside."""
-  return f"{name.rpartition('/')[0]}/kernel"
 
 
 def _layers(box: Any) -> int | None:

@@ -21,7 +21,7 @@ def get_config(arg=""):
   c.data.sources.talks = dict(name="talks", text="conversation", cache=True)
   c.data.text.tokenizer, c.data.text.vocab_size = "talks", 400
   c.data.text.template = "mine.jinja"
-  c.data.sequence.length = 64
+  c.data.sequence.length = 80
   c.model = dict(name="language_model", width=32, depth=1, heads=2, mlp=64, encoders={})
   c.precision.compute = "float32"
   c.objectives.words = dict(kind="language_modelling")

@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from ml_collections import FrozenConfigDict
 
 from mmjax.config import UserError
 from mmjax.inference.predictor import Predictor
@@ -92,6 +93,29 @@ def test_an_adapter_is_written_for_peft_and_merged_for_transformers(pair, tmp_pa
   import_hf(folder / "base", tmp_path / "again", adapter=out)
   a, b = (checkpoints.load_params(x) for x in (folder / "in", tmp_path / "again"))
   jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_factors_of_a_table_are_merged_for_transformers_and_refused_for_peft(small, tmp_path):
+  import_hf(small / "base", tmp_path / "in", adapter=small / "adapter")
+  config, params = (
+    load(tmp_path / "in") for load in (checkpoints.load_config, checkpoints.load_params)
+  )
+  draw, (rows, width) = np.random.default_rng(0), params["embedding"].shape
+  factors = dict(lora_a=draw.normal(size=(rows, 1, 2)), lora_b=draw.normal(size=(1, 2, width)))
+  params["embedding_factors"] = jax.tree.map(np.float32, dict(factors, lora_scale=0.1))
+  lora = dict(config.lora.to_dict(), params=f"{config.lora.params}|embedding")
+  config = FrozenConfigDict({**config.to_dict(), "lora": lora})
+  checkpoints.save_import(
+    str(tmp_path / "more"), params, config, checkpoints.load_assets(tmp_path / "in")
+  )
+  logits = our_logits(tmp_path / "more")
+  assert np.abs(logits - our_logits(tmp_path / "in")).max() > 0.1
+  np.testing.assert_allclose(our_logits(tmp_path / "more", merged=True), logits, atol=1e-5)
+  merged = opened(export(tmp_path / "more", "hf", tmp_path / "merged"))
+  np.testing.assert_allclose(logits_of(merged), logits, atol=1e-4)
+  with pytest.raises(UserError, match="for inputs alone, .* factors of embedding: export"):
+    export(tmp_path / "more", "peft", tmp_path / "adapter")
+  assert not (tmp_path / "adapter").exists()
 
 
 REFUSED = {

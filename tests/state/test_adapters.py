@@ -44,7 +44,8 @@ def make_config(*overrides, **lora):
   )
   c.objectives.words = dict(kind="language_modelling")
   c.lora = dict(
-    dict(params=r"(image/)?layers/.*", rank=3, alpha=6, full=("image_connector/.*",)), **lora
+    dict(params=r"(image/)?layers/.*|embedding", rank=3, alpha=6, full=("image_connector/.*",)),
+    **lora,
   )
   c.optimizer.lr, c.optimizer.weight_decay, c.schedule.warmup = 0.05, 0.1, 0
   c.train.batch_size, c.precision.compute = BATCH, "float32"
@@ -69,11 +70,11 @@ def make_batch(spec, seed=0):
 
 
 def random_factors(params, seed=0):
-  """The parameters with factors B that are not zero."""
+  """The parameters with factors whose products are not zero."""
   draw = np.random.default_rng(seed)
 
   def of(name, x):
-    new = name.endswith("lora_b")
+    new = name.endswith(("lora_b", "embedding_factors/lora_a"))
     return jnp.asarray(draw.normal(size=x.shape), x.dtype) * 0.3 if new else x
 
   return map_named(of, params)
@@ -90,14 +91,33 @@ def test_merged_equals_unmerged():
 
   @jax.jit
   def hidden(params):
-    return model.apply({"params": params}, batch)
+    """What objectives get, and the logits as texts are written by them."""
+    apply = functools.partial(model.apply, {"params": params})
+    states, table, _ = apply(batch, method="next_tokens")
+    return states, table, apply(states, method="logits")
 
   merged = merge(jax.tree.map(np.asarray, params))
   assert not any("lora" in name for name in by_name(merged))
-  np.testing.assert_allclose(hidden(params), hidden(merged), atol=1e-5)
+  for one, other in zip(hidden(params), hidden(merged), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
   base = {name: x for name, x in by_name(params).items() if name in by_name(merged)}
   changed = {name for name, x in by_name(merged).items() if np.any(x != base[name])}
-  assert changed == {name for name in base if "layers/" in name and name.endswith("kernel")}
+  kernels = {name for name in base if "layers/" in name and name.endswith("kernel")}
+  assert changed == {*kernels, "embedding"}
+
+
+def test_tables_of_tokens_apart_have_factors_of_their_own():
+  config = make_config("model.tied=False", params="embedding|output", full=())
+  params = random_factors(make_program(config).init(1).params)
+  model, batch = make_model(config), make_batch(program().batch_spec)
+  params["output_factors"]["lora_a"] = params["output_factors"]["lora_a"] + 0.1
+  merged = merge(jax.tree.map(np.asarray, params))
+  for name in ("embedding", "output"):
+    assert np.abs(merged[name] - params[name]).max() > 0.01
+  one, other = (
+    model.apply({"params": x}, batch, method="next_tokens")[:2] for x in (params, merged)
+  )
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
 
 
 def test_new_factors_change_nothing_and_leave_the_other_parameters_as_they_are():
@@ -154,9 +174,9 @@ def test_the_table_names_and_counts_what_is_trained():
   "settings, message",
   [
     (dict(params="layers/attention/qkv/kernel"), "lora.params: .* nearest is .*attention/"),
-    (dict(params="embedding"), "lora.params: 'embedding' matches no kernel"),
+    (dict(params="norm/scale"), "lora.params: .norm/scale. matches no kernel"),
     (dict(full=("image_conector/.*",)), "lora.full: .* nearest is 'image_connector/"),
-    (dict(params="norm.*|image_connector/.*"), "lora.full matches every kernel"),
+    (dict(params="norm.*|image_connector/.*"), "lora.full matches all that lora.params does"),
   ],
 )
 def test_a_regex_that_matches_nothing_is_an_error_with_the_nearest_name(settings, message):
