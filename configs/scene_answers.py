@@ -48,8 +48,10 @@ def get_config(arg: str = ""):
     c.init["from"] = "runs/scene_answers_captions"
     c.optimizer.rates = ((r"image/.*", 0.0),)
   if arg == "lora":
-    c.lora = dict(params=r"layers/attention/.*kernel", rank=21, alpha=42.0)
-    c.optimizer.clip = 1.0
+    # Of the table too: words that no caption has are all alike in it.
+    c.lora = dict(params=r"layers/.*kernel|embedding", rank=7, alpha=14.0)
+    c.optimizer = dict(name="adamw", lr=4e-3, b2=0.98, weight_decay=0.0, moments="source")
+    c.optimizer.rates = ((r"image/.*", 0.0),)
 
   captions = dict(
     kind="captions",

@@ -229,7 +229,7 @@ DIALOGUES = {
   "dialogue/test": {"turn1": 0.9, "turn4": 0.85, "accuracy": 0.84},
   "preference/test": {"preferred": 0.94},
 }
-REWARDED = 0.03  # more of the answers right, by rewards
+REWARDED = 0.02  # more of the answers right, by rewards
 SPOKEN_ANSWERS = {"dialogue/test": {"turn1": 0.85, "turn2": 0.75}}
 SPOKEN_DIALOGUES = {"dialogue/test": {"accuracy": 0.82}}
 CLIP_ANSWERS = {"answers/test": {"exact": 0.93, "right/when": 0.93}}
@@ -429,7 +429,7 @@ def test_a_language_model_of_captions_learns_to_answer_and_to_converse(embedded_
   both = learn("scene_answers", captions)
   check(tmp_path / "scene_answers", ANSWERS)
   learn("scene_answers:lora", captions)
-  check(tmp_path / "scene_answers_lora", {"answers/test": {"exact": 0.58}})
+  check(tmp_path / "scene_answers_lora", {"answers/test": {"exact": 0.62}})
   chat = learn("chat_scenes", both)
   check(tmp_path / "chat_scenes", DIALOGUES)
   half = learn("chat_scenes:half", both)
