@@ -41,8 +41,14 @@ FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 @functools.cache
 def nodes(path):
-  """Every node of a file's syntax tree."""
-  return tuple(ast.walk(ast.parse(path.read_text())))
+  """Every node of a file's syntax tree. Python before 3.11.5 counts wrongly where something else
+  parses in between (gh-106905): then once more.
+  """
+  try:
+    tree = ast.parse(path.read_text())
+  except SystemError:
+    tree = ast.parse(path.read_text())
+  return tuple(ast.walk(tree))
 
 
 def imports(path):
