@@ -69,11 +69,18 @@ def printed(words: Sequence[str], folder: pathlib.Path, **environment: str) -> s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["spoken_commands", "rare_animals", "basket_prices"])
-def test_simple_baselines_of_a_small_data_set_are_scored(source, tmp_path):
+@pytest.mark.parametrize(
+  "source, recipe",
+  [
+    ("spoken_commands", "speech_commands"),
+    ("rare_animals", "rare_animals"),
+    ("basket_prices", "basket_prices"),
+  ],
+)
+def test_simple_baselines_of_a_small_data_set_are_scored(source, recipe, tmp_path):
   (line,) = [words for words, name in SHOWN if name == "baselines"]
   assert source in read("tests/bench/README.md", "## Simple baselines") and len(line) == 3
-  small_data.build(tmp_path / "data", [source])
+  small_data.build(tmp_path / "data", [recipe])
   found = json.loads(printed([line[1], source], tmp_path, MMJAX_DATA=str(tmp_path / "data")))
   for one in [found] if "chosen" in found else found.values():
     assert one["chosen"] and set(one["validation"]) == set(one["test"])
