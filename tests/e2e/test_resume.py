@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -79,11 +80,14 @@ def test_killed_on_all_cores_and_gone_on_on_one_equals_the_unbroken_run(embedded
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_equals_the_unbroken_run(unbroken, tmp_path):
-  moments, kills = random.Random(0), 0
+  begin = time.monotonic()
+  run(*train(tmp_path / "timed"))
+  seconds = time.monotonic() - begin  # of a whole run on this machine
+  moments, kills, tmp_path = random.Random(0), 0, tmp_path / "killed"
   for _ in range(20):
     process = start(*train(tmp_path))
     try:
-      process.communicate(timeout=moments.uniform(0.5, 14))
+      process.communicate(timeout=moments.uniform(0.05, 0.9) * seconds)
     except subprocess.TimeoutExpired:
       process.kill()
       process.communicate()
