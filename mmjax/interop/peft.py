@@ -24,8 +24,7 @@ from mmjax.inference.parameters import param_spec
 from mmjax.interop import safetensors
 from mmjax.interop.huggingface import mapping, single
 from mmjax.interop.huggingface.mapping import Rule
-from mmjax.models.language_model import LanguageModel
-from mmjax.models.lora import adapted_by, lora_scale
+from mmjax.models.lora import OF_TABLE, adapted_by, lora_scale
 from mmjax.state.adapters import trained_slices
 from mmjax.state.paths import by_name
 
@@ -143,9 +142,9 @@ def write(
     kernel = adapted_by(name) if leaf == "lora_a" else name
     if not trained[name].any() or leaf == "lora_b":
       continue
-    if leaf == "lora_a" and kernel in LanguageModel.token_tables:
+    if layer.endswith(OF_TABLE):
       raise UserError(
-        f"PEFT adapts tables of tokens for inputs alone, but this adapter has factors of {kernel}: "
+        f"this adapter has factors of {kernel}, but a folder of PEFT gets those of kernels alone: "
         "export the whole model --to hf, with the factors added"
       )
     if kernel not in by_ours:

@@ -104,13 +104,14 @@ class LanguageModel(nn.Module):
       init = with_axes(normal(scale), (axis, "embed"))
       return self.param(name, init, (rows, c.width), jnp.float32)
 
-    embedding = table("embedding", self.vocab_size, "vocab", 0.02)
-    self.embedding = TokenTable.of(self, "embedding", embedding)
+    def tokens(name: str) -> TokenTable:
+      return TokenTable.of(self, name, table(name, self.vocab_size, "vocab", 0.02))
+
+    self.embedding = tokens("embedding")
     if self.learned_positions:
       self.position = table("position", self.length, "position", 0.01)
     if not self.tied:
-      output = table("output", self.vocab_size, "vocab", 0.02)
-      self.output = TokenTable.of(self, "output", output)
+      self.output = tokens("output")
     self.stack = Stack(c, dropout="dropout")
     nn.share_scope(self, self.stack)  # its parameters are ours: layers/...
     self.norm = c.make_norm()

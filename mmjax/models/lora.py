@@ -74,43 +74,49 @@ def _make_factors(
 def table_factors(box: Any, rank: int, scale: float, key: Array) -> dict[str, Any]:
   """Boxed factors of a boxed table [V, D] that change nothing yet: A zero, B normal."""
   rows, width = box.value.shape
-  (vocab, embed), zeros = box.names, nn.initializers.zeros
-  a, b = with_axes(zeros, (vocab, None, None)), (None, None, embed)
-  normal, constant = nn.initializers.normal(1.0), nn.initializers.constant(scale)
-  return dict(
-    lora_a=a(key, (rows, 1, rank), jnp.float32),
-    lora_b=with_axes(normal, b)(key, (1, rank, width), jnp.float32),
-    lora_scale=with_axes(constant, ())(key, (), jnp.float32),
+  vocab, embed = box.names
+  init = nn.initializers
+  leaves = dict(
+    lora_a=(init.zeros, (vocab, None, None), (rows, 1, rank)),
+    lora_b=(init.normal(1.0), (None, None, embed), (1, rank, width)),
+    lora_scale=(init.constant(scale), (), ()),
   )
+  return {
+    name: with_axes(how, axes)(key, shape, jnp.float32)
+    for name, (how, axes, shape) in leaves.items()
+  }
 
 
 class TokenTable(NamedTuple):
-  """A table of tokens [V, D], and its low-rank factors where it has any."""
+  """A table of tokens [V, D], and its low-rank factors where it has any: A [V, r], B [r, D] and
+  what their product is multiplied by.
+  """
 
   weights: Array
-  factors: Mapping[str, Array] | None = None
+  factors: tuple[Array, Array, Array] | None = None
 
   @classmethod
   def of(cls, module: nn.Module, name: str, weights: Array) -> TokenTable:
     """The parameter `name` of a module, `weights`, and what stands beside it."""
-    factors = f"{name}{OF_TABLE}"
-    if not module.has_variable("params", factors):
+    if not module.has_variable("params", f"{name}{OF_TABLE}"):
       return cls(weights)
-    return cls(weights, module.get_variable("params", factors))
+    beside: Mapping[str, Any] = module.get_variable("params", f"{name}{OF_TABLE}")
+    return cls(weights, (beside["lora_a"][:, 0], beside["lora_b"][0], beside["lora_scale"]))
 
   def rows(self, tokens: Array) -> Array:
     """float32 [..., D] of tokens int32 [...]."""
     rows = jnp.take(self.weights, tokens, axis=0)
     if self.factors is None:
       return rows
-    a, b, scale = (self.factors[name] for name in LEAVES[:3])
-    return rows + scale * (jnp.take(a[:, 0], tokens, axis=0) @ b[0])
+    a, b, scale = self.factors
+    return rows + scale * (jnp.take(a, tokens, axis=0) @ b)
 
   def whole(self) -> Array:
     """float32 [V, D]."""
     if self.factors is None:
       return self.weights
-    return self.weights + product(*(self.factors[name] for name in LEAVES[:3]))[:, 0]
+    a, b, scale = self.factors
+    return self.weights + scale * (a @ b)
 
   def logits(self, hidden: Array) -> Array:
     """float32 [..., V] of hidden states [..., D]."""
@@ -122,8 +128,8 @@ class TokenTable(NamedTuple):
     logits = times(hidden, self.weights)
     if self.factors is None:
       return logits
-    a, b, scale = (self.factors[name] for name in LEAVES[:3])
-    return logits + scale * times(times(hidden, b[0]), a[:, 0])
+    a, b, scale = self.factors
+    return logits + scale * times(times(hidden, b), a)
 
 
 def adapted_by(factor: str) -> str:

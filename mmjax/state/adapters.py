@@ -73,11 +73,11 @@ def init_variables(model: nn.Module, config: FrozenConfigDict, rngs: Any, batch:
     adapted -= set(found)
   if not adapted:
     raise UserError("lora.full matches all that lora.params does: nothing is adapted")
-  drawn_by = rngs["params"] if isinstance(rngs, Mapping) else rngs
+  key = rngs["params"] if isinstance(rngs, Mapping) else rngs
   for number, name in enumerate(tables):
-    key = jax.random.fold_in(drawn_by, number)
-    factors = table_factors(flat[name], lora.rank, scale, key)
-    flat |= {f"{name}{OF_TABLE}/{leaf}": x for leaf, x in factors.items()}
+    if name in adapted:
+      factors = table_factors(flat[name], lora.rank, scale, jax.random.fold_in(key, number))
+      flat |= {f"{name}{OF_TABLE}/{leaf}": x for leaf, x in factors.items()}
   kept = {name: x for name, x in flat.items() if name in plain or adapted_by(name) in adapted}
   if lora.base != "float32":
     for name in dense:
