@@ -83,18 +83,18 @@ def test_killed_at_twenty_random_moments_equals_the_unbroken_run(unbroken, tmp_p
   begin = time.monotonic()
   run(*train(tmp_path / "timed"))
   seconds = time.monotonic() - begin  # of a whole run on this machine
-  moments, kills, tmp_path = random.Random(0), 0, tmp_path / "killed"
+  moments, kills, folder = random.Random(0), 0, tmp_path / "killed"
   for _ in range(20):
-    process = start(*train(tmp_path))
+    process = start(*train(folder))
     try:
       process.communicate(timeout=moments.uniform(0.05, 0.9) * seconds)
     except subprocess.TimeoutExpired:
       process.kill()
       process.communicate()
       kills += 1
-  run(*train(tmp_path))
+  run(*train(folder))
   assert kills >= 5
-  assert_same(tmp_path, unbroken)
+  assert_same(folder, unbroken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -617,3 +617,18 @@ def test_what_changes_is_told_by_the_places_where_it_does():
   expected = (weights[..., None] * x[1]).sum(axis=(0, 1)) / weights.sum()
   np.testing.assert_allclose(moves[1], expected, rtol=1e-4, atol=1e-6)
   np.testing.assert_array_equal(moves[2], 0)
+
+
+def test_convolutions_tell_what_moves_apart():
+  """With all else at zero, a frame is told by what changes in it alone."""
+  module = make("frames changes").frame
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+  changes = rng.uniform(-1, 1, pixels.shape).astype(np.float32)
+  changes[0] = 0
+  batch = dict(pixels=pixels, changes=changes)
+  params = nn.unbox(module.init(jax.random.key(0), batch))["params"]
+  params |= {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("what", "where")}
+  told = module.apply({"params": params}, batch)
+  np.testing.assert_array_equal(told[0], params["moves"]["bias"])
+  assert np.abs(told[1:]).max() > 0.1
